@@ -1,0 +1,73 @@
+"""The Checkpoint folder: model.safetensors + config.json (Hugging Face habits) + operative_config.gin + provenance.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scaling4d.artifacts import sha256
+from scaling4d.records import UserError, write_json
+
+if TYPE_CHECKING:
+    import torch
+
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a folder of weights is.
+
+    model: the constructor's registered name. settings: its arguments, enough to build it again.
+    parameters: of the encoder that readouts use. step and clips_seen: 0 for an untrained one.
+    """
+
+    name: str
+    model: str
+    settings: Mapping[str, Any]
+    parameters: int
+    step: int
+    clips_seen: int
+
+    def write(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+        save_tensors(folder / WEIGHTS, weights)
+        write_json(folder / "config.json", asdict(self))
+
+    @classmethod
+    def read(cls, folder: Path) -> Checkpoint:
+        """Raises UserError: not a Checkpoint folder."""
+        path = folder / "config.json"
+        if not path.is_file() or not (folder / WEIGHTS).is_file():
+            raise UserError(f"{folder} is not a checkpoint: needed config.json and {WEIGHTS}")
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path} is not a checkpoint's description: {error}") from error
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    save_file({key: value.detach().contiguous() for key, value in tensors.items()}, path)
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Raises UserError: the file is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_tensors(folder / WEIGHTS)
+
+
+def weights_sha256(folder: Path) -> str:
+    return sha256(folder / WEIGHTS)

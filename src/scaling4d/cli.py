@@ -1,0 +1,173 @@
+"""The command line: thin commands that parse, call one function and say what was written."""
+
+from __future__ import annotations
+
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from scaling4d import config
+from scaling4d.records import UserError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+data = typer.Typer(no_args_is_help=True, help="Which data the pipeline reads.")
+app.add_typer(data, name="data")
+
+
+def main() -> None:
+    """Exit code 0 only when the thing was done; a user's error is one line and exit code 1."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _settings() -> dict:
+    """params.yaml, after a check that every key and type is one that experiments/ knows; overrides are listed."""
+    settings = config.read()
+    for key, value in config.overrides(settings).items():
+        print(f"override: {key} = {value!r} (not the value of profile {settings['profile']})", file=sys.stderr)
+    return settings
+
+
+@app.command()
+def code() -> None:
+    """Hash the meaning of every room's code to artifacts/code/ (a DVC stage)."""
+    from scaling4d.code import write_hashes
+
+    write_hashes(Path(__file__).parent, Path("artifacts/code"))
+
+
+@app.command()
+def clips(dry: Annotated[bool, typer.Option(help="Print what would be used and why not the rest; write nothing.")] = False) -> None:
+    """Curate data/videos into shards of clips (a DVC stage)."""
+    from scaling4d.clips import stage
+
+    if dry:
+        stage.dry(_settings())
+    else:
+        print(f"wrote {stage.clips(_settings())}")
+
+
+@app.command()
+def pretrain(point: str) -> None:
+    """Pretrain one scaling point on the clips (a DVC stage)."""
+    settings = _settings()
+    config.section(settings, f"points.{point}")
+    from scaling4d.pretrain.loop import pretrain as train
+
+    print(f"wrote {train(point, settings)}")
+
+
+@app.command()
+def baseline(encoder: str) -> None:
+    """Write the encoder `untrained_<point>` or `pixels` (a DVC stage)."""
+    settings = _settings()
+    from scaling4d.pretrain.loop import baseline as write
+
+    print(f"wrote {write(encoder, settings)}")
+
+
+@app.command()
+def readout(encoder: str, task: str, protocol: str) -> None:
+    """Train and measure a readout: TASK actions|boxes|depth|points|pose, PROTOCOL frozen|finetune (a DVC stage)."""
+    settings = _settings()
+    from scaling4d.readout.train import readout as run
+
+    result = run(encoder, task, protocol, settings)
+    print(f"{encoder} {task} {protocol}: {result.metric} {result.value:.4f} ({result.low:.4f} to {result.high:.4f}) {result.unit}")
+
+
+@app.command()
+def reconstruct(point: str) -> None:
+    """Fill in masked validation clips and measure them (a DVC stage)."""
+    settings = _settings()
+    config.section(settings, f"points.{point}")
+    from scaling4d.reconstruct.fill import reconstruct as fill
+
+    print(f"wrote {fill(point, settings)}")
+
+
+@app.command()
+def report() -> None:
+    """Build tables, figures and the HTML report from the results (a DVC stage)."""
+    from scaling4d.report import build
+
+    build(_settings())
+
+
+@app.command()
+def compose(overrides: Annotated[list[str] | None, typer.Argument(help="profile=NAME key=value ...")] = None) -> None:
+    """Write params.yaml from experiments/, as `dvc exp run -S` does."""
+    config.write(overrides or [])
+    print(f"wrote {config.PARAMS}")
+
+
+@app.command()
+def render(out: Path) -> None:
+    """Render the labelled 4D worlds of the pocket data set to a new folder OUT."""
+    from scaling4d.scenes.stage import render as draw
+
+    print(f"wrote {draw(out, config.compose([]))}")
+
+
+@app.command()
+def audit(explain: Annotated[str, typer.Option(help="Walk one number back: ENCODER/TASK/PROTOCOL.")] = "") -> None:
+    """Verify every hash of the committed run, or explain one number."""
+    from scaling4d.audit import run
+
+    raise typer.Exit(run(explain or None))
+
+
+@app.command()
+def doctor() -> None:
+    """Print versions, the device, and what is missing."""
+    import platform
+
+    print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
+    missing = []
+    for requirement in metadata.requires("scaling4d") or []:
+        name = requirement.split(";")[0].split("[")[0].split("=")[0].split("<")[0].split(">")[0].strip()
+        if "extra ==" in requirement:
+            continue
+        try:
+            print(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            missing.append(name)
+    import torch
+
+    print(f"device: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'}, {torch.get_num_threads()} threads")
+    if missing:
+        raise UserError(f"not installed: {', '.join(missing)}; run `make install`")
+    print("nothing is missing")
+
+
+@data.command()
+def use(path: Path) -> None:
+    """Make PATH (videos/ and, if there are labels, benchmarks/) the data of this project."""
+    from scaling4d.clips.source import use as switch
+
+    switch(path)
+    print(f"data.dvc now imports {path}; run `dvc repro`")
+
+
+@data.command()
+def check(path: Path) -> None:
+    """Look at the videos and benchmarks below PATH: what is found, and the first problems."""
+    from scaling4d import benchmarks
+    from scaling4d.clips.source import check_videos
+
+    problems = list(check_videos(path))
+    if (path / "benchmarks").is_dir():
+        for benchmark, split, samples, problem in benchmarks.check(path / "benchmarks"):
+            print(f"{benchmark} {split}: {samples} samples")
+            if problem:
+                problems.append(f"{benchmark} {split}: {problem}")
+    for problem in problems:
+        print(f"problem: {problem}")
+    if problems:
+        raise typer.Exit(1)

@@ -1,0 +1,75 @@
+"""What the code means: a hash of each room's syntax trees, so that editing a comment re-runs nothing.
+
+A room's hash covers the room and every module of ours that it imports, directly or not, without comments and docstrings.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from pathlib import Path
+
+from scaling4d.records import write_json
+
+ROOMS = ("scenes", "benchmarks", "clips", "pretrain", "readout", "reconstruct", "report")
+PACKAGE = "scaling4d"
+
+
+def write_hashes(source: Path, out: Path) -> None:
+    """Write `<room>.json`: {"room", "sha256", "modules": {module: sha256}} for every room.
+
+    Args:
+        source: folder of the package. out: folder to write to; a file whose content stays is not touched.
+    """
+    trees = {_module(path, source): ast.parse(path.read_text()) for path in sorted(source.rglob("*.py"))}
+    hashes = {name: hashlib.sha256(_meaning(tree).encode()).hexdigest() for name, tree in trees.items()}
+    imports = {name: imported(tree, set(trees)) for name, tree in trees.items()}
+    out.mkdir(parents=True, exist_ok=True)
+    for room in ROOMS:
+        reached = _reach({name for name in trees if name.split(".")[1:2] == [room]}, imports)
+        modules = {name: hashes[name] for name in sorted(reached)}
+        whole = hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in modules.items()).encode()).hexdigest()
+        write_json(out / f"{room}.json", {"room": room, "sha256": whole, "modules": modules})
+
+
+def imported(tree: ast.Module, known: set[str]) -> set[str]:
+    """Our modules that a module imports anywhere in it, lazily or not; a package used by its own name brings all it holds."""
+    found, whole = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            whole |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(node.module)
+                whole.add(inner if inner in known else node.module)
+    whole.discard(PACKAGE)
+    found |= {name for name in known for package in whole if name == package or name.startswith(f"{package}.")}
+    return found & known - {PACKAGE}
+
+
+def _module(path: Path, source: Path) -> str:
+    parts = (PACKAGE, *path.relative_to(source).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _reach(start: set[str], imports: dict[str, set[str]]) -> set[str]:
+    reached, waiting = set(), set(start)
+    while waiting:
+        name = waiting.pop()
+        reached.add(name)
+        waiting |= imports[name] - reached
+    return reached
+
+
+def _meaning(node: ast.AST | list | object) -> str:
+    """A tree as text: no docstrings, no positions, no empty fields (Python versions differ in those)."""
+    if isinstance(node, list):
+        return "[" + ",".join(map(_meaning, node)) + "]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = dict(ast.iter_fields(node))
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node) is not None:
+        fields["body"] = fields["body"][1:]
+    kept = {name: value for name, value in fields.items() if value not in (None, []) and name not in ("kind", "type_comment")}
+    return type(node).__name__ + "(" + ",".join(f"{name}={_meaning(value)}" for name, value in kept.items()) + ")"

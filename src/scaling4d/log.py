@@ -1,0 +1,28 @@
+"""What a person reads while it runs: one line an interval, fixed columns; no code parses it."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+
+class Steps:
+    """Prints a step line at most every `interval_s` seconds, and always the last one."""
+
+    def __init__(self, total: int, *, interval_s: float = 10.0, out=sys.stderr) -> None:
+        self.total, self.interval_s, self.out = total, interval_s, out
+        self.started = self.printed = time.monotonic()
+
+    def line(self, step: int, *, loss: float, lr: float, grad: float, clips: int) -> None:
+        now = time.monotonic()
+        if now - self.printed < self.interval_s and step < self.total:
+            return
+        self.printed = now
+        spent = now - self.started
+        eta = spent / step * (self.total - step)
+        print(
+            f"step {step:05d}/{self.total}  loss {loss:.4f}  lr {lr:.2e}  grad {grad:.2f}  "
+            f"{clips / spent:.0f} clips/s  eta {int(eta // 60)}m{int(eta % 60):02d}",
+            file=self.out,
+            flush=True,
+        )

@@ -1,0 +1,38 @@
+"""AdamW with the usual exceptions from decay, and a warm-up with a cosine; pretraining and readouts share them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+NO_DECAY = ("bias", "norm", "positions", "token", "query")  # both papers: no decay on biases, norms and learned positions
+
+
+def adamw(
+    parts: dict[str, tuple[nn.Module, float]], *, betas: tuple[float, float], weight_decay: float
+) -> tuple[torch.optim.AdamW, list[float]]:
+    """AdamW over named modules, each with its own peak learning rate; returns it with the peak of every parameter group."""
+    groups, peaks = [], []
+    for module, peak in parts.values():
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        plain = [p for name, p in named if any(word in name for word in NO_DECAY)]
+        decayed = [p for name, p in named if not any(word in name for word in NO_DECAY)]
+        for parameters, decay in ((decayed, weight_decay), (plain, 0.0)):
+            if parameters:
+                groups.append({"params": parameters, "weight_decay": decay})
+                peaks.append(peak)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True), peaks
+
+
+def warmup_cosine(step: int, *, steps: int, warmup: int) -> float:
+    """Share of the peak learning rate at `step` of 0..steps: linear from 0 over `warmup` steps, then a cosine to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+
+
+def set_rate(optimizer: torch.optim.AdamW, peaks: list[float], share: float) -> None:
+    for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+        group["lr"] = peak * share

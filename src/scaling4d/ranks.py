@@ -1,0 +1,114 @@
+"""Several one-thread processes working as one: results depend on their number and on nothing else of the machine.
+
+A rank computes with one thread, because bits depend on the number of threads; several ranks use the cores.
+Under torchrun the ranks are torchrun's; otherwise they are forked here, so torch is imported once.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scaling4d.records import UserError
+
+T = TypeVar("T")
+
+
+def run(work: Callable[..., T], *, ranks: int, **arguments: Any) -> T:
+    """Call `work(rank=, ranks=, **arguments)` in every rank, inside a gloo process group; return what rank 0 returns.
+
+    Raises:
+        UserError: as a rank raised it.
+        RuntimeError: a rank failed or was killed; the others are ended.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _enter(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "env://")
+        try:
+            return work(rank=dist.get_rank(), ranks=dist.get_world_size(), **arguments)
+        finally:
+            dist.destroy_process_group()
+    context = multiprocessing.get_context("fork")
+    sys.stdout.flush(), sys.stderr.flush()
+    with tempfile.TemporaryDirectory() as meeting:
+        pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
+        children = [
+            context.Process(target=_child, args=(work, rank, ranks, f"file://{meeting}/store", pipes[rank][1], arguments), daemon=True)
+            for rank in range(ranks)
+        ]
+        for child in children:
+            child.start()
+        for _, sender in pipes:
+            sender.close()
+        try:
+            return _collect(children, [receiver for receiver, _ in pipes])
+        finally:
+            for child in children:
+                child.kill()
+                child.join()
+
+
+def _collect(children: list, receivers: list) -> Any:
+    first = None
+    waiting = dict(zip(receivers, range(len(receivers)), strict=True))
+    while waiting:
+        for receiver in multiprocessing.connection.wait(list(waiting)):
+            rank = waiting.pop(receiver)
+            try:
+                kind, value = receiver.recv()
+            except EOFError:
+                children[rank].join()
+                code = children[rank].exitcode
+                why = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+                raise RuntimeError(f"rank {rank} of {len(children)} ended without a result ({why}); its own message is above") from None
+            if kind == "refused":
+                raise UserError(value)
+            first = value if rank == 0 else first
+    return first
+
+
+def _child(work: Callable, rank: int, ranks: int, meeting: str, sender: Any, arguments: dict) -> None:
+    try:
+        _enter(rank, ranks, meeting)
+        sender.send(("done", work(rank=rank, ranks=ranks, **arguments)))
+        dist.destroy_process_group()
+    except UserError as error:
+        sender.send(("refused", str(error)))
+
+
+def _enter(rank: int, ranks: int, meeting: str) -> None:
+    torch.set_num_threads(1)
+    if Path("/sys/class/net/lo").exists():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks)
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Replace every gradient by its mean over the ranks, in one message."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def gather(values: list) -> list:
+    """What every rank holds, joined: item i of the whole comes from rank i % ranks."""
+    lists: list[list] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(lists, values)
+    whole = [None] * sum(map(len, lists))
+    for rank, part in enumerate(lists):
+        whole[rank :: len(lists)] = part
+    return whole

@@ -1,0 +1,168 @@
+"""What passes between the rooms: frozen records that check themselves.
+
+Axis letters, the same in the whole project:
+  B clips   T frames   H W pixels   C channels   t h w token grid   N = t*h*w tokens
+  K kept tokens   D width   P values per patch   Q queries   L blocks
+Pixels are uint8 `B T H W C` until the model; times are seconds (`_s`), rates hertz (`_hz`), sides pixels (`_px`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class UserError(ValueError):
+    """Something that a user can mend; the command line prints it as one line and exits with 1."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class Video:
+    """One video file as probing found it; height and width are as displayed, after rotation."""
+
+    path: str
+    sha256: str
+    codec: str
+    duration_s: float
+    rate_hz: float
+    height_px: int
+    width_px: int
+    rotation_deg: int
+
+    def __post_init__(self) -> None:
+        _require(self.height_px > 0 and self.width_px > 0, f"{self.path}: size {self.height_px}x{self.width_px} px is empty")
+        _require(self.rotation_deg in (0, 90, 180, 270), f"{self.path}: rotation {self.rotation_deg} is not a multiple of 90")
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of a video that becomes one clip: `frames` frames, evenly spaced at `rate_hz`, from `start_s`."""
+
+    video: str
+    start_s: float
+    rate_hz: float
+    frames: int
+
+    def __post_init__(self) -> None:
+        _require(self.start_s >= 0 and self.rate_hz > 0 and self.frames > 0, f"not a span: {self}")
+
+    @property
+    def times_s(self) -> np.ndarray:
+        """T float64, the wanted presentation times."""
+        return self.start_s + np.arange(self.frames) / self.rate_hz
+
+
+@dataclass(frozen=True)
+class ClipBatch:
+    """What the loader yields: pixels uint8 `B T H W C`, the clips' ids, and where each starts in its video."""
+
+    pixels: Tensor
+    ids: tuple[str, ...]
+    start_s: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.pixels.shape)
+        _require(len(shape) == 5 and shape[-1] == 3, f"pixels have shape {shape}; needed B T H W 3")
+        _require(shape[0] == len(self.ids) == len(self.start_s), f"{shape[0]} clips, {len(self.ids)} ids, {len(self.start_s)} starts")
+
+
+@dataclass(frozen=True)
+class MaskedTokens:
+    """Which tokens the encoder sees: `kept` B K int64, ascending indices into N tokens of the grid t h w."""
+
+    kept: Tensor
+    grid: tuple[int, int, int]
+
+    def __post_init__(self) -> None:
+        _require(self.kept.ndim == 2, f"kept has shape {tuple(self.kept.shape)}; needed B K")
+        _require(0 < self.kept.shape[1] <= self.tokens, f"{self.kept.shape[1]} tokens kept of {self.tokens}")
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.grid)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One clip of a benchmark with its labels.
+
+    pixels: uint8 `T H W 3`. video: what a confidence interval resamples. Labels and their valid masks by task:
+      actions  labels action `()` int64, an index into the benchmark's classes
+      boxes    labels boxes `Q T 4` float32 x1 y1 x2 y2 in 0..1 of (W, H); valid boxes `Q T`
+      depth    labels depth_m `T H W` float32 metres; valid depth_m `T H W` (measured and usable)
+      points   labels points `Q T 2` float32 x y in 0..1 of (W, H); valid points `Q T` (visible)
+      pose     labels camera_to_world `T 4 4` float64; valid camera_to_world `T`
+    """
+
+    id: str
+    video: str
+    pixels: np.ndarray
+    labels: Mapping[str, np.ndarray]
+    valid: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.pixels.dtype == np.uint8 and self.pixels.ndim == 4 and self.pixels.shape[-1] == 3,
+            f"{self.id}: pixels are {self.pixels.dtype} {self.pixels.shape}; needed uint8 T H W 3",
+        )
+        for name, mask in self.valid.items():
+            _require(mask.dtype == bool, f"{self.id}: valid[{name!r}] is {mask.dtype}; needed bool")
+            _require(name in self.labels, f"{self.id}: valid[{name!r}] has no label of that name")
+            label = self.labels[name]
+            _require(label.shape[: mask.ndim] == mask.shape, f"{self.id}: {name} {label.shape} against its mask {mask.shape}")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One number of the report and where it came from.
+
+    value lies in [low, high], the 95 % bootstrap interval over videos. checkpoint_sha256 is the hash of the encoder's weights.
+    """
+
+    encoder: str
+    parameters: int
+    task: str
+    protocol: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    unit: str
+    higher_is_better: bool
+    examples: int
+    seed: int
+    checkpoint_sha256: str
+    others: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        where = f"{self.encoder} {self.task} {self.protocol}"
+        _require(math.isfinite(self.value), f"{where}: {self.metric} = {self.value} is not a number")
+        _require(self.low <= self.value <= self.high, f"{where}: {self.value} outside its interval {self.low} .. {self.high}")
+        _require(self.examples > 0, f"{where}: no examples")
+        _require(len(self.checkpoint_sha256) == 64, f"{where}: checkpoint_sha256 {self.checkpoint_sha256!r}")
+
+    def write(self, path: Path) -> None:
+        write_json(path, asdict(self))
+
+    @classmethod
+    def read(cls, path: Path) -> Result:
+        return cls(**json.loads(path.read_text()))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON with one fixed layout (sorted keys, two spaces, final newline), so that equal content is equal bytes."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")

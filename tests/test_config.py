@@ -1,0 +1,108 @@
+"""Settings: composition, overrides, gin."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from scaling4d import config
+from scaling4d.records import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+@config.configurable
+def made(*, width: int, name: str) -> tuple[int, str]:
+    return width, name
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the project's experiments/ and a freshly composed params.yaml."""
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    monkeypatch.chdir(tmp_path)
+    config.write([])
+    return tmp_path
+
+
+def edit(key: str, value: object) -> None:
+    settings = config.read()
+    *path, last = key.split(".")
+    inner = settings
+    for word in path:
+        inner = inner[word]
+    inner[last] = value
+    config.PARAMS.write_text(yaml.safe_dump(settings))
+
+
+def test_committed_params_are_the_composition_of_their_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert config.overrides(config.read()) == {}
+
+
+def test_every_profile_composes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for path in sorted((ROOT / "experiments/profile").glob("*.yaml")):
+        assert config.compose([f"profile={path.stem}"])["profile"] == path.stem
+
+
+def test_a_changed_value_is_listed_as_an_override(project: Path) -> None:
+    edit("pretrain.Training.steps", 7)
+    assert config.overrides(config.read()) == {"pretrain.Training.steps": 7}
+
+
+def test_a_key_that_no_group_knows_is_refused(project: Path) -> None:
+    edit("pretrain.Training.stepps", 7)
+    wanted = "params.yaml has pretrain.Training.stepps = 7, which no group in experiments/ knows; correct or remove it"
+    with pytest.raises(UserError, match=f"^{re.escape(wanted)}$"):
+        config.overrides(config.read())
+
+
+def test_a_value_of_another_type_is_refused(project: Path) -> None:
+    edit("pretrain.Training.steps", "many")
+    with pytest.raises(UserError, match=r"^pretrain.Training.steps = 'many' is a str; needed a int such as \d+$"):
+        config.overrides(config.read())
+
+
+def test_an_unknown_profile_or_key_is_one_line(project: Path) -> None:
+    for bad in ("profile=galactic", "seeed=1"):
+        with pytest.raises(UserError) as caught:
+            config.write([bad])
+        assert "\n" not in str(caught.value) and bad.split("=")[0] in str(caught.value)
+
+
+def test_composing_writes_what_dvc_writes(project: Path) -> None:
+    config.write(["seed=3", "profile=smoke"])
+    settings = config.read()
+    assert settings["seed"] == 3 and settings["profile"] == "smoke"
+
+
+def test_gin_gives_a_section_to_its_constructor_and_reports_it() -> None:
+    config.bind({"made": {"width": 3, "name": "x"}})
+    assert config.build(made) == (3, "x")
+    assert "made.width = 3" in config.operative()
+
+
+def test_a_typo_in_a_section_is_an_error() -> None:
+    with pytest.raises(UserError, match="^unknown setting made.widht = 3: "):
+        config.bind({"made": {"widht": 3}})
+    with pytest.raises(UserError, match="^unknown setting maed.width = 3: "):
+        config.bind({"maed": {"width": 3}})
+
+
+def test_a_missing_setting_names_its_constructor() -> None:
+    config.bind({"made": {"width": 3}})
+    with pytest.raises(UserError, match="^made: .*missing.*'name'.*; set it in experiments/$"):
+        config.build(made)
+
+
+def test_an_unknown_point_lists_the_known_ones(project: Path) -> None:
+    with pytest.raises(UserError, match=r"^no setting 'points.nan0': points has no 'nan0', it has nano, micro, .*mini"):
+        config.section(config.read(), "points.nan0")
+
+
+def test_settings_that_are_not_yaml_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text("a: [1,\nb")
+    with pytest.raises(UserError, match="^.*params.yaml is not YAML: "):
+        config.read(tmp_path / "params.yaml")
