@@ -1,0 +1,1 @@
+"""CLIPS -> MASKED TOKENS -> LOSS: the two papers' masked autoencoders."""

@@ -1,0 +1,159 @@
+"""The video transformer of both papers: patches + learned positions + pre-norm blocks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from scaling4d import seeds
+from scaling4d.mae.attention import attention
+from scaling4d.mae.patches import grid_of, patchify, take
+from scaling4d.records import MaskedTokens, UserError
+
+LAYER_NORM_EPS = 1e-6  # both papers' code
+LECUN_STD = 0.87962566103423978  # of a unit normal cut off at two sigma
+
+
+class Block(nn.Module):
+    """Sequential pre-norm block with biases: x + attention(norm x), then x + mlp(norm x).
+
+    gelu: "tanh" in 4DS, "none" (exact) in MAE-ST, torch's names.
+    """
+
+    def __init__(self, *, width: int, heads: int, mlp: int, gelu: str) -> None:
+        super().__init__()
+        if width % heads:
+            raise UserError(f"width {width} does not divide into {heads} heads")
+        self.heads, self.gelu = heads, gelu
+        self.attention_norm = nn.LayerNorm(width, LAYER_NORM_EPS)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.mlp_norm = nn.LayerNorm(width, LAYER_NORM_EPS)
+        self.mlp_in = nn.Linear(width, mlp)
+        self.mlp_out = nn.Linear(mlp, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`B N D` -> `B N D`."""
+        B, N, D = x.shape
+        q, k, v = self.qkv(self.attention_norm(x)).reshape(B, N, 3, self.heads, D // self.heads).unbind(2)  # B N heads d
+        x = x + self.out(attention(q, k, v).reshape(B, N, D))
+        return x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x)), approximate=self.gelu))
+
+
+class Encoder(nn.Module):
+    """Backbone of 4DS: patch projection, learned 3-D positions, blocks; no class token, no final norm.
+
+    clip: T H W. patch: pt ph pw. pixel_mean, pixel_scale: pixels in 0..1 become (x - mean) * scale (4DS: 0 and 1).
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        mlp: int,
+        clip: tuple[int, int, int],
+        patch: tuple[int, int, int],
+        gelu: str,
+        pixel_mean: float,
+        pixel_scale: float,
+    ) -> None:
+        super().__init__()
+        self.width, self.depth, self.clip, self.patch = width, depth, tuple(clip), tuple(patch)
+        self.grid = grid_of(self.clip, self.patch)
+        self.pixel_mean, self.pixel_scale = pixel_mean, pixel_scale
+        self.patch_embedding = nn.Linear(math.prod(patch) * 3, width)
+        self.positions = nn.Parameter(torch.empty(math.prod(self.grid), width))  # N D
+        self.blocks = nn.ModuleList(Block(width=width, heads=heads, mlp=mlp, gelu=gelu) for _ in range(depth))
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """uint8 0..255 or float 0..1 -> what the model computes with."""
+        x = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
+        return (x - self.pixel_mean) * self.pixel_scale
+
+    def tokens(self, pixels: Tensor, masked: MaskedTokens | None = None) -> Tensor:
+        """`B T H W C` -> `B K D`: the kept tokens (all without a mask), projected, with their positions."""
+        if masked is None:
+            return self.patch_embedding(self.normalise(patchify(pixels, self.patch))) + self.positions
+        return self.patch_embedding(self.normalise(take(pixels, masked.kept, self.patch))) + self.positions[masked.kept]
+
+    def features(self, pixels: Tensor, layers: int | None = None) -> list[Tensor]:
+        """Layers as the official code returns them: the tokens, then the INPUT of every block, each `B N D`.
+
+        So [0] equals [1], and the output of the last block is not among them; `layers` stops after so many entries.
+        Source: FACTS of the released 4DS code (GeneralizedTransformer).
+        """
+        x = self.tokens(pixels)
+        out = [x]
+        for block in self.blocks[: self.depth if layers is None else max(layers - 1, 0)]:
+            out.append(x)
+            x = block(x)
+        return out
+
+
+class PixelTokens(nn.Module):
+    """The baseline without any learning: a token is its patch's normalised pixels."""
+
+    def __init__(
+        self, *, clip: tuple[int, int, int], patch: tuple[int, int, int], pixel_mean: float, pixel_scale: float
+    ) -> None:
+        super().__init__()
+        self.clip, self.patch, self.depth = tuple(clip), tuple(patch), 0
+        self.grid = grid_of(self.clip, self.patch)
+        self.pixel_mean, self.pixel_scale = pixel_mean, pixel_scale
+        self.width = math.prod(self.patch) * 3
+
+    def features(self, pixels: Tensor, layers: int | None = None) -> list[Tensor]:
+        """One layer: `B N P`."""
+        x = patchify(pixels, self.patch)
+        x = x.float() / 255 if x.dtype == torch.uint8 else x
+        return [(x - self.pixel_mean) * self.pixel_scale]
+
+
+def sincos(grid: tuple[int, int, int], width: int, step: tuple[float, float, float] = (1, 1, 1)) -> Tensor:
+    """Sine-cosine table `N D` over the cells of a t h w grid, `step` fine cells apart and centred in each cell.
+
+    A third of the channels (rounded to sine-cosine pairs) goes to each axis, what is left over to time.
+    """
+    pairs = [width // 2 - 2 * (width // 6), width // 6, width // 6]
+    tables = []
+    for axis, (cells, count) in enumerate(zip(grid, pairs, strict=True)):
+        at = (torch.arange(cells, dtype=torch.float64) + 0.5) * step[axis]
+        angle = at[:, None] * 10000.0 ** (-torch.arange(count, dtype=torch.float64) / count)
+        table = torch.cat([angle.sin(), angle.cos()], dim=1)  # cells 2*count
+        shape = [1, 1, 1, 2 * count]
+        shape[axis] = cells
+        tables.append(table.reshape(shape).expand(*grid, 2 * count))
+    table = torch.cat(tables, dim=-1).reshape(math.prod(grid), -1).float()
+    return F.pad(table, (0, width - table.shape[1]))
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, *, seed: int) -> None:
+    """Draw every weight from the stream of its own name, as the released 4DS code does.
+
+    Truncated lecun-normal for projections and attention, xavier-uniform for the blocks' mlp, zero biases, unit norms,
+    N(0, 0.02) for learned tokens and positions.
+    """
+    for name, weight in module.named_parameters():
+        rng = seeds.stream(seed, "init", name)
+        if name.endswith("bias"):
+            weight.zero_()
+        elif "norm" in name.split(".")[-2:][0]:
+            weight.fill_(1)
+        elif not name.endswith("weight"):
+            nn.init.normal_(weight, std=0.02, generator=rng)
+        elif "mlp_" in name:
+            nn.init.xavier_uniform_(weight, generator=rng)
+        else:
+            std = math.sqrt(1 / weight.shape[1]) / LECUN_STD
+            nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=rng)
+
+
+def block_flops(*, tokens: int, width: int, mlp: int) -> int:
+    """Floating-point operations of one block's forward pass over one sequence (multiply and add count as two)."""
+    return 2 * tokens * (4 * width * width + 2 * width * mlp) + 4 * tokens * tokens * width

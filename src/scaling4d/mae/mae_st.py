@@ -1,0 +1,229 @@
+"""MAE-ST: encode 10 % of the tokens, decode all of them with a light decoder, predict per-patch normalised pixels.
+
+Source: arXiv:2205.09113 and its official code: separable learned positions, class tokens, exact GELU, loss on masked tokens.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from scaling4d import config
+from scaling4d.mae.encoder import LAYER_NORM_EPS, Block, Encoder, block_flops, initialise, sincos
+from scaling4d.mae.masking import random_keep
+from scaling4d.mae.patches import grid_of, patchify, take, unpatchify
+from scaling4d.records import MaskedTokens, UserError
+
+TARGET_EPS = 1e-6
+
+
+class SeparablePositions(nn.Module):
+    """Learned positions of time plus learned positions of space, and one of the class token."""
+
+    def __init__(self, grid: tuple[int, int, int], width: int) -> None:
+        super().__init__()
+        self.temporal = nn.Parameter(torch.empty(grid[0], width))  # t D
+        self.spatial = nn.Parameter(torch.empty(grid[1] * grid[2], width))  # h*w D
+        self.class_token = nn.Parameter(torch.empty(1, width))  # 1 D
+
+    def table(self) -> Tensor:
+        """`N D`."""
+        return (self.temporal[:, None] + self.spatial[None]).flatten(0, 1)
+
+
+class MAESTEncoder(Encoder):
+    """Encoder of MAE-ST: as 4DS's, with separable positions, a class token and a final norm."""
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        mlp: int,
+        clip: tuple[int, int, int],
+        patch: tuple[int, int, int],
+        pixel_mean: float,
+        pixel_scale: float,
+    ) -> None:
+        super().__init__(
+            width=width,
+            depth=depth,
+            heads=heads,
+            mlp=mlp,
+            clip=clip,
+            patch=patch,
+            gelu="none",
+            pixel_mean=pixel_mean,
+            pixel_scale=pixel_scale,
+        )
+        del self.positions  # the full table of 4DS; here time and space are separate
+        self.positions = SeparablePositions(self.grid, width)
+        self.class_token = nn.Parameter(torch.empty(1, width))  # 1 D
+        self.norm = nn.LayerNorm(width, LAYER_NORM_EPS)
+
+    def tokens(self, pixels: Tensor, masked: MaskedTokens | None = None) -> Tensor:
+        """`B T H W C` -> `B 1+K D`, the class token first."""
+        table = self.positions.table()
+        if masked is None:
+            x = self.patch_embedding(self.normalise(patchify(pixels, self.patch))) + table
+        else:
+            x = self.patch_embedding(self.normalise(take(pixels, masked.kept, self.patch))) + table[masked.kept]
+        first = (self.class_token + self.positions.class_token).expand(x.shape[0], 1, -1)
+        return torch.cat([first, x], dim=1)
+
+    def features(self, pixels: Tensor, layers: int | None = None) -> list[Tensor]:
+        """Layers as 4DS counts them, each `B N D`, without the class token."""
+        return [x[:, 1:] for x in super().features(pixels, layers)]
+
+
+@config.configurable
+class MAEST(nn.Module):
+    """Masked autoencoder of MAE-ST.
+
+    Args:
+        width, depth, heads, mlp: of the encoder. decoder_width, decoder_depth, decoder_heads: of the decoder (mlp 4x).
+        clip: T H W. patch: pt ph pw.
+        predicted_frames: `pred_t_dim`, how many of the T frames are predicted, evenly spaced.
+        normalise_target: predict pixels normalised per patch (mean and unbiased variance).
+        position_init: "normal" N(0, 0.02), or "sincos" (ours: learns in short schedules).
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        mlp: int,
+        decoder_width: int,
+        decoder_depth: int,
+        decoder_heads: int,
+        clip: tuple[int, int, int],
+        patch: tuple[int, int, int],
+        predicted_frames: int,
+        mask_ratio: float,
+        normalise_target: bool,
+        position_init: str,
+        pixel_mean: float,
+        pixel_scale: float,
+    ) -> None:
+        super().__init__()
+        if position_init not in ("normal", "sincos"):
+            raise UserError(f"position_init = {position_init!r}; needed 'normal' or 'sincos'")
+        if patch[0] * predicted_frames % clip[0]:
+            raise UserError(f"predicted_frames = {predicted_frames} of {clip[0]} is not a whole number of frames a patch of {patch[0]}")
+        self.settings = {
+            "width": width,
+            "depth": depth,
+            "heads": heads,
+            "mlp": mlp,
+            "decoder_width": decoder_width,
+            "decoder_depth": decoder_depth,
+            "decoder_heads": decoder_heads,
+            "clip": list(clip),
+            "patch": list(patch),
+            "predicted_frames": predicted_frames,
+            "mask_ratio": mask_ratio,
+            "normalise_target": normalise_target,
+            "position_init": position_init,
+            "pixel_mean": pixel_mean,
+            "pixel_scale": pixel_scale,
+        }
+        self.encoder = MAESTEncoder(
+            width=width,
+            depth=depth,
+            heads=heads,
+            mlp=mlp,
+            clip=clip,
+            patch=patch,
+            pixel_mean=pixel_mean,
+            pixel_scale=pixel_scale,
+        )
+        self.mask_ratio, self.normalise_target, self.position_init = mask_ratio, normalise_target, position_init
+        self.predicted_frames = predicted_frames
+        self.predicted_patch = (patch[0] * predicted_frames // clip[0], *patch[1:])
+        self.decoder_embedding = nn.Linear(width, decoder_width)
+        self.mask_token = nn.Parameter(torch.empty(1, decoder_width))
+        self.decoder_class_token = nn.Parameter(torch.empty(1, decoder_width))
+        self.decoder_positions = SeparablePositions(grid_of(clip, patch), decoder_width)
+        self.decoder_blocks = nn.ModuleList(
+            Block(width=decoder_width, heads=decoder_heads, mlp=4 * decoder_width, gelu="none") for _ in range(decoder_depth)
+        )
+        self.decoder_norm = nn.LayerNorm(decoder_width, LAYER_NORM_EPS)
+        self.decoder = nn.Linear(decoder_width, math.prod(self.predicted_patch) * 3)
+
+    def initialise(self, seed: int) -> None:
+        """Draw all weights; equal seeds give equal weights."""
+        initialise(self, seed=seed)
+        if self.position_init == "sincos":
+            with torch.no_grad():
+                for positions in (self.encoder.positions, self.decoder_positions):
+                    t, h, w = self.encoder.grid
+                    width = positions.temporal.shape[1]
+                    whole = sincos(self.encoder.grid, width).reshape(t, h * w, width)
+                    at_time = 2 * (width // 2 - 2 * (width // 6))  # the channels that sincos gives to time
+                    positions.temporal.zero_()[:, :at_time] = whole[:, 0, :at_time]
+                    positions.spatial.zero_()[:, at_time:] = whole[0, :, at_time:]
+
+    def choose(self, batch: int, rng: torch.Generator) -> MaskedTokens:
+        return random_keep(batch=batch, grid=self.encoder.grid, mask_ratio=self.mask_ratio, rng=rng)
+
+    def encode(self, pixels: Tensor, masked: MaskedTokens) -> Tensor:
+        """`B 1+K D`, normed; the class token first."""
+        x = self.encoder.tokens(pixels, masked)
+        for block in self.encoder.blocks:
+            x = block(x)
+        return self.encoder.norm(x)
+
+    def decode(self, pixels: Tensor, masked: MaskedTokens) -> Tensor:
+        """`B N P`: what is predicted of every token's patch."""
+        x = self.decoder_embedding(self.encode(pixels, masked)[:, 1:])  # B K D
+        B, _, D = x.shape
+        at = masked.kept[..., None].expand(-1, -1, D)
+        whole = self.mask_token.expand(B, masked.tokens, D).scatter(1, at, x) + self.decoder_positions.table()  # B N D
+        first = (self.decoder_class_token + self.decoder_positions.class_token).expand(B, 1, D)
+        x = torch.cat([first, whole], dim=1)
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder(self.decoder_norm(x))[:, 1:]
+
+    def target(self, pixels: Tensor) -> Tensor:
+        """`B N P`: the predicted frames' pixels, normalised per patch if so set."""
+        frames = torch.linspace(0, pixels.shape[1] - 1, self.predicted_frames).long()
+        x = patchify(self.encoder.normalise(pixels[:, frames]), self.predicted_patch)
+        if self.normalise_target:
+            x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + TARGET_EPS).sqrt()
+        return x
+
+    def forward(self, pixels: Tensor, masked: MaskedTokens) -> Tensor:
+        """Mean squared error over the masked tokens (a scalar)."""
+        error = (self.decode(pixels, masked) - self.target(pixels)).square().mean(-1)  # B N
+        hidden = torch.ones_like(error).scatter(1, masked.kept, 0.0)
+        return (error * hidden).sum() / hidden.sum()
+
+    def reconstruct(self, pixels: Tensor, masked: MaskedTokens) -> Tensor:
+        """float `B T H W C` in 0..1: every pixel as predicted.
+
+        A normalised prediction takes its patch's true mean and deviation, as the official visualisation does; a frame that
+        is not predicted shows the nearest predicted one before it.
+        """
+        x = self.decode(pixels, masked)
+        if self.normalise_target:
+            frames = torch.linspace(0, pixels.shape[1] - 1, self.predicted_frames).long()
+            true = patchify(self.encoder.normalise(pixels[:, frames]), self.predicted_patch)
+            x = x * (true.var(-1, keepdim=True) + TARGET_EPS).sqrt() + true.mean(-1, keepdim=True)
+        clip = (self.predicted_frames, *self.encoder.clip[1:])
+        x = unpatchify(x, clip, self.predicted_patch).repeat_interleave(self.encoder.clip[0] // self.predicted_frames, dim=1)
+        return (x / self.encoder.pixel_scale + self.encoder.pixel_mean).clamp(0, 1)
+
+    def flops_per_clip(self) -> int:
+        """Of one training step, a backward pass counted as two forward passes."""
+        s, tokens = self.settings, math.prod(self.encoder.grid)
+        kept = round(tokens * (1 - self.mask_ratio))
+        forward = 2 * kept * (self.encoder.patch_embedding.weight.numel() + self.decoder_embedding.weight.numel())
+        forward += s["depth"] * block_flops(tokens=kept + 1, width=s["width"], mlp=s["mlp"])
+        forward += s["decoder_depth"] * block_flops(tokens=tokens + 1, width=s["decoder_width"], mlp=4 * s["decoder_width"])
+        return 3 * (forward + 2 * tokens * self.decoder.weight.numel())

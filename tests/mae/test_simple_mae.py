@@ -1,0 +1,130 @@
+"""SimpleMAE: patches, masks, coarse decoding."""
+
+import pytest
+import torch
+
+from scaling4d import seeds
+from scaling4d.mae.masking import random_keep
+from scaling4d.mae.patches import patchify, take, unpatchify
+from scaling4d.mae.simple_mae import SimpleMAE, hidden_pixels
+from scaling4d.records import MaskedTokens, UserError
+
+CLIP, PATCH = (4, 16, 24), (2, 8, 8)
+
+
+def pixels(batch: int = 2) -> torch.Tensor:
+    return torch.randint(0, 256, (batch, *CLIP, 3), dtype=torch.uint8, generator=seeds.stream(0, "pixels"))
+
+
+def small(**changes: object) -> SimpleMAE:
+    settings = {
+        "width": 24,
+        "depth": 3,
+        "heads": 2,
+        "mlp": 48,
+        "clip": CLIP,
+        "patch": PATCH,
+        "coarse_patch": (4, 16, 8),
+        "decode_blocks": 2,
+        "mask_ratio": 0.75,
+        "loss_on": "all",
+        "position_init": "sincos",
+        "pixel_mean": 0.45,
+        "pixel_scale": 4.0,
+    }
+    model = SimpleMAE(**settings | changes)
+    model.initialise(0)
+    return model
+
+
+def test_patches_return_every_pixel_to_its_place() -> None:
+    x = pixels()
+    assert torch.equal(unpatchify(patchify(x, PATCH), CLIP, PATCH), x)
+
+
+def test_a_patch_is_the_block_that_its_index_names() -> None:
+    x = pixels()
+    patch = patchify(x, PATCH)[1, 1 * 6 + 1 * 3 + 2]  # t=1 h=1 w=2
+    assert torch.equal(patch.reshape(*PATCH, 3), x[1, 2:4, 8:16, 16:24])
+
+
+def test_taking_kept_patches_equals_gathering_from_all() -> None:
+    x, kept = pixels(), torch.tensor([[0, 5, 7], [2, 3, 11]])
+    assert torch.equal(take(x, kept, PATCH), torch.stack([patchify(x, PATCH)[b, kept[b]] for b in range(2)]))
+
+
+def test_masks_differ_between_clips_and_repeat_with_the_seed() -> None:
+    draw = lambda: random_keep(batch=8, grid=(2, 8, 8), mask_ratio=0.95, rng=seeds.stream(1, "mask", 3)).kept  # noqa: E731
+    assert draw().shape == (8, 6)
+    assert torch.equal(draw(), draw())
+    assert len({tuple(row.tolist()) for row in draw()}) == 8
+
+
+def test_masking_everything_says_which_setting_to_lower() -> None:
+    with pytest.raises(UserError, match=r"^mask_ratio = 0.999 keeps 0 of 16 tokens; set mask_ratio in \(0, 1\), low enough to keep one$"):
+        random_keep(batch=1, grid=(1, 4, 4), mask_ratio=0.999, rng=seeds.stream(0))
+
+
+def test_a_clip_that_does_not_divide_into_patches_is_refused() -> None:
+    with pytest.raises(UserError, match=r"clip T H W = \(4, 16, 24\) does not divide into patches \(3, 8, 8\)"):
+        small(patch=(3, 8, 8))
+
+
+def test_hidden_pixels_do_not_reach_the_encoder() -> None:
+    model, x = small(), pixels()
+    masked = model.choose(2, seeds.stream(0, "m"))
+    hidden = hidden_pixels(masked, CLIP, PATCH).bool()
+    other = torch.where(hidden, 255 - x.int(), x.int()).to(torch.uint8)
+    with torch.no_grad():
+        assert torch.equal(model.decode(x, masked), model.decode(other, masked))
+        changed = torch.where(hidden, x.int(), 255 - x.int()).to(torch.uint8)
+        assert not torch.equal(model.decode(x, masked), model.decode(changed, masked))
+
+
+@pytest.mark.parametrize("loss_on", ["all", "masked"])
+def test_loss_equals_a_slow_loop_over_pixels(loss_on: str) -> None:
+    model, x = small(loss_on=loss_on, pixel_mean=0.0, pixel_scale=1.0), pixels()
+    masked = model.choose(2, seeds.stream(0, "m"))
+    with torch.no_grad():
+        guess = unpatchify(model.decode(x, masked), CLIP, model.coarse_patch).double()
+        total = count = 0.0
+        for b in range(2):
+            seen = set(masked.kept[b].tolist())
+            for t in range(CLIP[0]):
+                for h in range(CLIP[1]):
+                    for w in range(CLIP[2]):
+                        token = (t // 2 * 2 + h // 8) * 3 + w // 8
+                        if loss_on == "all" or token not in seen:
+                            total += (guess[b, t, h, w] - x[b, t, h, w] / 255).square().sum().item()
+                            count += 3
+        assert abs(model(x, masked).item() - total / count) < 1e-6
+
+
+def test_equal_seeds_give_equal_weights_and_others_do_not() -> None:
+    a, b, c = small(), small(), small()
+    c.initialise(1)
+    same = [torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True)]
+    assert all(same)
+    assert not torch.equal(a.encoder.blocks[0].qkv.weight, c.encoder.blocks[0].qkv.weight)
+
+
+def test_a_tiny_model_learns_one_batch_by_heart() -> None:
+    model = small(width=96, mlp=192, depth=4, mask_ratio=0.5, coarse_patch=(2, 8, 8))
+    x = pixels(1)
+    masked = MaskedTokens(torch.arange(0, 12, 2)[None], model.encoder.grid)
+    adam = torch.optim.Adam(model.parameters(), lr=3e-3)
+    first = model(x, masked).item()
+    for _ in range(150):
+        loss = model(x, masked)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    assert loss.item() < 0.02 * first
+
+
+def test_features_follow_the_released_numbering() -> None:
+    model, x = small(), pixels()
+    layers = model.encoder.features(x)
+    assert len(layers) == 4
+    assert torch.equal(layers[0], layers[1])
+    assert torch.equal(model.encoder.features(x, 3)[2], layers[2])
