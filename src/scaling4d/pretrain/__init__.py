@@ -1,0 +1,1 @@
+"""LOSS -> CHECKPOINT: train a point of the ladder on the curated clips."""

@@ -1,0 +1,109 @@
+"""Attention readouts of the released kind: learned or given queries read the features of all frames at once.
+
+Source: representations4d's AttentionReadout (the V-JEPA-like variant) and the tracking readouts of its MooG demo.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from scaling4d import config
+from scaling4d.mae.attention import attention
+from scaling4d.mae.encoder import LAYER_NORM_EPS
+from scaling4d.readout.features import stretch
+
+
+class AttentionReadout(nn.Module):
+    """One cross-attention block and a linear layer: `B t n C` -> `B Q out`.
+
+    Args:
+        queries: how many learned queries; or 0, and queries of `query_width` are given to forward.
+    """
+
+    def __init__(
+        self, *, features_width: int, frames: int, queries: int, query_width: int, width: int, heads: int, out: int
+    ) -> None:
+        super().__init__()
+        self.frames, self.heads = frames, heads
+        self.features_norm = nn.LayerNorm(features_width, LAYER_NORM_EPS)
+        self.temporal_positions = nn.Parameter(torch.empty(frames, 1, features_width))
+        if queries:
+            self.query = nn.Parameter(torch.empty(queries, width))
+        else:
+            self.query_in = nn.Linear(query_width, width)
+        self.key = nn.Linear(features_width, width)
+        self.value = nn.Linear(features_width, width)
+        self.project = nn.Linear(width, width)
+        self.mlp_norm = nn.LayerNorm(width, LAYER_NORM_EPS)
+        self.mlp_in = nn.Linear(width, 4 * width)
+        self.mlp_out = nn.Linear(4 * width, width)
+        self.out = nn.Linear(width, out)
+
+    def forward(self, features: Tensor, queries: Tensor | None = None) -> Tensor:
+        """features `B t n C`, queries `B Q Dq` or none -> `B Q out`."""
+        B = features.shape[0]
+        x = (self.features_norm(stretch(features, self.frames)) + self.temporal_positions).flatten(1, 2)  # B T*n C
+        q = self.query.expand(B, -1, -1) if queries is None else self.query_in(queries)  # B Q D
+        split = lambda y: y.unflatten(-1, (self.heads, -1))  # noqa: E731  B N D -> B N heads d
+        read = attention(split(q), split(self.key(x)), split(self.value(x))).flatten(2)  # B Q D
+        y = q + self.project(read)
+        y = y + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(y)), approximate="tanh"))
+        return self.out(y)
+
+
+def fourier(coordinates: Tensor, bases: int) -> Tensor:
+    """`... n` in 0..1 -> `... 2*bases*n`: sin(2^i pi x) for every i and n, then the cosines.
+
+    Cosines are sines of float32(x pi 2^i + pi/2), as in the reference: at high frequencies the order of rounding shows.
+    """
+    scale = 2.0 ** torch.arange(bases, dtype=torch.float32, device=coordinates.device)
+    angle = ((coordinates.float() * math.pi)[..., None, :] * scale[:, None]).flatten(-2)  # ... bases*n
+    return torch.cat([angle.sin(), (angle + math.pi / 2).sin()], dim=-1)
+
+
+@config.configurable
+class Head(nn.Module):
+    """An attention readout for a task: learned queries, or one query a tracked thing.
+
+    Args:
+        features_width, frames: of what it reads. learned: number of learned queries, or 0.
+        coordinates: numbers that describe a given query (2 for a point, 4 for a box). tiles: each given query is repeated
+          so often with a learned time embedding and answers for frames / tiles frames. values: numbers a frame.
+        width, heads: of the readout. fourier_bases: of the embedding of given queries (released: 16).
+    """
+
+    def __init__(
+        self,
+        *,
+        features_width: int,
+        frames: int,
+        learned: int,
+        out: int,
+        coordinates: int,
+        tiles: int,
+        width: int,
+        heads: int,
+        fourier_bases: int,
+    ) -> None:
+        super().__init__()
+        self.bases, self.tiles, self.frames = fourier_bases, tiles, frames
+        if not learned:
+            self.embed_mlp_in = nn.Linear(2 * fourier_bases * coordinates, width)
+            self.embed_mlp_out = nn.Linear(width, width)
+            self.tile_positions = nn.Parameter(torch.empty(tiles, width))
+        self.readout = AttentionReadout(
+            features_width=features_width, frames=frames, queries=learned, query_width=width, width=width, heads=heads, out=out
+        )
+
+    def forward(self, features: Tensor, queries: Tensor | None = None) -> Tensor:
+        """features `B t n C` -> `B Q out`; with given queries `B Q coordinates` -> `B Q T values`."""
+        if queries is None:
+            return self.readout(features)
+        x = self.embed_mlp_out(F.gelu(self.embed_mlp_in(fourier(queries, self.bases)), approximate="tanh"))  # B Q D
+        x = x[:, :, None] + self.tile_positions  # B Q k D
+        x = self.readout(features, x.flatten(1, 2))  # B Q*k out
+        return x.unflatten(1, (-1, self.tiles)).unflatten(-1, (self.frames // self.tiles, -1)).flatten(2, 3)  # B Q T values

@@ -1,0 +1,44 @@
+"""SSv2: which action is shown; top-1 accuracy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from torch import Tensor
+from torch.nn import functional as F
+
+from scaling4d import config
+from scaling4d.readout.heads import Head
+from scaling4d.readout.tasks.task import Measure
+from scaling4d.records import Sample
+
+
+@config.configurable
+@dataclass(frozen=True)
+class Actions:
+    """classes: of the benchmark (SSv2: 174). rate_hz: of the clip's frames."""
+
+    classes: int
+    rate_hz: float
+
+    primary: ClassVar = Measure("top1", "share", True)
+
+    def head(self, *, features_width: int, clip: tuple[int, int, int]) -> Head:
+        return config.build(
+            Head, features_width=features_width, frames=clip[0], learned=1, out=self.classes, coordinates=0, tiles=1
+        )
+
+    def target(self, sample: Sample) -> dict[str, np.ndarray]:
+        return {"action": sample.labels["action"]}
+
+    def predict(self, head: Head, features: Tensor, target: dict[str, Tensor]) -> Tensor:
+        """`B classes` logits."""
+        return head(features)[:, 0]
+
+    def loss(self, predicted: Tensor, target: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(predicted, target["action"])
+
+    def measure(self, predicted: np.ndarray, target: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
+        return {"top1": (float(predicted.argmax() == target["action"]), 1.0)}

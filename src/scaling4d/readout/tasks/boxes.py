@@ -1,0 +1,52 @@
+"""Waymo Open: follow boxes given in the first frame; mean IoU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from torch import Tensor
+from torch.nn import functional as F
+
+from scaling4d import config
+from scaling4d.readout import metrics
+from scaling4d.readout.heads import Head
+from scaling4d.readout.tasks.task import Measure, pad
+from scaling4d.records import Sample
+
+
+@config.configurable
+@dataclass(frozen=True)
+class Boxes:
+    """objects: at most so many a clip. rate_hz: of the clip's frames. beta: where the smooth L1 loss bends (our choice)."""
+
+    objects: int
+    rate_hz: float
+    beta: float
+
+    primary: ClassVar = Measure("mean_iou", "share", True)
+
+    def head(self, *, features_width: int, clip: tuple[int, int, int]) -> Head:
+        return config.build(Head, features_width=features_width, frames=clip[0], learned=0, out=clip[0] * 4, coordinates=4, tiles=1)
+
+    def target(self, sample: Sample) -> dict[str, np.ndarray]:
+        present = sample.valid["boxes"].copy()
+        present[:, 0] = False  # given, so neither learned nor measured
+        return {"boxes": pad(sample.labels["boxes"], self.objects), "present": pad(present, self.objects)}
+
+    def predict(self, head: Head, features: Tensor, target: dict[str, Tensor]) -> Tensor:
+        """`B Q T 4`."""
+        return head(features, target["boxes"][:, :, 0])
+
+    def loss(self, predicted: Tensor, target: dict[str, Tensor]) -> Tensor:
+        present = target["present"]
+        error = F.smooth_l1_loss(predicted, target["boxes"], reduction="none", beta=self.beta).mean(-1)
+        return (error * present).sum() / present.sum().clamp(min=1)
+
+    def measure(self, predicted: np.ndarray, target: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
+        present = target["present"]
+        iou = metrics.box_iou(predicted, target["boxes"])
+        first = metrics.box_iou(np.broadcast_to(target["boxes"][:, :1], predicted.shape), target["boxes"])
+        count = float(present.sum())
+        return {"mean_iou": (float(iou[present].sum()), count), "mean_iou_first_box_repeated": (float(first[present].sum()), count)}

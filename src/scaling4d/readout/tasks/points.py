@@ -1,0 +1,84 @@
+"""Perception Test: follow points given in the first frame; average Jaccard."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from scaling4d import config
+from scaling4d.readout import metrics
+from scaling4d.readout.heads import Head
+from scaling4d.readout.tasks.task import Measure, pad
+from scaling4d.records import Sample
+
+VALUES = 4  # x, y, visible, certain
+CERTAIN_PX, RASTER_PX = 6, 256  # a prediction within 6 of 256 pixels counts as certain
+
+
+@config.configurable
+@dataclass(frozen=True)
+class Points:
+    """tracks: at most so many a clip. tiles: a query is asked so often, each time for frames / tiles frames (released: 8).
+
+    Loss: Huber on the distance (weight 100) + visibility and certainty cross-entropies (0.1), as scivid trains its readout.
+    """
+
+    tracks: int
+    tiles: int
+    rate_hz: float
+
+    primary: ClassVar = Measure("average_jaccard", "share", True)
+
+    def head(self, *, features_width: int, clip: tuple[int, int, int]) -> Head:
+        out = clip[0] // self.tiles * VALUES
+        return config.build(
+            Head, features_width=features_width, frames=clip[0], learned=0, out=out, coordinates=2, tiles=self.tiles
+        )
+
+    def target(self, sample: Sample) -> dict[str, np.ndarray]:
+        visible = sample.valid["points"]
+        return {
+            "points": pad(sample.labels["points"], self.tracks),
+            "visible": pad(visible, self.tracks),
+            "asked": pad(np.ones(len(visible), bool), self.tracks),
+            "side_px": np.float32(max(sample.pixels.shape[1:3])),
+        }
+
+    def predict(self, head: Head, features: Tensor, target: dict[str, Tensor]) -> Tensor:
+        """`B Q T 4`: x, y in 0..1, logits of visible and certain."""
+        raw = head(features, target["points"][:, :, 0])
+        return torch.cat([raw[..., :2].sigmoid(), raw[..., 2:]], dim=-1)
+
+    def loss(self, predicted: Tensor, target: dict[str, Tensor]) -> Tensor:
+        asked = target["asked"][..., None].expand(target["visible"].shape)  # B Q T
+        seen = (target["visible"] & asked).float()
+        distance = (predicted[..., :2] - target["points"]).square().sum(-1).clamp(min=1e-12).sqrt()
+        delta = 1 / target["side_px"][:, None, None]
+        huber = torch.where(distance < delta, 0.5 * distance.square(), delta * (distance - delta / 2))
+        visible = F.binary_cross_entropy_with_logits(predicted[..., 2], seen, reduction="none")
+        near = (distance.detach() <= CERTAIN_PX / RASTER_PX).float()
+        certain = F.binary_cross_entropy_with_logits(predicted[..., 3], near, reduction="none")
+        asked = asked.float()
+        return 100 * (huber * seen).mean() + 0.1 * (visible * asked).sum() / asked.sum() + 0.1 * (certain * seen).mean()
+
+    def measure(self, predicted: np.ndarray, target: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
+        shown = 1 / (1 + np.exp(-predicted[..., 2:].astype(np.float64)))
+        evaluated = np.broadcast_to(target["asked"][:, None], target["visible"].shape).copy()
+        evaluated[:, 0] = False
+        video = metrics.track_metrics(
+            points=predicted[..., :2],
+            visible=shown.prod(-1) > 0.5,
+            true_points=target["points"],
+            true_visible=target["visible"],
+            evaluated=evaluated,
+        )
+        seen = target["visible"] & evaluated
+        distance_px = RASTER_PX * np.linalg.norm(predicted[..., :2] - target["points"], axis=-1)
+        return {name: (value, 1.0) for name, value in video.items()} | {
+            "distance_px256": (float(distance_px[seen].sum()), float(seen.sum()))
+        }

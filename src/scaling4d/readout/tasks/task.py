@@ -1,0 +1,47 @@
+"""What every task provides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from scaling4d.readout.heads import Head
+from scaling4d.records import Sample
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A metric's name and how to read it."""
+
+    metric: str
+    unit: str
+    higher_is_better: bool
+
+
+class Task(Protocol):
+    """A task turns samples into targets of one shape, predicts them, and sums its metrics up, sample by sample."""
+
+    primary: ClassVar[Measure]
+
+    def head(self, *, features_width: int, clip: tuple[int, int, int]) -> Head: ...
+
+    def target(self, sample: Sample) -> dict[str, np.ndarray]:
+        """Arrays of one shape for all samples; a batch stacks them."""
+        ...
+
+    def predict(self, head: Head, features: Tensor, target: dict[str, Tensor]) -> Tensor: ...
+
+    def loss(self, predicted: Tensor, target: dict[str, Tensor]) -> Tensor: ...
+
+    def measure(self, predicted: np.ndarray, target: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
+        """Of one sample: metric -> (sum, count)."""
+        ...
+
+
+def pad(values: np.ndarray, length: int) -> np.ndarray:
+    """`Q ...` -> `length ...`, zeros behind; what is over is cut off."""
+    values = values[:length]
+    return np.concatenate([values, np.zeros((length - len(values), *values.shape[1:]), values.dtype)])

@@ -1,0 +1,271 @@
+"""Train a readout on an encoder, frozen or fine-tuned, and measure it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from scaling4d import artifacts, benchmarks, checkpoint, config, log, optimizer, seeds
+from scaling4d.checkpoint import Checkpoint
+from scaling4d.mae.build import encoder_of, load
+from scaling4d.mae.encoder import initialise
+from scaling4d.ranks import average_gradients, gather, run
+from scaling4d.readout import metrics
+from scaling4d.readout.features import at_depth
+from scaling4d.readout.tasks.actions import Actions
+from scaling4d.readout.tasks.boxes import Boxes
+from scaling4d.readout.tasks.depth import Depth
+from scaling4d.readout.tasks.points import Points
+from scaling4d.readout.tasks.pose import Pose
+from scaling4d.readout.tasks.task import Task
+from scaling4d.records import Result, UserError
+
+TASKS: dict[str, type[Task]] = {"actions": Actions, "boxes": Boxes, "depth": Depth, "points": Points, "pose": Pose}
+PROTOCOLS = ("frozen", "finetune")
+HEAD = "head.safetensors"
+
+
+@config.configurable
+@dataclass(frozen=True)
+class Evaluation:
+    """What all readouts share. ranks: one-thread processes; results depend on it. depth_fraction: 0.95 in 4DS.
+
+    data: folder of benchmarks. bootstrap_draws: resamplings of the validation videos for the interval.
+    """
+
+    ranks: int
+    depth_fraction: float
+    data: str
+    bootstrap_draws: int
+
+
+@config.configurable
+@dataclass(frozen=True)
+class Recipe:
+    """How a readout is trained. encoder_learning_rate: 0 leaves the encoder frozen."""
+
+    steps: int
+    batch: int
+    learning_rate: float
+    encoder_learning_rate: float
+    weight_decay: float
+    betas: tuple[float, float]
+    warmup_steps: int
+    clip_norm: float
+
+
+def readout(encoder: str, task: str, protocol: str, settings: Mapping[str, Any]) -> Result:
+    """The `readout` stage: Checkpoint in, `result.json` and the trained head out.
+
+    Fine-tuning starts from the head that the frozen protocol trained (our choice; it saves most of the steps).
+    Raises:
+        UserError: unknown encoder, task or protocol, a missing checkpoint, or a benchmark that cannot be read.
+    """
+    started = time.time()
+    if task not in TASKS or protocol not in PROTOCOLS:
+        raise UserError(f"unknown readout {task!r} {protocol!r}; tasks: {', '.join(TASKS)}; protocols: {', '.join(PROTOCOLS)}")
+    keys = ["profile", "seed", "readout.shared", f"readout.tasks.{task}", f"readout.{protocol}.{task}"]
+    mine = config.declared(settings, keys)
+    config.bind(mine["readout.shared"], mine[f"readout.tasks.{task}"], mine[f"readout.{protocol}.{task}"])
+    evaluation, recipe, asked = config.build(Evaluation), config.build(Recipe), config.build(TASKS[task])
+    home = artifacts.home(settings)
+    folder = home / "pretrain" / encoder
+    saved = Checkpoint.read(folder)
+    final = home / "readout" / encoder / task / protocol
+    start = final.with_name("frozen") / HEAD if protocol == "finetune" else None
+    if start is not None and not start.is_file():
+        raise UserError(f"no {start}; fine-tuning starts from the frozen readout: run `scaling4d readout {encoder} {task} frozen`")
+    with artifacts.folder(final) as out:
+        videos, sums = run(
+            _work,
+            ranks=evaluation.ranks,
+            folder=folder,
+            task=task,
+            asked=asked,
+            evaluation=evaluation,
+            recipe=recipe,
+            start=start,
+            seed=mine["seed"],
+            out=out,
+        )
+        result = _result(saved, folder, task, protocol, asked, videos, sums, mine["seed"], evaluation.bootstrap_draws)
+        result.write(out / "result.json")
+        inputs = {"checkpoint": artifacts.sha256(folder)}
+        if start is not None:
+            inputs["head"] = artifacts.sha256(start)
+        asked.head(features_width=1, clip=(16, 16, 16))  # so that gin counts the head's settings as operative here too
+        artifacts.write_provenance(out, stage="readout", settings=settings, keys=keys, room="readout", inputs=inputs)
+    artifacts.write_run(f"readout-{encoder}-{task}-{protocol}", artifacts.sha256(final), started=started)
+    return result
+
+
+def _work(
+    *,
+    rank: int,
+    ranks: int,
+    folder: Path,
+    task: str,
+    asked: Task,
+    evaluation: Evaluation,
+    recipe: Recipe,
+    start: Path | None,
+    seed: int,
+    out: Path,
+) -> tuple[list[str], list[dict[str, tuple[float, float]]]]:
+    encoder = encoder_of(load(folder))
+    if recipe.batch % ranks:
+        raise UserError(f"readout batch {recipe.batch} does not divide over {ranks} ranks; set Recipe.batch to a multiple")
+    tuned = recipe.encoder_learning_rate > 0
+    encoder.requires_grad_(tuned)
+    features, targets, _ = _share(encoder, asked, task, "train", evaluation, rank=rank, ranks=ranks, pixels_only=tuned)
+    head = asked.head(features_width=encoder.width, clip=encoder.clip)
+    initialise(head, seed=seed)
+    if start is not None:
+        head.load_state_dict(checkpoint.load_tensors(start))
+    read = (lambda x: at_depth(encoder, x, evaluation.depth_fraction)) if tuned else (lambda x: x)
+    _train(head, encoder if tuned else None, read, features, targets, asked, recipe, rank=rank, ranks=ranks, seed=seed)
+    features, targets, videos = _share(encoder, asked, task, "val", evaluation, rank=rank, ranks=ranks, pixels_only=False)
+    measured = _measure(head, features, targets, asked)
+    if rank == 0:
+        checkpoint.save_tensors(out / HEAD, head.state_dict())
+    return gather(videos), gather(measured)
+
+
+def _share(
+    encoder: nn.Module,
+    asked: Task,
+    task: str,
+    split: str,
+    evaluation: Evaluation,
+    *,
+    rank: int,
+    ranks: int,
+    pixels_only: bool,
+) -> tuple[Tensor, dict[str, Tensor], list[str]]:
+    """This rank's part of a split: features `n t n D` (or pixels `n T H W C`), stacked targets, video names."""
+    T, side, _ = encoder.clip
+    samples = benchmarks.read(task, Path(evaluation.data), split, frames=T, rate_hz=asked.rate_hz, side_px=side)
+    inputs, targets, videos = [], [], []
+    for sample in islice(samples, rank, None, ranks):
+        pixels = torch.from_numpy(sample.pixels)
+        if pixels_only:
+            inputs.append(pixels)
+        else:
+            with torch.no_grad():
+                inputs.append(at_depth(encoder, pixels[None], evaluation.depth_fraction)[0])
+        targets.append(asked.target(sample))
+        videos.append(sample.video)
+    if not inputs:
+        raise UserError(f"{task}: fewer than {ranks} samples in split {split}; a rank has none: lower readout.shared.Evaluation.ranks")
+    stacked = {name: torch.from_numpy(np.stack([target[name] for target in targets])) for name in targets[0]}
+    return torch.stack(inputs), stacked, videos
+
+
+def _train(
+    head: nn.Module,
+    encoder: nn.Module | None,
+    read: Any,
+    inputs: Tensor,
+    targets: dict[str, Tensor],
+    asked: Task,
+    recipe: Recipe,
+    *,
+    rank: int,
+    ranks: int,
+    seed: int,
+) -> None:
+    parts = {"head": (head, recipe.learning_rate)}
+    if encoder is not None:
+        parts["encoder"] = (encoder, recipe.encoder_learning_rate)
+    adamw, peaks = optimizer.adamw(parts, betas=recipe.betas, weight_decay=recipe.weight_decay)
+    parameters = [p for group in adamw.param_groups for p in group["params"]]
+    size = recipe.batch // ranks
+    steps = log.Steps(recipe.steps)
+    for step in range(recipe.steps):
+        chosen = _batch(step, size, len(inputs), seed, rank)
+        target = {name: value[chosen] for name, value in targets.items()}
+        loss = asked.loss(asked.predict(head, read(inputs[chosen]), target), target)
+        loss.backward()
+        grad = _update(parameters, adamw, peaks, recipe, step)
+        if rank == 0:
+            lr = adamw.param_groups[0]["lr"]
+            steps.line(step + 1, loss=loss.item(), lr=lr, grad=grad, clips=(step + 1) * recipe.batch)
+
+
+def _update(parameters: list[Tensor], adamw: torch.optim.AdamW, peaks: list[float], recipe: Recipe, step: int) -> float:
+    average_gradients(parameters)
+    grad = nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
+    if not torch.isfinite(grad):
+        raise UserError(f"readout step {step}: the gradient is {grad.item()}; lower Recipe.learning_rate")
+    optimizer.set_rate(adamw, peaks, optimizer.warmup_cosine(step, steps=recipe.steps, warmup=recipe.warmup_steps))
+    adamw.step()
+    adamw.zero_grad()
+    return grad.item()
+
+
+def _batch(step: int, size: int, length: int, seed: int, rank: int) -> Tensor:
+    """`size` positions of an endless sequence of shuffled passes over `length` samples, a pure function of (seed, step)."""
+    positions = range(step * size, (step + 1) * size)
+    orders = {p // length: None for p in positions}
+    for epoch in orders:
+        orders[epoch] = seeds.numpy(seed, "readout_order", rank, epoch).permutation(length)
+    return torch.tensor([int(orders[p // length][p % length]) for p in positions])
+
+
+@torch.no_grad()
+def _measure(head: nn.Module, features: Tensor, targets: dict[str, Tensor], asked: Task) -> list[dict[str, tuple[float, float]]]:
+    measured = []
+    for at in range(0, len(features), 16):
+        target = {name: value[at : at + 16] for name, value in targets.items()}
+        predicted = asked.predict(head, features[at : at + 16], target).numpy()
+        for index, one in enumerate(predicted):
+            measured.append(asked.measure(one, {name: value[index].numpy() for name, value in target.items()}))
+    return measured
+
+
+def _result(
+    saved: Checkpoint,
+    folder: Path,
+    task: str,
+    protocol: str,
+    asked: Task,
+    videos: list[str],
+    measured: list[dict[str, tuple[float, float]]],
+    seed: int,
+    draws: int,
+) -> Result:
+    names = sorted(set(videos))
+    row = {name: index for index, name in enumerate(names)}
+    table = {metric: np.zeros((len(names), 2)) for metric in measured[0]}
+    for video, sums in zip(videos, measured, strict=True):
+        for metric, pair in sums.items():
+            table[metric][row[video]] += pair
+    value = {metric: float(pairs[:, 0].sum() / pairs[:, 1].sum()) for metric, pairs in table.items()}
+    primary = asked.primary
+    rng = seeds.numpy(seed, "bootstrap", task)
+    low, high = metrics.interval(*table[primary.metric].T, rng, draws=draws)
+    low, high = min(low, value[primary.metric]), max(high, value[primary.metric])  # rounding, where all videos are equal
+    return Result(
+        encoder=saved.name,
+        parameters=saved.parameters,
+        task=task,
+        protocol=protocol,
+        metric=primary.metric,
+        value=value.pop(primary.metric),
+        low=low,
+        high=high,
+        unit=primary.unit,
+        higher_is_better=primary.higher_is_better,
+        examples=len(measured),
+        seed=seed,
+        checkpoint_sha256=checkpoint.weights_sha256(folder),
+        others=value,
+    )

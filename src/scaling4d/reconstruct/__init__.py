@@ -1,0 +1,1 @@
+"""CHECKPOINT -> FIDELITY of filled-in video."""
