@@ -18,7 +18,10 @@ MAY_IMPORT = {
     "report": set(),
     "audit": set(),
 }
-MODULES = {".".join(("scaling4d", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__") for path in SOURCE.rglob("*.py")}
+MODULES = {
+    ".".join(("scaling4d", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__")
+    for path in SOURCE.rglob("*.py")
+}
 
 
 def rooms_imported(path: Path) -> set[str]:

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from scaling4d import ranks
-from scaling4d.ranks import average_gradients, gather
+from scaling4d.ranks import gather, parallel
 from scaling4d.records import UserError
 
 
 def averaged(*, rank: int, ranks: int) -> list[float]:
-    weight = torch.nn.Parameter(torch.zeros(2))
-    weight.grad = torch.tensor([float(rank), 1.0])
-    average_gradients([weight])
-    return weight.grad.tolist()
+    linear = torch.nn.Linear(2, 1, bias=False)
+    together = parallel(linear)
+    together(torch.tensor([[float(rank), 1.0]])).sum().backward()
+    return linear.weight.grad[0].tolist()
 
 
 def gathered(*, rank: int, ranks: int, items: int) -> list[int]:

@@ -60,15 +60,13 @@ def write_provenance(
         room: whose code made it; its hash comes from the `code` stage.
         inputs: sha256 by name of what was read (shards, checkpoint, benchmark).
     """
-    differing = config.overrides(settings)
-    mine = {key: value for key, value in differing.items() if any(key == k or key.startswith(f"{k}.") for k in keys)}
     code = Path("artifacts/code") / f"{room}.json"
     write_json(
         out / "provenance.json",
         {
             "stage": stage,
             "settings": config.declared(settings, keys),
-            "overrides": mine,
+            "overrides": config.overrides(settings, keys),
             "code": json.loads(code.read_text()) if code.is_file() else None,
             "inputs": dict(inputs),
         },

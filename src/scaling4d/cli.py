@@ -43,7 +43,9 @@ def code() -> None:
 
 
 @app.command()
-def clips(dry: Annotated[bool, typer.Option(help="Print what would be used and why not the rest; write nothing.")] = False) -> None:
+def clips(
+    dry: Annotated[bool, typer.Option(help="Print what would be used and why not the rest; write nothing.")] = False,
+) -> None:
     """Curate data/videos into shards of clips (a DVC stage)."""
     from scaling4d.clips import stage
 
@@ -79,7 +81,9 @@ def readout(encoder: str, task: str, protocol: str) -> None:
     from scaling4d.readout.train import readout as run
 
     result = run(encoder, task, protocol, settings)
-    print(f"{encoder} {task} {protocol}: {result.metric} {result.value:.4f} ({result.low:.4f} to {result.high:.4f}) {result.unit}")
+    print(
+        f"{encoder} {task} {protocol}: {result.metric} {result.value:.4f} ({result.low:.4f} to {result.high:.4f}) {result.unit}"
+    )
 
 
 @app.command()
@@ -98,6 +102,15 @@ def report() -> None:
     from scaling4d.report import build
 
     build(_settings())
+
+
+@app.command()
+def table() -> None:
+    """Print the results as one table: point x task x protocol."""
+    from scaling4d.report import read
+    from scaling4d.report import table as draw
+
+    print(draw(read(_settings())))
 
 
 @app.command()

@@ -69,7 +69,10 @@ def _meaning(node: ast.AST | list | object) -> str:
     if not isinstance(node, ast.AST):
         return repr(node)
     fields = dict(ast.iter_fields(node))
-    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node) is not None:
+    if (
+        isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and ast.get_docstring(node) is not None
+    ):
         fields["body"] = fields["body"][1:]
     kept = {name: value for name, value in fields.items() if value not in (None, []) and name not in ("kind", "type_comment")}
     return type(node).__name__ + "(" + ",".join(f"{name}={_meaning(value)}" for name, value in kept.items()) + ")"

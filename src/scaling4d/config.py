@@ -132,24 +132,29 @@ def write(overrides: list[str], path: Path = PARAMS) -> None:
     compose_and_dump(str(path.resolve()), str(EXPERIMENTS.resolve()), None, "config", str(EXPERIMENTS.resolve()), overrides)
 
 
-def overrides(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys of params.yaml whose values differ from the composition of its profile.
+def overrides(settings: Mapping[str, Any], keys: list[str] | None = None) -> dict[str, Any]:
+    """Dotted keys whose values differ from the composition of the settings' profile; with `keys`, only at or below those.
 
     Raises:
         UserError: a key that no group knows, a key that is missing, or a value of another type.
     """
     composed = dict(_leaves(compose([f"profile={section(settings, 'profile')}"])))
     found = dict(_leaves(settings))
-    for key in found.keys() - composed.keys():
+    if keys is not None:
+        composed, found = ({k: v for k, v in leaves.items() if _below(k, keys)} for leaves in (composed, found))
+    for key in sorted(found.keys() - composed.keys()):
         raise UserError(f"params.yaml has {key} = {found[key]!r}, which no group in experiments/ knows; correct or remove it")
-    for key in composed.keys() - found.keys():
+    for key in sorted(composed.keys() - found.keys()):
         raise UserError(f"params.yaml lacks {key}; write it anew with `scaling4d compose profile={settings['profile']}`")
     for key, value in found.items():
         if not _same_type(value, composed[key]):
-            raise UserError(
-                f"{key} = {value!r} is a {type(value).__name__}; needed a {type(composed[key]).__name__} such as {composed[key]!r}"
-            )
+            kind, needed = type(value).__name__, type(composed[key]).__name__
+            raise UserError(f"{key} = {value!r} is a {kind}; needed a {needed} such as {composed[key]!r}")
     return {key: value for key, value in sorted(found.items()) if value != composed[key]}
+
+
+def _below(key: str, parents: list[str]) -> bool:
+    return any(key == parent or key.startswith(f"{parent}.") for parent in parents)
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -21,7 +21,7 @@ class Steps:
         spent = now - self.started
         eta = spent / step * (self.total - step)
         print(
-            f"step {step:05d}/{self.total}  loss {loss:.4f}  lr {lr:.2e}  grad {grad:.2f}  "
+            f"step {step:05d}/{self.total}  loss {loss:.4f}  lr {lr:.2e}  grad {grad:.2e}  "
             f"{clips / spent:.0f} clips/s  eta {int(eta // 60)}m{int(eta % 60):02d}",
             file=self.out,
             flush=True,

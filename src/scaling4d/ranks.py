@@ -12,13 +12,14 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from scaling4d.records import UserError
 
@@ -43,7 +44,9 @@ def run(work: Callable[..., T], *, ranks: int, **arguments: Any) -> T:
     with tempfile.TemporaryDirectory() as meeting:
         pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
         children = [
-            context.Process(target=_child, args=(work, rank, ranks, f"file://{meeting}/store", pipes[rank][1], arguments), daemon=True)
+            context.Process(
+                target=_child, args=(work, rank, ranks, f"file://{meeting}/store", pipes[rank][1], arguments), daemon=True
+            )
             for rank in range(ranks)
         ]
         for child in children:
@@ -70,7 +73,9 @@ def _collect(children: list, receivers: list) -> Any:
                 children[rank].join()
                 code = children[rank].exitcode
                 why = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-                raise RuntimeError(f"rank {rank} of {len(children)} ended without a result ({why}); its own message is above") from None
+                raise RuntimeError(
+                    f"rank {rank} of {len(children)} ended without a result ({why}); its own message is above"
+                ) from None
             if kind == "refused":
                 raise UserError(value)
             first = value if rank == 0 else first
@@ -93,15 +98,12 @@ def _enter(rank: int, ranks: int, meeting: str) -> None:
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks)
 
 
-@torch.no_grad()
-def average_gradients(parameters: Iterable[Tensor]) -> None:
-    """Replace every gradient by its mean over the ranks, in one message."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
+def parallel(module: nn.Module, *, some_unused: bool = False) -> nn.Module:
+    """The module, called alike in every rank; its gradients become their mean over the ranks.
+
+    some_unused: parameters exist that do not reach the loss.
+    """
+    return DistributedDataParallel(module, gradient_as_bucket_view=True, find_unused_parameters=some_unused)
 
 
 def gather(values: list) -> list:

@@ -77,7 +77,9 @@ class ClipBatch:
     def __post_init__(self) -> None:
         shape = tuple(self.pixels.shape)
         _require(len(shape) == 5 and shape[-1] == 3, f"pixels have shape {shape}; needed B T H W 3")
-        _require(shape[0] == len(self.ids) == len(self.start_s), f"{shape[0]} clips, {len(self.ids)} ids, {len(self.start_s)} starts")
+        _require(
+            shape[0] == len(self.ids) == len(self.start_s), f"{shape[0]} clips, {len(self.ids)} ids, {len(self.start_s)} starts"
+        )
 
 
 @dataclass(frozen=True)

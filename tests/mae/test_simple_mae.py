@@ -29,6 +29,7 @@ def small(**changes: object) -> SimpleMAE:
         "mask_ratio": 0.75,
         "loss_on": "all",
         "position_init": "sincos",
+        "weight_scale": 1.0,
         "pixel_mean": 0.45,
         "pixel_scale": 4.0,
     }
@@ -61,7 +62,9 @@ def test_masks_differ_between_clips_and_repeat_with_the_seed() -> None:
 
 
 def test_masking_everything_says_which_setting_to_lower() -> None:
-    with pytest.raises(UserError, match=r"^mask_ratio = 0.999 keeps 0 of 16 tokens; set mask_ratio in \(0, 1\), low enough to keep one$"):
+    with pytest.raises(
+        UserError, match=r"^mask_ratio = 0.999 keeps 0 of 16 tokens; set mask_ratio in \(0, 1\), low enough to keep one$"
+    ):
         random_keep(batch=1, grid=(1, 4, 4), mask_ratio=0.999, rng=seeds.stream(0))
 
 

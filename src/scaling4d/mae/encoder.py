@@ -98,9 +98,7 @@ class Encoder(nn.Module):
 class PixelTokens(nn.Module):
     """The baseline without any learning: a token is its patch's normalised pixels."""
 
-    def __init__(
-        self, *, clip: tuple[int, int, int], patch: tuple[int, int, int], pixel_mean: float, pixel_scale: float
-    ) -> None:
+    def __init__(self, *, clip: tuple[int, int, int], patch: tuple[int, int, int], pixel_mean: float, pixel_scale: float) -> None:
         super().__init__()
         self.clip, self.patch, self.depth = tuple(clip), tuple(patch), 0
         self.grid = grid_of(self.clip, self.patch)
@@ -133,11 +131,11 @@ def sincos(grid: tuple[int, int, int], width: int, step: tuple[float, float, flo
 
 
 @torch.no_grad()
-def initialise(module: nn.Module, *, seed: int) -> None:
-    """Draw every weight from the stream of its own name, as the released 4DS code does.
+def initialise(module: nn.Module, *, seed: int, weight_scale: float) -> None:
+    """Draw every weight from the stream of its own name.
 
-    Truncated lecun-normal for projections and attention, xavier-uniform for the blocks' mlp, zero biases, unit norms,
-    N(0, 0.02) for learned tokens and positions.
+    Truncated lecun-normal for projections and attention, xavier-uniform for the blocks' mlp, both times `weight_scale`; zero
+    biases, unit norms, N(0, 0.02) for learned tokens and positions. The released 4DS code does so with a scale of 1.
     """
     for name, weight in module.named_parameters():
         rng = seeds.stream(seed, "init", name)
@@ -148,9 +146,9 @@ def initialise(module: nn.Module, *, seed: int) -> None:
         elif not name.endswith("weight"):
             nn.init.normal_(weight, std=0.02, generator=rng)
         elif "mlp_" in name:
-            nn.init.xavier_uniform_(weight, generator=rng)
+            nn.init.xavier_uniform_(weight, gain=weight_scale, generator=rng)
         else:
-            std = math.sqrt(1 / weight.shape[1]) / LECUN_STD
+            std = weight_scale * math.sqrt(1 / weight.shape[1]) / LECUN_STD
             nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=rng)
 
 

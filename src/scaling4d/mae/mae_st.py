@@ -89,6 +89,7 @@ class MAEST(nn.Module):
         predicted_frames: `pred_t_dim`, how many of the T frames are predicted, evenly spaced.
         normalise_target: predict pixels normalised per patch (mean and unbiased variance).
         position_init: "normal" N(0, 0.02), or "sincos" (ours: learns in short schedules).
+        weight_scale: of the initial weights; 1 as released, less learns faster in short schedules (ours).
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class MAEST(nn.Module):
         mask_ratio: float,
         normalise_target: bool,
         position_init: str,
+        weight_scale: float,
         pixel_mean: float,
         pixel_scale: float,
     ) -> None:
@@ -114,7 +116,9 @@ class MAEST(nn.Module):
         if position_init not in ("normal", "sincos"):
             raise UserError(f"position_init = {position_init!r}; needed 'normal' or 'sincos'")
         if patch[0] * predicted_frames % clip[0]:
-            raise UserError(f"predicted_frames = {predicted_frames} of {clip[0]} is not a whole number of frames a patch of {patch[0]}")
+            raise UserError(
+                f"predicted_frames = {predicted_frames} of {clip[0]} is not a whole number of frames a patch of {patch[0]}"
+            )
         self.settings = {
             "width": width,
             "depth": depth,
@@ -129,6 +133,7 @@ class MAEST(nn.Module):
             "mask_ratio": mask_ratio,
             "normalise_target": normalise_target,
             "position_init": position_init,
+            "weight_scale": weight_scale,
             "pixel_mean": pixel_mean,
             "pixel_scale": pixel_scale,
         }
@@ -142,7 +147,8 @@ class MAEST(nn.Module):
             pixel_mean=pixel_mean,
             pixel_scale=pixel_scale,
         )
-        self.mask_ratio, self.normalise_target, self.position_init = mask_ratio, normalise_target, position_init
+        self.mask_ratio, self.normalise_target = mask_ratio, normalise_target
+        self.position_init, self.weight_scale = position_init, weight_scale
         self.predicted_frames = predicted_frames
         self.predicted_patch = (patch[0] * predicted_frames // clip[0], *patch[1:])
         self.decoder_embedding = nn.Linear(width, decoder_width)
@@ -157,7 +163,7 @@ class MAEST(nn.Module):
 
     def initialise(self, seed: int) -> None:
         """Draw all weights; equal seeds give equal weights."""
-        initialise(self, seed=seed)
+        initialise(self, seed=seed, weight_scale=self.weight_scale)
         if self.position_init == "sincos":
             with torch.no_grad():
                 for positions in (self.encoder.positions, self.decoder_positions):

@@ -22,6 +22,8 @@ def random_keep(*, batch: int, grid: tuple[int, int, int], mask_ratio: float, rn
     tokens = grid[0] * grid[1] * grid[2]
     keep = round(tokens * (1 - mask_ratio))
     if not 0 < mask_ratio < 1 or keep < 1:
-        raise UserError(f"mask_ratio = {mask_ratio} keeps {keep} of {tokens} tokens; set mask_ratio in (0, 1), low enough to keep one")
+        raise UserError(
+            f"mask_ratio = {mask_ratio} keeps {keep} of {tokens} tokens; set mask_ratio in (0, 1), low enough to keep one"
+        )
     noise = torch.rand(batch, tokens, generator=rng)
     return MaskedTokens(noise.argsort(dim=1)[:, :keep].sort(dim=1).values, grid)

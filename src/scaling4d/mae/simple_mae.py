@@ -30,6 +30,7 @@ class SimpleMAE(nn.Module):
         mask_ratio: fraction of tokens hidden.
         loss_on: "all" pixels, or only "masked" ones (those outside the visible patches).
         position_init: "normal" N(0, 0.02) as released, or "sincos" (ours: learns in short schedules).
+        weight_scale: of the initial weights; 1 as released, less learns faster in short schedules (ours).
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class SimpleMAE(nn.Module):
         mask_ratio: float,
         loss_on: str,
         position_init: str,
+        weight_scale: float,
         pixel_mean: float,
         pixel_scale: float,
     ) -> None:
@@ -68,6 +70,7 @@ class SimpleMAE(nn.Module):
             "mask_ratio": mask_ratio,
             "loss_on": loss_on,
             "position_init": position_init,
+            "weight_scale": weight_scale,
             "pixel_mean": pixel_mean,
             "pixel_scale": pixel_scale,
         }
@@ -83,13 +86,14 @@ class SimpleMAE(nn.Module):
             pixel_scale=pixel_scale,
         )
         self.coarse_patch, self.coarse_grid = tuple(coarse_patch), grid_of(clip, coarse_patch)
-        self.decode_blocks, self.mask_ratio, self.loss_on, self.position_init = decode_blocks, mask_ratio, loss_on, position_init
+        self.decode_blocks, self.mask_ratio, self.loss_on = decode_blocks, mask_ratio, loss_on
+        self.position_init, self.weight_scale = position_init, weight_scale
         self.coarse_tokens = nn.Parameter(torch.empty(math.prod(self.coarse_grid), width))  # M D
         self.decoder = nn.Linear(width, math.prod(coarse_patch) * 3)
 
     def initialise(self, seed: int) -> None:
         """Draw all weights; equal seeds give equal weights."""
-        initialise(self, seed=seed)
+        initialise(self, seed=seed, weight_scale=self.weight_scale)
         if self.position_init == "sincos":
             ratio = tuple(c / p for c, p in zip(self.coarse_patch, self.encoder.patch, strict=True))
             with torch.no_grad():
@@ -111,12 +115,12 @@ class SimpleMAE(nn.Module):
         return self.decoder(x[:, masked.kept.shape[1] :])  # B M P
 
     def forward(self, pixels: Tensor, masked: MaskedTokens) -> Tensor:
-        """Mean squared error of pixels in 0..1 (a scalar), over all pixels or over the masked ones."""
+        """Mean squared error of normalised pixels (a scalar), over all pixels or over the masked ones."""
         error = (self.decode(pixels, masked) - self.encoder.normalise(patchify(pixels, self.coarse_patch))).square()
         if self.loss_on == "masked":
             hidden = patchify(hidden_pixels(masked, self.encoder.clip, self.encoder.patch), self.coarse_patch)  # B M P/3
-            return (error.unflatten(-1, (-1, 3)).mean(-1) * hidden).sum() / hidden.sum() / self.encoder.pixel_scale**2
-        return error.mean() / self.encoder.pixel_scale**2
+            return (error.unflatten(-1, (-1, 3)).mean(-1) * hidden).sum() / hidden.sum()
+        return error.mean()
 
     def reconstruct(self, pixels: Tensor, masked: MaskedTokens) -> Tensor:
         """float `B T H W C` in 0..1: every pixel as predicted."""

@@ -18,7 +18,7 @@ from scaling4d.checkpoint import Checkpoint
 from scaling4d.clips import loader
 from scaling4d.mae.build import METHODS
 from scaling4d.mae.encoder import PixelTokens
-from scaling4d.ranks import average_gradients, run
+from scaling4d.ranks import parallel, run
 from scaling4d.records import MaskedTokens, UserError, write_json
 
 UNTRAINED = "untrained_"
@@ -106,6 +106,7 @@ def pretrain(point: str, settings: Mapping[str, Any]) -> Path:
 def _train(*, rank: int, ranks: int, point: str, settings: Mapping[str, Any], training: Training, clips: Path, out: Path) -> None:
     seed = settings["seed"]
     model = build(point, settings, seed)
+    step_loss = parallel(model)
     peak = training.rate_times_width / model.encoder.width
     adamw, peaks = optimizer.adamw({"model": (model, peak)}, betas=training.betas, weight_decay=training.weight_decay)
     warmup = round(training.steps * training.warmup)
@@ -124,7 +125,7 @@ def _train(*, rank: int, ranks: int, point: str, settings: Mapping[str, Any], tr
     steps = log.Steps(training.steps)
     for step, batch in enumerate(batches):
         masked = model.choose(len(batch.ids), seeds.stream(seed, "mask", step, rank))
-        loss = model(batch.pixels, masked)
+        loss = step_loss(batch.pixels, masked)
         loss.backward()
         grad = _update(model, adamw, batch.ids, step, training.clip_norm, peaks, warmup, training.steps)
         recent.append(loss.detach())
@@ -132,7 +133,13 @@ def _train(*, rank: int, ranks: int, point: str, settings: Mapping[str, Any], tr
             mean = torch.stack(recent).mean()
             dist.all_reduce(mean)
             lr = adamw.param_groups[0]["lr"]
-            line = {"step": step + 1, "clips_seen": (step + 1) * training.batch, "loss": mean.item() / ranks, "lr": lr, "grad": grad}
+            line = {
+                "step": step + 1,
+                "clips_seen": (step + 1) * training.batch,
+                "loss": mean.item() / ranks,
+                "lr": lr,
+                "grad": grad,
+            }
             lines.append(line)
             recent = []
             if rank == 0:
@@ -152,10 +159,11 @@ def _update(
     warmup: int,
     steps: int,
 ) -> float:
-    average_gradients(model.parameters())
     grad = nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
     if not torch.isfinite(grad):
-        raise UserError(f"step {step}: the gradient is {grad.item()}; clips {', '.join(ids)}; lower pretrain.Training.rate_times_width")
+        raise UserError(
+            f"step {step}: the gradient is {grad.item()}; clips {', '.join(ids)}; lower pretrain.Training.rate_times_width"
+        )
     optimizer.set_rate(adamw, peaks, optimizer.warmup_cosine(step, steps=steps, warmup=warmup))
     adamw.step()
     adamw.zero_grad()
@@ -175,9 +183,7 @@ def validate(model: nn.Module, clips: Path, training: Training, *, seed: int, ra
     return (total[0] / total[1]).item()
 
 
-def _write(
-    out: Path, point: str, model: nn.Module, training: Training, lines: list[dict], val_loss: float, seed: int
-) -> None:
+def _write(out: Path, point: str, model: nn.Module, training: Training, lines: list[dict], val_loss: float, seed: int) -> None:
     seen = training.steps * training.batch
     described = describe(point, model, step=training.steps, clips_seen=seen)
     described.write(out, model.state_dict())
@@ -222,5 +228,3 @@ def baseline(encoder: str, settings: Mapping[str, Any]) -> Path:
         artifacts.write_provenance(out, stage="baseline", settings=settings, keys=keys, room="pretrain", inputs={})
     artifacts.write_run(f"baseline-{encoder}", artifacts.sha256(final), started=started)
     return final
-
-

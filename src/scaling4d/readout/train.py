@@ -17,7 +17,7 @@ from scaling4d import artifacts, benchmarks, checkpoint, config, log, optimizer,
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.mae.build import encoder_of, load
 from scaling4d.mae.encoder import initialise
-from scaling4d.ranks import average_gradients, gather, run
+from scaling4d.ranks import gather, parallel, run
 from scaling4d.readout import metrics
 from scaling4d.readout.features import at_depth
 from scaling4d.readout.tasks.actions import Actions
@@ -82,7 +82,9 @@ def readout(encoder: str, task: str, protocol: str, settings: Mapping[str, Any])
     final = home / "readout" / encoder / task / protocol
     start = final.with_name("frozen") / HEAD if protocol == "finetune" else None
     if start is not None and not start.is_file():
-        raise UserError(f"no {start}; fine-tuning starts from the frozen readout: run `scaling4d readout {encoder} {task} frozen`")
+        raise UserError(
+            f"no {start}; fine-tuning starts from the frozen readout: run `scaling4d readout {encoder} {task} frozen`"
+        )
     with artifacts.folder(final) as out:
         videos, sums = run(
             _work,
@@ -127,11 +129,11 @@ def _work(
     encoder.requires_grad_(tuned)
     features, targets, _ = _share(encoder, asked, task, "train", evaluation, rank=rank, ranks=ranks, pixels_only=tuned)
     head = asked.head(features_width=encoder.width, clip=encoder.clip)
-    initialise(head, seed=seed)
+    initialise(head, seed=seed, weight_scale=1.0)
     if start is not None:
         head.load_state_dict(checkpoint.load_tensors(start))
-    read = (lambda x: at_depth(encoder, x, evaluation.depth_fraction)) if tuned else (lambda x: x)
-    _train(head, encoder if tuned else None, read, features, targets, asked, recipe, rank=rank, ranks=ranks, seed=seed)
+    probe = Probe(encoder if tuned else None, head, asked, evaluation.depth_fraction)
+    _train(probe, features, targets, recipe, rank=rank, ranks=ranks, seed=seed)
     features, targets, videos = _share(encoder, asked, task, "val", evaluation, rank=rank, ranks=ranks, pixels_only=False)
     measured = _measure(head, features, targets, asked)
     if rank == 0:
@@ -164,51 +166,46 @@ def _share(
         targets.append(asked.target(sample))
         videos.append(sample.video)
     if not inputs:
-        raise UserError(f"{task}: fewer than {ranks} samples in split {split}; a rank has none: lower readout.shared.Evaluation.ranks")
+        raise UserError(
+            f"{task}: fewer than {ranks} samples in split {split}; a rank has none: lower readout.shared.Evaluation.ranks"
+        )
     stacked = {name: torch.from_numpy(np.stack([target[name] for target in targets])) for name in targets[0]}
     return torch.stack(inputs), stacked, videos
 
 
-def _train(
-    head: nn.Module,
-    encoder: nn.Module | None,
-    read: Any,
-    inputs: Tensor,
-    targets: dict[str, Tensor],
-    asked: Task,
-    recipe: Recipe,
-    *,
-    rank: int,
-    ranks: int,
-    seed: int,
-) -> None:
-    parts = {"head": (head, recipe.learning_rate)}
-    if encoder is not None:
-        parts["encoder"] = (encoder, recipe.encoder_learning_rate)
+class Probe(nn.Module):
+    """Encoder (or none, where features are ready) and head together, so that ranks average the gradients of both."""
+
+    def __init__(self, encoder: nn.Module | None, head: nn.Module, asked: Task, fraction: float) -> None:
+        super().__init__()
+        self.encoder, self.head, self.asked, self.fraction = encoder, head, asked, fraction
+
+    def forward(self, inputs: Tensor, target: dict[str, Tensor]) -> Tensor:
+        """Pixels `B T H W C` or features `B t n D` -> loss."""
+        features = inputs if self.encoder is None else at_depth(self.encoder, inputs, self.fraction)
+        return self.asked.loss(self.asked.predict(self.head, features, target), target)
+
+
+def _train(probe: Probe, inputs: Tensor, targets: dict[str, Tensor], recipe: Recipe, *, rank: int, ranks: int, seed: int) -> None:
+    parts = {"head": (probe.head, recipe.learning_rate)}
+    if probe.encoder is not None:
+        parts["encoder"] = (probe.encoder, recipe.encoder_learning_rate)
     adamw, peaks = optimizer.adamw(parts, betas=recipe.betas, weight_decay=recipe.weight_decay)
-    parameters = [p for group in adamw.param_groups for p in group["params"]]
-    size = recipe.batch // ranks
+    step_loss = parallel(probe, some_unused=probe.encoder is not None)  # the blocks above the readout's depth
     steps = log.Steps(recipe.steps)
     for step in range(recipe.steps):
-        chosen = _batch(step, size, len(inputs), seed, rank)
-        target = {name: value[chosen] for name, value in targets.items()}
-        loss = asked.loss(asked.predict(head, read(inputs[chosen]), target), target)
+        chosen = _batch(step, recipe.batch // ranks, len(inputs), seed, rank)
+        loss = step_loss(inputs[chosen], {name: value[chosen] for name, value in targets.items()})
         loss.backward()
-        grad = _update(parameters, adamw, peaks, recipe, step)
+        grad = nn.utils.clip_grad_norm_(probe.parameters(), recipe.clip_norm)
+        if not torch.isfinite(grad):
+            raise UserError(f"readout step {step}: the gradient is {grad.item()}; lower Recipe.learning_rate")
+        optimizer.set_rate(adamw, peaks, optimizer.warmup_cosine(step, steps=recipe.steps, warmup=recipe.warmup_steps))
+        adamw.step()
+        adamw.zero_grad()
         if rank == 0:
             lr = adamw.param_groups[0]["lr"]
-            steps.line(step + 1, loss=loss.item(), lr=lr, grad=grad, clips=(step + 1) * recipe.batch)
-
-
-def _update(parameters: list[Tensor], adamw: torch.optim.AdamW, peaks: list[float], recipe: Recipe, step: int) -> float:
-    average_gradients(parameters)
-    grad = nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
-    if not torch.isfinite(grad):
-        raise UserError(f"readout step {step}: the gradient is {grad.item()}; lower Recipe.learning_rate")
-    optimizer.set_rate(adamw, peaks, optimizer.warmup_cosine(step, steps=recipe.steps, warmup=recipe.warmup_steps))
-    adamw.step()
-    adamw.zero_grad()
-    return grad.item()
+            steps.line(step + 1, loss=loss.item(), lr=lr, grad=grad.item(), clips=(step + 1) * recipe.batch)
 
 
 def _batch(step: int, size: int, length: int, seed: int, rank: int) -> Tensor:

@@ -15,10 +15,11 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from scaling4d import config
 from scaling4d.mae.encoder import Encoder, initialise, sincos
+
+BATCH = 64  # frames at a time
 
 
 @config.configurable
@@ -43,52 +44,21 @@ class Fidelity:
             pixel_mean=0.5,
             pixel_scale=2.0,
         )
-        initialise(encoder, seed=seed)
+        initialise(encoder, seed=seed, weight_scale=1.0)
         with torch.no_grad():
             encoder.positions.copy_(sincos(encoder.grid, self.width))
         return encoder.requires_grad_(False)
 
 
-class Frames(Dataset):
-    """uint8 `n H W 3` -> items uint8 `3 H W`, as torch-fidelity wants them."""
-
-    def __init__(self, frames: Tensor) -> None:
-        self.frames = frames.permute(0, 3, 1, 2)
-
-    def __len__(self) -> int:
-        return len(self.frames)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.frames[index]
-
-
+@torch.no_grad()
 def frechet_distance(frames: Tensor, true_frames: Tensor, encoder: Encoder) -> float:
-    """Between two sets of frames, each uint8 `n H W 3`, on the encoder's mean token."""
-    fidelity = _torch_fidelity()
-
-    class Features(fidelity.FeatureExtractorBase):
-        @staticmethod
-        def get_provided_features_list() -> tuple[str, ...]:
-            return ("mean_token",)
-
-        def forward(self, images: Tensor) -> tuple[Tensor]:
-            clips = images.permute(0, 2, 3, 1)[:, None]  # B 1 H W 3
-            return (encoder.features(clips)[-1].mean(1).double(),)
-
-    fidelity.register_feature_extractor("untrained-encoder", Features)
-    measured = fidelity.calculate_metrics(
-        input1=Frames(frames),
-        input2=Frames(true_frames),
-        fid=True,
-        feature_extractor="untrained-encoder",
-        feature_layer_fid="mean_token",
-        batch_size=64,
-        cuda=False,
-        cache=False,
-        verbose=False,
-        save_cpu_ram=True,
-    )
-    return float(measured["frechet_inception_distance"])
+    """Between two sets of frames, each uint8 `n H W 3`, on the mean token of each frame."""
+    fid = _metric_fid()
+    statistics = []
+    for part in (frames, true_frames):
+        features = torch.cat([encoder.features(some[:, None])[-1].mean(1) for some in part.split(BATCH)])  # n D
+        statistics.append(fid.fid_features_to_statistics(features))
+    return float(fid.fid_statistics_to_metric(*statistics, verbose=False)[fid.KEY_METRIC_FID])
 
 
 @cache
@@ -105,7 +75,7 @@ def _operators() -> torch.library.Library | None:
         return declared
 
 
-def _torch_fidelity() -> ModuleType:
-    """torch-fidelity, which imports torchvision."""
+def _metric_fid() -> ModuleType:
+    """torch-fidelity's Frechet distance; importing it imports torchvision."""
     _operators()
-    return importlib.import_module("torch_fidelity")
+    return importlib.import_module("torch_fidelity.metric_fid")

@@ -27,7 +27,7 @@ BATCH = 8
 @config.configurable
 @dataclass(frozen=True)
 class Filling:
-    """mask_ratio: the same for every method compared. shown: clips in the picture. frames: of each clip that are compared and shown."""
+    """mask_ratio: the same for all methods. shown: clips in the picture. frames: of each clip that are compared and shown."""
 
     ranks: int
     mask_ratio: float

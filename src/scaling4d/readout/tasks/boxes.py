@@ -28,7 +28,9 @@ class Boxes:
     primary: ClassVar = Measure("mean_iou", "share", True)
 
     def head(self, *, features_width: int, clip: tuple[int, int, int]) -> Head:
-        return config.build(Head, features_width=features_width, frames=clip[0], learned=0, out=clip[0] * 4, coordinates=4, tiles=1)
+        return config.build(
+            Head, features_width=features_width, frames=clip[0], learned=0, out=clip[0] * 4, coordinates=4, tiles=1
+        )
 
     def target(self, sample: Sample) -> dict[str, np.ndarray]:
         present = sample.valid["boxes"].copy()
@@ -49,4 +51,7 @@ class Boxes:
         iou = metrics.box_iou(predicted, target["boxes"])
         first = metrics.box_iou(np.broadcast_to(target["boxes"][:, :1], predicted.shape), target["boxes"])
         count = float(present.sum())
-        return {"mean_iou": (float(iou[present].sum()), count), "mean_iou_first_box_repeated": (float(first[present].sum()), count)}
+        return {
+            "mean_iou": (float(iou[present].sum()), count),
+            "mean_iou_first_box_repeated": (float(first[present].sum()), count),
+        }

@@ -1,0 +1,132 @@
+"""What all readers share: lists that must be there, frames at given times, and the resize and crop of pictures and labels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from scaling4d import video
+from scaling4d.records import UserError
+
+TOLERANCE_S = 1e-3  # as in `video.nearest`
+
+
+def needed(root: Path, path: Path, what: str) -> Path:
+    """The path, if it is there.
+
+    Raises:
+        UserError: it is not; names the folder and what was expected in it.
+    """
+    if not path.exists():
+        raise UserError(f"{root} is laid out in another way: needed {path.relative_to(root)} ({what})")
+    return path
+
+
+def load_json(path: Path, kind: type) -> Any:
+    """Raises UserError: not JSON, or its top is no `kind`."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, kind):
+        raise UserError(f"{path} holds a {type(content).__name__} at its top; needed a {kind.__name__}")
+    return content
+
+
+def at_times(path: Path, times_s: Sequence[float] | np.ndarray, *, repeat_last: bool) -> np.ndarray:
+    """uint8 `T H W 3`: the frame on show at each ascending time since the first frame; decoding stops after the last one.
+
+    repeat_last: a video that ends early goes on with its last frame.
+
+    Raises:
+        UserError: it cannot be decoded, or ends early and `repeat_last` is off.
+    """
+    pictures: list[np.ndarray] = []
+    shown, shown_s, gap_s = None, 0.0, 0.0
+    try:
+        for time_s, picture in video.frames(path):
+            while shown is not None and len(pictures) < len(times_s) and time_s > times_s[len(pictures)] + TOLERANCE_S:
+                pictures.append(shown)
+            if len(pictures) == len(times_s):
+                break
+            gap_s, shown, shown_s = time_s - shown_s, picture, time_s
+    except video.VideoError as error:
+        raise UserError(f"{path}: {error}") from error
+    if shown is None:
+        raise UserError(f"{path}: no frame can be decoded")
+    for wanted_s in times_s[len(pictures) :]:
+        if wanted_s > shown_s + gap_s + TOLERANCE_S and not repeat_last:
+            raise UserError(f"{path} ends at {shown_s:.2f} s, needed {wanted_s:.2f} s; lower clip.frames or raise rate_hz")
+        pictures.append(shown)
+    return np.stack(pictures)
+
+
+def at_numbers(path: Path, numbers: Sequence[int]) -> np.ndarray:
+    """uint8 `T H W 3`: frames by their ascending number in the video.
+
+    Raises:
+        UserError: it cannot be decoded, or has too few frames.
+    """
+    pictures: list[np.ndarray] = []
+    try:
+        for number, (_, picture) in enumerate(video.frames(path)):
+            while len(pictures) < len(numbers) and numbers[len(pictures)] == number:
+                pictures.append(picture)
+            if len(pictures) == len(numbers):
+                return np.stack(pictures)
+    except video.VideoError as error:
+        raise UserError(f"{path}: {error}") from error
+    raise UserError(f"{path} ends before frame {numbers[len(pictures)]}; lower clip.frames or raise rate_hz")
+
+
+@dataclass(frozen=True)
+class Crop:
+    """Shorter side to `side_px`, then the central square of that side, for pictures of `height` x `width`."""
+
+    height: int
+    width: int
+    side_px: int
+
+    @property
+    def resized(self) -> tuple[int, int]:
+        """Height and width before the square is cut out."""
+        scale = self.side_px / min(self.height, self.width)
+        return max(self.side_px, round(self.height * scale)), max(self.side_px, round(self.width * scale))
+
+    @property
+    def corner(self) -> np.ndarray:
+        """x y in px of the square's corner in the resized picture."""
+        height, width = self.resized
+        return np.array([(width - self.side_px) // 2, (height - self.side_px) // 2])
+
+    def pixels(self, pictures: Iterable[np.ndarray]) -> np.ndarray:
+        """uint8 `T H W 3` -> uint8 `T side side 3`, bicubic with antialiasing."""
+        height, width = self.resized
+        x, y = self.corner
+        whole = [
+            p
+            if p.shape[:2] == (height, width)
+            else np.asarray(Image.fromarray(p).resize((width, height), Image.Resampling.BICUBIC))
+            for p in pictures
+        ]
+        return np.ascontiguousarray(np.stack(whole)[:, y : y + self.side_px, x : x + self.side_px])
+
+    def points(self, points: np.ndarray) -> np.ndarray:
+        """`... 2`, x y in 0..1 of the picture -> in 0..1 of the square; may fall outside."""
+        return (points * np.array(self.resized[::-1]) - self.corner) / self.side_px
+
+    def boxes(self, boxes: np.ndarray) -> np.ndarray:
+        """`... 4`, x1 y1 x2 y2 in 0..1 of the picture -> of the square, clipped to it."""
+        return np.clip(np.concatenate([self.points(boxes[..., :2]), self.points(boxes[..., 2:])], -1), 0, 1)
+
+    def sources(self) -> np.ndarray:
+        """`side side 2`: x y in 0..1 of the picture under the centre of every pixel of the square."""
+        centre = np.arange(self.side_px) + 0.5
+        y, x = np.meshgrid(centre, centre, indexing="ij")
+        return (np.stack([x, y], -1) + self.corner) / np.array(self.resized[::-1])

@@ -1,0 +1,119 @@
+"""Something-Something v2 (actions): `20bn-something-something-v2/<id>.webm` and `labels/{labels,train,validation,test}.json`.
+
+Also read under the older names `something-something-v2-<...>.json`. Facts: the mmaction2 reader and the official README.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from scaling4d import video
+from scaling4d.benchmarks.frames import Crop, at_times, load_json, needed
+from scaling4d.records import Sample, UserError, write_json
+
+VIDEOS = "20bn-something-something-v2"
+LISTS = {"train": "train", "val": "validation"}
+
+
+def read(root: Path, split: str, *, frames: int, rate_hz: float, side_px: int) -> Iterator[Sample]:
+    """label action `()`. A video that is shorter than the clip goes on with its last frame."""
+    numbers = _labels(root)
+    for entry in _entries(root, split):
+        template = _class_name(entry["template"])
+        if template not in numbers:
+            raise UserError(f"{root}: {entry['id']} is {template!r}, which labels.json does not list")
+        path = needed(root, root / VIDEOS / f"{entry['id']}.webm", "listed in the labels")
+        pictures = at_times(path, np.arange(frames) / rate_hz, repeat_last=True)
+        yield Sample(
+            id=entry["id"],
+            video=entry["id"],
+            pixels=Crop(*pictures.shape[1:3], side_px).pixels(pictures),
+            labels={"action": np.int64(numbers[template])},
+        )
+
+
+def classes(root: Path) -> list[str]:
+    """Class names by index."""
+    numbers = _labels(root)
+    if sorted(numbers.values()) != list(range(len(numbers))):
+        raise UserError(f"{root}: the numbers in labels.json are not 0 .. {len(numbers) - 1}")
+    return sorted(numbers, key=numbers.__getitem__)
+
+
+def count(root: Path, split: str) -> int:
+    """Listed videos.
+
+    Raises:
+        UserError: another layout, no entries, or listed videos that are not there.
+    """
+    entries = _entries(root, split)
+    classes(root)
+    there = {path.name for path in needed(root, root / VIDEOS, "videos <id>.webm").iterdir()}
+    missing = [entry["id"] for entry in entries if f"{entry['id']}.webm" not in there]
+    if missing:
+        raise UserError(
+            f"{root / VIDEOS} lacks {len(missing)} of {len(entries)} videos of {split}, the first is {missing[0]}.webm"
+        )
+    return len(entries)
+
+
+def write(
+    root: Path, split: str, samples: Iterable[Sample], *, templates: Sequence[str], rate_hz: float, crf: int, gop: int
+) -> None:
+    """Samples with label action, an index into the sorted templates without brackets, as in the original."""
+    names = sorted(_class_name(template) for template in templates)
+    of_name = {_class_name(template): template for template in templates}
+    (root / VIDEOS).mkdir(parents=True, exist_ok=True)
+    (root / "labels").mkdir(exist_ok=True)
+    entries = []
+    for sample in samples:
+        video.write(root / VIDEOS / f"{sample.id}.webm", sample.pixels, rate_hz=rate_hz, codec="libvpx-vp9", crf=crf, gop=gop)
+        template = of_name[names[int(sample.labels["action"])]]
+        label = template.replace("[something]", "a thing").replace("[Something]", "A thing")
+        placeholders = ["a thing"] * template.lower().count("[something]")
+        entries.append({"id": sample.id, "label": label.lower(), "template": template, "placeholders": placeholders})
+    write_json(root / "labels" / f"{LISTS[split]}.json", entries)
+    write_json(root / "labels/labels.json", {name: str(number) for number, name in enumerate(names)})
+    write_json(root / "labels/test.json", [])
+    (root / "labels/test-answers.csv").write_text("")
+
+
+def _class_name(template: str) -> str:
+    """Only the brackets go; case and commas stay."""
+    return template.replace("[", "").replace("]", "")
+
+
+def _list(root: Path, name: str) -> Path:
+    for path in (
+        root / "labels" / f"{name}.json",
+        root / f"something-something-v2-{name}.json",
+        root / f"labels/something-something-v2-{name}.json",
+    ):
+        if path.is_file():
+            return path
+    return needed(root, root / "labels" / f"{name}.json", f"or something-something-v2-{name}.json")
+
+
+def _labels(root: Path) -> dict[str, int]:
+    """Class name -> index; the file holds the indices as strings."""
+    path = _list(root, "labels")
+    try:
+        return {name: int(number) for name, number in load_json(path, dict).items()}
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: needed class names with whole numbers: {error}") from error
+
+
+def _entries(root: Path, split: str) -> list[dict]:
+    path = _list(root, LISTS[split])
+    entries = load_json(path, list)
+    for entry in entries:
+        if not isinstance(entry, dict) or not isinstance(entry.get("id"), str) or not isinstance(entry.get("template"), str):
+            raise UserError(f"{path}: needed entries with id and template as strings, found {str(entry)[:80]}")
+        if not entry["id"].isalnum():
+            raise UserError(f"{path}: id {entry['id']!r} is not the name of a video")
+    if not entries:
+        raise UserError(f"{path} lists nothing")
+    return entries

@@ -1,0 +1,1 @@
+"""VIDEOS -> CLIPS: probe, cut, filter, remove duplicates, split, shard; the loader that replays the shards."""

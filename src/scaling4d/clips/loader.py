@@ -1,0 +1,159 @@
+"""CLIPS -> BATCHES: the order is a pure function of (seed, position), so a resumed run sees what an unbroken one would.
+
+Starts no threads and no processes: the ranks that call it are one-thread processes already.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from scaling4d import seeds, video
+from scaling4d.records import ClipBatch, UserError
+
+Item = tuple[Tensor, str, float]
+
+
+class Clips(Dataset):
+    """The clips of one split: item i is (pixels uint8 `T H W 3`, id, start_s), read from its shard where it lies."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        """Raises UserError: `folder` is not what the clips stage writes, or holds no clip of this split."""
+        self.folder = folder
+        self.rows = [row for row in _table(folder) if row["split"] == split]
+        if not self.rows:
+            raise UserError(f"{folder} holds no clips of split {split!r}; raise clips.Curation.val_share, or add videos")
+        self.shards: dict[str, int] = {}  # open files
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Item:
+        """Raises UserError: the clip does not decode to what the table says."""
+        row = self.rows[index]
+        try:
+            _, pixels = video.read(io.BytesIO(self._bytes(row)))
+        except (video.VideoError, OSError) as error:
+            raise UserError(
+                f"clip {row['id']} of {self.folder / 'shards' / row['shard']}: {error}; run the clips stage again"
+            ) from error
+        if len(pixels) != row["frames"]:
+            raise UserError(f"clip {row['id']}: {len(pixels)} frames, needed {row['frames']}; run the clips stage again")
+        return torch.from_numpy(pixels), row["id"], row["start_s"]
+
+    def _bytes(self, row: dict[str, Any]) -> bytes:
+        if row["shard"] not in self.shards:
+            self.shards[row["shard"]] = os.open(self.folder / "shards" / row["shard"], os.O_RDONLY)
+        return os.pread(self.shards[row["shard"]], row["bytes"], row["offset"])
+
+    def __del__(self) -> None:
+        for descriptor in getattr(self, "shards", {}).values():
+            os.close(descriptor)
+
+
+class _Flipped(Dataset):
+    """Clips by (epoch, index): mirrored, and run backwards, each for half of them, chosen anew in every epoch."""
+
+    def __init__(self, clips: Clips, *, seed: int, flip: bool) -> None:
+        self.clips, self.seed, self.flip = clips, seed, flip
+
+    def __getitem__(self, drawn: tuple[int, int]) -> Item:
+        epoch, index = drawn
+        pixels, name, start_s = self.clips[index]
+        if self.flip:
+            mirror, backwards = seeds.numpy(self.seed, "flip", epoch, index).random(2) < 0.5
+            pixels = pixels.flip([axis for axis, wanted in ((0, backwards), (2, mirror)) if wanted])
+        return pixels, name, start_s
+
+
+class _Order(Sampler):
+    """Lists of (epoch, index), one a step: this rank's part of each global batch."""
+
+    def __init__(self, clips: int, *, batch: int, seed: int, start: int, steps: int, rank: int, ranks: int) -> None:
+        self.clips, self.batch, self.seed, self.start, self.steps = clips, batch, seed, start, steps
+        self.rank, self.part = rank, batch // ranks
+
+    def __len__(self) -> int:
+        return max(self.steps - self.start, 0)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        known: tuple[int, np.ndarray] = (-1, np.empty(0))
+        for step in range(self.start, self.steps):
+            drawn = []
+            for position in range(step * self.batch + self.rank * self.part, step * self.batch + (self.rank + 1) * self.part):
+                epoch, place = divmod(position, self.clips)
+                if epoch != known[0]:
+                    known = (epoch, seeds.numpy(self.seed, "order", epoch).permutation(self.clips))
+                drawn.append((epoch, int(known[1][place])))
+            yield drawn
+
+
+def batches(
+    folder: Path, *, split: str, batch: int, seed: int, start: int, steps: int, flip: bool, rank: int, ranks: int
+) -> Iterator[ClipBatch]:
+    """This rank's part of the global batches `start` ... `steps - 1` of an endless sequence of epochs.
+
+    Position p of the sequence is clip p % n of the order of epoch p // n; batch s holds positions s * batch ... and rank r its
+    r-th part, so batches follow one another across epochs and every epoch covers every clip once.
+
+    Args:
+        batch: clips a step over all ranks. start: step to begin at, to resume. flip: mirror and time-reverse at random.
+    Raises:
+        UserError: batch does not divide by ranks; no clips; a clip that cannot be decoded.
+    """
+    if batch % ranks:
+        raise UserError(f"a batch of {batch} clips does not divide among {ranks} ranks; set batch to a multiple of ranks")
+    clips = Clips(folder, split)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13
+        loader = StatefulDataLoader(
+            _Flipped(clips, seed=seed, flip=flip),
+            batch_sampler=_Order(len(clips), batch=batch, seed=seed, start=start, steps=steps, rank=rank, ranks=ranks),
+            num_workers=0,
+            collate_fn=_together,
+            generator=seeds.stream(seed, "loader"),
+        )
+    yield from loader
+
+
+def every(folder: Path, *, split: str, batch: int, rank: int, ranks: int) -> Iterator[ClipBatch]:
+    """Every clip of a split once over all ranks, in a fixed order: clip i goes to rank i % ranks. The last batch may be small."""
+    clips = Clips(folder, split)
+    mine = range(rank, len(clips), ranks)
+    for first in range(0, len(mine), batch):
+        yield _together([clips[index] for index in mine[first : first + batch]])
+
+
+def count(folder: Path, split: str) -> int:
+    """How many clips a split holds; UserError if none."""
+    return len(Clips(folder, split))
+
+
+def _together(items: list[Item]) -> ClipBatch:
+    pixels, ids, starts = zip(*items, strict=True)
+    return ClipBatch(torch.stack(pixels), ids, starts)
+
+
+def _table(folder: Path) -> list[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = folder / "clips.parquet"
+    if not path.is_file():
+        raise UserError(f"no {path}; run `dvc repro clips`")
+    columns = ["id", "split", "start_s", "frames", "shard", "offset", "bytes"]
+    try:
+        file = pq.ParquetFile(pa.BufferReader(path.read_bytes()))  # opened by its path, it would start a thread
+        return file.read(columns=columns, use_threads=False).to_pylist()
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path} is damaged: {error}; run the clips stage again") from error

@@ -1,0 +1,179 @@
+"""What the report tells: every file that the other stages left, under the names that the settings give, never by a glob."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from scaling4d import artifacts, config
+from scaling4d.records import Result, UserError
+
+KEYS = ["profile", "seed", "points", "encoders", "readout.tasks", "report"]  # what this stage declares in dvc.yaml
+PROTOCOLS = ("frozen", "finetune")
+UNTRAINED = "untrained_"
+SUMMARY = ("point", "method", "parameters", "flops", "clips_seen", "train_loss", "val_loss", "seed")
+
+
+@dataclass(frozen=True)
+class Story:
+    """One run of the pipeline, read from its JSON.
+
+    tasks: empty where no encoder is read out. encoders: by protocol. results: in the order of the settings.
+    summaries, losses (lines of losses.jsonl), fidelity (result.json of `reconstruct`) and pictures (filled.png): by point.
+    provenances: by `stage/name`, every provenance.json that was found.
+    overrides: dotted key -> (value in force, names of the stages that it changes).
+    """
+
+    profile: str
+    seed: int
+    points: tuple[str, ...]
+    tasks: tuple[str, ...]
+    encoders: Mapping[str, tuple[str, ...]]
+    results: tuple[Result, ...]
+    summaries: Mapping[str, Mapping[str, Any]]
+    losses: Mapping[str, list[Mapping[str, float]]]
+    fidelity: Mapping[str, Mapping[str, Any]]
+    pictures: Mapping[str, Path]
+    provenances: Mapping[str, Mapping[str, Any]]
+    overrides: Mapping[str, tuple[Any, tuple[str, ...]]]
+    datasheet: Mapping[str, Any]
+
+    def result(self, encoder: str, task: str, protocol: str) -> Result | None:
+        """None where the profile has no such readout."""
+        return next((r for r in self.results if (r.encoder, r.task, r.protocol) == (encoder, task, protocol)), None)
+
+    def of_method(self, method: str) -> list[str]:
+        """The points trained by a method, from small to large."""
+        chosen = [point for point in self.points if self.summaries[point]["method"] == method]
+        return sorted(chosen, key=lambda point: (self.summaries[point]["parameters"], point))
+
+    @property
+    def baselines(self) -> list[str]:
+        """Encoders that saw no video: the untrained ones and raw pixels."""
+        return [name for name in self.encoders["frozen"] if is_baseline(name)]
+
+    @property
+    def methods(self) -> list[str]:
+        """The methods of the points; the one with most points, the ladder, first."""
+        found = {self.summaries[point]["method"] for point in self.points}
+        return sorted(found, key=lambda method: (-len(self.of_method(method)), method))
+
+
+def read(settings: Mapping[str, Any] | None = None) -> Story:
+    """Read what the settings (default: params.yaml) name.
+
+    Raises:
+        UserError: a file is missing that the settings promise (names the stage to run), or it is damaged.
+    """
+    settings = config.read() if settings is None else settings
+    mine = config.declared(settings, KEYS)
+    home = artifacts.home(settings)
+    encoders = {protocol: tuple(config.section(settings, f"encoders.{protocol}") or ()) for protocol in PROTOCOLS}
+    points, tasks = tuple(mine["points"]), tuple(mine["readout.tasks"] if any(encoders.values()) else ())
+    provenances = {"clips": _json(home / "clips" / "provenance.json", "clips")}
+    summaries, losses, fidelity, pictures = {}, {}, {}, {}
+    for point in points:
+        folder, filled = home / "pretrain" / point, home / "reconstruct" / point
+        command = f"pretrain {point}"
+        summaries[point] = _with_keys(_json(folder / "summary.json", command), SUMMARY, folder / "summary.json")
+        losses[point] = _lines(folder / "losses.jsonl", command)
+        provenances[f"pretrain/{point}"] = _json(folder / "provenance.json", command)
+        command = f"reconstruct {point}"
+        fidelity[point] = _with_keys(_json(filled / "result.json", command), ("masked_mse", "psnr_db"), filled / "result.json")
+        pictures[point] = _there(filled / "filled.png", command)
+        provenances[f"reconstruct/{point}"] = _json(filled / "provenance.json", command)
+    results = {}
+    for protocol in PROTOCOLS:
+        for encoder in encoders[protocol]:
+            if is_baseline(encoder):
+                path = home / "pretrain" / encoder / "provenance.json"
+                provenances[f"pretrain/{encoder}"] = _json(path, f"baseline {encoder}")
+            for task in tasks:
+                folder, command = home / "readout" / encoder / task / protocol, f"readout {encoder} {task} {protocol}"
+                results[encoder, task, protocol] = _result(folder / "result.json", command)
+                provenances[f"readout/{encoder}/{task}/{protocol}"] = _json(folder / "provenance.json", command)
+    return Story(
+        profile=mine["profile"],
+        seed=mine["seed"],
+        points=points,
+        tasks=tasks,
+        encoders=encoders,
+        results=tuple(results.values()),
+        summaries=summaries,
+        losses=losses,
+        fidelity=fidelity,
+        pictures=pictures,
+        provenances=provenances,
+        overrides=_overrides(settings, provenances),
+        datasheet=_json(home / "clips" / "datasheet.json", "clips"),
+    )
+
+
+def is_baseline(encoder: str) -> bool:
+    return encoder == "pixels" or encoder.startswith(UNTRAINED)
+
+
+def published() -> dict[str, Any]:
+    """The papers' own numbers, each with its source."""
+    import yaml
+
+    return yaml.safe_load(resources.files(__package__).joinpath("published.yaml").read_text())
+
+
+def deviations() -> str:
+    """What differs from the papers and why, as Markdown."""
+    return resources.files(__package__).joinpath("deviations.md").read_text()
+
+
+def _overrides(
+    settings: Mapping[str, Any], provenances: Mapping[str, Mapping[str, Any]]
+) -> dict[str, tuple[Any, tuple[str, ...]]]:
+    """Those that the stages wrote down, and those among the settings of the report itself."""
+    own = {k: v for k, v in config.overrides(settings).items() if any(k == key or k.startswith(f"{key}.") for key in KEYS)}
+    found: dict[str, tuple[Any, list[str]]] = {}
+    for stage, values in [*((name, p.get("overrides") or {}) for name, p in provenances.items()), ("report", own)]:
+        for key, value in values.items():
+            found.setdefault(key, (value, []))[1].append(stage)
+    return {key: (value, tuple(stages)) for key, (value, stages) in sorted(found.items())}
+
+
+def _there(path: Path, command: str) -> Path:
+    if not path.is_file():
+        raise UserError(f"the report needs {path}, which is not there: run `dvc repro`, or `scaling4d {command}` alone")
+    return path
+
+
+def _json(path: Path, command: str) -> Any:
+    text = _there(path, command).read_text()
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): remove it and run `scaling4d {command}`") from error
+
+
+def _lines(path: Path, command: str) -> list[dict[str, float]]:
+    text = _there(path, command).read_text()
+    try:
+        return [json.loads(line) for line in text.splitlines()]
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): run `scaling4d {command}`") from error
+
+
+def _with_keys(content: dict[str, Any], keys: tuple[str, ...], path: Path) -> dict[str, Any]:
+    missing = [key for key in keys if key not in content]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}: it was made by another version; run its stage again")
+    return content
+
+
+def _result(path: Path, command: str) -> Result:
+    try:
+        return Result.read(_there(path, command))
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a result ({error}): run `scaling4d {command}`") from error

@@ -1,0 +1,179 @@
+"""Heads, losses and metrics of the readouts."""
+
+import numpy as np
+import pytest
+import torch
+
+from scaling4d import config, seeds
+from scaling4d.mae.encoder import initialise
+from scaling4d.readout import metrics
+from scaling4d.readout.features import stretch
+from scaling4d.readout.heads import Head, fourier
+from scaling4d.readout.tasks.boxes import Boxes
+from scaling4d.readout.tasks.depth import Depth
+from scaling4d.readout.tasks.points import Points
+from scaling4d.readout.tasks.pose import Pose
+from scaling4d.readout.tasks.task import pad
+from scaling4d.readout.train import TASKS
+from scaling4d.records import Sample
+
+CLIP = (4, 16, 16)
+
+
+def sample(seed: int = 0) -> Sample:
+    """One that has the labels of every task."""
+    rng = seeds.numpy(seed, "sample")
+    T, H, W = CLIP
+    corner = rng.uniform(0, 0.5, (3, T, 2)).astype(np.float32)
+    return Sample(
+        id=f"s{seed}",
+        video=f"v{seed}",
+        pixels=rng.integers(0, 256, (T, H, W, 3), dtype=np.uint8),
+        labels={
+            "action": np.int64(seed % 3),
+            "boxes": np.concatenate([corner, corner + 0.3], axis=-1),
+            "depth_m": rng.uniform(1, 5, (T, H, W)).astype(np.float32),
+            "points": rng.uniform(0, 1, (5, T, 2)).astype(np.float32),
+            "camera_to_world": np.stack([np.eye(4) + 0.1 * i for i in range(T)]),
+        },
+        valid={
+            "boxes": np.ones((3, T), bool),
+            "depth_m": rng.uniform(size=(T, H, W)) < 0.9,
+            "points": rng.uniform(size=(5, T)) < 0.8,
+            "camera_to_world": np.ones(T, bool),
+        },
+    )
+
+
+def bind_head() -> None:
+    config.bind({"Head": {"width": 32, "heads": 4, "fourier_bases": 4}})
+
+
+TASK = {
+    "actions": TASKS["actions"](classes=3, rate_hz=8.0),
+    "boxes": Boxes(objects=4, rate_hz=8.0, beta=0.05),
+    "depth": Depth(rate_hz=8.0, offset_m=3.0),
+    "points": Points(tracks=6, tiles=2, rate_hz=8.0),
+    "pose": Pose(rate_hz=8.0),
+}
+
+
+def batch(task: str, seeds_: range = range(3)) -> dict[str, torch.Tensor]:
+    targets = [TASK[task].target(sample(seed)) for seed in seeds_]
+    return {name: torch.from_numpy(np.stack([t[name] for t in targets])) for name in targets[0]}
+
+
+@pytest.mark.parametrize("task", list(TASK))
+def test_a_head_learns_three_clips_by_heart(task: str) -> None:
+    bind_head()
+    head = TASK[task].head(features_width=24, clip=CLIP)
+    initialise(head, seed=0, weight_scale=1.0)
+    features = torch.randn(3, 2, 4, 24, generator=seeds.stream(0, "features"))
+    target = batch(task)
+    adam = torch.optim.Adam(head.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(120):
+        loss = TASK[task].loss(TASK[task].predict(head, features, target), target)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("task", "mask", "label"), [("boxes", "present", "boxes"), ("depth", "valid", "depth_m"), ("points", "visible", "points")]
+)
+def test_what_is_not_valid_does_not_reach_loss_or_metric(task: str, mask: str, label: str) -> None:
+    bind_head()
+    head = TASK[task].head(features_width=24, clip=CLIP)
+    initialise(head, seed=0, weight_scale=1.0)
+    features = torch.randn(3, 2, 4, 24, generator=seeds.stream(0, "features"))
+    target = batch(task)
+    other = {name: value.clone() for name, value in target.items()}
+    hidden = ~other[mask]
+    if task != "depth":
+        hidden[:, :, 0] = False  # queries are asked at the first frame
+    other[label][hidden] = 0.123
+    predicted = TASK[task].predict(head, features, target).detach()
+    assert TASK[task].loss(predicted, target) == TASK[task].loss(predicted, other)
+    one = lambda t: {name: value[0].numpy() for name, value in t.items()}  # noqa: E731
+    assert TASK[task].measure(predicted[0].numpy(), one(target)) == TASK[task].measure(predicted[0].numpy(), one(other))
+
+
+def test_perfect_predictions_score_perfectly() -> None:
+    for task, perfect in (("boxes", 1.0), ("depth", 0.0), ("pose", 0.0)):
+        target = {name: np.asarray(value) for name, value in TASK[task].target(sample()).items()}
+        label = {"boxes": "boxes", "depth": "depth_m", "pose": "pose"}[task]
+        total, count = TASK[task].measure(target[label], target)[TASK[task].primary.metric]
+        assert abs(total / count - perfect) < 1e-6
+    target = TASK["points"].target(sample())
+    shown = np.where(target["visible"], 9.0, -9.0)
+    predicted = np.concatenate([target["points"], shown[..., None], np.full((*shown.shape, 1), 9.0)], axis=-1)
+    measured = TASK["points"].measure(predicted, target)
+    assert measured["average_jaccard"] == (1.0, 1.0) and measured["occlusion_accuracy"] == (1.0, 1.0)
+
+
+def test_the_given_first_box_is_not_measured() -> None:
+    target = TASK["boxes"].target(sample())
+    assert not target["present"][:, 0].any() and target["present"][:3, 1:].all()
+
+
+def test_depth_patches_land_where_they_belong() -> None:
+    bind_head()
+    depth = TASK["depth"]
+    head = depth.head(features_width=24, clip=CLIP)
+    initialise(head, seed=0, weight_scale=1.0)
+    features = torch.randn(1, 2, 4, 24, generator=seeds.stream(0, "f"))
+    raw = head(features)[0]  # Q 128, queries over t h w
+    predicted = depth.predict(head, features, batch("depth", range(1)))[0]
+    token, patch = 1 * 4 + 0 * 2 + 1, raw[1 * 4 + 0 * 2 + 1].reshape(2, 8, 8)
+    assert token == 5
+    assert torch.equal(predicted[2:4, 0:8, 8:16], patch + 3.0)
+
+
+def test_iou_of_known_boxes() -> None:
+    box = np.array([0.0, 0.0, 2.0, 2.0])
+    assert metrics.box_iou(box, np.array([1.0, 1.0, 3.0, 3.0])) == pytest.approx(1 / 7)
+    assert metrics.box_iou(np.array([2.0, 2.0, 0.0, 0.0]), box) == 0
+
+
+def test_intervals_hold_the_mean_and_shrink_with_more_videos() -> None:
+    widths = []
+    for videos in (20, 2000):
+        sums = seeds.numpy(0, "sums").uniform(size=videos)
+        low, high = metrics.interval(sums, np.ones(videos), seeds.numpy(0, "draws"), draws=500)
+        assert low < sums.mean() < high
+        widths.append(high - low)
+    assert widths[1] < widths[0] / 5
+
+
+def test_stretching_keeps_a_constant_and_the_order_of_time() -> None:
+    x = torch.arange(8.0)[None, :, None, None]
+    y = stretch(x, 16)[0, :, 0, 0]
+    assert (y.diff() > 0).all()
+    assert torch.allclose(stretch(torch.ones(1, 8, 1, 1), 16), torch.ones(1, 16, 1, 1))
+
+
+def test_fourier_is_sines_then_cosines_of_doubling_frequency() -> None:
+    found = fourier(torch.tensor([[0.25, 0.5]]), 2)
+    wanted = torch.tensor([[0.25, 0.5], [0.5, 1.0]]).flatten() * torch.pi
+    assert torch.allclose(found[0], torch.cat([wanted.sin(), wanted.cos()]), atol=1e-6)
+
+
+def test_padding_cuts_and_fills() -> None:
+    assert pad(np.array([1, 2, 3]), 2).tolist() == [1, 2]
+    assert pad(np.array([1]), 3).tolist() == [1, 0, 0]
+
+
+def test_a_given_query_is_answered_whatever_the_others_ask() -> None:
+    bind_head()
+    head = config.build(Head, features_width=24, frames=4, learned=0, out=8, coordinates=2, tiles=2)
+    initialise(head, seed=0, weight_scale=1.0)
+    features, queries = (
+        torch.randn(1, 2, 4, 24, generator=seeds.stream(0, "f")),
+        torch.rand(1, 3, 2, generator=seeds.stream(0, "q")),
+    )
+    whole = head(features, queries)
+    assert whole.shape == (1, 3, 4, 4)
+    assert torch.allclose(whole[:, 1:2], head(features, queries[:, 1:2]), atol=1e-6)

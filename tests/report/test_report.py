@@ -1,0 +1,159 @@
+import csv
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from scaling4d import artifacts, report
+from scaling4d.records import UserError, write_json
+from scaling4d.report import fits, tables
+from scaling4d.report.story import published
+
+NOTEBOOK = Path(__file__).parents[2] / "reports/scaling.ipynb"
+BUILT = Path("reports/built")
+OUTS = {
+    *("results.csv", "pretrain.csv", "reconstruct.csv", "metrics.json", "report.html", "scaling.ipynb"),
+    *("headline.svg", "pretraining.svg", "training_curves.svg", "methods.svg", "reconstructions.svg"),
+}
+
+
+def override(key: str, value: object, stage: Path) -> None:
+    """Let a stage say that a setting was overridden."""
+    path = stage / "provenance.json"
+    write_json(path, {**json.loads(path.read_text()), "overrides": {key: value}})
+
+
+def test_the_report_is_the_same_bytes_twice_and_needs_no_network(pocket: dict, capsys: pytest.CaptureFixture) -> None:
+    override("pretrain.Training.steps", 77, Path("artifacts/test/pretrain/nano"))
+    artifacts.write_run("pretrain-nano", artifacts.sha256(Path("artifacts/test/reconstruct/nano")), started=0)
+    artifacts.write_run("pretrain-nano", "0" * 64, started=0)
+    report.build(pocket)
+    first = {path.name: path.read_bytes() for path in BUILT.iterdir() if path.name in OUTS}
+    assert set(first) == OUTS
+    report.build(pocket)
+    assert {path.name: path.read_bytes() for path in BUILT.iterdir() if path.name in OUTS} == first
+    page = first["report.html"].decode()
+    assert not re.findall(r"""(?:src|href|from|import)\s*[=(]?\s*["']?(?:https?:)?//""", page)
+    assert str(Path.cwd()) not in page + first["scaling.ipynb"].decode()
+    assert page.count("<svg") >= 5
+    assert re.search(r"pretrain\.Training\.steps</td><td>77</td><td>pretrain/nano", page)
+    shown = capsys.readouterr().out
+    assert "untrained_mini" in shown and "average_jaccard ↑" in shown
+    runs = json.loads((BUILT / "runs.json").read_text())["runs"]
+    assert [run["stage"] for run in runs] == ["pretrain-nano", "report"]
+    assert not list(artifacts.PARTIAL.iterdir())
+
+
+def test_tables_hold_every_result_in_full(pocket: dict) -> None:
+    story = report.read(pocket)
+    rows = list(csv.DictReader(tables.results_csv(story).splitlines()))
+    assert list(rows[0]) == [
+        *("encoder", "parameters", "task", "protocol", "metric", "value", "low", "high"),
+        *("unit", "higher_is_better", "examples", "seed", "checkpoint_sha256"),
+    ]
+    assert len([row for row in rows if row["low"]]) == 9 * 5 + 2 * 5
+    assert {row["metric"] for row in rows if not row["low"]} == {"epe_standing_still"}
+    one = next(row for row in rows if (row["encoder"], row["task"], row["protocol"]) == ("mini", "depth", "finetune"))
+    assert (
+        float(one["value"])
+        == story.result("mini", "depth", "finetune").value
+        == tables.metrics(story)["depth"]["finetune"]["mini"]
+    )
+    head = tables.pretrain_csv(story).splitlines()[0]
+    assert head == "point,method,parameters,flops,clips_seen,train_loss,val_loss,seed"
+
+
+def test_what_the_profile_has_not_is_a_dash_and_not_an_error(drawn: Callable[..., dict]) -> None:
+    settings = drawn(points={"nano": 180_000, "mini": 8_000_000}, frozen=["mini"], finetune=[])
+    text = report.table(report.read(settings)).splitlines()
+    assert next(line for line in text if "nano" in line).split()[-5:] == ["-"] * 5
+    assert "-" not in next(line for line in text if "mini" in line).split()
+
+
+def test_own_videos_without_benchmarks_are_reported(drawn: Callable[..., dict]) -> None:
+    report.build(drawn(points={"nano": 180_000}, frozen=[], finetune=[]))
+    assert (BUILT / "results.csv").read_text().count("\n") == 1
+    assert "no benchmark" in (BUILT / "report.html").read_text()
+    assert {path.name for path in BUILT.iterdir()} == {*OUTS, "runs.json"}
+
+
+@pytest.mark.parametrize(
+    ("gone", "command"),
+    [
+        ("clips/datasheet.json", "clips"),
+        ("pretrain/tiny/summary.json", "pretrain tiny"),
+        ("pretrain/untrained_nano/provenance.json", "baseline untrained_nano"),
+        ("readout/mini/depth/finetune/result.json", "readout mini depth finetune"),
+        ("reconstruct/nano/filled.png", "reconstruct nano"),
+    ],
+)
+def test_a_missing_file_names_the_stage_to_run(pocket: dict, gone: str, command: str) -> None:
+    path = Path("artifacts/test") / gone
+    path.unlink()
+    with pytest.raises(UserError) as caught:
+        report.build(pocket)
+    wanted = f"the report needs {path}, which is not there: run `dvc repro`, or `scaling4d {command}` alone"
+    assert str(caught.value) == wanted
+    assert not BUILT.exists()
+
+
+def test_a_damaged_result_is_named(pocket: dict) -> None:
+    path = Path("artifacts/test/readout/mini/depth/frozen/result.json")
+    path.write_text(path.read_text()[:40])
+    with pytest.raises(UserError, match=f"{path} is not a result .*run `scaling4d readout mini depth frozen`"):
+        report.read(pocket)
+
+
+def test_a_failing_notebook_says_which_cell(pocket: dict) -> None:
+    notebook = Path("reports/scaling.ipynb")
+    notebook.write_text(notebook.read_text().replace("figures.headline(story)", "1 / 0", 1))
+    with pytest.raises(UserError, match="fails in cell .*ZeroDivisionError"):
+        report.build(pocket)
+    assert not BUILT.exists()
+
+
+def test_the_notebook_is_short_and_only_calls_the_report() -> None:
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    assert len(cells) <= 15
+    assert not [cell for cell in cells if cell.get("outputs")]
+    assert set(re.findall(r"import (.+)", code)) == {"Path", "config, report", "figures, tables"}
+    assert not re.search(r"\b(for|if|def|lambda)\b", code)
+
+
+def test_an_untrained_twin_shows_what_pretraining_brought(pocket: dict) -> None:
+    page = tables.differences(report.read(pocket))
+    assert page.count("<tr>") == 1 + 2 * 5
+    gain = re.search(r"mini</td><td>pose.*?<td>([+-][\d.]+)</td>", page)[1]
+    assert float(gain) > 0  # a smaller error counts as a gain
+
+
+def test_a_power_law_is_found_again() -> None:
+    x = np.geomspace(2e5, 8e6, 6)
+    fit = fits.power_law(x, 0.014 + 0.002 * (x / 1e6) ** -0.35)
+    assert fit.exponent == pytest.approx(0.35, rel=1e-3) and fit.floor == pytest.approx(0.014, rel=1e-3)
+
+
+@pytest.mark.parametrize("y", [[1.0, 1.0, 1.0, 1.0], [1.0, 2.0, 3.0, 4.0], [3.0, 2.0, 1.5]])
+def test_no_power_law_is_claimed_where_nothing_falls_or_too_few_points_are(y: list[float]) -> None:
+    assert fits.power_law([1e5, 1e6, 1e7, 1e8][: len(y)], y) is None
+
+
+def test_spearman_agrees_with_scipy() -> None:
+    from scipy.stats import spearmanr
+
+    x, y = [1, 2, 2, 5, 9], [3.0, 2.5, 2.5, 1.0, 2.0]
+    assert fits.spearman(x, y) == pytest.approx(spearmanr(x, y).statistic)
+    assert fits.spearman([1, 2], [1, 2]) is None
+
+
+def test_published_curves_are_complete_and_fall_or_rise_as_they_say() -> None:
+    paper = published()["4DS"]
+    for task, known in paper["tasks"].items():
+        for protocol in ("frozen", "finetune"):
+            values = list(known[protocol].values())
+            assert list(known[protocol]) == list(paper["sizes"]), task
+            assert (values[-1] > values[0]) == known["higher_is_better"], task

@@ -1,0 +1,212 @@
+"""The whole story at smoke size, through real `dvc repro` in a temporary clone."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+STAGES = 2 + 2 + 2 + 3 * 5 + 5 + 2 + 1  # code clips, pretrain, baselines, readouts frozen and finetune, reconstruct, report
+
+
+def run(clone: Path, *command: str, check: bool = True) -> subprocess.CompletedProcess:
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": "src"}
+    done = subprocess.run(command, cwd=clone, env=env, capture_output=True, text=True, check=False)
+    assert not check or done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done
+
+
+def cli(clone: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
+    return run(clone, "python", "-m", "scaling4d", *arguments, check=check)
+
+
+def refused(clone: Path, *arguments: str) -> str:
+    """The one line that a refused command prints."""
+    done = cli(clone, *arguments, check=False)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    return lines[0]
+
+
+def ran(done: subprocess.CompletedProcess) -> list[str]:
+    return [line.split("'")[1] for line in done.stdout.splitlines() if line.startswith("Running stage")]
+
+
+def md5s(clone: Path, stage: str) -> list[str]:
+    return [out["md5"] for out in yaml.safe_load((clone / "dvc.lock").read_text())["stages"][stage]["outs"]]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's files in a repository of their own."""
+    folder = tmp_path_factory.mktemp("story") / "scaling4d"
+    files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in files.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    run(folder, "git", "init", "-q")
+    commit(folder)
+    return folder
+
+
+def commit(folder: Path) -> None:
+    run(folder, "git", "add", "-A")
+    run(folder, "git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "state")
+
+
+@pytest.fixture(scope="module")
+def story(clone: Path) -> Path:
+    """The clone after one `dvc repro` of the smoke profile."""
+    cli(clone, "compose", "profile=smoke")
+    done = run(clone, "dvc", "repro")
+    assert len(ran(done)) == STAGES
+    return clone
+
+
+def test_the_committed_lock_says_that_nothing_changed(clone: Path) -> None:
+    done = run(clone, "dvc", "repro", "--dry", "--allow-missing")
+    assert ran(done) == []
+
+
+def test_a_second_run_does_nothing(story: Path) -> None:
+    assert ran(run(story, "dvc", "repro")) == []
+
+
+def test_every_number_of_the_report_is_a_result(story: Path) -> None:
+    rows = list(csv.DictReader((story / "reports/smoke/results.csv").open()))
+    assert {(row["encoder"], row["task"], row["protocol"]) for row in rows} == {
+        (encoder, task, protocol)
+        for encoder, protocol in (("nano", "frozen"), ("nano", "finetune"), ("untrained_nano", "frozen"), ("pixels", "frozen"))
+        for task in ("actions", "boxes", "depth", "points", "pose")
+    }
+    for row in rows:
+        result = json.loads((story / f"artifacts/smoke/readout/{row['encoder']}/{row['task']}/{row['protocol']}/result.json").read_text())
+        assert float(row["value"]) == ({result["metric"]: result["value"]} | result["others"])[row["metric"]]
+    assert "<svg" in (story / "reports/smoke/report.html").read_text()
+
+
+def test_every_stage_reads_what_it_declares(story: Path) -> None:
+    import dvc.api
+
+    for path in (story / "artifacts/smoke").rglob("provenance.json"):
+        made = json.loads(path.read_text())
+        name = stage_of(path.parent.relative_to(story / "artifacts/smoke"), made["stage"])
+        declared = dvc.api.params_show(stages=name, repo=str(story))
+        for key, value in made["settings"].items():
+            inner = declared
+            for word in key.split("."):
+                inner = inner[word]
+            assert inner == value, f"{name}: {key}"
+        assert made["overrides"] == {}
+
+
+def stage_of(folder: Path, kind: str) -> str:
+    parts = folder.parts
+    match kind:
+        case "clips":
+            return "clips"
+        case "baseline":
+            return "baseline_pixels" if parts[1] == "pixels" else f"baseline_untrained@{parts[1].removeprefix('untrained_')}"
+        case "readout":
+            return f"readout_{parts[3]}@{parts[1]}-{parts[2]}"
+    return f"{kind}@{parts[1]}"
+
+
+def test_stages_are_deterministic(story: Path) -> None:
+    stages = ("pretrain@nano", "readout_frozen@nano-depth", "readout_finetune@nano-actions", "reconstruct@nano", "report")
+    before = {stage: md5s(story, stage) for stage in stages}
+    for stage in stages:
+        run(story, "dvc", "repro", "-f", "-s", stage)
+    assert before == {stage: md5s(story, stage) for stage in stages}
+
+
+def test_a_comment_reruns_nothing_but_the_code_stage(story: Path) -> None:
+    source = story / "src/scaling4d/mae/attention.py"
+    text = source.read_text()
+    try:
+        source.write_text(text + "\n# a remark\n")
+        assert ran(run(story, "dvc", "repro")) == ["code"]
+    finally:
+        source.write_text(text)
+
+
+def test_one_value_reruns_just_what_depends_on_it(story: Path) -> None:
+    try:
+        cli(story, "compose", "profile=smoke", "readout.frozen.pose.Recipe.steps=5")
+        changed = {"readout_frozen@nano-pose", "readout_frozen@untrained_nano-pose", "readout_frozen@pixels-pose"}
+        assert set(ran(run(story, "dvc", "repro", "--dry"))) >= changed
+        assert set(ran(run(story, "dvc", "repro", "--dry"))) <= changed | {"readout_finetune@nano-pose", "report"}
+    finally:
+        cli(story, "compose", "profile=smoke")
+
+
+def test_an_experiment_lists_its_override_everywhere(story: Path) -> None:
+    commit(story)
+    run(story, "dvc", "exp", "run", "--name", "longer", "-S", "profile=smoke", "-S", "readout.finetune.pose.Recipe.steps=3")
+    made = json.loads((story / "artifacts/smoke/readout/nano/pose/finetune/provenance.json").read_text())
+    assert made["overrides"] == {"readout.finetune.pose.Recipe.steps": 3}
+    assert "readout.finetune.pose.Recipe.steps" in (story / "reports/smoke/report.html").read_text()
+    shown = json.loads(run(story, "dvc", "exp", "diff", "HEAD", "longer", "--json").stdout)
+    assert "readout.finetune.pose.Recipe.steps" in json.dumps(shown["params"])
+    assert any("pose" in key for values in shown["metrics"].values() for key in values)
+    run(story, "git", "checkout", "-q", ".")
+    run(story, "dvc", "checkout", "-q")
+
+
+def test_a_killed_stage_leaves_nothing_under_its_final_name(story: Path) -> None:
+    final = story / "artifacts/smoke/pretrain/nano"
+    kept = story / "kept"
+    final.rename(kept)
+    env = os.environ | {"PYTHONPATH": "src"}
+    child = subprocess.Popen([sys.executable, "-m", "scaling4d", "pretrain", "nano"], cwd=story, env=env, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not list((story / ".resume").glob("partial-*")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+        assert not final.exists()
+    finally:
+        kept.rename(final)
+
+
+def test_bad_input_is_one_clear_line(story: Path) -> None:
+    assert "no setting 'points.nan0'" in refused(story, "pretrain", "nan0")
+    assert "unknown readout 'smell'" in refused(story, "readout", "nano", "smell", "frozen")
+    assert "is not a checkpoint" in refused(story, "readout", "nobody", "depth", "frozen")
+    assert "unknown baseline 'nothing'" in refused(story, "baseline", "nothing")
+    settings = (story / "params.yaml").read_text()
+    try:
+        (story / "params.yaml").write_text(settings + "\npretrian: {}\n")
+        assert "pretrian" in refused(story, "clips")
+    finally:
+        (story / "params.yaml").write_text(settings)
+
+
+def test_missing_empty_and_wrong_data_are_refused(story: Path) -> None:
+    benchmarks, videos, aside = story / "data/benchmarks", story / "data/videos", story / "aside"
+    benchmarks.rename(aside)
+    try:
+        assert "data/benchmarks" in refused(story, "readout", "nano", "depth", "frozen")
+        (benchmarks / "scannet/photos").mkdir(parents=True)
+        assert "scannet" in refused(story, "readout", "nano", "depth", "frozen")
+    finally:
+        shutil.rmtree(benchmarks, ignore_errors=True)
+        aside.rename(benchmarks)
+    videos.rename(aside)
+    try:
+        assert "data/videos" in refused(story, "clips")
+        videos.mkdir()
+        assert "data/videos" in refused(story, "clips")
+    finally:
+        shutil.rmtree(videos, ignore_errors=True)
+        aside.rename(videos)
