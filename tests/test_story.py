@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
-STAGES = 2 + 2 + 2 + 3 * 5 + 5 + 2 + 1  # code clips, pretrain, baselines, readouts frozen and finetune, reconstruct, report
+STAGES = 1 + 2 + 2 + 2 + 3 * 5 + 5 + 2 + 1  # data, code clips, pretrain, baselines, frozen, finetune, reconstruct, report
 
 
 def run(clone: Path, *command: str, check: bool = True) -> subprocess.CompletedProcess:
@@ -54,13 +54,15 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
     run(folder, "git", "init", "-q")
+    run(folder, "git", "config", "user.name", "reader")
+    run(folder, "git", "config", "user.email", "reader@example.org")
     commit(folder)
     return folder
 
 
 def commit(folder: Path) -> None:
     run(folder, "git", "add", "-A")
-    run(folder, "git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "state")
+    run(folder, "git", "commit", "-qm", "state")
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +91,9 @@ def test_every_number_of_the_report_is_a_result(story: Path) -> None:
         for task in ("actions", "boxes", "depth", "points", "pose")
     }
     for row in rows:
-        result = json.loads((story / f"artifacts/smoke/readout/{row['encoder']}/{row['task']}/{row['protocol']}/result.json").read_text())
+        result = json.loads(
+            (story / f"artifacts/smoke/readout/{row['encoder']}/{row['task']}/{row['protocol']}/result.json").read_text()
+        )
         assert float(row["value"]) == ({result["metric"]: result["value"]} | result["others"])[row["metric"]]
     assert "<svg" in (story / "reports/smoke/report.html").read_text()
 

@@ -1,7 +1,7 @@
 """Several one-thread processes working as one: results depend on their number and on nothing else of the machine.
 
 A rank computes with one thread, because bits depend on the number of threads; several ranks use the cores.
-Under torchrun the ranks are torchrun's; otherwise they are forked here, so torch is imported once.
+They are forked, so torch is imported once; the parent must not have computed with it before.
 """
 
 from __future__ import annotations
@@ -33,14 +33,9 @@ def run(work: Callable[..., T], *, ranks: int, **arguments: Any) -> T:
         UserError: as a rank raised it.
         RuntimeError: a rank failed or was killed; the others are ended.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        _enter(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "env://")
-        try:
-            return work(rank=dist.get_rank(), ranks=dist.get_world_size(), **arguments)
-        finally:
-            dist.destroy_process_group()
     context = multiprocessing.get_context("fork")
-    sys.stdout.flush(), sys.stderr.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     with tempfile.TemporaryDirectory() as meeting:
         pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
         children = [
@@ -70,16 +65,21 @@ def _collect(children: list, receivers: list) -> Any:
             try:
                 kind, value = receiver.recv()
             except EOFError:
-                children[rank].join()
-                code = children[rank].exitcode
-                why = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-                raise RuntimeError(
-                    f"rank {rank} of {len(children)} ended without a result ({why}); its own message is above"
-                ) from None
+                raise RuntimeError(_cause(children)) from None
             if kind == "refused":
                 raise UserError(value)
             first = value if rank == 0 else first
     return first
+
+
+def _cause(children: list) -> str:
+    """Which rank ended the run: a killed one first, since the others fail when they miss it."""
+    for child in children:
+        child.join(timeout=1)
+    ended = [(rank, child.exitcode) for rank, child in enumerate(children) if child.exitcode]
+    rank, code = min(ended, key=lambda item: (item[1] > 0, item[0]))
+    why = signal.Signals(-code).name if code < 0 else f"exit code {code}; its own message is above"
+    return f"rank {rank} of {len(children)} ended without a result ({why})"
 
 
 def _child(work: Callable, rank: int, ranks: int, meeting: str, sender: Any, arguments: dict) -> None:

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from scaling4d import config, seeds
-from scaling4d.mae.encoder import initialise
 from scaling4d.readout import metrics
 from scaling4d.readout.features import stretch
 from scaling4d.readout.heads import Head, fourier
@@ -46,14 +45,14 @@ def sample(seed: int = 0) -> Sample:
 
 
 def bind_head() -> None:
-    config.bind({"Head": {"width": 32, "heads": 4, "fourier_bases": 4}})
+    config.bind({"Head": {"width": 32, "heads": 4, "fourier_bases": 4, "query_std": 1.0, "time_init": "sincos"}})
 
 
 TASK = {
     "actions": TASKS["actions"](classes=3, rate_hz=8.0),
     "boxes": Boxes(objects=4, rate_hz=8.0, beta=0.05),
     "depth": Depth(rate_hz=8.0, offset_m=3.0),
-    "points": Points(tracks=6, tiles=2, rate_hz=8.0),
+    "points": Points(tracks=6, tiles=2, rate_hz=8.0, certain=True),
     "pose": Pose(rate_hz=8.0),
 }
 
@@ -67,7 +66,7 @@ def batch(task: str, seeds_: range = range(3)) -> dict[str, torch.Tensor]:
 def test_a_head_learns_three_clips_by_heart(task: str) -> None:
     bind_head()
     head = TASK[task].head(features_width=24, clip=CLIP)
-    initialise(head, seed=0, weight_scale=1.0)
+    head.initialise(0)
     features = torch.randn(3, 2, 4, 24, generator=seeds.stream(0, "features"))
     target = batch(task)
     adam = torch.optim.Adam(head.parameters(), lr=3e-3)
@@ -87,7 +86,7 @@ def test_a_head_learns_three_clips_by_heart(task: str) -> None:
 def test_what_is_not_valid_does_not_reach_loss_or_metric(task: str, mask: str, label: str) -> None:
     bind_head()
     head = TASK[task].head(features_width=24, clip=CLIP)
-    initialise(head, seed=0, weight_scale=1.0)
+    head.initialise(0)
     features = torch.randn(3, 2, 4, 24, generator=seeds.stream(0, "features"))
     target = batch(task)
     other = {name: value.clone() for name, value in target.items()}
@@ -123,7 +122,7 @@ def test_depth_patches_land_where_they_belong() -> None:
     bind_head()
     depth = TASK["depth"]
     head = depth.head(features_width=24, clip=CLIP)
-    initialise(head, seed=0, weight_scale=1.0)
+    head.initialise(0)
     features = torch.randn(1, 2, 4, 24, generator=seeds.stream(0, "f"))
     raw = head(features)[0]  # Q 128, queries over t h w
     predicted = depth.predict(head, features, batch("depth", range(1)))[0]
@@ -169,7 +168,7 @@ def test_padding_cuts_and_fills() -> None:
 def test_a_given_query_is_answered_whatever_the_others_ask() -> None:
     bind_head()
     head = config.build(Head, features_width=24, frames=4, learned=0, out=8, coordinates=2, tiles=2)
-    initialise(head, seed=0, weight_scale=1.0)
+    head.initialise(0)
     features, queries = (
         torch.randn(1, 2, 4, 24, generator=seeds.stream(0, "f")),
         torch.rand(1, 3, 2, generator=seeds.stream(0, "q")),

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scaling4d import config
+from scaling4d import config, seeds
 from scaling4d.mae.attention import attention
-from scaling4d.mae.encoder import LAYER_NORM_EPS
+from scaling4d.mae.encoder import LAYER_NORM_EPS, initialise, sincos
 from scaling4d.readout.features import stretch
+from scaling4d.records import UserError
 
 
 class AttentionReadout(nn.Module):
@@ -74,6 +75,8 @@ class Head(nn.Module):
         coordinates: numbers that describe a given query (2 for a point, 4 for a box). tiles: each given query is repeated
           so often with a learned time embedding and answers for frames / tiles frames. values: numbers a frame.
         width, heads: of the readout. fourier_bases: of the embedding of given queries (released: 16).
+        query_std: of learned queries at the start (released: 0.02, at which attention is the same everywhere for long).
+        time_init: of the temporal positions, "normal" N(0, 0.02) as released, or "sincos" (ours: time is visible at once).
     """
 
     def __init__(
@@ -88,9 +91,14 @@ class Head(nn.Module):
         width: int,
         heads: int,
         fourier_bases: int,
+        query_std: float,
+        time_init: str,
     ) -> None:
         super().__init__()
+        if time_init not in ("normal", "sincos"):
+            raise UserError(f"Head.time_init = {time_init!r}; needed 'normal' or 'sincos'")
         self.bases, self.tiles, self.frames = fourier_bases, tiles, frames
+        self.query_std, self.time_init = query_std, time_init
         if not learned:
             self.embed_mlp_in = nn.Linear(2 * fourier_bases * coordinates, width)
             self.embed_mlp_out = nn.Linear(width, width)
@@ -98,6 +106,16 @@ class Head(nn.Module):
         self.readout = AttentionReadout(
             features_width=features_width, frames=frames, queries=learned, query_width=width, width=width, heads=heads, out=out
         )
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Draw all weights; equal seeds give equal weights."""
+        initialise(self, seed=seed, weight_scale=1.0)
+        if hasattr(self.readout, "query"):
+            self.readout.query.normal_(std=self.query_std, generator=seeds.stream(seed, "query"))
+        if self.time_init == "sincos":
+            positions = self.readout.temporal_positions
+            positions.copy_(sincos((self.frames, 1, 1), positions.shape[-1])[:, None])
 
     def forward(self, features: Tensor, queries: Tensor | None = None) -> Tensor:
         """features `B t n C` -> `B Q out`; with given queries `B Q coordinates` -> `B Q T values`."""

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from scaling4d import artifacts, benchmarks, checkpoint, config, log, optimizer, seeds
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.mae.build import encoder_of, load
-from scaling4d.mae.encoder import initialise
 from scaling4d.ranks import gather, parallel, run
 from scaling4d.readout import metrics
 from scaling4d.readout.features import at_depth
@@ -129,7 +128,7 @@ def _work(
     encoder.requires_grad_(tuned)
     features, targets, _ = _share(encoder, asked, task, "train", evaluation, rank=rank, ranks=ranks, pixels_only=tuned)
     head = asked.head(features_width=encoder.width, clip=encoder.clip)
-    initialise(head, seed=seed, weight_scale=1.0)
+    head.initialise(seed)
     if start is not None:
         head.load_state_dict(checkpoint.load_tensors(start))
     probe = Probe(encoder if tuned else None, head, asked, evaluation.depth_fraction)

@@ -25,12 +25,16 @@ CERTAIN_PX, RASTER_PX = 6, 256  # a prediction within 6 of 256 pixels counts as 
 class Points:
     """tracks: at most so many a clip. tiles: a query is asked so often, each time for frames / tiles frames (released: 8).
 
+    certain: a point counts as shown if it is likely to be visible and (released) certain to be near; false: visible alone (ours),
+    for readouts so coarse that they are never certain.
+
     Loss: Huber on the distance (weight 100) + visibility and certainty cross-entropies (0.1), as scivid trains its readout.
     """
 
     tracks: int
     tiles: int
     rate_hz: float
+    certain: bool
 
     primary: ClassVar = Measure("average_jaccard", "share", True)
 
@@ -72,7 +76,7 @@ class Points:
         evaluated[:, 0] = False
         video = metrics.track_metrics(
             points=predicted[..., :2],
-            visible=shown.prod(-1) > 0.5,
+            visible=(shown.prod(-1) if self.certain else shown[..., 0]) > 0.5,
             true_points=target["points"],
             true_visible=target["visible"],
             evaluated=evaluated,

@@ -1,0 +1,55 @@
+"""A small project: the real settings at smoke size, and a few curated clips of the pocket data."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from scaling4d import config
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def curated_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with experiments/, params.yaml of profile smoke, and artifacts/smoke/clips of two dozen videos."""
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "experiments").symlink_to(ROOT / "experiments")
+    for path in sorted((ROOT / "experiments/pocket/videos/phone").glob("*.mp4"))[:24]:
+        (folder / "data/videos").mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder / "data/videos")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        from scaling4d.clips import stage
+
+        config.write(["profile=smoke", "clips.Curation.workers=1", "clips.Curation.val_share=0.3"])
+        stage.clips(config.read())
+    return folder
+
+
+@pytest.fixture
+def project(curated_project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The small project as the current folder, with its settings as composed."""
+    monkeypatch.chdir(curated_project)
+    before = config.PARAMS.read_text()
+    yield curated_project
+    config.PARAMS.write_text(before)
+
+
+@pytest.fixture
+def changed(project: Path) -> Callable[[str, object], dict]:
+    """Changes one value of the project's params.yaml and gives the settings back."""
+
+    def change(key: str, value: object) -> dict:
+        settings = config.read()
+        *path, last = key.split(".")
+        inner = settings
+        for word in path:
+            inner = inner[word]
+        inner[last] = value
+        config.PARAMS.write_text(yaml.safe_dump(settings))
+        return settings
+
+    return change

@@ -1,0 +1,87 @@
+"""Pretraining a point, and the encoders that it is compared with."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from scaling4d import checkpoint, config
+from scaling4d.checkpoint import Checkpoint
+from scaling4d.mae.build import encoder_of, load
+from scaling4d.pretrain.loop import Training, baseline, build, pretrain, validate
+from scaling4d.ranks import run
+from scaling4d.records import UserError
+
+
+def val_loss(*, rank: int, ranks: int, settings: dict) -> float:
+    config.bind(settings["pretrain"], settings["points"]["nano"])
+    model = build("nano", settings, settings["seed"])
+    return validate(model, Path("artifacts/smoke/clips"), config.build(Training), seed=0, rank=rank, ranks=ranks)
+
+
+def test_training_lowers_the_loss_and_says_what_made_it(project: Path, changed: Callable) -> None:
+    folder = pretrain("nano", changed("pretrain.Training.steps", 60))
+    losses = [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
+    assert losses[-1]["loss"] < 0.7 * losses[0]["loss"]
+    assert losses[-1]["clips_seen"] == 60 * 8
+    saved, summary = Checkpoint.read(folder), json.loads((folder / "summary.json").read_text())
+    assert saved.step == 60 and saved.parameters == sum(p.numel() for p in encoder_of(load(folder)).parameters())
+    assert summary["val_loss"] < losses[0]["loss"]
+    made = json.loads((folder / "provenance.json").read_text())
+    assert made["overrides"]["pretrain.Training.steps"] == 60 and len(made["inputs"]["clips"]) == 64
+    assert "SimpleMAE.width = 32" in (folder / "operative_config.gin").read_text()
+    assert list((project / ".runs").glob("pretrain-nano-*.json"))
+
+
+@pytest.mark.parametrize("point", ["nano", "mae_st_tiny"])
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(changed: Callable, point: str) -> None:
+    shas = []
+    for seed in (0, 0, 1):
+        changed("pretrain.Training.steps", 4)
+        shas.append(checkpoint.weights_sha256(pretrain(point, changed("seed", seed))))
+    assert shas[0] == shas[1] != shas[2]
+
+
+def test_the_untrained_baseline_is_the_point_before_its_first_step(project: Path) -> None:
+    settings = config.read()
+    folder = baseline("untrained_nano", settings)
+    config.bind(settings["points"]["nano"])
+    start = build("nano", settings, settings["seed"]).state_dict()
+    for name, value in load(folder).state_dict().items():
+        assert torch.equal(value, start[name]), name
+
+
+def test_the_pixel_baseline_is_the_clip_itself(project: Path) -> None:
+    tokens = load(baseline("pixels", config.read()))
+    clip = torch.randint(0, 256, (1, 16, 64, 64, 3), dtype=torch.uint8)
+    (layer,) = tokens.features(clip)
+    assert torch.allclose(layer.std(), (clip / 255 * 4).std(), rtol=1e-4)
+    assert layer.shape == (1, 512, 384)
+
+
+def test_validation_loss_does_not_depend_on_the_ranks(project: Path) -> None:
+    settings = config.read()
+    one, three = (run(val_loss, ranks=ranks, settings=settings) for ranks in (1, 3))
+    assert abs(one - three) < 1e-5 * one
+
+
+def test_a_batch_that_does_not_divide_is_refused_and_nothing_is_written(project: Path, changed: Callable) -> None:
+    settings = changed("pretrain.Training.batch", 6)
+    with pytest.raises(UserError, match="^a batch of 6 clips does not divide among 4 ranks; set batch to a multiple of ranks$"):
+        pretrain("nano", settings | {"profile": "smoke"})
+    assert not list((project / ".resume").glob("partial-*"))
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update_and_names_the_clips(changed: Callable) -> None:
+    with pytest.raises(UserError, match=r"^step \d+: the gradient is (nan|inf); clips .+; lower pretrain.Training.rate_"):
+        pretrain("nano", changed("pretrain.Training.rate_times_width", 1e9))
+
+
+def test_a_point_with_two_methods_is_refused(project: Path) -> None:
+    settings = config.read()
+    settings["points"]["nano"]["MAEST"] = {}
+    with pytest.raises(UserError, match=r"^points.nano has SimpleMAE, MAEST; needed exactly one of SimpleMAE, MAEST$"):
+        config.bind({"SimpleMAE": settings["points"]["nano"]["SimpleMAE"]})
+        build("nano", settings, 0)
