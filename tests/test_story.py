@@ -142,6 +142,7 @@ def test_a_comment_reruns_nothing_but_the_code_stage(story: Path) -> None:
         assert ran(run(story, "dvc", "repro")) == ["code"]
     finally:
         source.write_text(text)
+        run(story, "dvc", "repro")
 
 
 def test_one_value_reruns_just_what_depends_on_it(story: Path) -> None:

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from scaling4d import config, seeds
+from scaling4d.ranks import run
 from scaling4d.readout import metrics
-from scaling4d.readout.features import stretch
+from scaling4d.readout.features import Standard, stretch
 from scaling4d.readout.heads import Head, fourier
 from scaling4d.readout.tasks.boxes import Boxes
 from scaling4d.readout.tasks.depth import Depth
@@ -45,14 +46,16 @@ def sample(seed: int = 0) -> Sample:
 
 
 def bind_head() -> None:
-    config.bind({"Head": {"width": 32, "heads": 4, "fourier_bases": 4, "query_std": 1.0, "time_init": "sincos"}})
+    config.bind(
+        {"Head": {"width": 32, "heads": 4, "fourier_bases": 4, "query_std": 1.0, "time_init": "sincos", "out_scale": 1.0}}
+    )
 
 
 TASK = {
     "actions": TASKS["actions"](classes=3, rate_hz=8.0),
-    "boxes": Boxes(objects=4, rate_hz=8.0, beta=0.05),
+    "boxes": Boxes(objects=4, rate_hz=8.0, beta=0.05, relative=False),
     "depth": Depth(rate_hz=8.0, offset_m=3.0),
-    "points": Points(tracks=6, tiles=2, rate_hz=8.0, certain=True),
+    "points": Points(tracks=6, tiles=2, rate_hz=8.0, certain=True, relative=True),
     "pose": Pose(rate_hz=8.0),
 }
 
@@ -145,6 +148,19 @@ def test_intervals_hold_the_mean_and_shrink_with_more_videos() -> None:
         assert low < sums.mean() < high
         widths.append(high - low)
     assert widths[1] < widths[0] / 5
+
+
+def standardised(*, rank: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    whole = 3 + 2 * torch.randn(40, 2, 4, 5, generator=seeds.stream(0, "whole"))
+    return Standard.of(whole[rank::ranks])(whole), Standard.none()(whole) - whole
+
+
+def test_standard_features_have_mean_0_at_every_place_and_deviation_1_whatever_the_ranks() -> None:
+    one, three = run(standardised, ranks=1), run(standardised, ranks=3)
+    assert one[0].mean(0).abs().max() < 1e-5
+    assert torch.allclose(one[0].square().mean((0, 1, 2)).sqrt(), torch.ones(5), atol=1e-4)
+    assert torch.allclose(one[0], three[0], atol=1e-5)
+    assert not one[1].any()
 
 
 def test_stretching_keeps_a_constant_and_the_order_of_time() -> None:

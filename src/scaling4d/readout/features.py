@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -37,6 +39,39 @@ def cubic_weights(wanted: int, given: int) -> Tensor:
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2
     weights = torch.where(x <= 1, near, torch.where(x < 2, far, 0.0))
     return (weights / weights.sum(dim=1, keepdim=True)).float()
+
+
+@dataclass(frozen=True)
+class Standard:
+    """A fixed shift and scale of features, the same for all: mean `t n D`, deviation `D`.
+
+    Ours: released readouts see the features as they are. Without it, what a token's place adds to all clips alike hides what
+    differs between clips from a short training.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, features: Tensor) -> Standard:
+        """From the training features `B t n D` of all ranks: mean 0 at every token's place, deviation 1 in every channel."""
+        count = torch.tensor(float(len(features)), dtype=torch.float64)
+        total = features.double().sum(0)
+        dist.all_reduce(count)
+        dist.all_reduce(total)
+        mean = (total / count).float()
+        squares = (features - mean).double().square().sum((0, 1, 2))
+        dist.all_reduce(squares)
+        return cls(mean, (squares / (count * mean[..., 0].numel())).sqrt().float() + 1e-6)
+
+    @classmethod
+    def none(cls) -> Standard:
+        """Changes nothing."""
+        return cls(torch.zeros(1), torch.ones(1))
+
+    def __call__(self, features: Tensor) -> Tensor:
+        return (features - self.mean) / self.deviation
 
 
 def stretch(features: Tensor, frames: int) -> Tensor:

@@ -77,6 +77,7 @@ class Head(nn.Module):
         width, heads: of the readout. fourier_bases: of the embedding of given queries (released: 16).
         query_std: of learned queries at the start (released: 0.02, at which attention is the same everywhere for long).
         time_init: of the temporal positions, "normal" N(0, 0.02) as released, or "sincos" (ours: time is visible at once).
+        out_scale: of the last layer's initial weights (released: 1; less starts closer to predicting nothing).
     """
 
     def __init__(
@@ -93,12 +94,13 @@ class Head(nn.Module):
         fourier_bases: int,
         query_std: float,
         time_init: str,
+        out_scale: float,
     ) -> None:
         super().__init__()
         if time_init not in ("normal", "sincos"):
             raise UserError(f"Head.time_init = {time_init!r}; needed 'normal' or 'sincos'")
         self.bases, self.tiles, self.frames = fourier_bases, tiles, frames
-        self.query_std, self.time_init = query_std, time_init
+        self.query_std, self.time_init, self.out_scale = query_std, time_init, out_scale
         if not learned:
             self.embed_mlp_in = nn.Linear(2 * fourier_bases * coordinates, width)
             self.embed_mlp_out = nn.Linear(width, width)
@@ -111,6 +113,7 @@ class Head(nn.Module):
     def initialise(self, seed: int) -> None:
         """Draw all weights; equal seeds give equal weights."""
         initialise(self, seed=seed, weight_scale=1.0)
+        self.readout.out.weight.mul_(self.out_scale)
         if hasattr(self.readout, "query"):
             self.readout.query.normal_(std=self.query_std, generator=seeds.stream(seed, "query"))
         if self.time_init == "sincos":

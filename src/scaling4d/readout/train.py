@@ -18,7 +18,7 @@ from scaling4d.checkpoint import Checkpoint
 from scaling4d.mae.build import encoder_of, load
 from scaling4d.ranks import gather, parallel, run
 from scaling4d.readout import metrics
-from scaling4d.readout.features import at_depth
+from scaling4d.readout.features import Standard, at_depth
 from scaling4d.readout.tasks.actions import Actions
 from scaling4d.readout.tasks.boxes import Boxes
 from scaling4d.readout.tasks.depth import Depth
@@ -37,11 +37,13 @@ HEAD = "head.safetensors"
 class Evaluation:
     """What all readouts share. ranks: one-thread processes; results depend on it. depth_fraction: 0.95 in 4DS.
 
+    standardise: features get mean 0 and deviation 1 over the training clips before the readout (ours; released: false).
     data: folder of benchmarks. bootstrap_draws: resamplings of the validation videos for the interval.
     """
 
     ranks: int
     depth_fraction: float
+    standardise: bool
     data: str
     bootstrap_draws: int
 
@@ -129,14 +131,18 @@ def _work(
     features, targets, _ = _share(encoder, asked, task, "train", evaluation, rank=rank, ranks=ranks, pixels_only=tuned)
     head = asked.head(features_width=encoder.width, clip=encoder.clip)
     head.initialise(seed)
+    standard = Standard.of(features) if evaluation.standardise and not tuned else Standard.none()
     if start is not None:
-        head.load_state_dict(checkpoint.load_tensors(start))
-    probe = Probe(encoder if tuned else None, head, asked, evaluation.depth_fraction)
+        tensors = checkpoint.load_tensors(start)
+        standard = Standard(tensors.pop("standard.mean"), tensors.pop("standard.deviation"))
+        head.load_state_dict(tensors)
+    probe = Probe(encoder if tuned else None, standard, head, asked, evaluation.depth_fraction)
     _train(probe, features, targets, recipe, rank=rank, ranks=ranks, seed=seed)
     features, targets, videos = _share(encoder, asked, task, "val", evaluation, rank=rank, ranks=ranks, pixels_only=False)
-    measured = _measure(head, features, targets, asked)
+    measured = _measure(probe, features, targets)
     if rank == 0:
-        checkpoint.save_tensors(out / HEAD, head.state_dict())
+        tensors = head.state_dict() | {"standard.mean": standard.mean, "standard.deviation": standard.deviation}
+        checkpoint.save_tensors(out / HEAD, tensors)
     return gather(videos), gather(measured)
 
 
@@ -173,16 +179,19 @@ def _share(
 
 
 class Probe(nn.Module):
-    """Encoder (or none, where features are ready) and head together, so that ranks average the gradients of both."""
+    """Encoder (or none, where features are ready) and readout together, so that ranks average the gradients of both."""
 
-    def __init__(self, encoder: nn.Module | None, head: nn.Module, asked: Task, fraction: float) -> None:
+    def __init__(self, encoder: nn.Module | None, standard: Standard, head: nn.Module, asked: Task, fraction: float) -> None:
         super().__init__()
-        self.encoder, self.head, self.asked, self.fraction = encoder, head, asked, fraction
+        self.encoder, self.standard, self.head, self.asked, self.fraction = encoder, standard, head, asked, fraction
 
     def forward(self, inputs: Tensor, target: dict[str, Tensor]) -> Tensor:
         """Pixels `B T H W C` or features `B t n D` -> loss."""
         features = inputs if self.encoder is None else at_depth(self.encoder, inputs, self.fraction)
-        return self.asked.loss(self.asked.predict(self.head, features, target), target)
+        return self.asked.loss(self.predict(features, target), target)
+
+    def predict(self, features: Tensor, target: dict[str, Tensor]) -> Tensor:
+        return self.asked.predict(self.head, self.standard(features), target)
 
 
 def _train(probe: Probe, inputs: Tensor, targets: dict[str, Tensor], recipe: Recipe, *, rank: int, ranks: int, seed: int) -> None:
@@ -217,13 +226,13 @@ def _batch(step: int, size: int, length: int, seed: int, rank: int) -> Tensor:
 
 
 @torch.no_grad()
-def _measure(head: nn.Module, features: Tensor, targets: dict[str, Tensor], asked: Task) -> list[dict[str, tuple[float, float]]]:
+def _measure(probe: Probe, features: Tensor, targets: dict[str, Tensor]) -> list[dict[str, tuple[float, float]]]:
     measured = []
     for at in range(0, len(features), 16):
         target = {name: value[at : at + 16] for name, value in targets.items()}
-        predicted = asked.predict(head, features[at : at + 16], target).numpy()
+        predicted = probe.predict(features[at : at + 16], target).numpy()
         for index, one in enumerate(predicted):
-            measured.append(asked.measure(one, {name: value[index].numpy() for name, value in target.items()}))
+            measured.append(probe.asked.measure(one, {name: value[index].numpy() for name, value in target.items()}))
     return measured
 
 

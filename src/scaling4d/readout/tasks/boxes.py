@@ -19,11 +19,15 @@ from scaling4d.records import Sample
 @config.configurable
 @dataclass(frozen=True)
 class Boxes:
-    """objects: at most so many a clip. rate_hz: of the clip's frames. beta: where the smooth L1 loss bends (our choice)."""
+    """objects: at most so many a clip. rate_hz: of the clip's frames. beta: where the smooth L1 loss bends (our choice).
+
+    relative: predict what is added to the given box (ours), not the box itself (released).
+    """
 
     objects: int
     rate_hz: float
     beta: float
+    relative: bool
 
     primary: ClassVar = Measure("mean_iou", "share", True)
 
@@ -39,7 +43,9 @@ class Boxes:
 
     def predict(self, head: Head, features: Tensor, target: dict[str, Tensor]) -> Tensor:
         """`B Q T 4`."""
-        return head(features, target["boxes"][:, :, 0])
+        given = target["boxes"][:, :, 0]
+        boxes = head(features, given)
+        return boxes + given[:, :, None] if self.relative else boxes
 
     def loss(self, predicted: Tensor, target: dict[str, Tensor]) -> Tensor:
         present = target["present"]

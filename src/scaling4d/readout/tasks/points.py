@@ -26,7 +26,7 @@ class Points:
     """tracks: at most so many a clip. tiles: a query is asked so often, each time for frames / tiles frames (released: 8).
 
     certain: a point counts as shown if it is likely to be visible and (released) certain to be near; false: visible alone (ours),
-    for readouts so coarse that they are never certain.
+    for readouts so coarse that they are never certain. relative: predict what is added to the given point (ours), not the point.
 
     Loss: Huber on the distance (weight 100) + visibility and certainty cross-entropies (0.1), as scivid trains its readout.
     """
@@ -35,6 +35,7 @@ class Points:
     tiles: int
     rate_hz: float
     certain: bool
+    relative: bool
 
     primary: ClassVar = Measure("average_jaccard", "share", True)
 
@@ -55,8 +56,10 @@ class Points:
 
     def predict(self, head: Head, features: Tensor, target: dict[str, Tensor]) -> Tensor:
         """`B Q T 4`: x, y in 0..1, logits of visible and certain."""
-        raw = head(features, target["points"][:, :, 0])
-        return torch.cat([raw[..., :2].sigmoid(), raw[..., 2:]], dim=-1)
+        given = target["points"][:, :, 0]
+        raw = head(features, given)
+        points = raw[..., :2] + given[:, :, None] if self.relative else raw[..., :2].sigmoid()
+        return torch.cat([points, raw[..., 2:]], dim=-1)
 
     def loss(self, predicted: Tensor, target: dict[str, Tensor]) -> Tensor:
         asked = target["asked"][..., None].expand(target["visible"].shape)  # B Q T
@@ -83,6 +86,8 @@ class Points:
         )
         seen = target["visible"] & evaluated
         distance_px = RASTER_PX * np.linalg.norm(predicted[..., :2] - target["points"], axis=-1)
+        still_px = RASTER_PX * np.linalg.norm(target["points"][:, :1] - target["points"], axis=-1)
         return {name: (value, 1.0) for name, value in video.items()} | {
-            "distance_px256": (float(distance_px[seen].sum()), float(seen.sum()))
+            "distance_px256": (float(distance_px[seen].sum()), float(seen.sum())),
+            "distance_px256_standing_still": (float(still_px[seen].sum()), float(seen.sum())),
         }
