@@ -11,17 +11,17 @@ NO_DECAY = ("bias", "norm", "positions", "token", "query")  # both papers: no de
 
 
 def adamw(
-    parts: dict[str, tuple[nn.Module, float]], *, betas: tuple[float, float], weight_decay: float
+    parts: dict[str, tuple[list[tuple[str, nn.Parameter]], float]], *, betas: tuple[float, float], weight_decay: float
 ) -> tuple[torch.optim.AdamW, list[float]]:
-    """AdamW over named modules, each with its own peak learning rate; returns it with the peak of every parameter group."""
+    """AdamW over parts, each some named parameters and their peak learning rate; returns it and the peak of every group."""
     groups, peaks = [], []
-    for module, peak in parts.values():
-        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    for parameters, peak in parts.values():
+        named = [(name, p) for name, p in parameters if p.requires_grad]
         plain = [p for name, p in named if any(word in name for word in NO_DECAY)]
         decayed = [p for name, p in named if not any(word in name for word in NO_DECAY)]
-        for parameters, decay in ((decayed, weight_decay), (plain, 0.0)):
-            if parameters:
-                groups.append({"params": parameters, "weight_decay": decay})
+        for some, decay in ((decayed, weight_decay), (plain, 0.0)):
+            if some:
+                groups.append({"params": some, "weight_decay": decay})
                 peaks.append(peak)
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True), peaks
 

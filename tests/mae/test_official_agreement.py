@@ -103,7 +103,7 @@ def test_mae_st_loss_prediction_latent_and_gradient_equal_the_official_code() ->
         mask_ratio=0.9,
         normalise_target=True,
         position_init="normal",
-        weight_scale=1.0,
+        branch_init="released",
         pixel_mean=0.0,
         pixel_scale=1.0,
     )

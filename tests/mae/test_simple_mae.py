@@ -29,7 +29,7 @@ def small(**changes: object) -> SimpleMAE:
         "mask_ratio": 0.75,
         "loss_on": "all",
         "position_init": "sincos",
-        "weight_scale": 1.0,
+        "branch_init": "released",
         "pixel_mean": 0.45,
         "pixel_scale": 4.0,
     }

@@ -152,13 +152,15 @@ def test_intervals_hold_the_mean_and_shrink_with_more_videos() -> None:
 
 def standardised(*, rank: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
     whole = 3 + 2 * torch.randn(40, 2, 4, 5, generator=seeds.stream(0, "whole"))
-    return Standard.of(whole[rank::ranks])(whole), Standard.none()(whole) - whole
+    return Standard.of(whole[rank::ranks], 0.5)(whole), Standard.none()(whole) - whole
 
 
-def test_standard_features_have_mean_0_at_every_place_and_deviation_1_whatever_the_ranks() -> None:
+def test_standard_features_differ_by_1_between_clips_and_by_the_set_share_between_places_whatever_the_ranks() -> None:
     one, three = run(standardised, ranks=1), run(standardised, ranks=3)
-    assert one[0].mean(0).abs().max() < 1e-5
-    assert torch.allclose(one[0].square().mean((0, 1, 2)).sqrt(), torch.ones(5), atol=1e-4)
+    place = one[0].mean(0)
+    assert torch.allclose(place.std((0, 1), correction=0), torch.full((5,), 0.5), atol=1e-4)
+    assert place.mean((0, 1)).abs().max() < 1e-5
+    assert torch.allclose((one[0] - place).square().mean((0, 1, 2)).sqrt(), torch.ones(5), atol=1e-4)
     assert torch.allclose(one[0], three[0], atol=1e-5)
     assert not one[1].any()
 

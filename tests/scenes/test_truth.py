@@ -152,7 +152,7 @@ def test_a_texture_moves_with_its_thing():
 
 @pytest.mark.parametrize("pattern", worlds.PATTERNS)
 def test_every_pattern_shows_at_least_two_colours(pattern):
-    texture = worlds.Texture.draw(seeds.numpy(0, pattern), pattern=pattern, per_m=2.0, contrast=1.0)
+    texture = worlds.Texture.draw(seeds.numpy(0, pattern), pattern=pattern, per_m=2.0, contrast=1.0, saturation=1.0)
     colors = texture.color(seeds.numpy(1, pattern).uniform(-1, 1, (200, 3)))
     assert len(np.unique(colors.round(3), axis=0)) >= 2
 

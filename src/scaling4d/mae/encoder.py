@@ -131,11 +131,11 @@ def sincos(grid: tuple[int, int, int], width: int, step: tuple[float, float, flo
 
 
 @torch.no_grad()
-def initialise(module: nn.Module, *, seed: int, weight_scale: float) -> None:
+def initialise(module: nn.Module, *, seed: int) -> None:
     """Draw every weight from the stream of its own name.
 
-    Truncated lecun-normal for projections and attention, xavier-uniform for the blocks' mlp, both times `weight_scale`; zero
-    biases, unit norms, N(0, 0.02) for learned tokens and positions. The released 4DS code does so with a scale of 1.
+    Truncated lecun-normal for projections and attention, xavier-uniform for the blocks' mlp, zero biases, unit norms,
+    N(0, 0.02) for learned tokens and positions: as the released 4DS code.
     """
     for name, weight in module.named_parameters():
         rng = seeds.stream(seed, "init", name)
@@ -146,10 +146,21 @@ def initialise(module: nn.Module, *, seed: int, weight_scale: float) -> None:
         elif not name.endswith("weight"):
             nn.init.normal_(weight, std=0.02, generator=rng)
         elif "mlp_" in name:
-            nn.init.xavier_uniform_(weight, gain=weight_scale, generator=rng)
+            nn.init.xavier_uniform_(weight, generator=rng)
         else:
-            std = weight_scale * math.sqrt(1 / weight.shape[1]) / LECUN_STD
+            std = math.sqrt(1 / weight.shape[1]) / LECUN_STD
             nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=rng)
+
+
+@torch.no_grad()
+def scale_branches(blocks: nn.ModuleList) -> None:
+    """Divide the last layers of all residual branches by sqrt(number of branches), so that depth does not add up at the start.
+
+    Source: GPT-2 (section 2.3 of its paper). Neither 4DS nor MAE-ST does so.
+    """
+    for block in blocks:
+        for last in (block.out, block.mlp_out):
+            last.weight.div_(math.sqrt(2 * len(blocks)))
 
 
 def block_flops(*, tokens: int, width: int, mlp: int) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from scaling4d import config
-from scaling4d.mae.encoder import LAYER_NORM_EPS, Block, Encoder, block_flops, initialise, sincos
+from scaling4d.mae.encoder import LAYER_NORM_EPS, Block, Encoder, block_flops, initialise, scale_branches, sincos
 from scaling4d.mae.masking import random_keep
 from scaling4d.mae.patches import grid_of, patchify, take, unpatchify
 from scaling4d.records import MaskedTokens, UserError
@@ -89,7 +89,7 @@ class MAEST(nn.Module):
         predicted_frames: `pred_t_dim`, how many of the T frames are predicted, evenly spaced.
         normalise_target: predict pixels normalised per patch (mean and unbiased variance).
         position_init: "normal" N(0, 0.02), or "sincos" (ours: learns in short schedules).
-        weight_scale: of the initial weights; 1 as released, less learns faster in short schedules (ours).
+        branch_init: "released", or "by_depth": residual branches start smaller in deep stacks (ours: learns in short schedules).
     """
 
     def __init__(
@@ -108,13 +108,15 @@ class MAEST(nn.Module):
         mask_ratio: float,
         normalise_target: bool,
         position_init: str,
-        weight_scale: float,
+        branch_init: str,
         pixel_mean: float,
         pixel_scale: float,
     ) -> None:
         super().__init__()
         if position_init not in ("normal", "sincos"):
             raise UserError(f"position_init = {position_init!r}; needed 'normal' or 'sincos'")
+        if branch_init not in ("released", "by_depth"):
+            raise UserError(f"branch_init = {branch_init!r}; needed 'released' or 'by_depth'")
         if patch[0] * predicted_frames % clip[0]:
             raise UserError(
                 f"predicted_frames = {predicted_frames} of {clip[0]} is not a whole number of frames a patch of {patch[0]}"
@@ -133,7 +135,7 @@ class MAEST(nn.Module):
             "mask_ratio": mask_ratio,
             "normalise_target": normalise_target,
             "position_init": position_init,
-            "weight_scale": weight_scale,
+            "branch_init": branch_init,
             "pixel_mean": pixel_mean,
             "pixel_scale": pixel_scale,
         }
@@ -148,7 +150,7 @@ class MAEST(nn.Module):
             pixel_scale=pixel_scale,
         )
         self.mask_ratio, self.normalise_target = mask_ratio, normalise_target
-        self.position_init, self.weight_scale = position_init, weight_scale
+        self.position_init, self.branch_init = position_init, branch_init
         self.predicted_frames = predicted_frames
         self.predicted_patch = (patch[0] * predicted_frames // clip[0], *patch[1:])
         self.decoder_embedding = nn.Linear(width, decoder_width)
@@ -163,7 +165,10 @@ class MAEST(nn.Module):
 
     def initialise(self, seed: int) -> None:
         """Draw all weights; equal seeds give equal weights."""
-        initialise(self, seed=seed, weight_scale=self.weight_scale)
+        initialise(self, seed=seed)
+        if self.branch_init == "by_depth":
+            scale_branches(self.encoder.blocks)
+            scale_branches(self.decoder_blocks)
         if self.position_init == "sincos":
             with torch.no_grad():
                 for positions in (self.encoder.positions, self.decoder_positions):

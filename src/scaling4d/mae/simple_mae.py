@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from scaling4d import config
-from scaling4d.mae.encoder import Encoder, block_flops, initialise, sincos
+from scaling4d.mae.encoder import Encoder, block_flops, initialise, scale_branches, sincos
 from scaling4d.mae.masking import random_keep
 from scaling4d.mae.patches import grid_of, patchify, unpatchify
 from scaling4d.records import MaskedTokens, UserError
@@ -30,7 +30,7 @@ class SimpleMAE(nn.Module):
         mask_ratio: fraction of tokens hidden.
         loss_on: "all" pixels, or only "masked" ones (those outside the visible patches).
         position_init: "normal" N(0, 0.02) as released, or "sincos" (ours: learns in short schedules).
-        weight_scale: of the initial weights; 1 as released, less learns faster in short schedules (ours).
+        branch_init: "released", or "by_depth": residual branches start smaller in deep stacks (ours: learns in short schedules).
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class SimpleMAE(nn.Module):
         mask_ratio: float,
         loss_on: str,
         position_init: str,
-        weight_scale: float,
+        branch_init: str,
         pixel_mean: float,
         pixel_scale: float,
     ) -> None:
@@ -58,6 +58,8 @@ class SimpleMAE(nn.Module):
             raise UserError(f"loss_on = {loss_on!r}; needed 'all' or 'masked'")
         if position_init not in ("normal", "sincos"):
             raise UserError(f"position_init = {position_init!r}; needed 'normal' or 'sincos'")
+        if branch_init not in ("released", "by_depth"):
+            raise UserError(f"branch_init = {branch_init!r}; needed 'released' or 'by_depth'")
         self.settings = {
             "width": width,
             "depth": depth,
@@ -70,7 +72,7 @@ class SimpleMAE(nn.Module):
             "mask_ratio": mask_ratio,
             "loss_on": loss_on,
             "position_init": position_init,
-            "weight_scale": weight_scale,
+            "branch_init": branch_init,
             "pixel_mean": pixel_mean,
             "pixel_scale": pixel_scale,
         }
@@ -87,13 +89,15 @@ class SimpleMAE(nn.Module):
         )
         self.coarse_patch, self.coarse_grid = tuple(coarse_patch), grid_of(clip, coarse_patch)
         self.decode_blocks, self.mask_ratio, self.loss_on = decode_blocks, mask_ratio, loss_on
-        self.position_init, self.weight_scale = position_init, weight_scale
+        self.position_init, self.branch_init = position_init, branch_init
         self.coarse_tokens = nn.Parameter(torch.empty(math.prod(self.coarse_grid), width))  # M D
         self.decoder = nn.Linear(width, math.prod(coarse_patch) * 3)
 
     def initialise(self, seed: int) -> None:
         """Draw all weights; equal seeds give equal weights."""
-        initialise(self, seed=seed, weight_scale=self.weight_scale)
+        initialise(self, seed=seed)
+        if self.branch_init == "by_depth":
+            scale_branches(self.encoder.blocks)
         if self.position_init == "sincos":
             ratio = tuple(c / p for c, p in zip(self.coarse_patch, self.encoder.patch, strict=True))
             with torch.no_grad():

@@ -32,14 +32,17 @@ class Training:
     """How every point is trained, so that points differ in their model alone.
 
     ranks: one-thread processes that share a batch; results depend on it. batch: clips a step, over all ranks.
-    rate_times_width: peak learning rate = this / width. warmup: share of the steps. clip_norm: of the gradient.
-    flip: mirror and time-reverse clips at random. masks_per_clip: masks a validation clip is measured with.
+    rate_times_width: peak learning rate of the matrices that read `width` numbers = this / width. embedding_rate: of all else
+    (patch embedding, positions, tokens, norms, biases), the same at every width. warmup: share of the steps.
+    clip_norm: of the gradient. flip: mirror and time-reverse clips at random.
+    masks_per_clip: masks a validation clip is measured with.
     """
 
     ranks: int
     batch: int
     steps: int
     rate_times_width: float
+    embedding_rate: float
     betas: tuple[float, float]
     weight_decay: float
     warmup: float
@@ -107,8 +110,7 @@ def _train(*, rank: int, ranks: int, point: str, settings: Mapping[str, Any], tr
     seed = settings["seed"]
     model = build(point, settings, seed)
     step_loss = parallel(model)
-    peak = training.rate_times_width / model.encoder.width
-    adamw, peaks = optimizer.adamw({"model": (model, peak)}, betas=training.betas, weight_decay=training.weight_decay)
+    adamw, peaks = optimizer.adamw(_parts(model, training), betas=training.betas, weight_decay=training.weight_decay)
     warmup = round(training.steps * training.warmup)
     batches = loader.batches(
         clips,
@@ -147,6 +149,19 @@ def _train(*, rank: int, ranks: int, point: str, settings: Mapping[str, Any], tr
     val_loss = validate(model, clips, training, seed=seed, rank=rank, ranks=ranks)
     if rank == 0:
         _write(out, point, model, training, lines, val_loss, seed)
+
+
+def _parts(model: nn.Module, training: Training) -> dict[str, tuple[list[tuple[str, nn.Parameter]], float]]:
+    """Parameters by learning rate: matrices inside the network, and all that is added to it or read straight from pixels.
+
+    Source: the widths' rule for Adam of Tensor Programs V (arXiv:2203.03466); that we use it is ours.
+    """
+    named = list(model.named_parameters())
+    inside = {name for name, p in named if p.ndim == 2 and name.endswith("weight") and "patch_embedding" not in name}
+    return {
+        "matrices": ([item for item in named if item[0] in inside], training.rate_times_width / model.encoder.width),
+        "embeddings": ([item for item in named if item[0] not in inside], training.embedding_rate),
+    }
 
 
 def _update(

@@ -41,21 +41,27 @@ def cubic_weights(wanted: int, given: int) -> Tensor:
     return (weights / weights.sum(dim=1, keepdim=True)).float()
 
 
+TINY = 1e-6  # keeps a channel that never changes from dividing by zero
+
+
 @dataclass(frozen=True)
 class Standard:
-    """A fixed shift and scale of features, the same for all: mean `t n D`, deviation `D`.
+    """A fixed shift and scale of features, the same for all: shift `t n D`, deviation `D`.
 
-    Ours: released readouts see the features as they are. Without it, what a token's place adds to all clips alike hides what
-    differs between clips from a short training.
+    Ours: released readouts see the features as they are. There, what a token's place adds to all clips alike is several times
+    what differs between clips, and a short training sees only the former.
     """
 
-    mean: Tensor
+    shift: Tensor
     deviation: Tensor
 
     @classmethod
     @torch.no_grad()
-    def of(cls, features: Tensor) -> Standard:
-        """From the training features `B t n D` of all ranks: mean 0 at every token's place, deviation 1 in every channel."""
+    def of(cls, features: Tensor, place_deviation: float) -> Standard:
+        """From the training features `B t n D` of all ranks.
+
+        In every channel the deviation about the mean of a token's place becomes 1, and that of these means `place_deviation`.
+        """
         count = torch.tensor(float(len(features)), dtype=torch.float64)
         total = features.double().sum(0)
         dist.all_reduce(count)
@@ -63,7 +69,10 @@ class Standard:
         mean = (total / count).float()
         squares = (features - mean).double().square().sum((0, 1, 2))
         dist.all_reduce(squares)
-        return cls(mean, (squares / (count * mean[..., 0].numel())).sqrt().float() + 1e-6)
+        deviation = (squares / (count * mean[..., 0].numel())).sqrt().float() + TINY  # D
+        centre = mean.mean((0, 1))
+        place = (mean - centre) / (mean.std((0, 1), correction=0) + TINY)  # t n D
+        return cls(mean - place_deviation * deviation * place, deviation)
 
     @classmethod
     def none(cls) -> Standard:
@@ -71,7 +80,7 @@ class Standard:
         return cls(torch.zeros(1), torch.ones(1))
 
     def __call__(self, features: Tensor) -> Tensor:
-        return (features - self.mean) / self.deviation
+        return (features - self.shift) / self.deviation
 
 
 def stretch(features: Tensor, frames: int) -> Tensor:

@@ -112,7 +112,7 @@ class Head(nn.Module):
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
         """Draw all weights; equal seeds give equal weights."""
-        initialise(self, seed=seed, weight_scale=1.0)
+        initialise(self, seed=seed)
         self.readout.out.weight.mul_(self.out_scale)
         if hasattr(self.readout, "query"):
             self.readout.query.normal_(std=self.query_std, generator=seeds.stream(seed, "query"))

@@ -37,13 +37,15 @@ HEAD = "head.safetensors"
 class Evaluation:
     """What all readouts share. ranks: one-thread processes; results depend on it. depth_fraction: 0.95 in 4DS.
 
-    standardise: features get mean 0 and deviation 1 over the training clips before the readout (ours; released: false).
+    standardise: scale features over the training clips before the readout (ours; released: false); place_deviation: then, what a
+    token's place adds to all clips alike, where 1 is what differs between clips.
     data: folder of benchmarks. bootstrap_draws: resamplings of the validation videos for the interval.
     """
 
     ranks: int
     depth_fraction: float
     standardise: bool
+    place_deviation: float
     data: str
     bootstrap_draws: int
 
@@ -131,17 +133,19 @@ def _work(
     features, targets, _ = _share(encoder, asked, task, "train", evaluation, rank=rank, ranks=ranks, pixels_only=tuned)
     head = asked.head(features_width=encoder.width, clip=encoder.clip)
     head.initialise(seed)
-    standard = Standard.of(features) if evaluation.standardise and not tuned else Standard.none()
+    standard = Standard.none()
+    if evaluation.standardise and not tuned:
+        standard = Standard.of(features, evaluation.place_deviation)
     if start is not None:
         tensors = checkpoint.load_tensors(start)
-        standard = Standard(tensors.pop("standard.mean"), tensors.pop("standard.deviation"))
+        standard = Standard(tensors.pop("standard.shift"), tensors.pop("standard.deviation"))
         head.load_state_dict(tensors)
     probe = Probe(encoder if tuned else None, standard, head, asked, evaluation.depth_fraction)
     _train(probe, features, targets, recipe, rank=rank, ranks=ranks, seed=seed)
     features, targets, videos = _share(encoder, asked, task, "val", evaluation, rank=rank, ranks=ranks, pixels_only=False)
     measured = _measure(probe, features, targets)
     if rank == 0:
-        tensors = head.state_dict() | {"standard.mean": standard.mean, "standard.deviation": standard.deviation}
+        tensors = head.state_dict() | {"standard.shift": standard.shift, "standard.deviation": standard.deviation}
         checkpoint.save_tensors(out / HEAD, tensors)
     return gather(videos), gather(measured)
 
@@ -195,9 +199,9 @@ class Probe(nn.Module):
 
 
 def _train(probe: Probe, inputs: Tensor, targets: dict[str, Tensor], recipe: Recipe, *, rank: int, ranks: int, seed: int) -> None:
-    parts = {"head": (probe.head, recipe.learning_rate)}
+    parts = {"head": (list(probe.head.named_parameters()), recipe.learning_rate)}
     if probe.encoder is not None:
-        parts["encoder"] = (probe.encoder, recipe.encoder_learning_rate)
+        parts["encoder"] = (list(probe.encoder.named_parameters()), recipe.encoder_learning_rate)
     adamw, peaks = optimizer.adamw(parts, betas=recipe.betas, weight_decay=recipe.weight_decay)
     step_loss = parallel(probe, some_unused=probe.encoder is not None)  # the blocks above the readout's depth
     steps = log.Steps(recipe.steps)

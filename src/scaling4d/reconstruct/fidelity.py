@@ -44,7 +44,7 @@ class Fidelity:
             pixel_mean=0.5,
             pixel_scale=2.0,
         )
-        initialise(encoder, seed=seed, weight_scale=1.0)
+        initialise(encoder, seed=seed)
         with torch.no_grad():
             encoder.positions.copy_(sincos(encoder.grid, self.width))
         return encoder.requires_grad_(False)

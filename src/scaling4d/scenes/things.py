@@ -43,13 +43,15 @@ class Texture:
     centres: np.ndarray
 
     @classmethod
-    def draw(cls, rng: np.random.Generator, *, pattern: str, per_m: float, contrast: float) -> Texture:
-        """contrast: 1 for strong colours, towards 0 all colours move to their mean."""
+    def draw(cls, rng: np.random.Generator, *, pattern: str, per_m: float, contrast: float, saturation: float) -> Texture:
+        """contrast: 1 for strong colours, towards 0 all colours move to their mean. saturation: towards 0 they turn grey."""
         axis = rng.normal(size=3)
         colors = _palette(rng, 6)
+        colors = contrast * colors + (1 - contrast) * colors.mean(0)
+        grey = colors.mean(1, keepdims=True)
         return cls(
             pattern=pattern,
-            colors=contrast * colors + (1 - contrast) * colors.mean(0),
+            colors=grey + saturation * (colors - grey),
             per_m=per_m,
             axis=axis / np.linalg.norm(axis),
             phase=rng.uniform(0, 1, 3),

@@ -17,6 +17,8 @@ from scaling4d.scenes.things import PATTERNS, SHAPES, Room, Texture, Thing
 KINDS = ("action", "room", "walk", "track", "drive")
 LEG = 16  # frames
 HALL = ((6.5, 6.5, 4.5), (8.0, 8.0, 5.5))
+CONTRAST = {"action": 0.15, "track": 0.15}  # of a room's pattern; other kinds 0.3
+SHAKE = 0.07  # of the hero, in view coordinates: two neighbouring frames show the shaking more than the motion
 SPACES = {
     "action": HALL,
     "track": HALL,
@@ -73,7 +75,7 @@ def draw(rng: np.random.Generator, kind: str, *, frames: int, height_px: int, wi
     tan = np.tan(np.radians(rng.uniform(56, 64)) / 2)
     shorter = min(height_px, width_px)
     intrinsics = np.array([[shorter / width_px / tan / 2, 0, 0.5], [0, shorter / height_px / tan / 2, 0.5], [0, 0, 1]])
-    room = _room(rng, *SPACES.get(kind, SPACES["room"]))
+    room = _room(rng, *SPACES.get(kind, SPACES["room"]), contrast=CONTRAST.get(kind, 0.3))
     if kind == "action":
         motion = int(rng.integers(len(MOTIONS))) if motion is None else motion
         camera, base = _handheld(rng, room, s)
@@ -177,7 +179,7 @@ def _thing(rng: np.random.Generator, position: np.ndarray, s: np.ndarray, *, rad
     turned[:, :3, :3] = np.stack([_rotation(axis, rate * x) @ start for x in s])
     turned[:, :3, 3] = position
     texture = Texture.draw(
-        rng, pattern=PATTERNS[rng.integers(len(PATTERNS))], per_m=rng.uniform(0.9, 1.6) / radius_m, contrast=1.0
+        rng, pattern=PATTERNS[rng.integers(len(PATTERNS))], per_m=rng.uniform(0.55, 0.95) / radius_m, contrast=1.0, saturation=1.0
     )
     return Thing(shape=shape, scale=radius_m * rng.uniform(0.8, 1.15, 3), texture=texture, poses=turned)
 
@@ -199,11 +201,12 @@ def _to_world(base: np.ndarray, tan: float, view: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------- the five kinds
 
 
-def _room(rng: np.random.Generator, low: tuple, high: tuple) -> Room:
+def _room(rng: np.random.Generator, low: tuple, high: tuple, *, contrast: float) -> Room:
     pattern = PATTERNS[rng.integers(len(PATTERNS))]
     per_m = rng.uniform(0.5, 1.1) * 3 / low[2]
-    tints = rng.uniform(0.6, 1.0, (6, 3))
-    return Room(size=rng.uniform(low, high), texture=Texture.draw(rng, pattern=pattern, per_m=per_m, contrast=0.45), tints=tints)
+    tints = rng.uniform(0.8, 1.0, (6, 3))
+    texture = Texture.draw(rng, pattern=pattern, per_m=per_m, contrast=contrast, saturation=0.5)
+    return Room(size=rng.uniform(low, high), texture=texture, tints=tints)
 
 
 def _handheld(rng: np.random.Generator, room: Room, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -221,17 +224,24 @@ def _hero(rng: np.random.Generator, base: np.ndarray, tan: float, s: np.ndarray,
     """The thing whose motion is the label. Over several legs it strings other motions after the first."""
     motions = [motion, *(int(m) for m in rng.permutation(len(MOTIONS))[: legs - 1])]
     path = [motion_leg(rng, m) for m in motions]
-    offsets = string(path, s)
+    offsets = string(path, s) + _shaking(rng, s)
     low, high = VIEW[0] - offsets.min(0), VIEW[1] - offsets.max(0)  # starts that stay within VIEW all the way
     view = offsets + rng.uniform(np.minimum(low, high), np.maximum(low, high))
     view[:, 2] = np.clip(view[:, 2], np.log(1.4), np.log(4.6))
     return _thing(rng, _to_world(base, tan, view), s, radius_m=rng.uniform(0.46, 0.66), spin=1.5)
 
 
+def _shaking(rng: np.random.Generator, s: np.ndarray) -> np.ndarray:
+    """`T 3` view coordinates about 0: two swings an axis, of 3 to 5.5 periods a leg. Backwards as likely as forwards."""
+    periods, phase = rng.uniform(3, 5.5, (2, 3, 1)), rng.uniform(0, 2 * np.pi, (2, 3, 1))
+    swings = np.sin(2 * np.pi * periods * s + phase).sum(0)  # 3 T
+    return swings.T * [SHAKE, SHAKE, 0.6 * SHAKE]
+
+
 def _bystanders(rng: np.random.Generator, base: np.ndarray, tan: float, s: np.ndarray, legs: int) -> list[Thing]:
-    """Two to four things that stay about where they are."""
+    """Up to two things that stay about where they are."""
     things = []
-    for _ in range(rng.integers(2, 5)):
+    for _ in range(rng.integers(0, 3)):
         still = rng.uniform() < 0.5
         path = [line(rng, rng.uniform(-0.12, 0.12, 3) * (not still), np.full(3, 0.05) * (not still)) for _ in range(legs)]
         middle = np.array([rng.uniform(-0.9, 0.9), rng.uniform(-0.8, 0.8), np.log(rng.uniform(3.2, 5.0))])
