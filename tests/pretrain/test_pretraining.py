@@ -22,10 +22,11 @@ def val_loss(*, rank: int, ranks: int, settings: dict) -> float:
 
 
 def test_training_lowers_the_loss_and_says_what_made_it(project: Path, changed: Callable) -> None:
-    folder = pretrain("nano", changed("pretrain.Training.steps", 60))
+    settings = changed("pretrain.Training.steps", 60)
+    folder = pretrain("nano", settings)
     losses = [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
     assert losses[-1]["loss"] < 0.7 * losses[0]["loss"]
-    assert losses[-1]["clips_seen"] == 60 * 8
+    assert losses[-1]["clips_seen"] == 60 * settings["pretrain"]["Training"]["batch"]
     saved, summary = Checkpoint.read(folder), json.loads((folder / "summary.json").read_text())
     assert saved.step == 60 and saved.parameters == sum(p.numel() for p in encoder_of(load(folder)).parameters())
     assert summary["val_loss"] < losses[0]["loss"]
