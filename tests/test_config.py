@@ -1,10 +1,10 @@
 """Settings: composition, overrides, gin."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 
 from scaling4d import config
 from scaling4d.records import UserError
@@ -26,16 +26,6 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def edit(key: str, value: object) -> None:
-    settings = config.read()
-    *path, last = key.split(".")
-    inner = settings
-    for word in path:
-        inner = inner[word]
-    inner[last] = value
-    config.PARAMS.write_text(yaml.safe_dump(settings))
-
-
 def test_committed_params_are_the_composition_of_their_profile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     assert config.overrides(config.read()) == {}
@@ -47,20 +37,20 @@ def test_every_profile_composes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert config.compose([f"profile={path.stem}"])["profile"] == path.stem
 
 
-def test_a_changed_value_is_listed_as_an_override(project: Path) -> None:
-    edit("pretrain.Training.steps", 7)
+def test_a_changed_value_is_listed_as_an_override(project: Path, changed: Callable) -> None:
+    changed("pretrain.Training.steps", 7)
     assert config.overrides(config.read()) == {"pretrain.Training.steps": 7}
 
 
-def test_a_key_that_no_group_knows_is_refused(project: Path) -> None:
-    edit("pretrain.Training.stepps", 7)
+def test_a_key_that_no_group_knows_is_refused(project: Path, changed: Callable) -> None:
+    changed("pretrain.Training.stepps", 7)
     wanted = "params.yaml has pretrain.Training.stepps = 7, which no group in experiments/ knows; correct or remove it"
     with pytest.raises(UserError, match=f"^{re.escape(wanted)}$"):
         config.overrides(config.read())
 
 
-def test_a_value_of_another_type_is_refused(project: Path) -> None:
-    edit("pretrain.Training.steps", "many")
+def test_a_value_of_another_type_is_refused(project: Path, changed: Callable) -> None:
+    changed("pretrain.Training.steps", "many")
     with pytest.raises(UserError, match=r"^pretrain.Training.steps = 'many' is a str; needed a int such as \d+$"):
         config.overrides(config.read())
 

@@ -131,3 +131,18 @@ def test_features_follow_the_released_numbering() -> None:
     assert len(layers) == 4
     assert torch.equal(layers[0], layers[1])
     assert torch.equal(model.encoder.features(x, 3)[2], layers[2])
+
+
+def test_branches_by_depth_start_as_released_divided_by_the_root_of_their_number() -> None:
+    released, scaled = small(), small(branch_init="by_depth")
+    released.initialise(0)
+    scaled.initialise(0)
+    branches = 2 * len(released.encoder.blocks)
+    for (name, a), b in zip(released.named_parameters(), scaled.parameters(), strict=True):
+        last = name.endswith((".out.weight", "mlp_out.weight"))
+        assert torch.allclose(b, a / branches**0.5 if last else a), name
+
+
+def test_another_start_of_the_branches_is_refused() -> None:
+    with pytest.raises(UserError, match="^branch_init = 'small'; needed 'released' or 'by_depth'"):
+        small(branch_init="small")
