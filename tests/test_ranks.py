@@ -1,7 +1,9 @@
 """Several one-thread processes as one."""
 
+import multiprocessing.connection
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -9,6 +11,10 @@ import torch
 from scaling4d import ranks
 from scaling4d.ranks import gather, parallel
 from scaling4d.records import UserError
+
+
+def a_tensor(*, rank: int, ranks: int) -> torch.Tensor:
+    return torch.arange(3)
 
 
 def averaged(*, rank: int, ranks: int) -> list[float]:
@@ -36,6 +42,12 @@ def killed(*, rank: int, ranks: int) -> None:
 
 def test_gradients_become_their_mean() -> None:
     assert ranks.run(averaged, ranks=3) == [1.0, 1.0]
+
+
+def test_a_tensor_outlives_the_rank_that_made_it(monkeypatch) -> None:
+    wait = multiprocessing.connection.wait
+    monkeypatch.setattr(multiprocessing.connection, "wait", lambda pipes: time.sleep(1) or wait(pipes))
+    assert ranks.run(a_tensor, ranks=1).tolist() == [0, 1, 2]
 
 
 def test_gathered_items_come_back_in_order() -> None:

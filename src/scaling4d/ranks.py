@@ -9,10 +9,12 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import signal
 import sys
 import tempfile
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +29,7 @@ T = TypeVar("T")
 
 
 def run(work: Callable[..., T], *, ranks: int, **arguments: Any) -> T:
-    """Call `work(rank=, ranks=, **arguments)` in every rank, inside a gloo process group; return what rank 0 returns.
+    """Call `work(rank=, ranks=, **arguments)` in every rank, inside a gloo process group; return a copy of what rank 0 returns.
 
     Raises:
         UserError: as a rank raised it.
@@ -63,7 +65,7 @@ def _collect(children: list, receivers: list) -> Any:
         for receiver in multiprocessing.connection.wait(list(waiting)):
             rank = waiting.pop(receiver)
             try:
-                kind, value = receiver.recv()
+                kind, value = pickle.loads(receiver.recv_bytes())
             except EOFError:
                 raise RuntimeError(_cause(children)) from None
             if kind == "refused":
@@ -85,10 +87,15 @@ def _cause(children: list) -> str:
 def _child(work: Callable, rank: int, ranks: int, meeting: str, sender: Any, arguments: dict) -> None:
     try:
         _enter(rank, ranks, meeting)
-        sender.send(("done", work(rank=rank, ranks=ranks, **arguments)))
+        _send(sender, "done", work(rank=rank, ranks=ranks, **arguments))
         dist.destroy_process_group()
     except UserError as error:
-        sender.send(("refused", str(error)))
+        _send(sender, "refused", str(error))
+
+
+def _send(sender: Any, kind: str, value: Any) -> None:
+    """By value: `sender.send` would hand over a tensor as a file that is gone when this process has ended."""
+    sender.send_bytes(pickle.dumps((kind, value)))
 
 
 def _enter(rank: int, ranks: int, meeting: str) -> None:
@@ -107,10 +114,8 @@ def parallel(module: nn.Module, *, some_unused: bool = False) -> nn.Module:
 
 
 def gather(values: list) -> list:
-    """What every rank holds, joined: item i of the whole comes from rank i % ranks."""
+    """What every rank holds, joined: one item of every rank in turn, as long as it has any."""
     lists: list[list] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(lists, values)
-    whole = [None] * sum(map(len, lists))
-    for rank, part in enumerate(lists):
-        whole[rank :: len(lists)] = part
-    return whole
+    nothing = object()
+    return [value for row in zip_longest(*lists, fillvalue=nothing) for value in row if value is not nothing]

@@ -8,7 +8,7 @@ from scaling4d import config, seeds
 from scaling4d.ranks import run
 from scaling4d.readout import metrics
 from scaling4d.readout.features import Standard, stretch
-from scaling4d.readout.heads import Head, fourier
+from scaling4d.readout.heads import AttentionReadout, Head, fourier
 from scaling4d.readout.tasks.boxes import Boxes
 from scaling4d.readout.tasks.depth import Depth
 from scaling4d.readout.tasks.points import Points
@@ -194,3 +194,15 @@ def test_a_given_query_is_answered_whatever_the_others_ask() -> None:
     whole = head(features, queries)
     assert whole.shape == (1, 3, 4, 4)
     assert torch.allclose(whole[:, 1:2], head(features, queries[:, 1:2]), atol=1e-6)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_attention_of_few_queries_is_that_of_many_in_another_order(given: bool) -> None:
+    rng = seeds.stream(0, "few")
+    reader = AttentionReadout(features_width=24, frames=4, queries=0 if given else 3, query_width=5, width=32, heads=4, out=6)
+    for name, weight in reader.named_parameters():
+        torch.nn.init.normal_(weight, mean=float("norm" in name and name.endswith("weight")), std=0.3, generator=rng)
+    features = torch.randn(2, 2, 7, 24, generator=rng)
+    queries = torch.randn(2, 3, 5, generator=rng) if given else None
+    x, q = stretch(features, 4), reader.query_in(queries) if given else reader.query.expand(2, -1, -1)
+    assert torch.allclose(reader._read_by_few(x, q), reader._read(x, q), atol=1e-5)

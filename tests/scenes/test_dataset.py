@@ -79,6 +79,18 @@ def test_every_benchmark_reads_back_what_was_drawn(tiny, task, rate_hz):
                 assert np.allclose(label[valid], expected[valid], atol=1e-3)
 
 
+@pytest.mark.parametrize("task", benchmarks.TASKS)
+def test_a_part_of_a_benchmark_is_that_part_of_its_list(tiny, task):
+    def names(part: slice) -> list[str]:
+        return [
+            s.video for s in benchmarks.read(task, tiny / "benchmarks", "train", frames=4, rate_hz=8.0, side_px=32, part=part)
+        ]
+
+    whole = names(slice(None))
+    assert len(whole) >= 1
+    assert [names(slice(rank, None, 2)) for rank in range(2)] == [whole[0::2], whole[1::2]]
+
+
 def test_check_counts_what_was_written(tiny):
     expected = {("ssv2", "train"): 8, ("realestate10k", "train"): 2}
     found = {(name, split): samples for name, split, samples, problem in benchmarks.check(tiny / "benchmarks") if not problem}

@@ -19,9 +19,9 @@ from scaling4d.records import Sample, UserError
 LISTS = {"train": "train", "val": "valid"}
 
 
-def read(root: Path, split: str, *, frames: int, rate_hz: float, side_px: int) -> Iterator[Sample]:
+def read(root: Path, split: str, *, frames: int, rate_hz: float, side_px: int, part: slice = slice(None)) -> Iterator[Sample]:
     """label points `Q T 2` with valid (visible): the tracks that are visible in frame 0; videos without any are left out."""
-    for name, entry in _entries(root, split).items():
+    for name, entry in list(_entries(root, split).items())[part]:
         numbers = np.round(np.arange(frames) * _rate_hz(root, name, entry) / rate_hz).astype(int)
         height, width = entry["metadata"]["resolution"]
         crop = Crop(height, width, side_px)

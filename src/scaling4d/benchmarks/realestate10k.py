@@ -21,9 +21,9 @@ FOLDERS = {"train": "train", "val": "test"}
 URL = "https://www.youtube.com/watch?v="
 
 
-def read(root: Path, split: str, *, frames: int, rate_hz: float, side_px: int) -> Iterator[Sample]:
+def read(root: Path, split: str, *, frames: int, rate_hz: float, side_px: int, part: slice = slice(None)) -> Iterator[Sample]:
     """label camera_to_world `T 4 4` with valid (always true). Each row is shown with the frame of its own time stamp."""
-    for path in _clips(root, split):
+    for path in _clips(root, split)[part]:
         youtube, times_us, _, poses = _rows(path)
         wanted_us = times_us[0] + np.arange(frames) / rate_hz * 1e6
         rows = np.abs(times_us[:, None] - wanted_us).argmin(0)  # T

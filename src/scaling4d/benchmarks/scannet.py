@@ -30,12 +30,12 @@ HEADER = struct.Struct("<16f16f16f16fiiIIIIfQ")
 FRAME = struct.Struct("<16fQQQQ")
 
 
-def read(root: Path, split: str, *, frames: int, rate_hz: float, side_px: int) -> Iterator[Sample]:
+def read(root: Path, split: str, *, frames: int, rate_hz: float, side_px: int, part: slice = slice(None)) -> Iterator[Sample]:
     """labels depth_m `T H W` with valid (measured and within RANGE_M), camera_to_world `T 4 4` with valid (finite).
 
     Depth takes the nearest measurement along the ray of each pixel's centre.
     """
-    for scene in _scenes(root, split):
+    for scene in _scenes(root, split)[part]:
         path = needed(root, root / "scans" / scene / f"{scene}.sens", "listed in the split")
         try:
             yield _sample(path, scene, frames=frames, rate_hz=rate_hz, side_px=side_px)

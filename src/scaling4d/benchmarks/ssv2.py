@@ -18,10 +18,10 @@ VIDEOS = "20bn-something-something-v2"
 LISTS = {"train": "train", "val": "validation"}
 
 
-def read(root: Path, split: str, *, frames: int, rate_hz: float, side_px: int) -> Iterator[Sample]:
+def read(root: Path, split: str, *, frames: int, rate_hz: float, side_px: int, part: slice = slice(None)) -> Iterator[Sample]:
     """label action `()`. A video that is shorter than the clip goes on with its last frame."""
     numbers = _labels(root)
-    for entry in _entries(root, split):
+    for entry in _entries(root, split)[part]:
         template = _class_name(entry["template"])
         if template not in numbers:
             raise UserError(f"{root}: {entry['id']} is {template!r}, which labels.json does not list")

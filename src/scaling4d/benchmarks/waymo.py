@@ -28,9 +28,9 @@ TYPE = "[CameraBoxComponent].type"
 LEVELS = tuple(f"[CameraBoxComponent].difficulty_level.{kind}" for kind in ("detection", "tracking"))
 
 
-def read(root: Path, split: str, *, frames: int, rate_hz: float, side_px: int) -> Iterator[Sample]:
+def read(root: Path, split: str, *, frames: int, rate_hz: float, side_px: int, part: slice = slice(None)) -> Iterator[Sample]:
     """label boxes `Q T 4` with valid (the object is labelled there): the objects of frame 0; without any, no sample."""
-    for context in _contexts(root, split):
+    for context in _contexts(root, split)[part]:
         folder = root / FOLDERS[split]
         images = _front(folder / "camera_image" / f"{context}.parquet", [*KEYS[1:], IMAGE])
         if not images:

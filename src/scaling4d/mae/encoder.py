@@ -42,6 +42,11 @@ class Block(nn.Module):
         x = x + self.out(attention(q, k, v).reshape(B, N, D))
         return x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x)), approximate=self.gelu))
 
+    def flops(self, tokens: int) -> int:
+        """Floating-point operations of a forward pass over one sequence (multiply and add count as two)."""
+        matrices = sum(linear.weight.numel() for linear in (self.qkv, self.out, self.mlp_in, self.mlp_out))
+        return 2 * tokens * matrices + 4 * tokens * tokens * self.out.in_features
+
 
 class Encoder(nn.Module):
     """Backbone of 4DS: patch projection, learned 3-D positions, blocks; no class token, no final norm.
@@ -161,8 +166,3 @@ def scale_branches(blocks: nn.ModuleList) -> None:
     for block in blocks:
         for last in (block.out, block.mlp_out):
             last.weight.div_(math.sqrt(2 * len(blocks)))
-
-
-def block_flops(*, tokens: int, width: int, mlp: int) -> int:
-    """Floating-point operations of one block's forward pass over one sequence (multiply and add count as two)."""
-    return 2 * tokens * (4 * width * width + 2 * width * mlp) + 4 * tokens * tokens * width

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from scaling4d import config
-from scaling4d.mae.encoder import LAYER_NORM_EPS, Block, Encoder, block_flops, initialise, scale_branches, sincos
+from scaling4d.mae.encoder import LAYER_NORM_EPS, Block, Encoder, initialise, scale_branches, sincos
 from scaling4d.mae.masking import random_keep
 from scaling4d.mae.patches import grid_of, patchify, take, unpatchify
 from scaling4d.records import MaskedTokens, UserError
@@ -121,24 +121,6 @@ class MAEST(nn.Module):
             raise UserError(
                 f"predicted_frames = {predicted_frames} of {clip[0]} is not a whole number of frames a patch of {patch[0]}"
             )
-        self.settings = {
-            "width": width,
-            "depth": depth,
-            "heads": heads,
-            "mlp": mlp,
-            "decoder_width": decoder_width,
-            "decoder_depth": decoder_depth,
-            "decoder_heads": decoder_heads,
-            "clip": list(clip),
-            "patch": list(patch),
-            "predicted_frames": predicted_frames,
-            "mask_ratio": mask_ratio,
-            "normalise_target": normalise_target,
-            "position_init": position_init,
-            "branch_init": branch_init,
-            "pixel_mean": pixel_mean,
-            "pixel_scale": pixel_scale,
-        }
         self.encoder = MAESTEncoder(
             width=width,
             depth=depth,
@@ -232,9 +214,9 @@ class MAEST(nn.Module):
 
     def flops_per_clip(self) -> int:
         """Of one training step, a backward pass counted as two forward passes."""
-        s, tokens = self.settings, math.prod(self.encoder.grid)
+        tokens = math.prod(self.encoder.grid)
         kept = round(tokens * (1 - self.mask_ratio))
         forward = 2 * kept * (self.encoder.patch_embedding.weight.numel() + self.decoder_embedding.weight.numel())
-        forward += s["depth"] * block_flops(tokens=kept + 1, width=s["width"], mlp=s["mlp"])
-        forward += s["decoder_depth"] * block_flops(tokens=tokens + 1, width=s["decoder_width"], mlp=4 * s["decoder_width"])
+        forward += sum(block.flops(kept + 1) for block in self.encoder.blocks)
+        forward += sum(block.flops(tokens + 1) for block in self.decoder_blocks)
         return 3 * (forward + 2 * tokens * self.decoder.weight.numel())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from scaling4d import config
-from scaling4d.mae.encoder import Encoder, block_flops, initialise, scale_branches, sincos
+from scaling4d.mae.encoder import Encoder, initialise, scale_branches, sincos
 from scaling4d.mae.masking import random_keep
 from scaling4d.mae.patches import grid_of, patchify, unpatchify
 from scaling4d.records import MaskedTokens, UserError
@@ -60,22 +60,6 @@ class SimpleMAE(nn.Module):
             raise UserError(f"position_init = {position_init!r}; needed 'normal' or 'sincos'")
         if branch_init not in ("released", "by_depth"):
             raise UserError(f"branch_init = {branch_init!r}; needed 'released' or 'by_depth'")
-        self.settings = {
-            "width": width,
-            "depth": depth,
-            "heads": heads,
-            "mlp": mlp,
-            "clip": list(clip),
-            "patch": list(patch),
-            "coarse_patch": list(coarse_patch),
-            "decode_blocks": decode_blocks,
-            "mask_ratio": mask_ratio,
-            "loss_on": loss_on,
-            "position_init": position_init,
-            "branch_init": branch_init,
-            "pixel_mean": pixel_mean,
-            "pixel_scale": pixel_scale,
-        }
         self.encoder = Encoder(
             width=width,
             depth=depth,
@@ -133,12 +117,11 @@ class SimpleMAE(nn.Module):
 
     def flops_per_clip(self) -> int:
         """Of one training step, a backward pass counted as two forward passes."""
-        width, mlp = self.settings["width"], self.settings["mlp"]
-        kept = round(math.prod(self.encoder.grid) * (1 - self.mask_ratio))
-        coarse = self.coarse_tokens.shape[0]
-        forward = 2 * kept * self.encoder.patch_embedding.weight.numel() + 2 * coarse * self.decoder.weight.numel()
-        forward += (self.encoder.depth - self.decode_blocks) * block_flops(tokens=kept, width=width, mlp=mlp)
-        forward += self.decode_blocks * block_flops(tokens=kept + coarse, width=width, mlp=mlp)
+        encoder, coarse = self.encoder, self.coarse_tokens.shape[0]
+        kept = round(math.prod(encoder.grid) * (1 - self.mask_ratio))
+        forward = 2 * kept * encoder.patch_embedding.weight.numel() + 2 * coarse * self.decoder.weight.numel()
+        forward += sum(block.flops(kept) for block in encoder.blocks[: -self.decode_blocks])
+        forward += sum(block.flops(kept + coarse) for block in encoder.blocks[-self.decode_blocks :])
         return 3 * forward
 
 

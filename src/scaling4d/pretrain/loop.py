@@ -67,11 +67,12 @@ def build(point: str, settings: Mapping[str, Any], seed: int) -> nn.Module:
     return model
 
 
-def describe(name: str, model: nn.Module, *, step: int, clips_seen: int) -> Checkpoint:
+def describe(name: str, point: str, model: nn.Module, settings: Mapping[str, Any], *, step: int, clips_seen: int) -> Checkpoint:
+    method = type(model).__name__
     return Checkpoint(
         name=name,
-        model=type(model).__name__,
-        settings=model.settings,
+        model=method,
+        settings=settings["points"][point][method],
         parameters=sum(p.numel() for p in model.encoder.parameters()),
         step=step,
         clips_seen=clips_seen,
@@ -148,7 +149,8 @@ def _train(*, rank: int, ranks: int, point: str, settings: Mapping[str, Any], tr
                 steps.line(step + 1, loss=line["loss"], lr=lr, grad=grad, clips=line["clips_seen"])
     val_loss = validate(model, clips, training, seed=seed, rank=rank, ranks=ranks)
     if rank == 0:
-        _write(out, point, model, training, lines, val_loss, seed)
+        saved = describe(point, point, model, settings, step=training.steps, clips_seen=training.steps * training.batch)
+        _write(out, saved, model, lines, val_loss, seed)
 
 
 def _parts(model: nn.Module, training: Training) -> dict[str, tuple[list[tuple[str, nn.Parameter]], float]]:
@@ -198,22 +200,20 @@ def validate(model: nn.Module, clips: Path, training: Training, *, seed: int, ra
     return (total[0] / total[1]).item()
 
 
-def _write(out: Path, point: str, model: nn.Module, training: Training, lines: list[dict], val_loss: float, seed: int) -> None:
-    seen = training.steps * training.batch
-    described = describe(point, model, step=training.steps, clips_seen=seen)
-    described.write(out, model.state_dict())
+def _write(out: Path, saved: Checkpoint, model: nn.Module, lines: list[dict], val_loss: float, seed: int) -> None:
+    saved.write(out, model.state_dict())
     (out / "losses.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     tail = [line["loss"] for line in lines[-max(len(lines) // 20, 1) :]]
     write_json(
         out / "summary.json",
         {
-            "point": point,
-            "method": described.model,
-            "parameters": described.parameters,
+            "point": saved.name,
+            "method": saved.model,
+            "parameters": saved.parameters,
             "parameters_total": sum(p.numel() for p in model.parameters()),
             "flops_per_clip": model.flops_per_clip(),
-            "flops": model.flops_per_clip() * seen,
-            "clips_seen": seen,
+            "flops": model.flops_per_clip() * saved.clips_seen,
+            "clips_seen": saved.clips_seen,
             "train_loss": sum(tail) / len(tail),
             "val_loss": val_loss,
             "seed": seed,
@@ -239,7 +239,7 @@ def baseline(encoder: str, settings: Mapping[str, Any]) -> Path:
             )
         else:
             model = build(point, settings, mine["seed"])
-            describe(encoder, model, step=0, clips_seen=0).write(out, model.state_dict())
+            describe(encoder, point, model, settings, step=0, clips_seen=0).write(out, model.state_dict())
         artifacts.write_provenance(out, stage="baseline", settings=settings, keys=keys, room="pretrain", inputs={})
     artifacts.write_run(f"baseline-{encoder}", artifacts.sha256(final), started=started)
     return final

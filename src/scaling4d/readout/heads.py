@@ -46,14 +46,37 @@ class AttentionReadout(nn.Module):
 
     def forward(self, features: Tensor, queries: Tensor | None = None) -> Tensor:
         """features `B t n C`, queries `B Q Dq` or none -> `B Q out`."""
-        B = features.shape[0]
-        x = (self.features_norm(stretch(features, self.frames)) + self.temporal_positions).flatten(1, 2)  # B T*n C
-        q = self.query.expand(B, -1, -1) if queries is None else self.query_in(queries)  # B Q D
-        split = lambda y: y.unflatten(-1, (self.heads, -1))  # noqa: E731  B N D -> B N heads d
-        read = attention(split(q), split(self.key(x)), split(self.value(x))).flatten(2)  # B Q D
-        y = q + self.project(read)
+        x = stretch(features, self.frames)  # B T n C
+        q = self.query.expand(x.shape[0], -1, -1) if queries is None else self.query_in(queries)  # B Q D
+        few = q.shape[1] * self.heads < q.shape[2]
+        y = q + self.project(self._read_by_few(x, q) if few else self._read(x, q))
         y = y + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(y)), approximate="tanh"))
         return self.out(y)
+
+    def _read(self, x: Tensor, q: Tensor) -> Tensor:
+        """Attention as it is written in the papers: a key and a value for every token. x `B T n C`, q `B Q D` -> `B Q D`."""
+        x = (self.features_norm(x) + self.temporal_positions).flatten(1, 2)  # B T*n C
+        split = lambda y: y.unflatten(-1, (self.heads, -1))  # noqa: E731  B N D -> B N heads d
+        return attention(split(q), split(self.key(x)), split(self.value(x))).flatten(2)
+
+    def _read_by_few(self, x: Tensor, q: Tensor) -> Tensor:
+        """The same sums in an order that is cheap for a few queries: keys and values are never made.
+
+        q . (W x) = (W^T q) . x, and the mean of W x is W times the mean of x; likewise for the norm's scale and what time adds.
+        """
+        norm, d = self.features_norm, q.shape[2] // self.heads
+        x = F.layer_norm(x, (x.shape[-1],), eps=norm.eps)  # B T n C
+        added = norm.bias + self.temporal_positions[:, 0]  # T C
+        per_head = lambda linear: linear.weight.unflatten(0, (self.heads, d))  # noqa: E731  heads d C
+        q = q.unflatten(-1, (self.heads, d)) / math.sqrt(d)  # B Q heads d
+        asks = torch.einsum("bqhd,hdc->bqhc", q, per_head(self.key))
+        constant = (q * self.key.bias.unflatten(0, (self.heads, d))).sum(-1)[..., None]  # B Q heads 1; softmax drops it
+        at_time = torch.einsum("bqhc,tc->bqht", asks, added) + constant
+        scores = torch.einsum("bqhc,btnc->bqhtn", asks * norm.weight, x) + at_time[..., None]
+        share = scores.flatten(-2).softmax(-1).unflatten(-1, scores.shape[-2:])  # B Q heads T n
+        mean = torch.einsum("bqhtn,btnc->bqhc", share, x) * norm.weight + torch.einsum("bqht,tc->bqhc", share.sum(-1), added)
+        values = torch.einsum("bqhc,hdc->bqhd", mean, per_head(self.value)).flatten(2)  # B Q D
+        return values + self.value.bias
 
 
 def fourier(coordinates: Tensor, bases: int) -> Tensor:

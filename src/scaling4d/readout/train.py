@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +102,8 @@ def readout(encoder: str, task: str, protocol: str, settings: Mapping[str, Any])
         )
         result = _result(saved, folder, task, protocol, asked, videos, sums, mine["seed"], evaluation.bootstrap_draws)
         result.write(out / "result.json")
-        inputs = {"checkpoint": artifacts.sha256(folder)}
+        benchmark = benchmarks.folder(task, Path(evaluation.data))
+        inputs = {"checkpoint": artifacts.sha256(folder), "benchmark": artifacts.sha256(benchmark)}
         if start is not None:
             inputs["head"] = artifacts.sha256(start)
         asked.head(features_width=1, clip=(16, 16, 16))  # so that gin counts the head's settings as operative here too
@@ -163,9 +163,10 @@ def _share(
 ) -> tuple[Tensor, dict[str, Tensor], list[str]]:
     """This rank's part of a split: features `n t n D` (or pixels `n T H W C`), stacked targets, video names."""
     T, side, _ = encoder.clip
-    samples = benchmarks.read(task, Path(evaluation.data), split, frames=T, rate_hz=asked.rate_hz, side_px=side)
+    mine = slice(rank, None, ranks)
+    samples = benchmarks.read(task, Path(evaluation.data), split, frames=T, rate_hz=asked.rate_hz, side_px=side, part=mine)
     inputs, targets, videos = [], [], []
-    for sample in islice(samples, rank, None, ranks):
+    for sample in samples:
         pixels = torch.from_numpy(sample.pixels)
         if pixels_only:
             inputs.append(pixels)
@@ -175,9 +176,7 @@ def _share(
         targets.append(asked.target(sample))
         videos.append(sample.video)
     if not inputs:
-        raise UserError(
-            f"{task}: fewer than {ranks} samples in split {split}; a rank has none: lower readout.shared.Evaluation.ranks"
-        )
+        raise UserError(f"{task}: too few samples in split {split} for {ranks} ranks; lower readout.shared.Evaluation.ranks")
     stacked = {name: torch.from_numpy(np.stack([target[name] for target in targets])) for name in targets[0]}
     return torch.stack(inputs), stacked, videos
 

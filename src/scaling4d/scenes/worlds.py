@@ -17,7 +17,7 @@ from scaling4d.scenes.things import PATTERNS, SHAPES, Room, Texture, Thing
 KINDS = ("action", "room", "walk", "track", "drive")
 LEG = 16  # frames
 HALL = ((6.5, 6.5, 4.5), (8.0, 8.0, 5.5))
-CONTRAST = {"action": 0.15, "track": 0.15}  # of a room's pattern; other kinds 0.3
+CONTRAST = {"action": 0.15, "track": 0.15, "room": 0.3, "walk": 0.3, "drive": 0.3}  # of a room's pattern
 SHAKE = 0.07  # of the hero, in view coordinates: two neighbouring frames show the shaking more than the motion
 SPACES = {
     "action": HALL,
@@ -75,7 +75,7 @@ def draw(rng: np.random.Generator, kind: str, *, frames: int, height_px: int, wi
     tan = np.tan(np.radians(rng.uniform(56, 64)) / 2)
     shorter = min(height_px, width_px)
     intrinsics = np.array([[shorter / width_px / tan / 2, 0, 0.5], [0, shorter / height_px / tan / 2, 0.5], [0, 0, 1]])
-    room = _room(rng, *SPACES.get(kind, SPACES["room"]), contrast=CONTRAST.get(kind, 0.3))
+    room = _room(rng, *SPACES.get(kind, SPACES["room"]), contrast=CONTRAST[kind])
     if kind == "action":
         motion = int(rng.integers(len(MOTIONS))) if motion is None else motion
         camera, base = _handheld(rng, room, s)
