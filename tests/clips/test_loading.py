@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from scaling4d import video
 from scaling4d.clips import loader
 from scaling4d.records import UserError
 
 
-def run(folder, *, batch=4, seed=0, start=0, steps=12, flip=True, rank=0, ranks=1, split="train"):
+def run(folder, *, batch=4, seed=0, start=0, steps=12, flip=True, rank=0, ranks=1, split="train", **others):
     return list(
-        loader.batches(folder, split=split, batch=batch, seed=seed, start=start, steps=steps, flip=flip, rank=rank, ranks=ranks)
+        loader.batches(
+            folder, split=split, batch=batch, seed=seed, start=start, steps=steps, flip=flip, rank=rank, ranks=ranks, **others
+        )
     )
 
 
@@ -36,6 +39,18 @@ def test_resuming_gives_the_batches_that_an_unbroken_run_gives(curated):
     whole = run(curated)
     for start in (0, 1, 7, 12):
         assert same(whole[start:], run(curated, start=start))
+
+
+def test_clips_kept_in_memory_change_no_batch_and_are_decoded_once(curated, monkeypatch):
+    decoded = []
+    read = video.read
+    monkeypatch.setattr(video, "read", lambda source: decoded.append(source) or read(source))
+    plain = run(curated)
+    assert len(decoded) == 12 * 4
+    decoded.clear()
+    kept = run(curated, kept=1000)
+    assert len(decoded) == loader.count(curated, "train") < 12 * 4
+    assert same(plain, kept)
 
 
 def test_every_epoch_holds_every_clip_once_in_another_order(curated):

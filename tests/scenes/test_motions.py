@@ -44,6 +44,12 @@ def test_a_motion_run_backwards_looks_like_the_other_of_its_pair(pair):
         assert np.allclose(np.quantile(a, [0.1, 0.5, 0.9], axis=0), np.quantile(b, [0.1, 0.5, 0.9], axis=0), atol=0.09)
 
 
+def test_the_two_frames_of_a_token_show_the_hero_in_one_pose_and_the_next_token_in_another():
+    hero = worlds._hero(seeds.numpy(0, "twos"), np.eye(4), 0.577, S, 1, 0)
+    assert np.array_equal(hero.poses[0::2], hero.poses[1::2])
+    assert np.linalg.norm(np.diff(hero.poses[0::2, :3, 3], axis=0), axis=1).min() > 0.01
+
+
 def test_the_first_frame_alone_hardly_tells_the_motion():
     """A nearest-neighbour classifier that is given the hero's true place and size, which no encoder is."""
     count, base = 1600, np.eye(4)

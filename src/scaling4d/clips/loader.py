@@ -9,6 +9,7 @@ import io
 import os
 import warnings
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +28,27 @@ Item = tuple[Tensor, str, float]
 class Clips(Dataset):
     """The clips of one split: item i is (pixels uint8 `T H W 3`, id, start_s), read from its shard where it lies."""
 
-    def __init__(self, folder: Path, split: str) -> None:
-        """Raises UserError: `folder` is not what the clips stage writes, or holds no clip of this split."""
+    def __init__(self, folder: Path, split: str, *, kept: int = 0) -> None:
+        """kept: how many decoded clips stay in memory.
+
+        Raises:
+            UserError: `folder` is not what the clips stage writes, or holds no clip of this split.
+        """
         self.folder = folder
         self.rows = [row for row in _table(folder) if row["split"] == split]
         if not self.rows:
             raise UserError(f"{folder} holds no clips of split {split!r}; raise clips.Curation.val_share, or add videos")
         self.shards: dict[str, int] = {}  # open files
+        self.decoded = lru_cache(maxsize=kept)(self._decode)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Item:
         """Raises UserError: the clip does not decode to what the table says."""
+        return self.decoded(index)
+
+    def _decode(self, index: int) -> Item:
         row = self.rows[index]
         try:
             _, pixels = video.read(io.BytesIO(self._bytes(row)))
@@ -99,7 +108,7 @@ class _Order(Sampler):
 
 
 def batches(
-    folder: Path, *, split: str, batch: int, seed: int, start: int, steps: int, flip: bool, rank: int, ranks: int
+    folder: Path, *, split: str, batch: int, seed: int, start: int, steps: int, flip: bool, rank: int, ranks: int, kept: int = 0
 ) -> Iterator[ClipBatch]:
     """This rank's part of the global batches `start` ... `steps - 1` of an endless sequence of epochs.
 
@@ -108,12 +117,13 @@ def batches(
 
     Args:
         batch: clips a step over all ranks. start: step to begin at, to resume. flip: mirror and time-reverse at random.
+        kept: how many decoded clips stay in memory; the batches do not depend on it.
     Raises:
         UserError: batch does not divide by ranks; no clips; a clip that cannot be decoded.
     """
     if batch % ranks:
         raise UserError(f"a batch of {batch} clips does not divide among {ranks} ranks; set batch to a multiple of ranks")
-    clips = Clips(folder, split)
+    clips = Clips(folder, split, kept=kept)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13
         loader = StatefulDataLoader(

@@ -35,7 +35,7 @@ class Training:
     rate_times_width: peak learning rate of the matrices that read `width` numbers = this / width. embedding_rate: of all else
     (patch embedding, positions, tokens, norms, biases), the same at every width. warmup: share of the steps.
     clip_norm: of the gradient. flip: mirror and time-reverse clips at random.
-    masks_per_clip: masks a validation clip is measured with.
+    masks_per_clip: masks a validation clip is measured with. kept_clips: decoded clips that stay in a rank's memory.
     """
 
     ranks: int
@@ -49,6 +49,7 @@ class Training:
     clip_norm: float
     flip: bool
     masks_per_clip: int
+    kept_clips: int
     log_every: int
 
 
@@ -123,6 +124,7 @@ def _train(*, rank: int, ranks: int, point: str, settings: Mapping[str, Any], tr
         flip=training.flip,
         rank=rank,
         ranks=ranks,
+        kept=training.kept_clips,
     )
     lines, recent = [], []
     steps = log.Steps(training.steps)

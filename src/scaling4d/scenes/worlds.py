@@ -18,7 +18,6 @@ KINDS = ("action", "room", "walk", "track", "drive")
 LEG = 16  # frames
 HALL = ((6.5, 6.5, 4.5), (8.0, 8.0, 5.5))
 CONTRAST = {"action": 0.15, "track": 0.15, "room": 0.3, "walk": 0.3, "drive": 0.3}  # of a room's pattern
-SHAKE = 0.07  # of the hero, in view coordinates: two neighbouring frames show the shaking more than the motion
 SPACES = {
     "action": HALL,
     "track": HALL,
@@ -221,27 +220,24 @@ def _handheld(rng: np.random.Generator, room: Room, s: np.ndarray) -> tuple[np.n
 
 
 def _hero(rng: np.random.Generator, base: np.ndarray, tan: float, s: np.ndarray, legs: int, motion: int) -> Thing:
-    """The thing whose motion is the label. Over several legs it strings other motions after the first."""
+    """The thing whose motion is the label. Over several legs it strings other motions after the first.
+
+    It is animated "on twos": every pose is held for two frames, so that the two frames of a token do not tell the motion.
+    """
     motions = [motion, *(int(m) for m in rng.permutation(len(MOTIONS))[: legs - 1])]
     path = [motion_leg(rng, m) for m in motions]
-    offsets = string(path, s) + _shaking(rng, s)
+    on_twos = (np.arange(len(s)) // 2 * 2 + 0.5) / (LEG - 1)
+    offsets = string(path, on_twos)
     low, high = VIEW[0] - offsets.min(0), VIEW[1] - offsets.max(0)  # starts that stay within VIEW all the way
     view = offsets + rng.uniform(np.minimum(low, high), np.maximum(low, high))
     view[:, 2] = np.clip(view[:, 2], np.log(1.4), np.log(4.6))
-    return _thing(rng, _to_world(base, tan, view), s, radius_m=rng.uniform(0.46, 0.66), spin=1.5)
-
-
-def _shaking(rng: np.random.Generator, s: np.ndarray) -> np.ndarray:
-    """`T 3` view coordinates about 0: two swings an axis, of 3 to 5.5 periods a leg. Backwards as likely as forwards."""
-    periods, phase = rng.uniform(3, 5.5, (2, 3, 1)), rng.uniform(0, 2 * np.pi, (2, 3, 1))
-    swings = np.sin(2 * np.pi * periods * s + phase).sum(0)  # 3 T
-    return swings.T * [SHAKE, SHAKE, 0.6 * SHAKE]
+    return _thing(rng, _to_world(base, tan, view), on_twos, radius_m=rng.uniform(0.6, 0.9), spin=0.8)
 
 
 def _bystanders(rng: np.random.Generator, base: np.ndarray, tan: float, s: np.ndarray, legs: int) -> list[Thing]:
-    """Up to two things that stay about where they are."""
+    """At most one thing, which stays about where it is."""
     things = []
-    for _ in range(rng.integers(0, 3)):
+    for _ in range(rng.integers(0, 2)):
         still = rng.uniform() < 0.5
         path = [line(rng, rng.uniform(-0.12, 0.12, 3) * (not still), np.full(3, 0.05) * (not still)) for _ in range(legs)]
         middle = np.array([rng.uniform(-0.9, 0.9), rng.uniform(-0.8, 0.8), np.log(rng.uniform(3.2, 5.0))])
@@ -251,21 +247,21 @@ def _bystanders(rng: np.random.Generator, base: np.ndarray, tan: float, s: np.nd
 
 
 def _wanderers(rng: np.random.Generator, base: np.ndarray, tan: float, s: np.ndarray, legs: int) -> tuple[Thing, ...]:
-    """Three or four things on curved paths at different depths, which hide each other, and one that stays."""
-    count = int(rng.integers(3, 5))
+    """Two or three things on curved paths at different depths, which hide each other, and one that stays."""
+    count = int(rng.integers(2, 4))
     depths = np.sort(rng.uniform(1.9, 3.0, count) + np.linspace(0, 1.4, count))
     things = []
     for depth in depths:
         path = []
         for _ in range(legs):
             if rng.uniform() < 0.3:
-                path.append(circle(rng, rng.uniform(0.2, 0.4), rng.choice([-1, 1]) * rng.uniform(3, 6)))
+                path.append(circle(rng, rng.uniform(0.1, 0.2), rng.choice([-1, 1]) * rng.uniform(3, 6)))
             else:
-                heading, length = rng.uniform(0, 2 * np.pi), rng.uniform(0.5, 1.2)
-                delta = np.array([length * np.cos(heading), length * np.sin(heading), rng.uniform(-0.25, 0.25)])
-                path.append(line(rng, delta, np.array([0.3, 0.3, 0.05])))
+                heading, length = rng.uniform(0, 2 * np.pi), rng.uniform(0.25, 0.6)
+                delta = np.array([length * np.cos(heading), length * np.sin(heading), rng.uniform(-0.12, 0.12)])
+                path.append(line(rng, delta, np.array([0.12, 0.12, 0.03])))
         view = _in_view(rng, path, s, middle=np.array([rng.uniform(-0.4, 0.4), rng.uniform(-0.4, 0.4), np.log(depth)]))
-        things.append(_thing(rng, _to_world(base, tan, view), s, radius_m=rng.uniform(0.42, 0.62), spin=1.0))
+        things.append(_thing(rng, _to_world(base, tan, view), s, radius_m=rng.uniform(0.55, 0.8), spin=0.6))
     stay = np.array([[rng.uniform(-0.8, 0.8), rng.uniform(-0.8, 0.8), np.log(4.6)]]).repeat(len(s), 0)
     things.append(_thing(rng, _to_world(base, tan, stay), s, radius_m=rng.uniform(0.4, 0.6), spin=0.0))
     return tuple(things)
@@ -303,7 +299,7 @@ def _street(rng: np.random.Generator, room: Room, tan: float, s: np.ndarray, leg
     """A camera that drives down a street on which two to four things also move."""
     floor = -room.size[2] / 2
     start = np.array([rng.uniform(-0.6, 0.6), -room.size[1] / 2 + 1, floor + rng.uniform(1.1, 1.5)])
-    ahead = rng.uniform(0.8, 2.4)
+    ahead = rng.uniform(0.4, 1.2)
     path = [
         line(
             rng,
@@ -321,7 +317,7 @@ def _street(rng: np.random.Generator, room: Room, tan: float, s: np.ndarray, leg
         aside = rng.uniform(-0.8, 0.8) * distance * tan
         where = start + np.array([aside, distance, 0])
         where[2] = floor + 0.75 * radius + (rng.uniform(0, 1.2) if rng.uniform() < 0.3 else 0.0)
-        speed = np.array([rng.uniform(-1.6, 1.6), ahead + rng.uniform(-1.5, 2.0), 0])
+        speed = np.array([rng.uniform(-0.9, 0.9), ahead + rng.uniform(-0.8, 1.1), 0])
         moving = rng.uniform() < 0.8
         legs_of = [line(rng, speed * moving, np.array([0.25, 0.25, 0.0]) * moving) for _ in range(legs)]
         position = string(legs_of, s) + where
