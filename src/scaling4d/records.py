@@ -103,7 +103,7 @@ class Sample:
     """One clip of a benchmark with its labels.
 
     pixels: uint8 `T H W 3`. video: what a confidence interval resamples. Labels and their valid masks by task:
-      actions  labels action `()` int64, an index into the benchmark's classes
+      actions  labels action and action_mirrored `()` int64, indices into the benchmark's classes
       boxes    labels boxes `Q T 4` float32 x1 y1 x2 y2 in 0..1 of (W, H); valid boxes `Q T`
       depth    labels depth_m `T H W` float32 metres; valid depth_m `T H W` (measured and usable)
       points   labels points `Q T 2` float32 x y in 0..1 of (W, H); valid points `Q T` (visible)

@@ -63,6 +63,15 @@ def test_ssv2_reads_back_and_only_the_brackets_leave_a_class_name(tmp_path):
     assert video.probe(tmp_path / "20bn-something-something-v2/0.webm").codec == "vp9"
 
 
+def test_ssv2_says_what_an_action_is_in_a_mirror(tmp_path):
+    templates = ("Pulling [something] from left to right", "Pulling [something] from right to left", "Moving [something] upright")
+    samples = [Sample(str(n), str(n), pictures(T), {"action": np.int64(n)}) for n in range(3)]
+    ssv2.write(tmp_path, "train", samples, templates=templates, **H264)
+    names = ssv2.classes(tmp_path)
+    in_mirror = [names[int(sample.labels["action_mirrored"])] for sample in ssv2.read(tmp_path, "train", **CLIP)]
+    assert in_mirror == [names[0], names[2], names[1]]  # the only one without a counterpart stays itself
+
+
 def test_ssv2_older_label_names_are_read_too(tmp_path):
     write_ssv2(tmp_path)
     for path in (tmp_path / "labels").glob("*.json"):

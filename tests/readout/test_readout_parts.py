@@ -18,6 +18,7 @@ from scaling4d.readout.train import TASKS
 from scaling4d.records import Sample
 
 CLIP = (4, 16, 16)
+VIEWS = ("plain", "mirrored")
 
 
 def sample(seed: int = 0) -> Sample:
@@ -31,6 +32,7 @@ def sample(seed: int = 0) -> Sample:
         pixels=rng.integers(0, 256, (T, H, W, 3), dtype=np.uint8),
         labels={
             "action": np.int64(seed % 3),
+            "action_mirrored": np.int64((seed + 1) % 3),
             "boxes": np.concatenate([corner, corner + 0.3], axis=-1),
             "depth_m": rng.uniform(1, 5, (T, H, W)).astype(np.float32),
             "points": rng.uniform(0, 1, (5, T, 2)).astype(np.float32),
@@ -46,17 +48,17 @@ def sample(seed: int = 0) -> Sample:
 
 
 def bind_head() -> None:
-    config.bind(
-        {"Head": {"width": 32, "heads": 4, "fourier_bases": 4, "query_std": 1.0, "time_init": "sincos", "out_scale": 1.0}}
-    )
+    shape = {"width": 32, "heads": 4, "fourier_bases": 4}
+    start = {"query_std": 1.0, "time_init": "sincos", "out_scale": 1.0, "sharpness": [1.0, 100.0]}
+    config.bind({"Head": shape | start})
 
 
 TASK = {
-    "actions": TASKS["actions"](classes=3, rate_hz=8.0),
-    "boxes": Boxes(objects=4, rate_hz=8.0, beta=0.05, relative=False),
-    "depth": Depth(rate_hz=8.0, offset_m=3.0),
-    "points": Points(tracks=6, tiles=2, rate_hz=8.0, certain=True, relative=True),
-    "pose": Pose(rate_hz=8.0),
+    "actions": TASKS["actions"](classes=3, rate_hz=8.0, views=VIEWS),
+    "boxes": Boxes(objects=4, rate_hz=8.0, views=VIEWS, beta=0.05, relative=False),
+    "depth": Depth(rate_hz=8.0, views=VIEWS, offset_m=3.0),
+    "points": Points(tracks=6, tiles=2, rate_hz=8.0, views=VIEWS, certain=True, relative=True),
+    "pose": Pose(rate_hz=8.0, views=VIEWS),
 }
 
 
@@ -152,16 +154,18 @@ def test_intervals_hold_the_mean_and_shrink_with_more_videos() -> None:
 
 def standardised(*, rank: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
     whole = 3 + 2 * torch.randn(40, 2, 4, 5, generator=seeds.stream(0, "whole"))
-    return Standard.of(whole[rank::ranks], 0.5)(whole), Standard.none()(whole) - whole
+    whole = whole @ torch.randn(5, 5, generator=seeds.stream(0, "mixing"))  # channels go together
+    return Standard.of(whole[rank::ranks], flattening=0.0, place_deviation=0.5)(whole), Standard.none(5)(whole) - whole
 
 
-def test_standard_features_differ_by_1_between_clips_and_by_the_set_share_between_places_whatever_the_ranks() -> None:
+def test_standard_features_are_white_between_clips_and_differ_by_the_set_share_between_places_whatever_the_ranks() -> None:
     one, three = run(standardised, ranks=1), run(standardised, ranks=3)
     place = one[0].mean(0)
     assert torch.allclose(place.std((0, 1), correction=0), torch.full((5,), 0.5), atol=1e-4)
     assert place.mean((0, 1)).abs().max() < 1e-5
-    assert torch.allclose((one[0] - place).square().mean((0, 1, 2)).sqrt(), torch.ones(5), atol=1e-4)
-    assert torch.allclose(one[0], three[0], atol=1e-5)
+    about = (one[0] - place).flatten(0, 2)
+    assert torch.allclose(about.T @ about / len(about), torch.eye(5), atol=1e-3)
+    assert torch.allclose(one[0], three[0], atol=1e-4)
     assert not one[1].any()
 
 
@@ -199,10 +203,22 @@ def test_a_given_query_is_answered_whatever_the_others_ask() -> None:
 @pytest.mark.parametrize("given", [False, True])
 def test_attention_of_few_queries_is_that_of_many_in_another_order(given: bool) -> None:
     rng = seeds.stream(0, "few")
-    reader = AttentionReadout(features_width=24, frames=4, queries=0 if given else 3, query_width=5, width=32, heads=4, out=6)
+    reader = AttentionReadout(
+        features_width=24, frames=4, queries=0 if given else 3, query_width=5, width=32, heads=4, out=6, near=given
+    )
     for name, weight in reader.named_parameters():
         torch.nn.init.normal_(weight, mean=float("norm" in name and name.endswith("weight")), std=0.3, generator=rng)
-    features = torch.randn(2, 2, 7, 24, generator=rng)
+    features = torch.randn(2, 2, 9, 24, generator=rng)
     queries = torch.randn(2, 3, 5, generator=rng) if given else None
     x, q = stretch(features, 4), reader.query_in(queries) if given else reader.query.expand(2, -1, -1)
-    assert torch.allclose(reader._read_by_few(x, q), reader._read(x, q), atol=1e-5)
+    near = reader._nearness(torch.rand(2, 3, 2, generator=rng), 9) if given else None
+    assert torch.allclose(reader._read_by_few(x, q, near), reader._read(x, q, near), atol=1e-5)
+
+
+def test_the_sharpest_head_reads_only_the_token_that_is_asked_about() -> None:
+    reader = AttentionReadout(features_width=24, frames=1, queries=0, query_width=5, width=32, heads=4, out=6, near=True)
+    torch.nn.init.constant_(reader.nearness_bias, 9.0)
+    places = torch.tensor([[[0.5 / 3, 2.5 / 3], [0.6, 0.4]]])  # of a grid of 3 x 3: left below, the middle
+    shares = reader._nearness(places, 9).softmax(-1)  # 1 heads 2 9
+    assert shares.argmax(-1)[0].tolist() == [[6, 4]] * 4
+    assert shares.amax(-1).min() > 0.99

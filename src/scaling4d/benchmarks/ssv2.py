@@ -5,6 +5,7 @@ Also read under the older names `something-something-v2-<...>.json`. Facts: the 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -15,11 +16,12 @@ from scaling4d.benchmarks.frames import Crop, at_times, load_json, needed
 from scaling4d.records import Sample, UserError, write_json
 
 VIDEOS = "20bn-something-something-v2"
+MIRRORED = {"left": "right", "right": "left", "anticlockwise": "clockwise", "clockwise": "anticlockwise"}
 LISTS = {"train": "train", "val": "validation"}
 
 
 def read(root: Path, split: str, *, frames: int, rate_hz: float, side_px: int, part: slice = slice(None)) -> Iterator[Sample]:
-    """label action `()`. A video that is shorter than the clip goes on with its last frame."""
+    """labels action `()`, and action_mirrored `()`: what it is in a mirror. A short video goes on with its last frame."""
     numbers = _labels(root)
     for entry in _entries(root, split)[part]:
         template = _class_name(entry["template"])
@@ -31,7 +33,10 @@ def read(root: Path, split: str, *, frames: int, rate_hz: float, side_px: int, p
             id=entry["id"],
             video=entry["id"],
             pixels=Crop(*pictures.shape[1:3], side_px).pixels(pictures),
-            labels={"action": np.int64(numbers[template])},
+            labels={
+                "action": np.int64(numbers[template]),
+                "action_mirrored": np.int64(numbers.get(_mirrored(template), numbers[template])),
+            },
         )
 
 
@@ -79,6 +84,11 @@ def write(
     write_json(root / "labels/labels.json", {name: str(number) for number, name in enumerate(names)})
     write_json(root / "labels/test.json", [])
     (root / "labels/test-answers.csv").write_text("")
+
+
+def _mirrored(name: str) -> str:
+    """How a class would be called in a mirror: "left to right" is "right to left" there."""
+    return re.sub(rf"\b({'|'.join(MIRRORED)})\b", lambda found: MIRRORED[found[0]], name)
 
 
 def _class_name(template: str) -> str:

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+TINY = 1e-9  # a channel whose deviation is less never changes
+
 
 def layer_index(*, depth: int, fraction: float) -> int:
     """Entry of the encoder's feature list at a fraction of its depth; the list has depth + 1 entries.
@@ -41,46 +43,59 @@ def cubic_weights(wanted: int, given: int) -> Tensor:
     return (weights / weights.sum(dim=1, keepdim=True)).float()
 
 
-TINY = 1e-6  # keeps a channel that never changes from dividing by zero
-
-
 @dataclass(frozen=True)
 class Standard:
-    """A fixed shift and scale of features, the same for all: shift `t n D`, deviation `D`.
+    """A fixed linear change of features, the same for all tokens, and what is then added at each place.
 
-    Ours: released readouts see the features as they are. There, what a token's place adds to all clips alike is several times
-    what differs between clips, and a short training sees only the former.
+    matrix `D D`, offset `t n D` (or anything that broadcasts). Ours: released readouts see the features as they are. There, what
+    a token's place adds to all clips alike, and the few directions in which tokens differ most, outweigh the rest by far, and a
+    short training sees only those.
     """
 
-    shift: Tensor
-    deviation: Tensor
+    matrix: Tensor
+    offset: Tensor
 
     @classmethod
     @torch.no_grad()
-    def of(cls, features: Tensor, place_deviation: float) -> Standard:
-        """From the training features `B t n D` of all ranks.
+    def of(cls, features: Tensor, *, flattening: float, place_deviation: float) -> Standard:
+        """Whiten the training features `B t n D` of all ranks.
 
-        In every channel the deviation about the mean of a token's place becomes 1, and that of these means `place_deviation`.
+        The mean of a token's place is taken off. About it, directions of variance v get the weight
+        1 / sqrt(v + flattening x the mean variance): 0 makes all alike, a large flattening leaves their proportions. Then every
+        channel's deviation becomes 1. The mean of the place comes back, changed alike, with deviation `place_deviation`.
         """
+        width = features.shape[-1]
         count = torch.tensor(float(len(features)), dtype=torch.float64)
-        total = features.double().sum(0)
+        total = features.sum(0, dtype=torch.float64)
         dist.all_reduce(count)
         dist.all_reduce(total)
-        mean = (total / count).float()
-        squares = (features - mean).double().square().sum((0, 1, 2))
+        mean = total / count  # t n D
+        squares = torch.zeros(width, width, dtype=torch.float64)
+        for some in features.split(16):
+            centred = (some - mean.float()).flatten(0, 2)
+            squares += (centred.T @ centred).double()
         dist.all_reduce(squares)
-        deviation = (squares / (count * mean[..., 0].numel())).sqrt().float() + TINY  # D
-        centre = mean.mean((0, 1))
-        place = (mean - centre) / (mean.std((0, 1), correction=0) + TINY)  # t n D
-        return cls(mean - place_deviation * deviation * place, deviation)
+        covariance = squares / (count * mean[..., 0].numel())
+        variance, direction = torch.linalg.eigh(covariance)
+        floor = flattening * variance.mean() + torch.finfo(torch.float32).eps * variance.max()
+        matrix = direction / (variance.clamp(min=0) + floor).sqrt() @ direction.T
+        matrix = matrix / _deviation((matrix.T @ covariance @ matrix).diagonal().sqrt())
+        place = (mean - mean.mean((0, 1))) @ matrix
+        place = place_deviation * place / _deviation(place.std((0, 1), correction=0))
+        return cls(matrix.float(), (place - mean @ matrix).float())
 
     @classmethod
-    def none(cls) -> Standard:
+    def none(cls, width: int) -> Standard:
         """Changes nothing."""
-        return cls(torch.zeros(1), torch.ones(1))
+        return cls(torch.eye(width), torch.zeros(width))
 
     def __call__(self, features: Tensor) -> Tensor:
-        return (features - self.shift) / self.deviation
+        return features @ self.matrix + self.offset
+
+
+def _deviation(found: Tensor) -> Tensor:
+    """To divide by: 1 where a channel never changes."""
+    return found.where(found > TINY, 1.0)
 
 
 def stretch(features: Tensor, frames: int) -> Tensor:

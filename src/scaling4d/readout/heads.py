@@ -23,10 +23,20 @@ class AttentionReadout(nn.Module):
 
     Args:
         queries: how many learned queries; or 0, and queries of `query_width` are given to forward.
+        near: attention falls with the distance between a token and the place that a query asks about.
     """
 
     def __init__(
-        self, *, features_width: int, frames: int, queries: int, query_width: int, width: int, heads: int, out: int
+        self,
+        *,
+        features_width: int,
+        frames: int,
+        queries: int,
+        query_width: int,
+        width: int,
+        heads: int,
+        out: int,
+        near: bool = False,
     ) -> None:
         super().__init__()
         self.frames, self.heads = frames, heads
@@ -36,6 +46,8 @@ class AttentionReadout(nn.Module):
             self.query = nn.Parameter(torch.empty(queries, width))
         else:
             self.query_in = nn.Linear(query_width, width)
+        if near:
+            self.nearness_bias = nn.Parameter(torch.empty(heads))  # logarithm of what multiplies squared distances
         self.key = nn.Linear(features_width, width)
         self.value = nn.Linear(features_width, width)
         self.project = nn.Linear(width, width)
@@ -44,22 +56,35 @@ class AttentionReadout(nn.Module):
         self.mlp_out = nn.Linear(4 * width, width)
         self.out = nn.Linear(width, out)
 
-    def forward(self, features: Tensor, queries: Tensor | None = None) -> Tensor:
-        """features `B t n C`, queries `B Q Dq` or none -> `B Q out`."""
+    def forward(self, features: Tensor, queries: Tensor | None = None, places: Tensor | None = None) -> Tensor:
+        """features `B t n C`, queries `B Q Dq` or none, places `B Q 2` (x y in 0..1, for `near`) -> `B Q out`."""
         x = stretch(features, self.frames)  # B T n C
         q = self.query.expand(x.shape[0], -1, -1) if queries is None else self.query_in(queries)  # B Q D
+        near = None if places is None else self._nearness(places, x.shape[2])
         few = q.shape[1] * self.heads < q.shape[2]
-        y = q + self.project(self._read_by_few(x, q) if few else self._read(x, q))
+        y = q + self.project((self._read_by_few if few else self._read)(x, q, near))
         y = y + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(y)), approximate="tanh"))
         return self.out(y)
 
-    def _read(self, x: Tensor, q: Tensor) -> Tensor:
-        """Attention as it is written in the papers: a key and a value for every token. x `B T n C`, q `B Q D` -> `B Q D`."""
+    def _nearness(self, places: Tensor, tokens: int) -> Tensor:
+        """`B Q 2` -> `B heads Q n`, to be added to scores: minus a head's sharpness times the squared distance, picture = 1."""
+        side = math.isqrt(tokens)  # clips are square
+        centre = (torch.arange(side, device=places.device) + 0.5) / side
+        cells = torch.stack([centre.repeat(side), centre.repeat_interleave(side)], -1)  # n 2, x y
+        squared = (places[:, None, :, None] - cells).square().sum(-1)  # B 1 Q n
+        return -self.nearness_bias.exp()[:, None, None] * squared
+
+    def _read(self, x: Tensor, q: Tensor, near: Tensor | None) -> Tensor:
+        """Attention as it is written in the papers: a key and a value for every token.
+
+        x `B T n C`, q `B Q D`, near `B heads Q n` -> `B Q D`.
+        """
+        bias = None if near is None else near.repeat(1, 1, 1, x.shape[1])  # B heads Q T*n
         x = (self.features_norm(x) + self.temporal_positions).flatten(1, 2)  # B T*n C
         split = lambda y: y.unflatten(-1, (self.heads, -1))  # noqa: E731  B N D -> B N heads d
-        return attention(split(q), split(self.key(x)), split(self.value(x))).flatten(2)
+        return attention(split(q), split(self.key(x)), split(self.value(x)), bias).flatten(2)
 
-    def _read_by_few(self, x: Tensor, q: Tensor) -> Tensor:
+    def _read_by_few(self, x: Tensor, q: Tensor, near: Tensor | None) -> Tensor:
         """The same sums in an order that is cheap for a few queries: keys and values are never made.
 
         q . (W x) = (W^T q) . x, and the mean of W x is W times the mean of x; likewise for the norm's scale and what time adds.
@@ -73,6 +98,8 @@ class AttentionReadout(nn.Module):
         constant = (q * self.key.bias.unflatten(0, (self.heads, d))).sum(-1)[..., None]  # B Q heads 1; softmax drops it
         at_time = torch.einsum("bqhc,tc->bqht", asks, added) + constant
         scores = torch.einsum("bqhc,btnc->bqhtn", asks * norm.weight, x) + at_time[..., None]
+        if near is not None:
+            scores = scores + near.transpose(1, 2)[:, :, :, None]
         share = scores.flatten(-2).softmax(-1).unflatten(-1, scores.shape[-2:])  # B Q heads T n
         mean = torch.einsum("bqhtn,btnc->bqhc", share, x) * norm.weight + torch.einsum("bqht,tc->bqhc", share.sum(-1), added)
         values = torch.einsum("bqhc,hdc->bqhd", mean, per_head(self.value)).flatten(2)  # B Q D
@@ -101,6 +128,8 @@ class Head(nn.Module):
         query_std: of learned queries at the start (released: 0.02, at which attention is the same everywhere for long).
         time_init: of the temporal positions, "normal" N(0, 0.02) as released, or "sincos" (ours: time is visible at once).
         out_scale: of the last layer's initial weights (released: 1; less starts closer to predicting nothing).
+        sharpness: attention of given queries falls by so much times the squared distance to what is asked about (the picture's
+          side is 1); learned, and at the start from the first to the second number over the heads (released: not at all, empty).
     """
 
     def __init__(
@@ -118,10 +147,14 @@ class Head(nn.Module):
         query_std: float,
         time_init: str,
         out_scale: float,
+        sharpness: tuple[float, ...],
     ) -> None:
         super().__init__()
         if time_init not in ("normal", "sincos"):
             raise UserError(f"Head.time_init = {time_init!r}; needed 'normal' or 'sincos'")
+        if len(sharpness) not in (0, 2) or min(sharpness, default=1) <= 0:
+            raise UserError(f"Head.sharpness = {list(sharpness)}; needed two numbers above 0, or none")
+        self.sharpness = sharpness if coordinates else ()
         self.bases, self.tiles, self.frames = fourier_bases, tiles, frames
         self.query_std, self.time_init, self.out_scale = query_std, time_init, out_scale
         if not learned:
@@ -129,7 +162,14 @@ class Head(nn.Module):
             self.embed_mlp_out = nn.Linear(width, width)
             self.tile_positions = nn.Parameter(torch.empty(tiles, width))
         self.readout = AttentionReadout(
-            features_width=features_width, frames=frames, queries=learned, query_width=width, width=width, heads=heads, out=out
+            features_width=features_width,
+            frames=frames,
+            queries=learned,
+            query_width=width,
+            width=width,
+            heads=heads,
+            out=out,
+            near=bool(self.sharpness),
         )
 
     @torch.no_grad()
@@ -139,6 +179,9 @@ class Head(nn.Module):
         self.readout.out.weight.mul_(self.out_scale)
         if hasattr(self.readout, "query"):
             self.readout.query.normal_(std=self.query_std, generator=seeds.stream(seed, "query"))
+        if self.sharpness:
+            low, high = map(math.log, self.sharpness)
+            self.readout.nearness_bias.copy_(torch.linspace(low, high, self.readout.heads))
         if self.time_init == "sincos":
             positions = self.readout.temporal_positions
             positions.copy_(sincos((self.frames, 1, 1), positions.shape[-1])[:, None])
@@ -149,5 +192,6 @@ class Head(nn.Module):
             return self.readout(features)
         x = self.embed_mlp_out(F.gelu(self.embed_mlp_in(fourier(queries, self.bases)), approximate="tanh"))  # B Q D
         x = x[:, :, None] + self.tile_positions  # B Q k D
-        x = self.readout(features, x.flatten(1, 2))  # B Q*k out
+        places = queries.unflatten(-1, (-1, 2)).mean(-2).repeat_interleave(self.tiles, 1) if self.sharpness else None  # B Q*k 2
+        x = self.readout(features, x.flatten(1, 2), places)  # B Q*k out
         return x.unflatten(1, (-1, self.tiles)).unflatten(-1, (self.frames // self.tiles, -1)).flatten(2, 3)  # B Q T values

@@ -24,6 +24,7 @@ from scaling4d.readout.tasks.depth import Depth
 from scaling4d.readout.tasks.points import Points
 from scaling4d.readout.tasks.pose import Pose
 from scaling4d.readout.tasks.task import Task
+from scaling4d.readout.views import views
 from scaling4d.records import Result, UserError
 
 TASKS: dict[str, type[Task]] = {"actions": Actions, "boxes": Boxes, "depth": Depth, "points": Points, "pose": Pose}
@@ -36,8 +37,8 @@ HEAD = "head.safetensors"
 class Evaluation:
     """What all readouts share. ranks: one-thread processes; results depend on it. depth_fraction: 0.95 in 4DS.
 
-    standardise: scale features over the training clips before the readout (ours; released: false); place_deviation: then, what a
-    token's place adds to all clips alike, where 1 is what differs between clips.
+    standardise: whiten features over the training clips before the readout (ours; released: false), see Standard.of;
+    place_deviation: what a token's place then adds to all clips alike.
     data: folder of benchmarks. bootstrap_draws: resamplings of the validation videos for the interval.
     """
 
@@ -52,7 +53,7 @@ class Evaluation:
 @config.configurable
 @dataclass(frozen=True)
 class Recipe:
-    """How a readout is trained. encoder_learning_rate: 0 leaves the encoder frozen."""
+    """How a readout is trained. encoder_learning_rate: 0 leaves the encoder frozen. flattening: see Standard.of."""
 
     steps: int
     batch: int
@@ -62,6 +63,7 @@ class Recipe:
     betas: tuple[float, float]
     warmup_steps: int
     clip_norm: float
+    flattening: float
 
 
 def readout(encoder: str, task: str, protocol: str, settings: Mapping[str, Any]) -> Result:
@@ -133,19 +135,19 @@ def _work(
     features, targets, _ = _share(encoder, asked, task, "train", evaluation, rank=rank, ranks=ranks, pixels_only=tuned)
     head = asked.head(features_width=encoder.width, clip=encoder.clip)
     head.initialise(seed)
-    standard = Standard.none()
+    standard = Standard.none(encoder.width)
     if evaluation.standardise and not tuned:
-        standard = Standard.of(features, evaluation.place_deviation)
+        standard = Standard.of(features, flattening=recipe.flattening, place_deviation=evaluation.place_deviation)
     if start is not None:
         tensors = checkpoint.load_tensors(start)
-        standard = Standard(tensors.pop("standard.shift"), tensors.pop("standard.deviation"))
+        standard = Standard(tensors.pop("standard.matrix"), tensors.pop("standard.offset"))
         head.load_state_dict(tensors)
     probe = Probe(encoder if tuned else None, standard, head, asked, evaluation.depth_fraction)
     _train(probe, features, targets, recipe, rank=rank, ranks=ranks, seed=seed)
     features, targets, videos = _share(encoder, asked, task, "val", evaluation, rank=rank, ranks=ranks, pixels_only=False)
     measured = _measure(probe, features, targets)
     if rank == 0:
-        tensors = head.state_dict() | {"standard.shift": standard.shift, "standard.deviation": standard.deviation}
+        tensors = head.state_dict() | {"standard.matrix": standard.matrix, "standard.offset": standard.offset}
         checkpoint.save_tensors(out / HEAD, tensors)
     return gather(videos), gather(measured)
 
@@ -161,12 +163,16 @@ def _share(
     ranks: int,
     pixels_only: bool,
 ) -> tuple[Tensor, dict[str, Tensor], list[str]]:
-    """This rank's part of a split: features `n t n D` (or pixels `n T H W C`), stacked targets, video names."""
+    """This rank's part of a split: features `n t n D` (or pixels `n T H W C`), stacked targets, video names.
+
+    For training every sample comes in all the task's views, one after the other.
+    """
     T, side, _ = encoder.clip
     mine = slice(rank, None, ranks)
     samples = benchmarks.read(task, Path(evaluation.data), split, frames=T, rate_hz=asked.rate_hz, side_px=side, part=mine)
     inputs, targets, videos = [], [], []
-    for sample in samples:
+    wanted = asked.views if split == "train" else ("plain",)
+    for sample in (view for plain in samples for view in views(plain, wanted)):
         pixels = torch.from_numpy(sample.pixels)
         if pixels_only:
             inputs.append(pixels)

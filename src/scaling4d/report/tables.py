@@ -169,7 +169,9 @@ def pretrain(story: Story) -> Html:
         if rho is not None:
             fall = 1 - mine[-1]["val_loss"] / mine[0]["val_loss"]
             trend = f"{method}: Spearman correlation of size and validation loss {rho:+.2f}"
-            lines.append(f"{trend}; {mine[-1]['point']} lies {fall:.1%} below {mine[0]['point']}.")
+            lines.append(
+                f"{trend}; {mine[-1]['point']} lies {abs(fall):.1%} {'below' if fall >= 0 else 'above'} {mine[0]['point']}."
+            )
     return Html(_html([key.replace("_", " ") for key in keys], rows) + "".join(f"<p>{html.escape(line)}</p>" for line in lines))
 
 

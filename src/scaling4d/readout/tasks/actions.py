@@ -22,6 +22,7 @@ class Actions:
 
     classes: int
     rate_hz: float
+    views: tuple[str, ...]
 
     primary: ClassVar = Measure("top1", "share", True)
 

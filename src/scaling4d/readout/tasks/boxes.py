@@ -26,6 +26,7 @@ class Boxes:
 
     objects: int
     rate_hz: float
+    views: tuple[str, ...]
     beta: float
     relative: bool
 

@@ -25,6 +25,7 @@ class Depth:
     """rate_hz: of the clip's frames. offset_m: what the head predicts the difference from. The loss is our choice: AbsRel."""
 
     rate_hz: float
+    views: tuple[str, ...]
     offset_m: float
 
     primary: ClassVar = Measure("abs_rel", "ratio", False)

@@ -34,6 +34,7 @@ class Points:
     tracks: int
     tiles: int
     rate_hz: float
+    views: tuple[str, ...]
     certain: bool
     relative: bool
 
@@ -71,7 +72,8 @@ class Points:
         near = (distance.detach() <= CERTAIN_PX / RASTER_PX).float()
         certain = F.binary_cross_entropy_with_logits(predicted[..., 3], near, reduction="none")
         asked = asked.float()
-        return 100 * (huber * seen).mean() + 0.1 * (visible * asked).sum() / asked.sum() + 0.1 * (certain * seen).mean()
+        visible = (visible * asked).sum() / asked.sum().clamp(min=1)
+        return 100 * (huber * seen).mean() + 0.1 * visible + 0.1 * (certain * seen).mean()
 
     def measure(self, predicted: np.ndarray, target: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
         shown = 1 / (1 + np.exp(-predicted[..., 2:].astype(np.float64)))

@@ -21,6 +21,7 @@ class Pose:
     """rate_hz: of the clip's frames. Loss: mean squared error of the 3 x 4 matrix's twelve numbers."""
 
     rate_hz: float
+    views: tuple[str, ...]
 
     primary: ClassVar = Measure("epe", "scene units", False)
 

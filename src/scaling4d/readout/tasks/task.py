@@ -22,9 +22,14 @@ class Measure:
 
 
 class Task(Protocol):
-    """A task turns samples into targets of one shape, predicts them, and sums its metrics up, sample by sample."""
+    """A task turns samples into targets of one shape, predicts them, and sums its metrics up, sample by sample.
+
+    rate_hz: of a clip's frames. views: in which a training clip is shown, names of readout.views.VIEWS.
+    """
 
     primary: ClassVar[Measure]
+    rate_hz: float
+    views: tuple[str, ...]
 
     def head(self, *, features_width: int, clip: tuple[int, int, int]) -> Head: ...
 

@@ -1,0 +1,82 @@
+"""Clips mirrored and run backwards: the labels still say what the picture shows."""
+
+import numpy as np
+import pytest
+
+from scaling4d import seeds
+from scaling4d.readout import metrics
+from scaling4d.readout.views import VIEWS, views
+from scaling4d.records import Sample, UserError
+
+T, H, W = 4, 8, 8
+
+
+def sample() -> Sample:
+    """A red square moves right and down; its box, its centre and its depth go with it."""
+    pixels, depth = np.zeros((T, H, W, 3), np.uint8), np.full((T, H, W), 5, np.float32)
+    boxes, points = np.zeros((2, T, 4), np.float32), np.zeros((2, T, 2), np.float32)
+    for t in range(T):
+        pixels[t, t : t + 2, t + 1 : t + 3, 0] = 255
+        depth[t, t : t + 2, t + 1 : t + 3] = 2
+        boxes[0, t] = np.array([t + 1, t, t + 3, t + 2]) / W
+        points[0, t] = np.array([t + 2, t + 1]) / W
+    seen = np.ones((2, T), bool)
+    seen[1, -1] = False
+    rng = seeds.numpy(0, "poses")
+    poses = np.tile(np.eye(4), (T, 1, 1))
+    for t in range(1, T):
+        poses[t, :3, :3] = metrics.nearest_rotation(np.eye(3, 4) + rng.normal(0, 0.2, (3, 4)))[:, :3]
+        poses[t, :3, 3] = rng.normal(size=3)
+    return Sample(
+        id="s",
+        video="v",
+        pixels=pixels,
+        labels={"boxes": boxes, "points": points, "depth_m": depth, "camera_to_world": poses},
+        valid={"boxes": seen, "points": seen, "depth_m": depth > 0, "camera_to_world": np.ones(T, bool)},
+    )
+
+
+@pytest.mark.parametrize("name", list(VIEWS))
+def test_labels_say_what_the_picture_shows(name: str) -> None:
+    (seen,) = views(sample(), (name,))
+    for t in range(T):
+        red = np.argwhere(seen.pixels[t, :, :, 0])
+        (top, left), (bottom, right) = red.min(0), red.max(0) + 1
+        assert np.allclose(seen.labels["boxes"][0, t] * W, [left, top, right, bottom])
+        assert np.allclose(seen.labels["points"][0, t] * W, [(left + right) / 2, (top + bottom) / 2])
+        assert np.array_equal(seen.labels["depth_m"][t] == 2, seen.pixels[t, :, :, 0] > 0)
+
+
+@pytest.mark.parametrize("name", list(VIEWS))
+def test_a_view_of_a_view_is_the_clip_itself(name: str) -> None:
+    plain = sample()
+    twice = VIEWS[name](VIEWS[name](plain))
+    assert np.array_equal(twice.pixels, plain.pixels)
+    assert np.allclose(twice.labels["camera_to_world"], plain.labels["camera_to_world"])
+    assert np.allclose(twice.labels["boxes"][0], plain.labels["boxes"][0])
+
+
+def test_a_point_of_the_world_is_seen_mirrored_by_the_mirrored_camera() -> None:
+    plain, mirror = sample(), VIEWS["mirrored"](sample())
+    point = np.array([0.3, -0.2, 4.0, 1.0])
+    for t in range(T):
+        x, y, z, _ = np.linalg.inv(plain.labels["camera_to_world"][t]) @ point
+        found = np.linalg.inv(mirror.labels["camera_to_world"][t]) @ (point * [-1, 1, 1, 1])
+        assert np.allclose(found[:3], [-x, y, z])
+
+
+def test_backwards_asks_only_for_what_its_first_frame_shows() -> None:
+    seen = VIEWS["backwards"](sample())
+    assert len(seen.labels["boxes"]) == len(seen.valid["boxes"]) == len(seen.labels["points"]) == 1
+
+
+def test_a_mirrored_action_is_another_and_a_backward_one_is_refused() -> None:
+    action = Sample("s", "v", np.zeros((T, H, W, 3), np.uint8), {"action": np.int64(1), "action_mirrored": np.int64(2)})
+    assert VIEWS["mirrored"](action).labels == {"action": 2, "action_mirrored": 1}
+    with pytest.raises(UserError, match="cannot be run backwards"):
+        list(views(action, ("plain", "backwards")))
+
+
+def test_an_unknown_view_is_refused() -> None:
+    with pytest.raises(UserError, match="unknown view 'upside_down' .* needed some of plain"):
+        list(views(sample(), ("upside_down",)))
