@@ -40,7 +40,11 @@ def test_every_profile_composes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_paper_profile_reads_out_by_the_published_recipe_whatever_pocket_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """scivid's frozen readouts: 1.28 M samples in batches of 32, peak rate 3e-4, weight decay 1e-4."""
     monkeypatch.chdir(ROOT)
-    for task in config.compose(["profile=paper"])["readout"]["frozen"].values():
+    readout = config.compose(["profile=paper"])["readout"]
+    assert not readout["shared"]["Evaluation"]["standardise"] and readout["shared"]["Head"]["sharpness"] == []
+    for task in readout["tasks"].values():
+        assert [constructor["views"] for constructor in task.values()] == [["plain"]]
+    for task in readout["frozen"].values():
         recipe = task["Recipe"]
         assert recipe["steps"] * recipe["batch"] == 1_280_000 and recipe["batch"] == 32
         assert (recipe["learning_rate"], recipe["weight_decay"], recipe["warmup_steps"]) == (3e-4, 1e-4, 1000)
