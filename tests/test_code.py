@@ -1,15 +1,21 @@
 """Code hashes follow meaning."""
 
+import ast
 import json
 from pathlib import Path
 
-from scaling4d.code import write_hashes
+from scaling4d import cli
+from scaling4d.code import STAGES, write_hashes
 
 FILES = {
     "records.py": '"""Doc."""\nX = 1\n',
     "clips/__init__.py": "",
     "clips/loader.py": "from scaling4d.records import X\n\n\ndef load():\n    return X\n",
     "clips/curate.py": "def cut():\n    return 1\n",
+    "clips/stage.py": "from scaling4d.clips import curate\n\n\ndef clips():\n    return curate.cut()\n",
+    "clips/spare.py": "Z = 1\n",
+    "readout/train.py": "",
+    "reconstruct/fill.py": "",
     "pretrain/__init__.py": "",
     "pretrain/loop.py": "def train():\n    from scaling4d.clips import loader\n\n    return loader\n",
     "report/__init__.py": "Y = 1\n",
@@ -32,10 +38,23 @@ def test_comments_docstrings_and_layout_change_nothing(tmp_path: Path) -> None:
 
 def test_logic_changes_the_rooms_that_use_it_and_no_other(tmp_path: Path) -> None:
     before, after = hashes(tmp_path), hashes(tmp_path, records="X = 2\n")
-    assert {room for room in before if before[room] != after[room]} == {"clips", "pretrain"}
+    assert {room for room in before if before[room] != after[room]} == {"pretrain"}
 
 
 def test_a_lazily_imported_module_counts_and_its_neighbour_does_not(tmp_path: Path) -> None:
     before = hashes(tmp_path)
     neighbour = hashes(tmp_path, clips__curate="def cut():\n    return 2\n")
     assert {room for room in before if before[room] != neighbour[room]} == {"clips"}
+
+
+def test_a_module_that_no_stage_imports_changes_nothing(tmp_path: Path) -> None:
+    assert hashes(tmp_path) == hashes(tmp_path, clips__spare="Z = 2\n")
+
+
+def test_every_stage_is_hashed_from_the_module_that_its_command_calls() -> None:
+    tree = ast.parse(Path(cli.__file__).read_text())
+    commands = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    for stage, entry in STAGES.items():
+        inner = [node for node in ast.walk(commands[stage]) if isinstance(node, ast.ImportFrom)]
+        called = {node.module if node.module != f"scaling4d.{stage}" else f"{node.module}.{node.names[0].name}" for node in inner}
+        assert called == {entry} or (stage == "report" and {node.module for node in inner} == {entry}), stage

@@ -1,6 +1,7 @@
-"""What the code means: a hash of each room's syntax trees, so that editing a comment re-runs nothing.
+"""What the code means: a hash of each stage's syntax trees, so that editing a comment re-runs nothing.
 
-A room's hash covers the room and every module of ours that it imports, directly or not, without comments and docstrings.
+A stage's hash covers the module that its command calls and every module of ours that this one imports, directly or not,
+without comments and docstrings. What else is in the room (a dry run, an export) may change and re-runs nothing.
 """
 
 from __future__ import annotations
@@ -11,12 +12,18 @@ from pathlib import Path
 
 from scaling4d.records import write_json
 
-ROOMS = ("scenes", "benchmarks", "clips", "pretrain", "readout", "reconstruct", "report")
 PACKAGE = "scaling4d"
+STAGES = {
+    "clips": "scaling4d.clips.stage",
+    "pretrain": "scaling4d.pretrain.loop",
+    "readout": "scaling4d.readout.train",
+    "reconstruct": "scaling4d.reconstruct.fill",
+    "report": "scaling4d.report",
+}
 
 
 def write_hashes(source: Path, out: Path) -> None:
-    """Write `<room>.json`: {"room", "sha256", "modules": {module: sha256}} for every room.
+    """Write `<stage>.json`: {"room", "sha256", "modules": {module: sha256}} for every stage, which has its room's name.
 
     Args:
         source: folder of the package. out: folder to write to; a file whose content stays is not touched.
@@ -25,8 +32,8 @@ def write_hashes(source: Path, out: Path) -> None:
     hashes = {name: hashlib.sha256(_meaning(tree).encode()).hexdigest() for name, tree in trees.items()}
     imports = {name: imported(tree, set(trees)) for name, tree in trees.items()}
     out.mkdir(parents=True, exist_ok=True)
-    for room in ROOMS:
-        reached = _reach({name for name in trees if name.split(".")[1:2] == [room]}, imports)
+    for room, entry in STAGES.items():
+        reached = _reach({entry}, imports)
         modules = {name: hashes[name] for name in sorted(reached)}
         whole = hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in modules.items()).encode()).hexdigest()
         write_json(out / f"{room}.json", {"room": room, "sha256": whole, "modules": modules})

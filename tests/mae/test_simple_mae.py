@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from scaling4d import seeds
-from scaling4d.mae.masking import random_keep
 from scaling4d.mae.patches import patchify, take, unpatchify
 from scaling4d.mae.simple_mae import SimpleMAE, hidden_pixels
 from scaling4d.records import MaskedTokens, UserError
@@ -26,6 +25,7 @@ def small(**changes: object) -> SimpleMAE:
         "patch": PATCH,
         "coarse_patch": (4, 16, 8),
         "decode_blocks": 2,
+        "masking": "random",
         "mask_ratio": 0.75,
         "loss_on": "all",
         "position_init": "sincos",
@@ -52,20 +52,6 @@ def test_a_patch_is_the_block_that_its_index_names() -> None:
 def test_taking_kept_patches_equals_gathering_from_all() -> None:
     x, kept = pixels(), torch.tensor([[0, 5, 7], [2, 3, 11]])
     assert torch.equal(take(x, kept, PATCH), torch.stack([patchify(x, PATCH)[b, kept[b]] for b in range(2)]))
-
-
-def test_masks_differ_between_clips_and_repeat_with_the_seed() -> None:
-    draw = lambda: random_keep(batch=8, grid=(2, 8, 8), mask_ratio=0.95, rng=seeds.stream(1, "mask", 3)).kept  # noqa: E731
-    assert draw().shape == (8, 6)
-    assert torch.equal(draw(), draw())
-    assert len({tuple(row.tolist()) for row in draw()}) == 8
-
-
-def test_masking_everything_says_which_setting_to_lower() -> None:
-    with pytest.raises(
-        UserError, match=r"^mask_ratio = 0.999 keeps 0 of 16 tokens; set mask_ratio in \(0, 1\), low enough to keep one$"
-    ):
-        random_keep(batch=1, grid=(1, 4, 4), mask_ratio=0.999, rng=seeds.stream(0))
 
 
 def test_a_clip_that_does_not_divide_into_patches_is_refused() -> None:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
+from scaling4d.mae.resize import cubic_weights
 from scaling4d.readout import metrics
-from scaling4d.readout.features import cubic_weights, layer_index
+from scaling4d.readout.features import layer_index
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 

@@ -49,7 +49,7 @@ def sample(seed: int = 0) -> Sample:
 
 
 def bind_head() -> None:
-    shape = {"width": 32, "heads": 4, "fourier_bases": 4}
+    shape = {"width": 32, "heads": 4, "fourier_bases": 4, "query_width": 24}
     start = {"query_std": 1.0, "time_init": "sincos", "out_scale": 1.0, "sharpness": [1.0, 100.0]}
     config.bind({"Head": shape | start})
 

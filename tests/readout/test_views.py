@@ -5,7 +5,7 @@ import pytest
 
 from scaling4d import seeds
 from scaling4d.readout import metrics
-from scaling4d.readout.views import VIEWS, views
+from scaling4d.readout.views import VIEWS, check, views
 from scaling4d.records import Sample, UserError
 
 T, H, W = 4, 8, 8
@@ -70,13 +70,20 @@ def test_backwards_asks_only_for_what_its_first_frame_shows() -> None:
     assert len(seen.labels["boxes"]) == len(seen.valid["boxes"]) == len(seen.labels["points"]) == 1
 
 
-def test_a_mirrored_action_is_another_and_a_backward_one_is_refused() -> None:
+def test_a_mirrored_action_is_another() -> None:
     action = Sample("s", "v", np.zeros((T, H, W, 3), np.uint8), {"action": np.int64(1), "action_mirrored": np.int64(2)})
     assert VIEWS["mirrored"](action).labels == {"action": 2, "action_mirrored": 1}
-    with pytest.raises(UserError, match="cannot be run backwards"):
-        list(views(action, ("plain", "backwards")))
 
 
-def test_an_unknown_view_is_refused() -> None:
-    with pytest.raises(UserError, match="unknown view 'upside_down' .* needed some of plain"):
-        list(views(sample(), ("upside_down",)))
+@pytest.mark.parametrize(
+    ("task", "names", "needed"),
+    [
+        ("boxes", ("upside_down",), "plain, mirrored, backwards"),
+        ("pose", (), "plain, mirrored, backwards"),
+        ("actions", ("plain", "backwards"), "plain, mirrored"),
+    ],
+)
+def test_a_view_that_a_task_cannot_have_is_refused(task: str, names: tuple[str, ...], needed: str) -> None:
+    with pytest.raises(UserError) as error:
+        check(task, names)
+    assert str(error.value) == f"readout.tasks.{task}: views = {list(names)}; needed some of {needed}"

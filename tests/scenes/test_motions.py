@@ -74,7 +74,7 @@ def _accuracy(features: np.ndarray, labels: np.ndarray) -> float:
 
 def test_longer_worlds_go_on_without_a_jump():
     for kind in worlds.KINDS:
-        world = worlds.draw(seeds.numpy(0, "long", kind), kind, frames=48, height_px=64, width_px=64)
+        world = worlds.draw(seeds.numpy(0, "long", kind), kind, frames=48, height_px=64, width_px=64, contrast=0.3)
         for positions in [world.camera_to_world[:, :3, 3], *(thing.poses[:, :3, 3] for thing in world.things)]:
             steps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
             assert steps.max() < 0.6
@@ -83,7 +83,7 @@ def test_longer_worlds_go_on_without_a_jump():
 def test_walks_differ_so_much_that_a_constant_pose_is_wrong():
     relative = []
     for n in range(60):
-        world = worlds.draw(seeds.numpy(0, "walk", n), "walk", frames=16, height_px=64, width_px=64)
+        world = worlds.draw(seeds.numpy(0, "walk", n), "walk", frames=16, height_px=64, width_px=64, contrast=0.3)
         relative.append(np.linalg.inv(world.camera_to_world[0]) @ world.camera_to_world[-1])
     moved = np.stack(relative)
     assert np.linalg.norm(moved[:, :3, 3], axis=1).mean() > 0.5

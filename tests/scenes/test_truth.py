@@ -8,7 +8,7 @@ from scaling4d.scenes import rays, worlds
 
 
 def draw(kind: str, index: int, *, frames: int = 4) -> worlds.World:
-    return worlds.draw(seeds.numpy(3, "test", kind, index), kind, frames=frames, height_px=48, width_px=64)
+    return worlds.draw(seeds.numpy(3, "test", kind, index), kind, frames=frames, height_px=48, width_px=64, contrast=0.3)
 
 
 @pytest.mark.parametrize("kind", worlds.KINDS)

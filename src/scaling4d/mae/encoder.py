@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from scaling4d import seeds
 from scaling4d.mae.attention import attention
 from scaling4d.mae.patches import grid_of, patchify, take
+from scaling4d.mae.resize import resize
 from scaling4d.records import MaskedTokens, UserError
 
 LAYER_NORM_EPS = 1e-6  # both papers' code
@@ -85,6 +86,20 @@ class Encoder(nn.Module):
         if masked is None:
             return self.patch_embedding(self.normalise(patchify(pixels, self.patch))) + self.positions
         return self.patch_embedding(self.normalise(take(pixels, masked.kept, self.patch))) + self.positions[masked.kept]
+
+    def resize(self, clip: tuple[int, int, int]) -> None:
+        """Take clips of another T H W from now on: positions are resized by cubic interpolation, as the official demo does.
+
+        Raises:
+            UserError: the clip does not divide into patches.
+        """
+        grid = grid_of(clip, self.patch)
+        if grid != self.grid:
+            self.resize_positions(grid)
+        self.clip, self.grid = tuple(clip), grid
+
+    def resize_positions(self, grid: tuple[int, int, int]) -> None:
+        self.positions = nn.Parameter(resize(self.positions.detach(), self.grid, grid))
 
     def features(self, pixels: Tensor, layers: int | None = None) -> list[Tensor]:
         """Layers as the official code returns them: the tokens, then the INPUT of every block, each `B N D`.

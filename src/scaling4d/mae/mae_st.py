@@ -12,29 +12,59 @@ from torch import Tensor, nn
 
 from scaling4d import config
 from scaling4d.mae.encoder import LAYER_NORM_EPS, Block, Encoder, initialise, scale_branches, sincos
-from scaling4d.mae.masking import random_keep
+from scaling4d.mae.masking import keep, kept_tokens
 from scaling4d.mae.patches import grid_of, patchify, take, unpatchify
+from scaling4d.mae.resize import resize
 from scaling4d.records import MaskedTokens, UserError
 
 TARGET_EPS = 1e-6
 
 
-class SeparablePositions(nn.Module):
-    """Learned positions of time plus learned positions of space, and one of the class token."""
+class Positions(nn.Module):
+    """Learned positions, of time plus of space (separable) or of every place in space-time, and one of the class token."""
 
-    def __init__(self, grid: tuple[int, int, int], width: int) -> None:
+    def __init__(self, grid: tuple[int, int, int], width: int, *, separable: bool, class_token: bool) -> None:
         super().__init__()
-        self.temporal = nn.Parameter(torch.empty(grid[0], width))  # t D
-        self.spatial = nn.Parameter(torch.empty(grid[1] * grid[2], width))  # h*w D
-        self.class_token = nn.Parameter(torch.empty(1, width))  # 1 D
+        self.grid = grid
+        if separable:
+            self.temporal = nn.Parameter(torch.empty(grid[0], width))  # t D
+            self.spatial = nn.Parameter(torch.empty(grid[1] * grid[2], width))  # h*w D
+        else:
+            self.whole = nn.Parameter(torch.empty(math.prod(grid), width))  # N D
+        if class_token:
+            self.class_token = nn.Parameter(torch.empty(1, width))  # 1 D
 
     def table(self) -> Tensor:
         """`N D`."""
+        if hasattr(self, "whole"):
+            return self.whole
         return (self.temporal[:, None] + self.spatial[None]).flatten(0, 1)
+
+    @torch.no_grad()
+    def set_sincos(self) -> None:
+        t, h, w = self.grid
+        table = sincos(self.grid, self.table().shape[1])
+        if hasattr(self, "whole"):
+            self.whole.copy_(table)
+            return
+        at_time = 2 * (table.shape[1] // 2 - 2 * (table.shape[1] // 6))  # the channels that sincos gives to time
+        table = table.reshape(t, h * w, -1)
+        self.temporal.zero_()[:, :at_time] = table[:, 0, :at_time]
+        self.spatial.zero_()[:, at_time:] = table[0, :, at_time:]
+
+    @torch.no_grad()
+    def resize(self, grid: tuple[int, int, int]) -> None:
+        t, h, w = grid
+        if hasattr(self, "whole"):
+            self.whole = nn.Parameter(resize(self.whole, self.grid, grid))
+        else:
+            self.temporal = nn.Parameter(resize(self.temporal, (self.grid[0], 1, 1), (t, 1, 1)))
+            self.spatial = nn.Parameter(resize(self.spatial, (1, *self.grid[1:]), (1, h, w)))
+        self.grid = grid
 
 
 class MAESTEncoder(Encoder):
-    """Encoder of MAE-ST: as 4DS's, with separable positions, a class token and a final norm."""
+    """Encoder of MAE-ST: as 4DS's, with a final norm and, as released, separable positions and a class token."""
 
     def __init__(
         self,
@@ -45,6 +75,8 @@ class MAESTEncoder(Encoder):
         mlp: int,
         clip: tuple[int, int, int],
         patch: tuple[int, int, int],
+        separable_positions: bool,
+        class_token: bool,
         pixel_mean: float,
         pixel_scale: float,
     ) -> None:
@@ -59,24 +91,31 @@ class MAESTEncoder(Encoder):
             pixel_mean=pixel_mean,
             pixel_scale=pixel_scale,
         )
-        del self.positions  # the full table of 4DS; here time and space are separate
-        self.positions = SeparablePositions(self.grid, width)
-        self.class_token = nn.Parameter(torch.empty(1, width))  # 1 D
+        del self.positions  # 4DS's
+        self.positions = Positions(self.grid, width, separable=separable_positions, class_token=class_token)
+        self.first = int(class_token)  # where the tokens of patches begin
+        if class_token:
+            self.class_token = nn.Parameter(torch.empty(1, width))  # 1 D
         self.norm = nn.LayerNorm(width, LAYER_NORM_EPS)
 
     def tokens(self, pixels: Tensor, masked: MaskedTokens | None = None) -> Tensor:
-        """`B T H W C` -> `B 1+K D`, the class token first."""
+        """`B T H W C` -> `B 1+K D`, the class token, if there is one, first."""
         table = self.positions.table()
         if masked is None:
             x = self.patch_embedding(self.normalise(patchify(pixels, self.patch))) + table
         else:
             x = self.patch_embedding(self.normalise(take(pixels, masked.kept, self.patch))) + table[masked.kept]
+        if not self.first:
+            return x
         first = (self.class_token + self.positions.class_token).expand(x.shape[0], 1, -1)
         return torch.cat([first, x], dim=1)
 
     def features(self, pixels: Tensor, layers: int | None = None) -> list[Tensor]:
         """Layers as 4DS counts them, each `B N D`, without the class token."""
-        return [x[:, 1:] for x in super().features(pixels, layers)]
+        return [x[:, self.first :] for x in super().features(pixels, layers)]
+
+    def resize_positions(self, grid: tuple[int, int, int]) -> None:
+        self.positions.resize(grid)
 
 
 @config.configurable
@@ -86,7 +125,9 @@ class MAEST(nn.Module):
     Args:
         width, depth, heads, mlp: of the encoder. decoder_width, decoder_depth, decoder_heads: of the decoder (mlp 4x).
         clip: T H W. patch: pt ph pw.
+        separable_positions, class_token: as the released models have them; false: one table for space-time, no class token.
         predicted_frames: `pred_t_dim`, how many of the T frames are predicted, evenly spaced.
+        masking: which tokens are hidden, see mae.masking.keep. mask_ratio: fraction of them.
         normalise_target: predict pixels normalised per patch (mean and unbiased variance).
         position_init: "normal" N(0, 0.02), or "sincos" (ours: learns in short schedules).
         branch_init: "released", or "by_depth": residual branches start smaller in deep stacks (ours: learns in short schedules).
@@ -104,7 +145,10 @@ class MAEST(nn.Module):
         decoder_heads: int,
         clip: tuple[int, int, int],
         patch: tuple[int, int, int],
+        separable_positions: bool,
+        class_token: bool,
         predicted_frames: int,
+        masking: str,
         mask_ratio: float,
         normalise_target: bool,
         position_init: str,
@@ -128,17 +172,22 @@ class MAEST(nn.Module):
             mlp=mlp,
             clip=clip,
             patch=patch,
+            separable_positions=separable_positions,
+            class_token=class_token,
             pixel_mean=pixel_mean,
             pixel_scale=pixel_scale,
         )
-        self.mask_ratio, self.normalise_target = mask_ratio, normalise_target
+        self.masking, self.mask_ratio, self.normalise_target = masking, mask_ratio, normalise_target
         self.position_init, self.branch_init = position_init, branch_init
         self.predicted_frames = predicted_frames
         self.predicted_patch = (patch[0] * predicted_frames // clip[0], *patch[1:])
         self.decoder_embedding = nn.Linear(width, decoder_width)
         self.mask_token = nn.Parameter(torch.empty(1, decoder_width))
-        self.decoder_class_token = nn.Parameter(torch.empty(1, decoder_width))
-        self.decoder_positions = SeparablePositions(grid_of(clip, patch), decoder_width)
+        if class_token:
+            self.decoder_class_token = nn.Parameter(torch.empty(1, decoder_width))
+        self.decoder_positions = Positions(
+            grid_of(clip, patch), decoder_width, separable=separable_positions, class_token=class_token
+        )
         self.decoder_blocks = nn.ModuleList(
             Block(width=decoder_width, heads=decoder_heads, mlp=4 * decoder_width, gelu="none") for _ in range(decoder_depth)
         )
@@ -152,20 +201,14 @@ class MAEST(nn.Module):
             scale_branches(self.encoder.blocks)
             scale_branches(self.decoder_blocks)
         if self.position_init == "sincos":
-            with torch.no_grad():
-                for positions in (self.encoder.positions, self.decoder_positions):
-                    t, h, w = self.encoder.grid
-                    width = positions.temporal.shape[1]
-                    whole = sincos(self.encoder.grid, width).reshape(t, h * w, width)
-                    at_time = 2 * (width // 2 - 2 * (width // 6))  # the channels that sincos gives to time
-                    positions.temporal.zero_()[:, :at_time] = whole[:, 0, :at_time]
-                    positions.spatial.zero_()[:, at_time:] = whole[0, :, at_time:]
+            self.encoder.positions.set_sincos()
+            self.decoder_positions.set_sincos()
 
     def choose(self, batch: int, rng: torch.Generator) -> MaskedTokens:
-        return random_keep(batch=batch, grid=self.encoder.grid, mask_ratio=self.mask_ratio, rng=rng)
+        return keep(self.masking, batch=batch, grid=self.encoder.grid, mask_ratio=self.mask_ratio, rng=rng)
 
     def encode(self, pixels: Tensor, masked: MaskedTokens) -> Tensor:
-        """`B 1+K D`, normed; the class token first."""
+        """`B 1+K D`, normed; the class token, if there is one, first."""
         x = self.encoder.tokens(pixels, masked)
         for block in self.encoder.blocks:
             x = block(x)
@@ -173,15 +216,16 @@ class MAEST(nn.Module):
 
     def decode(self, pixels: Tensor, masked: MaskedTokens) -> Tensor:
         """`B N P`: what is predicted of every token's patch."""
-        x = self.decoder_embedding(self.encode(pixels, masked)[:, 1:])  # B K D
+        first = self.encoder.first
+        x = self.decoder_embedding(self.encode(pixels, masked)[:, first:])  # B K D
         B, _, D = x.shape
         at = masked.kept[..., None].expand(-1, -1, D)
-        whole = self.mask_token.expand(B, masked.tokens, D).scatter(1, at, x) + self.decoder_positions.table()  # B N D
-        first = (self.decoder_class_token + self.decoder_positions.class_token).expand(B, 1, D)
-        x = torch.cat([first, whole], dim=1)
+        x = self.mask_token.expand(B, masked.tokens, D).scatter(1, at, x) + self.decoder_positions.table()  # B N D
+        if first:
+            x = torch.cat([(self.decoder_class_token + self.decoder_positions.class_token).expand(B, 1, D), x], dim=1)
         for block in self.decoder_blocks:
             x = block(x)
-        return self.decoder(self.decoder_norm(x))[:, 1:]
+        return self.decoder(self.decoder_norm(x))[:, first:]
 
     def target(self, pixels: Tensor) -> Tensor:
         """`B N P`: the predicted frames' pixels, normalised per patch if so set."""
@@ -215,8 +259,8 @@ class MAEST(nn.Module):
     def flops_per_clip(self) -> int:
         """Of one training step, a backward pass counted as two forward passes."""
         tokens = math.prod(self.encoder.grid)
-        kept = round(tokens * (1 - self.mask_ratio))
+        kept, first = kept_tokens(self.masking, self.encoder.grid, self.mask_ratio), self.encoder.first
         forward = 2 * kept * (self.encoder.patch_embedding.weight.numel() + self.decoder_embedding.weight.numel())
-        forward += sum(block.flops(kept + 1) for block in self.encoder.blocks)
-        forward += sum(block.flops(tokens + 1) for block in self.decoder_blocks)
+        forward += sum(block.flops(kept + first) for block in self.encoder.blocks)
+        forward += sum(block.flops(tokens + first) for block in self.decoder_blocks)
         return 3 * (forward + 2 * tokens * self.decoder.weight.numel())

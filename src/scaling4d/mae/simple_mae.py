@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from scaling4d import config
 from scaling4d.mae.encoder import Encoder, initialise, scale_branches, sincos
-from scaling4d.mae.masking import random_keep
+from scaling4d.mae.masking import keep, kept_tokens
 from scaling4d.mae.patches import grid_of, patchify, unpatchify
 from scaling4d.records import MaskedTokens, UserError
 
@@ -27,7 +27,7 @@ class SimpleMAE(nn.Module):
         width, depth, heads, mlp: of the encoder's blocks.
         clip: T H W. patch: pt ph pw of input tokens. coarse_patch: of decoded tokens, a multiple of the patch in each axis.
         decode_blocks: how many of the last blocks see the coarse tokens.
-        mask_ratio: fraction of tokens hidden.
+        masking: which tokens are hidden, see mae.masking.keep (4DS: random). mask_ratio: fraction of them.
         loss_on: "all" pixels, or only "masked" ones (those outside the visible patches).
         position_init: "normal" N(0, 0.02) as released, or "sincos" (ours: learns in short schedules).
         branch_init: "released", or "by_depth": residual branches start smaller in deep stacks (ours: learns in short schedules).
@@ -44,6 +44,7 @@ class SimpleMAE(nn.Module):
         patch: tuple[int, int, int],
         coarse_patch: tuple[int, int, int],
         decode_blocks: int,
+        masking: str,
         mask_ratio: float,
         loss_on: str,
         position_init: str,
@@ -72,7 +73,8 @@ class SimpleMAE(nn.Module):
             pixel_scale=pixel_scale,
         )
         self.coarse_patch, self.coarse_grid = tuple(coarse_patch), grid_of(clip, coarse_patch)
-        self.decode_blocks, self.mask_ratio, self.loss_on = decode_blocks, mask_ratio, loss_on
+        self.decode_blocks, self.loss_on = decode_blocks, loss_on
+        self.masking, self.mask_ratio = masking, mask_ratio
         self.position_init, self.branch_init = position_init, branch_init
         self.coarse_tokens = nn.Parameter(torch.empty(math.prod(self.coarse_grid), width))  # M D
         self.decoder = nn.Linear(width, math.prod(coarse_patch) * 3)
@@ -89,7 +91,7 @@ class SimpleMAE(nn.Module):
                 self.coarse_tokens.copy_(sincos(self.coarse_grid, self.encoder.width, ratio))
 
     def choose(self, batch: int, rng: torch.Generator) -> MaskedTokens:
-        return random_keep(batch=batch, grid=self.encoder.grid, mask_ratio=self.mask_ratio, rng=rng)
+        return keep(self.masking, batch=batch, grid=self.encoder.grid, mask_ratio=self.mask_ratio, rng=rng)
 
     def decode(self, pixels: Tensor, masked: MaskedTokens) -> Tensor:
         """uint8 `B T H W C` -> `B M P`, the coarse patches of the whole clip in normalised pixels."""
@@ -118,7 +120,7 @@ class SimpleMAE(nn.Module):
     def flops_per_clip(self) -> int:
         """Of one training step, a backward pass counted as two forward passes."""
         encoder, coarse = self.encoder, self.coarse_tokens.shape[0]
-        kept = round(math.prod(encoder.grid) * (1 - self.mask_ratio))
+        kept = kept_tokens(self.masking, encoder.grid, self.mask_ratio)
         forward = 2 * kept * encoder.patch_embedding.weight.numel() + 2 * coarse * self.decoder.weight.numel()
         forward += sum(block.flops(kept) for block in encoder.blocks[: -self.decode_blocks])
         forward += sum(block.flops(kept + coarse) for block in encoder.blocks[-self.decode_blocks :])

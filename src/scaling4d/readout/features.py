@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from scaling4d.mae.resize import cubic_weights
 
 TINY = 1e-9  # a channel whose deviation is less never changes
 
@@ -26,21 +27,6 @@ def at_depth(encoder: nn.Module, pixels: Tensor, fraction: float) -> Tensor:
     x = encoder.features(pixels, index + 1)[index]  # B N D
     t, h, w = encoder.grid
     return x.reshape(x.shape[0], t, h * w, x.shape[-1])  # B t n D
-
-
-@cache
-def cubic_weights(wanted: int, given: int) -> Tensor:
-    """`wanted given` float32 matrix that resizes an axis as jax.image.resize does with CUBIC.
-
-    Keys kernel with a = -0.5, half-pixel centres, widened when shrinking; taps outside are dropped and rows sum to one.
-    """
-    scale = max(given / wanted, 1.0)
-    centre = (torch.arange(wanted, dtype=torch.float64) + 0.5) * given / wanted - 0.5
-    x = ((torch.arange(given, dtype=torch.float64)[None] - centre[:, None]) / scale).abs()
-    near = (1.5 * x - 2.5) * x * x + 1
-    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
-    weights = torch.where(x <= 1, near, torch.where(x < 2, far, 0.0))
-    return (weights / weights.sum(dim=1, keepdim=True)).float()
 
 
 @dataclass(frozen=True)

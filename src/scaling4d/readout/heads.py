@@ -24,6 +24,7 @@ class AttentionReadout(nn.Module):
     Args:
         queries: how many learned queries; or 0, and queries of `query_width` are given to forward.
         near: attention falls with the distance between a token and the place that a query asks about.
+        plain: the released code's simpler variant, without norm, key and value biases, and the residual mlp.
     """
 
     def __init__(
@@ -37,10 +38,11 @@ class AttentionReadout(nn.Module):
         heads: int,
         out: int,
         near: bool = False,
+        plain: bool = False,
     ) -> None:
         super().__init__()
-        self.frames, self.heads = frames, heads
-        self.features_norm = nn.LayerNorm(features_width, LAYER_NORM_EPS)
+        self.frames, self.heads, self.plain = frames, heads, plain
+        self.features_norm = nn.Identity() if plain else nn.LayerNorm(features_width, LAYER_NORM_EPS)
         self.temporal_positions = nn.Parameter(torch.empty(frames, 1, features_width))
         if queries:
             self.query = nn.Parameter(torch.empty(queries, width))
@@ -48,12 +50,13 @@ class AttentionReadout(nn.Module):
             self.query_in = nn.Linear(query_width, width)
         if near:
             self.nearness_bias = nn.Parameter(torch.empty(heads))  # logarithm of what multiplies squared distances
-        self.key = nn.Linear(features_width, width)
-        self.value = nn.Linear(features_width, width)
-        self.project = nn.Linear(width, width)
-        self.mlp_norm = nn.LayerNorm(width, LAYER_NORM_EPS)
-        self.mlp_in = nn.Linear(width, 4 * width)
-        self.mlp_out = nn.Linear(4 * width, width)
+        self.key = nn.Linear(features_width, width, bias=not plain)
+        self.value = nn.Linear(features_width, width, bias=not plain)
+        if not plain:
+            self.project = nn.Linear(width, width)
+            self.mlp_norm = nn.LayerNorm(width, LAYER_NORM_EPS)
+            self.mlp_in = nn.Linear(width, 4 * width)
+            self.mlp_out = nn.Linear(4 * width, width)
         self.out = nn.Linear(width, out)
 
     def forward(self, features: Tensor, queries: Tensor | None = None, places: Tensor | None = None) -> Tensor:
@@ -61,6 +64,8 @@ class AttentionReadout(nn.Module):
         x = stretch(features, self.frames)  # B T n C
         q = self.query.expand(x.shape[0], -1, -1) if queries is None else self.query_in(queries)  # B Q D
         near = None if places is None else self._nearness(places, x.shape[2])
+        if self.plain:
+            return self.out(self._read(x, q, near))
         few = q.shape[1] * self.heads < q.shape[2]
         y = q + self.project((self._read_by_few if few else self._read)(x, q, near))
         y = y + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(y)), approximate="tanh"))
@@ -124,7 +129,7 @@ class Head(nn.Module):
         features_width, frames: of what it reads. learned: number of learned queries, or 0.
         coordinates: numbers that describe a given query (2 for a point, 4 for a box). tiles: each given query is repeated
           so often with a learned time embedding and answers for frames / tiles frames. values: numbers a frame.
-        width, heads: of the readout. fourier_bases: of the embedding of given queries (released: 16).
+        width, heads: of the readout. fourier_bases, query_width: of the embedding of given queries (released: 16 and 512).
         query_std: of learned queries at the start (released: 0.02, at which attention is the same everywhere for long).
         time_init: of the temporal positions, "normal" N(0, 0.02) as released, or "sincos" (ours: time is visible at once).
         out_scale: of the last layer's initial weights (released: 1; less starts closer to predicting nothing).
@@ -144,6 +149,7 @@ class Head(nn.Module):
         width: int,
         heads: int,
         fourier_bases: int,
+        query_width: int,
         query_std: float,
         time_init: str,
         out_scale: float,
@@ -158,14 +164,14 @@ class Head(nn.Module):
         self.bases, self.tiles, self.frames = fourier_bases, tiles, frames
         self.query_std, self.time_init, self.out_scale = query_std, time_init, out_scale
         if not learned:
-            self.embed_mlp_in = nn.Linear(2 * fourier_bases * coordinates, width)
-            self.embed_mlp_out = nn.Linear(width, width)
-            self.tile_positions = nn.Parameter(torch.empty(tiles, width))
+            self.embed_mlp_in = nn.Linear(2 * fourier_bases * coordinates, query_width)
+            self.embed_mlp_out = nn.Linear(query_width, query_width)
+            self.tile_positions = nn.Parameter(torch.empty(tiles, query_width))
         self.readout = AttentionReadout(
             features_width=features_width,
             frames=frames,
             queries=learned,
-            query_width=width,
+            query_width=query_width,
             width=width,
             heads=heads,
             out=out,

@@ -16,7 +16,7 @@ from scaling4d import artifacts, benchmarks, checkpoint, config, log, optimizer,
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.mae.build import encoder_of, load
 from scaling4d.ranks import gather, parallel, run
-from scaling4d.readout import metrics
+from scaling4d.readout import metrics, views
 from scaling4d.readout.features import Standard, at_depth
 from scaling4d.readout.tasks.actions import Actions
 from scaling4d.readout.tasks.boxes import Boxes
@@ -24,7 +24,6 @@ from scaling4d.readout.tasks.depth import Depth
 from scaling4d.readout.tasks.points import Points
 from scaling4d.readout.tasks.pose import Pose
 from scaling4d.readout.tasks.task import Task
-from scaling4d.readout.views import views
 from scaling4d.records import Result, UserError
 
 TASKS: dict[str, type[Task]] = {"actions": Actions, "boxes": Boxes, "depth": Depth, "points": Points, "pose": Pose}
@@ -80,6 +79,7 @@ def readout(encoder: str, task: str, protocol: str, settings: Mapping[str, Any])
     mine = config.declared(settings, keys)
     config.bind(mine["readout.shared"], mine[f"readout.tasks.{task}"], mine[f"readout.{protocol}.{task}"])
     evaluation, recipe, asked = config.build(Evaluation), config.build(Recipe), config.build(TASKS[task])
+    views.check(task, asked.views)
     home = artifacts.home(settings)
     folder = home / "pretrain" / encoder
     saved = Checkpoint.read(folder)
@@ -172,7 +172,7 @@ def _share(
     samples = benchmarks.read(task, Path(evaluation.data), split, frames=T, rate_hz=asked.rate_hz, side_px=side, part=mine)
     inputs, targets, videos = [], [], []
     wanted = asked.views if split == "train" else ("plain",)
-    for sample in (view for plain in samples for view in views(plain, wanted)):
+    for sample in (view for plain in samples for view in views.views(plain, wanted)):
         pixels = torch.from_numpy(sample.pixels)
         if pixels_only:
             inputs.append(pixels)

@@ -1,4 +1,4 @@
-"""A labelled clip seen otherwise: mirrored, run backwards, or both; the labels go with the picture."""
+"""A labelled clip seen otherwise, mirrored or run backwards; the labels go with the picture."""
 
 from __future__ import annotations
 
@@ -30,11 +30,9 @@ def mirrored(sample: Sample) -> Sample:
 def backwards(sample: Sample) -> Sample:
     """The last frame first. Points and boxes that the last frame does not show are left out, since they could not be asked.
 
-    Raises:
-        UserError: the sample shows an action, and which one it is backwards is not known.
+    Not for actions: which one an action is backwards is not known.
     """
-    if "action" in sample.labels:
-        raise UserError(f"{sample.id}: an action cannot be run backwards; take the backward views out of Actions.views")
+    assert "action" not in sample.labels
 
     def turned(name: str, values: np.ndarray) -> np.ndarray:
         if name in ("boxes", "points"):
@@ -50,18 +48,18 @@ VIEWS: dict[str, Callable[[Sample], Sample]] = {
     "plain": lambda sample: sample,
     "mirrored": mirrored,
     "backwards": backwards,
-    "mirrored_backwards": lambda sample: backwards(mirrored(sample)),
 }
 
 
-def views(sample: Sample, names: tuple[str, ...]) -> Iterator[Sample]:
-    """The sample in every wanted view.
+def check(task: str, names: tuple[str, ...]) -> None:
+    """Raises UserError: a view that there is not, or that a task cannot have."""
+    known = [name for name in VIEWS if (task, name) != ("actions", "backwards")]
+    if not names or not set(names) <= set(known):
+        raise UserError(f"readout.tasks.{task}: views = {list(names)}; needed some of {', '.join(known)}")
 
-    Raises:
-        UserError: an unknown view.
-    """
+
+def views(sample: Sample, names: tuple[str, ...]) -> Iterator[Sample]:
+    """The sample in every wanted view."""
     for name in names:
-        if name not in VIEWS:
-            raise UserError(f"unknown view {name!r} in a task's views; needed some of {', '.join(VIEWS)}")
         seen = VIEWS[name](sample)
         yield replace(seen, pixels=np.ascontiguousarray(seen.pixels))

@@ -27,7 +27,7 @@ BATCH = 8
 @config.configurable
 @dataclass(frozen=True)
 class Filling:
-    """mask_ratio: the same for all methods. shown: clips in the picture. frames: of each clip that are compared and shown."""
+    """mask_ratio: of random masking, for all methods. shown: clips in the picture. frames: of each, compared and shown."""
 
     ranks: int
     mask_ratio: float
@@ -79,7 +79,7 @@ def reconstruct(point: str, settings: Mapping[str, Any]) -> Path:
 def _work(*, rank: int, ranks: int, folder: Path, clips: Path, filling: Filling, seed: int) -> list[tuple]:
     """A row a clip: masked error, filled-in frames, true frames, masked frames (uint8 `frames H W 3`)."""
     model = load(folder)
-    model.mask_ratio = filling.mask_ratio
+    model.masking, model.mask_ratio = "random", filling.mask_ratio
     rows = []
     for batch in loader.every(clips, split="val", batch=BATCH, rank=rank, ranks=ranks):
         chosen = [model.choose(1, seeds.stream(seed, "fill_mask", name)) for name in batch.ids]

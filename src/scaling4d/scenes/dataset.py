@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +41,7 @@ class Render:
     """What to draw.
 
     action ... drive: clips for training and for validation, by kind of world. videos: unlabelled ones, before the defects.
+    contrast: of a room's pattern, 0 to 1, by kind of world; 1 is as strong as a thing's.
     frames and video_frames: length of a clip and of an unlabelled video. side_px: of the clips. depth_side_px: of a depth map.
     drive_rate_hz: of kind drive, rate_hz: of all others. tracks: points a clip, tracks_on_room: those that are on the room.
     crf: x264's, vp9_crf: VP9's quality, lower is better. gop: frames between key frames. workers: processes.
@@ -52,6 +53,7 @@ class Render:
     track: tuple[int, int]
     drive: tuple[int, int]
     videos: int
+    contrast: Mapping[str, float]
     frames: int
     video_frames: int
     side_px: int
@@ -74,6 +76,8 @@ class Render:
                 f"Render.frames = {self.frames} and Render.video_frames = {self.video_frames}; "
                 f"needed 2 and {defects.NEEDED_FRAMES} at least"
             )
+        if set(self.contrast) != set(worlds.KINDS):
+            raise UserError(f"Render.contrast has {', '.join(self.contrast)}; needed {', '.join(worlds.KINDS)}")
         if not 0 <= self.tracks_on_room <= self.tracks or self.workers < 1:
             raise UserError("Render.tracks_on_room must lie in 0 .. Render.tracks, and Render.workers be 1 or more")
 
@@ -143,7 +147,15 @@ def world_of(task: Task) -> worlds.World:
     motion = task.index % len(worlds.MOTIONS) if task.kind == "action" else None
     rng = seeds.numpy(task.seed, "world", task.kind, task.index)
     while True:
-        world = worlds.draw(rng, task.kind, frames=s.frames, height_px=s.side_px, width_px=s.side_px, motion=motion)
+        world = worlds.draw(
+            rng,
+            task.kind,
+            frames=s.frames,
+            height_px=s.side_px,
+            width_px=s.side_px,
+            contrast=s.contrast[task.kind],
+            motion=motion,
+        )
         if task.kind != "drive" or _at_start(*rays.boxes(world, frames=[0]), s.side_px).any():
             return world
 
@@ -181,7 +193,9 @@ def corpus_pixels(task: Task) -> np.ndarray:
     height, width = sizes[task.index % len(sizes)]
     rng = seeds.numpy(task.seed, "world", task.kind, task.index)
     kind = worlds.KINDS[task.index % len(worlds.KINDS)]
-    return rays.pixels(worlds.draw(rng, kind, frames=task.settings.video_frames, height_px=height, width_px=width))
+    s = task.settings
+    world = worlds.draw(rng, kind, frames=s.video_frames, height_px=height, width_px=width, contrast=s.contrast[kind])
+    return rays.pixels(world)
 
 
 def _names(task: Task) -> tuple[str, str]:

@@ -17,7 +17,6 @@ from scaling4d.scenes.things import PATTERNS, SHAPES, Room, Texture, Thing
 KINDS = ("action", "room", "walk", "track", "drive")
 LEG = 16  # frames
 HALL = ((6.5, 6.5, 4.5), (8.0, 8.0, 5.5))
-CONTRAST = {"action": 0.15, "track": 0.15, "room": 0.3, "walk": 0.3, "drive": 0.3}  # of a room's pattern
 SPACES = {
     "action": HALL,
     "track": HALL,
@@ -67,14 +66,26 @@ class World:
         return len(self.camera_to_world)
 
 
-def draw(rng: np.random.Generator, kind: str, *, frames: int, height_px: int, width_px: int, motion: int | None = None) -> World:
-    """Draw a world. motion: for kind `action` in one leg, the class of the hero's motion; None draws one."""
+def draw(
+    rng: np.random.Generator,
+    kind: str,
+    *,
+    frames: int,
+    height_px: int,
+    width_px: int,
+    contrast: float,
+    motion: int | None = None,
+) -> World:
+    """Draw a world.
+
+    contrast: of the room's pattern, 0 to 1. motion: for kind `action` in one leg, the class of the hero's motion; None draws one.
+    """
     legs = -(-(frames - 1) // (LEG - 1))
     s = np.arange(frames) / (LEG - 1)  # in legs
     tan = np.tan(np.radians(rng.uniform(56, 64)) / 2)
     shorter = min(height_px, width_px)
     intrinsics = np.array([[shorter / width_px / tan / 2, 0, 0.5], [0, shorter / height_px / tan / 2, 0.5], [0, 0, 1]])
-    room = _room(rng, *SPACES.get(kind, SPACES["room"]), contrast=CONTRAST[kind])
+    room = _room(rng, *SPACES.get(kind, SPACES["room"]), contrast=contrast)
     if kind == "action":
         motion = int(rng.integers(len(MOTIONS))) if motion is None else motion
         camera, base = _handheld(rng, room, s)
