@@ -53,3 +53,26 @@ def changed(project: Path) -> Callable[[str, object], dict]:
         return settings
 
     return change
+
+
+PARITY: list[tuple[str, float, float]] = []  # what was compared, the largest error, the tolerance
+
+
+@pytest.fixture
+def agree() -> Callable[[str, float, float], None]:
+    """Notes an error beside its tolerance, for the table at the end, and fails above it."""
+
+    def note(what: str, error: float, tolerance: float) -> None:
+        PARITY.append((what, float(error), tolerance))
+        assert error < tolerance, f"{what}: error {error:.1e}, tolerance {tolerance:.0e}"
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if PARITY:
+        terminalreporter.section("agreement with the official code")
+        width = max(len(what) for what, _, _ in PARITY)
+        terminalreporter.line(f"{'fixture':{width}}  max error  tolerance")
+        for what, error, tolerance in PARITY:
+            terminalreporter.line(f"{what:{width}}  {error:9.1e}  {tolerance:9.0e}")

@@ -129,6 +129,75 @@ def render(out: Path) -> None:
 
 
 @app.command()
+def plan(
+    point: str,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Count the parameters of POINT, of this or any profile, without making them."""
+    import json
+
+    from scaling4d.pretrain.plan import plan as count
+
+    found = count(point)
+    if as_json:
+        print(json.dumps(found))
+        return
+    print(f"{found['point']} of profile {found['profile']}")
+    for part, parameters in found["parameters"].items():
+        print(f"{part.replace('_', ' '):14}{parameters:>18,} parameters")
+
+
+@app.command()
+def convert(
+    kind: Annotated[str, typer.Argument(help="4ds or mae_st")],
+    source: Path,
+    out: Annotated[Path, typer.Argument(help="New Checkpoint folder; for 4ds also FOLDER -> FILE.npz.")],
+    heads: Annotated[int | None, typer.Option(help="mae_st: attention heads, where the width is not an official one.")] = None,
+    decoder_heads: Annotated[int | None, typer.Option(help="mae_st: of the decoder, likewise.")] = None,
+    frames: Annotated[int, typer.Option(min=1, help="mae_st: of a clip, if positions are one table for space and time.")] = 16,
+    mask_ratio: Annotated[float, typer.Option(help="mae_st: of its pretraining, if the file does not say.")] = 0.9,
+    normalise_target: Annotated[bool, typer.Option(help="mae_st: likewise, whether it predicted normalised pixels.")] = True,
+) -> None:
+    """Turn published weights into a Checkpoint folder, and a folder back into the released 4DS layout."""
+    from scaling4d.readout import published
+
+    if kind not in ("4ds", "mae_st"):
+        raise UserError(f"unknown kind {kind!r}; needed 4ds or mae_st")
+    if kind == "4ds" and out.suffix == ".npz":
+        print(f"wrote {published.to_4ds(source, out)}")
+        return
+    if not source.is_file():
+        raise UserError(f"no file {source}")
+    if kind == "4ds":
+        print(f"wrote {published.from_4ds(source, out)}")
+    else:
+        made = published.from_mae_st(
+            source,
+            out,
+            heads=heads,
+            decoder_heads=decoder_heads,
+            frames=frames,
+            mask_ratio=mask_ratio,
+            normalise_target=normalise_target,
+        )
+        print(f"wrote {made}")
+
+
+@app.command()
+def features(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    video: Annotated[Path, typer.Argument(help="A video file, or a .npy of clips B T H W C (float in 0..1, or uint8).")],
+    out: Annotated[Path, typer.Option(help="The .npz to write: layer_00, layer_01, ..., and output if there is a readout.")],
+    side_px: Annotated[int | None, typer.Option(min=1, help="Of a clip from a video file, instead of the checkpoint's.")] = None,
+    queries: Annotated[Path | None, typer.Option(help="A .npy, Q 2 or Q 4 in 0..1: what a tracking readout is asked.")] = None,
+) -> None:
+    """Write the features of every layer of an encoder."""
+    from scaling4d.readout.extract import features as extract
+
+    print(f"wrote {out}: {', '.join(extract(checkpoint, video, out, side_px=side_px, queries=queries))}")
+
+
+@app.command()
 def audit(explain: Annotated[str, typer.Option(help="Walk one number back: ENCODER/TASK/PROTOCOL.")] = "") -> None:
     """Verify every hash of the committed run, or explain one number."""
     from scaling4d.audit import run

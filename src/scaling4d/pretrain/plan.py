@@ -1,0 +1,43 @@
+"""A dry run of a scaling point: what it is made of, without a weight in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from scaling4d import config
+from scaling4d.mae.build import METHODS
+from scaling4d.records import UserError
+
+
+def plan(point: str) -> dict[str, Any]:
+    """`{"point", "profile", "parameters": {"backbone", "coarse_tokens", "decoder", "total"}}` of a point.
+
+    It is sought in params.yaml, then in every profile in turn. backbone: the encoder that readouts use.
+    Raises:
+        UserError: no profile has such a point.
+    """
+    settings = _settings(point)
+    config.bind(settings["points"][point])
+    (method,) = settings["points"][point]
+    with torch.device("meta"):
+        model = config.build(METHODS[method])
+    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    coarse = model.coarse_tokens.numel() if hasattr(model, "coarse_tokens") else 0
+    total, backbone = count(model), count(model.encoder)
+    parameters = {"backbone": backbone, "coarse_tokens": coarse, "decoder": total - backbone - coarse, "total": total}
+    return {"point": point, "profile": settings["profile"], "parameters": parameters}
+
+
+def _settings(point: str) -> dict[str, Any]:
+    settings = config.read()
+    if point in settings["points"]:
+        return settings
+    known = set(settings["points"])
+    for profile in sorted(path.stem for path in (config.EXPERIMENTS / "profile").glob("*.yaml")):
+        settings = config.compose([f"profile={profile}"])
+        if point in settings["points"]:
+            return settings
+        known |= set(settings["points"])
+    raise UserError(f"no profile has a point {point!r}; points: {', '.join(sorted(known))}")
