@@ -134,19 +134,28 @@ def big_npz(path: Path) -> tuple[int, int]:
 
 
 MEASURE = """
-import resource, sys
+import sys
 from pathlib import Path
+import scaling4d, scaling4d.mae.build
 from scaling4d.readout import published
-before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() // 1024  # KiB, as ru_maxrss
-published.{call}(Path(sys.argv[1]), Path(sys.argv[2]))
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+
+
+def held(what):  # VmRSS: now, VmHWM: at most so far; getrusage would count what the parent process held
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(what))
+
+
+before = held("VmRSS")
+{work}
+print(held("VmHWM") - before)
 """
+WORK = "published.{}(Path(sys.argv[1]), Path(sys.argv[2]))"
+LOAD = "sum(float(p.detach().sum()) for p in scaling4d.load(sys.argv[1]).parameters())"
 
 
 def test_converting_holds_a_few_tensors_and_never_the_whole_file(tmp_path: Path) -> None:
     size, largest = big_npz(tmp_path / "big.npz")
     for call, source, out in (("from_4ds", "big.npz", "it"), ("to_4ds", "it", "back.npz")):
-        command = [sys.executable, "-c", MEASURE.format(call=call), str(tmp_path / source), str(tmp_path / out)]
+        command = [sys.executable, "-c", MEASURE.format(work=WORK.format(call)), str(tmp_path / source), str(tmp_path / out)]
         run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
         grown = int(run.stdout)
         print(f"{call}: {grown / 2**20:.0f} MiB more, the file has {size / 2**20:.0f}, its largest array {largest / 2**20:.0f}")
@@ -165,7 +174,9 @@ def test_converting_works_under_a_memory_limit_below_the_files_size(tmp_path: Pa
     )
     data_pages = int(idle.stdout)  # what the libraries hold before anything is read
     limit = data_pages * resource.getpagesize() + int(0.6 * size)
-    code = f"import resource\nresource.setrlimit(resource.RLIMIT_DATA, ({limit}, {limit}))\n" + MEASURE.format(call="from_4ds")
+    code = f"import resource\nresource.setrlimit(resource.RLIMIT_DATA, ({limit}, {limit}))\n" + MEASURE.format(
+        work=WORK.format("from_4ds")
+    )
     command = [sys.executable, "-c", code, str(tmp_path / "big.npz"), str(tmp_path / "it")]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert run.returncode == 0, run.stderr[-500:]
@@ -175,14 +186,8 @@ def test_converting_works_under_a_memory_limit_below_the_files_size(tmp_path: Pa
 def test_loading_holds_one_copy_of_the_weights(tmp_path: Path) -> None:
     size, _ = big_npz(tmp_path / "big.npz")
     published.from_4ds(tmp_path / "big.npz", tmp_path / "it")
-    code = (
-        "import resource, sys\nimport scaling4d, scaling4d.mae.build\n"
-        "before = int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize() // 1024\n"
-        "model = scaling4d.load(sys.argv[1])\n"
-        "sum(float(p.detach().sum()) for p in model.parameters())\n"
-        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)\n"
-    )
-    run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "it")], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", MEASURE.format(work=LOAD), str(tmp_path / "it")]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
     print(f"loaded: {int(run.stdout) / 2**20:.0f} MiB more for {size / 2**20:.0f} MiB of weights")
     assert 0.9 * size < int(run.stdout) < 1.3 * size
 

@@ -28,6 +28,7 @@ TINY = {
     "crf": 30,
     "vp9_crf": 45,
     "jpeg_quality": 60,
+    "contrast": {"action": 0.15, "room": 0.3, "walk": 0.5, "track": 0.45, "drive": 0.7},
     "gop": 16,
     "workers": 2,
 }
@@ -139,6 +140,11 @@ def test_a_portrait_stands_upright_when_read(tiny):
     drawn = dataset.corpus_pixels(dataset.Task(5, "defect", 25, settings))
     _, shown = video.read(tiny / "videos/phone/portrait0.mp4")
     assert np.abs(shown[:4].astype(int) - drawn[:4]).mean() < 12
+
+
+def test_every_kind_of_world_needs_a_contrast():
+    with pytest.raises(UserError, match="^Render.contrast has action, room; needed action, room, walk, track, drive\n"):
+        Render(**{**TINY, "contrast": {"action": 0.15, "room": 0.3}})
 
 
 def test_rendering_over_something_is_refused(tiny):
