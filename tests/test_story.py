@@ -127,24 +127,22 @@ def stage_of(folder: Path, kind: str) -> str:
     return f"{kind}@{parts[1]}"
 
 
-def test_a_trained_readout_speaks_about_any_video(story: Path) -> None:
-    video = next(path for path in sorted((story / "data/videos/phone").glob("*.mp4")))
-    home = "artifacts/smoke/readout"
-    for task, shape in (("depth", (1, 16, 64, 64)), ("pose", (1, 3, 4)), ("actions", (1, 8))):
-        cli(story, "features", f"{home}/nano/{task}/frozen", str(video), "--out", "f.npz")
-        found = np.load(story / "f.npz")
+def test_a_trained_readout_speaks_about_any_video(story: Path, tmp_path: Path) -> None:
+    video, home = str(min((story / "data/videos/phone").glob("*.mp4"))), "artifacts/smoke/readout"
+    np.save(tmp_path / "two.npy", np.array([[0.25, 0.5], [0.75, 0.5]]))
+    asked = ("--queries", str(tmp_path / "two.npy"))
+    for task, shape in (("depth", (1, 16, 64, 64)), ("pose", (1, 3, 4)), ("actions", (1, 8)), ("points", (1, 2, 16, 4))):
+        out = tmp_path / f"{task}.npz"
+        cli(story, "features", f"{home}/nano/{task}/frozen", video, "--out", str(out), *(asked if task == "points" else ()))
+        found = np.load(out)
         assert found["output"].shape == shape
         assert sorted(found) == [*(f"layer_{i:02d}" for i in range(5)), "output"]
-    np.save(story / "q.npy", np.array([[0.25, 0.5], [0.75, 0.5]]))
-    cli(story, "features", f"{home}/nano/points/frozen", str(video), "--out", "f.npz", "--queries", "q.npy")
-    assert np.load(story / "f.npz")["output"].shape == (1, 2, 16, 4)
-    boxes = (f"{home}/nano/boxes/frozen", str(video), "--out", "g.npz")
-    assert refused(story, "features", *boxes).endswith("is asked about things in the first frame, Q 4 in 0..1; correct --queries")
-    tuned = refused(story, "features", f"{home}/nano/depth/finetune", str(video), "--out", "g.npz")
+    out = ("--out", str(tmp_path / "no.npz"))
+    boxes = refused(story, "features", f"{home}/nano/boxes/frozen", video, *out)
+    assert boxes.endswith("is asked about things in the first frame, Q 4 in 0..1; correct --queries")
+    tuned = refused(story, "features", f"{home}/nano/depth/finetune", video, *out)
     assert tuned.endswith("was fine-tuned, and the tuned encoder is not kept; take the frozen readout beside it")
-    assert not (story / "g.npz").exists()
-    for name in ("f.npz", "q.npy"):
-        (story / name).unlink()
+    assert not (tmp_path / "no.npz").exists()
 
 
 def test_stages_are_deterministic(story: Path) -> None:
