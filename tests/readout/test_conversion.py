@@ -19,6 +19,7 @@ import scaling4d
 from scaling4d import cli, seeds
 from scaling4d.checkpoint import WEIGHTS, Checkpoint, load_tensors
 from scaling4d.mae.encoder import Encoder, initialise
+from scaling4d.mae.simple_mae import SimpleMAE
 from scaling4d.readout import extract, published
 from scaling4d.records import UserError
 
@@ -67,6 +68,30 @@ def test_a_tracking_readout_goes_there_and_back_and_answers_queries(tmp_path: Pa
     with pytest.raises(UserError, match="is asked by queries of 2 numbers, given none; correct --queries"):
         extract.features(tmp_path / "it", tmp_path / "clip.npy", tmp_path / "g.npz", side_px=None, queries=None)
     assert not (tmp_path / "g.npz").exists()
+
+
+def test_the_encoder_of_a_pretrained_point_goes_into_the_released_layout(tmp_path: Path) -> None:
+    shape = {"width": 48, "depth": 4, "heads": 3, "mlp": 96, "clip": (6, 32, 48), "patch": (2, 16, 16)}
+    others = {"decode_blocks": 2, "masking": "random", "mask_ratio": 0.5, "loss_on": "all", "position_init": "normal"}
+    settings = shape | others | {"coarse_patch": (2, 16, 16), "branch_init": "released", "pixel_mean": 0.0, "pixel_scale": 1.0}
+    model = SimpleMAE(**settings)
+    model.initialise(0)
+    (tmp_path / "point").mkdir()
+    Checkpoint("point", "SimpleMAE", settings, 150480, 1, 8).write(tmp_path / "point", model.state_dict())
+    published.to_4ds(tmp_path / "point", tmp_path / "point.npz")
+    published.from_4ds(tmp_path / "point.npz", tmp_path / "it")
+    for name, weight in scaling4d.load(tmp_path / "it").state_dict().items():
+        assert torch.equal(weight, model.encoder.state_dict()[name]), name
+
+
+def test_the_commands_convert_both_ways_and_refuse_what_they_do_not_know(tmp_path: Path) -> None:
+    run = lambda *words: typer.testing.CliRunner().invoke(cli.app, [str(word) for word in words])  # noqa: E731
+    assert run("convert", "4ds", BACKBONE, tmp_path / "it").output == f"wrote {tmp_path / 'it'}\n"
+    assert run("convert", "4ds", tmp_path / "it", tmp_path / "back.npz").exit_code == 0
+    assert np.array_equal(arrays_of(tmp_path / "back.npz")[KEY], arrays_of(BACKBONE)[KEY])
+    assert str(run("convert", "5ds", BACKBONE, tmp_path / "new").exception) == "unknown kind '5ds'; needed 4ds or mae_st"
+    assert str(run("convert", "mae_st", tmp_path / "none.pth", tmp_path / "new").exception) == f"no file {tmp_path / 'none.pth'}"
+    assert not (tmp_path / "new").exists()
 
 
 def test_load_gives_the_encoder_in_python(tmp_path: Path) -> None:

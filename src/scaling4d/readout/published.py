@@ -143,9 +143,10 @@ def to_4ds(folder: Path, out: Path) -> Path:
 def _released(parts: Mapping[str, Part], weights: Mapping[str, np.ndarray]) -> Iterable[tuple[str, np.ndarray]]:
     there = set(weights)
     for name, part in parts.items():
-        if name not in there or weights[name].shape != part.shape:
+        array = weights[name] if name in there else None
+        if array is None or array.shape != part.shape:
             raise UserError(f"{name} is missing or not {part.shape}, as config.json says; the folder's files do not fit together")
-        yield from zip(part.sources, part.theirs(weights[name]), strict=True)
+        yield from zip(part.sources, part.theirs(array), strict=True)
 
 
 def four_ds_readout(found: Mapping[str, Shape], source: Path, encoder: Mapping[str, Any]) -> Readout:
