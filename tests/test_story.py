@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
-STAGES = 2 + 2 + 2 + 3 * 5 + 5 + 2 + 1  # code clips, pretrain, baselines, readouts frozen and finetune, reconstruct, report
+STAGES = 2 + 2 + 1 + 2 + 3 * 5 + 5 + 1 + 2 + 1  # code clips, pretrain, distill, baselines, readouts, reconstruct, report
 
 
 def run(clone: Path, *command: str, check: bool = True) -> subprocess.CompletedProcess:
@@ -90,7 +90,7 @@ def test_every_number_of_the_report_is_a_result(story: Path) -> None:
         (encoder, task, protocol)
         for encoder, protocol in (("nano", "frozen"), ("nano", "finetune"), ("untrained_nano", "frozen"), ("pixels", "frozen"))
         for task in ("actions", "boxes", "depth", "points", "pose")
-    }
+    } | {("nano", "actions", "classifier")}
     for row in rows:
         result = json.loads(
             (story / f"artifacts/smoke/readout/{row['encoder']}/{row['task']}/{row['protocol']}/result.json").read_text()
@@ -123,8 +123,8 @@ def stage_of(folder: Path, kind: str) -> str:
         case "baseline":
             return "baseline_pixels" if parts[1] == "pixels" else f"baseline_untrained@{parts[1].removeprefix('untrained_')}"
         case "readout":
-            return f"readout_{parts[3]}@{parts[1]}-{parts[2]}"
-    return f"{kind}@{parts[1]}"
+            return f"readout_{parts[3]}@{parts[1]}" + ("" if parts[3] == "classifier" else f"-{parts[2]}")
+    return f"distill@{parts[1]}" if parts[1].endswith("_distilled") else f"{kind}@{parts[1]}"
 
 
 def test_a_trained_readout_speaks_about_any_video(story: Path, tmp_path: Path) -> None:
@@ -146,7 +146,10 @@ def test_a_trained_readout_speaks_about_any_video(story: Path, tmp_path: Path) -
 
 
 def test_stages_are_deterministic(story: Path) -> None:
-    stages = ("pretrain@nano", "readout_frozen@nano-depth", "readout_finetune@nano-actions", "reconstruct@nano", "report")
+    stages = (
+        *("pretrain@nano", "distill@nano_distilled", "reconstruct@nano", "report"),
+        *("readout_frozen@nano-depth", "readout_finetune@nano-actions", "readout_classifier@nano"),
+    )
     before = {stage: md5s(story, stage) for stage in stages}
     for stage in stages:
         run(story, "dvc", "repro", "-f", "-s", stage)

@@ -59,7 +59,7 @@ def clips(
 def pretrain(point: str) -> None:
     """Pretrain one scaling point on the clips (a DVC stage)."""
     settings = _settings()
-    config.section(settings, f"points.{point}")
+    config.section(settings, f"distilled.{point}" if point in settings["distilled"] else f"points.{point}")
     from scaling4d.pretrain.loop import pretrain as train
 
     print(f"wrote {train(point, settings)}")
@@ -76,11 +76,17 @@ def baseline(encoder: str) -> None:
 
 @app.command()
 def readout(encoder: str, task: str, protocol: str) -> None:
-    """Train and measure a readout: TASK actions|boxes|depth|points|pose, PROTOCOL frozen|finetune (a DVC stage)."""
+    """Train and measure a readout: TASK actions|boxes|depth|points|pose, PROTOCOL frozen|finetune, and classifier for actions
+    (a DVC stage)."""
     settings = _settings()
-    from scaling4d.readout.train import readout as run
+    if (task, protocol) == ("actions", "classifier"):
+        from scaling4d.readout.classifier import classify
 
-    result = run(encoder, task, protocol, settings)
+        result = classify(encoder, settings)
+    else:
+        from scaling4d.readout.train import readout as run
+
+        result = run(encoder, task, protocol, settings)
     print(
         f"{encoder} {task} {protocol}: {result.metric} {result.value:.4f} ({result.low:.4f} to {result.high:.4f}) {result.unit}"
     )

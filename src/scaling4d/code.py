@@ -17,6 +17,7 @@ STAGES = {
     "clips": "scaling4d.clips.stage",
     "pretrain": "scaling4d.pretrain.loop",
     "readout": "scaling4d.readout.train",
+    "classifier": "scaling4d.readout.classifier",
     "reconstruct": "scaling4d.reconstruct.fill",
     "report": "scaling4d.report",
 }

@@ -13,10 +13,20 @@ from scaling4d.clips import loader
 from scaling4d.records import UserError
 
 
-def run(folder, *, batch=4, seed=0, start=0, steps=12, flip=True, rank=0, ranks=1, split="train", **others):
+def run(folder, *, batch=4, repeats=1, seed=0, start=0, steps=12, flip=True, rank=0, ranks=1, split="train", **others):
     return list(
         loader.batches(
-            folder, split=split, batch=batch, seed=seed, start=start, steps=steps, flip=flip, rank=rank, ranks=ranks, **others
+            folder,
+            split=split,
+            batch=batch,
+            repeats=repeats,
+            seed=seed,
+            start=start,
+            steps=steps,
+            flip=flip,
+            rank=rank,
+            ranks=ranks,
+            **others,
         )
     )
 
@@ -70,6 +80,23 @@ def test_ranks_hold_the_parts_of_what_one_rank_holds(curated):
         assert torch.equal(batch.pixels, torch.cat([parts[0][step].pixels, parts[1][step].pixels]))
 
 
+def test_repeated_sampling_shows_a_clip_several_times_in_a_row_flipped_on_its_own_and_decoded_once(curated, monkeypatch):
+    decoded = []
+    read = video.read
+    monkeypatch.setattr(video, "read", lambda source: decoded.append(source) or read(source))
+    steps = loader.count(curated, "train")
+    repeated = run(curated, batch=4, repeats=4, steps=steps)
+    assert len(decoded) == steps
+    assert all(len(set(batch.ids)) == 1 for batch in repeated)
+    assert [batch.ids[0] for batch in repeated] == [name for batch in run(curated, batch=1, steps=steps) for name in batch.ids]
+    assert any(not torch.equal(batch.pixels[0], batch.pixels[i]) for batch in repeated for i in range(1, 4))
+    ranks = [run(curated, batch=8, repeats=2, rank=rank, ranks=2) for rank in range(2)]
+    whole = run(curated, batch=8, repeats=2)
+    assert all(a.ids + b.ids == c.ids for a, b, c in zip(*ranks, whole, strict=True))
+    with pytest.raises(UserError, match="a batch of 4 clips does not divide among 1 ranks, each clip 3 times;"):
+        run(curated, batch=4, repeats=3)
+
+
 def test_another_seed_gives_another_order(curated):
     assert [b.ids for b in run(curated)] != [b.ids for b in run(curated, seed=1)]
 
@@ -120,7 +147,7 @@ def test_loading_computes_in_the_calling_thread(curated):
         "from pathlib import Path\n"
         "from scaling4d.clips import loader\n"
         "before = len(os.listdir('/proc/self/task'))\n"
-        "args = dict(split='train', batch=4, seed=0, start=0, steps=5, flip=True, rank=0, ranks=1)\n"
+        "args = dict(split='train', batch=4, repeats=1, seed=0, start=0, steps=5, flip=True, rank=0, ranks=1)\n"
         "assert len(list(loader.batches(Path(sys.argv[1]), **args))) == 5\n"
         "print(len(os.listdir('/proc/self/task')) - before)\n"
     )
@@ -132,7 +159,7 @@ def test_loading_computes_in_the_calling_thread(curated):
 
 
 def test_a_batch_that_does_not_divide_names_the_setting(curated):
-    with pytest.raises(UserError, match=r"^a batch of 4 clips does not divide among 3 ranks; set batch to a multiple of ranks$"):
+    with pytest.raises(UserError, match="^a batch of 4 clips does not divide among 3 ranks, each clip 1 times; set batch"):
         run(curated, ranks=3)
 
 

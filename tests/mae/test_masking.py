@@ -27,7 +27,7 @@ def test_masks_have_one_size_differ_between_clips_and_repeat_with_the_seed(strat
     assert len({tuple(mask.flatten().tolist()) for mask in masks}) > 2
 
 
-@pytest.mark.parametrize(("strategy", "spread"), [("random", 0.05), ("tube", 0.05), ("frame", 0.05)])
+@pytest.mark.parametrize(("strategy", "spread"), [("random", 0.05), ("tube", 0.05), ("frame", 0.05), ("block", 0.08)])
 def test_every_token_is_kept_about_as_often_as_the_ratio_says(strategy: str, spread: float) -> None:
     share = drawn(strategy, 0.75, batch=2000).float().mean(0)
     assert (share - 0.25).abs().max() < spread
@@ -53,10 +53,11 @@ def test_blocks_hide_tokens_whose_neighbours_are_hidden_too() -> None:
 @pytest.mark.parametrize(
     ("strategy", "mask_ratio", "said"),
     [
-        ("random", 0.999, "mask_ratio = 0.999 keeps 0 of 192 tokens; set mask_ratio in (0, 1), low enough to keep one"),
-        ("tube", 0.99, "mask_ratio = 0.99 keeps 0 of 24 places; set mask_ratio in (0, 1), low enough to keep one"),
-        ("frame", 0.95, "mask_ratio = 0.95 keeps 0 of 8 frames; set mask_ratio in (0, 1), low enough to keep one"),
-        ("block", 1.0, "mask_ratio = 1.0 keeps 0 of 192 tokens; set mask_ratio in (0, 1), low enough to keep one"),
+        ("random", 0.999, "mask_ratio = 0.999 keeps 0 of 192 tokens; set it in (0, 1) so that some are kept and some hidden"),
+        ("tube", 0.99, "mask_ratio = 0.99 keeps 0 of 24 places; set it in (0, 1) so that some are kept and some hidden"),
+        ("frame", 0.95, "mask_ratio = 0.95 keeps 0 of 8 frames; set it in (0, 1) so that some are kept and some hidden"),
+        ("frame", 0.05, "mask_ratio = 0.05 keeps 8 of 8 frames; set it in (0, 1) so that some are kept and some hidden"),
+        ("block", 1.0, "mask_ratio = 1.0 keeps 0 of 192 tokens; set it in (0, 1) so that some are kept and some hidden"),
         ("rows", 0.9, "masking = 'rows'; needed one of random, tube, frame, block"),
     ],
 )
@@ -64,3 +65,10 @@ def test_what_keeps_nothing_or_is_unknown_says_which_setting_to_change(strategy:
     with pytest.raises(UserError) as error:
         keep(strategy, batch=1, grid=GRID, mask_ratio=mask_ratio, rng=seeds.stream(0))
     assert str(error.value) == said
+
+
+def test_counts_are_those_of_both_papers_code() -> None:
+    grid = (8, 14, 14)
+    assert kept_tokens("random", grid, 0.95) == 78  # 4DS
+    assert kept_tokens("random", grid, 0.9, down=True) == 156  # MAE-ST
+    assert kept_tokens("random", (2, 4, 5), 0.9, down=True) == 3  # 1 - 0.9 is a little less than a tenth, there as here

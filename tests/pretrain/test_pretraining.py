@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from scaling4d import checkpoint, config
+from scaling4d import artifacts, checkpoint, config, seeds
 from scaling4d.checkpoint import Checkpoint
+from scaling4d.clips import loader
 from scaling4d.mae.build import encoder_of, load
 from scaling4d.pretrain.loop import Training, baseline, build, pretrain, validate
 from scaling4d.ranks import run
@@ -45,6 +46,53 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(changed: Callab
     assert shas[0] == shas[1] != shas[2]
 
 
+def test_a_student_learns_its_teachers_features_and_keeps_no_teacher(changed: Callable) -> None:
+    teacher = pretrain("nano", changed("pretrain.Training.steps", 4))
+    folder = pretrain("nano_distilled", changed("pretrain.Training.steps", 60))
+    losses = [json.loads(line)["loss"] for line in (folder / "losses.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.8 * losses[0]
+    student = load(folder)
+    config.bind(config.read()["distilled"]["nano_distilled"])
+    with torch.no_grad():
+        taught = build("nano_distilled", config.read(), 0)  # with its teacher, which a loaded student has not
+        batch = next(loader.every(Path("artifacts/smoke/clips"), split="val", batch=16, rank=0, ranks=1))
+        masked = student.choose(len(batch.ids), seeds.stream(0, "m"))
+        found, wanted = student.predict(batch.pixels, masked), taught.target(batch.pixels, masked)
+        others = taught.target(batch.pixels.roll(1, 0), masked)  # the same places in other clips
+    assert (found - wanted).square().mean() < 0.9 * (found - others).square().mean()
+    assert not [name for name in student.state_dict() if "taught_by" in name]
+    assert {name: p.shape for name, p in encoder_of(student).named_parameters()} == {
+        name: p.shape for name, p in encoder_of(load(teacher)).named_parameters()
+    }
+    made = json.loads((folder / "provenance.json").read_text())
+    assert made["inputs"]["teacher"] == artifacts.sha256(teacher)
+
+
+def test_the_target_is_the_teachers_feature_of_the_same_token_in_sight_of_the_whole_clip(changed: Callable) -> None:
+    teacher = encoder_of(load(pretrain("nano", changed("pretrain.Training.steps", 4))))
+    settings = config.read()
+    config.bind(settings["distilled"]["nano_distilled"])
+    model = build("nano_distilled", settings, 0)
+    clip = torch.randint(0, 256, (2, 16, 64, 64, 3), dtype=torch.uint8)
+    masked = model.choose(2, seeds.stream(0, "m"))
+    found, layer = model.target(clip, masked), teacher.features(clip)[3]
+    for b in range(2):
+        for k, token in enumerate(masked.kept[b].tolist()):
+            x = layer[b, token]
+            assert torch.allclose(found[b, k], (x - x.mean()) / (x.var(unbiased=False) + 1e-5).sqrt(), atol=1e-5)
+
+
+def test_a_teacher_that_is_missing_or_does_not_fit_is_refused(project: Path, changed: Callable) -> None:
+    changed("distilled.nano_distilled.Distilled.teacher", "nobody")
+    with pytest.raises(UserError, match="nobody is not a checkpoint"):
+        pretrain("nano_distilled", config.read())
+    pretrain("nano", changed("pretrain.Training.steps", 4))
+    changed("distilled.nano_distilled.Distilled.teacher", "nano")
+    settings = changed("distilled.nano_distilled.Distilled.teacher_width", 288)
+    with pytest.raises(UserError, match=r"teacher nano has width 32, grid \(8, 8, 8\), 5 layers; needed width 288, grid"):
+        pretrain("nano_distilled", settings)
+
+
 def test_the_untrained_baseline_is_the_point_before_its_first_step(project: Path) -> None:
     settings = config.read()
     folder = baseline("untrained_nano", settings)
@@ -70,7 +118,9 @@ def test_validation_loss_does_not_depend_on_the_ranks(project: Path) -> None:
 
 def test_a_batch_that_does_not_divide_is_refused_and_nothing_is_written(project: Path, changed: Callable) -> None:
     settings = changed("pretrain.Training.batch", 6)
-    with pytest.raises(UserError, match="^a batch of 6 clips does not divide among 4 ranks; set batch to a multiple of ranks$"):
+    with pytest.raises(
+        UserError, match="^a batch of 6 clips does not divide among 4 ranks, each clip 1 times; set batch to a multiple$"
+    ):
         pretrain("nano", settings | {"profile": "smoke"})
     assert not list((project / ".resume").glob("partial-*"))
 

@@ -8,7 +8,7 @@ from scaling4d import config, seeds
 from scaling4d.ranks import run
 from scaling4d.readout import metrics
 from scaling4d.readout.features import Standard, stretch
-from scaling4d.readout.heads import AttentionReadout, Head, fourier
+from scaling4d.readout.heads import AttentionReadout, Head, cells, fourier
 from scaling4d.readout.tasks.boxes import Boxes
 from scaling4d.readout.tasks.depth import Depth
 from scaling4d.readout.tasks.points import Points
@@ -228,14 +228,25 @@ def test_attention_of_few_queries_is_that_of_many_in_another_order(given: bool) 
     features = torch.randn(2, 2, 9, 24, generator=rng)
     queries = torch.randn(2, 3, 5, generator=rng) if given else None
     x, q = stretch(features, 4), reader.query_in(queries) if given else reader.query.expand(2, -1, -1)
-    near = reader._nearness(torch.rand(2, 3, 2, generator=rng), 9) if given else None
-    assert torch.allclose(reader._read_by_few(x, q, near), reader._read(x, q, near), atol=1e-5)
+    places = torch.rand(2, 3, 2, generator=rng) if given else None
+    assert torch.allclose(reader._read_by_few(x, q, places), reader._read(x, q, places), atol=1e-5)
+
+
+def test_attention_falls_by_the_squared_distance() -> None:
+    reader = AttentionReadout(features_width=24, frames=1, queries=0, query_width=5, width=32, heads=4, out=6, near=True)
+    torch.nn.init.normal_(reader.nearness_bias, generator=seeds.stream(0, "bias"))
+    places, centres = torch.rand(2, 5, 2, generator=seeds.stream(0, "places")), cells(9, torch.device("cpu"))
+    at, where = reader._near(places, centres)
+    squared = (places[:, :, None] - centres).square().sum(-1)[:, :, None]  # B Q 1 n
+    expected = -reader.nearness_bias.exp()[:, None] * squared
+    assert torch.allclose((at @ where.T).softmax(-1), expected.softmax(-1), atol=1e-6)
 
 
 def test_the_sharpest_head_reads_only_the_token_that_is_asked_about() -> None:
     reader = AttentionReadout(features_width=24, frames=1, queries=0, query_width=5, width=32, heads=4, out=6, near=True)
     torch.nn.init.constant_(reader.nearness_bias, 9.0)
     places = torch.tensor([[[0.5 / 3, 2.5 / 3], [0.6, 0.4]]])  # of a grid of 3 x 3: left below, the middle
-    shares = reader._nearness(places, 9).softmax(-1)  # 1 heads 2 9
+    at, where = reader._near(places, cells(9, places.device))
+    shares = (at @ where.T).softmax(-1).transpose(1, 2)  # 1 heads 2 9
     assert shares.argmax(-1)[0].tolist() == [[6, 4]] * 4
     assert shares.amax(-1).min() > 0.99

@@ -31,13 +31,21 @@ def sha(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()
 
 
-def draw_run(*, points: dict[str, int], frozen: list[str], finetune: list[str]) -> dict:
+def draw_run(
+    *,
+    points: dict[str, int],
+    frozen: list[str],
+    finetune: list[str],
+    students: tuple[str, ...] = (),
+    classifier: tuple[str, ...] = (),
+) -> dict:
     """Write experiments/, params.yaml and every artifact into the current folder; returns the settings."""
     settings = {
         "seed": 0,
         "pretrain": {"Training": {"steps": 1000}},
         "points": {name: {"MAEST" if "mae_st" in name else "SimpleMAE": {"width": 32}} for name in points},
-        "encoders": {"untrained": [], "frozen": frozen, "finetune": finetune},
+        "distilled": {name: {"Distilled": {"teacher": "mini", "width": 32}} for name in students},
+        "encoders": {"untrained": [], "frozen": frozen, "finetune": finetune, "classifier": list(classifier)},
         "readout": {"tasks": {task: {task.title(): {"rate_hz": 8.0}} for task in TASKS}},
         "report": {"folder": "reports/built"},
         "profile": "test",
@@ -52,13 +60,17 @@ def draw_run(*, points: dict[str, int], frozen: list[str], finetune: list[str]) 
     _provenance(home / "clips", "clips", {})
     write_json(home / "clips/datasheet.json", {"clips_train": 300, "clips_val": 60, "rejected": {"black": 2}})
     for name, size in points.items():
-        _point(home, name, size)
-    for protocol, encoders in (("frozen", frozen), ("finetune", finetune)):
+        _point(home, name, "MAEST" if "mae_st" in name else "SimpleMAE", size)
+        _filled(home, name, size)
+    sizes = points | {name: points[name.removesuffix("_distilled")] for name in students}
+    for name in students:
+        _point(home, name, "Distilled", sizes[name])
+    for protocol, encoders in (("frozen", frozen), ("finetune", finetune), ("classifier", classifier)):
         for encoder in encoders:
-            if encoder not in points:
+            if encoder not in sizes:
                 _provenance(home / "pretrain" / encoder, "baseline", {})
-            for task in TASKS:
-                _readout(home, encoder, points, task, protocol)
+            for task in TASKS if protocol != "classifier" else ("actions",):
+                _readout(home, encoder, sizes, task, protocol)
     return settings
 
 
@@ -68,13 +80,16 @@ def _provenance(folder: Path, stage: str, inputs: dict[str, str]) -> None:
     write_json(folder / "provenance.json", {"stage": stage, "settings": {}, "overrides": {}, "code": code, "inputs": inputs})
 
 
-def _point(home: Path, name: str, size: int) -> None:
-    folder, filled = home / "pretrain" / name, home / "reconstruct" / name
+def _loss(size: int) -> float:
+    return 0.0139 + 0.0024 * (size / 180_000) ** -0.4
+
+
+def _point(home: Path, name: str, method: str, size: int) -> None:
+    folder, loss = home / "pretrain" / name, _loss(size)
     _provenance(folder, "pretrain", {"clips": sha("clips")})
-    loss = 0.0139 + 0.0024 * (size / 180_000) ** -0.4
     summary = {
         "point": name,
-        "method": "MAEST" if "mae_st" in name else "SimpleMAE",
+        "method": method,
         "parameters": size,
         "parameters_total": round(size * 1.1),
         "flops_per_clip": 300.0 * size,
@@ -92,8 +107,12 @@ def _point(home: Path, name: str, size: int) -> None:
         for s, n in zip(steps, noise, strict=True)
     ]
     (folder / "losses.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _filled(home: Path, name: str, size: int) -> None:
+    filled = home / "reconstruct" / name
     _provenance(filled, "reconstruct", {"checkpoint": sha(name), "clips": sha("clips")})
-    measured = {"masked_mse": loss, "psnr_db": 18.3, "frechet_distance": 2.5, "clips": 60, "frames": 480, "seed": 0}
+    measured = {"masked_mse": _loss(size), "psnr_db": 18.3, "frechet_distance": 2.5, "clips": 60, "frames": 480, "seed": 0}
     write_json(filled / "result.json", {"point": name, **measured, "checkpoint_sha256": sha(name)})
     x = np.linspace(0, 255, 4 * 16, dtype=np.uint8)
     Image.fromarray(np.stack([np.tile(x, (96, 1))] * 3, axis=-1)).save(filled / "filled.png")
@@ -134,6 +153,12 @@ def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict
 
 @pytest.fixture
 def pocket(drawn: Callable[..., dict]) -> dict:
-    """Six points, two of them fine-tuned, three baselines, five tasks."""
-    frozen = [*SIZES, "untrained_nano", "untrained_mini", "pixels"]
-    return drawn(points=SIZES, frozen=frozen, finetune=["nano", "mini"])
+    """Six points and a student, two of them fine-tuned, two with a classifier, three baselines, five tasks."""
+    frozen = [*SIZES, "nano_distilled", "untrained_nano", "untrained_mini", "pixels"]
+    return drawn(
+        points=SIZES,
+        students=("nano_distilled",),
+        frozen=frozen,
+        finetune=["nano", "mini"],
+        classifier=("mini", "mae_st_tiny"),
+    )

@@ -2,6 +2,7 @@ import csv
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,7 @@ def test_tables_hold_every_result_in_full(pocket: dict) -> None:
         *("encoder", "parameters", "task", "protocol", "metric", "value", "low", "high"),
         *("unit", "higher_is_better", "examples", "seed", "checkpoint_sha256"),
     ]
-    assert len([row for row in rows if row["low"]]) == 9 * 5 + 2 * 5
+    assert len([row for row in rows if row["low"]]) == 10 * 5 + 2 * 5 + 2  # frozen, fine-tuned, classifiers
     assert {row["metric"] for row in rows if not row["low"]} == {"epe_standing_still"}
     one = next(row for row in rows if (row["encoder"], row["task"], row["protocol"]) == ("mini", "depth", "finetune"))
     assert (
@@ -62,8 +63,20 @@ def test_tables_hold_every_result_in_full(pocket: dict) -> None:
         == story.result("mini", "depth", "finetune").value
         == tables.metrics(story)["depth"]["finetune"]["mini"]
     )
-    head = tables.pretrain_csv(story).splitlines()[0]
+    head, *points = tables.pretrain_csv(story).splitlines()
     assert head == "point,method,parameters,flops,clips_seen,train_loss,val_loss,seed"
+    assert points[-1].startswith("nano_distilled,Distilled,180000,") and len(points) == 7
+    assert "nano_distilled" not in tables.reconstruct_csv(story)  # it learns no pixels
+
+
+def test_a_student_is_no_part_of_the_ladder_and_stands_beside_the_point_of_its_size(pocket: dict) -> None:
+    story = report.read(pocket)
+    assert story.methods[0] == "SimpleMAE" and story.methods[-1] == "Distilled"
+    assert story.of_method("Distilled") == ["nano_distilled"]
+    lines = report.table(story).splitlines()
+    assert next(line for line in lines if "nano_distilled" in line)
+    small = replace(story, points=("mae_st_tiny", "nano"))
+    assert small.methods == ["MAEST", "SimpleMAE", "Distilled"]  # each with one point
 
 
 def test_what_the_profile_has_not_is_a_dash_and_not_an_error(drawn: Callable[..., dict]) -> None:

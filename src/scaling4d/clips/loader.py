@@ -71,64 +71,81 @@ class Clips(Dataset):
 
 
 class _Flipped(Dataset):
-    """Clips by (epoch, index): mirrored, and run backwards, each for half of them, chosen anew in every epoch."""
+    """Clips by (epoch, index, copy): mirrored, and run backwards, each for half of them, chosen anew for every epoch and copy."""
 
     def __init__(self, clips: Clips, *, seed: int, flip: bool) -> None:
         self.clips, self.seed, self.flip = clips, seed, flip
 
-    def __getitem__(self, drawn: tuple[int, int]) -> Item:
-        epoch, index = drawn
+    def __getitem__(self, drawn: tuple[int, int, int]) -> Item:
+        epoch, index, copy = drawn
         pixels, name, start_s = self.clips[index]
         if self.flip:
-            mirror, backwards = seeds.numpy(self.seed, "flip", epoch, index).random(2) < 0.5
+            mirror, backwards = seeds.numpy(self.seed, "flip", epoch, index).random((copy + 1, 2))[copy] < 0.5
             pixels = pixels.flip([axis for axis, wanted in ((0, backwards), (2, mirror)) if wanted])
         return pixels, name, start_s
 
 
 class _Order(Sampler):
-    """Lists of (epoch, index), one a step: this rank's part of each global batch."""
+    """Lists of (epoch, index, copy), one a step: this rank's part of each global batch."""
 
-    def __init__(self, clips: int, *, batch: int, seed: int, start: int, steps: int, rank: int, ranks: int) -> None:
-        self.clips, self.batch, self.seed, self.start, self.steps = clips, batch, seed, start, steps
+    def __init__(self, clips: int, *, batch: int, repeats: int, seed: int, start: int, steps: int, rank: int, ranks: int) -> None:
+        self.clips, self.batch, self.repeats, self.seed, self.start, self.steps = clips, batch, repeats, seed, start, steps
         self.rank, self.part = rank, batch // ranks
 
     def __len__(self) -> int:
         return max(self.steps - self.start, 0)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         known: tuple[int, np.ndarray] = (-1, np.empty(0))
         for step in range(self.start, self.steps):
             drawn = []
             for position in range(step * self.batch + self.rank * self.part, step * self.batch + (self.rank + 1) * self.part):
-                epoch, place = divmod(position, self.clips)
+                loaded, copy = divmod(position, self.repeats)
+                epoch, place = divmod(loaded, self.clips)
                 if epoch != known[0]:
                     known = (epoch, seeds.numpy(self.seed, "order", epoch).permutation(self.clips))
-                drawn.append((epoch, int(known[1][place])))
+                drawn.append((epoch, int(known[1][place]), copy))
             yield drawn
 
 
 def batches(
-    folder: Path, *, split: str, batch: int, seed: int, start: int, steps: int, flip: bool, rank: int, ranks: int, kept: int = 0
+    folder: Path,
+    *,
+    split: str,
+    batch: int,
+    repeats: int,
+    seed: int,
+    start: int,
+    steps: int,
+    flip: bool,
+    rank: int,
+    ranks: int,
+    kept: int = 0,
 ) -> Iterator[ClipBatch]:
     """This rank's part of the global batches `start` ... `steps - 1` of an endless sequence of epochs.
 
-    Position p of the sequence is clip p % n of the order of epoch p // n; batch s holds positions s * batch ... and rank r its
-    r-th part, so batches follow one another across epochs and every epoch covers every clip once.
+    Position p of the sequence is clip q % n of the order of epoch q // n, q = p // repeats; batch s holds positions s * batch ...
+    and rank r its r-th part, so batches follow one another across epochs and every epoch covers every clip `repeats` times.
 
     Args:
-        batch: clips a step over all ranks. start: step to begin at, to resume. flip: mirror and time-reverse at random.
+        batch: clips a step over all ranks, copies counted. repeats: copies of a clip in a row, each flipped (and later masked) on
+          its own; it is decoded once. start: step to begin at, to resume. flip: mirror and time-reverse at random.
         kept: how many decoded clips stay in memory; the batches do not depend on it.
     Raises:
-        UserError: batch does not divide by ranks; no clips; a clip that cannot be decoded.
+        UserError: batch does not divide by ranks and repeats; no clips; a clip that cannot be decoded.
     """
-    if batch % ranks:
-        raise UserError(f"a batch of {batch} clips does not divide among {ranks} ranks; set batch to a multiple of ranks")
-    clips = Clips(folder, split, kept=kept)
+    if repeats < 1 or batch % (ranks * repeats):
+        raise UserError(
+            f"a batch of {batch} clips does not divide among {ranks} ranks, each clip {repeats} times; set batch to a multiple"
+        )
+    clips = Clips(folder, split, kept=max(kept, 1))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13
         loader = StatefulDataLoader(
             _Flipped(clips, seed=seed, flip=flip),
-            batch_sampler=_Order(len(clips), batch=batch, seed=seed, start=start, steps=steps, rank=rank, ranks=ranks),
+            batch_sampler=_Order(
+                len(clips), batch=batch, repeats=repeats, seed=seed, start=start, steps=steps, rank=rank, ranks=ranks
+            ),
             num_workers=0,
             collate_fn=_together,
             generator=seeds.stream(seed, "loader"),

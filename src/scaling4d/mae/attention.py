@@ -6,14 +6,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """`B Q heads d`, `B N heads d`, `B N heads d` -> `B Q heads d`.
 
-    Scores are scaled by 1/sqrt(d); then bias `B heads Q N` is added.
+    Scores are multiplied by `scale`, 1/sqrt(d) unless told.
     """
     if q.is_cuda:
         from xformers.ops import memory_efficient_attention
 
-        return memory_efficient_attention(q, k, v, attn_bias=bias)
+        return memory_efficient_attention(q, k, v, scale=scale)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # B heads N d
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)

@@ -9,12 +9,13 @@ from torch import nn
 
 from scaling4d import checkpoint
 from scaling4d.checkpoint import Checkpoint
+from scaling4d.mae.distilled import Distilled
 from scaling4d.mae.encoder import Encoder, PixelTokens
 from scaling4d.mae.mae_st import MAEST, MAESTEncoder
 from scaling4d.mae.simple_mae import SimpleMAE
 from scaling4d.records import UserError
 
-METHODS: dict[str, type[nn.Module]] = {"SimpleMAE": SimpleMAE, "MAEST": MAEST}
+METHODS: dict[str, type[nn.Module]] = {"SimpleMAE": SimpleMAE, "MAEST": MAEST, "Distilled": Distilled}
 ENCODERS: dict[str, type[nn.Module]] = {"Encoder": Encoder, "MAESTEncoder": MAESTEncoder, "PixelTokens": PixelTokens}
 
 
@@ -28,8 +29,11 @@ def load(folder: Path) -> nn.Module:
     models = METHODS | ENCODERS
     if saved.model not in models:
         raise UserError(f"{folder}: unknown model {saved.model!r}; needed one of {', '.join(models)}")
-    with torch.device("meta"):
-        model = models[saved.model](**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.settings.items()})
+    try:
+        with torch.device("meta"):
+            model = models[saved.model](**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.settings.items()})
+    except TypeError as error:
+        raise UserError(f"{folder}: config.json is not that of a {saved.model} of this version: {error}") from error
     try:
         model.load_state_dict(checkpoint.weights(folder), assign=True)
     except RuntimeError as error:

@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from scaling4d import config
-from scaling4d.mae.encoder import LAYER_NORM_EPS, Block, Encoder, initialise, scale_branches, sincos
+from scaling4d import config, seeds
+from scaling4d.mae.encoder import LAYER_NORM_EPS, Block, Encoder, scale_branches, sincos
 from scaling4d.mae.masking import keep, kept_tokens
 from scaling4d.mae.patches import grid_of, patchify, take, unpatchify
 from scaling4d.mae.resize import resize
@@ -194,9 +194,24 @@ class MAEST(nn.Module):
         self.decoder_norm = nn.LayerNorm(decoder_width, LAYER_NORM_EPS)
         self.decoder = nn.Linear(decoder_width, math.prod(self.predicted_patch) * 3)
 
+    @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Draw all weights; equal seeds give equal weights."""
-        initialise(self, seed=seed)
+        """Draw all weights, as the official code does; equal seeds give equal weights.
+
+        Xavier-uniform for every matrix, query, key and value apart; N(0, 0.02) for positions and tokens, zero for the decoder's
+        class token; zero biases, unit norms.
+        """
+        for name, weight in self.named_parameters():
+            rng = seeds.stream(seed, "init", name)
+            if name.endswith("bias") or name == "decoder_class_token":
+                weight.zero_()
+            elif "norm" in name.split(".")[-2:][0]:
+                weight.fill_(1)
+            elif not name.endswith("weight"):
+                nn.init.normal_(weight, std=0.02, generator=rng)
+            else:
+                for part in weight.chunk(3 if "qkv" in name else 1):
+                    nn.init.xavier_uniform_(part, generator=rng)
         if self.branch_init == "by_depth":
             scale_branches(self.encoder.blocks)
             scale_branches(self.decoder_blocks)
@@ -205,7 +220,7 @@ class MAEST(nn.Module):
             self.decoder_positions.set_sincos()
 
     def choose(self, batch: int, rng: torch.Generator) -> MaskedTokens:
-        return keep(self.masking, batch=batch, grid=self.encoder.grid, mask_ratio=self.mask_ratio, rng=rng)
+        return keep(self.masking, batch=batch, grid=self.encoder.grid, mask_ratio=self.mask_ratio, rng=rng, down=True)
 
     def encode(self, pixels: Tensor, masked: MaskedTokens) -> Tensor:
         """`B 1+K D`, normed; the class token, if there is one, first."""
@@ -227,10 +242,13 @@ class MAEST(nn.Module):
             x = block(x)
         return self.decoder(self.decoder_norm(x))[:, first:]
 
+    def frames(self, pixels: Tensor) -> Tensor:
+        """Which of the T frames are predicted, ascending; the first is."""
+        return torch.linspace(0, pixels.shape[1] - 1, self.predicted_frames).long()
+
     def target(self, pixels: Tensor) -> Tensor:
         """`B N P`: the predicted frames' pixels, normalised per patch if so set."""
-        frames = torch.linspace(0, pixels.shape[1] - 1, self.predicted_frames).long()
-        x = patchify(self.encoder.normalise(pixels[:, frames]), self.predicted_patch)
+        x = patchify(self.encoder.normalise(pixels[:, self.frames(pixels)]), self.predicted_patch)
         if self.normalise_target:
             x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + TARGET_EPS).sqrt()
         return x
@@ -248,18 +266,18 @@ class MAEST(nn.Module):
         is not predicted shows the nearest predicted one before it.
         """
         x = self.decode(pixels, masked)
+        frames = self.frames(pixels)
         if self.normalise_target:
-            frames = torch.linspace(0, pixels.shape[1] - 1, self.predicted_frames).long()
             true = patchify(self.encoder.normalise(pixels[:, frames]), self.predicted_patch)
             x = x * (true.var(-1, keepdim=True) + TARGET_EPS).sqrt() + true.mean(-1, keepdim=True)
-        clip = (self.predicted_frames, *self.encoder.clip[1:])
-        x = unpatchify(x, clip, self.predicted_patch).repeat_interleave(self.encoder.clip[0] // self.predicted_frames, dim=1)
+        x = unpatchify(x, (self.predicted_frames, *self.encoder.clip[1:]), self.predicted_patch)
+        x = x[:, torch.searchsorted(frames, torch.arange(pixels.shape[1]), right=True) - 1]
         return (x / self.encoder.pixel_scale + self.encoder.pixel_mean).clamp(0, 1)
 
     def flops_per_clip(self) -> int:
         """Of one training step, a backward pass counted as two forward passes."""
         tokens = math.prod(self.encoder.grid)
-        kept, first = kept_tokens(self.masking, self.encoder.grid, self.mask_ratio), self.encoder.first
+        kept, first = kept_tokens(self.masking, self.encoder.grid, self.mask_ratio, down=True), self.encoder.first
         forward = 2 * kept * (self.encoder.patch_embedding.weight.numel() + self.decoder_embedding.weight.numel())
         forward += sum(block.flops(kept + first) for block in self.encoder.blocks)
         forward += sum(block.flops(tokens + first) for block in self.decoder_blocks)

@@ -16,7 +16,8 @@ from torch import nn
 from scaling4d import artifacts, config, log, optimizer, seeds
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.clips import loader
-from scaling4d.mae.build import METHODS
+from scaling4d.mae.build import METHODS, encoder_of, load
+from scaling4d.mae.distilled import Distilled
 from scaling4d.mae.encoder import PixelTokens
 from scaling4d.ranks import parallel, run
 from scaling4d.records import MaskedTokens, UserError, write_json
@@ -34,7 +35,8 @@ class Training:
     ranks: one-thread processes that share a batch; results depend on it. batch: clips a step, over all ranks.
     rate_times_width: peak learning rate of the matrices that read `width` numbers = this / width. embedding_rate: of all else
     (patch embedding, positions, tokens, norms, biases), the same at every width. warmup: share of the steps.
-    clip_norm: of the gradient. flip: mirror and time-reverse clips at random.
+    clip_norm: of the gradient. flip: mirror and time-reverse clips at random. repeats: copies of a clip in a batch, each flipped
+    and masked on its own (MAE-ST's repeated sampling: 4).
     masks_per_clip: masks a validation clip is measured with. kept_clips: decoded clips that stay in a rank's memory.
     """
 
@@ -48,24 +50,45 @@ class Training:
     warmup: float
     clip_norm: float
     flip: bool
+    repeats: int
     masks_per_clip: int
     kept_clips: int
     log_every: int
 
 
-def method_of(point: str, section: Mapping[str, Any]) -> str:
-    """Name of the method that a point's settings are for."""
-    found = [name for name in section if name in METHODS]
-    if len(section) != 1 or len(found) != 1:
-        raise UserError(f"points.{point} has {', '.join(section) or 'nothing'}; needed exactly one of {', '.join(METHODS)}")
-    return found[0]
+def key_of(point: str, settings: Mapping[str, Any]) -> str:
+    """Where a point's settings are: in `points`, or in `distilled` for one that has a teacher."""
+    return f"distilled.{point}" if point in config.section(settings, "distilled") else f"points.{point}"
+
+
+def method_of(key: str, settings: Mapping[str, Any]) -> str:
+    """Name of the method that a point's settings are for.
+
+    Raises:
+        UserError: no such point, or not exactly one method.
+    """
+    section, taught = config.section(settings, key), key.startswith("distilled.")
+    known = [name for name in METHODS if (name == "Distilled") == taught]
+    if len(section) != 1 or next(iter(section)) not in known:
+        raise UserError(f"{key} has {', '.join(section) or 'nothing'}; needed exactly one of {', '.join(known)}")
+    return next(iter(section))
 
 
 def build(point: str, settings: Mapping[str, Any], seed: int) -> nn.Module:
-    """The bound model of a point with its initial weights."""
-    model = config.build(METHODS[method_of(point, config.section(settings, f"points.{point}"))])
+    """The bound model of a point with its initial weights, and with its teacher, if it has one.
+
+    Raises:
+        UserError: a teacher that was not pretrained before.
+    """
+    method = METHODS[method_of(key_of(point, settings), settings)]
+    given = {"taught_by": encoder_of(load(_teacher(point, settings)))} if method is Distilled else {}
+    model = config.build(method, **given)
     model.initialise(seed)
     return model
+
+
+def _teacher(point: str, settings: Mapping[str, Any]) -> Path:
+    return artifacts.home(settings) / "pretrain" / settings["distilled"][point]["Distilled"]["teacher"]
 
 
 def describe(name: str, point: str, model: nn.Module, settings: Mapping[str, Any], *, step: int, clips_seen: int) -> Checkpoint:
@@ -73,7 +96,7 @@ def describe(name: str, point: str, model: nn.Module, settings: Mapping[str, Any
     return Checkpoint(
         name=name,
         model=method,
-        settings=settings["points"][point][method],
+        settings=config.section(settings, key_of(point, settings))[method],
         parameters=sum(p.numel() for p in model.encoder.parameters()),
         step=step,
         clips_seen=clips_seen,
@@ -87,9 +110,9 @@ def pretrain(point: str, settings: Mapping[str, Any]) -> Path:
         UserError: unknown point or setting, no clips, or a loss that is not finite (before the update).
     """
     started = time.time()
-    keys = ["profile", "seed", "pretrain", f"points.{point}"]
+    keys = ["profile", "seed", "pretrain", key_of(point, settings)]
     mine = config.declared(settings, keys)
-    config.bind(mine["pretrain"], mine[f"points.{point}"])
+    config.bind(mine["pretrain"], mine[keys[-1]])
     training = config.build(Training)
     home = artifacts.home(settings)
     clips = home / "clips"
@@ -97,9 +120,10 @@ def pretrain(point: str, settings: Mapping[str, Any]) -> Path:
     with artifacts.folder(home / "pretrain" / point) as out:
         run(_train, ranks=training.ranks, point=point, settings=settings, training=training, clips=clips, out=out)
         build(point, settings, mine["seed"])  # so that gin counts the model's settings as operative here too
-        artifacts.write_provenance(
-            out, stage="pretrain", settings=settings, keys=keys, room="pretrain", inputs={"clips": artifacts.sha256(clips)}
-        )
+        inputs = {"clips": artifacts.sha256(clips)}
+        if point in settings["distilled"]:
+            inputs["teacher"] = artifacts.sha256(_teacher(point, settings))
+        artifacts.write_provenance(out, stage="pretrain", settings=settings, keys=keys, room="pretrain", inputs=inputs)
     folder = home / "pretrain" / point
     seconds = time.time() - started
     artifacts.write_run(
@@ -122,6 +146,7 @@ def _train(*, rank: int, ranks: int, point: str, settings: Mapping[str, Any], tr
         start=0,
         steps=training.steps,
         flip=training.flip,
+        repeats=training.repeats,
         rank=rank,
         ranks=ranks,
         kept=training.kept_clips,

@@ -19,8 +19,9 @@ def plan(point: str) -> dict[str, Any]:
         UserError: no profile has such a point.
     """
     settings = _settings(point)
-    config.bind(settings["points"][point])
-    (method,) = settings["points"][point]
+    section = (settings["points"] | settings["distilled"])[point]
+    config.bind(section)
+    (method,) = section
     with torch.device("meta"):
         model = config.build(METHODS[method])
     count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
@@ -31,13 +32,12 @@ def plan(point: str) -> dict[str, Any]:
 
 
 def _settings(point: str) -> dict[str, Any]:
-    settings = config.read()
-    if point in settings["points"]:
-        return settings
-    known = set(settings["points"])
-    for profile in sorted(path.stem for path in (config.EXPERIMENTS / "profile").glob("*.yaml")):
-        settings = config.compose([f"profile={profile}"])
-        if point in settings["points"]:
+    profiles = sorted(path.stem for path in (config.EXPERIMENTS / "profile").glob("*.yaml"))
+    known: set[str] = set()
+    for profile in (None, *profiles):
+        settings = config.read() if profile is None else config.compose([f"profile={profile}"])
+        points = settings["points"] | settings["distilled"]
+        if point in points:
             return settings
-        known |= set(settings["points"])
+        known |= set(points)
     raise UserError(f"no profile has a point {point!r}; points: {', '.join(sorted(known))}")

@@ -63,33 +63,41 @@ class AttentionReadout(nn.Module):
         """features `B t n C`, queries `B Q Dq` or none, places `B Q 2` (x y in 0..1, for `near`) -> `B Q out`."""
         x = stretch(features, self.frames)  # B T n C
         q = self.query.expand(x.shape[0], -1, -1) if queries is None else self.query_in(queries)  # B Q D
-        near = None if places is None else self._nearness(places, x.shape[2])
         if self.plain:
-            return self.out(self._read(x, q, near))
+            return self.out(self._read(x, q, places))
         few = q.shape[1] * self.heads < q.shape[2]
-        y = q + self.project((self._read_by_few if few else self._read)(x, q, near))
+        y = q + self.project((self._read_by_few if few else self._read)(x, q, places))
         y = y + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(y)), approximate="tanh"))
         return self.out(y)
 
-    def _nearness(self, places: Tensor, tokens: int) -> Tensor:
-        """`B Q 2` -> `B heads Q n`, to be added to scores: minus a head's sharpness times the squared distance, picture = 1."""
-        side = math.isqrt(tokens)  # clips are square
-        centre = (torch.arange(side, device=places.device) + 0.5) / side
-        cells = torch.stack([centre.repeat(side), centre.repeat_interleave(side)], -1)  # n 2, x y
-        squared = (places[:, None, :, None] - cells).square().sum(-1)  # B 1 Q n
-        return -self.nearness_bias.exp()[:, None, None] * squared
-
-    def _read(self, x: Tensor, q: Tensor, near: Tensor | None) -> Tensor:
+    def _read(self, x: Tensor, q: Tensor, places: Tensor | None) -> Tensor:
         """Attention as it is written in the papers: a key and a value for every token.
 
-        x `B T n C`, q `B Q D`, near `B heads Q n` -> `B Q D`.
+        x `B T n C`, q `B Q D`, places `B Q 2` -> `B Q D`.
         """
-        bias = None if near is None else near.repeat(1, 1, 1, x.shape[1])  # B heads Q T*n
+        frames, tokens = x.shape[1:3]
         x = (self.features_norm(x) + self.temporal_positions).flatten(1, 2)  # B T*n C
         split = lambda y: y.unflatten(-1, (self.heads, -1))  # noqa: E731  B N D -> B N heads d
-        return attention(split(q), split(self.key(x)), split(self.value(x)), bias).flatten(2)
+        q, k, v = split(q), split(self.key(x)), split(self.value(x))
+        if places is None:
+            return attention(q, k, v).flatten(2)
+        d = q.shape[-1]
+        at, where = self._near(places, cells(tokens, places.device))
+        k = torch.cat([k, where.repeat(frames, 1)[None, :, None].expand(*k.shape[:3], -1)], -1)
+        q = torch.cat([q, math.sqrt(d) * at], -1)
+        return attention(q, k, F.pad(v, (0, at.shape[-1])), scale=1 / math.sqrt(d))[..., :d].flatten(2)
 
-    def _read_by_few(self, x: Tensor, q: Tensor, near: Tensor | None) -> Tensor:
+    def _near(self, places: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+        """places `B Q 2`, centres `n 2` -> `B Q heads 3` and `n 3`; their products are to be added to the scores.
+
+        A score falls by a head's sharpness s times the squared distance: -s |p - c|^2 = 2 s p . c - s |c|^2 - s |p|^2, of which
+        softmax drops the last, since all tokens have it in common.
+        """
+        p, c = places - 0.5, centres - 0.5
+        asks = torch.cat([2 * p, -torch.ones_like(p[..., :1])], -1)  # B Q 3
+        return asks[:, :, None] * self.nearness_bias.exp()[:, None], torch.cat([c, c.square().sum(-1, keepdim=True)], -1)
+
+    def _read_by_few(self, x: Tensor, q: Tensor, places: Tensor | None) -> Tensor:
         """The same sums in an order that is cheap for a few queries: keys and values are never made.
 
         q . (W x) = (W^T q) . x, and the mean of W x is W times the mean of x; likewise for the norm's scale and what time adds.
@@ -103,12 +111,20 @@ class AttentionReadout(nn.Module):
         constant = (q * self.key.bias.unflatten(0, (self.heads, d))).sum(-1)[..., None]  # B Q heads 1; softmax drops it
         at_time = torch.einsum("bqhc,tc->bqht", asks, added) + constant
         scores = torch.einsum("bqhc,btnc->bqhtn", asks * norm.weight, x) + at_time[..., None]
-        if near is not None:
-            scores = scores + near.transpose(1, 2)[:, :, :, None]
+        if places is not None:
+            at, where = self._near(places, cells(x.shape[2], places.device))
+            scores = scores + (at @ where.T)[:, :, :, None]
         share = scores.flatten(-2).softmax(-1).unflatten(-1, scores.shape[-2:])  # B Q heads T n
         mean = torch.einsum("bqhtn,btnc->bqhc", share, x) * norm.weight + torch.einsum("bqht,tc->bqhc", share.sum(-1), added)
         values = torch.einsum("bqhc,hdc->bqhd", mean, per_head(self.value)).flatten(2)  # B Q D
         return values + self.value.bias
+
+
+def cells(tokens: int, device: torch.device) -> Tensor:
+    """Centres `n 2` (x y in 0..1) of the cells of a square grid, row by row."""
+    side = math.isqrt(tokens)  # clips are square
+    centre = (torch.arange(side, device=device) + 0.5) / side
+    return torch.stack([centre.repeat(side), centre.repeat_interleave(side)], -1)
 
 
 def fourier(coordinates: Tensor, bases: int) -> Tensor:

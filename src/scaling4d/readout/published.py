@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from scaling4d import artifacts, checkpoint
 from scaling4d.checkpoint import WEIGHTS, Checkpoint
 from scaling4d.mae.arrays import Npz, Shape, new, open_safetensors, write_npz, write_safetensors
-from scaling4d.mae.encoder import LAYER_NORM_EPS
 from scaling4d.mae.patches import unpatchify
 from scaling4d.mae.published import (
     Part,
@@ -36,6 +35,7 @@ from scaling4d.mae.published import (
     same,
     turned,
 )
+from scaling4d.readout.classifier import Classes, last_tokens
 from scaling4d.readout.features import layer_index
 from scaling4d.readout.heads import AttentionReadout, Head
 from scaling4d.records import UserError, write_json
@@ -56,23 +56,6 @@ class Readout:
     kind: str
     settings: Mapping[str, Any]
     depth_fraction: float
-
-
-class Classes(nn.Module):
-    """The classifier of MAE-ST's fine-tuning: mean over the tokens but the first, norm, dropout, linear.
-
-    It reads what leaves the encoder's last block. dropout: released 0.3 (ViT-L) to 0.5, in training only.
-    """
-
-    def __init__(self, *, width: int, classes: int, dropout: float) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width, LAYER_NORM_EPS)
-        self.dropout = nn.Dropout(dropout)
-        self.linear = nn.Linear(width, classes)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """`B 1+N D` -> `B classes`."""
-        return self.linear(self.dropout(self.norm(tokens[:, 1:].mean(1))))
 
 
 KINDS: dict[str, type[nn.Module]] = {
@@ -378,10 +361,7 @@ def output(
         UserError: queries are missing, or not of the readout's width.
     """
     if readout.kind == "classes":
-        tokens = encoder.tokens(pixels)
-        for block in encoder.blocks:
-            tokens = block(tokens)
-        return head(tokens)
+        return head(last_tokens(encoder, pixels)[:, 1:])  # the first is left out even where it is no class token, as there
     t, h, w = encoder.grid
     features = layers[layer_index(depth=encoder.depth, fraction=readout.depth_fraction)]
     features = features.reshape(len(features), t, h * w, -1)  # B t n D

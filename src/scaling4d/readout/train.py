@@ -102,7 +102,7 @@ def readout(encoder: str, task: str, protocol: str, settings: Mapping[str, Any])
             seed=mine["seed"],
             out=out,
         )
-        result = _result(saved, folder, task, protocol, asked, videos, sums, mine["seed"], evaluation.bootstrap_draws)
+        result = result_of(saved, folder, task, protocol, asked, videos, sums, mine["seed"], evaluation.bootstrap_draws)
         result.write(out / "result.json")
         benchmark = benchmarks.folder(task, Path(evaluation.data))
         inputs = {"checkpoint": artifacts.sha256(folder), "benchmark": artifacts.sha256(benchmark)}
@@ -132,7 +132,7 @@ def _work(
         raise UserError(f"readout batch {recipe.batch} does not divide over {ranks} ranks; set Recipe.batch to a multiple")
     tuned = recipe.encoder_learning_rate > 0
     encoder.requires_grad_(tuned)
-    features, targets, _ = _share(encoder, asked, task, "train", evaluation, rank=rank, ranks=ranks, pixels_only=tuned)
+    features, targets, _ = share_of(encoder, asked, task, "train", evaluation, rank=rank, ranks=ranks, pixels_only=tuned)
     head = asked.head(features_width=encoder.width, clip=encoder.clip)
     head.initialise(seed)
     standard = Standard.none(encoder.width)
@@ -144,7 +144,7 @@ def _work(
         head.load_state_dict(tensors)
     probe = Probe(encoder if tuned else None, standard, head, asked, evaluation.depth_fraction)
     _train(probe, features, targets, recipe, rank=rank, ranks=ranks, seed=seed)
-    features, targets, videos = _share(encoder, asked, task, "val", evaluation, rank=rank, ranks=ranks, pixels_only=False)
+    features, targets, videos = share_of(encoder, asked, task, "val", evaluation, rank=rank, ranks=ranks, pixels_only=False)
     measured = _measure(probe, features, targets)
     if rank == 0:
         tensors = head.state_dict() | {"standard.matrix": standard.matrix, "standard.offset": standard.offset}
@@ -152,7 +152,7 @@ def _work(
     return gather(videos), gather(measured)
 
 
-def _share(
+def share_of(
     encoder: nn.Module,
     asked: Task,
     task: str,
@@ -211,7 +211,7 @@ def _train(probe: Probe, inputs: Tensor, targets: dict[str, Tensor], recipe: Rec
     step_loss = parallel(probe, some_unused=probe.encoder is not None)  # the blocks above the readout's depth
     steps = log.Steps(recipe.steps)
     for step in range(recipe.steps):
-        chosen = _batch(step, recipe.batch // ranks, len(inputs), seed, rank)
+        chosen = batch_of(step, recipe.batch // ranks, len(inputs), seed, rank)
         loss = step_loss(inputs[chosen], {name: value[chosen] for name, value in targets.items()})
         loss.backward()
         grad = nn.utils.clip_grad_norm_(probe.parameters(), recipe.clip_norm)
@@ -225,7 +225,7 @@ def _train(probe: Probe, inputs: Tensor, targets: dict[str, Tensor], recipe: Rec
             steps.line(step + 1, loss=loss.item(), lr=lr, grad=grad.item(), clips=(step + 1) * recipe.batch)
 
 
-def _batch(step: int, size: int, length: int, seed: int, rank: int) -> Tensor:
+def batch_of(step: int, size: int, length: int, seed: int, rank: int) -> Tensor:
     """`size` positions of an endless sequence of shuffled passes over `length` samples, a pure function of (seed, step)."""
     positions = range(step * size, (step + 1) * size)
     orders = {p // length: None for p in positions}
@@ -245,7 +245,7 @@ def _measure(probe: Probe, features: Tensor, targets: dict[str, Tensor]) -> list
     return measured
 
 
-def _result(
+def result_of(
     saved: Checkpoint,
     folder: Path,
     task: str,

@@ -17,8 +17,9 @@ from scaling4d.records import Result
 from scaling4d.report.fits import power_law, spearman
 from scaling4d.report.story import Story, published
 
-LOOK = {"frozen": ("tab:blue", "o", "-"), "finetune": ("tab:orange", "s", "--")}
+LOOK = {"frozen": ("tab:blue", "o", "-"), "finetune": ("tab:orange", "s", "--"), "classifier": ("tab:red", "^", ":")}
 BASELINES = ((0, (5, 2)), (0, (5, 2, 1, 2)), (0, (1, 2)), (0, (9, 2)), (0, (5, 1, 1, 1, 1, 1)))  # dashes, in order
+OTHERS = ("tab:green", "tab:purple", "tab:brown", "tab:pink")  # points of other methods than the ladder's
 STYLE = {
     "svg.hashsalt": "scaling4d",
     "svg.fonttype": "path",  # looks the same wherever it is opened
@@ -122,11 +123,13 @@ def methods(story: Story) -> Svg:
     def draw(figure: Figure) -> None:
         panels = figure.subplots(1, len(story.tasks) + 1, squeeze=False)[0]
         for axes, task in zip(panels, story.tasks, strict=False):
-            for protocol, shift in (("frozen", -0.1), ("finetune", 0.1)):
+            for protocol, shift in (("frozen", -0.15), ("finetune", 0.0), ("classifier", 0.15)):
                 mine = [r for name in names if (r := story.result(name, task, protocol))]
                 _bars(axes, [places[r.encoder] + shift for r in mine], mine, protocol, line="none")
             axes.set_title(_title(task, *_described(story, task)))
-        panels[-1].plot(list(places.values()), [story.fidelity[name]["masked_mse"] for name in names], "D", color="tab:green")
+        filled = [name for name in names if name in story.fidelity]
+        mse = [story.fidelity[name]["masked_mse"] for name in filled]
+        panels[-1].plot([places[name] for name in filled], mse, "D", color="tab:green")
         panels[-1].set_title(_title("filled-in pixels", "hidden-pixel MSE", "", False))
         for axes in panels:
             axes.set_xticks(range(len(names)), ticks, fontsize=8)
@@ -165,15 +168,19 @@ def _ours(axes: Axes, story: Story, task: str) -> None:
     ladder = set(story.of_method(story.methods[0]))
     mine = [r for r in story.results if r.task == task]
     baselines = dict(zip(story.baselines, cycle(BASELINES), strict=False))
+    others = dict(zip((name for name in story.trained if name not in ladder), cycle(OTHERS), strict=False))
     sizes = [r.parameters for r in mine if r.encoder not in baselines]
     for protocol in LOOK:
         _bars(axes, None, [r for r in mine if r.protocol == protocol and r.encoder in ladder], protocol)
     for r in mine:
         if r.encoder in baselines:
             axes.axhline(r.value, color="0.35", lw=1.2, ls=baselines[r.encoder], label=r.encoder.replace("_", " "))
-        elif r.encoder not in ladder and r.protocol == "frozen":
-            error = [[r.value - r.low], [r.high - r.value]]
-            axes.errorbar(r.parameters, r.value, error, color="tab:green", marker="D", ms=5, lw=1, label=f"{r.encoder}, frozen")
+        elif r.encoder not in ladder:
+            error, marker = [[r.value - r.low], [r.high - r.value]], "D" if r.protocol == "frozen" else LOOK[r.protocol][1]
+            label = f"{r.encoder}, {r.protocol}"
+            axes.errorbar(
+                r.parameters, r.value, error, color=others[r.encoder], marker=marker, ms=5, lw=1, ls="none", label=label
+            )
     axes.set_title(_title(task, *_described(story, task)))
     _log_x(axes, sizes, "encoder parameters")
 
@@ -185,6 +192,8 @@ def _theirs(axes: Axes, paper: dict, task: str) -> None:
         axes.set_axis_off()
         return
     for protocol, (colour, marker, line) in LOOK.items():
+        if protocol not in known:
+            continue
         x, y = [paper["sizes"][size] for size in known[protocol]], list(known[protocol].values())
         axes.plot(x, y, color=colour, marker=marker, ls=line, ms=4, lw=1.2, mfc="white")
     axes.set_title(_title(known["benchmark"], known["metric"], known["unit"], known["higher_is_better"]))

@@ -12,8 +12,9 @@ from typing import Any
 from scaling4d import artifacts, config
 from scaling4d.records import Result, UserError
 
-KEYS = ["profile", "seed", "points", "encoders", "readout.tasks", "report"]  # what this stage declares in dvc.yaml
-PROTOCOLS = ("frozen", "finetune")
+KEYS = ["profile", "seed", "points", "distilled", "encoders", "readout.tasks", "report"]  # what this stage declares in dvc.yaml
+PROTOCOLS = ("frozen", "finetune", "classifier")
+ONLY = {"classifier": ("actions",)}  # tasks of a protocol that is not for all
 UNTRAINED = "untrained_"
 SUMMARY = ("point", "method", "parameters", "flops", "clips_seen", "train_loss", "val_loss", "seed")
 
@@ -22,6 +23,7 @@ SUMMARY = ("point", "method", "parameters", "flops", "clips_seen", "train_loss",
 class Story:
     """One run of the pipeline, read from its JSON.
 
+    students: points that have a teacher; they learn no pixels, so there is no fidelity and no picture of theirs.
     tasks: empty where no encoder is read out. encoders: by protocol. results: in the order of the settings.
     summaries, losses (lines of losses.jsonl), fidelity (result.json of `reconstruct`) and pictures (filled.png): by point.
     provenances: by `stage/name`, every provenance.json that was found.
@@ -31,6 +33,7 @@ class Story:
     profile: str
     seed: int
     points: tuple[str, ...]
+    students: tuple[str, ...]
     tasks: tuple[str, ...]
     encoders: Mapping[str, tuple[str, ...]]
     results: tuple[Result, ...]
@@ -48,8 +51,13 @@ class Story:
 
     def of_method(self, method: str) -> list[str]:
         """The points trained by a method, from small to large."""
-        chosen = [point for point in self.points if self.summaries[point]["method"] == method]
+        chosen = [point for point in self.trained if self.summaries[point]["method"] == method]
         return sorted(chosen, key=lambda point: (self.summaries[point]["parameters"], point))
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """All points, those with a teacher last."""
+        return (*self.points, *self.students)
 
     @property
     def baselines(self) -> list[str]:
@@ -58,9 +66,10 @@ class Story:
 
     @property
     def methods(self) -> list[str]:
-        """The methods of the points; the one with most points, the ladder, first."""
-        found = {self.summaries[point]["method"] for point in self.points}
-        return sorted(found, key=lambda method: (-len(self.of_method(method)), method))
+        """The methods of the points; the one with most points, the ladder, first, and never that of the students."""
+        found = {self.summaries[point]["method"] for point in self.trained}
+        taught = {self.summaries[point]["method"] for point in self.students}
+        return sorted(found, key=lambda method: (method in taught, -len(self.of_method(method)), method))
 
 
 def read(settings: Mapping[str, Any] | None = None) -> Story:
@@ -73,16 +82,17 @@ def read(settings: Mapping[str, Any] | None = None) -> Story:
     mine = config.declared(settings, KEYS)
     home = artifacts.home(settings)
     encoders = {protocol: tuple(config.section(settings, f"encoders.{protocol}") or ()) for protocol in PROTOCOLS}
-    points, tasks = tuple(mine["points"]), tuple(mine["readout.tasks"] if any(encoders.values()) else ())
+    points, students = tuple(mine["points"]), tuple(mine["distilled"])
+    tasks = tuple(mine["readout.tasks"] if any(encoders.values()) else ())
     provenances = {"clips": _json(home / "clips" / "provenance.json", "clips")}
     summaries, losses, fidelity, pictures = {}, {}, {}, {}
-    for point in points:
-        folder, filled = home / "pretrain" / point, home / "reconstruct" / point
-        command = f"pretrain {point}"
+    for point in (*points, *students):
+        folder, command = home / "pretrain" / point, f"pretrain {point}"
         summaries[point] = _with_keys(_json(folder / "summary.json", command), SUMMARY, folder / "summary.json")
         losses[point] = _lines(folder / "losses.jsonl", command)
         provenances[f"pretrain/{point}"] = _json(folder / "provenance.json", command)
-        command = f"reconstruct {point}"
+    for point in points:
+        filled, command = home / "reconstruct" / point, f"reconstruct {point}"
         fidelity[point] = _with_keys(_json(filled / "result.json", command), ("masked_mse", "psnr_db"), filled / "result.json")
         pictures[point] = _there(filled / "filled.png", command)
         provenances[f"reconstruct/{point}"] = _json(filled / "provenance.json", command)
@@ -92,7 +102,7 @@ def read(settings: Mapping[str, Any] | None = None) -> Story:
             if is_baseline(encoder):
                 path = home / "pretrain" / encoder / "provenance.json"
                 provenances[f"pretrain/{encoder}"] = _json(path, f"baseline {encoder}")
-            for task in tasks:
+            for task in (task for task in tasks if task in ONLY.get(protocol, tasks)):
                 folder, command = home / "readout" / encoder / task / protocol, f"readout {encoder} {task} {protocol}"
                 results[encoder, task, protocol] = _result(folder / "result.json", command)
                 provenances[f"readout/{encoder}/{task}/{protocol}"] = _json(folder / "provenance.json", command)
@@ -100,6 +110,7 @@ def read(settings: Mapping[str, Any] | None = None) -> Story:
         profile=mine["profile"],
         seed=mine["seed"],
         points=points,
+        students=students,
         tasks=tasks,
         encoders=encoders,
         results=tuple(results.values()),

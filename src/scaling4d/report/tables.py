@@ -56,7 +56,7 @@ def results_csv(story: Story) -> str:
 
 
 def pretrain_csv(story: Story) -> str:
-    return _csv(PRETRAIN, [story.summaries[point] for point in story.points])
+    return _csv(PRETRAIN, [story.summaries[point] for point in story.trained])
 
 
 def reconstruct_csv(story: Story) -> str:
@@ -66,7 +66,7 @@ def reconstruct_csv(story: Story) -> str:
 def metrics(story: Story) -> dict[str, Any]:
     """For `dvc metrics`: task -> protocol -> encoder -> value, and what pretraining and reconstruction measured."""
     nested: dict[str, Any] = {
-        "val_loss": {point: story.summaries[point]["val_loss"] for point in story.points},
+        "val_loss": {point: story.summaries[point]["val_loss"] for point in story.trained},
         "masked_mse": {point: story.fidelity[point]["masked_mse"] for point in story.points},
     }
     for r in story.results:
@@ -102,7 +102,7 @@ def summary(story: Story) -> Html:
     facts = {
         "profile": story.profile,
         "seed": story.seed,
-        "points": ", ".join(story.points),
+        "points": ", ".join(story.trained),
         "tasks": ", ".join(story.tasks) or "none in this profile",
         "overrides": ", ".join(f"{key} = {value!r}" for key, (value, _) in story.overrides.items()) or "none",
         "data": ", ".join(f"{name} {sha}" for name, sha in (story.provenances["clips"].get("inputs") or {}).items()) or NOTHING,
@@ -161,7 +161,7 @@ def further(story: Story) -> Html:
 def pretrain(story: Story) -> Html:
     """Sizes, cost and losses of the points. Losses of different methods measure different things."""
     keys = ("point", "method", "parameters", "parameters_total", "flops", "clips_seen", "train_loss", "val_loss", "seed")
-    rows = [[_cell(story.summaries[point].get(key)) for key in keys] for point in story.points]
+    rows = [[_cell(story.summaries[point].get(key)) for key in keys] for point in story.trained]
     lines = []
     for method in story.methods:
         mine = [story.summaries[point] for point in story.of_method(method)]
@@ -217,7 +217,7 @@ def _overview(story: Story, *, intervals: bool = False) -> tuple[list[str], list
     labels = {task: next((_label(r) for r in story.results if r.task == task), "") for task in story.tasks}
     head = ["encoder", "parameters", "protocol", "val loss ↓", *(f"{task}\n{labels[task]}" for task in story.tasks)]
     rows = []
-    for encoder in dict.fromkeys([*story.points, *(name for names in story.encoders.values() for name in names)]):
+    for encoder in dict.fromkeys([*story.trained, *(name for names in story.encoders.values() for name in names)]):
         mine = [protocol for protocol in PROTOCOLS if encoder in story.encoders[protocol]]
         for index, protocol in enumerate(mine or [NOTHING]):
             found = [story.result(encoder, task, protocol) for task in story.tasks]
