@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "reconstruct": {"clips", "mae"},
     "report": set(),
     "audit": set(),
+    "bench": {"clips", "mae", "pretrain", "readout"},
 }
 MODULES = {
     ".".join(("scaling4d", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__")
@@ -44,12 +45,13 @@ def test_the_hallway_imports_no_room() -> None:
 
 
 def test_only_one_file_touches_pyav_and_one_touches_gin() -> None:
-    for library, home in (("av", "video.py"), ("gin", "config.py"), ("hydra", "config.py")):
+    """PyAV also stands beside ours where its speed is measured."""
+    for library, home in (("av", ("video.py", "readers.py")), ("gin", ("config.py",)), ("hydra", ("config.py",))):
         for path in SOURCE.rglob("*.py"):
             tree = ast.parse(path.read_text())
             names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
             names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
-            assert path.name == home or not {name for name in names if name.split(".")[0] == library}, path
+            assert path.name in home or not {name for name in names if name.split(".")[0] == library}, path
 
 
 def test_no_folder_is_called_by_a_word_without_meaning() -> None:

@@ -15,6 +15,12 @@ from scaling4d.records import UserError
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 data = typer.Typer(no_args_is_help=True, help="Which data the pipeline reads.")
 app.add_typer(data, name="data")
+bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory, beside other libraries where there are any.")
+app.add_typer(bench, name="bench")
+
+Reports = Annotated[Path, typer.Option("--out", help="Folder for the json with every single time.")]
+Repeats = Annotated[int, typer.Option(min=1, help="How often each contestant takes its turn.")]
+REPORTS = Path("reports/bench")
 
 
 def main() -> None:
@@ -137,20 +143,39 @@ def render(out: Path) -> None:
 @app.command()
 def plan(
     point: str,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    mesh: Annotated[str | None, typer.Option(help="SHARDSxREPLICAS, such as 256x1; as the profile's ranks unless told.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Clips a step over all GPUs; as the profile unless told.")] = None,
+    recompute: Annotated[str, typer.Option(help="none, or block: make activations again in the backward pass.")] = "none",
+    gpu: Annotated[str, typer.Option(help="h100, h200, a100 or a100_40.")] = "h100",
+    utilisation: Annotated[float, typer.Option(help="Share of the GPU's peak that is reached; ours.")] = 0.4,
+    write_gb_per_s: Annotated[float, typer.Option(help="How fast the file system writes checkpoints; ours.")] = 5.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Also step the real model, sharded, without numbers.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Count the parameters of POINT, of this or any profile, without making them."""
+    """What POINT, of this or any profile, costs on a cluster: parameters, FLOPs, memory, days; no GPU needed.
+
+    A mesh on which it does not fit is an answer, not an error: exit code 0, with the reason and what would fit (JSON: mesh.fits).
+    """
     import json
 
-    from scaling4d.pretrain.plan import plan as count
+    from scaling4d.pretrain.plan import plan as find
 
-    found = count(point)
+    found = find(
+        point,
+        mesh=mesh,
+        batch=batch,
+        recompute=recompute,
+        gpu=gpu,
+        utilisation=utilisation,
+        write_gb_per_s=write_gb_per_s,
+        dry=dry_run,
+    )
     if as_json:
         print(json.dumps(found))
         return
-    print(f"{found['point']} of profile {found['profile']}")
-    for part, parameters in found["parameters"].items():
-        print(f"{part.replace('_', ' '):14}{parameters:>18,} parameters")
+    from scaling4d.pretrain.plan_table import show
+
+    show(found)
 
 
 @app.command()
@@ -246,16 +271,67 @@ def use(path: Path) -> None:
 @data.command()
 def check(path: Path) -> None:
     """Look at the videos and benchmarks below PATH: what is found, and the first problems."""
-    from scaling4d import benchmarks
     from scaling4d.clips.source import check_videos
 
     problems = list(check_videos(path))
-    if (path / "benchmarks").is_dir():
-        for benchmark, split, samples, problem in benchmarks.check(path / "benchmarks"):
-            print(f"{benchmark} {split}: {samples} samples")
-            if problem:
-                problems.append(f"{benchmark} {split}: {problem}")
+    unusable = bool(problems)
+    for finding in _benchmarks(path):
+        unusable |= not finding.usable
+        name = f"{finding.benchmark} {finding.split}"
+        official = f"; official: {finding.official}" if finding.official else ""
+        print(f"{name}: {finding.samples:,} samples{official}{f' ({finding.layout})' if finding.layout else ''}")
+        problems += [f"{name}: {problem}" for problem in finding.problems]
     for problem in problems:
         print(f"problem: {problem}")
-    if problems:
+    if unusable:
         raise typer.Exit(1)
+
+
+def _benchmarks(path: Path) -> list:
+    """What is found of the benchmarks below PATH. What may be missing of them is this project's setting; elsewhere, nothing."""
+    from scaling4d import benchmarks
+
+    if not (path / "benchmarks").is_dir():
+        return []
+    share = config.section(config.read(), "readout.shared.Evaluation.max_bad_share") if config.PARAMS.is_file() else 0.0
+    for name in benchmarks.unknown(path / "benchmarks"):
+        print(f"benchmarks/{name}: passed over, since no reader has this name")
+    return benchmarks.check(path / "benchmarks", max_bad_share=share)
+
+
+@bench.command(name="decode")
+def bench_decode(
+    out: Reports = REPORTS,
+    clips: Annotated[int, typer.Option(min=1, help="Read by each contestant in each turn, of each kind of video.")] = 20,
+    repeats: Repeats = 7,
+) -> None:
+    """Clips a second from random places of videos: ours, torchcodec, OpenCV, plain PyAV, FFmpeg alone."""
+    from scaling4d.bench import decode
+
+    print(f"wrote {decode.bench(out, clips=clips, repeats=repeats)}")
+
+
+@bench.command(name="loader")
+def bench_loader(
+    out: Reports = REPORTS,
+    steps: Annotated[int, typer.Option(min=1, help="Batches of 8 clips in a turn.")] = 40,
+    repeats: Repeats = 5,
+    minutes: Annotated[float, typer.Option(min=0, help="How long memory is watched.")] = 1.0,
+) -> None:
+    """Clips a second of the loader with 0, 1, 2, 4 workers, and its memory as time goes by."""
+    from scaling4d.bench import loader
+
+    print(f"wrote {loader.bench(out, steps=steps, repeats=repeats, minutes=minutes)}")
+
+
+@bench.command(name="curate")
+def bench_curate(
+    out: Reports = REPORTS,
+    files: Annotated[int, typer.Option(min=2, help="Videos of the small run.")] = 200,
+    more: Annotated[int, typer.Option(min=3, help="Videos of the large run.")] = 2000,
+    repeats: Repeats = 1,
+) -> None:
+    """Files a second of curation, its memory at two sizes, and what that comes to for 170 million videos."""
+    from scaling4d.bench import curate
+
+    print(f"wrote {curate.bench(out, files=files, more=more, repeats=repeats)}")

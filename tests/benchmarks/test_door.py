@@ -1,9 +1,18 @@
 """The door to all benchmarks: tasks by name, layouts checked before anything is read."""
 
-import pytest
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
 
-from scaling4d import benchmarks
-from scaling4d.records import UserError
+import numpy as np
+import pytest
+import typer
+
+from scaling4d import benchmarks, cli
+from scaling4d.benchmarks import kinetics, ssv2, waymo
+from scaling4d.benchmarks.frames import Skipped
+from scaling4d.records import Sample, UserError, write_json
 
 CLIP = {"frames": 4, "rate_hz": 8.0, "side_px": 32}
 
@@ -20,7 +29,8 @@ def test_an_unknown_split_names_those_that_exist(tmp_path):
 
 @pytest.mark.parametrize("task", benchmarks.TASKS)
 def test_a_missing_folder_is_named_at_once(tmp_path, task):
-    with pytest.raises(UserError, match=f"no folder .*{benchmarks.TASKS[task]} for task {task}; put the benchmark there"):
+    names = " or ".join(f"{tmp_path}/{name}" for name in benchmarks.TASKS[task])
+    with pytest.raises(UserError, match=f"no folder {names} for task {task}; put the benchmark there"):
         benchmarks.read(task, tmp_path, "train", **CLIP)
 
 
@@ -28,24 +38,150 @@ def test_a_missing_folder_is_named_at_once(tmp_path, task):
     ("task", "expected"),
     [
         ("actions", r"needed labels/train.json \(or something-something-v2-train.json\)"),
-        ("boxes", r"needed training/camera_image \(pictures <context>.parquet\)"),
+        ("boxes", r"needed training/camera_image \(pictures <context>.parquet, or training/segment-"),
         ("depth", r"needed scannetv2_train.txt \(one scene a line\)"),
         ("points", r"needed point_tracking_train.json \(tracks by video_id\)"),
         ("pose", r"needed train \(row files <16 hex>.txt\)"),
     ],
 )
 def test_an_empty_folder_says_what_belongs_in_it_before_the_first_sample(tmp_path, task, expected):
-    (tmp_path / benchmarks.TASKS[task]).mkdir()
+    (tmp_path / benchmarks.TASKS[task][0]).mkdir()
     with pytest.raises(UserError, match=f"is laid out in another way: {expected}"):
         benchmarks.read(task, tmp_path, "train", **CLIP)
 
 
-def test_check_lists_every_benchmark_and_split_with_its_problem(tmp_path):
+def samples(names: Sequence[str]) -> list[Sample]:
+    """Grey clips of two actions in turn."""
+    grey = np.full((6, 32, 32, 3), 99, np.uint8)
+    return [Sample(name, name, grey, {"action": np.int64(n % 2)}) for n, name in enumerate(names)]
+
+
+def write_ssv2(root: Path) -> Path:
+    """Ten videos, of which `d` is broken, `f` is not there, and `h` has a template that labels.json does not know."""
+    folder = root / "ssv2/20bn-something-something-v2"
+    for split, names in (("train", "abcdefghij"), ("val", "kl")):
+        templates = ("Holding [something]", "Moving [something]")
+        ssv2.write(root / "ssv2", split, samples(names), templates=templates, rate_hz=8.0, crf=40, gop=6)
+    (folder / "d.webm").write_bytes(b"no video")
+    (folder / "f.webm").unlink()
+    path = root / "ssv2/labels/train.json"
+    entries = json.loads(path.read_text())
+    entries[7]["template"] = "Eating [something]"
+    write_json(path, entries)
+    return root
+
+
+def write_kinetics(root: Path) -> Path:
+    ids = [f"{letter}-_________" for letter in "abcd"]
+    for split, some in (("train", ids[:2]), ("val", ids[2:])):
+        kinetics.write(root / "kinetics", split, samples(some), labels=["b", "a"], rate_hz=8.0, crf=40, gop=6)
+    return root
+
+
+def test_bad_samples_are_skipped_and_listed_in_the_order_of_the_list(tmp_path):
+    write_ssv2(tmp_path)
+    skipped: list[Skipped] = []
+    read = list(benchmarks.read("actions", tmp_path, "train", **CLIP, skipped=skipped, max_bad_share=0.5))
+    assert "".join(sample.id for sample in read) == "abcegij"
+    assert [(item.id, item.bad) for item in skipped] == [("d", True), ("f", True), ("h", True)]
+    for item, why in zip(skipped, ("d.webm", "needed 20bn-.*/f.webm", "h is 'Eating something'"), strict=True):
+        assert re.search(why, item.why) and len(item.why.splitlines()) == 1
+
+
+def test_without_a_list_for_them_bad_samples_raise(tmp_path):
+    write_ssv2(tmp_path)
+    with pytest.raises(UserError, match="lacks 1 of 10 videos of train, the first is f.webm"):
+        benchmarks.read("actions", tmp_path, "train", **CLIP)
+
+
+def test_too_many_missing_files_stop_before_anything_is_decoded(tmp_path):
+    write_ssv2(tmp_path)
+    expected = (
+        r"actions train: 1 of 10 samples are damaged or missing, more than the share readout.shared.Evaluation.max_bad_share = "
+        r"0.05; mend them or raise it. The first: f.webm: missing"
+    )
+    with pytest.raises(UserError, match=expected):
+        benchmarks.read("actions", tmp_path, "train", **CLIP, skipped=[], max_bad_share=0.05)
+
+
+def test_what_a_rule_leaves_out_is_listed_and_not_bad(tmp_path):
+    boxes = np.tile(np.array([0.4, 0.4, 0.43, 0.43], np.float32), (1, 6, 1))  # smaller than the protocol's 0.5 % of the square
+    (one,) = samples(["a"])
+    small = Sample("a", "a", one.pixels, {"boxes": boxes}, {"boxes": np.ones((1, 6), bool)})
+    waymo.write(tmp_path / "waymo", "val", [small], rate_hz=8.0, jpeg_quality=90)
+    skipped: list[Skipped] = []
+    assert list(benchmarks.read("boxes", tmp_path, "val", **CLIP, skipped=skipped)) == []
+    assert [(item.id, item.bad) for item in skipped] == [("a", False)]
+    benchmarks.judge(skipped, 1, 0.0, "boxes val")
+
+
+def test_a_message_lists_the_first_ten(tmp_path):
+    bad = [Skipped(f"<{n}>", "broken", True) for n in range(12)]
+    benchmarks.judge(bad, 100, 0.12, "depth val")
+    with pytest.raises(UserError, match=r"depth val: 12 of 100 samples .*The first: <0>: broken; .*<9>: broken$"):
+        benchmarks.judge(bad, 100, 0.119, "depth val")
+
+
+def test_of_two_benchmarks_for_a_task_the_one_that_is_there_is_read(tmp_path):
+    write_kinetics(tmp_path)
+    assert [int(s.labels["action"]) for s in benchmarks.read("actions", tmp_path, "val", **CLIP)] == [0, 1]
+    assert benchmarks.classes(tmp_path) == ["a", "b"]
     (tmp_path / "ssv2").mkdir()
-    found = benchmarks.check(tmp_path)
-    assert len(found) == 10
-    assert {name for name, _, _, _ in found} == set(benchmarks.TASKS.values())
-    assert all(samples == 0 and len(problem.splitlines()) == 1 for _, _, samples, problem in found)
+    with pytest.raises(UserError, match="ssv2 and .*kinetics are both there for task actions; keep one of them"):
+        benchmarks.read("actions", tmp_path, "val", **CLIP)
+    assert not any(finding.usable for finding in benchmarks.check(tmp_path, max_bad_share=0.0))
+
+
+def test_points_cannot_be_trained_on_tap_vid(tmp_path):
+    (tmp_path / "tapvid").mkdir()
+    with pytest.raises(UserError, match="TAP-Vid has no split 'train'"):
+        benchmarks.read("points", tmp_path, "train", **CLIP)
+
+
+def test_check_reports_layout_counts_and_the_first_problems_of_what_is_there(tmp_path):
+    write_ssv2(tmp_path)
+    train, val = benchmarks.check(tmp_path, max_bad_share=0.2)
+    assert (train.benchmark, train.split, train.layout, train.samples) == ("ssv2", "train", "labels/train.json", 9)
+    assert (train.official, val.official) == ("168,913", "24,777")
+    assert "lacks 1 of 10 videos of train, the first is f.webm" in train.problems[0]
+    assert train.usable and val.usable and val.problems == () and val.samples == 2
+    assert not benchmarks.check(tmp_path, max_bad_share=0.0)[0].usable
+
+
+def test_check_reads_the_first_samples_whole(tmp_path):
+    write_ssv2(tmp_path)
+    for path in (tmp_path / "ssv2/20bn-something-something-v2").iterdir():
+        path.write_bytes(b"no video")
+    val = benchmarks.check(tmp_path, max_bad_share=0.9)[1]
+    assert not val.usable and [re.search(r"\w.webm", problem)[0] for problem in val.problems] == ["k.webm", "l.webm"]
+
+
+def test_check_of_half_a_benchmark_says_what_is_missing(tmp_path):
+    write_kinetics(tmp_path)
+    (tmp_path / "kinetics/train.csv").unlink()
+    train, val = benchmarks.check(tmp_path, max_bad_share=0.0)
+    assert not train.usable and not val.usable and val.samples == 2
+    assert all("needed train.csv (the official list" in finding.problems[0] for finding in (train, val))
+
+
+def test_data_check_fails_only_for_what_cannot_be_used(tmp_path, capsys, monkeypatch):
+    write_kinetics(tmp_path / "benchmarks")
+    (tmp_path / "benchmarks/kinetics700").mkdir()
+    monkeypatch.chdir(tmp_path)
+    cli.check(tmp_path)
+    assert capsys.readouterr().out.splitlines() == [
+        "videos: none",
+        "benchmarks/kinetics700: passed over, since no reader has this name",
+        "kinetics train: 2 samples; official: 246,534 in Kinetics-400 (train.csv, videos in one folder)",
+        "kinetics val: 2 samples; official: 19,906 in Kinetics-400 (val.csv, videos in one folder)",
+    ]
+    path = tmp_path / "benchmarks/kinetics/val.csv"
+    path.write_text(path.read_text() + "a,bbbbbbbbbbb,soon,20,val\n")
+    with pytest.raises(typer.Exit):
+        cli.check(tmp_path)
+    assert re.search(
+        r"problem: kinetics val: .*val.csv, line 4: time_start and time_end must be seconds", capsys.readouterr().out
+    )
 
 
 def test_benchmarks_import_nothing_heavy():

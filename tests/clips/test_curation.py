@@ -3,7 +3,10 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tarfile
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -12,12 +15,19 @@ import pytest
 from small_videos import SETTINGS, save, world
 
 from scaling4d import video
-from scaling4d.clips import curate, examine
-from scaling4d.clips.examine import Clip, Curation, Finding
-from scaling4d.clips.examine import examine as look
-from scaling4d.records import UserError, Video
+from scaling4d.clips import curate, examine, loader
+from scaling4d.clips.cluster import workers
+from scaling4d.clips.duplicates import distinct, splits
+from scaling4d.clips.examine import Curation
+from scaling4d.clips.inputs import Input, walk
+from scaling4d.clips.remembered import remembered
+from scaling4d.records import UserError
 
 CURATION = Curation(**SETTINGS)
+
+
+def look(videos, item, curation):
+    return examine.examine(videos, item, video.sha256(item.source(videos)), curation)
 
 
 def table(path):
@@ -58,7 +68,7 @@ def test_each_bad_file_is_listed_once_with_its_reason(curated, path, reason):
 
 
 def test_every_file_is_either_used_or_rejected(curated, videos):
-    found = set(curate.walk(videos))
+    found = {item.path for item in walk(videos)}
     used = {row["source"] for row in table(curated / "clips.parquet")}
     rejected = {row["path"] for row in table(curated / "rejected.parquet") if row["scope"] == "file"}
     assert used | rejected == found
@@ -91,38 +101,15 @@ def test_duplicates_and_their_sources_never_straddle_the_split(videos, tmp_path)
     for seed in range(6):
         shutil.copy(videos / f"good{seed}.mp4", tmp_path / f"{seed}.mp4")
         save(tmp_path / f"{seed}_and_more.mp4", np.concatenate([world(seed, 40, 72, 96), world(100 + seed, 40, 72, 96)]), crf=28)
-    findings = [look(tmp_path, path, CURATION) for path in curate.walk(tmp_path)]
+    findings = [look(tmp_path, item, CURATION) for item in walk(tmp_path)]
     for val_share in (0.1, 0.5, 0.9):
         chosen, rejected = curate.choose(findings, replace(CURATION, val_share=val_share))
         assert {path for path, why in rejected if why.reason == "near duplicate"} == {f"{seed}.mp4" for seed in range(6)}
-        linked = [(f.sha256, o.sha256) for f, _, o, _ in curate.distinct(findings, CURATION.hash_bits)[1]]
-        split = curate.splits(findings, linked, val_share)
+        linked = [(f.sha256, o.sha256) for f, _, o, _ in distinct(findings, CURATION.hash_bits)[1]]
+        split = splits(findings, linked, val_share)
         by_path = {finding.path: split[finding.sha256] for finding in findings}
         assert all(by_path[f"{seed}.mp4"] == by_path[f"{seed}_and_more.mp4"] for seed in range(6))
         assert {item.split for item in chosen} == {"train", "val"}
-
-
-def test_near_duplicates_are_those_that_comparing_all_pairs_finds():
-    draw = np.random.default_rng(0)
-    made = Video("v", "0", "h264", 1, 8, 64, 64, 0)
-    hashes = [draw.integers(0, 256, 32, dtype=np.uint8)]
-    for _ in range(300):
-        bits = np.unpackbits(hashes[draw.integers(len(hashes))])
-        bits[draw.choice(256, draw.integers(0, 40), replace=False)] ^= 1
-        hashes.append(np.packbits(bits))
-    findings = [Finding(f"{i:03d}", str(i), made, (Clip(0.0, 1.0, (0,), h.tobytes()),), ()) for i, h in enumerate(hashes)]
-    kept, removed = curate.distinct(findings, 16)
-    slow = []
-    for finding in findings:
-        if all(distance(finding, other) > 16 for other in slow):
-            slow.append(finding)
-    assert [finding.path for finding, _ in kept] == [finding.path for finding in slow]
-    assert len(kept) + len(removed) == len(findings)
-    assert removed
-
-
-def distance(one, other):
-    return int(np.bitwise_count(np.frombuffer(one.clips[0].phash, "u1") ^ np.frombuffer(other.clips[0].phash, "u1")).sum())
 
 
 def test_clips_show_the_source_at_the_times_that_the_table_says(curated, videos):
@@ -159,34 +146,39 @@ def test_one_worker_and_two_write_the_same_bytes(curated, videos, tmp_path):
     assert contents(tmp_path) == contents(curated)
 
 
-def stopper(videos, path, curation):
+def plain(finding):
+    """Without where the file lies."""
+    return replace(finding, video=replace(finding.video, path=""))
+
+
+def stopper(videos, item, sha256, curation):
     """Ends its own process the first time that it sees a certain file."""
     marker = videos.parent / "killed"
-    if path == "good3.mp4" and not marker.exists():
+    if item.path == "good3.mp4" and not marker.exists():
         marker.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    return look(videos, path, curation)
+    return examine.examine(videos, item, sha256, curation)
 
 
-def poison(videos, path, curation):
-    if path == "good3.mp4":
+def poison(videos, item, sha256, curation):
+    if item.path == "good3.mp4":
         os.kill(os.getpid(), signal.SIGKILL)
-    return look(videos, path, curation)
+    return examine.examine(videos, item, sha256, curation)
 
 
 def test_a_killed_worker_loses_nothing(videos, monkeypatch):
-    paths = [f"good{seed}.mp4" for seed in range(6)]
+    items = [Input(f"good{seed}.mp4") for seed in range(6)]
     monkeypatch.setattr(curate, "examine", stopper)
-    with curate.workers(CURATION) as client:
-        findings = curate._examine_all(client, videos, paths, CURATION)
+    with workers(CURATION) as client:
+        findings = curate._examine_all(client, videos, items, CURATION, None)
     assert (videos.parent / "killed").exists()
-    assert findings == [look(videos.resolve(), path, CURATION) for path in paths]
+    assert [plain(finding) for finding in findings] == [plain(look(videos, item, CURATION)) for item in items]
 
 
 def test_a_file_that_kills_every_worker_is_rejected(videos, monkeypatch):
     monkeypatch.setattr(curate, "examine", poison)
-    with curate.workers(CURATION) as client:
-        findings = curate._examine_all(client, videos, ["good2.mp4", "good3.mp4"], CURATION)
+    with workers(CURATION) as client:
+        findings = curate._examine_all(client, videos, [Input("good2.mp4"), Input("good3.mp4")], CURATION, None)
     assert [why.reason for why in findings[1].rejected] == ["decoding crashes"]
     assert findings[0].clips
 
@@ -222,3 +214,160 @@ def test_a_cluster_that_does_not_answer_is_named(videos, tmp_path):
 def test_settings_that_cannot_be_are_refused_by_name(name, value):
     with pytest.raises(UserError, match=rf"^clips.Curation.{name} = {value}"):
         Curation(**SETTINGS | {name: value})
+
+
+def watched(monkeypatch):
+    """What `finish` is asked to do, by title."""
+    asked = {}
+    real = curate.finish
+
+    def finish(client, work, jobs, title):
+        asked[title] = len(jobs)
+        return real(client, work, jobs, title)
+
+    monkeypatch.setattr(curate, "finish", finish)
+    return asked
+
+
+def few(videos, folder, count):
+    folder.mkdir()
+    for seed in range(count):
+        shutil.copy(videos / f"good{seed}.mp4", folder)
+    return folder
+
+
+def test_more_videos_cost_only_themselves_and_give_what_a_run_from_nothing_gives(videos, tmp_path, monkeypatch):
+    corpus, memory = few(videos, tmp_path / "corpus", 4), tmp_path / "memory"
+    asked = watched(monkeypatch)
+    one = replace(CURATION, workers=1)
+    curate.curate(corpus, fresh(tmp_path / "first"), one, memory=memory)
+    assert asked == {"reading files": 1, "looking at videos": 4, "cutting clips": 4}
+    shutil.copy(videos / "good5.mp4", corpus)
+    (corpus / "good0.mp4").rename(corpus / "moved.mp4")
+    curate.curate(corpus, fresh(tmp_path / "second"), one, before=tmp_path / "first", memory=memory)
+    assert asked == {"reading files": 1, "looking at videos": 1, "cutting clips": 1}
+    curate.curate(corpus, fresh(tmp_path / "nothing_known"), one)
+    assert asked == {"reading files": 1, "looking at videos": 5, "cutting clips": 5}
+    assert contents(tmp_path / "second") == contents(tmp_path / "nothing_known")
+
+
+def test_what_was_known_is_not_used_for_other_settings_or_changed_clips(videos, tmp_path, monkeypatch):
+    corpus, memory = few(videos, tmp_path / "corpus", 3), tmp_path / "memory"
+    asked = watched(monkeypatch)
+    one = replace(CURATION, workers=1)
+    curate.curate(corpus, fresh(tmp_path / "first"), one, memory=memory)
+    sharper = replace(one, crf=5)
+    curate.curate(corpus, fresh(tmp_path / "sharper"), sharper, before=tmp_path / "first", memory=memory)
+    assert (asked["looking at videos"], asked["cutting clips"]) == (0, 3)
+    slower = replace(one, rate_hz=7.99)  # the same frames, written with other times
+    curate.curate(corpus, fresh(tmp_path / "slower"), slower, before=tmp_path / "first", memory=memory)
+    assert asked["cutting clips"] == 3
+    curate.curate(corpus, fresh(tmp_path / "slower_from_nothing"), slower)
+    assert contents(tmp_path / "slower") == contents(tmp_path / "slower_from_nothing")
+    strict = replace(one, min_distinct=13)
+    curate.curate(corpus, fresh(tmp_path / "strict"), strict, before=tmp_path / "first", memory=memory)
+    assert (asked["looking at videos"], asked["cutting clips"]) == (3, 0)
+    shard = next((tmp_path / "first" / "shards").iterdir())
+    shard.write_bytes(bytes(len(shard.read_bytes())))
+    curate.curate(corpus, fresh(tmp_path / "again"), one, before=tmp_path / "first", memory=memory)
+    assert asked["cutting clips"] > 0
+    curate.curate(corpus, fresh(tmp_path / "new"), one)
+    assert contents(tmp_path / "again") == contents(tmp_path / "new")
+
+
+def test_what_could_not_be_read_for_the_moment_is_looked_at_again(videos, tmp_path, monkeypatch):
+    corpus, memory = few(videos, tmp_path / "corpus", 3), tmp_path / "memory"
+    one = replace(CURATION, workers=1)
+    with workers(one) as client:
+        monkeypatch.setattr(curate, "examine", away)
+        findings = curate._examine_all(client, corpus, walk(corpus), one, memory)
+        assert [why.reason for why in findings[1].rejected] == ["cannot be read"]
+        monkeypatch.setattr(curate, "examine", examine.examine)
+        assert curate._examine_all(client, corpus, walk(corpus), one, memory)[1].clips
+
+
+def away(videos, item, sha256, curation):
+    """One file is not there while it is looked at."""
+    return examine.examine(videos / "gone" if item.path == "good1.mp4" else videos, item, sha256, curation)
+
+
+def test_a_line_that_a_crash_cut_off_is_dropped(tmp_path):
+    with remembered(tmp_path, "looked", {"a": 1}) as known:
+        known.put("one", [1])
+        known.put("two", [2])
+    (path,) = tmp_path.iterdir()
+    path.write_text(path.read_text()[:-4])
+    with remembered(tmp_path, "looked", {"a": 1}) as known:
+        assert (known.get("one"), known.get("two")) == ([1], None)
+        known.put("three", [3])
+    with remembered(tmp_path, "looked", {"a": 1}) as known:
+        assert (known.get("one"), known.get("two"), known.get("three")) == ([1], None, [3])
+    with remembered(tmp_path, "looked", {"a": 2}) as known:
+        assert known.get("one") is None
+
+
+def fresh(folder):
+    folder.mkdir()
+    return folder
+
+
+def test_sources_kept_as_they_are_lie_in_the_shards_once_and_rows_point_into_them(videos, tmp_path):
+    corpus = few(videos, tmp_path / "corpus", 3)
+    for name in ("two_shots.mp4", "uneven.mp4"):
+        shutil.copy(videos / name, corpus)
+    curate.curate(corpus, fresh(tmp_path / "out"), replace(CURATION, encode=False, workers=1))
+    rows = table(tmp_path / "out/clips.parquet")
+    assert len([row for row in rows if row["source"] == "two_shots.mp4"]) == 2
+    assert not any(row["encoded"] for row in rows)
+    for row in rows:
+        shard = (tmp_path / "out/shards" / row["shard"]).read_bytes()
+        assert shard[row["offset"] : row["offset"] + row["bytes"]] == (corpus / row["source"]).read_bytes()
+    members = []
+    for shard in (tmp_path / "out/shards").iterdir():
+        with tarfile.open(shard) as tar:
+            members += tar.getnames()
+    assert len(members) == len(set(members)) == 2 * 5
+    batches = loader.every(tmp_path / "out", split="train", batch=100, rank=0, ranks=1)
+    for batch in batches:
+        for name, pixels in zip(batch.ids, batch.pixels.numpy(), strict=True):
+            row = next(row for row in rows if row["id"] == name)
+            times_s, source = video.read(corpus / row["source"])
+            slow = np.stack([examine.square(source[i], 32) for i in video.nearest(times_s, row["start_s"] + np.arange(16) / 8)])
+            assert np.abs(pixels.astype(int) - slow).mean() < 3
+
+
+@pytest.fixture
+def scheduler(tmp_path):
+    """A real scheduler and two worker processes of their own on loopback; the workers' process ids."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    address = tmp_path / "scheduler.json"
+    host = ["--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(address)]
+    processes = [subprocess.Popen([sys.executable, "-m", "distributed.cli.dask_scheduler", *host], env=env)]
+    try:
+        until = time.monotonic() + 30
+        while not address.is_file() and time.monotonic() < until:
+            time.sleep(0.1)
+        place = json.loads(address.read_text())["address"]
+        worker = [sys.executable, "-m", "distributed.cli.dask_worker", place, "--nthreads", "1", "--no-nanny", "--no-dashboard"]
+        processes += [subprocess.Popen([*worker, "--local-directory", str(tmp_path)], env=env) for _ in range(2)]
+        yield place, [process.pid for process in processes[1:]]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def test_a_running_cluster_that_loses_a_worker_writes_the_same_bytes(scheduler, curated, videos, tmp_path, monkeypatch):
+    place, pids = scheduler
+    real = curate.finish
+
+    def finish(client, work, jobs, title):
+        client.wait_for_workers(1 if title != "reading files" else 2, timeout=30)
+        for number, ended in enumerate(real(client, work, jobs, title)):
+            if (title, number) == ("looking at videos", 3):
+                os.kill(pids[0], signal.SIGKILL)
+            yield ended
+
+    monkeypatch.setattr(curate, "finish", finish)
+    curate.curate(videos, fresh(tmp_path / "out"), replace(CURATION, cluster=place))
+    assert contents(tmp_path / "out") == contents(curated)

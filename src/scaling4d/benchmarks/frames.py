@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from scaling4d import video
-from scaling4d.records import UserError
+from scaling4d.records import Sample, UserError
+
+T = TypeVar("T")
 
 TOLERANCE_S = 1e-3  # as in `video.nearest`
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A listed item of a benchmark that gives no sample. bad: it is damaged or missing; else a rule leaves it out."""
+
+    id: str
+    why: str
+    bad: bool
 
 
 def needed(root: Path, path: Path, what: str) -> Path:
@@ -26,6 +37,45 @@ def needed(root: Path, path: Path, what: str) -> Path:
     if not path.exists():
         raise UserError(f"{root} is laid out in another way: needed {path.relative_to(root)} ({what})")
     return path
+
+
+class LeftOut(UserError):
+    """A rule of the protocol: there is nothing in this item to learn or to measure."""
+
+
+class Missing(UserError):
+    """Listed files that are not there."""
+
+    def __init__(self, folder: Path, names: Sequence[str], *, listed: int, what: str) -> None:
+        super().__init__(f"{folder} lacks {len(names)} of {listed} {what}, the first is {names[0]}")
+        self.names, self.listed = tuple(names), listed
+
+
+def each(items: Iterable[T], one: Callable[[T], Sample], skipped: list[Skipped] | None, name: Callable = str) -> Iterator[Sample]:
+    """One sample an item. What gives none is noted in `skipped`; without such a list, what is damaged raises."""
+    for item in items:
+        try:
+            sample = one(item)
+        except UserError as error:
+            bad = not isinstance(error, LeftOut)
+            if skipped is not None:
+                skipped.append(Skipped(name(item), str(error), bad))
+            elif bad:
+                raise
+        else:
+            yield sample
+
+
+def all_there(folder: Path, names: Sequence[str], what: str) -> int:
+    """How many files are listed.
+
+    Raises:
+        Missing: some are not in the folder.
+    """
+    there = {path.name for path in folder.iterdir()}
+    if missing := [name for name in names if name not in there]:
+        raise Missing(folder, missing, listed=len(names), what=what)
+    return len(names)
 
 
 def load_json(path: Path, kind: type) -> Any:
@@ -48,9 +98,11 @@ def at_times(path: Path, times_s: Sequence[float] | np.ndarray, *, repeat_last: 
         UserError: it cannot be decoded, or ends early and `repeat_last` is off.
     """
     pictures: list[np.ndarray] = []
-    shown, shown_s, gap_s = None, 0.0, 0.0
+    first_s, shown, shown_s, gap_s = None, None, 0.0, 0.0
     try:
-        for time_s, picture in video.frames(path):
+        for clock_s, picture in video.frames(path):
+            first_s = clock_s if first_s is None else first_s
+            time_s = clock_s - first_s
             while shown is not None and len(pictures) < len(times_s) and time_s > times_s[len(pictures)] + TOLERANCE_S:
                 pictures.append(shown)
             if len(pictures) == len(times_s):

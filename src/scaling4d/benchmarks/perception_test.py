@@ -8,41 +8,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from scaling4d import video
-from scaling4d.benchmarks.frames import Crop, at_numbers, load_json, needed
+from scaling4d.benchmarks.frames import Crop, LeftOut, Skipped, all_there, at_numbers, each, load_json, needed
 from scaling4d.records import Sample, UserError
 
+OFFICIAL = {"train": "145 in all splits", "val": "145 in all splits"}
 LISTS = {"train": "train", "val": "valid"}
 
 
-def read(root: Path, split: str, *, frames: int, rate_hz: float, side_px: int, part: slice = slice(None)) -> Iterator[Sample]:
-    """label points `Q T 2` with valid (visible): the tracks that are visible in frame 0; videos without any are left out."""
-    for name, entry in list(_entries(root, split).items())[part]:
-        numbers = np.round(np.arange(frames) * _rate_hz(root, name, entry) / rate_hz).astype(int)
-        height, width = entry["metadata"]["resolution"]
-        crop = Crop(height, width, side_px)
-        tracks, seen = [], []
-        for track in entry.get("point_tracking", []):
-            points, visible = _track(root, name, track, numbers)
-            points = crop.points(points)
-            visible &= ((points >= 0) & (points < 1)).all(-1)
-            if visible[0]:
-                tracks.append(np.where(visible[:, None], points, 0).astype(np.float32))
-                seen.append(visible)
-        if not tracks:
-            continue
-        pictures = at_numbers(needed(root, root / "videos" / f"{name}.mp4", "listed in the tracks"), numbers)
-        yield Sample(
-            id=name,
-            video=name,
-            pixels=Crop(*pictures.shape[1:3], side_px).pixels(pictures),
-            labels={"points": np.stack(tracks)},
-            valid={"points": np.stack(seen)},
-        )
+def read(
+    root: Path,
+    split: str,
+    *,
+    frames: int,
+    rate_hz: float,
+    side_px: int,
+    part: slice = slice(None),
+    skipped: list[Skipped] | None = None,
+) -> Iterator[Sample]:
+    """label points `Q T 2` with valid (visible): the tracks that are visible in frame 0; without any, no sample."""
+    one = partial(_sample, root, frames=frames, rate_hz=rate_hz, side_px=side_px)
+    tracked = [item for item in _entries(root, split).items() if item[1].get("point_tracking")]
+    return each(tracked[part], one, skipped, lambda item: item[0])
 
 
 def count(root: Path, split: str) -> int:
@@ -54,13 +46,13 @@ def count(root: Path, split: str) -> int:
     tracked = [name for name, entry in _entries(root, split).items() if entry.get("point_tracking")]
     if not tracked:
         raise UserError(f"{_list(root, split)} has no point tracks")
-    there = {path.name for path in needed(root, root / "videos", "videos <video_id>.mp4").iterdir()}
-    missing = [name for name in tracked if f"{name}.mp4" not in there]
-    if missing:
-        raise UserError(
-            f"{root / 'videos'} lacks {len(missing)} of {len(tracked)} videos of {split}, the first is {missing[0]}.mp4"
-        )
-    return len(tracked)
+    folder = needed(root, root / "videos", "videos <video_id>.mp4")
+    return all_there(folder, [f"{name}.mp4" for name in tracked], f"videos of {split}")
+
+
+def layout(root: Path, split: str) -> str:
+    """The list that is read."""
+    return _list(root, split).name
 
 
 def write(root: Path, split: str, samples: Iterable[Sample], *, rate_hz: float, crf: int, gop: int) -> None:
@@ -91,6 +83,31 @@ def write(root: Path, split: str, samples: Iterable[Sample], *, rate_hz: float, 
     (root / f"point_tracking_{LISTS[split]}.json").write_text(text)
 
 
+def _sample(root: Path, item: tuple[str, dict], *, frames: int, rate_hz: float, side_px: int) -> Sample:
+    name, entry = item
+    numbers = np.round(np.arange(frames) * _rate_hz(root, name, entry) / rate_hz).astype(int)
+    height, width = entry["metadata"]["resolution"]
+    crop = Crop(height, width, side_px)
+    tracks, seen = [], []
+    for track in entry["point_tracking"]:
+        points, visible = _track(root, name, track, numbers)
+        points = crop.points(points)
+        visible &= ((points >= 0) & (points < 1)).all(-1)
+        if visible[0]:
+            tracks.append(np.where(visible[:, None], points, 0).astype(np.float32))
+            seen.append(visible)
+    if not tracks:
+        raise LeftOut(f"{root}: no track of {name} is visible in the first frame's square")
+    pictures = at_numbers(needed(root, root / "videos" / f"{name}.mp4", "listed in the tracks"), numbers)
+    return Sample(
+        id=name,
+        video=name,
+        pixels=Crop(*pictures.shape[1:3], side_px).pixels(pictures),
+        labels={"points": np.stack(tracks)},
+        valid={"points": np.stack(seen)},
+    )
+
+
 def _list(root: Path, split: str) -> Path:
     return needed(root, root / f"point_tracking_{LISTS[split]}.json", "tracks by video_id")
 
@@ -115,7 +132,12 @@ def _rate_hz(root: Path, name: str, entry: dict) -> float:
 
 def _track(root: Path, name: str, track: dict, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """points `T 2`, x y, and visible `T` at the wanted frame numbers."""
-    ids, points = np.asarray(track["frame_ids"], int), np.asarray(track["points"], float)
+    try:
+        ids, points = np.asarray(track["frame_ids"], int), np.asarray(track["points"], float)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{root}: a track of {name} needs frame_ids and points as numbers: {error!r}") from error
+    if not len(ids):
+        return np.zeros((len(numbers), 2)), np.zeros(len(numbers), bool)
     if points.shape == (2, len(ids)):
         yx = points.T
     elif points.shape == (len(ids), 2):

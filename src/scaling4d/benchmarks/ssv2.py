@@ -7,37 +7,34 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from scaling4d import video
-from scaling4d.benchmarks.frames import Crop, at_times, load_json, needed
+from scaling4d.benchmarks.frames import Crop, Skipped, all_there, at_times, each, load_json, needed
 from scaling4d.records import Sample, UserError, write_json
 
 VIDEOS = "20bn-something-something-v2"
 MIRRORED = {"left": "right", "right": "left", "anticlockwise": "clockwise", "clockwise": "anticlockwise"}
+OFFICIAL = {"train": "168,913", "val": "24,777"}
 LISTS = {"train": "train", "val": "validation"}
 
 
-def read(root: Path, split: str, *, frames: int, rate_hz: float, side_px: int, part: slice = slice(None)) -> Iterator[Sample]:
+def read(
+    root: Path,
+    split: str,
+    *,
+    frames: int,
+    rate_hz: float,
+    side_px: int,
+    part: slice = slice(None),
+    skipped: list[Skipped] | None = None,
+) -> Iterator[Sample]:
     """labels action `()`, and action_mirrored `()`: what it is in a mirror. A short video goes on with its last frame."""
-    numbers = _labels(root)
-    for entry in _entries(root, split)[part]:
-        template = _class_name(entry["template"])
-        if template not in numbers:
-            raise UserError(f"{root}: {entry['id']} is {template!r}, which labels.json does not list")
-        path = needed(root, root / VIDEOS / f"{entry['id']}.webm", "listed in the labels")
-        pictures = at_times(path, np.arange(frames) / rate_hz, repeat_last=True)
-        yield Sample(
-            id=entry["id"],
-            video=entry["id"],
-            pixels=Crop(*pictures.shape[1:3], side_px).pixels(pictures),
-            labels={
-                "action": np.int64(numbers[template]),
-                "action_mirrored": np.int64(numbers.get(_mirrored(template), numbers[template])),
-            },
-        )
+    one = partial(_sample, root, _labels(root), frames=frames, rate_hz=rate_hz, side_px=side_px)
+    return each(_entries(root, split)[part], one, skipped, lambda entry: entry["id"])
 
 
 def classes(root: Path) -> list[str]:
@@ -56,13 +53,13 @@ def count(root: Path, split: str) -> int:
     """
     entries = _entries(root, split)
     classes(root)
-    there = {path.name for path in needed(root, root / VIDEOS, "videos <id>.webm").iterdir()}
-    missing = [entry["id"] for entry in entries if f"{entry['id']}.webm" not in there]
-    if missing:
-        raise UserError(
-            f"{root / VIDEOS} lacks {len(missing)} of {len(entries)} videos of {split}, the first is {missing[0]}.webm"
-        )
-    return len(entries)
+    folder = needed(root, root / VIDEOS, "videos <id>.webm")
+    return all_there(folder, [f"{entry['id']}.webm" for entry in entries], f"videos of {split}")
+
+
+def layout(root: Path, split: str) -> str:
+    """The list that is read."""
+    return str(_list(root, LISTS[split]).relative_to(root))
 
 
 def write(
@@ -84,6 +81,23 @@ def write(
     write_json(root / "labels/labels.json", {name: str(number) for number, name in enumerate(names)})
     write_json(root / "labels/test.json", [])
     (root / "labels/test-answers.csv").write_text("")
+
+
+def _sample(root: Path, numbers: dict[str, int], entry: dict, *, frames: int, rate_hz: float, side_px: int) -> Sample:
+    template = _class_name(entry["template"])
+    if template not in numbers:
+        raise UserError(f"{root}: {entry['id']} is {template!r}, which labels.json does not list")
+    path = needed(root, root / VIDEOS / f"{entry['id']}.webm", "listed in the labels")
+    pictures = at_times(path, np.arange(frames) / rate_hz, repeat_last=True)
+    return Sample(
+        id=entry["id"],
+        video=entry["id"],
+        pixels=Crop(*pictures.shape[1:3], side_px).pixels(pictures),
+        labels={
+            "action": np.int64(numbers[template]),
+            "action_mirrored": np.int64(numbers.get(_mirrored(template), numbers[template])),
+        },
+    )
 
 
 def _mirrored(name: str) -> str:

@@ -1,6 +1,6 @@
 """A folder of any videos in; shards of clips, and a table of what was rejected and why, out.
 
-Workers look at one file at a time (`examine`); what needs all of them at once (duplicates, the split, the order of the shards)
+Workers look at one input at a time (`examine`); what needs all of them at once (duplicates, the split, the order of the shards)
 happens here, in an order that depends on the files alone, so that any number of workers writes the same bytes.
 """
 
@@ -9,24 +9,40 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import logging
 import os
-import sys
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import numpy as np
-
-from scaling4d.clips.examine import HASHED, Clip, Curation, Finding, Rejection, cut, examine
+from scaling4d import artifacts, video
+from scaling4d.clips.cluster import finish, workers
+from scaling4d.clips.describe import croissant, datasheet, datasheet_svg
+from scaling4d.clips.duplicates import SPLITS, distinct, splits
+from scaling4d.clips.examine import UNREADABLE, Clip, Curation, Finding, cut, examine, fingerprint
+from scaling4d.clips.inputs import Input, Rejection, walk
+from scaling4d.clips.remembered import from_json, name_of, remembered, to_json
 from scaling4d.records import UserError, write_json
+from scaling4d.video import Member
 
-SPLITS = ("train", "val")
-CONNECT_S = 5  # to a running scheduler
+LIBRARIES = ("av", "imagehash", "numpy", "pillow", "scenedetect-headless")  # that findings depend on
+HASHED_TOGETHER = 32  # inputs in one job: a hash is little work
+CUT = ("side_px", "crf", "gop", "rate_hz")  # settings that the encoded clip depends on, beside its frames
+LATER = (
+    "side_px",
+    "crf",
+    "gop",
+    "encode",
+    "listed",
+    "hash_bits",
+    "val_share",
+    "shard_bytes",
+    "workers",
+    "cluster",
+)  # what no finding depends on
 
 
 @dataclass(frozen=True)
@@ -39,118 +55,168 @@ class Chosen:
     clip: Clip
 
 
-def curate(videos: Path, out: Path, curation: Curation) -> str:
-    """Fill the folder `out` with `shards/*.tar`, `clips.parquet`, `rejected.parquet` and `datasheet.json`.
+def curate(videos: Path, out: Path, curation: Curation, *, before: Path | None = None, memory: Path | None = None) -> str:
+    """Fill the folder `out` with shards/*.tar, clips.parquet, rejected.parquet, datasheet.json and .svg, croissant.json.
 
+    Args:
+        before: what an earlier run wrote; clips in it that would be cut again the same are taken over.
+        memory: folder that keeps what was found out about each video, for the next run. Neither changes the result.
     Returns:
-        sha256 over the names and contents of all files found.
+        sha256 over the names and contents of all inputs found.
     Raises:
         UserError: there is no such folder, it is empty, nothing in it can be used, or the cluster does not answer.
     """
-    paths = walk(videos)
+    items = walk(videos, curation.listed)
     parts = (out / "parts").resolve()
     parts.mkdir()
     with workers(curation) as client:
-        findings = _examine_all(client, videos, paths, curation)
+        findings = _examine_all(client, videos.resolve(), items, curation, memory)
         chosen, rejected = choose(findings, curation)
         _usable(chosen, videos, rejected)
-        by_source: dict[str, dict[str, tuple[int, ...]]] = {}
-        for item in chosen:
-            by_source.setdefault(item.source.path, {})[item.id] = item.clip.frames
-        jobs = [(videos.resolve(), path, clips, curation, parts) for path, clips in sorted(by_source.items())]
-        for _, future in _finish(client, cut, jobs, "cutting clips"):
-            future.result()
-    rows = _shards(chosen, parts, out / "shards", curation)
+        found = {item.path: item for item in items}
+        if curation.encode:
+            _cut_all(client, videos.resolve(), found, chosen, curation, parts, before, memory)
+    (out / "shards").mkdir()
+    shards = _encoded if curation.encode else _whole
+    rows = shards(chosen, {path: item.source(videos) for path, item in found.items()}, parts, out / "shards", curation)
+    for part in parts.iterdir():  # of a worker that was killed
+        part.unlink()
     parts.rmdir()
-    _write_clips(rows, out / "clips.parquet")
-    _write_rejected(rejected, out / "rejected.parquet")
-    write_json(out / "datasheet.json", datasheet(findings, chosen, rejected, curation))
+    _write_tables(rows, rejected, out)
+    sheet = datasheet(findings, chosen, rejected, curation)
+    _describe(sheet, out, encoded=curation.encode)
     return hashlib.sha256("".join(f"{_text(f.path)}\0{f.sha256}\n" for f in findings).encode()).hexdigest()
 
 
-def dry(videos: Path, curation: Curation) -> None:
-    """Print what `curate` would use, and why not the rest; write nothing."""
-    paths = walk(videos)
+def dry(videos: Path, curation: Curation, *, memory: Path | None = None) -> None:
+    """Print what `curate` would use, and why not the rest; write nothing but `memory`."""
+    items = walk(videos, curation.listed)
     with workers(curation) as client:
-        findings = _examine_all(client, videos, paths, curation)
+        findings = _examine_all(client, videos.resolve(), items, curation, memory)
     chosen, rejected = choose(findings, curation)
     counts = Counter((item.source.path, item.split) for item in chosen)
     for (path, split), clips in sorted(counts.items()):
-        print(f"use     {_text(path)}: {clips} clips for {split}")
+        print(f"use     {_line(path)}: {clips} clips for {split}")
     for path, why in rejected:
         where = "reject " if why.start_s is None else f"  not   {why.start_s:.2f} to {why.end_s:.2f} s of"
-        print(f"{where} {_text(path)}: {why.reason}{why.detail and f' ({why.detail})'}")
+        print(f"{where} {_line(path)}: {why.reason}{why.detail and f' ({why.detail})'}")
     used = len({item.source.path for item in chosen})
     print(f"{len(findings)} files: {used} used for {len(chosen)} clips, {len(findings) - used} rejected")
     _usable(chosen, videos, rejected)
 
 
-def walk(videos: Path) -> list[str]:
-    """Every entry below `videos` that is not a folder, hidden ones too, as sorted relative paths."""
-    if not videos.is_dir():
-        raise UserError(f"no folder {videos}; run `dvc repro data.dvc`, or name your own data with `scaling4d data use PATH`")
-    found = []
-    for folder, inner, files in os.walk(videos):
-        links = [name for name in inner if os.path.islink(os.path.join(folder, name))]
-        found += [Path(folder, name).relative_to(videos).as_posix() for name in files + links]
-    if not found:
-        raise UserError(f"{videos} holds no files; put videos there, or name your own data with `scaling4d data use PATH`")
-    return sorted(found)
+def _examine_all(client: Any, videos: Path, items: list[Input], curation: Curation, memory: Path | None) -> list[Finding]:
+    """In the order of `items`. An input that ends its worker process again and again is rejected, not fatal."""
+    hashes = _hash_all(client, videos, items)
+    circumstances = {
+        "settings": {name: value for name, value in asdict(curation).items() if name not in LATER},
+        "code": _code(),
+        "ffmpeg": video.VERSIONS,
+        "libraries": {name: metadata.version(name) for name in LIBRARIES},
+    }
+    with remembered(memory, "looked", circumstances) as known:
+        unknown: dict[str, tuple[Input, str]] = {}
+        for item, sha256 in zip(items, hashes, strict=True):
+            if isinstance(sha256, str) and name_of(sha256, item) not in known:
+                unknown.setdefault(name_of(sha256, item), (item, sha256))
+        names, jobs = list(unknown), [(videos, item, sha256, curation) for item, sha256 in unknown.values()]
+        fleeting: dict[str, tuple[Rejection, ...]] = {}  # not remembered: another time it may work
+        for index, future in finish(client, examine, jobs, "looking at videos"):
+            error = future.exception()
+            if error is not None:
+                why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                fleeting[names[index]] = (Rejection("decoding crashes", why),)
+            elif any(why.reason == UNREADABLE for why in future.result().rejected):
+                fleeting[names[index]] = future.result().rejected
+            else:
+                known.put(names[index], to_json(future.result()))
+
+        def finding(item: Input, sha256: str | Rejection) -> Finding:
+            if not isinstance(sha256, str):
+                return Finding(item.path, "", None, (), (sha256,))
+            name = name_of(sha256, item)
+            if name in fleeting:
+                return Finding(item.path, sha256, None, (), fleeting[name])
+            return from_json(known.get(name), item.path)
+
+        return [finding(item, sha256) for item, sha256 in zip(items, hashes, strict=True)]
 
 
-@contextmanager
-def workers(curation: Curation) -> Iterator[Any]:
-    """A Dask client of the running scheduler `cluster`, or of as many one-thread processes as `workers` says."""
-    from distributed import Client, LocalCluster
+def _hash_all(client: Any, videos: Path, items: list[Input]) -> list[str | Rejection]:
+    """sha256 of every input, or why it is refused unread."""
+    hashes: list[Any] = [item.refused for item in items]
+    open_ = [index for index, refused in enumerate(hashes) if refused is None]
+    groups = [open_[at : at + HASHED_TOGETHER] for at in range(0, len(open_), HASHED_TOGETHER)]
+    for number, future in finish(client, fingerprint, [(videos, [items[i] for i in g]) for g in groups], "reading files"):
+        for index, found in zip(groups[number], future.result(), strict=True):
+            hashes[index] = found
+    return hashes
 
-    if curation.cluster:
-        try:
-            running = Client(curation.cluster, timeout=CONNECT_S)
-        except (OSError, ValueError) as error:
-            raise UserError(f"no Dask scheduler answers at {curation.cluster!r} ({error}); set clips.Curation.cluster") from error
-        with running as client:
-            yield client
+
+def _cut_all(
+    client: Any,
+    videos: Path,
+    items: dict[str, Input],
+    chosen: list[Chosen],
+    curation: Curation,
+    parts: Path,
+    before: Path | None,
+    memory: Path | None,
+) -> None:
+    """Every chosen clip as `parts/<id>.mp4`, from what an earlier run wrote where that is the very same."""
+    circumstances = {"settings": {name: value for name, value in asdict(curation).items() if name in CUT}, "code": _code()}
+    circumstances |= {"ffmpeg": video.VERSIONS}
+    with remembered(memory, "cut", circumstances) as known:
+        names = {item.id: f"{item.source.sha256} {' '.join(map(str, item.clip.frames))}" for item in chosen}
+        old = dict(_old_clips(before)) if before is not None else {}
+        by_source: dict[str, dict[str, tuple[int, ...]]] = {}
+        for item in chosen:
+            if not _taken_over(old.get(item.id), known.get(names[item.id]), parts / f"{item.id}.mp4"):
+                by_source.setdefault(item.source.path, {})[item.id] = item.clip.frames
+        jobs = [(videos, items[path], clips, curation, parts) for path, clips in sorted(by_source.items())]
+        for _, future in finish(client, cut, jobs, "cutting clips"):
+            for name, sha256 in future.result().items():
+                known.put(names[name], sha256)
+
+
+def _old_clips(before: Path) -> Iterator[tuple[str, Member]]:
+    """Where an earlier run's encoded clips lie, by id."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = before / "clips.parquet"
+    if not path.is_file():
         return
-    local = LocalCluster(
-        n_workers=curation.workers,
-        threads_per_worker=1,
-        processes=True,
-        host="127.0.0.1",
-        dashboard_address=None,
-        worker_dashboard_address=None,
-        memory_limit=0,
-        silence_logs=logging.CRITICAL,
-    )
-    with local, Client(local) as client:
-        yield client
+    try:
+        rows = pq.read_table(path, columns=["id", "encoded", "shard", "offset", "bytes"]).to_pylist()
+    except (pa.ArrowException, OSError, KeyError):  # damaged, or of another version: nothing is taken over
+        return
+    for row in rows:
+        if row["encoded"]:
+            yield row["id"], Member(before / "shards" / row["shard"], row["offset"], row["bytes"])
 
 
-def _finish(client: Any, work: Callable, jobs: list[tuple], title: str) -> Iterator[tuple[int, Any]]:
-    """(index of the job, its future) as they end, with a progress bar on stderr."""
-    from distributed import as_completed
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(file=sys.stderr)) as progress:
-        bar = progress.add_task(title, total=len(jobs))
-        futures = {client.submit(work, *job, pure=False): index for index, job in enumerate(jobs)}
-        for future in as_completed(list(futures)):
-            yield futures[future], future
-            progress.advance(bar)
+def _taken_over(old: Member | None, sha256: str | None, part: Path) -> bool:
+    """Copy an old clip to its part, if it holds the bytes that cutting it gave."""
+    if old is None or sha256 is None or not old.path.is_file():
+        return False
+    content = _read(old)
+    if hashlib.sha256(content).hexdigest() != sha256:
+        return False
+    part.write_bytes(content)
+    return True
 
 
-def _examine_all(client: Any, videos: Path, paths: list[str], curation: Curation) -> list[Finding]:
-    """In the order of `paths`. A file that ends its worker process again and again is rejected, not fatal."""
-    findings: list[Any] = [None] * len(paths)
-    for index, future in _finish(client, examine, [(videos.resolve(), path, curation) for path in paths], "looking at videos"):
-        error = future.exception()
-        if error is None:
-            findings[index] = future.result()
-        else:
-            why = Rejection("decoding crashes", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
-            findings[index] = Finding(paths[index], "", None, (), (why,))
-    return findings
+def _read(member: Member) -> bytes:
+    with member.path.open("rb") as file:
+        file.seek(member.offset)
+        return file.read(member.bytes)
+
+
+def _code() -> str | None:
+    """Hash of what this stage's code means, from the `code` stage; without it (as in a test) None."""
+    path = Path("artifacts/code/clips.json")
+    return json.loads(path.read_text())["sha256"] if path.is_file() else None
 
 
 def choose(findings: list[Finding], curation: Curation) -> tuple[list[Chosen], list[tuple[str, Rejection]]]:
@@ -172,17 +238,20 @@ def choose(findings: list[Finding], curation: Curation) -> tuple[list[Chosen], l
         detail = f"like {_text(other.path)} from {twin.start_s:.2f} s"
         rejected.append((finding.path, Rejection("near duplicate", detail, clip.start_s, clip.end_s)))
     split = splits(list(first.values()), [(finding.sha256, other.sha256) for finding, _, other, _ in like], curation.val_share)
+    place = {(finding.sha256, clip.start_s): at for finding in first.values() for at, clip in enumerate(finding.clips)}
     chosen = [
-        Chosen(f"{finding.sha256[:16]}-{finding.clips.index(clip):05d}", split[finding.sha256], finding, clip)
+        Chosen(f"{finding.sha256[:16]}-{place[finding.sha256, clip.start_s]:05d}", split[finding.sha256], finding, clip)
         for finding, clip in kept
     ]
-    used = {item.source.path for item in chosen}
     used, whole = {item.source.path for item in chosen}, {path for path, why in rejected if why.start_s is None}
-    for path in sorted({finding.path for finding in findings} - used - whole):
-        spans = [why for other, why in rejected if other == path]
-        if len(spans) == 1:
-            rejected.remove((path, spans[0]))
-        rejected.append((path, _overall(spans)))
+    spans: dict[str, list[Rejection]] = {}
+    for path, why in rejected:
+        if why.start_s is not None:
+            spans.setdefault(path, []).append(why)
+    unused = sorted({finding.path for finding in findings} - used - whole)
+    alone = {path for path in unused if len(spans[path]) == 1}  # said once, of the file
+    rejected = [(path, why) for path, why in rejected if path not in alone]
+    rejected += [(path, _overall(spans[path])) for path in unused]
     rejected.sort(key=lambda row: (row[0], row[1].start_s is not None, row[1].start_s or 0.0, row[1].reason))
     whole_files = {path for path, why in rejected if why.start_s is None}
     assert used.isdisjoint(whole_files) and used | whole_files == {finding.path for finding in findings}
@@ -200,63 +269,6 @@ def _overall(spans: list[Rejection]) -> Rejection:
     return Rejection(reason, f"{len(spans)} spans, see their rows")
 
 
-def distinct(
-    findings: Iterable[Finding], bits: int
-) -> tuple[list[tuple[Finding, Clip]], list[tuple[Finding, Clip, Finding, Clip]]]:
-    """Keep one of every set of clips whose hashes differ in at most `bits` bits; the largest picture, then the first path.
-
-    A hash is cut into bits + 1 bands: two hashes that close agree in one band at least, so only clips that share a band are
-    compared, and none is missed.
-    Returns:
-        (source, clip) kept; (source, clip, the source and clip it is like) removed.
-    """
-    order = sorted(
-        ((finding, clip) for finding in findings for clip in finding.clips),
-        key=lambda item: (-min(item[0].video.height_px, item[0].video.width_px), item[0].path, item[1].start_s),
-    )
-    edges = np.linspace(0, 64 * HASHED, bits + 2).astype(int)
-    buckets: dict[tuple[int, bytes], list[int]] = {}
-    kept, removed = [], []
-    hashes: list[np.ndarray] = []
-    for finding, clip in order:
-        mine = np.unpackbits(np.frombuffer(clip.phash, dtype=np.uint8))
-        bands = [(band, mine[start:end].tobytes()) for band, (start, end) in enumerate(zip(edges, edges[1:], strict=False))]
-        near = sorted({index for band in bands for index in buckets.get(band, ())})
-        distance = (np.stack([hashes[index] for index in near]) != mine).sum(1) if near else np.empty(0)
-        if (distance <= bits).any():
-            removed.append((finding, clip, *kept[near[int(np.argmax(distance <= bits))]]))
-            continue
-        for band in bands:
-            buckets.setdefault(band, []).append(len(kept))
-        kept.append((finding, clip))
-        hashes.append(mine)
-    return kept, removed
-
-
-def splits(findings: list[Finding], linked: list[tuple[str, str]], val_share: float) -> dict[str, str]:
-    """`train` or `val` by source sha256. Sources that share a near duplicate go together; the hash of the content decides.
-
-    If chance leaves a side empty, the group next to the border crosses it, so that two groups or more always give both.
-    """
-    group = {finding.sha256: finding.sha256 for finding in findings}
-
-    def root(name: str) -> str:
-        while group[name] != name:
-            name = group[name]
-        return name
-
-    for one, other in linked:
-        low, high = sorted((root(one), root(other)))
-        group[high] = low
-    place = {name: int(hashlib.sha256(f"split {name}".encode()).hexdigest()[:13], 16) / 16**13 for name in map(root, group)}
-    val = {name for name, at in place.items() if at < val_share}
-    if len(place) > 1 and not val:
-        val = {min(place, key=place.__getitem__)}
-    if len(place) > 1 and len(val) == len(place):
-        val.remove(max(place, key=place.__getitem__))
-    return {name: "val" if root(name) in val else "train" for name in group}
-
-
 def _usable(chosen: list[Chosen], videos: Path, rejected: list[tuple[str, Rejection]]) -> None:
     if not chosen:
         reasons = Counter(why.reason for _, why in rejected if why.start_s is None)
@@ -266,34 +278,82 @@ def _usable(chosen: list[Chosen], videos: Path, rejected: list[tuple[str, Reject
         raise UserError(f"{videos} holds one usable video or copies of one; needed two different ones, to train and to validate")
 
 
-def _shards(chosen: list[Chosen], parts: Path, out: Path, curation: Curation) -> list[dict[str, Any]]:
+def _encoded(
+    chosen: list[Chosen], sources: dict[str, Path | Member], parts: Path, out: Path, curation: Curation
+) -> list[dict[str, Any]]:
     """Write `<split>-00000.tar ...` (WebDataset: `<id>.mp4`, `<id>.json`), the clips in order of their ids; the parts go."""
-    out.mkdir()
     rows = []
     for split in SPLITS:
-        mine = [item for item in chosen if item.split == split]
-        number = 0
-        while mine:
-            name = f"{split}-{number:05d}.tar"
-            with tarfile.open(out / name, "w", format=tarfile.USTAR_FORMAT) as tar:
-                while mine and tar.offset < curation.shard_bytes:
-                    item = mine.pop(0)
-                    row = _row(item, curation) | {"shard": name}
-                    part = parts / f"{item.id}.mp4"
-                    row |= {"offset": tar.offset + tarfile.BLOCKSIZE, "bytes": part.stat().st_size}
-                    _add(tar, f"{item.id}.mp4", part.read_bytes())
-                    told = {key: row[key] for key in ("id", "source", "source_sha256", "start_s", "rate_hz", "frames")}
-                    _add(tar, f"{item.id}.json", json.dumps(told, sort_keys=True).encode())
-                    part.unlink()
-                    rows.append(row)
-            number += 1
+        with _Shards(out, split, curation.shard_bytes) as shards:
+            for item in (item for item in chosen if item.split == split):
+                part, row = parts / f"{item.id}.mp4", _row(item, curation)
+                row |= shards.add(f"{item.id}.mp4", *_file(part.read_bytes()))
+                told = {key: row[key] for key in ("id", "source", "source_sha256", "start_s", "rate_hz", "frames")}
+                shards.add(f"{item.id}.json", *_file(json.dumps(told, sort_keys=True).encode()), beside=True)
+                part.unlink()
+                rows.append(row)
     return rows
 
 
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    info = tarfile.TarInfo(name)  # time 0, owner 0
-    info.size = len(content)
-    tar.addfile(info, io.BytesIO(content))
+def _whole(
+    chosen: list[Chosen], sources: dict[str, Path | Member], parts: Path, out: Path, curation: Curation
+) -> list[dict[str, Any]]:
+    """The same with the sources as they are (`<start of their sha256>.<ending>`), each once, however many clips it gives."""
+    rows = []
+    for split in SPLITS:
+        by_source: dict[str, list[Chosen]] = {}
+        for item in (item for item in chosen if item.split == split):
+            by_source.setdefault(item.source.sha256, []).append(item)
+        with _Shards(out, split, curation.shard_bytes) as shards:
+            for sha256, items in by_source.items():
+                path = items[0].source.path
+                source = sources[path]
+                if video.sha256(source) != sha256:
+                    raise UserError(f"{path} changed while it was read; run again")
+                ending = os.path.splitext(path)[1].lower()
+                plain = ending[1:].isascii() and ending[1:].isalnum() and ending != ".json"  # that is what lies beside it
+                name = f"{sha256[:16]}{ending if plain else ''}"
+                with (source.path if isinstance(source, Member) else source).open("rb") as file:
+                    file.seek(source.offset if isinstance(source, Member) else 0)
+                    size = source.bytes if isinstance(source, Member) else source.stat().st_size
+                    place = shards.add(name, file, size)
+                mine = [_row(item, curation) | place for item in items]
+                told = [{key: row[key] for key in ("id", "source", "start_s", "rate_hz", "frames")} for row in mine]
+                shards.add(f"{sha256[:16]}.json", *_file(json.dumps(told, sort_keys=True).encode()), beside=True)
+                rows += mine
+    return rows
+
+
+def _file(content: bytes) -> tuple[BinaryIO, int]:
+    return io.BytesIO(content), len(content)
+
+
+class _Shards:
+    """Tars `<split>-00000.tar ...`; one is closed when it is as large as it should be."""
+
+    def __init__(self, folder: Path, split: str, size: int) -> None:
+        self.folder, self.split, self.size, self.number, self.tar = folder, split, size, 0, None
+
+    def __enter__(self) -> _Shards:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.tar is not None:
+            self.tar.close()
+
+    def add(self, name: str, file: BinaryIO, size: int, *, beside: bool = False) -> dict[str, Any]:
+        """Where it lies: shard, offset, bytes. beside: in the shard of what was added before."""
+        if self.tar is not None and not beside and self.tar.offset >= self.size:
+            self.tar.close()
+            self.tar, self.number = None, self.number + 1
+        shard = f"{self.split}-{self.number:05d}.tar"
+        if self.tar is None:
+            self.tar = tarfile.open(self.folder / shard, "w", format=tarfile.GNU_FORMAT)  # noqa: SIM115  closed in __exit__
+        info = tarfile.TarInfo(name)  # time 0, owner 0
+        info.size = size
+        place = {"shard": shard, "offset": self.tar.offset + tarfile.BLOCKSIZE, "bytes": size}
+        self.tar.addfile(info, file)
+        return place
 
 
 def _row(item: Chosen, curation: Curation) -> dict[str, Any]:
@@ -306,6 +366,9 @@ def _row(item: Chosen, curation: Curation) -> dict[str, Any]:
         "start_s": item.clip.start_s,
         "rate_hz": float(curation.rate_hz),
         "frames": curation.frames,
+        "side_px": curation.side_px,
+        "encoded": curation.encode,
+        "origin_s": 0.0 if curation.encode else item.source.origin_s,
         "codec": source.codec,
         "source_height_px": source.height_px,
         "source_width_px": source.width_px,
@@ -316,64 +379,42 @@ def _row(item: Chosen, curation: Curation) -> dict[str, Any]:
     }
 
 
-def _write_clips(rows: list[dict[str, Any]], path: Path) -> None:
+def _write_tables(rows: list[dict[str, Any]], rejected: list[tuple[str, Rejection]], out: Path) -> None:
+    """clips.parquet: a row a clip. rejected.parquet: a row a file (`scope` file) or a span of it, its times first in `detail`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pq.write_table(pa.Table.from_pylist(rows), path)
-
-
-def _write_rejected(rejected: list[tuple[str, Rejection]], path: Path) -> None:
-    """One row a file (`scope` file) or a span of it (`scope` span, its start and end first in `detail`)."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    rows = []
+    pq.write_table(pa.Table.from_pylist(rows), out / "clips.parquet")
+    refused = []
     for file, why in rejected:
         span = why.start_s is not None
         where = f"{why.start_s:.3f} to {why.end_s:.3f} s" if span else ""
         detail = ": ".join(filter(None, [where, why.detail]))
-        rows.append({"path": _text(file), "reason": why.reason, "detail": detail, "scope": "span" if span else "file"})
+        refused.append({"path": _text(file), "reason": why.reason, "detail": detail, "scope": "span" if span else "file"})
     schema = pa.schema([(name, pa.string()) for name in ("path", "reason", "detail", "scope")])
-    pq.write_table(pa.Table.from_pylist(rows, schema), path)
+    pq.write_table(pa.Table.from_pylist(refused, schema), out / "rejected.parquet")
 
 
-def datasheet(
-    findings: list[Finding], chosen: list[Chosen], rejected: list[tuple[str, Rejection]], curation: Curation
-) -> dict[str, Any]:
-    """What the corpus is, in numbers: found = used + rejected."""
-    used = {item.source.path: item.source.video for item in chosen}
-    clips = Counter(item.split for item in chosen)
-    clip_s = curation.frames / curation.rate_hz
-    whole = Counter(why.reason for _, why in rejected if why.start_s is None)
-    assert len(findings) == len(used) + whole.total()
-    return {
-        "files": {"found": len(findings), "used": len(used), "rejected": whole.total()},
-        "rejected_files": dict(whole),
-        "rejected_spans": dict(Counter(why.reason for _, why in rejected if why.start_s is not None)),
-        "clips": dict(clips),
-        "hours": {split: clips[split] * clip_s / 3600 for split in SPLITS},
-        "sources": {split: len({item.source.path for item in chosen if item.split == split}) for split in SPLITS},
-        "histograms": {
-            "codec": dict(Counter(video.codec for video in used.values())),
-            "rotation_deg": dict(Counter(str(video.rotation_deg) for video in used.values())),
-            "shorter_side_px": _histogram(
-                (min(v.height_px, v.width_px) for v in used.values()), (0, 64, 128, 240, 360, 720, 1080)
-            ),
-            "rate_hz": _histogram((v.rate_hz for v in used.values()), (0, 8, 12, 16, 24, 30, 60)),
-            "duration_s": _histogram((v.duration_s for v in used.values()), (0, 1, 2, 5, 10, 30, 60, 300, 3600)),
-            "clips_per_source": _histogram(Counter(i.source.path for i in chosen).values(), (1, 2, 3, 5, 10, 100, 1000)),
-        },
-    }
+def _describe(sheet: dict[str, Any], out: Path, *, encoded: bool) -> None:
+    """The data sheet, its figure, and what data catalogues read."""
+    import pyarrow.parquet as pq
 
-
-def _histogram(values: Iterable[float], edges: tuple[float, ...]) -> dict[str, int]:
-    """How many values lie in each range [edge, next edge), the last one open."""
-    places = Counter(np.searchsorted(edges, list(values), side="right").tolist())
-    names = [f"{low} to {high}" for low, high in zip(edges, edges[1:], strict=False)] + [f"{edges[-1]} and more"]
-    return {name: places[place + 1] for place, name in enumerate(names)}
+    write_json(out / "datasheet.json", sheet)
+    (out / "datasheet.svg").write_text(datasheet_svg(sheet))
+    shards = [
+        {"name": path.name, "bytes": path.stat().st_size, "sha256": artifacts.sha256(path)}
+        for path in sorted((out / "shards").iterdir())
+    ]
+    table = out / "clips.parquet"
+    known = {"clips_bytes": table.stat().st_size, "clips_sha256": artifacts.sha256(table), "columns": pq.read_schema(table)}
+    write_json(out / "croissant.json", croissant(sheet, shards, encoded=encoded, **known))
 
 
 def _text(path: str) -> str:
     """A file name as text; bytes that are not Unicode are spelled out."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def _line(path: str) -> str:
+    """The same on one line of a terminal, whatever is in the name."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in _text(path))

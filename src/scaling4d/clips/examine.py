@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from scaling4d import config, video
+from scaling4d.clips.inputs import Input, Rejection, regular
 from scaling4d.records import Span, UserError, Video
 
+UNREADABLE = "cannot be read"  # now; another time it may be
 HASHED = 4  # frames of a clip that its perceptual hash looks at
 THUMB_PX = 32  # what imagehash.phash looks at
 SMALL_PX = 64  # shorter side of what the shot detector looks at
+POSITIVE = ("frames", "rate_hz", "side_px", "gop", "max_frames", "max_s", "max_bytes", "frozen_s", "shard_bytes", "workers")
 WINDOW = 2  # frames on either side that a cut is compared with (scenedetect's own)
 
 
@@ -23,8 +25,11 @@ WINDOW = 2  # frames on either side that a cut is compared with (scenedetect's o
 class Curation:
     """What a clip is, and which videos are good enough.
 
-    frames, rate_hz, side_px: of a clip. crf, gop: how its H.264 is encoded.
-    min_side_px, max_side_px: shorter and longer side of a source. max_frames: longer sources are refused.
+    frames, rate_hz, side_px: of a clip. encode: write clips as H.264 of that side, crf and gop, for fast random access; false:
+    the sources go into the shards as they are, and the loader seeks in them and resizes.
+    listed: a csv in the folder that names what to use of it (see inputs.walk); empty: everything.
+    min_side_px, max_side_px: shorter and longer side of a source. max_frames, max_s, max_bytes: decoded frames, seconds and bytes
+    of decoded pictures; a source with more is refused.
     min_distinct: different source frames that a clip must have (fewer: the source is too slow for rate_hz).
     black_level: a frame is black if 99 % of it is darker (0..255). frozen_level: a frame stands still if no part of its
     32 x 32 thumbnail moves by more (0..255); frozen_s: standing still for that long is frozen.
@@ -37,11 +42,15 @@ class Curation:
     frames: int
     rate_hz: float
     side_px: int
+    encode: bool
     crf: int
     gop: int
+    listed: str
     min_side_px: int
     max_side_px: int
     max_frames: int
+    max_s: float
+    max_bytes: int
     min_distinct: int
     black_level: float
     frozen_level: float
@@ -55,7 +64,7 @@ class Curation:
     cluster: str
 
     def __post_init__(self) -> None:
-        for name in ("frames", "rate_hz", "side_px", "gop", "max_frames", "frozen_s", "shard_bytes", "workers"):
+        for name in POSITIVE:
             if getattr(self, name) <= 0:
                 raise UserError(f"clips.Curation.{name} = {getattr(self, name)}; needed more than 0")
         if self.side_px % 2:
@@ -81,55 +90,50 @@ class Clip:
 
 
 @dataclass(frozen=True)
-class Rejection:
-    """Why a file, or a span of it when start_s is given, is not used."""
-
-    reason: str
-    detail: str
-    start_s: float | None = None
-    end_s: float | None = None
-
-
-@dataclass(frozen=True)
 class Finding:
-    """What one file is good for; video is None if it is not a video at all, and sha256 empty if it cannot be read."""
+    """What one input is good for; video is None if it is not a video at all, and sha256 empty if it cannot be read.
+
+    origin_s: when its first frame is shown, on the stream's own clock; clips count from there.
+    """
 
     path: str
     sha256: str
     video: Video | None
     clips: tuple[Clip, ...]
     rejected: tuple[Rejection, ...]
+    origin_s: float = 0.0
 
 
-def examine(videos: Path, path: str, curation: Curation) -> Finding:
-    """Decode a whole file and find its clips. Never raises for what a file may hold."""
-    sha256, found = "", None
+def fingerprint(videos: Path, items: list[Input]) -> list[str | Rejection]:
+    """sha256 of every input, or why it cannot be read."""
+    found: list[str | Rejection] = []
+    for item in items:
+        try:
+            regular(videos, item.path if item.member is None else item.member[0])
+            found.append(video.sha256(item.source(videos)))
+        except (video.VideoError, OSError) as error:
+            found.append(_why(error))
+    return found
+
+
+def examine(videos: Path, item: Input, sha256: str, curation: Curation) -> Finding:
+    """Decode a whole input, whose hash is known, and find its clips. Never raises for what a file may hold."""
+    found = None
     try:
-        _regular(videos, path)
-        sha256 = video.sha256(videos / path)
-        found = video.probe(videos / path)
+        source = item.source(videos)
+        found = video.probe(source, sha256=sha256, max_side_px=curation.max_side_px)
         _size(found, curation)
-        clips, rejected = _spans(videos / path, path, curation)
-        return Finding(path, sha256, found, tuple(clips), tuple(rejected))
-    except video.VideoError as error:
-        reason, _, detail = str(error).partition(": ")
-    except OSError as error:
-        reason, detail = "cannot be read", error.strerror or str(error)
-    return Finding(path, sha256, found, (), (Rejection(reason, detail),))
+        clips, rejected, origin_s = _spans(source, item, curation)
+        return Finding(item.path, sha256, found, tuple(clips), tuple(rejected), origin_s)
+    except (video.VideoError, OSError) as error:
+        return Finding(item.path, sha256, found, (), (_why(error),))
 
 
-def _regular(videos: Path, path: str) -> None:
-    file = videos / path
-    if file.is_symlink():
-        target = file.resolve()
-        if not target.is_relative_to(videos.resolve()):
-            raise video.VideoError("link: it leads out of the folder; copy the file to its place")
-        if not target.exists():
-            raise video.VideoError("link: it leads to nothing")
-        if target.is_dir():
-            raise video.VideoError("link: it leads to a folder; links to folders are not followed")
-    if not stat.S_ISREG(os.stat(file).st_mode):
-        raise video.VideoError("not a file: a pipe, socket or device")
+def _why(error: video.VideoError | OSError) -> Rejection:
+    if isinstance(error, OSError):
+        return Rejection(UNREADABLE, error.strerror or str(error))
+    reason, _, detail = str(error).partition(": ")
+    return Rejection(reason, detail)
 
 
 def _size(found: Video, curation: Curation) -> None:
@@ -138,13 +142,25 @@ def _size(found: Video, curation: Curation) -> None:
         raise video.VideoError(f"too small: {size}; needed {curation.min_side_px} px on the shorter side")
     if max(found.height_px, found.width_px) > curation.max_side_px:
         raise video.VideoError(f"too large: {size}; needed at most {curation.max_side_px} px on the longer side")
+    if found.duration_s > curation.max_s:
+        raise video.VideoError(
+            f"too long: it says {found.duration_s:.0f} s; cut the file, or raise clips.Curation.max_s from {curation.max_s:g}"
+        )
 
 
-def _spans(file: Path, path: str, curation: Curation) -> tuple[list[Clip], list[Rejection]]:
-    times_s, thumbs, cut, black = _look(file, curation)
+def _spans(source: Path | video.Member, item: Input, curation: Curation) -> tuple[list[Clip], list[Rejection], float]:
+    """Clips, spans that give none, and when the first frame is shown."""
+    clock_s, thumbs, cut, black = _look(source, curation)
+    times_s = clock_s - clock_s[0]
     broken = cut.copy()  # a frame that does not continue the shot of the frame before
     frozen = _frozen(times_s, thumbs, curation)
     label = np.where(black, 1, np.where(frozen, 2, 0))
+    if item.stretches:
+        inside = [(times_s >= start_s - video.TOLERANCE_S) & (times_s < end_s) for start_s, end_s in item.stretches]
+        label[~np.any(inside, axis=0)] = 3
+        broken |= np.any([np.diff(some, prepend=some[0]) for some in inside], axis=0)
+        if (label == 3).all():
+            raise video.VideoError(f"too short: it has {times_s[-1]:.2f} s, and the list wants what comes later")
     broken[1:] |= label[1:] != label[:-1]
     ends = [*np.flatnonzero(broken), len(times_s)]
     clips, rejected = [], []
@@ -153,10 +169,12 @@ def _spans(file: Path, path: str, curation: Curation) -> tuple[list[Clip], list[
         if first == end:
             continue
         start_s, end_s = float(times_s[first]), float(times_s[end] if end < len(times_s) else times_s[-1] + step_s)
+        if label[first] == 3:
+            continue
         if label[first]:
             rejected.append(Rejection("black" if label[first] == 1 else "frozen", "", start_s, end_s))
         else:
-            found, refused = _cut(path, times_s[:end], first, thumbs, curation)
+            found, refused = _cut(item.path, times_s[:end], first, thumbs, curation)
             needed_s = curation.frames / curation.rate_hz
             if not found and not refused:
                 refused = [
@@ -164,7 +182,7 @@ def _spans(file: Path, path: str, curation: Curation) -> tuple[list[Clip], list[
                 ]
             clips += found
             rejected += refused
-    return clips, rejected
+    return clips, rejected, float(clock_s[0])
 
 
 def _cut(
@@ -188,8 +206,8 @@ def _cut(
     return clips, rejected
 
 
-def _look(file: Path, curation: Curation) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Times `T` s ascending from 0; grey thumbnails `T 32 32` uint8; whether a shot starts `T`; whether it is black `T`."""
+def _look(source: Path | video.Member, curation: Curation) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Times `T` s ascending, on the stream's clock; grey thumbnails `T 32 32`; whether a shot starts `T`; whether black `T`."""
     from PIL import Image
     from scenedetect import FrameTimecode
     from scenedetect.detectors import AdaptiveDetector
@@ -202,11 +220,17 @@ def _look(file: Path, curation: Curation) -> tuple[np.ndarray, np.ndarray, np.nd
     def shown(image: np.ndarray, index: int) -> None:
         cuts.extend(code.frame_num for code in detector.process_frame(FrameTimecode(index, fps=30.0), image))
 
-    for time_s, rgb in video.frames(file):
+    for time_s, rgb in video.frames(source):
         if len(times) == curation.max_frames:
             raise video.VideoError(
                 f"too long: more than {curation.max_frames} frames; cut the file, or raise clips.Curation.max_frames"
             )
+        if len(times) * rgb.nbytes >= curation.max_bytes:
+            raise video.VideoError(
+                f"too long: more than {curation.max_bytes} bytes of pictures; cut the file, or raise clips.Curation.max_bytes"
+            )
+        if times and time_s - times[0] > curation.max_s:
+            raise video.VideoError(f"too long: more than {curation.max_s:g} s; cut the file, or raise clips.Curation.max_s")
         image = Image.fromarray(rgb)
         scale = SMALL_PX / min(image.size)
         if scale < 1:
@@ -225,10 +249,10 @@ def _look(file: Path, curation: Curation) -> tuple[np.ndarray, np.ndarray, np.nd
         shown(bgr, len(times) + WINDOW + index)
     times_s = np.sort(times)
     if np.isnan(times_s).any():
-        raise video.VideoError("frames without a presentation time")
+        raise video.VideoError("frames without a presentation time: put the video into a container, as by ffmpeg -i")
     cut = np.zeros(len(times), dtype=bool)
     cut[[index - WINDOW for index in cuts]] = True
-    return times_s - times_s[0], np.stack(thumbs), cut, np.array(black)
+    return times_s, np.stack(thumbs), cut, np.array(black)
 
 
 def _frozen(times_s: np.ndarray, thumbs: np.ndarray, curation: Curation) -> np.ndarray:
@@ -253,33 +277,37 @@ def _phash(thumbs: np.ndarray) -> bytes:
     return b"".join(np.packbits(imagehash.phash(Image.fromarray(thumb)).hash).tobytes() for thumb in picked)
 
 
-def cut(videos: Path, path: str, clips: dict[str, tuple[int, ...]], curation: Curation, parts: Path) -> None:
-    """Encode the chosen clips of one source, each to `parts/<clip id>.mp4`.
+def cut(videos: Path, item: Input, clips: dict[str, tuple[int, ...]], curation: Curation, parts: Path) -> dict[str, str]:
+    """Encode the chosen clips of one source, each to `parts/<clip id>.mp4`, where it appears whole or not at all.
 
     Args:
         clips: by clip id, which decoded frames it takes.
+    Returns:
+        sha256 by clip id.
     Raises:
         UserError: the file is not what it was when it was examined.
     """
     wanted = {index for frames in clips.values() for index in frames}
     last = {max(frames): name for name, frames in clips.items()}
     held: dict[int, np.ndarray] = {}
+    made: dict[str, str] = {}
     try:
-        for index, (_, rgb) in enumerate(video.frames(videos / path)):
+        for index, (_, rgb) in enumerate(video.frames(item.source(videos))):
             if index in wanted:
                 held[index] = square(rgb, curation.side_px)
             if index in last:
                 name = last.pop(index)
                 pixels = np.stack([held[i] for i in clips[name]])  # T H W 3
-                video.write(
-                    parts / f"{name}.mp4", pixels, rate_hz=curation.rate_hz, codec="libx264", crf=curation.crf, gop=curation.gop
-                )
+                partial = parts / f"{name}-{os.getpid()}.mp4"
+                video.write(partial, pixels, rate_hz=curation.rate_hz, codec="libx264", crf=curation.crf, gop=curation.gop)
+                made[name] = video.sha256(partial)
+                partial.rename(parts / f"{name}.mp4")
                 held = {}  # clips of one source do not overlap
                 if not last:
-                    return
+                    return made
     except video.VideoError as error:
-        raise UserError(f"{path} changed while it was read ({error}); run again") from error
-    raise UserError(f"{path} changed while it was read (it is shorter now); run again")
+        raise UserError(f"{item.path} changed while it was read ({error}); run again") from error
+    raise UserError(f"{item.path} changed while it was read (it is shorter now); run again")
 
 
 def square(rgb: np.ndarray, side_px: int) -> np.ndarray:

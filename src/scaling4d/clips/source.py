@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from scaling4d import video
-from scaling4d.clips.curate import walk
+from scaling4d.clips.inputs import walk
 from scaling4d.records import UserError
 
 DATA = Path("data")
@@ -44,11 +44,15 @@ def check_videos(path: Path) -> list[str]:
         return []
     names = walk(path / "videos")
     problems = []
-    for name in names:
+    for item in names:
+        name = os.fsencode(item.path).decode("utf-8", "backslashreplace")
+        if item.refused is not None:
+            problems.append(f"videos/{name}: {item.refused.reason}: {item.refused.detail}")
+            continue
         try:
-            video.probe(path / "videos" / name)
+            video.probe(item.source(path / "videos"), sha256="")
         except (video.VideoError, OSError) as error:
-            problems.append(f"videos/{os.fsencode(name).decode('utf-8', 'backslashreplace')}: {error}")
+            problems.append(f"videos/{name}: {error}")
     print(f"videos: {len(names)} files, {len(names) - len(problems)} open as videos; `scaling4d clips --dry` decodes them all")
     more = len(problems) - SHOWN
     return problems[:SHOWN] + ([f"videos: {more} more files do not open"] if more > 0 else [])

@@ -11,6 +11,7 @@ from scaling4d import artifacts, config
 from scaling4d.clips import curate
 
 VIDEOS = Path("data/videos")
+MEMORY = Path(".resume/clips")
 KEYS = ["profile", "clips"]
 
 
@@ -24,7 +25,7 @@ def clips(settings: Mapping[str, Any]) -> Path:
     curation = _curation(settings)
     final = artifacts.home(settings) / "clips"
     with artifacts.folder(final) as out:
-        inputs = {"videos": curate.curate(VIDEOS, out, curation)}
+        inputs = {"videos": curate.curate(VIDEOS, out, curation, before=final, memory=_memory())}
         artifacts.write_provenance(out, stage="clips", settings=settings, keys=KEYS, room="clips", inputs=inputs)
     artifacts.write_run("clips", artifacts.sha256(final), started=started)
     return final
@@ -32,7 +33,12 @@ def clips(settings: Mapping[str, Any]) -> Path:
 
 def dry(settings: Mapping[str, Any]) -> None:
     """Print what would be used, and why not the rest."""
-    curate.dry(VIDEOS, _curation(settings))
+    curate.dry(VIDEOS, _curation(settings), memory=_memory())
+
+
+def _memory() -> Path | None:
+    """Where findings are kept; nowhere as long as stage `code` has not said what this code means."""
+    return MEMORY if Path("artifacts/code/clips.json").is_file() else None
 
 
 def _curation(settings: Mapping[str, Any]) -> curate.Curation:

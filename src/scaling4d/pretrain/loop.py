@@ -35,9 +35,11 @@ class Training:
     ranks: one-thread processes that share a batch; results depend on it. batch: clips a step, over all ranks.
     rate_times_width: peak learning rate of the matrices that read `width` numbers = this / width. embedding_rate: of all else
     (patch embedding, positions, tokens, norms, biases), the same at every width. warmup: share of the steps.
-    clip_norm: of the gradient. flip: mirror and time-reverse clips at random. repeats: copies of a clip in a batch, each flipped
-    and masked on its own (MAE-ST's repeated sampling: 4).
-    masks_per_clip: masks a validation clip is measured with. kept_clips: decoded clips that stay in a rank's memory.
+    clip_norm: of the gradient. flip: mirror and time-reverse clips at random. crop: smallest and largest share of the picture's
+    area that a random square keeps. repeats: copies of a clip in a batch, each cropped, flipped and masked on its own (MAE-ST's
+    repeated sampling: 4). window_shards: shards whose clips are shuffled together, 0: all.
+    masks_per_clip: masks a validation clip is measured with. workers: processes that decode for a rank, 0: itself; results do not
+    depend on it. kept_clips: decoded clips that stay in the memory of each process that decodes; nor on this.
     """
 
     ranks: int
@@ -50,8 +52,11 @@ class Training:
     warmup: float
     clip_norm: float
     flip: bool
+    crop: tuple[float, float]
     repeats: int
+    window_shards: int
     masks_per_clip: int
+    workers: int
     kept_clips: int
     log_every: int
 
@@ -146,10 +151,13 @@ def _train(*, rank: int, ranks: int, point: str, settings: Mapping[str, Any], tr
         start=0,
         steps=training.steps,
         flip=training.flip,
+        crop=training.crop,
         repeats=training.repeats,
+        window_shards=training.window_shards,
         rank=rank,
         ranks=ranks,
         kept=training.kept_clips,
+        workers=training.workers,
     )
     lines, recent = [], []
     steps = log.Steps(training.steps)

@@ -25,7 +25,7 @@ from scaling4d.mae.encoder import LAYER_NORM_EPS, initialise
 from scaling4d.ranks import gather, parallel, run
 from scaling4d.readout import views
 from scaling4d.readout.tasks.actions import Actions
-from scaling4d.readout.train import HEAD, Evaluation, batch_of, result_of, share_of
+from scaling4d.readout.train import HEAD, Evaluation, batch_of, result_of, share_of, write_skipped
 from scaling4d.records import Result, UserError
 
 TASK, PROTOCOL = "actions", "classifier"
@@ -160,12 +160,13 @@ def _work(
     head.initialise(encoder, seed)
     tuned = Tuned(encoder, head)
     part = {"asked": asked, "task": TASK, "evaluation": evaluation, "rank": rank, "ranks": ranks, "pixels_only": True}
-    pixels, targets, _ = share_of(encoder, split="train", **part)
+    pixels, targets, _, left_out = share_of(encoder, split="train", **part)
     _train(tuned.train(), pixels, targets["action"], recipe, asked.classes, rank=rank, ranks=ranks, seed=seed)
-    pixels, targets, videos = share_of(encoder, split="val", **part)
+    pixels, targets, videos, also = share_of(encoder, split="val", **part)
     measured = _measure(tuned.eval(), pixels, targets["action"], asked)
     if rank == 0:
         checkpoint.save_tensors(out / HEAD, head.state_dict())
+        write_skipped(out, train=left_out, val=also)
     return gather(videos), gather(measured)
 
 

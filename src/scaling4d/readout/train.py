@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from scaling4d import artifacts, benchmarks, checkpoint, config, log, optimizer, seeds
+from scaling4d.benchmarks.frames import Skipped
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.mae.build import encoder_of, load
 from scaling4d.ranks import gather, parallel, run
@@ -24,7 +25,7 @@ from scaling4d.readout.tasks.depth import Depth
 from scaling4d.readout.tasks.points import Points
 from scaling4d.readout.tasks.pose import Pose
 from scaling4d.readout.tasks.task import Task
-from scaling4d.records import Result, UserError
+from scaling4d.records import Result, UserError, write_json
 
 TASKS: dict[str, type[Task]] = {"actions": Actions, "boxes": Boxes, "depth": Depth, "points": Points, "pose": Pose}
 PROTOCOLS = ("frozen", "finetune")
@@ -39,6 +40,7 @@ class Evaluation:
     standardise: whiten features over the training clips before the readout (ours; released: false), see Standard.of;
     place_deviation: what a token's place then adds to all clips alike.
     data: folder of benchmarks. bootstrap_draws: resamplings of the validation videos for the interval.
+    max_bad_share: of a split's samples may be damaged or missing, and are then left out (ours).
     """
 
     ranks: int
@@ -47,6 +49,7 @@ class Evaluation:
     place_deviation: float
     data: str
     bootstrap_draws: int
+    max_bad_share: float
 
 
 @config.configurable
@@ -132,7 +135,9 @@ def _work(
         raise UserError(f"readout batch {recipe.batch} does not divide over {ranks} ranks; set Recipe.batch to a multiple")
     tuned = recipe.encoder_learning_rate > 0
     encoder.requires_grad_(tuned)
-    features, targets, _ = share_of(encoder, asked, task, "train", evaluation, rank=rank, ranks=ranks, pixels_only=tuned)
+    features, targets, _, left_out = share_of(
+        encoder, asked, task, "train", evaluation, rank=rank, ranks=ranks, pixels_only=tuned
+    )
     head = asked.head(features_width=encoder.width, clip=encoder.clip)
     head.initialise(seed)
     standard = Standard.none(encoder.width)
@@ -144,11 +149,12 @@ def _work(
         head.load_state_dict(tensors)
     probe = Probe(encoder if tuned else None, standard, head, asked, evaluation.depth_fraction)
     _train(probe, features, targets, recipe, rank=rank, ranks=ranks, seed=seed)
-    features, targets, videos = share_of(encoder, asked, task, "val", evaluation, rank=rank, ranks=ranks, pixels_only=False)
+    features, targets, videos, also = share_of(encoder, asked, task, "val", evaluation, rank=rank, ranks=ranks, pixels_only=False)
     measured = _measure(probe, features, targets)
     if rank == 0:
         tensors = head.state_dict() | {"standard.matrix": standard.matrix, "standard.offset": standard.offset}
         checkpoint.save_tensors(out / HEAD, tensors)
+        write_skipped(out, train=left_out, val=also)
     return gather(videos), gather(measured)
 
 
@@ -162,14 +168,20 @@ def share_of(
     rank: int,
     ranks: int,
     pixels_only: bool,
-) -> tuple[Tensor, dict[str, Tensor], list[str]]:
-    """This rank's part of a split: features `n t n D` (or pixels `n T H W C`), stacked targets, video names.
+) -> tuple[Tensor, dict[str, Tensor], list[str], list[Skipped]]:
+    """This rank's part of a split: features `n t n D` (or pixels `n T H W C`), stacked targets, video names; and what all ranks
+    together skipped.
 
     For training every sample comes in all the task's views, one after the other.
+    Raises:
+        UserError: too few samples, or too large a share of them is damaged or missing.
     """
     T, side, _ = encoder.clip
     mine = slice(rank, None, ranks)
-    samples = benchmarks.read(task, Path(evaluation.data), split, frames=T, rate_hz=asked.rate_hz, side_px=side, part=mine)
+    bad_share = evaluation.max_bad_share
+    skipped: list[Skipped] = []
+    clip = {"frames": T, "rate_hz": asked.rate_hz, "side_px": side}
+    samples = benchmarks.read(task, Path(evaluation.data), split, **clip, part=mine, skipped=skipped, max_bad_share=bad_share)
     inputs, targets, videos = [], [], []
     wanted = asked.views if split == "train" else ("plain",)
     for sample in (view for plain in samples for view in views.views(plain, wanted)):
@@ -181,10 +193,19 @@ def share_of(
                 inputs.append(at_depth(encoder, pixels[None], evaluation.depth_fraction)[0])
         targets.append(asked.target(sample))
         videos.append(sample.video)
+    skipped, read = gather(skipped), sum(gather([len(videos) // len(wanted)]))
+    benchmarks.judge(skipped, len(skipped) + read, bad_share, f"{task} {split}")
     if not inputs:
         raise UserError(f"{task}: too few samples in split {split} for {ranks} ranks; lower readout.shared.Evaluation.ranks")
     stacked = {name: torch.from_numpy(np.stack([target[name] for target in targets])) for name in targets[0]}
-    return torch.stack(inputs), stacked, videos
+    return torch.stack(inputs), stacked, videos, skipped
+
+
+def write_skipped(out: Path, **splits: list[Skipped]) -> None:
+    """`skipped.json`, if anything was: what the splits list and the result does not rest on."""
+    listed = [{"split": split, **asdict(item)} for split, skipped in splits.items() for item in skipped]
+    if listed:
+        write_json(out / "skipped.json", listed)
 
 
 class Probe(nn.Module):

@@ -1,0 +1,140 @@
+"""A whole training step of the real model under the real `fully_shard`, on a process group of any size, without any numbers.
+
+Tensors are torch's fake ones: shapes without bytes. The model is sharded on meta, outside fake mode, and emptied and stepped
+inside it; the first step, in which AdamW makes its state, is not counted. Fake tensors stand for a CPU: a build of torch without
+CUDA refuses fake CUDA ones. Pixels come in the compute type, since mae/ makes fp32 of uint8 and a bf16 layer refuses that.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from scaling4d import optimizer
+from scaling4d.pretrain.closed_form import KINDS
+from scaling4d.pretrain.work import kept_of
+from scaling4d.records import MaskedTokens
+
+KIND_OF = {  # the tracker's words -> ours
+    "Sharded Param": "parameters",
+    "Buffer": "parameters",
+    "Sharded Grad": "gradients",
+    "Unsharded Grad": "gradients",
+    "OptState": "optimizer",
+    "Activation": "activations",
+    "Temp": "activations",  # holds a block's own gradients too, until they are reduced
+    "Inputs": "activations",
+    "Unsharded Param": "communication",
+    "All Gather": "communication",
+    "Reduce Scatter": "communication",
+}
+CPU_ATTENTION = {  # torch counts attention on CUDA alone
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(
+        g, q, k, v
+    ),
+}
+
+
+def dry_run(model: nn.Module, *, shards: int, replicas: int, clips: int, recompute: bool) -> dict[str, Any]:
+    """`{"memory_bytes", "flops", "wall_s", "rss_bytes"}` of one GPU's step in the steady state.
+
+    Args:
+        model: one of mae.build.METHODS on meta; it is used up. clips: on each GPU.
+    """
+    started = time.time()
+    with _fake_group(shards * replicas):
+        _shard(model, shards=shards, replicas=replicas, recompute=recompute)
+        for teacher in _teachers(model):
+            teacher.to(torch.bfloat16)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            taught = _empty(model)
+            step, inputs, adamw = _step(model, clips)
+            step()
+            tracker = FSDPMemTracker(model, adamw)
+            tracker.track_inputs((*inputs, *taught))
+            with tracker:
+                step()
+            counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+            with counter:
+                step()
+    (snapshot,) = tracker.get_tracker_snapshot("peak").values()
+    return {
+        "memory_bytes": _by_kind(snapshot, taught),
+        "flops": counter.get_total_flops(),
+        "wall_s": time.time() - started,
+        "rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+    }
+
+
+@contextmanager
+def _fake_group(ranks: int) -> Iterator[None]:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _shard(model: nn.Module, *, shards: int, replicas: int, recompute: bool) -> None:
+    """Each block is gathered on its own, all else together."""
+    shape, names = ((replicas, shards), ("replicas", "shards")) if replicas > 1 else ((shards,), ("shards",))
+    given = {
+        "mesh": init_device_mesh("cpu", shape, mesh_dim_names=names),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
+    }
+    for blocks in (model.encoder.blocks, getattr(model, "decoder_blocks", ())):
+        for i, block in enumerate(blocks):
+            if recompute:
+                blocks[i] = checkpoint_wrapper(block, preserve_rng_state=False)
+            fully_shard(blocks[i], **given)
+    fully_shard(model, **given)
+
+
+def _empty(model: nn.Module) -> tuple[torch.Tensor, ...]:
+    """Gives the weights fake storage; returns a teacher's, which every GPU holds whole."""
+    model.to_empty(device="cpu")
+    return tuple(p for teacher in _teachers(model) for p in teacher.to_empty(device="cpu").parameters())
+
+
+def _teachers(model: nn.Module) -> list[nn.Module]:
+    return [teacher for teacher in getattr(model, "taught_by", ()) if teacher is not None]
+
+
+def _step(model: nn.Module, clips: int) -> tuple[Callable[[], None], tuple[torch.Tensor, ...], torch.optim.AdamW]:
+    adamw, _ = optimizer.adamw({"all": (list(model.named_parameters()), 0.0)}, betas=(0.9, 0.95), weight_decay=0.05)
+    pixels = torch.empty(clips, *model.encoder.clip, 3, dtype=torch.bfloat16)
+    masked = MaskedTokens(torch.zeros(clips, kept_of(model), dtype=torch.int64), model.encoder.grid)
+
+    def step() -> None:
+        model(pixels, masked).backward()
+        adamw.step()
+        adamw.zero_grad()
+
+    return step, (pixels, masked.kept), adamw
+
+
+def _by_kind(snapshot: dict[Any, int], taught: tuple[torch.Tensor, ...]) -> dict[str, int]:
+    """A teacher's weights are inputs to the tracker, parameters to us."""
+    held = sum(p.numel() * p.element_size() for p in taught)
+    kinds = dict.fromkeys(KINDS, 0) | {"parameters": held, "activations": -held}
+    for word, size in snapshot.items():
+        name = getattr(word, "value", word)
+        if name in KIND_OF:
+            kinds[KIND_OF[name]] += size
+    return kinds | {"total": sum(kinds.values())}

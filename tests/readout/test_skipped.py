@@ -1,0 +1,57 @@
+"""What a readout does with damaged and missing samples."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from scaling4d.benchmarks import ssv2
+from scaling4d.benchmarks.frames import Skipped
+from scaling4d.ranks import run
+from scaling4d.readout.tasks.actions import Actions
+from scaling4d.readout.train import share_of, write_skipped
+from scaling4d.records import Sample, UserError
+
+ASKED = Actions(classes=2, rate_hz=8.0, views=("plain", "mirrored"))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Eight videos, of which two are broken."""
+    grey = np.full((6, 32, 32, 3), 99, np.uint8)
+    written = [Sample(name, name, grey, {"action": np.int64(n % 2)}) for n, name in enumerate("abcdefgh")]
+    templates = ("Holding [something]", "Moving [something]")
+    ssv2.write(tmp_path / "ssv2", "train", written, templates=templates, rate_hz=8.0, crf=40, gop=6)
+    for name in "cf":
+        (tmp_path / f"ssv2/20bn-something-something-v2/{name}.webm").write_bytes(b"no video")
+    return tmp_path
+
+
+def shared(*, rank: int, ranks: int, data: Path, share: float) -> tuple[int, list[str], list[Skipped]]:
+    encoder = SimpleNamespace(clip=(6, 32, 32))
+    evaluation = SimpleNamespace(data=data, max_bad_share=share, depth_fraction=0.95)
+    kept = {"rank": rank, "ranks": ranks, "pixels_only": True}
+    inputs, _, videos, skipped = share_of(encoder, ASKED, "actions", "train", evaluation, **kept)
+    return len(inputs), videos, skipped
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_every_rank_knows_what_all_of_them_skipped(data, ranks):
+    inputs, videos, skipped = run(shared, ranks=ranks, data=data, share=0.25)
+    assert inputs == len(videos) and videos == {1: list("aabbddeegghh"), 2: list("aaeegg")}[ranks]
+    assert sorted(item.id for item in skipped) == ["c", "f"] and all(item.bad for item in skipped)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_more_than_the_set_share_stops_with_the_list(data, ranks):
+    with pytest.raises(UserError, match=r"actions train: 2 of 8 samples are damaged or missing.* = 0.2; .*The first: c: .*; f: "):
+        run(shared, ranks=ranks, data=data, share=0.2)
+
+
+def test_skipped_samples_are_written_only_if_there_are_any(tmp_path):
+    write_skipped(tmp_path, train=[], val=[])
+    assert list(tmp_path.iterdir()) == []
+    write_skipped(tmp_path, train=[], val=[Skipped("a", "broken", True)])
+    assert json.loads((tmp_path / "skipped.json").read_text()) == [{"split": "val", "id": "a", "why": "broken", "bad": True}]
