@@ -1,10 +1,16 @@
 """The closed form beside a step of the real model under the real fully_shard."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch.distributed as dist
 
 from scaling4d.pretrain.plan import plan
 
+ROOT = Path(__file__).parents[2]
 TOTAL = 0.02  # what a block holds at once is a bound, not a trace; measured: at most 0.007
 
 
@@ -25,9 +31,7 @@ TOTAL = 0.02  # what a block holds at once is a bound, not a trace; measured: at
         pytest.param("j", "256x1", 8, "block", marks=pytest.mark.slow),
     ],
 )
-def test_closed_form_and_dry_run_agree_and_the_latter_needs_little_memory(
-    point: str, mesh: str, clips: int, recompute: str
-) -> None:
+def test_closed_form_and_dry_run_agree(point: str, mesh: str, clips: int, recompute: str) -> None:
     shards, replicas = map(int, mesh.split("x"))
     found = plan(point, mesh=mesh, batch=clips * shards * replicas, recompute=recompute, dry=True)
     formula, ran = found["mesh"]["memory_bytes"], found["dry_run"]["memory_bytes"]
@@ -39,5 +43,10 @@ def test_closed_form_and_dry_run_agree_and_the_latter_needs_little_memory(
     both = [kinds["activations"] + kinds["gradients"] for kinds in (formula, ran)]
     assert both[0] == pytest.approx(both[1], rel=0.03)
     assert formula["total"] == pytest.approx(ran["total"], rel=TOTAL)
-    assert found["dry_run"]["rss_bytes"] < 1.5 * 2**30
     assert not dist.is_initialized()
+
+
+def test_a_dry_run_needs_little_memory() -> None:
+    command = [sys.executable, "-m", "scaling4d", "plan", "B", "--mesh", "8x1", "--batch", "16", "--dry-run", "--json"]
+    found = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    assert found["dry_run"]["rss_bytes"] < 1.5 * 2**30
