@@ -10,7 +10,7 @@ from scaling4d import artifacts, audit, config
 from scaling4d.records import Result, UserError, write_json
 
 FOLDER = Path("artifacts/test")
-SETTINGS = {"seed": 0, "points": {"nano": {"width": 32}}, "report": {"folder": "reports/built"}, "profile": "test"}
+SETTINGS = {"seed": 0, "points": {"nano": {"width": 32, "rate": 3e-06}}, "report": {"folder": "reports/built"}, "profile": "test"}
 PIPELINE = {
     "stages": {
         "pretrain": {
@@ -67,7 +67,7 @@ def _write() -> None:
     summary = {"point": "nano", "method": "SimpleMAE", "parameters": 5, "flops": 7.0, "clips_seen": 8, "train_loss": 0.5}
     summary |= {"val_loss": 0.25, "seed": 0}
     write_json(weights / "summary.json", summary)
-    _provenance(weights, {"seed": 0, "points.nano": {"width": 32}})
+    _provenance(weights, {"seed": 0, "points.nano": {"width": 32, "rate": 3e-06}})
     _provenance(result, {"seed": 0})
     sha = artifacts.sha256(weights / "model.safetensors")
     Result("nano", 5, "actions", "frozen", "top1", 0.5, 0.4, 0.6, "share", True, 10, 0, sha).write(result / "result.json")
@@ -148,7 +148,8 @@ def test_a_hand_edit_of_params_is_named_and_an_override_that_stages_name_is_a_no
 def test_settings_that_an_artifact_was_not_made_with_are_named(project: Path) -> None:
     path = FOLDER / "pretrain/nano/provenance.json"
     path.write_text(path.read_text().replace("32", "64"))
-    message = f"pretrain@nano: {path} was made with points.nano = {{'width': 64}}, dvc.lock says {{'width': 32}}"
+    made, locked = "{'rate': 3e-06, 'width': 64}", "{'rate': 3e-06, 'width': 32}"
+    message = f"pretrain@nano: {path} was made with points.nano = {made}, dvc.lock says {locked}"
     assert message in wrong(project)
 
 
@@ -163,7 +164,7 @@ def test_a_fresh_clone_is_checked_as_far_as_git_goes(project: Path) -> None:
 
 
 def test_a_stage_that_never_ran_is_named(project: Path) -> None:
-    changed = {**SETTINGS, "points": {"nano": {"width": 32}, "mini": {"width": 64}}}
+    changed = {**SETTINGS, "points": {"nano": {"width": 32, "rate": 3e-06}, "mini": {"width": 64}}}
     Path("experiments/profile/test.yaml").write_text("# @package _global_\n" + yaml.safe_dump(changed))
     config.PARAMS.write_text(yaml.safe_dump(changed))
     assert wrong(project) == ["pretrain@mini: not in dvc.lock, so it was never run: run `dvc repro`"]
@@ -183,7 +184,7 @@ def test_a_number_is_walked_back_to_the_videos(project: Path, clone: bool) -> No
     ]
     places = [text.index(step) for step in steps]
     assert places == sorted(places)
-    assert 'setting  points.nano = {"width": 32}' in text
+    assert 'setting  points.nano = {"rate": 3e-06, "width": 32}' in text
     assert ("checkpoint  artifacts" in text) is not clone
 
 

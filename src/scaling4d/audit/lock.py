@@ -10,7 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML, YAMLError
 
 from scaling4d.records import UserError
 
@@ -52,12 +52,12 @@ def stages(root: Path) -> tuple[dict[str, Stage], list[str]]:
         raise UserError(f"{root}: DVC cannot read the pipeline: {error}") from error
     path = root / "dvc.lock"
     try:
-        locked = yaml.safe_load(path.read_text())["stages"] if path.is_file() else {}
+        locked = _load(path)["stages"] if path.is_file() else {}
         found = {name: _stage(name, locked[name]) for name in known if name in locked}
         for imported in sorted(root.glob("*.dvc")):
             if imported.is_file():
-                found[imported.name] = _stage(imported.name, yaml.safe_load(imported.read_text()))
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+                found[imported.name] = _stage(imported.name, _load(imported))
+    except (YAMLError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} or a .dvc file is damaged: {str(error).splitlines()[0]}; take it from git again") from error
     return found, [name for name in known if name not in locked]
 
@@ -84,6 +84,11 @@ def ignored_names(root: Path) -> frozenset[str]:
     path = root / ".dvcignore"
     lines = path.read_text().splitlines() if path.is_file() else []
     return frozenset(line.strip().rstrip("/") for line in lines if line.strip() and not line.startswith("#"))
+
+
+def _load(path: Path) -> Any:
+    """As DVC writes it, YAML 1.2, in which 3e-06 is a number."""
+    return YAML(typ="safe", pure=True).load(path.read_text())
 
 
 def _stage(name: str, content: Mapping[str, Any]) -> Stage:
