@@ -10,6 +10,7 @@ import pytest
 from scaling4d.benchmarks import ssv2
 from scaling4d.benchmarks.frames import Skipped
 from scaling4d.ranks import run
+from scaling4d.readout.features import Pixels
 from scaling4d.readout.tasks.actions import Actions
 from scaling4d.readout.train import share_of, write_skipped
 from scaling4d.records import Sample, UserError
@@ -30,10 +31,9 @@ def data(tmp_path: Path) -> Path:
 
 
 def shared(*, rank: int, ranks: int, data: Path, share: float) -> tuple[int, list[str], list[Skipped]]:
-    encoder = SimpleNamespace(clip=(6, 32, 32))
     evaluation = SimpleNamespace(data=data, max_bad_share=share, depth_fraction=0.95)
-    kept = {"rank": rank, "ranks": ranks, "pixels_only": True}
-    inputs, _, videos, skipped = share_of(encoder, ASKED, "actions", "train", evaluation, **kept)
+    part = {"clip": (6, 32, 32), "rank": rank, "ranks": ranks}
+    inputs, _, videos, skipped = share_of(ASKED, "actions", "train", evaluation, Pixels(), **part)
     return len(inputs), videos, skipped
 
 

@@ -117,9 +117,9 @@ class Encoder(nn.Module):
         """
         x = self.tokens(pixels)
         out = [x]
-        for block in self.blocks[: self.depth if layers is None else max(layers - 1, 0)]:
+        for number in range(self.depth if layers is None else layers - 1):
+            x = self.blocks[number - 1](x) if number else x
             out.append(x)
-            x = block(x)
         return out
 
 

@@ -24,6 +24,7 @@ from scaling4d.mae.build import encoder_of, load
 from scaling4d.mae.encoder import LAYER_NORM_EPS, initialise
 from scaling4d.ranks import gather, parallel, run
 from scaling4d.readout import views
+from scaling4d.readout.features import Pixels, together
 from scaling4d.readout.tasks.actions import Actions
 from scaling4d.readout.train import HEAD, Evaluation, batch_of, result_of, share_of, write_skipped
 from scaling4d.records import Result, UserError
@@ -159,10 +160,10 @@ def _work(
     head = Classes(width=encoder.width, classes=asked.classes, dropout=recipe.dropout)
     head.initialise(encoder, seed)
     tuned = Tuned(encoder, head)
-    part = {"asked": asked, "task": TASK, "evaluation": evaluation, "rank": rank, "ranks": ranks, "pixels_only": True}
-    pixels, targets, _, left_out = share_of(encoder, split="train", **part)
+    part = {"inputs": Pixels(), "clip": encoder.clip, "rank": rank, "ranks": ranks}
+    pixels, targets, _, left_out = share_of(asked, TASK, "train", evaluation, **part)
     _train(tuned.train(), pixels, targets["action"], recipe, asked.classes, rank=rank, ranks=ranks, seed=seed)
-    pixels, targets, videos, also = share_of(encoder, split="val", **part)
+    pixels, targets, videos, also = share_of(asked, TASK, "val", evaluation, **part)
     measured = _measure(tuned.eval(), pixels, targets["action"], asked)
     if rank == 0:
         checkpoint.save_tensors(out / HEAD, head.state_dict())
@@ -171,14 +172,16 @@ def _work(
 
 
 def _train(
-    tuned: Tuned, pixels: Tensor, actions: Tensor, recipe: Classifier, classes: int, *, rank: int, ranks: int, seed: int
+    tuned: Tuned, pixels: list[Tensor], actions: Tensor, recipe: Classifier, classes: int, *, rank: int, ranks: int, seed: int
 ) -> None:
     adamw, peaks = optimizer.adamw(layers(tuned, recipe), betas=recipe.betas, weight_decay=recipe.weight_decay)
     step_loss = parallel(tuned, some_unused=True)  # a final norm that this protocol replaces
     lines = log.Steps(recipe.steps)
     for step in range(recipe.steps):
         chosen = batch_of(step, recipe.batch // ranks, len(pixels), seed, rank)
-        x, shares = mixed(pixels[chosen], actions[chosen], recipe, classes, seeds.numpy(seed, "mix", rank, step))
+        x, shares = mixed(
+            together(pixels, chosen.tolist()), actions[chosen], recipe, classes, seeds.numpy(seed, "mix", rank, step)
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(seeds.numpy(seed, "drop", rank, step).integers(2**31)))  # dropout and stochastic depth
             loss = step_loss(x, shares)
@@ -245,10 +248,10 @@ def rectangle(height: int, width: int, area: float, rng: np.random.Generator) ->
 
 
 @torch.no_grad()
-def _measure(tuned: Tuned, pixels: Tensor, actions: Tensor, asked: Actions) -> list[dict[str, tuple[float, float]]]:
+def _measure(tuned: Tuned, pixels: list[Tensor], actions: Tensor, asked: Actions) -> list[dict[str, tuple[float, float]]]:
     measured = []
     for at in range(0, len(pixels), 8):
-        scores = tuned.scores(pixels[at : at + 8]).numpy()
+        scores = tuned.scores(together(pixels, range(at, min(at + 8, len(pixels))))).numpy()
         measured += [
             asked.measure(one, {"action": action.numpy()}) for one, action in zip(scores, actions[at : at + 8], strict=True)
         ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,9 +26,56 @@ def layer_index(*, depth: int, fraction: float) -> int:
 def at_depth(encoder: nn.Module, pixels: Tensor, fraction: float) -> Tensor:
     """uint8 `B T H W C` -> features `B t h*w D` at a fraction of the encoder's depth."""
     index = layer_index(depth=encoder.depth, fraction=fraction)
-    x = encoder.features(pixels, index + 1)[index]  # B N D
-    t, h, w = encoder.grid
-    return x.reshape(x.shape[0], t, h * w, x.shape[-1])  # B t n D
+    return in_time(encoder.features(pixels, index + 1)[index], encoder.grid)
+
+
+def in_time(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """`B N D` -> `B t n D`."""
+    t, h, w = grid
+    return x.reshape(x.shape[0], t, h * w, x.shape[-1])
+
+
+class Inputs(Protocol):
+    """What becomes of a split's clips before a readout is trained on them."""
+
+    def add(self, pixels: Tensor) -> Any:
+        """Take one clip, uint8 `T H W C`; returns something that stands for it."""
+        ...
+
+    def ready(self, added: list[Any]) -> list[Tensor]:
+        """One tensor for each that was added."""
+        ...
+
+
+class Pixels:
+    """The clips as they are, in memory: the encoder is trained, too."""
+
+    def add(self, pixels: Tensor) -> Tensor:
+        return pixels
+
+    def ready(self, added: list[Tensor]) -> list[Tensor]:
+        return added
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features `t n D` at a fraction of an encoder's depth, in memory."""
+
+    encoder: nn.Module
+    fraction: float
+
+    @torch.no_grad()
+    def add(self, pixels: Tensor) -> Tensor:
+        return at_depth(self.encoder, pixels[None], self.fraction)[0]
+
+    def ready(self, added: list[Tensor]) -> list[Tensor]:
+        return added
+
+
+def together(inputs: Sequence[Tensor], chosen: Iterable[int]) -> Tensor:
+    """Some of the inputs as a batch; features in float32, however they are kept."""
+    batch = torch.stack([inputs[index] for index in chosen])
+    return batch.float() if batch.is_floating_point() else batch
 
 
 @dataclass(frozen=True)
@@ -43,21 +92,24 @@ class Standard:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, features: Tensor, *, flattening: float, place_deviation: float) -> Standard:
-        """Whiten the training features `B t n D` of all ranks.
+    def of(cls, features: Sequence[Tensor], *, flattening: float, place_deviation: float) -> Standard:
+        """Whiten the training features `t n D` of all clips of all ranks.
 
         The mean of a token's place is taken off. About it, directions of variance v get the weight
         1 / sqrt(v + flattening x the mean variance): 0 makes all alike, a large flattening leaves their proportions. Then every
         channel's deviation becomes 1. The mean of the place comes back, changed alike, with deviation `place_deviation`.
         """
-        width = features.shape[-1]
+        width = features[0].shape[-1]
         count = torch.tensor(float(len(features)), dtype=torch.float64)
-        total = features.sum(0, dtype=torch.float64)
+        total = torch.zeros(features[0].shape, dtype=torch.float64)
+        for one in features:
+            total += one
         dist.all_reduce(count)
         dist.all_reduce(total)
         mean = total / count  # t n D
         squares = torch.zeros(width, width, dtype=torch.float64)
-        for some in features.split(16):
+        for at in range(0, len(features), 16):
+            some = together(features, range(at, min(at + 16, len(features))))
             centred = (some - mean.float()).flatten(0, 2)
             squares += (centred.T @ centred).double()
         dist.all_reduce(squares)

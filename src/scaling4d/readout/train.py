@@ -18,7 +18,8 @@ from scaling4d.checkpoint import Checkpoint
 from scaling4d.mae.build import encoder_of, load
 from scaling4d.ranks import gather, parallel, run
 from scaling4d.readout import metrics, views
-from scaling4d.readout.features import Standard, at_depth
+from scaling4d.readout.features import Features, Inputs, Pixels, Standard, at_depth, layer_index, together
+from scaling4d.readout.store import Store, opened
 from scaling4d.readout.tasks.actions import Actions
 from scaling4d.readout.tasks.boxes import Boxes
 from scaling4d.readout.tasks.depth import Depth
@@ -41,6 +42,9 @@ class Evaluation:
     place_deviation: what a token's place then adds to all clips alike.
     data: folder of benchmarks. bootstrap_draws: resamplings of the validation videos for the interval.
     max_bad_share: of a split's samples may be damaged or missing, and are then left out (ours).
+    feature_store: folder in which a frozen encoder's features stay, for all readouts to share; "": in memory, for this one alone.
+    feature_dtype: of features in the store: float32 (changes no result), float16 or bfloat16. stored_depths: fractions of the
+    depth that the store keeps beside depth_fraction, so that a sweep over them costs no second pass.
     """
 
     ranks: int
@@ -50,6 +54,9 @@ class Evaluation:
     data: str
     bootstrap_draws: int
     max_bad_share: float
+    feature_store: str
+    feature_dtype: str
+    stored_depths: tuple[float, ...]
 
 
 @config.configurable
@@ -135,9 +142,11 @@ def _work(
         raise UserError(f"readout batch {recipe.batch} does not divide over {ranks} ranks; set Recipe.batch to a multiple")
     tuned = recipe.encoder_learning_rate > 0
     encoder.requires_grad_(tuned)
-    features, targets, _, left_out = share_of(
-        encoder, asked, task, "train", evaluation, rank=rank, ranks=ranks, pixels_only=tuned
-    )
+    frozen = Features(encoder, evaluation.depth_fraction)
+    if evaluation.feature_store and not tuned:
+        frozen = stored(folder, encoder, evaluation)
+    part = {"clip": encoder.clip, "rank": rank, "ranks": ranks}
+    features, targets, _, left_out = share_of(asked, task, "train", evaluation, Pixels() if tuned else frozen, **part)
     head = asked.head(features_width=encoder.width, clip=encoder.clip)
     head.initialise(seed)
     standard = Standard.none(encoder.width)
@@ -149,7 +158,7 @@ def _work(
         head.load_state_dict(tensors)
     probe = Probe(encoder if tuned else None, standard, head, asked, evaluation.depth_fraction)
     _train(probe, features, targets, recipe, rank=rank, ranks=ranks, seed=seed)
-    features, targets, videos, also = share_of(encoder, asked, task, "val", evaluation, rank=rank, ranks=ranks, pixels_only=False)
+    features, targets, videos, also = share_of(asked, task, "val", evaluation, frozen, **part)
     measured = _measure(probe, features, targets)
     if rank == 0:
         tensors = head.state_dict() | {"standard.matrix": standard.matrix, "standard.offset": standard.offset}
@@ -158,47 +167,50 @@ def _work(
     return gather(videos), gather(measured)
 
 
+def stored(folder: Path, encoder: nn.Module, evaluation: Evaluation) -> Store:
+    """Where features of this encoder stay."""
+    depths = (evaluation.depth_fraction, *evaluation.stored_depths)
+    layers = [layer_index(depth=encoder.depth, fraction=fraction) for fraction in depths]
+    store = Path(evaluation.feature_store)
+    return opened(store, folder, encoder, layers=layers, wanted=layers[0], dtype=evaluation.feature_dtype)
+
+
 def share_of(
-    encoder: nn.Module,
     asked: Task,
     task: str,
     split: str,
     evaluation: Evaluation,
+    inputs: Inputs,
     *,
+    clip: tuple[int, int, int],
     rank: int,
     ranks: int,
-    pixels_only: bool,
-) -> tuple[Tensor, dict[str, Tensor], list[str], list[Skipped]]:
-    """This rank's part of a split: features `n t n D` (or pixels `n T H W C`), stacked targets, video names; and what all ranks
-    together skipped.
+) -> tuple[list[Tensor], dict[str, Tensor], list[str], list[Skipped]]:
+    """This rank's part of a split: what `inputs` makes of its clips, stacked targets, video names; and what all ranks together
+    skipped.
 
     For training every sample comes in all the task's views, one after the other.
     Raises:
         UserError: too few samples, or too large a share of them is damaged or missing.
     """
-    T, side, _ = encoder.clip
+    T, side, _ = clip
     mine = slice(rank, None, ranks)
     bad_share = evaluation.max_bad_share
     skipped: list[Skipped] = []
-    clip = {"frames": T, "rate_hz": asked.rate_hz, "side_px": side}
-    samples = benchmarks.read(task, Path(evaluation.data), split, **clip, part=mine, skipped=skipped, max_bad_share=bad_share)
-    inputs, targets, videos = [], [], []
+    size = {"frames": T, "rate_hz": asked.rate_hz, "side_px": side}
+    samples = benchmarks.read(task, Path(evaluation.data), split, **size, part=mine, skipped=skipped, max_bad_share=bad_share)
+    added, targets, videos = [], [], []
     wanted = asked.views if split == "train" else ("plain",)
     for sample in (view for plain in samples for view in views.views(plain, wanted)):
-        pixels = torch.from_numpy(sample.pixels)
-        if pixels_only:
-            inputs.append(pixels)
-        else:
-            with torch.no_grad():
-                inputs.append(at_depth(encoder, pixels[None], evaluation.depth_fraction)[0])
+        added.append(inputs.add(torch.from_numpy(sample.pixels)))
         targets.append(asked.target(sample))
         videos.append(sample.video)
     skipped, read = gather(skipped), sum(gather([len(videos) // len(wanted)]))
     benchmarks.judge(skipped, len(skipped) + read, bad_share, f"{task} {split}")
-    if not inputs:
+    if not added:
         raise UserError(f"{task}: too few samples in split {split} for {ranks} ranks; lower readout.shared.Evaluation.ranks")
     stacked = {name: torch.from_numpy(np.stack([target[name] for target in targets])) for name in targets[0]}
-    return torch.stack(inputs), stacked, videos, skipped
+    return inputs.ready(added), stacked, videos, skipped
 
 
 def write_skipped(out: Path, **splits: list[Skipped]) -> None:
@@ -224,7 +236,9 @@ class Probe(nn.Module):
         return self.asked.predict(self.head, self.standard(features), target)
 
 
-def _train(probe: Probe, inputs: Tensor, targets: dict[str, Tensor], recipe: Recipe, *, rank: int, ranks: int, seed: int) -> None:
+def _train(
+    probe: Probe, inputs: list[Tensor], targets: dict[str, Tensor], recipe: Recipe, *, rank: int, ranks: int, seed: int
+) -> None:
     parts = {"head": (list(probe.head.named_parameters()), recipe.learning_rate)}
     if probe.encoder is not None:
         parts["encoder"] = (list(probe.encoder.named_parameters()), recipe.encoder_learning_rate)
@@ -233,7 +247,7 @@ def _train(probe: Probe, inputs: Tensor, targets: dict[str, Tensor], recipe: Rec
     steps = log.Steps(recipe.steps)
     for step in range(recipe.steps):
         chosen = batch_of(step, recipe.batch // ranks, len(inputs), seed, rank)
-        loss = step_loss(inputs[chosen], {name: value[chosen] for name, value in targets.items()})
+        loss = step_loss(together(inputs, chosen.tolist()), {name: value[chosen] for name, value in targets.items()})
         loss.backward()
         grad = nn.utils.clip_grad_norm_(probe.parameters(), recipe.clip_norm)
         if not torch.isfinite(grad):
@@ -256,11 +270,11 @@ def batch_of(step: int, size: int, length: int, seed: int, rank: int) -> Tensor:
 
 
 @torch.no_grad()
-def _measure(probe: Probe, features: Tensor, targets: dict[str, Tensor]) -> list[dict[str, tuple[float, float]]]:
+def _measure(probe: Probe, features: list[Tensor], targets: dict[str, Tensor]) -> list[dict[str, tuple[float, float]]]:
     measured = []
     for at in range(0, len(features), 16):
         target = {name: value[at : at + 16] for name, value in targets.items()}
-        predicted = probe.predict(features[at : at + 16], target).numpy()
+        predicted = probe.predict(together(features, range(at, min(at + 16, len(features)))), target).numpy()
         for index, one in enumerate(predicted):
             measured.append(probe.asked.measure(one, {name: value[index].numpy() for name, value in target.items()}))
     return measured

@@ -1,0 +1,150 @@
+"""Features that stay on disk."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from scaling4d import seeds
+from scaling4d.mae.encoder import Encoder, initialise
+from scaling4d.readout import store
+from scaling4d.readout.features import Features, layer_index, together
+from scaling4d.readout.store import Store, opened
+from scaling4d.records import UserError
+
+LAYER = layer_index(depth=6, fraction=0.95)
+
+
+@pytest.fixture
+def encoder() -> Encoder:
+    made = Encoder(
+        width=24, depth=6, heads=2, mlp=48, clip=(4, 16, 16), patch=(2, 8, 8), gelu="tanh", pixel_mean=0.0, pixel_scale=1.0
+    )
+    initialise(made, seed=0)
+    return made
+
+
+@pytest.fixture
+def clips() -> list[Tensor]:
+    rng = seeds.stream(0, "clips")
+    return [torch.randint(256, (4, 16, 16, 3), generator=rng, dtype=torch.uint8) for _ in range(5)]
+
+
+@pytest.fixture
+def passes(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one for every pass of the encoder."""
+    seen, features = [], encoder.features
+
+    def counted(pixels: Tensor, layers: int | None = None) -> list[Tensor]:
+        seen.append(len(pixels))
+        return features(pixels, layers)
+
+    monkeypatch.setattr(encoder, "features", counted)
+    return seen
+
+
+def kept(encoder: Encoder, folder: Path, *, layers: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> Store:
+    return Store(folder, encoder, layers=layers, wanted=LAYER, dtype=dtype)
+
+
+def through(inputs: Store | Features, clips: list[Tensor]) -> list[Tensor]:
+    return inputs.ready([inputs.add(clip) for clip in clips])
+
+
+def test_stored_features_are_those_of_the_encoder_bit_for_bit_and_the_next_readout_needs_no_pass(
+    encoder: Encoder, clips: list[Tensor], passes: list[int], tmp_path: Path
+) -> None:
+    wanted = through(Features(encoder, 0.95), clips)
+    del passes[:]
+    first = through(kept(encoder, tmp_path), [*clips, clips[0]])  # a clip that comes twice is seen once
+    assert len(passes) == len(clips) and all(map(torch.equal, first, [*wanted, wanted[0]]))
+    again = through(kept(encoder, tmp_path), clips[::-1])
+    assert len(passes) == len(clips) and all(map(torch.equal, again, wanted[::-1]))
+
+
+def test_only_clips_that_are_new_are_computed(encoder: Encoder, clips: list[Tensor], passes: list[int], tmp_path: Path) -> None:
+    through(kept(encoder, tmp_path), clips[:3])
+    through(kept(encoder, tmp_path), clips)
+    assert len(passes) == len(clips) and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_sweep_over_stored_depths_costs_no_second_pass(
+    encoder: Encoder, clips: list[Tensor], passes: list[int], tmp_path: Path
+) -> None:
+    through(kept(encoder, tmp_path, layers=(0, 2)), clips)
+    of_two = Store(tmp_path, encoder, layers=(), wanted=2, dtype=torch.float32)
+    found = through(of_two, clips)
+    assert len(passes) == len(clips)
+    assert all(torch.equal(one, encoder.features(clip[None])[2].unflatten(1, (2, 4))[0]) for one, clip in zip(found, clips))
+
+
+def test_a_small_shard_is_written_whenever_enough_is_new(
+    encoder: Encoder, clips: list[Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "SHARD_BYTES", 2 * 8 * 24 * 4)  # two clips
+    found = through(kept(encoder, tmp_path), clips)
+    assert len(list(tmp_path.iterdir())) == 3 and all(map(torch.equal, found, through(Features(encoder, 0.95), clips)))
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_half_precision_takes_half_the_room_and_readouts_compute_in_float32(
+    encoder: Encoder, clips: list[Tensor], tmp_path: Path, name: str
+) -> None:
+    dtype = store.DTYPES[name]
+    found = through(kept(encoder, tmp_path, dtype=dtype), clips)
+    exact = torch.stack(through(Features(encoder, 0.95), clips))
+    assert found[0].dtype == dtype and together(found, range(5)).dtype == torch.float32
+    torch.testing.assert_close(together(found, range(5)), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_a_damaged_shard_is_named_and_computed_again(
+    encoder: Encoder, clips: list[Tensor], passes: list[int], tmp_path: Path
+) -> None:
+    wanted = through(kept(encoder, tmp_path), clips)
+    (shard,) = tmp_path.iterdir()
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    wanted = [rows.clone() for rows in wanted]  # they lie in the file
+    shard.write_bytes(content)
+    with pytest.warns(UserWarning, match=f"{shard} is damaged; its clips are computed again"):
+        found = through(kept(encoder, tmp_path), clips)
+    assert len(passes) == 2 * len(clips) and all(map(torch.equal, found, wanted))
+
+
+def test_other_weights_other_models_and_other_numbers_have_folders_of_their_own(
+    encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpointed: Callable[[Encoder, Path], Path]
+) -> None:
+    code = tmp_path / "readout.json"
+    code.write_text('{"modules": {"scaling4d.mae.encoder": "a", "scaling4d.readout.train": "b"}}')
+    monkeypatch.setattr(store, "CODE", code)
+
+    def folder(dtype: str = "float32") -> Path:
+        saved = checkpointed(encoder, tmp_path / "encoder")
+        return opened(tmp_path / "store", saved, encoder, layers=[1], wanted=1, dtype=dtype).folder
+
+    first = folder()
+    assert folder() == first != folder("float16")
+    code.write_text('{"modules": {"scaling4d.mae.encoder": "a", "scaling4d.readout.train": "c"}}')
+    assert folder() == first
+    code.write_text('{"modules": {"scaling4d.mae.encoder": "d"}}')
+    second = folder()
+    assert second != first
+    with torch.no_grad():
+        encoder.patch_embedding.bias += 1
+    assert folder() not in (first, second)
+    with pytest.raises(UserError, match="feature_dtype = 'int8'; needed one of float32, float16, bfloat16; set readout.shared"):
+        folder("int8")
+
+
+@pytest.fixture
+def checkpointed() -> Callable[[Encoder, Path], Path]:
+    from scaling4d.checkpoint import Checkpoint
+
+    def write(encoder: Encoder, folder: Path) -> Path:
+        folder.mkdir(exist_ok=True)
+        Checkpoint("e", "Encoder", {}, parameters=0, step=0, clips_seen=0).write(folder, encoder.state_dict())
+        return folder
+
+    return write
