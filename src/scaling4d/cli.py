@@ -324,6 +324,18 @@ def bench_loader(
     print(f"wrote {loader.bench(out, steps=steps, repeats=repeats, minutes=minutes)}")
 
 
+@bench.command(name="readout")
+def bench_readout(
+    encoder: Annotated[str, typer.Argument(help="A name in artifacts/<profile>/pretrain.")],
+    out: Reports = REPORTS,
+    tasks: Annotated[list[str] | None, typer.Option("--task", help="One of the tasks; all of them unless told.")] = None,
+) -> None:
+    """What an encoder's frozen readouts cost beside one pass of it; what storing features saves, and half precision changes."""
+    from scaling4d.bench import readout
+
+    print(f"wrote {readout.bench(out, encoder=encoder, tasks=tasks or ())}")
+
+
 @bench.command(name="curate")
 def bench_curate(
     out: Reports = REPORTS,

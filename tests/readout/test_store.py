@@ -77,7 +77,8 @@ def test_a_sweep_over_stored_depths_costs_no_second_pass(
     of_two = Store(tmp_path, encoder, layers=(), wanted=2, dtype=torch.float32)
     found = through(of_two, clips)
     assert len(passes) == len(clips)
-    assert all(torch.equal(one, encoder.features(clip[None])[2].unflatten(1, (2, 4))[0]) for one, clip in zip(found, clips))
+    wanted = [encoder.features(clip[None])[2].unflatten(1, (2, 4))[0] for clip in clips]
+    assert all(map(torch.equal, found, wanted))
 
 
 def test_a_small_shard_is_written_whenever_enough_is_new(

@@ -11,6 +11,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from scaling4d import config
 from scaling4d.mae.encoder import Encoder, initialise, scale_branches, sincos
@@ -106,11 +107,12 @@ class SimpleMAE(nn.Module):
 
     def forward(self, pixels: Tensor, masked: MaskedTokens) -> Tensor:
         """Mean squared error of normalised pixels (a scalar), over all pixels or over the masked ones."""
-        error = (self.decode(pixels, masked) - self.encoder.normalise(patchify(pixels, self.coarse_patch))).square()
+        found, true = self.decode(pixels, masked), self.encoder.normalise(patchify(pixels, self.coarse_patch))
         if self.loss_on == "masked":
+            error = (found - true).square()
             hidden = patchify(hidden_pixels(masked, self.encoder.clip, self.encoder.patch), self.coarse_patch)  # B M P/3
             return (error.unflatten(-1, (-1, 3)).mean(-1) * hidden).sum() / hidden.sum()
-        return error.mean()
+        return F.mse_loss(found, true)
 
     def reconstruct(self, pixels: Tensor, masked: MaskedTokens) -> Tensor:
         """float `B T H W C` in 0..1: every pixel as predicted."""

@@ -100,7 +100,7 @@ def readout(encoder: str, task: str, protocol: str, settings: Mapping[str, Any])
             f"no {start}; fine-tuning starts from the frozen readout: run `scaling4d readout {encoder} {task} frozen`"
         )
     with artifacts.folder(final) as out:
-        videos, sums = run(
+        videos, sums, took = run(
             _work,
             ranks=evaluation.ranks,
             folder=folder,
@@ -120,7 +120,7 @@ def readout(encoder: str, task: str, protocol: str, settings: Mapping[str, Any])
             inputs["head"] = artifacts.sha256(start)
         asked.head(features_width=1, clip=(16, 16, 16))  # so that gin counts the head's settings as operative here too
         artifacts.write_provenance(out, stage="readout", settings=settings, keys=keys, room="readout", inputs=inputs)
-    artifacts.write_run(f"readout-{encoder}-{task}-{protocol}", artifacts.sha256(final), started=started)
+    artifacts.write_run(f"readout-{encoder}-{task}-{protocol}", artifacts.sha256(final), started=started, **took)
     return result
 
 
@@ -136,7 +136,9 @@ def _work(
     start: Path | None,
     seed: int,
     out: Path,
-) -> tuple[list[str], list[dict[str, tuple[float, float]]]]:
+) -> tuple[list[str], list[dict[str, tuple[float, float]]], dict[str, float]]:
+    """Names of validation videos, their sums, and seconds: for what goes into the readout, and for the readout itself."""
+    started = time.monotonic()
     encoder = encoder_of(load(folder))
     if recipe.batch % ranks:
         raise UserError(f"readout batch {recipe.batch} does not divide over {ranks} ranks; set Recipe.batch to a multiple")
@@ -147,6 +149,7 @@ def _work(
         frozen = stored(folder, encoder, evaluation)
     part = {"clip": encoder.clip, "rank": rank, "ranks": ranks}
     features, targets, _, left_out = share_of(asked, task, "train", evaluation, Pixels() if tuned else frozen, **part)
+    inputs_s = time.monotonic() - started
     head = asked.head(features_width=encoder.width, clip=encoder.clip)
     head.initialise(seed)
     standard = Standard.none(encoder.width)
@@ -158,13 +161,16 @@ def _work(
         head.load_state_dict(tensors)
     probe = Probe(encoder if tuned else None, standard, head, asked, evaluation.depth_fraction)
     _train(probe, features, targets, recipe, rank=rank, ranks=ranks, seed=seed)
+    trained = time.monotonic()
     features, targets, videos, also = share_of(asked, task, "val", evaluation, frozen, **part)
+    inputs_s += time.monotonic() - trained
     measured = _measure(probe, features, targets)
     if rank == 0:
         tensors = head.state_dict() | {"standard.matrix": standard.matrix, "standard.offset": standard.offset}
         checkpoint.save_tensors(out / HEAD, tensors)
         write_skipped(out, train=left_out, val=also)
-    return gather(videos), gather(measured)
+    readout_s = time.monotonic() - started - inputs_s
+    return gather(videos), gather(measured), {"inputs_s": round(inputs_s, 2), "readout_s": round(readout_s, 2)}
 
 
 def stored(folder: Path, encoder: nn.Module, evaluation: Evaluation) -> Store:
