@@ -1,5 +1,6 @@
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -221,9 +222,9 @@ def watched(monkeypatch):
     asked = {}
     real = curate.finish
 
-    def finish(client, work, jobs, title):
-        asked[title] = len(jobs)
-        return real(client, work, jobs, title)
+    def finish(client, work, jobs, title, *, total):
+        asked[title] = total
+        return real(client, work, jobs, title, total=total)
 
     monkeypatch.setattr(curate, "finish", finish)
     return asked
@@ -291,19 +292,32 @@ def away(videos, item, sha256, curation):
     return examine.examine(videos / "gone" if item.path == "good1.mp4" else videos, item, sha256, curation)
 
 
-def test_a_line_that_a_crash_cut_off_is_dropped(tmp_path):
+def test_what_was_found_out_is_there_after_a_crash_and_for_the_same_circumstances_only(tmp_path):
+    with multiprocessing.get_context("spawn").Pool(1) as pool, pytest.raises(multiprocessing.TimeoutError):
+        pool.apply_async(put_and_die, (tmp_path,)).get(timeout=2)
     with remembered(tmp_path, "looked", {"a": 1}) as known:
-        known.put("one", [1])
-        known.put("two", [2])
-    (path,) = tmp_path.iterdir()
-    path.write_text(path.read_text()[:-4])
-    with remembered(tmp_path, "looked", {"a": 1}) as known:
-        assert (known.get("one"), known.get("two")) == ([1], None)
-        known.put("three", [3])
-    with remembered(tmp_path, "looked", {"a": 1}) as known:
-        assert (known.get("one"), known.get("two"), known.get("three")) == ([1], None, [3])
+        assert "one" in known and "two" not in known and (known.get("one"), known.get("two")) == ([1], None)
     with remembered(tmp_path, "looked", {"a": 2}) as known:
         assert known.get("one") is None
+
+
+def put_and_die(folder):
+    with remembered(folder, "looked", {"a": 1}) as known:
+        known.put("one", [1])
+        os._exit(9)
+
+
+def test_a_damaged_memory_is_named_and_begun_anew(tmp_path):
+    with remembered(tmp_path, "looked", {}) as known:
+        known.put("one", [1])
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:4096] + b"x" * 4096)
+    with pytest.warns(UserWarning, match=f"{path} is damaged .*; what it held is found out anew"):
+        with remembered(tmp_path, "looked", {}) as known:
+            assert "one" not in known
+            known.put("one", [2])
+    with remembered(tmp_path, "looked", {}) as known:
+        assert known.get("one") == [2]
 
 
 def fresh(folder):
@@ -361,9 +375,9 @@ def test_a_running_cluster_that_loses_a_worker_writes_the_same_bytes(scheduler, 
     place, pids = scheduler
     real = curate.finish
 
-    def finish(client, work, jobs, title):
+    def finish(client, work, jobs, title, *, total):
         client.wait_for_workers(1 if title != "reading files" else 2, timeout=30)
-        for number, ended in enumerate(real(client, work, jobs, title)):
+        for number, ended in enumerate(real(client, work, jobs, title, total=total)):
             if (title, number) == ("looking at videos", 3):
                 os.kill(pids[0], signal.SIGKILL)
             yield ended

@@ -198,10 +198,10 @@ def search_for_duplicates(count: int, *, bits: int, seed: int) -> dict[str, floa
 def _do_nothing(settings: Curation, tasks: int) -> float:
     """Seconds that a cluster on this machine takes to hand out as many tasks."""
     with workers(replace(settings, cluster="")) as client:
-        for _ in finish(client, _nothing, [(0,)] * settings.workers, "starting"):
+        for _ in finish(client, _nothing, [(0,)] * settings.workers, "starting", total=settings.workers):
             pass
         start = time.perf_counter()
-        for _, future in finish(client, _nothing, [(number,) for number in range(tasks)], "doing nothing"):
+        for _, future in finish(client, _nothing, ((number,) for number in range(tasks)), "doing nothing", total=tasks):
             future.result()
         return time.perf_counter() - start
 

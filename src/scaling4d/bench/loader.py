@@ -47,14 +47,17 @@ def bench(
             path = Path(scratch, "videos", f"{number}.mp4")
             path.parent.mkdir(exist_ok=True)
             videos.make(path, seed + number, seconds=seconds, height_px=size_px[0], width_px=size_px[1], gop=250)
-        for kind, encode in (("encoded clips", True), ("whole sources", False)):
-            folder = Path(scratch, "encoded" if encode else "whole")
+        folders = {"encoded clips": Path(scratch, "encoded"), "whole sources": Path(scratch, "whole")}
+        for kind, folder in folders.items():
             folder.mkdir()
+            encode = kind == "encoded clips"
             curate.curate(Path(scratch, "videos"), folder, curation(encode=encode, workers=measure.cores()))
             raw[kind], rows = _race(folder, steps=steps, repeats=repeats, workers=workers, seed=seed)
-            memory = _memory(folder, minutes=minutes, workers=max(workers), seed=seed)
-            found[kind] = {"rows": rows, "clips": loader.count(folder, "train"), "memory": memory}
+            found[kind] = {"rows": rows, "clips": loader.count(folder, "train")}
             _show(kind, found[kind])
+        for kind, folder in folders.items():
+            found[kind]["memory"] = _memory(folder, minutes=minutes, workers=max(workers), seed=seed)
+            _show_memory(kind, found[kind]["memory"])
     settings = {"batch": BATCH, "steps": steps, "repeats": repeats, "minutes": minutes, "files": files, "seconds": seconds}
     settings |= {"size_px": list(size_px), "seed": seed, "load_before": load, "curation": measure.plain(curation())}
     libraries = measure.versions(LIBRARIES)
@@ -147,9 +150,11 @@ def _show(kind: str, found: dict[str, Any]) -> None:
     lines = [(row["name"], *measure.speed(row), f"{row['over_all_cores']:.0%}") for row in found["rows"]]
     columns = ("", "clips/s", "quartiles", "times one core", f"of {measure.cores()} x one core")
     measure.show(f"{kind}: batches of {BATCH} from {found['clips']} clips", columns, lines)
-    memory = found["memory"]
+
+
+def _show_memory(kind: str, memory: dict[str, Any]) -> None:
     print(
-        f"memory with {memory['workers']} workers over {memory['minutes']:.1f} min, {memory['batches']} batches: "
+        f"{kind}: memory with {memory['workers']} workers over {memory['minutes']:.1f} min, {memory['batches']} batches: "
         f"{memory['first'] / 2**20:.0f} to {memory['last'] / 2**20:.0f} MiB, peak {memory['peak'] / 2**20:.0f} MiB, "
         f"{memory['slope_per_minute'] / 2**20:+.2f} MiB/min (second half {memory['slope_per_minute_second_half'] / 2**20:+.2f})"
     )

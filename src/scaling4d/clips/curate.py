@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,6 +30,7 @@ from scaling4d.records import UserError, write_json
 from scaling4d.video import Member
 
 LIBRARIES = ("av", "imagehash", "numpy", "pillow", "scenedetect-headless")  # that findings depend on
+ROWS = 2**12  # of clips.parquet that are in memory
 HASHED_TOGETHER = 32  # inputs in one job: a hash is little work
 CUT = ("side_px", "crf", "gop", "rate_hz")  # settings that the encoded clip depends on, beside its frames
 LATER = (
@@ -45,7 +47,7 @@ LATER = (
 )  # what no finding depends on
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Chosen:
     """One clip that will be written."""
 
@@ -79,10 +81,10 @@ def curate(videos: Path, out: Path, curation: Curation, *, before: Path | None =
     (out / "shards").mkdir()
     shards = _encoded if curation.encode else _whole
     rows = shards(chosen, {path: item.source(videos) for path, item in found.items()}, parts, out / "shards", curation)
+    _write_tables(rows, rejected, out)
     for part in parts.iterdir():  # of a worker that was killed
         part.unlink()
     parts.rmdir()
-    _write_tables(rows, rejected, out)
     sheet = datasheet(findings, chosen, rejected, curation)
     _describe(sheet, out, encoded=curation.encode)
     return hashlib.sha256("".join(f"{_text(f.path)}\0{f.sha256}\n" for f in findings).encode()).hexdigest()
@@ -119,9 +121,9 @@ def _examine_all(client: Any, videos: Path, items: list[Input], curation: Curati
         for item, sha256 in zip(items, hashes, strict=True):
             if isinstance(sha256, str) and name_of(sha256, item) not in known:
                 unknown.setdefault(name_of(sha256, item), (item, sha256))
-        names, jobs = list(unknown), [(videos, item, sha256, curation) for item, sha256 in unknown.values()]
+        names, jobs = list(unknown), ((videos, item, sha256, curation) for item, sha256 in unknown.values())
         fleeting: dict[str, tuple[Rejection, ...]] = {}  # not remembered: another time it may work
-        for index, future in finish(client, examine, jobs, "looking at videos"):
+        for index, future in finish(client, examine, jobs, "looking at videos", total=len(names)):
             error = future.exception()
             if error is not None:
                 why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -147,7 +149,8 @@ def _hash_all(client: Any, videos: Path, items: list[Input]) -> list[str | Rejec
     hashes: list[Any] = [item.refused for item in items]
     open_ = [index for index, refused in enumerate(hashes) if refused is None]
     groups = [open_[at : at + HASHED_TOGETHER] for at in range(0, len(open_), HASHED_TOGETHER)]
-    for number, future in finish(client, fingerprint, [(videos, [items[i] for i in g]) for g in groups], "reading files"):
+    jobs = ((videos, [items[i] for i in group]) for group in groups)
+    for number, future in finish(client, fingerprint, jobs, "reading files", total=len(groups)):
         for index, found in zip(groups[number], future.result(), strict=True):
             hashes[index] = found
     return hashes
@@ -167,16 +170,24 @@ def _cut_all(
     circumstances = {"settings": {name: value for name, value in asdict(curation).items() if name in CUT}, "code": _code()}
     circumstances |= {"ffmpeg": video.VERSIONS}
     with remembered(memory, "cut", circumstances) as known:
-        names = {item.id: f"{item.source.sha256} {' '.join(map(str, item.clip.frames))}" for item in chosen}
         old = dict(_old_clips(before)) if before is not None else {}
-        by_source: dict[str, dict[str, tuple[int, ...]]] = {}
+        by_source: dict[str, dict[str, Chosen]] = {}
         for item in chosen:
-            if not _taken_over(old.get(item.id), known.get(names[item.id]), parts / f"{item.id}.mp4"):
-                by_source.setdefault(item.source.path, {})[item.id] = item.clip.frames
-        jobs = [(videos, items[path], clips, curation, parts) for path, clips in sorted(by_source.items())]
-        for _, future in finish(client, cut, jobs, "cutting clips"):
+            if not _taken_over(old.get(item.id), known.get(_frames_of(item)), parts / f"{item.id}.mp4"):
+                by_source.setdefault(item.source.path, {})[item.id] = item
+        paths = sorted(by_source)
+        jobs = (
+            (videos, items[path], {name: item.clip.frames for name, item in by_source[path].items()}, curation, parts)
+            for path in paths
+        )
+        for number, future in finish(client, cut, jobs, "cutting clips", total=len(paths)):
             for name, sha256 in future.result().items():
-                known.put(names[name], sha256)
+                known.put(_frames_of(by_source[paths[number]][name]), sha256)
+
+
+def _frames_of(item: Chosen) -> str:
+    """What an encoded clip depends on: its source's bytes, and the frames it takes of them."""
+    return f"{item.source.sha256} {' '.join(map(str, item.clip.frames))}"
 
 
 def _old_clips(before: Path) -> Iterator[tuple[str, Member]]:
@@ -280,9 +291,8 @@ def _usable(chosen: list[Chosen], videos: Path, rejected: list[tuple[str, Reject
 
 def _encoded(
     chosen: list[Chosen], sources: dict[str, Path | Member], parts: Path, out: Path, curation: Curation
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Write `<split>-00000.tar ...` (WebDataset: `<id>.mp4`, `<id>.json`), the clips in order of their ids; the parts go."""
-    rows = []
     for split in SPLITS:
         with _Shards(out, split, curation.shard_bytes) as shards:
             for item in (item for item in chosen if item.split == split):
@@ -291,15 +301,13 @@ def _encoded(
                 told = {key: row[key] for key in ("id", "source", "source_sha256", "start_s", "rate_hz", "frames")}
                 shards.add(f"{item.id}.json", *_file(json.dumps(told, sort_keys=True).encode()), beside=True)
                 part.unlink()
-                rows.append(row)
-    return rows
+                yield row
 
 
 def _whole(
     chosen: list[Chosen], sources: dict[str, Path | Member], parts: Path, out: Path, curation: Curation
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """The same with the sources as they are (`<start of their sha256>.<ending>`), each once, however many clips it gives."""
-    rows = []
     for split in SPLITS:
         by_source: dict[str, list[Chosen]] = {}
         for item in (item for item in chosen if item.split == split):
@@ -320,8 +328,7 @@ def _whole(
                 mine = [_row(item, curation) | place for item in items]
                 told = [{key: row[key] for key in ("id", "source", "start_s", "rate_hz", "frames")} for row in mine]
                 shards.add(f"{sha256[:16]}.json", *_file(json.dumps(told, sort_keys=True).encode()), beside=True)
-                rows += mine
-    return rows
+                yield from mine
 
 
 def _file(content: bytes) -> tuple[BinaryIO, int]:
@@ -379,12 +386,16 @@ def _row(item: Chosen, curation: Curation) -> dict[str, Any]:
     }
 
 
-def _write_tables(rows: list[dict[str, Any]], rejected: list[tuple[str, Rejection]], out: Path) -> None:
+def _write_tables(rows: Iterator[dict[str, Any]], rejected: list[tuple[str, Rejection]], out: Path) -> None:
     """clips.parquet: a row a clip. rejected.parquet: a row a file (`scope` file) or a span of it, its times first in `detail`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pq.write_table(pa.Table.from_pylist(rows), out / "clips.parquet")
+    some = pa.Table.from_pylist(list(islice(rows, ROWS)))
+    with pq.ParquetWriter(out / "clips.parquet", some.schema) as table:
+        while some.num_rows:
+            table.write_table(some)
+            some = pa.Table.from_pylist(list(islice(rows, ROWS)), some.schema)
     refused = []
     for file, why in rejected:
         span = why.start_s is not None

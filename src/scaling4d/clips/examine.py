@@ -79,7 +79,7 @@ class Curation:
             raise UserError(f"clips.Curation.val_share = {self.val_share}; needed between 0 and 1")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Clip:
     """A stretch of one source: where it starts, which decoded frames it takes (T), and its perceptual hash (32 bytes)."""
 
@@ -89,7 +89,7 @@ class Clip:
     phash: bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Finding:
     """What one input is good for; video is None if it is not a video at all, and sha256 empty if it cannot be read.
 

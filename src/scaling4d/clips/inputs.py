@@ -19,7 +19,7 @@ MAX_HEADER = 2**20  # bytes of a long name or of pax records
 KINETICS = ("youtube_id", "time_start", "time_end")  # columns of the official lists
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Rejection:
     """Why a file, or a span of it when start_s is given, is not used."""
 
@@ -29,7 +29,7 @@ class Rejection:
     end_s: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Input:
     """One thing that may be a video.
 

@@ -7,11 +7,12 @@ thread and no process is started: the ranks that call it are one-thread processe
 from __future__ import annotations
 
 import atexit
+import math
 import multiprocessing
 import os
 import signal
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from scaling4d import seeds, video
@@ -222,7 +223,7 @@ class Views(Dataset):
 
     def __getitem__(self, draws: list[Draw]) -> ClipBatch | UserError:
         try:
-            return _together([draw.row for draw in draws], [self.view(draw) for draw in draws])
+            return _together([draw.row for draw in draws], map(self.view, draws))
         except UserError as error:
             return error
 
@@ -430,7 +431,7 @@ def every(folder: Path, *, split: str, batch: int, rank: int, ranks: int) -> Ite
     mine = range(rank, len(clips), ranks)
     for first in range(0, len(mine), batch):
         rows = [clips[index] for index in mine[first : first + batch]]
-        yield _together(rows, [reader.pixels(row) for row in rows])
+        yield _together(rows, map(reader.pixels, rows))
 
 
 def count(folder: Path, split: str) -> int:
@@ -441,8 +442,17 @@ def count(folder: Path, split: str) -> int:
     return found
 
 
-def _together(rows: list[Row], pixels: list[Tensor]) -> ClipBatch:
-    return ClipBatch(torch.stack(pixels), tuple(row.id for row in rows), tuple(row.start_s for row in rows))
+def _together(rows: list[Row], views: Iterable[Tensor]) -> ClipBatch:
+    """One batch, each clip put in its place as it is made; a worker makes it in memory that its rank sees, too."""
+    shape = (len(rows), rows[0].frames, rows[0].side_px, rows[0].side_px, 3)
+    pixels = torch.empty(0, dtype=torch.uint8)
+    if get_worker_info() is None:
+        pixels = pixels.new_empty(shape)
+    else:
+        pixels.set_(torch.UntypedStorage._new_shared(math.prod(shape)), 0, shape)
+    for place, view in zip(pixels, views, strict=True):
+        place.copy_(view)
+    return ClipBatch(pixels, tuple(row.id for row in rows), tuple(row.start_s for row in rows))
 
 
 def _leave_at_once(worker: int) -> None:

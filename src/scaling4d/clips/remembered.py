@@ -1,18 +1,20 @@
 """What curation found out before: a run with more videos, or one after a crash, looks at the new ones alone.
 
-Lines of JSON outside DVC's outs; without them everything is found out anew, with the same result. Each file's name holds a hash
-of all that its lines depend on beside the video's own bytes.
+A database outside DVC's outs, so that it takes no memory; without it everything is found out anew, with the same result. Each
+file's name holds a hash of all that its entries depend on beside the video's own bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import sqlite3
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from scaling4d.clips.examine import Clip, Finding
 from scaling4d.clips.inputs import Input, Rejection
@@ -20,45 +22,56 @@ from scaling4d.records import Video
 
 
 class Remembered:
-    """A table of JSON values by name, kept on disk: every new entry is one appended line."""
+    """A table of JSON values by name; what was put in survives a crash that follows."""
 
-    def __init__(self, lines: dict[str, str], file: TextIO | None) -> None:
-        self.lines, self.file = lines, file  # as text, which is a fifth of what parsed values would take
+    def __init__(self, database: sqlite3.Connection) -> None:
+        self.database = database
 
     def __contains__(self, name: str) -> bool:
-        return name in self.lines
+        return self.database.execute("SELECT 1 FROM found WHERE name = ?", (name,)).fetchone() is not None
 
     def get(self, name: str) -> Any:
-        return json.loads(self.lines[name])[1] if name in self.lines else None
+        row = self.database.execute("SELECT value FROM found WHERE name = ?", (name,)).fetchone()
+        return None if row is None else json.loads(row[0])
 
     def put(self, name: str, value: Any) -> None:
-        self.lines[name] = json.dumps([name, value])
-        if self.file is not None:
-            self.file.write(self.lines[name] + "\n")
-            self.file.flush()
+        with self.database:
+            self.database.execute("INSERT OR REPLACE INTO found VALUES (?, ?)", (name, json.dumps(value)))
 
 
 @contextmanager
 def remembered(folder: Path | None, kind: str, depends_on: Any) -> Iterator[Remembered]:
-    """The table of `kind` for these circumstances; a line that was cut off is dropped. Without a folder nothing is kept."""
+    """The table of `kind` for these circumstances; a damaged one is begun anew. Without a folder nothing is kept."""
     if folder is None:
-        yield Remembered({}, None)
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
-    path = folder / f"{kind}-{key}.jsonl"
-    lines: dict[str, str] = {}
-    line = "\n"
-    with path.open("a+") as file:
-        file.seek(0)
-        for line in file:
-            with suppress(ValueError):  # cut off by a crash, and closed by the run after it
-                name, _ = json.loads(line)
-                if line.endswith("\n"):
-                    lines[name] = line
-        if not line.endswith("\n"):
-            file.write("\n")
-        yield Remembered(lines, file)
+        path = ""  # of a database that is gone when it is closed
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
+        path = folder / f"{kind}-{key}.sqlite"
+    try:
+        database = _opened(path)
+    except sqlite3.DatabaseError as error:
+        why = " ".join(str(error).split())
+        warnings.warn(f"{path} is damaged ({why}); what it held is found out anew", stacklevel=3)
+        Path(path).unlink()
+        database = _opened(path)
+    with closing(database):
+        yield Remembered(database)
+
+
+def _opened(path: Path | str) -> sqlite3.Connection:
+    """Raises sqlite3.DatabaseError: damaged."""
+    database = sqlite3.connect(path)
+    try:
+        found = database.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if found != "ok":
+            raise sqlite3.DatabaseError(found)
+        database.execute("PRAGMA synchronous = OFF")  # what a crash of the whole machine loses is found out anew
+        database.execute("CREATE TABLE IF NOT EXISTS found (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID")
+    except sqlite3.DatabaseError:
+        database.close()
+        raise
+    return database
 
 
 def name_of(sha256: str, item: Input) -> str:
