@@ -48,7 +48,7 @@ def bench(out: Path, *, encoder: str, tasks: Sequence[str] = ()) -> Path:
         **{f"stored as {dtype}": store | {"feature_dtype": dtype} for dtype in HALF},
     }
     with tempfile.TemporaryDirectory() as scratch:
-        for path in ("data", "src", home / "pretrain", "artifacts/code"):
+        for path in ("data", "experiments", "src", home / "pretrain", "artifacts/code"):
             Path(scratch, path).parent.mkdir(parents=True, exist_ok=True)
             Path(scratch, path).symlink_to(Path(path).resolve())
         raw = {name: _readouts(Path(scratch), settings, change, encoder, tasks, home) for name, change in turns.items()}
