@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from scaling4d import artifacts, benchmarks, checkpoint, config, log, optimizer, seeds
 from scaling4d.benchmarks.frames import Skipped
 from scaling4d.checkpoint import Checkpoint
-from scaling4d.mae.build import encoder_of, load
 from scaling4d.ranks import gather, parallel, run
 from scaling4d.readout import metrics, views
 from scaling4d.readout.features import Standard, at_depth
+from scaling4d.readout.pretrained import load_encoder
 from scaling4d.readout.tasks.actions import Actions
 from scaling4d.readout.tasks.boxes import Boxes
 from scaling4d.readout.tasks.depth import Depth
@@ -130,7 +130,7 @@ def _work(
     seed: int,
     out: Path,
 ) -> tuple[list[str], list[dict[str, tuple[float, float]]]]:
-    encoder = encoder_of(load(folder))
+    encoder = load_encoder(folder)
     if recipe.batch % ranks:
         raise UserError(f"readout batch {recipe.batch} does not divide over {ranks} ranks; set Recipe.batch to a multiple")
     tuned = recipe.encoder_learning_rate > 0
