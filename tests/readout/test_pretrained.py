@@ -240,10 +240,8 @@ def test_features_are_the_same_at_every_call_even_in_training(published):
 
 
 def test_floats_mean_what_bytes_mean(published):
-    folder, *_ = published("siglip")
-    _, encoder = take_over(folder, (FRAMES, 48, 48))
-    with torch.no_grad():
-        assert torch.allclose(encoder.features(clips(48))[-1], encoder.features(clips(48) / 255)[-1], atol=1e-6)
+    _, encoder = take_over(published("siglip")[0], (FRAMES, 32, 32))
+    assert torch.allclose(encoder.seen(clips(32)), encoder.seen(clips(32) / 255), atol=1e-6)
 
 
 # ---------------------------------------------------------------- the stage
@@ -302,6 +300,19 @@ def test_weights_in_several_files_and_of_half_precision_are_read(published, tmp_
     with torch.no_grad():
         half, full = (e.features(clips(32))[-1] for e in (encoder, exact))
     assert half.dtype == torch.float32 and 0 < (half - full).abs().max() < 0.02
+
+
+def test_a_model_of_the_hub_that_was_downloaded_before_needs_no_network(published, listed, no_rules, monkeypatch, tmp_path):
+    import huggingface_hub
+
+    revision = "0123456789" * 4
+    snapshot = tmp_path / "models--owner--name/snapshots" / revision
+    snapshot.mkdir(parents=True)
+    copy(published("dinov2")[0], snapshot)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    hub = artifacts.sha256(baseline("tiny", listed("owner/name", revision)) / "model.safetensors")
+    assert hub == artifacts.sha256(baseline("tiny", listed(snapshot)) / "model.safetensors")
 
 
 def test_a_python_caller_loads_it_like_any_other(published, listed, no_rules):
@@ -385,7 +396,44 @@ def test_weights_that_are_missing_are_refused_and_not_drawn(published, tmp_path)
     save_file(
         {name: value for name, value in weights.items() if name not in gone}, folder / "model.safetensors", {"format": "pt"}
     )
-    refused(folder, r"lacks 1 tensors of a siglip, the first encoder.layers.1.mlp.fc1.weight; needed the whole encoder")
+    refused(folder, r"lacks 1 tensors of a siglip of this shape, the first encoder.layers.1.mlp.fc1.weight; needed the whole")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("hidden_size", "wide", r"cannot be read as a dinov2: .*expected int, got str"),
+        ("num_attention_heads", 0, r"cannot be read as a dinov2: .*zero$"),
+        ("hidden_act", "exec", r"cannot be read as a dinov2: "),
+        ("patch_size", 56, r"a dinov2 of patches \(1, 56, 56\) shown 4 frames of 28 px has no token$"),
+        (
+            "hidden_size",
+            48,
+            r"lacks \d+ tensors of a dinov2 of this shape, the first embeddings.cls_token; needed the whole encoder$",
+        ),
+        ("num_hidden_layers", 4, r"lacks 18 tensors of a dinov2 of this shape, the first encoder.layer.3."),
+    ],
+)
+def test_a_config_that_does_not_fit_is_one_line(published, tmp_path, key, value, said):
+    refused(rewritten(published("dinov2")[0], tmp_path, "config.json", key, value), said)
+
+
+def test_code_that_a_config_names_is_not_looked_for(published, tmp_path):
+    """transformers can fetch attention from the hub and run it, if the config says so."""
+    folder = rewritten(published("dinov2")[0], tmp_path, "config.json", "attn_implementation", "someone/kernel")
+    folder = rewritten(
+        folder, tmp_path, "config.json", "auto_map", {"AutoModel": "someone.Model", "AutoConfig": "someone.Config"}
+    )
+    made, encoder = take_over(folder, (FRAMES, 32, 32))
+    assert not {"attn_implementation", "auto_map"} & {*made["values"]}
+    assert encoder.network.config._attn_implementation == "sdpa"
+
+
+def rewritten(source: Path, out: Path, name: str, key: str, value: object) -> Path:
+    folder = source if source == out else copy(source, out)
+    content = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(content | {key: value}))
+    return folder
 
 
 def test_a_damaged_file_is_refused(published, tmp_path):
@@ -405,19 +453,17 @@ def test_a_folder_that_does_not_say_how_pictures_are_seen_is_refused(published, 
         ("resample", 1, "resample = 1; needed 2 .bilinear. or 3 .bicubic.$"),
         ("do_rescale", False, "do_rescale = False, rescale_factor = 0.0039.*; needed 1 / 255$"),
         ("crop_size", {"height": 28, "width": 42}, "pictures of .*; needed squares$"),
+        ("crop_size", None, "cannot be read as a dinov2: "),
+        ("image_std", [0.2, 0.2], "image_mean = .*, image_std = .*; needed a number for each of three channels, std above 0$"),
     ],
 )
 def test_a_preprocessor_that_we_do_not_repeat_is_refused(published, tmp_path, key, value, said):
-    folder = copy(published("dinov2")[0], tmp_path)
-    path = folder / "preprocessor_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    refused(folder, said)
+    refused(rewritten(published("dinov2")[0], tmp_path, "preprocessor_config.json", key, value), said)
 
 
 def test_vjepa2_at_a_side_for_which_its_positions_would_be_wrong_is_refused(published, tmp_path):
-    folder = copy(published("vjepa2")[0], tmp_path)
-    path = next(folder.glob("*processor_config.json"))
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"crop_size": {"height": 48, "width": 48}}))
+    size = {"height": 48, "width": 48}
+    folder = rewritten(published("vjepa2")[0], tmp_path, "video_preprocessor_config.json", "crop_size", size)
     refused(folder, "a vjepa2 of crop_size = 32 cannot see 48 px; its files disagree$")
 
 
@@ -466,5 +512,5 @@ def test_without_transformers_the_extra_is_named(published, monkeypatch):
 
 
 def test_the_tests_know_every_kind():
-    same = {"siglip_vision_model": "siglip", "siglip2_vision_model": "siglip2", "videoprism": "videoprism_vision_model"}
+    same = {"siglip_vision_model": "siglip", "siglip2_vision_model": "siglip2"}
     assert {same.get(kind, kind) for kind in FAMILIES} == set(MODELS)

@@ -13,7 +13,8 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -32,7 +33,6 @@ from scaling4d.records import UserError
 CONFIG, WEIGHTS = "config.json", "model*.safetensors"
 PREPROCESSOR = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # as Pillow numbers them
-BOOKKEEPING = ("transformers_version", "architectures", "_name_or_path", "dtype", "id2label", "label2id")
 
 
 @config.configurable
@@ -123,7 +123,6 @@ def _videoprism(network: nn.Module, clips: Tensor) -> Iterator[Tensor]:
 DINOV2 = Family("Dinov2Model", "BitImageProcessor", _dinov2)
 SIGLIP = Family("SiglipVisionModel", "SiglipImageProcessor", _siglip, unused="head")
 SIGLIP2 = Family("Siglip2VisionModel", "Siglip2ImageProcessor", _siglip2, unused="head")
-VIDEOPRISM = Family("VideoPrismVisionModel", "LlavaOnevisionVideoProcessor", _videoprism, video=True)
 FAMILIES = {  # by config.json's model_type
     "dinov2": DINOV2,
     "dinov2_with_registers": Family("Dinov2WithRegistersModel", DINOV2.processor, _dinov2),
@@ -136,8 +135,7 @@ FAMILIES = {  # by config.json's model_type
         "VideoMAEModel", "VideoMAEImageProcessor", _videomae, video=True, only_frames="num_frames", only_side="image_size"
     ),
     "vjepa2": Family("VJEPA2Model", "VJEPA2VideoProcessor", _vjepa2, video=True, unused="predictor", only_side="crop_size"),
-    "videoprism": VIDEOPRISM,
-    "videoprism_vision_model": VIDEOPRISM,
+    "videoprism_vision_model": Family("VideoPrismVisionModel", "LlavaOnevisionVideoProcessor", _videoprism, video=True),
 }
 
 
@@ -199,9 +197,11 @@ class PretrainedEncoder(nn.Module):
             asked = getattr(known, family.only_side)
             raise UserError(f"a {self.kind} of {family.only_side} = {asked} cannot see {self.side_px} px; its files disagree")
         self.clip, self.grid = tuple(clip), (T // t, self.side_px // h, self.side_px // w)
+        if not all(self.grid):
+            raise UserError(f"a {self.kind} of patches {(t, h, w)} shown {T} frames of {self.side_px} px has no token")
 
     def seen(self, pixels: Tensor) -> Tensor:
-        """uint8, or float in 0..1, `B T H W C` -> what the network takes, `B T C H W`, as the model's own preprocessor makes it."""
+        """uint8, or float in 0..1, `B T H W C` -> what the network takes, `B T C H W`; equal to the model's own preprocessor."""
         x = pixels.movedim(-1, 2)  # B T C H W
         if FAMILIES[self.kind].floats and x.dtype == torch.uint8:
             x = x.float() / 255
@@ -234,14 +234,20 @@ def load_encoder(folder: Path) -> nn.Module:
 
 def _network(kind: str, values: Mapping[str, Any]) -> nn.Module:
     """The network without weights."""
-    transformers = _transformers()
-    made = _model(transformers, kind)
+    made = _model(_transformers(), kind)
     with importlib.import_module("transformers.initialization").no_init_weights():
-        return _needed(made(made.config_class.from_dict(dict(values))), kind)
+        return _needed(made(_config(made, values)), kind)
+
+
+def _config(made: type[nn.Module], values: Mapping[str, Any]) -> Any:
+    """The config of a model. Which attention is computed is ours to say: a config may also name code on the hub."""
+    known = made.config_class(**values)
+    known._attn_implementation = "sdpa" if made._supports_sdpa else "eager"
+    return known
 
 
 def _needed(network: nn.Module, kind: str) -> nn.Module:
-    if FAMILIES[kind].unused:
+    if hasattr(network, FAMILIES[kind].unused):
         delattr(network, FAMILIES[kind].unused)
     return network
 
@@ -308,7 +314,7 @@ def take_over(source: Path, clip: tuple[int, int, int]) -> tuple[dict[str, Any],
     """
     if not (source / CONFIG).is_file():
         raise UserError(f"{source} is no model of Hugging Face: needed {CONFIG}, the preprocessor's JSON and safetensors")
-    kind = _json(source / CONFIG).get("model_type")
+    kind = str(_json(source / CONFIG).get("model_type"))
     if kind not in FAMILIES:
         raise UserError(f"{source / CONFIG} has model_type {kind!r}; needed one of {', '.join(FAMILIES)}")
     if not list(source.glob(WEIGHTS)):
@@ -317,22 +323,51 @@ def take_over(source: Path, clip: tuple[int, int, int]) -> tuple[dict[str, Any],
     transformers = _transformers()
     transformers.logging.set_verbosity_error()  # of its report on loading; what matters in it is refused below
     transformers.logging.disable_progress_bar()
-    known = _seen_as(transformers, source, kind)
-    try:
-        stored, report = _model(transformers, kind).from_pretrained(
-            source, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+    made = _model(transformers, kind)
+    with _as_one_line(f"{source} cannot be read as a {kind}"):
+        values = _values(transformers, made, _json(source / CONFIG))
+        settings = {"kind": kind, "values": values, "clip": tuple(clip), **_seen_as(transformers, source, kind)}
+        encoder = PretrainedEncoder(**settings)
+        stored, report = made.from_pretrained(
+            source,
+            config=_config(made, values),
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{source} cannot be read as a {kind}: {' '.join(str(error).split())}") from error
-    unused = FAMILIES[kind].unused or None
-    missing = sorted(key for key in report["missing_keys"] if key.split(".")[0] != unused)
-    if missing:  # transformers would draw them at random
-        raise UserError(f"{source} lacks {len(missing)} tensors of a {kind}, the first {missing[0]}; needed the whole encoder")
-    values = {key: value for key, value in stored.config.to_dict().items() if key not in BOOKKEEPING}
-    made = {"kind": kind, "values": values, "clip": tuple(clip), **known}
-    encoder = PretrainedEncoder(**made)
+    absent = {key for key in report["missing_keys"] if key.split(".")[0] != (FAMILIES[kind].unused or None)}
+    absent |= {key for key, *_ in report["mismatched_keys"]}
+    if absent:  # transformers has drawn them at random
+        raise UserError(
+            f"{source} lacks {len(absent)} tensors of a {kind} of this shape, the first {min(absent)}; needed the whole encoder"
+        )
     encoder.network.load_state_dict(_needed(stored, kind).state_dict(), assign=True)
-    return made, encoder
+    return settings, encoder
+
+
+@contextmanager
+def _as_one_line(what: str) -> Iterator[None]:
+    """What transformers and its config's own checks raise about a user's files."""
+    strict = importlib.import_module("huggingface_hub.errors").StrictDataclassError
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f"{what}: {' '.join(str(error).split())}") from error
+    except (SafetensorError, strict) as error:
+        raise UserError(f"{what}: {' '.join(str(error).split())}") from error
+
+
+def _values(transformers: ModuleType, made: type[nn.Module], said: Mapping[str, Any]) -> dict[str, Any]:
+    """What shapes the network, of its part for pictures where it has others; nothing else that config.json holds is used."""
+    said = said.get(made.config_class.base_config_key) or said
+    common = {field.name for field in fields(transformers.PreTrainedConfig)}
+    shape = {field.name for field in fields(made.config_class)} - common
+    known = made.config_class(**{key: value for key, value in said.items() if key in shape | {"qkv_bias"}})  # VideoMAE's old name
+    return {key: value for key, value in vars(known).items() if key in shape and not key.startswith("_")}
 
 
 def _seen_as(transformers: ModuleType, source: Path, kind: str) -> dict[str, Any]:
@@ -347,13 +382,14 @@ def _seen_as(transformers: ModuleType, source: Path, kind: str) -> dict[str, Any
         raise UserError(f"{found}: do_rescale = {said['do_rescale']}, rescale_factor = {said['rescale_factor']}; needed 1 / 255")
     if said["resample"] not in RESAMPLE:
         raise UserError(f"{found}: resample = {said['resample']}; needed 2 (bilinear) or 3 (bicubic)")
-    normalises = said["do_normalize"]
-    return {
-        "side_px": _side(said, found),
-        "resample": RESAMPLE[said["resample"]],
-        "mean": tuple(said["image_mean"]) if normalises else (0.0, 0.0, 0.0),
-        "std": tuple(said["image_std"]) if normalises else (1.0, 1.0, 1.0),
-    }
+    mean, std = (tuple(map(float, said[key])) for key in ("image_mean", "image_std"))
+    if not (len(mean) == len(std) == 3 and min(std) > 0):
+        raise UserError(
+            f"{found}: image_mean = {mean}, image_std = {std}; needed a number for each of three channels, std above 0"
+        )
+    if not said["do_normalize"]:
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    return {"side_px": _side(said, found), "resample": RESAMPLE[said["resample"]], "mean": mean, "std": std}
 
 
 def _side(said: Mapping[str, Any], found: Path) -> int:
