@@ -14,6 +14,7 @@ FILES = {
     "clips/curate.py": "def cut():\n    return 1\n",
     "clips/stage.py": "from scaling4d.clips import curate\n\n\ndef clips():\n    return curate.cut()\n",
     "clips/spare.py": "Z = 1\n",
+    "readout/pretrained.py": "",
     "readout/train.py": "",
     "readout/classifier.py": "",
     "reconstruct/fill.py": "",
@@ -62,4 +63,5 @@ def test_every_stage_is_hashed_from_the_module_that_its_command_calls() -> None:
             called.setdefault(command.name, set()).add(module if module in STAGES.values() else node.module)
     expected = {stage: {module} for stage, module in STAGES.items() if stage != "classifier"}
     expected["readout"].add(STAGES["classifier"])  # a protocol of the same command
+    expected["baseline"].add(STAGES["pretrain"])  # the untrained ones and pixels
     assert called == expected

@@ -19,8 +19,7 @@ def load(checkpoint: str | Path) -> nn.Module:
     Raises:
         UserError: no such checkpoint, or weights that do not fit what its config.json says.
     """
-    from scaling4d.mae.build import encoder_of
-    from scaling4d.mae.build import load as build
+    from scaling4d.readout.pretrained import load_encoder
     from scaling4d.records import UserError
 
     folder = Path(checkpoint)
@@ -31,4 +30,4 @@ def load(checkpoint: str | Path) -> nn.Module:
             names = ", ".join(map(str, found or there)) or "none here"
             raise UserError(f"{len(found)} checkpoints are called {str(checkpoint)!r}; needed a folder, such as {names}")
         (folder,) = found
-    return encoder_of(build(folder)).eval()
+    return load_encoder(folder).eval()

@@ -73,9 +73,12 @@ def pretrain(point: str) -> None:
 
 @app.command()
 def baseline(encoder: str) -> None:
-    """Write the encoder `untrained_<point>` or `pixels` (a DVC stage)."""
+    """Write the encoder `untrained_<point>`, `pixels`, or a published one of encoders.pretrained (a DVC stage)."""
     settings = _settings()
-    from scaling4d.pretrain.loop import baseline as write
+    if encoder in config.section(settings, "encoders.pretrained"):
+        from scaling4d.readout.pretrained import baseline as write
+    else:
+        from scaling4d.pretrain.loop import baseline as write
 
     print(f"wrote {write(encoder, settings)}")
 

@@ -16,6 +16,7 @@ PACKAGE = "scaling4d"
 STAGES = {
     "clips": "scaling4d.clips.stage",
     "pretrain": "scaling4d.pretrain.loop",
+    "baseline": "scaling4d.readout.pretrained",
     "readout": "scaling4d.readout.train",
     "classifier": "scaling4d.readout.classifier",
     "reconstruct": "scaling4d.reconstruct.fill",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -38,6 +39,7 @@ def draw_run(
     finetune: list[str],
     students: tuple[str, ...] = (),
     classifier: tuple[str, ...] = (),
+    published: Mapping[str, int] = MappingProxyType({}),
 ) -> dict:
     """Write experiments/, params.yaml and every artifact into the current folder; returns the settings."""
     settings = {
@@ -45,7 +47,13 @@ def draw_run(
         "pretrain": {"Training": {"steps": 1000}},
         "points": {name: {"MAEST" if "mae_st" in name else "SimpleMAE": {"width": 32}} for name in points},
         "distilled": {name: {"Distilled": {"teacher": "mini", "width": 32}} for name in students},
-        "encoders": {"untrained": [], "frozen": frozen, "finetune": finetune, "classifier": list(classifier)},
+        "encoders": {
+            "pretrained": {name: {} for name in published},
+            "untrained": [],
+            "frozen": frozen,
+            "finetune": finetune,
+            "classifier": list(classifier),
+        },
         "readout": {"tasks": {task: {task.title(): {"rate_hz": 8.0}} for task in TASKS}},
         "report": {"folder": "reports/built"},
         "profile": "test",
@@ -70,7 +78,7 @@ def draw_run(
             if encoder not in sizes:
                 _provenance(home / "pretrain" / encoder, "baseline", {})
             for task in TASKS if protocol != "classifier" else ("actions",):
-                _readout(home, encoder, sizes, task, protocol)
+                _readout(home, encoder, sizes | published, task, protocol)
     return settings
 
 

@@ -15,6 +15,7 @@ from scaling4d.report.story import published
 
 NOTEBOOK = Path(__file__).parents[2] / "reports/scaling.ipynb"
 BUILT = Path("reports/built")
+TASKS = ("actions", "boxes", "depth", "points", "pose")
 OUTS = {
     *("results.csv", "pretrain.csv", "reconstruct.csv", "metrics.json", "report.html", "scaling.ipynb"),
     *("headline.svg", "pretraining.svg", "training_curves.svg", "methods.svg", "reconstructions.svg"),
@@ -84,6 +85,16 @@ def test_what_the_profile_has_not_is_a_dash_and_not_an_error(drawn: Callable[...
     text = report.table(report.read(settings)).splitlines()
     assert next(line for line in text if "nano" in line).split()[-5:] == ["-"] * 5
     assert "-" not in next(line for line in text if "mini" in line).split()
+
+
+def test_an_encoder_that_others_published_stands_beside_ours(drawn: Callable[..., dict]) -> None:
+    points, published = {"nano": 180_000, "mini": 8_000_000}, {"dinov2_l": 304_000_000}
+    report.build(drawn(points=points, frozen=[*points, *published], finetune=[], published=published))
+    with (BUILT / "results.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["encoder"] == "dinov2_l"]
+    assert {row["task"] for row in rows} == {*TASKS} and {row["parameters"] for row in rows} == {"304000000"}
+    assert "dinov2_l, frozen" in (BUILT / "headline.svg").read_text()
+    assert "pretrain/dinov2_l" in report.read().provenances
 
 
 def test_own_videos_without_benchmarks_are_reported(drawn: Callable[..., dict]) -> None:

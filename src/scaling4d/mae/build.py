@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -19,14 +20,13 @@ METHODS: dict[str, type[nn.Module]] = {"SimpleMAE": SimpleMAE, "MAEST": MAEST, "
 ENCODERS: dict[str, type[nn.Module]] = {"Encoder": Encoder, "MAESTEncoder": MAESTEncoder, "PixelTokens": PixelTokens}
 
 
-def load(folder: Path) -> nn.Module:
-    """The model of a Checkpoint folder, with its weights: one of METHODS, or an encoder alone. Holds one copy of the weights.
+def load(folder: Path, models: Mapping[str, type[nn.Module]] = METHODS | ENCODERS) -> nn.Module:
+    """The model of a Checkpoint folder, with its weights: one of `models` by their names. Holds one copy of the weights.
 
     Raises:
         UserError: not a checkpoint, an unknown model, or weights of another shape.
     """
     saved = Checkpoint.read(folder)
-    models = METHODS | ENCODERS
     if saved.model not in models:
         raise UserError(f"{folder}: unknown model {saved.model!r}; needed one of {', '.join(models)}")
     try:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from scaling4d import artifacts, benchmarks, checkpoint, config, log, optimizer, seeds
 from scaling4d.checkpoint import Checkpoint
-from scaling4d.mae.build import encoder_of, load
+from scaling4d.mae.build import ENCODERS, METHODS, encoder_of, load
 from scaling4d.mae.encoder import LAYER_NORM_EPS, initialise
 from scaling4d.ranks import gather, parallel, run
 from scaling4d.readout import views
@@ -121,6 +121,8 @@ def classify(encoder: str, settings: Mapping[str, Any]) -> Result:
     saved = Checkpoint.read(folder)
     if saved.model == "PixelTokens":
         raise UserError("pixels are no encoder: there is nothing to fine-tune; take them out of encoders.classifier")
+    if saved.model not in METHODS | ENCODERS:
+        raise UserError(f"{encoder} is no encoder of this project, as this protocol needs; take it out of encoders.classifier")
     final = home / "readout" / encoder / TASK / PROTOCOL
     with artifacts.folder(final) as out:
         videos, sums = run(

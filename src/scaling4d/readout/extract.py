@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from scaling4d import checkpoint, config, video
 from scaling4d.mae.arrays import new, write_npz
-from scaling4d.mae.build import encoder_of, load
 from scaling4d.readout import published
 from scaling4d.readout.features import Standard, layer_index
+from scaling4d.readout.pretrained import load_encoder
 from scaling4d.readout.train import HEAD, TASKS, Evaluation
 from scaling4d.records import Result, UserError
 
@@ -53,7 +53,7 @@ def features(folder: Path, source: Path, out: Path, *, side_px: int | None, quer
 
 def _features(folder: Path, source: Path, *, side_px: int | None, queries: Path | None) -> dict[str, np.ndarray]:
     folder, readout = _trained(folder) if (folder / "result.json").is_file() else (folder, _converted(folder))
-    encoder = encoder_of(load(folder)).eval()
+    encoder = load_encoder(folder).eval()
     trained = encoder.clip
     asked = None if queries is None else torch.from_numpy(_array(queries, axes=2).astype(np.float32))[None]
     if asked is not None and not ((asked >= 0) & (asked <= 1)).all():

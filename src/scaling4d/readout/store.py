@@ -21,6 +21,7 @@ from scaling4d.records import UserError
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SHARD_BYTES = 2**28
 CODE = Path("artifacts/code/readout.json")
+MODELS = ("scaling4d.mae", "scaling4d.readout.pretrained")  # whose code features depend on
 CLIPS = "clips"  # the tensor of a shard that names its clips, uint8 `n 32`
 
 
@@ -90,7 +91,7 @@ def opened(store: Path, folder: Path, encoder: nn.Module, *, layers: Sequence[in
             f"feature_dtype = {dtype!r}; needed one of {', '.join(DTYPES)}; set readout.shared.Evaluation.feature_dtype"
         )
     modules = json.loads(CODE.read_text())["modules"] if CODE.is_file() else {}
-    models = {name: digest for name, digest in modules.items() if name.startswith("scaling4d.mae")}
+    models = {name: digest for name, digest in modules.items() if name.startswith(MODELS)}
     made_by = [weights_sha256(folder), artifacts.sha256(folder / "config.json"), models, dtype]
     name = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
     return Store(store / name, encoder, layers=layers, wanted=wanted, dtype=DTYPES[dtype])

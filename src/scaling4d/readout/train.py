@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from scaling4d import artifacts, benchmarks, checkpoint, config, log, optimizer, seeds
 from scaling4d.benchmarks.frames import Skipped
 from scaling4d.checkpoint import Checkpoint
-from scaling4d.mae.build import encoder_of, load
 from scaling4d.ranks import gather, parallel, run
 from scaling4d.readout import metrics, views
 from scaling4d.readout.features import Features, Inputs, Pixels, Standard, at_depth, layer_index, together
+from scaling4d.readout.pretrained import load_encoder
 from scaling4d.readout.store import Store, opened
 from scaling4d.readout.tasks.actions import Actions
 from scaling4d.readout.tasks.boxes import Boxes
@@ -139,7 +139,7 @@ def _work(
 ) -> tuple[list[str], list[dict[str, tuple[float, float]]], dict[str, float]]:
     """Names of validation videos, their sums, and seconds: for what goes into the readout, and for the readout itself."""
     started = time.monotonic()
-    encoder = encoder_of(load(folder))
+    encoder = load_encoder(folder)
     if recipe.batch % ranks:
         raise UserError(f"readout batch {recipe.batch} does not divide over {ranks} ranks; set Recipe.batch to a multiple")
     tuned = recipe.encoder_learning_rate > 0

@@ -168,7 +168,8 @@ def _ours(axes: Axes, story: Story, task: str) -> None:
     ladder = set(story.of_method(story.methods[0]))
     mine = [r for r in story.results if r.task == task]
     baselines = dict(zip(story.baselines, cycle(BASELINES), strict=False))
-    others = dict(zip((name for name in story.trained if name not in ladder), cycle(OTHERS), strict=False))
+    names = dict.fromkeys([*story.trained, *(r.encoder for r in mine)])  # the points, then encoders that others published
+    others = dict(zip((name for name in names if name not in ladder | baselines.keys()), cycle(OTHERS), strict=False))
     sizes = [r.parameters for r in mine if r.encoder not in baselines]
     for protocol in LOOK:
         _bars(axes, None, [r for r in mine if r.protocol == protocol and r.encoder in ladder], protocol)

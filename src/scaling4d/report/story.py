@@ -99,7 +99,7 @@ def read(settings: Mapping[str, Any] | None = None) -> Story:
     results = {}
     for protocol in PROTOCOLS:
         for encoder in encoders[protocol]:
-            if is_baseline(encoder):
+            if is_baseline(encoder) or encoder in mine["encoders"]["pretrained"]:
                 path = home / "pretrain" / encoder / "provenance.json"
                 provenances[f"pretrain/{encoder}"] = _json(path, f"baseline {encoder}")
             for task in (task for task in tasks if task in ONLY.get(protocol, tasks)):
