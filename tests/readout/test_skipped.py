@@ -15,7 +15,7 @@ from scaling4d.readout.tasks.actions import Actions
 from scaling4d.readout.train import share_of, write_skipped
 from scaling4d.records import Sample, UserError
 
-ASKED = Actions(classes=2, rate_hz=8.0, views=("plain", "mirrored"))
+ASKED = Actions(classes=2, rate_hz=8.0, views=("plain", "mirrored"), test_views=(1, 1))
 
 
 @pytest.fixture

@@ -50,6 +50,7 @@ def read(
     part: slice = slice(None),
     skipped: list[Skipped] | None = None,
     max_bad_share: float = 0.0,
+    views: tuple[int, int] = (1, 1),
 ) -> Iterator[Sample]:
     """The samples of a task's benchmark, in the order of its own lists; the layout is checked before the first one.
 
@@ -57,6 +58,7 @@ def read(
         part: of the benchmark's list; nothing else is decoded.
         skipped: takes what gives no sample, and why. Without it a damaged or missing one raises.
         max_bad_share: of all that is listed, may be missing.
+        views: clips over the time of an item and squares cut out of each; of actions alone. They follow one another.
     Raises:
         UserError: unknown task or split, or the benchmark's folder is missing or laid out in another way.
     """
@@ -72,7 +74,8 @@ def read(
         if skipped is None:
             raise
         judge([Skipped(name, "missing", True) for name in missing.names], missing.listed, max_bad_share, f"{task} {split}")
-    return benchmark.read(root, split, frames=frames, rate_hz=rate_hz, side_px=side_px, part=part, skipped=skipped)
+    more = {} if views == (1, 1) else {"views": views}
+    return benchmark.read(root, split, frames=frames, rate_hz=rate_hz, side_px=side_px, part=part, skipped=skipped, **more)
 
 
 def judge(skipped: Sequence[Skipped], listed: int, max_bad_share: float, what: str) -> None:

@@ -51,11 +51,14 @@ class Missing(UserError):
         self.names, self.listed = tuple(names), listed
 
 
-def each(items: Iterable[T], one: Callable[[T], Sample], skipped: list[Skipped] | None, name: Callable = str) -> Iterator[Sample]:
-    """One sample an item. What gives none is noted in `skipped`; without such a list, what is damaged raises."""
+def each(
+    items: Iterable[T], one: Callable[[T], Sample | list[Sample]], skipped: list[Skipped] | None, name: Callable = str
+) -> Iterator[Sample]:
+    """One sample an item, or a list of views of it. What gives none is noted in `skipped`; without such a list, what is damaged
+    raises."""
     for item in items:
         try:
-            sample = one(item)
+            found = one(item)
         except UserError as error:
             bad = not isinstance(error, LeftOut)
             if skipped is not None:
@@ -63,7 +66,7 @@ def each(items: Iterable[T], one: Callable[[T], Sample], skipped: list[Skipped] 
             elif bad:
                 raise
         else:
-            yield sample
+            yield from found if isinstance(found, list) else [found]
 
 
 def all_there(folder: Path, names: Sequence[str], what: str) -> int:
@@ -119,6 +122,26 @@ def at_times(path: Path, times_s: Sequence[float] | np.ndarray, *, repeat_last: 
     return np.stack(pictures)
 
 
+def clips_of(path: Path, *, frames: int, rate_hz: float, clips: int) -> list[np.ndarray]:
+    """uint8 `T H W 3` each: one clip from the start of a video, or several, the last of which ends where the video does.
+
+    A video that ends early goes on with its last frame.
+    Raises:
+        UserError: it cannot be decoded.
+    """
+    times_s = np.arange(frames) / rate_hz
+    if clips == 1:
+        return [at_times(path, times_s, repeat_last=True)]
+    try:
+        last_s = max(video.probe(path, sha256="").duration_s - frames / rate_hz, 0.0)
+    except video.VideoError as error:
+        raise UserError(f"{path}: {error}") from error
+    each_s = [start_s + times_s for start_s in np.linspace(0.0, last_s, clips)]
+    every_s = np.unique(np.concatenate(each_s))
+    pictures = at_times(path, every_s, repeat_last=True)
+    return [pictures[np.searchsorted(every_s, of_one_s)] for of_one_s in each_s]
+
+
 def at_numbers(path: Path, numbers: Sequence[int]) -> np.ndarray:
     """uint8 `T H W 3`: frames by their ascending number in the video.
 
@@ -139,11 +162,15 @@ def at_numbers(path: Path, numbers: Sequence[int]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Crop:
-    """Shorter side to `side_px`, then the central square of that side, for pictures of `height` x `width`."""
+    """Shorter side to `side_px`, then a square of that side, for pictures of `height` x `width`.
+
+    place: of the square along the longer side: 0 at its start, 0.5 in the middle, 1 at its end.
+    """
 
     height: int
     width: int
     side_px: int
+    place: float = 0.5
 
     @property
     def resized(self) -> tuple[int, int]:
@@ -155,7 +182,13 @@ class Crop:
     def corner(self) -> np.ndarray:
         """x y in px of the square's corner in the resized picture."""
         height, width = self.resized
-        return np.array([(width - self.side_px) // 2, (height - self.side_px) // 2])
+        return np.array([int((width - self.side_px) * self.place), int((height - self.side_px) * self.place)])
+
+    @classmethod
+    def several(cls, pictures: np.ndarray, side_px: int, crops: int) -> list[Crop]:
+        """The square in the middle, or `crops` of them evenly spaced from one end to the other."""
+        places = [0.5] if crops == 1 else np.linspace(0, 1, crops).tolist()
+        return [cls(*pictures.shape[1:3], side_px, place) for place in places]
 
     def pixels(self, pictures: Iterable[np.ndarray]) -> np.ndarray:
         """uint8 `T H W 3` -> uint8 `T side side 3`, bicubic with antialiasing."""
@@ -182,3 +215,14 @@ class Crop:
         centre = np.arange(self.side_px) + 0.5
         y, x = np.meshgrid(centre, centre, indexing="ij")
         return (np.stack([x, y], -1) + self.corner) / np.array(self.resized[::-1])
+
+
+def views_of(path: Path, *, frames: int, rate_hz: float, side_px: int, views: tuple[int, int]) -> list[np.ndarray]:
+    """uint8 `T side side 3` each: `views` are clips over the time of a video, and squares cut out of each.
+
+    Raises:
+        UserError: it cannot be decoded.
+    """
+    clips, crops = views
+    found = clips_of(path, frames=frames, rate_hz=rate_hz, clips=clips)
+    return [crop.pixels(pictures) for pictures in found for crop in Crop.several(pictures, side_px, crops)]

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from scaling4d import video
-from scaling4d.benchmarks.frames import Crop, Missing, Skipped, at_times, each, needed
+from scaling4d.benchmarks.frames import Missing, Skipped, each, needed, views_of
 from scaling4d.records import Sample, UserError
 
 OFFICIAL = {"train": "246,534 in Kinetics-400", "val": "19,906 in Kinetics-400"}
@@ -46,10 +46,15 @@ def read(
     side_px: int,
     part: slice = slice(None),
     skipped: list[Skipped] | None = None,
+    views: tuple[int, int] = (1, 1),
 ) -> Iterator[Sample]:
-    """labels action `()`, and action_mirrored `()`, which is the same. A short video goes on with its last frame."""
+    """labels action `()`, and action_mirrored `()`, which is the same. A short video goes on with its last frame.
+
+    views: clips over the time of a video, and squares cut out of each; so many samples follow one another.
+    """
     numbers = {name: number for number, name in enumerate(classes(root))}
-    one = partial(_sample, root, split, numbers, _files(root, split), frames=frames, rate_hz=rate_hz, side_px=side_px)
+    asked = {"frames": frames, "rate_hz": rate_hz, "side_px": side_px, "views": views}
+    one = partial(_sample, root, split, numbers, _files(root, split), **asked)
     return each(_entries(root, split)[part], one, skipped, lambda entry: entry.name)
 
 
@@ -101,21 +106,18 @@ def _sample(
     frames: int,
     rate_hz: float,
     side_px: int,
-) -> Sample:
+    views: tuple[int, int],
+) -> list[Sample]:
     where = f"{_list(root, split)}, line {entry.line}"
     if entry.label not in numbers:
         raise UserError(f"{where}: {entry.label!r} is no label of the training list")
     path = _file(root, files, entry)
     if path is None:
         raise UserError(f"{where}: no file {entry.name}.mp4 below {_folder(root, split)}")
-    pictures = at_times(path, np.arange(frames) / rate_hz, repeat_last=True)
     action = np.int64(numbers[entry.label])
-    return Sample(
-        id=entry.name,
-        video=entry.youtube,
-        pixels=Crop(*pictures.shape[1:3], side_px).pixels(pictures),
-        labels={"action": action, "action_mirrored": action},
-    )
+    labels = {"action": action, "action_mirrored": action}
+    seen = views_of(path, frames=frames, rate_hz=rate_hz, side_px=side_px, views=views)
+    return [Sample(id=entry.name, video=entry.youtube, pixels=pixels, labels=labels) for pixels in seen]
 
 
 def _name(youtube: str, start_s: int, end_s: int) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from scaling4d import video
-from scaling4d.benchmarks.frames import Crop, Skipped, all_there, at_times, each, load_json, needed
+from scaling4d.benchmarks.frames import Skipped, all_there, each, load_json, needed, views_of
 from scaling4d.records import Sample, UserError, write_json
 
 VIDEOS = "20bn-something-something-v2"
@@ -31,9 +31,13 @@ def read(
     side_px: int,
     part: slice = slice(None),
     skipped: list[Skipped] | None = None,
+    views: tuple[int, int] = (1, 1),
 ) -> Iterator[Sample]:
-    """labels action `()`, and action_mirrored `()`: what it is in a mirror. A short video goes on with its last frame."""
-    one = partial(_sample, root, _labels(root), frames=frames, rate_hz=rate_hz, side_px=side_px)
+    """labels action `()`, and action_mirrored `()`: what it is in a mirror. A short video goes on with its last frame.
+
+    views: clips over the time of a video, and squares cut out of each; so many samples follow one another.
+    """
+    one = partial(_sample, root, _labels(root), frames=frames, rate_hz=rate_hz, side_px=side_px, views=views)
     return each(_entries(root, split)[part], one, skipped, lambda entry: entry["id"])
 
 
@@ -83,21 +87,19 @@ def write(
     (root / "labels/test-answers.csv").write_text("")
 
 
-def _sample(root: Path, numbers: dict[str, int], entry: dict, *, frames: int, rate_hz: float, side_px: int) -> Sample:
+def _sample(
+    root: Path, numbers: dict[str, int], entry: dict, *, frames: int, rate_hz: float, side_px: int, views: tuple[int, int]
+) -> list[Sample]:
     template = _class_name(entry["template"])
     if template not in numbers:
         raise UserError(f"{root}: {entry['id']} is {template!r}, which labels.json does not list")
     path = needed(root, root / VIDEOS / f"{entry['id']}.webm", "listed in the labels")
-    pictures = at_times(path, np.arange(frames) / rate_hz, repeat_last=True)
-    return Sample(
-        id=entry["id"],
-        video=entry["id"],
-        pixels=Crop(*pictures.shape[1:3], side_px).pixels(pictures),
-        labels={
-            "action": np.int64(numbers[template]),
-            "action_mirrored": np.int64(numbers.get(_mirrored(template), numbers[template])),
-        },
-    )
+    labels = {
+        "action": np.int64(numbers[template]),
+        "action_mirrored": np.int64(numbers.get(_mirrored(template), numbers[template])),
+    }
+    seen = views_of(path, frames=frames, rate_hz=rate_hz, side_px=side_px, views=views)
+    return [Sample(id=entry["id"], video=entry["id"], pixels=pixels, labels=labels) for pixels in seen]
 
 
 def _mirrored(name: str) -> str:

@@ -7,6 +7,7 @@ benchmark is read once, at one place).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from scaling4d.ranks import gather, parallel, run
 from scaling4d.readout import views
 from scaling4d.readout.features import Pixels, together
 from scaling4d.readout.tasks.actions import Actions
-from scaling4d.readout.train import HEAD, Evaluation, batch_of, result_of, share_of, write_skipped
+from scaling4d.readout.train import HEAD, Evaluation, batch_of, measured, result_of, share_of, write_skipped
 from scaling4d.records import Result, UserError
 
 TASK, PROTOCOL = "actions", "classifier"
@@ -166,11 +167,11 @@ def _work(
     pixels, targets, _, left_out = share_of(asked, TASK, "train", evaluation, **part)
     _train(tuned.train(), pixels, targets["action"], recipe, asked.classes, rank=rank, ranks=ranks, seed=seed)
     pixels, targets, videos, also = share_of(asked, TASK, "val", evaluation, **part)
-    measured = _measure(tuned.eval(), pixels, targets["action"], asked)
+    sums = _measure(tuned.eval(), pixels, targets, asked)
     if rank == 0:
         checkpoint.save_tensors(out / HEAD, head.state_dict())
         write_skipped(out, train=left_out, val=also)
-    return gather(videos), gather(measured)
+    return gather(videos[:: math.prod(asked.test_views)]), gather(sums)
 
 
 def _train(
@@ -250,11 +251,10 @@ def rectangle(height: int, width: int, area: float, rng: np.random.Generator) ->
 
 
 @torch.no_grad()
-def _measure(tuned: Tuned, pixels: list[Tensor], actions: Tensor, asked: Actions) -> list[dict[str, tuple[float, float]]]:
-    measured = []
+def _measure(
+    tuned: Tuned, pixels: list[Tensor], targets: dict[str, Tensor], asked: Actions
+) -> list[dict[str, tuple[float, float]]]:
+    predicted: list[np.ndarray] = []
     for at in range(0, len(pixels), 8):
-        scores = tuned.scores(together(pixels, range(at, min(at + 8, len(pixels))))).numpy()
-        measured += [
-            asked.measure(one, {"action": action.numpy()}) for one, action in zip(scores, actions[at : at + 8], strict=True)
-        ]
-    return measured
+        predicted += list(tuned.scores(together(pixels, range(at, min(at + 8, len(pixels))))).numpy())
+    return measured(asked, predicted, targets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -164,13 +165,14 @@ def _work(
     trained = time.monotonic()
     features, targets, videos, also = share_of(asked, task, "val", evaluation, frozen, **part)
     inputs_s += time.monotonic() - trained
-    measured = _measure(probe, features, targets)
+    sums = _measure(probe, features, targets)
     if rank == 0:
         tensors = head.state_dict() | {"standard.matrix": standard.matrix, "standard.offset": standard.offset}
         checkpoint.save_tensors(out / HEAD, tensors)
         write_skipped(out, train=left_out, val=also)
     readout_s = time.monotonic() - started - inputs_s
-    return gather(videos), gather(measured), {"inputs_s": round(inputs_s, 2), "readout_s": round(readout_s, 2)}
+    took = {"inputs_s": round(inputs_s, 2), "readout_s": round(readout_s, 2)}
+    return gather(videos[:: math.prod(asked.test_views)]), gather(sums), took
 
 
 def stored(folder: Path, encoder: nn.Module, evaluation: Evaluation) -> Store:
@@ -195,7 +197,7 @@ def share_of(
     """This rank's part of a split: what `inputs` makes of its clips, stacked targets, video names; and what all ranks together
     skipped.
 
-    For training every sample comes in all the task's views, one after the other.
+    For training every sample comes in all the task's views, one after the other; for validation in its test views.
     Raises:
         UserError: too few samples, or too large a share of them is damaged or missing.
     """
@@ -204,14 +206,17 @@ def share_of(
     bad_share = evaluation.max_bad_share
     skipped: list[Skipped] = []
     size = {"frames": T, "rate_hz": asked.rate_hz, "side_px": side}
-    samples = benchmarks.read(task, Path(evaluation.data), split, **size, part=mine, skipped=skipped, max_bad_share=bad_share)
+    seen = (1, 1) if split == "train" else tuple(asked.test_views)
+    samples = benchmarks.read(
+        task, Path(evaluation.data), split, **size, part=mine, skipped=skipped, max_bad_share=bad_share, views=seen
+    )
     added, targets, videos = [], [], []
     wanted = asked.views if split == "train" else ("plain",)
     for sample in (view for plain in samples for view in views.views(plain, wanted)):
         added.append(inputs.add(torch.from_numpy(sample.pixels)))
         targets.append(asked.target(sample))
         videos.append(sample.video)
-    skipped, read = gather(skipped), sum(gather([len(videos) // len(wanted)]))
+    skipped, read = gather(skipped), sum(gather([len(videos) // (len(wanted) * math.prod(seen))]))
     benchmarks.judge(skipped, len(skipped) + read, bad_share, f"{task} {split}")
     if not added:
         raise UserError(f"{task}: too few samples in split {split} for {ranks} ranks; lower readout.shared.Evaluation.ranks")
@@ -277,13 +282,20 @@ def batch_of(step: int, size: int, length: int, seed: int, rank: int) -> Tensor:
 
 @torch.no_grad()
 def _measure(probe: Probe, features: list[Tensor], targets: dict[str, Tensor]) -> list[dict[str, tuple[float, float]]]:
-    measured = []
+    predicted: list[np.ndarray] = []
     for at in range(0, len(features), 16):
         target = {name: value[at : at + 16] for name, value in targets.items()}
-        predicted = probe.predict(together(features, range(at, min(at + 16, len(features)))), target).numpy()
-        for index, one in enumerate(predicted):
-            measured.append(probe.asked.measure(one, {name: value[index].numpy() for name, value in target.items()}))
-    return measured
+        predicted += list(probe.predict(together(features, range(at, min(at + 16, len(features)))), target).numpy())
+    return measured(probe.asked, predicted, targets)
+
+
+def measured(asked: Task, predicted: list[np.ndarray], targets: dict[str, Tensor]) -> list[dict[str, tuple[float, float]]]:
+    """The metric's sums of every video: its test views, which follow one another, are judged together."""
+    count, found = math.prod(asked.test_views), []
+    for at in range(0, len(predicted), count):
+        one = predicted[at] if count == 1 else asked.pooled(np.stack(predicted[at : at + count]))
+        found.append(asked.measure(one, {name: value[at].numpy() for name, value in targets.items()}))
+    return found
 
 
 def result_of(

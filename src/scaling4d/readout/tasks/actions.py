@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from scipy.special import softmax
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,11 +19,12 @@ from scaling4d.records import Sample
 @config.configurable
 @dataclass(frozen=True)
 class Actions:
-    """classes: of the benchmark (SSv2: 174). rate_hz: of the clip's frames."""
+    """classes: of the benchmark (SSv2: 174). rate_hz: of the clip's frames. test_views: see Task."""
 
     classes: int
     rate_hz: float
     views: tuple[str, ...]
+    test_views: tuple[int, int]
 
     primary: ClassVar = Measure("top1", "share", True)
 
@@ -40,6 +42,10 @@ class Actions:
 
     def loss(self, predicted: Tensor, target: dict[str, Tensor]) -> Tensor:
         return F.cross_entropy(predicted, target["action"])
+
+    def pooled(self, predicted: np.ndarray) -> np.ndarray:
+        """`V classes` logits -> `classes`: probabilities, averaged. Source: num_test_clips of the released evaluation."""
+        return softmax(predicted, axis=-1).mean(0)
 
     def measure(self, predicted: np.ndarray, target: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
         return {"top1": (float(predicted.argmax() == target["action"]), 1.0)}

@@ -31,6 +31,7 @@ class Boxes:
     relative: bool
 
     primary: ClassVar = Measure("mean_iou", "share", True)
+    test_views: ClassVar = (1, 1)
 
     def head(self, *, features_width: int, clip: tuple[int, int, int]) -> Head:
         return config.build(

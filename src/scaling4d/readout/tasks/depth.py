@@ -29,6 +29,7 @@ class Depth:
     offset_m: float
 
     primary: ClassVar = Measure("abs_rel", "ratio", False)
+    test_views: ClassVar = (1, 1)
 
     def head(self, *, features_width: int, clip: tuple[int, int, int]) -> Head:
         values = math.prod(DECODING_PATCH)

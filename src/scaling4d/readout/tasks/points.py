@@ -39,6 +39,7 @@ class Points:
     relative: bool
 
     primary: ClassVar = Measure("average_jaccard", "share", True)
+    test_views: ClassVar = (1, 1)
 
     def head(self, *, features_width: int, clip: tuple[int, int, int]) -> Head:
         out = clip[0] // self.tiles * VALUES

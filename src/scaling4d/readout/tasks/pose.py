@@ -24,6 +24,7 @@ class Pose:
     views: tuple[str, ...]
 
     primary: ClassVar = Measure("epe", "scene units", False)
+    test_views: ClassVar = (1, 1)
 
     def head(self, *, features_width: int, clip: tuple[int, int, int]) -> Head:
         return config.build(Head, features_width=features_width, frames=clip[0], learned=1, out=12, coordinates=0, tiles=1)

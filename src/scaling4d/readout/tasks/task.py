@@ -25,11 +25,13 @@ class Task(Protocol):
     """A task turns samples into targets of one shape, predicts them, and sums its metrics up, sample by sample.
 
     rate_hz: of a clip's frames. views: in which a training clip is shown, names of readout.views.VIEWS.
+    test_views: clips over the time of a validation video, and squares cut out of each, that are judged together.
     """
 
     primary: ClassVar[Measure]
     rate_hz: float
     views: tuple[str, ...]
+    test_views: tuple[int, int]
 
     def head(self, *, features_width: int, clip: tuple[int, int, int]) -> Head: ...
 
@@ -40,6 +42,10 @@ class Task(Protocol):
     def predict(self, head: Head, features: Tensor, target: dict[str, Tensor]) -> Tensor: ...
 
     def loss(self, predicted: Tensor, target: dict[str, Tensor]) -> Tensor: ...
+
+    def pooled(self, predicted: np.ndarray) -> np.ndarray:
+        """What the predictions of several views of a video, `V ...`, say of it; of no use where there is one."""
+        ...
 
     def measure(self, predicted: np.ndarray, target: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
         """Of one sample: metric -> (sum, count)."""
