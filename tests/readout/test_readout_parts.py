@@ -59,7 +59,7 @@ TASK = {
     "boxes": Boxes(objects=4, rate_hz=8.0, views=VIEWS, beta=0.05, relative=False),
     "depth": Depth(rate_hz=8.0, views=VIEWS, offset_m=3.0),
     "points": Points(tracks=6, tiles=2, rate_hz=8.0, views=VIEWS, certain=True, relative=True),
-    "pose": Pose(rate_hz=8.0, views=VIEWS),
+    "pose": Pose(rate_hz=8.0, views=VIEWS, unit_translation=False),
 }
 
 

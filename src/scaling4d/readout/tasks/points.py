@@ -1,4 +1,7 @@
-"""Perception Test: follow points given in the first frame; average Jaccard."""
+"""Perception Test: follow points given in the first frame; average Jaccard, a mean over videos.
+
+A video in which nothing can be measured (no point is seen again, none is shown) has no weight, as in kauldron's metrics.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ from scaling4d.readout.tasks.task import Measure, pad
 from scaling4d.records import Sample
 
 VALUES = 4  # x, y, visible, certain
-CERTAIN_PX, RASTER_PX = 6, 256  # a prediction within 6 of 256 pixels counts as certain
+REPORTED = ("average_jaccard", "delta_avg", "occlusion_accuracy")
+CERTAIN_PX = 6  # a prediction within 6 of RASTER_PX pixels counts as certain
 
 
 @config.configurable
@@ -69,7 +73,7 @@ class Points:
         delta = 1 / target["side_px"][:, None, None]
         huber = torch.where(distance < delta, 0.5 * distance.square(), delta * (distance - delta / 2))
         visible = F.binary_cross_entropy_with_logits(predicted[..., 2], seen, reduction="none")
-        near = (distance.detach() <= CERTAIN_PX / RASTER_PX).float()
+        near = (distance.detach() <= CERTAIN_PX / metrics.RASTER_PX).float()
         certain = F.binary_cross_entropy_with_logits(predicted[..., 3], near, reduction="none")
         asked = asked.float()
         visible = (visible * asked).sum() / asked.sum().clamp(min=1)
@@ -77,19 +81,21 @@ class Points:
 
     def measure(self, predicted: np.ndarray, target: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
         shown = 1 / (1 + np.exp(-predicted[..., 2:].astype(np.float64)))
-        evaluated = np.broadcast_to(target["asked"][:, None], target["visible"].shape).copy()
-        evaluated[:, 0] = False
-        video = metrics.track_metrics(
+        evaluated = metrics.evaluated_frames(np.zeros(len(predicted)), target["visible"], mode="first")
+        evaluated &= target["asked"][:, None]
+        sums = metrics.track_sums(
             points=predicted[..., :2],
             visible=(shown.prod(-1) if self.certain else shown[..., 0]) > 0.5,
             true_points=target["points"],
             true_visible=target["visible"],
             evaluated=evaluated,
         )
+        video = metrics.track_metrics({name: (part.sum(), whole.sum()) for name, (part, whole) in sums.items()})
         seen = target["visible"] & evaluated
-        distance_px = RASTER_PX * np.linalg.norm(predicted[..., :2] - target["points"], axis=-1)
-        still_px = RASTER_PX * np.linalg.norm(target["points"][:, :1] - target["points"], axis=-1)
-        return {name: (value, 1.0) for name, value in video.items()} | {
+        distance_px = metrics.RASTER_PX * np.linalg.norm(predicted[..., :2] - target["points"], axis=-1)
+        still_px = metrics.RASTER_PX * np.linalg.norm(target["points"][:, :1] - target["points"], axis=-1)
+        return {
+            **{name: (float(np.nan_to_num(video[name])), float(np.isfinite(video[name]))) for name in REPORTED},
             "distance_px256": (float(distance_px[seen].sum()), float(seen.sum())),
             "distance_px256_standing_still": (float(still_px[seen].sum()), float(seen.sum())),
         }
