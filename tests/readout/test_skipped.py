@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from scaling4d.benchmarks import ssv2
-from scaling4d.benchmarks.frames import Skipped
+from scaling4d.benchmarks.skipped import Skipped
 from scaling4d.ranks import run
 from scaling4d.readout.tasks.actions import Actions
 from scaling4d.readout.train import share_of, write_skipped

@@ -11,16 +11,17 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from scaling4d.benchmarks.frames import Skipped
+from scaling4d.benchmarks.skipped import Missing, Skipped
 from scaling4d.records import Sample, UserError
 
 TASKS = {  # of several benchmarks, the one whose folder is there is read
     "actions": ("ssv2", "kinetics"),
-    "boxes": ("waymo",),
+    "boxes": ("waymo", "perception_test_objects"),
     "depth": ("scannet",),
     "points": ("perception_test", "tapvid"),
     "pose": ("realestate10k",),
 }
+HOUSED = {"perception_test_objects": "perception_test"}  # lies in another one's folder; read where its task has no other
 SPLITS = ("train", "val")
 SHOWN = 10  # bad samples that a message lists
 TRIED = 3  # items of each split that a check reads
@@ -60,12 +61,10 @@ def read(
     Raises:
         UserError: unknown task or split, or the benchmark's folder is missing or laid out in another way.
     """
-    from scaling4d.benchmarks.frames import Missing
-
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}; needed one of {', '.join(SPLITS)}")
-    root = folder(task, benchmarks_root)
-    benchmark = _module(root.name)
+    name, root = _source(task, benchmarks_root)
+    benchmark = _module(name)
     try:
         benchmark.count(root, split)
     except Missing as missing:
@@ -92,18 +91,35 @@ def folder(task: str, benchmarks_root: Path) -> Path:
     Raises:
         UserError: unknown task, no such folder, or more than one.
     """
+    return _source(task, benchmarks_root)[1]
+
+
+def _source(task: str, benchmarks_root: Path) -> tuple[str, Path]:
+    """Name and folder of the benchmark that is read for a task."""
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}; needed one of {', '.join(TASKS)}")
-    roots = [Path(benchmarks_root) / name for name in TASKS[task]]
-    there = [root for root in roots if root.is_dir()]
-    if len(there) > 1:
-        raise UserError(f"{' and '.join(map(str, there))} are both there for task {task}; keep one of them")
+    there = {name: root for name in TASKS[task] if (root := _root(name, benchmarks_root)) is not None}
+    own = [name for name in there if name not in HOUSED]
+    if len(own) > 1:
+        raise UserError(f"{' and '.join(str(there[name]) for name in own)} are both there for task {task}; keep one of them")
     if not there:
+        places = " or ".join(_place(name, benchmarks_root) for name in TASKS[task])
         raise UserError(
-            f"no folder {' or '.join(map(str, roots))} for task {task}; put the benchmark there as its authors distribute it, "
-            "or leave the task out"
+            f"no folder {places} for task {task}; put the benchmark there as its authors distribute it, or leave the task out"
         )
-    return there[0]
+    name = [*own, *there][0]
+    return name, there[name]
+
+
+def _root(name: str, benchmarks_root: Path) -> Path | None:
+    """A benchmark's folder, if it is there; in another one's folder, if its lists are."""
+    root = Path(benchmarks_root) / HOUSED.get(name, name)
+    return root if root.is_dir() and (name not in HOUSED or _module(name).listed(root)) else None
+
+
+def _place(name: str, benchmarks_root: Path) -> str:
+    root = Path(benchmarks_root) / HOUSED.get(name, name)
+    return f"{root} (with {_module(name).LISTED})" if name in HOUSED else str(root)
 
 
 def classes(benchmarks_root: Path) -> list[str]:
@@ -112,20 +128,21 @@ def classes(benchmarks_root: Path) -> list[str]:
     Raises:
         UserError: no or other labels.
     """
-    root = folder("actions", benchmarks_root)
-    return _module(root.name).classes(root)
+    name, root = _source("actions", benchmarks_root)
+    return _module(name).classes(root)
 
 
 def check(benchmarks_root: Path, *, max_bad_share: float) -> list[Finding]:
     """Layout and listed items of every benchmark that is there; the first few items of each split are read."""
     findings = []
     for names in TASKS.values():
-        there = [name for name in names if (Path(benchmarks_root) / name).is_dir()]
-        for name in there:
+        there = {name: root for name in names if (root := _root(name, benchmarks_root)) is not None}
+        own = [name for name in there if name not in HOUSED]
+        for name, root in there.items():
             for split in _module(name).OFFICIAL:
-                found = _look(name, Path(benchmarks_root) / name, split, max_bad_share)
-                if len(there) > 1:
-                    problem = f"{' and '.join(there)} are both there for one task; keep one of them"
+                found = _look(name, root, split, max_bad_share)
+                if len(own) > 1 and name in own:
+                    problem = f"{' and '.join(own)} are both there for one task; keep one of them"
                     found = replace(found, problems=(problem, *found.problems), usable=False)
                 findings.append(found)
     return findings
@@ -133,13 +150,11 @@ def check(benchmarks_root: Path, *, max_bad_share: float) -> list[Finding]:
 
 def unknown(benchmarks_root: Path) -> list[str]:
     """Folders that no reader has the name of."""
-    known = {name for names in TASKS.values() for name in names}
+    known = {HOUSED.get(name, name) for names in TASKS.values() for name in names}
     return sorted(path.name for path in benchmarks_root.iterdir() if path.is_dir() and path.name not in known)
 
 
 def _look(name: str, root: Path, split: str, max_bad_share: float) -> Finding:
-    from scaling4d.benchmarks.frames import Missing
-
     benchmark, layout, problems, usable = _module(name), "", [], True
     official = benchmark.OFFICIAL[split]
     try:

@@ -12,20 +12,12 @@ import numpy as np
 from PIL import Image
 
 from scaling4d import video
+from scaling4d.benchmarks.skipped import LeftOut, Missing, Skipped
 from scaling4d.records import Sample, UserError
 
 T = TypeVar("T")
 
 TOLERANCE_S = 1e-3  # as in `video.nearest`
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A listed item of a benchmark that gives no sample. bad: it is damaged or missing; else a rule leaves it out."""
-
-    id: str
-    why: str
-    bad: bool
 
 
 def needed(root: Path, path: Path, what: str) -> Path:
@@ -37,18 +29,6 @@ def needed(root: Path, path: Path, what: str) -> Path:
     if not path.exists():
         raise UserError(f"{root} is laid out in another way: needed {path.relative_to(root)} ({what})")
     return path
-
-
-class LeftOut(UserError):
-    """A rule of the protocol: there is nothing in this item to learn or to measure."""
-
-
-class Missing(UserError):
-    """Listed files that are not there."""
-
-    def __init__(self, folder: Path, names: Sequence[str], *, listed: int, what: str) -> None:
-        super().__init__(f"{folder} lacks {len(names)} of {listed} {what}, the first is {names[0]}")
-        self.names, self.listed = tuple(names), listed
 
 
 def each(items: Iterable[T], one: Callable[[T], Sample], skipped: list[Skipped] | None, name: Callable = str) -> Iterator[Sample]:

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from scaling4d import video
-from scaling4d.benchmarks.frames import Crop, Missing, Skipped, at_times, each, needed
+from scaling4d.benchmarks.frames import Crop, at_times, each, needed
+from scaling4d.benchmarks.skipped import Missing, Skipped
 from scaling4d.records import Sample, UserError
 
 OFFICIAL = {"train": "246,534 in Kinetics-400", "val": "19,906 in Kinetics-400"}

@@ -1,4 +1,4 @@
-"""Perception Test (points): `videos/<video_id>.mp4` and `point_tracking_{train,valid}.json`.
+"""Perception Test (points): `videos/<video_id>.mp4` and `point_tracking_{train,valid}.json` or `all_{train,valid}.json`.
 
 In the file, a track's `points` are `[2][N]`, y then x, in 0..1 of the height and width, for the N *visible* frames in
 `frame_ids`. The README's `[N][2]` is read too; where both fit, `[2][N]` holds. Facts: the official README and baseline notebooks.
@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from scaling4d import video
-from scaling4d.benchmarks.frames import Crop, LeftOut, Skipped, all_there, at_numbers, each, load_json, needed
+from scaling4d.benchmarks.frames import Crop, all_there, at_numbers, each, load_json, needed
+from scaling4d.benchmarks.skipped import LeftOut, Skipped
 from scaling4d.records import Sample, UserError
 
 OFFICIAL = {"train": "145 in all splits", "val": "145 in all splits"}
 LISTS = {"train": "train", "val": "valid"}
+KIND = "point_tracking"
 
 
 def read(
@@ -33,8 +35,7 @@ def read(
 ) -> Iterator[Sample]:
     """label points `Q T 2` with valid (visible): the tracks that are visible in frame 0; without any, no sample."""
     one = partial(_sample, root, frames=frames, rate_hz=rate_hz, side_px=side_px)
-    tracked = [item for item in _entries(root, split).items() if item[1].get("point_tracking")]
-    return each(tracked[part], one, skipped, lambda item: item[0])
+    return each(list(tracked(root, split, KIND).items())[part], one, skipped, lambda item: item[0])
 
 
 def count(root: Path, split: str) -> int:
@@ -43,16 +44,12 @@ def count(root: Path, split: str) -> int:
     Raises:
         UserError: another layout, no tracks, or videos that are not there.
     """
-    tracked = [name for name, entry in _entries(root, split).items() if entry.get("point_tracking")]
-    if not tracked:
-        raise UserError(f"{_list(root, split)} has no point tracks")
-    folder = needed(root, root / "videos", "videos <video_id>.mp4")
-    return all_there(folder, [f"{name}.mp4" for name in tracked], f"videos of {split}")
+    return count_tracked(root, split, KIND)
 
 
 def layout(root: Path, split: str) -> str:
     """The list that is read."""
-    return _list(root, split).name
+    return list_of(root, split, KIND).name
 
 
 def write(root: Path, split: str, samples: Iterable[Sample], *, rate_hz: float, crf: int, gop: int) -> None:
@@ -66,30 +63,15 @@ def write(root: Path, split: str, samples: Iterable[Sample], *, rate_hz: float, 
             yx = np.round(points[visible][:, ::-1].T.astype(float), 5)  # 2 N
             ids = np.nonzero(visible)[0].tolist()
             tracks.append({"id": q, "label": "point", "parent_objects": [], "frame_ids": ids, "points": yx.tolist()})
-        frames, height, width, _ = sample.pixels.shape
-        metadata = {
-            "split": LISTS[split],
-            "video_id": sample.id,
-            "frame_rate": float(rate_hz),
-            "num_frames": frames,
-            "resolution": [height, width],
-            "audio_samples": 0,
-            "audio_sample_rate": 0,
-            "is_cup_game": 0,
-            "is_camera_moving": 0,
-        }
-        entries[sample.id] = {"metadata": metadata, "point_tracking": tracks}
-    text = json.dumps(entries, sort_keys=True, allow_nan=False)  # on one line, as the authors' files are
-    (root / f"point_tracking_{LISTS[split]}.json").write_text(text)
+        entries[sample.id] = {"metadata": metadata(sample, split, rate_hz=rate_hz), KIND: tracks}
+    write_list(root, split, KIND, entries)
 
 
 def _sample(root: Path, item: tuple[str, dict], *, frames: int, rate_hz: float, side_px: int) -> Sample:
     name, entry = item
-    numbers = np.round(np.arange(frames) * _rate_hz(root, name, entry) / rate_hz).astype(int)
-    height, width = entry["metadata"]["resolution"]
-    crop = Crop(height, width, side_px)
+    numbers, crop = shown(root, name, entry, frames=frames, rate_hz=rate_hz, side_px=side_px)
     tracks, seen = [], []
-    for track in entry["point_tracking"]:
+    for track in entry[KIND]:
         points, visible = _track(root, name, track, numbers)
         points = crop.points(points)
         visible &= ((points >= 0) & (points < 1)).all(-1)
@@ -98,36 +80,82 @@ def _sample(root: Path, item: tuple[str, dict], *, frames: int, rate_hz: float, 
             seen.append(visible)
     if not tracks:
         raise LeftOut(f"{root}: no track of {name} is visible in the first frame's square")
-    pictures = at_numbers(needed(root, root / "videos" / f"{name}.mp4", "listed in the tracks"), numbers)
     return Sample(
         id=name,
         video=name,
-        pixels=Crop(*pictures.shape[1:3], side_px).pixels(pictures),
+        pixels=pixels(root, name, numbers, side_px=side_px),
         labels={"points": np.stack(tracks)},
         valid={"points": np.stack(seen)},
     )
 
 
-def _list(root: Path, split: str) -> Path:
-    return needed(root, root / f"point_tracking_{LISTS[split]}.json", "tracks by video_id")
+def list_of(root: Path, split: str, kind: str) -> Path:
+    """Annotations of one kind, or of all kinds together.
+
+    Raises:
+        UserError: neither is there.
+    """
+    everything = root / f"all_{LISTS[split]}.json"
+    one = root / f"{kind}_{LISTS[split]}.json"
+    return everything if everything.is_file() and not one.is_file() else needed(root, one, "tracks by video_id")
 
 
-def _entries(root: Path, split: str) -> dict[str, dict]:
-    path = _list(root, split)
+def tracked(root: Path, split: str, kind: str) -> dict[str, dict]:
+    """Entries by video_id; those that have tracks of this kind. Where there are none, the key may be there or not.
+
+    Raises:
+        UserError: another layout, an entry without metadata, or a strange video_id.
+    """
+    path = list_of(root, split, kind)
     entries = load_json(path, dict)
     for name, entry in entries.items():
-        if not isinstance(entry, dict) or "metadata" not in entry:
+        if not isinstance(entry, dict) or not isinstance(entry.get("metadata"), dict):
             raise UserError(f"{path}: {name} has no metadata")
         if not name.replace("_", "").isalnum():
             raise UserError(f"{path}: {name!r} is not the name of a video")
-    return entries
+    return {name: entry for name, entry in entries.items() if entry.get(kind)}
 
 
-def _rate_hz(root: Path, name: str, entry: dict) -> float:
-    rate_hz = entry["metadata"].get("frame_rate")
-    if not isinstance(rate_hz, int | float) or rate_hz <= 0 or len(entry["metadata"].get("resolution", ())) != 2:
+def count_tracked(root: Path, split: str, kind: str) -> int:
+    names = tracked(root, split, kind)
+    if not names:
+        raise UserError(f"{list_of(root, split, kind)} has no {kind.replace('_', ' ')}")
+    folder = needed(root, root / "videos", "videos <video_id>.mp4")
+    return all_there(folder, [f"{name}.mp4" for name in names], f"videos of {split}")
+
+
+def shown(root: Path, name: str, entry: dict, *, frames: int, rate_hz: float, side_px: int) -> tuple[np.ndarray, Crop]:
+    """Numbers `T` of the frames that a clip shows, and the crop of what is placed in 0..1 of the picture."""
+    known = entry["metadata"]
+    stored_hz, size = known.get("frame_rate"), known.get("resolution")
+    if not isinstance(stored_hz, int | float) or stored_hz <= 0 or not isinstance(size, list) or len(size) != 2:
         raise UserError(f"{root}: the metadata of {name} needs a frame_rate above 0 and a resolution [height, width]")
-    return float(rate_hz)
+    return np.round(np.arange(frames) * stored_hz / rate_hz).astype(int), Crop(*size, side_px)
+
+
+def pixels(root: Path, name: str, numbers: np.ndarray, *, side_px: int) -> np.ndarray:
+    pictures = at_numbers(needed(root, root / "videos" / f"{name}.mp4", "listed in the tracks"), numbers)
+    return Crop(*pictures.shape[1:3], side_px).pixels(pictures)
+
+
+def metadata(sample: Sample, split: str, *, rate_hz: float) -> dict:
+    frames, height, width, _ = sample.pixels.shape
+    return {
+        "split": LISTS[split],
+        "video_id": sample.id,
+        "frame_rate": float(rate_hz),
+        "num_frames": frames,
+        "resolution": [height, width],
+        "audio_samples": 0,
+        "audio_sample_rate": 0,
+        "is_cup_game": 0,
+        "is_camera_moving": 0,
+    }
+
+
+def write_list(root: Path, split: str, kind: str, entries: dict[str, dict]) -> None:
+    text = json.dumps(entries, sort_keys=True, allow_nan=False)  # on one line, as the authors' files are
+    (root / f"{kind}_{LISTS[split]}.json").write_text(text)
 
 
 def _track(root: Path, name: str, track: dict, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from scaling4d import video
-from scaling4d.benchmarks.frames import Crop, Missing, Skipped, at_times, each, needed
+from scaling4d.benchmarks.frames import Crop, at_times, each, needed
+from scaling4d.benchmarks.skipped import Missing, Skipped
 from scaling4d.records import Sample, UserError
 
 OFFICIAL = {"train": "about 72,000", "val": "about 8,000"}  # 80,000, nine to one

@@ -23,7 +23,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from scaling4d.benchmarks.frames import TOLERANCE_S, Crop, Missing, Skipped, each, needed
+from scaling4d.benchmarks.frames import TOLERANCE_S, Crop, each, needed
+from scaling4d.benchmarks.skipped import Missing, Skipped
 from scaling4d.records import Sample, UserError
 
 OFFICIAL = {"train": "1,201", "val": "312"}

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from scaling4d import video
-from scaling4d.benchmarks.frames import Crop, Skipped, all_there, at_times, each, load_json, needed
+from scaling4d.benchmarks.frames import Crop, all_there, at_times, each, load_json, needed
+from scaling4d.benchmarks.skipped import Skipped
 from scaling4d.records import Sample, UserError, write_json
 
 VIDEOS = "20bn-something-something-v2"

@@ -23,7 +23,8 @@ from typing import Any, NoReturn
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from scaling4d.benchmarks.frames import Crop, LeftOut, Skipped, each
+from scaling4d.benchmarks.frames import Crop, each
+from scaling4d.benchmarks.skipped import LeftOut, Skipped
 from scaling4d.records import Sample, UserError
 
 OFFICIAL = {"val": "30 in DAVIS"}

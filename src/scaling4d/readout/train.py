@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from scaling4d import artifacts, benchmarks, checkpoint, config, log, optimizer, seeds
-from scaling4d.benchmarks.frames import Skipped
+from scaling4d.benchmarks.skipped import Skipped
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.mae.build import encoder_of, load
 from scaling4d.ranks import gather, parallel, run
