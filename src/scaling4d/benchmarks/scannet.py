@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from scaling4d.benchmarks.frames import TOLERANCE_S, Crop, each, needed
-from scaling4d.benchmarks.skipped import Missing, Skipped
+from scaling4d.benchmarks.skipped import LeftOut, Missing, Skipped
 from scaling4d.records import Sample, UserError
 
 OFFICIAL = {"train": "1,201", "val": "312"}
@@ -199,7 +199,12 @@ def _sample(root: Path, scene: str, *, frames: int, rate_hz: float, side_px: int
             clip = _sens(path, frames=frames, rate_hz=rate_hz)
         except (struct.error, zlib.error, UnidentifiedImageError, OSError, SyntaxError) as error:
             raise UserError(f"{path} is damaged: {error}") from error
+    for k in (clip.color_k, clip.depth_k):
+        if not np.isfinite(k).all() or min(k[0, 0], k[1, 1]) <= 0:
+            raise UserError(f"{root}: the intrinsics of {scene} are not numbers with focal lengths above 0")
     depth_m, measured, crop = _aligned(clip, side_px)
+    if not measured.any():
+        raise LeftOut(f"{root}: nothing is measured within {RANGE_M[0]} .. {RANGE_M[1]} m in the clip of {scene}")
     return Sample(
         id=scene,
         video=scene.split("_")[0],  # scans of one space
