@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -51,6 +52,7 @@ def read(
     part: slice = slice(None),
     skipped: list[Skipped] | None = None,
     max_bad_share: float = 0.0,
+    queries: str | None = None,
 ) -> Iterator[Sample]:
     """The samples of a task's benchmark, in the order of its own lists; the layout is checked before the first one.
 
@@ -58,12 +60,13 @@ def read(
         part: of the benchmark's list; nothing else is decoded.
         skipped: takes what gives no sample, and why. Without it a damaged or missing one raises.
         max_bad_share: of all that is listed, may be missing.
+        queries: for points, in which frames they are asked about; see `queries.QUERIES`.
     Raises:
         UserError: unknown task or split, or the benchmark's folder is missing or laid out in another way.
     """
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}; needed one of {', '.join(SPLITS)}")
-    name, root = _source(task, benchmarks_root)
+    name, root = _source(task, benchmarks_root, split)
     benchmark = _module(name)
     try:
         benchmark.count(root, split)
@@ -71,7 +74,8 @@ def read(
         if skipped is None:
             raise
         judge([Skipped(name, "missing", True) for name in missing.names], missing.listed, max_bad_share, f"{task} {split}")
-    return benchmark.read(root, split, frames=frames, rate_hz=rate_hz, side_px=side_px, part=part, skipped=skipped)
+    one = partial(benchmark.read, root, split, frames=frames, rate_hz=rate_hz, side_px=side_px, part=part, skipped=skipped)
+    return one() if queries is None else one(queries=queries)
 
 
 def judge(skipped: Sequence[Skipped], listed: int, max_bad_share: float, what: str) -> None:
@@ -85,23 +89,26 @@ def judge(skipped: Sequence[Skipped], listed: int, max_bad_share: float, what: s
         )
 
 
-def folder(task: str, benchmarks_root: Path) -> Path:
-    """Where a task's benchmark lies.
+def folder(task: str, benchmarks_root: Path, split: str = "train") -> Path:
+    """Where a task's benchmark lies. One that has no training split is measured on where it is there, beside another to train on.
 
     Raises:
         UserError: unknown task, no such folder, or more than one.
     """
-    return _source(task, benchmarks_root)[1]
+    return _source(task, benchmarks_root, split)[1]
 
 
-def _source(task: str, benchmarks_root: Path) -> tuple[str, Path]:
-    """Name and folder of the benchmark that is read for a task."""
+def _source(task: str, benchmarks_root: Path, split: str) -> tuple[str, Path]:
+    """Name and folder of the benchmark that is read for a task and a split."""
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}; needed one of {', '.join(TASKS)}")
     there = {name: root for name in TASKS[task] if (root := _root(name, benchmarks_root)) is not None}
     own = [name for name in there if name not in HOUSED]
     if len(own) > 1:
-        raise UserError(f"{' and '.join(str(there[name]) for name in own)} are both there for task {task}; keep one of them")
+        fitting = [name for name in own if ("train" in _module(name).OFFICIAL) == (split == "train")]
+        if len(fitting) != 1:
+            raise UserError(f"{' and '.join(str(there[name]) for name in own)} are both there for task {task}; keep one of them")
+        own = fitting
     if not there:
         places = " or ".join(_place(name, benchmarks_root) for name in TASKS[task])
         raise UserError(
@@ -128,7 +135,7 @@ def classes(benchmarks_root: Path) -> list[str]:
     Raises:
         UserError: no or other labels.
     """
-    name, root = _source("actions", benchmarks_root)
+    name, root = _source("actions", benchmarks_root, "train")
     return _module(name).classes(root)
 
 
@@ -137,7 +144,7 @@ def check(benchmarks_root: Path, *, max_bad_share: float) -> list[Finding]:
     findings = []
     for names in TASKS.values():
         there = {name: root for name in names if (root := _root(name, benchmarks_root)) is not None}
-        own = [name for name in there if name not in HOUSED]
+        own = [name for name in there if name not in HOUSED and "train" in _module(name).OFFICIAL]
         for name, root in there.items():
             for split in _module(name).OFFICIAL:
                 found = _look(name, root, split, max_bad_share)

@@ -33,9 +33,16 @@ def needed(root: Path, path: Path, what: str) -> Path:
 
 def each(items: Iterable[T], one: Callable[[T], Sample], skipped: list[Skipped] | None, name: Callable = str) -> Iterator[Sample]:
     """One sample an item. What gives none is noted in `skipped`; without such a list, what is damaged raises."""
+    return each_of(items, lambda item: [one(item)], skipped, name)
+
+
+def each_of(
+    items: Iterable[T], some: Callable[[T], list[Sample]], skipped: list[Skipped] | None, name: Callable
+) -> Iterator[Sample]:
+    """The same for items that give several samples."""
     for item in items:
         try:
-            sample = one(item)
+            samples = some(item)
         except UserError as error:
             bad = not isinstance(error, LeftOut)
             if skipped is not None:
@@ -43,7 +50,7 @@ def each(items: Iterable[T], one: Callable[[T], Sample], skipped: list[Skipped] 
             elif bad:
                 raise
         else:
-            yield sample
+            yield from samples
 
 
 def all_there(folder: Path, names: Sequence[str], what: str) -> int:

@@ -14,13 +14,15 @@ from pathlib import Path
 import numpy as np
 
 from scaling4d import video
-from scaling4d.benchmarks.frames import Crop, all_there, at_numbers, each, load_json, needed
+from scaling4d.benchmarks.frames import Crop, all_there, at_numbers, each_of, load_json, needed
+from scaling4d.benchmarks.queries import asked
 from scaling4d.benchmarks.skipped import LeftOut, Skipped
 from scaling4d.records import Sample, UserError
 
 OFFICIAL = {"train": "145 in all splits", "val": "145 in all splits"}
 LISTS = {"train": "train", "val": "valid"}
 KIND = "point_tracking"
+MAX_FRAMES = 1_000_000  # of a video; more is no number of frames
 
 
 def read(
@@ -32,10 +34,12 @@ def read(
     side_px: int,
     part: slice = slice(None),
     skipped: list[Skipped] | None = None,
+    queries: str = "frame_0",
 ) -> Iterator[Sample]:
-    """label points `Q T 2` with valid (visible): the tracks that are visible in frame 0; without any, no sample."""
-    one = partial(_sample, root, frames=frames, rate_hz=rate_hz, side_px=side_px)
-    return each(list(tracked(root, split, KIND).items())[part], one, skipped, lambda item: item[0])
+    """label points `Q T 2` with valid (visible): the tracks that are asked about in the clip's first frame; without any, no
+    sample. queries: see `queries.asked`."""
+    some = partial(_samples, root, frames=frames, rate_hz=rate_hz, side_px=side_px, how=queries)
+    return each_of(list(tracked(root, split, KIND).items())[part], some, skipped, lambda item: item[0])
 
 
 def count(root: Path, split: str) -> int:
@@ -67,26 +71,26 @@ def write(root: Path, split: str, samples: Iterable[Sample], *, rate_hz: float, 
     write_list(root, split, KIND, entries)
 
 
-def _sample(root: Path, item: tuple[str, dict], *, frames: int, rate_hz: float, side_px: int) -> Sample:
+def _samples(root: Path, item: tuple[str, dict], *, frames: int, rate_hz: float, side_px: int, how: str) -> list[Sample]:
     name, entry = item
-    numbers, crop = shown(root, name, entry, frames=frames, rate_hz=rate_hz, side_px=side_px)
-    tracks, seen = [], []
-    for track in entry[KIND]:
-        points, visible = _track(root, name, track, numbers)
-        points = crop.points(points)
-        visible &= ((points >= 0) & (points < 1)).all(-1)
-        if visible[0]:
-            tracks.append(np.where(visible[:, None], points, 0).astype(np.float32))
-            seen.append(visible)
-    if not tracks:
-        raise LeftOut(f"{root}: no track of {name} is visible in the first frame's square")
-    return Sample(
-        id=name,
-        video=name,
-        pixels=pixels(root, name, numbers, side_px=side_px),
-        labels={"points": np.stack(tracks)},
-        valid={"points": np.stack(seen)},
-    )
+    after, crop = shown(root, name, entry, frames=frames, rate_hz=rate_hz, side_px=side_px)
+    numbers = np.arange(max(entry["metadata"]["num_frames"], after[-1] + 1))
+    tracks = [_track(root, name, track, numbers) for track in entry[KIND]]
+    points, visible = (np.stack(some) for some in zip(*tracks, strict=True))
+    points = crop.points(points)
+    clips = asked(name, points, visible & ((points >= 0) & (points < 1)).all(-1), after, how)
+    if not clips:
+        raise LeftOut(f"{root}: no track of {name} is visible in the square where queries = {how!r} asks")
+    return [
+        Sample(
+            id=clip.id,
+            video=name,
+            pixels=pixels(root, name, clip.numbers, side_px=side_px),
+            labels={"points": clip.points},
+            valid={"points": clip.visible},
+        )
+        for clip in clips
+    ]
 
 
 def list_of(root: Path, split: str, kind: str) -> Path:
@@ -130,11 +134,15 @@ def shown(root: Path, name: str, entry: dict, *, frames: int, rate_hz: float, si
     stored_hz, size = known.get("frame_rate"), known.get("resolution")
     if not isinstance(stored_hz, int | float) or stored_hz <= 0 or not isinstance(size, list) or len(size) != 2:
         raise UserError(f"{root}: the metadata of {name} needs a frame_rate above 0 and a resolution [height, width]")
+    if not isinstance(known.get("num_frames"), int) or not 0 < known["num_frames"] <= MAX_FRAMES:
+        raise UserError(f"{root}: the metadata of {name} needs num_frames in 1 .. {MAX_FRAMES}")
     return np.round(np.arange(frames) * stored_hz / rate_hz).astype(int), Crop(*size, side_px)
 
 
 def pixels(root: Path, name: str, numbers: np.ndarray, *, side_px: int) -> np.ndarray:
-    pictures = at_numbers(needed(root, root / "videos" / f"{name}.mp4", "listed in the tracks"), numbers)
+    """numbers: `T`, rising or falling."""
+    path = needed(root, root / "videos" / f"{name}.mp4", "listed in the tracks")
+    pictures = at_numbers(path, np.sort(numbers))[np.argsort(np.argsort(numbers))]
     return Crop(*pictures.shape[1:3], side_px).pixels(pictures)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 TRACK_THRESHOLDS_PX = (1, 2, 4, 8, 16)  # TAP-Vid: of a raster of RASTER_PX x RASTER_PX
 RASTER_PX = 256
+TRACK_AVERAGES = ("average_jaccard", "delta_avg", "occlusion_accuracy")
 CUBE = np.stack(np.meshgrid([-5.0, 5.0], [-5.0, 5.0], [0.0, 10.0], indexing="ij"), axis=-1).reshape(8, 3)
 
 
@@ -69,6 +70,20 @@ def track_metrics(sums: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str
         "average_jaccard": np.mean([ratios[f"jaccard_{px}"] for px in TRACK_THRESHOLDS_PX], axis=0),
         "delta_avg": np.mean([ratios[f"pts_within_{px}"] for px in TRACK_THRESHOLDS_PX], axis=0),
     }
+
+
+def tracks_by_video(table: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Sums and counts `V 2` by metric, in which the averages of tracks are those of whole videos, not of their clips.
+
+    They are taken from track_sums, if the table has them; a video in which nothing is measured has the weight 0, others 1.
+    Source: tapnet and kauldron, which average over videos; kauldron leaves those without a denominator out.
+    """
+    names = [f"{kind}_{px}" for kind in ("jaccard", "pts_within") for px in TRACK_THRESHOLDS_PX] + ["occlusion_accuracy"]
+    if not set(names) <= set(table):
+        return dict(table)
+    ratios = track_metrics({name: tuple(table[name].T) for name in names})
+    rest = {name: pairs for name, pairs in table.items() if name not in names}
+    return rest | {name: np.stack([np.nan_to_num(ratios[name]), np.isfinite(ratios[name])], -1) for name in TRACK_AVERAGES}
 
 
 def box_iou(boxes: np.ndarray, true_boxes: np.ndarray) -> np.ndarray:

@@ -107,8 +107,10 @@ def readout(encoder: str, task: str, protocol: str, settings: Mapping[str, Any])
         )
         result = result_of(saved, folder, task, protocol, asked, videos, sums, mine["seed"], evaluation.bootstrap_draws)
         result.write(out / "result.json")
-        benchmark = benchmarks.folder(task, Path(evaluation.data))
-        inputs = {"checkpoint": artifacts.sha256(folder), "benchmark": artifacts.sha256(benchmark)}
+        learned, measured = (benchmarks.folder(task, Path(evaluation.data), split) for split in benchmarks.SPLITS)
+        inputs = {"checkpoint": artifacts.sha256(folder), "benchmark": artifacts.sha256(learned)}
+        if measured != learned:
+            inputs["benchmark_val"] = artifacts.sha256(measured)
         if start is not None:
             inputs["head"] = artifacts.sha256(start)
         asked.head(features_width=1, clip=(16, 16, 16))  # so that gin counts the head's settings as operative here too
@@ -181,7 +183,10 @@ def share_of(
     bad_share = evaluation.max_bad_share
     skipped: list[Skipped] = []
     clip = {"frames": T, "rate_hz": asked.rate_hz, "side_px": side}
-    samples = benchmarks.read(task, Path(evaluation.data), split, **clip, part=mine, skipped=skipped, max_bad_share=bad_share)
+    where = {"part": mine, "skipped": skipped, "max_bad_share": bad_share}
+    if isinstance(asked, Points) and split == "val":
+        where["queries"] = asked.queries
+    samples = benchmarks.read(task, Path(evaluation.data), split, **clip, **where)
     inputs, targets, videos = [], [], []
     wanted = asked.views if split == "train" else ("plain",)
     for sample in (view for plain in samples for view in views.views(plain, wanted)):
@@ -193,7 +198,8 @@ def share_of(
                 inputs.append(at_depth(encoder, pixels[None], evaluation.depth_fraction)[0])
         targets.append(asked.target(sample))
         videos.append(sample.video)
-    skipped, read = gather(skipped), sum(gather([len(videos) // len(wanted)]))
+    items = len(set(videos)) if "queries" in where else len(videos) // len(wanted)  # a video may give several clips
+    skipped, read = gather(skipped), sum(gather([items]))
     benchmarks.judge(skipped, len(skipped) + read, bad_share, f"{task} {split}")
     if not inputs:
         raise UserError(f"{task}: too few samples in split {split} for {ranks} ranks; lower readout.shared.Evaluation.ranks")
@@ -283,6 +289,7 @@ def result_of(
     for video, sums in zip(videos, measured, strict=True):
         for metric, pair in sums.items():
             table[metric][row[video]] += pair
+    table = metrics.tracks_by_video(table)
     value = {metric: float(pairs[:, 0].sum() / pairs[:, 1].sum()) for metric, pairs in table.items()}
     primary = asked.primary
     rng = seeds.numpy(seed, "bootstrap", task)

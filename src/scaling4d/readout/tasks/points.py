@@ -1,7 +1,4 @@
-"""Perception Test: follow points given in the first frame; average Jaccard, a mean over videos.
-
-A video in which nothing can be measured (no point is seen again, none is shown) has no weight, as in kauldron's metrics.
-"""
+"""Perception Test, TAP-Vid: follow points given in the first frame; average Jaccard, a mean over videos."""
 
 from __future__ import annotations
 
@@ -20,7 +17,6 @@ from scaling4d.readout.tasks.task import Measure, pad
 from scaling4d.records import Sample
 
 VALUES = 4  # x, y, visible, certain
-REPORTED = ("average_jaccard", "delta_avg", "occlusion_accuracy")
 CERTAIN_PX = 6  # a prediction within 6 of RASTER_PX pixels counts as certain
 
 
@@ -31,6 +27,7 @@ class Points:
 
     certain: a point counts as shown if it is likely to be visible and (released) certain to be near; false: visible alone (ours),
     for readouts so coarse that they are never certain. relative: predict what is added to the given point (ours), not the point.
+    queries: in which frames of a validation video points are asked about, see benchmarks.queries; in training it is frame 0.
 
     Loss: Huber on the distance (weight 100) + visibility and certainty cross-entropies (0.1), as scivid trains its readout.
     """
@@ -41,6 +38,7 @@ class Points:
     views: tuple[str, ...]
     certain: bool
     relative: bool
+    queries: str
 
     primary: ClassVar = Measure("average_jaccard", "share", True)
 
@@ -90,12 +88,15 @@ class Points:
             true_visible=target["visible"],
             evaluated=evaluated,
         )
-        video = metrics.track_metrics({name: (part.sum(), whole.sum()) for name, (part, whole) in sums.items()})
+        clip = {name: (float(part.sum()), float(whole.sum())) for name, (part, whole) in sums.items()}
+        ratios = metrics.track_metrics({name: tuple(map(np.float64, pair)) for name, pair in clip.items()})
+        averages = {name: ratios[name] for name in ("average_jaccard", "delta_avg")}  # a result's: metrics.tracks_by_video
         seen = target["visible"] & evaluated
         distance_px = metrics.RASTER_PX * np.linalg.norm(predicted[..., :2] - target["points"], axis=-1)
         still_px = metrics.RASTER_PX * np.linalg.norm(target["points"][:, :1] - target["points"], axis=-1)
         return {
-            **{name: (float(np.nan_to_num(video[name])), float(np.isfinite(video[name]))) for name in REPORTED},
+            **clip,
+            **{name: (float(np.nan_to_num(value)), float(np.isfinite(value))) for name, value in averages.items()},
             "distance_px256": (float(distance_px[seen].sum()), float(seen.sum())),
             "distance_px256_standing_still": (float(still_px[seen].sum()), float(seen.sum())),
         }
