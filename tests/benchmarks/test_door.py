@@ -224,3 +224,42 @@ def test_check_reports_the_objects_of_perception_test_beside_its_points(tmp_path
     found = {(one.benchmark, one.split): one for one in benchmarks.check(tmp_path, max_bad_share=0.0)}
     assert found["perception_test_objects", "val"].usable and found["perception_test_objects", "val"].samples == 1
     assert "needed point_tracking_valid.json" in found["perception_test", "val"].problems[0]
+
+
+def write_any(root: Path, name: str) -> Path:
+    """Two videos of a benchmark; its list."""
+    if name == "objects":
+        write_objects(root, "train")
+        return root / "perception_test/object_tracking_train.json"
+    templates = ("Holding [something]", "Moving [something]")
+    ssv2.write(root / "ssv2", "train", samples("ab"), templates=templates, rate_hz=8.0, crf=40, gop=6)
+    return root / "ssv2/labels/train.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "expected"),
+    [
+        ("ssv2", lambda e: e[1].update(id=7), "train.json, entry 1: needed id and template as strings, found {'id': 7"),
+        ("ssv2", lambda e: e[1].update(template="Eating"), "labels/train.json: b is 'Eating', which labels.json does not list"),
+        ("ssv2", lambda e: e.append({"id": "../x", "template": ""}), "labels/train.json, entry 2: id '../x' is not the name of"),
+        (
+            "objects",
+            lambda e: e["video_1"]["metadata"].update(resolution=3),
+            "train.json: the metadata of video_1 needs a frame_rate",
+        ),
+        ("objects", lambda e: e["video_1"]["metadata"].update(num_frames=10**9), "the metadata of video_1 needs num_frames in 1"),
+        (
+            "objects",
+            lambda e: e["video_1"].update(object_tracking=[{}]),
+            "an object of video_1 needs frame_ids and bounding_boxes",
+        ),
+        ("objects", lambda e: e.update({"../x": e["video_1"]}), "object_tracking_train.json: '../x' is not the name of a video"),
+    ],
+)
+def test_check_names_the_file_and_the_place_in_it(tmp_path, name, spoil, expected):
+    path = write_any(tmp_path, name)
+    entries = json.loads(path.read_text())
+    spoil(entries)
+    write_json(path, entries)
+    found = [one for one in benchmarks.check(tmp_path, max_bad_share=0.0) if one.split == "train"]
+    assert any(expected in problem and path.name in problem for one in found for problem in one.problems), found

@@ -38,7 +38,7 @@ def read(
 ) -> Iterator[Sample]:
     """label points `Q T 2` with valid (visible): the tracks that are asked about in the clip's first frame; without any, no
     sample. queries: see `queries.asked`."""
-    some = partial(_samples, root, frames=frames, rate_hz=rate_hz, side_px=side_px, how=queries)
+    some = partial(_samples, root, list_of(root, split, KIND), frames=frames, rate_hz=rate_hz, side_px=side_px, how=queries)
     return each_of(list(tracked(root, split, KIND).items())[part], some, skipped, lambda item: item[0])
 
 
@@ -71,16 +71,18 @@ def write(root: Path, split: str, samples: Iterable[Sample], *, rate_hz: float, 
     write_list(root, split, KIND, entries)
 
 
-def _samples(root: Path, item: tuple[str, dict], *, frames: int, rate_hz: float, side_px: int, how: str) -> list[Sample]:
+def _samples(
+    root: Path, listed: Path, item: tuple[str, dict], *, frames: int, rate_hz: float, side_px: int, how: str
+) -> list[Sample]:
     name, entry = item
-    after, crop = shown(root, name, entry, frames=frames, rate_hz=rate_hz, side_px=side_px)
+    after, crop = shown(listed, name, entry, frames=frames, rate_hz=rate_hz, side_px=side_px)
     numbers = np.arange(max(entry["metadata"]["num_frames"], after[-1] + 1))
-    tracks = [_track(root, name, track, numbers) for track in entry[KIND]]
+    tracks = [_track(listed, name, track, numbers) for track in entry[KIND]]
     points, visible = (np.stack(some) for some in zip(*tracks, strict=True))
     points = crop.points(points)
     clips = asked(name, points, visible & ((points >= 0) & (points < 1)).all(-1), after, how)
     if not clips:
-        raise LeftOut(f"{root}: no track of {name} is visible in the square where queries = {how!r} asks")
+        raise LeftOut(f"{listed}: no track of {name} is visible in the square where queries = {how!r} asks")
     return [
         Sample(
             id=clip.id,
@@ -128,14 +130,14 @@ def count_tracked(root: Path, split: str, kind: str) -> int:
     return all_there(folder, [f"{name}.mp4" for name in names], f"videos of {split}")
 
 
-def shown(root: Path, name: str, entry: dict, *, frames: int, rate_hz: float, side_px: int) -> tuple[np.ndarray, Crop]:
+def shown(listed: Path, name: str, entry: dict, *, frames: int, rate_hz: float, side_px: int) -> tuple[np.ndarray, Crop]:
     """Numbers `T` of the frames that a clip shows, and the crop of what is placed in 0..1 of the picture."""
     known = entry["metadata"]
     stored_hz, size = known.get("frame_rate"), known.get("resolution")
     if not isinstance(stored_hz, int | float) or stored_hz <= 0 or not isinstance(size, list) or len(size) != 2:
-        raise UserError(f"{root}: the metadata of {name} needs a frame_rate above 0 and a resolution [height, width]")
+        raise UserError(f"{listed}: the metadata of {name} needs a frame_rate above 0 and a resolution [height, width]")
     if not isinstance(known.get("num_frames"), int) or not 0 < known["num_frames"] <= MAX_FRAMES:
-        raise UserError(f"{root}: the metadata of {name} needs num_frames in 1 .. {MAX_FRAMES}")
+        raise UserError(f"{listed}: the metadata of {name} needs num_frames in 1 .. {MAX_FRAMES}")
     return np.round(np.arange(frames) * stored_hz / rate_hz).astype(int), Crop(*size, side_px)
 
 
@@ -166,12 +168,12 @@ def write_list(root: Path, split: str, kind: str, entries: dict[str, dict]) -> N
     (root / f"{kind}_{LISTS[split]}.json").write_text(text)
 
 
-def _track(root: Path, name: str, track: dict, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _track(listed: Path, name: str, track: dict, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """points `T 2`, x y, and visible `T` at the wanted frame numbers."""
     try:
         ids, points = np.asarray(track["frame_ids"], int), np.asarray(track["points"], float)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{root}: a track of {name} needs frame_ids and points as numbers: {error!r}") from error
+        raise UserError(f"{listed}: a track of {name} needs frame_ids and points as numbers: {error!r}") from error
     if not len(ids):
         return np.zeros((len(numbers), 2)), np.zeros(len(numbers), bool)
     if points.shape == (2, len(ids)):
@@ -180,7 +182,7 @@ def _track(root: Path, name: str, track: dict, numbers: np.ndarray) -> tuple[np.
         yx = points
     else:
         raise UserError(
-            f"{root}: track {track.get('id')} of {name} has points {points.shape} for {len(ids)} frames; needed 2 x {len(ids)}"
+            f"{listed}: track {track.get('id')} of {name} has points {points.shape} for {len(ids)} frames; needed 2 x {len(ids)}"
         )
     where = {int(frame): n for n, frame in enumerate(ids)}
     at = np.array([where.get(int(number), -1) for number in numbers])

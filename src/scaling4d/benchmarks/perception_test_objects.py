@@ -44,7 +44,7 @@ def read(
 
     Without any, or without a label in a later frame, no sample. At most rates only a few of a clip's frames are labelled.
     """
-    one = partial(_sample, root, frames=frames, rate_hz=rate_hz, side_px=side_px)
+    one = partial(_sample, root, perception_test.list_of(root, split, KIND), frames=frames, rate_hz=rate_hz, side_px=side_px)
     return each(list(perception_test.tracked(root, split, KIND).items())[part], one, skipped, lambda item: item[0])
 
 
@@ -87,16 +87,16 @@ def write(root: Path, split: str, samples: Iterable[Sample], *, rate_hz: float, 
     perception_test.write_list(root, split, KIND, entries)
 
 
-def _sample(root: Path, item: tuple[str, dict], *, frames: int, rate_hz: float, side_px: int) -> Sample:
+def _sample(root: Path, listed: Path, item: tuple[str, dict], *, frames: int, rate_hz: float, side_px: int) -> Sample:
     name, entry = item
-    numbers, crop = perception_test.shown(root, name, entry, frames=frames, rate_hz=rate_hz, side_px=side_px)
-    tracks = [_track(root, name, one, numbers, crop) for one in entry[KIND]]
+    numbers, crop = perception_test.shown(listed, name, entry, frames=frames, rate_hz=rate_hz, side_px=side_px)
+    tracks = [_track(listed, name, one, numbers, crop) for one in entry[KIND]]
     asked = [(boxes, there) for boxes, there in tracks if there[0]]
     if not asked:
-        raise LeftOut(f"{root}: no object of {name} starts in the first frame's square")
+        raise LeftOut(f"{listed}: no object of {name} starts in the first frame's square")
     boxes, there = (np.stack(some) for some in zip(*asked, strict=True))
     if not there[:, 1:].any():
-        raise LeftOut(f"{root}: no object of {name} is labelled in a later frame of the clip")
+        raise LeftOut(f"{listed}: no object of {name} is labelled in a later frame of the clip")
     return Sample(
         id=name,
         video=name,
@@ -106,16 +106,16 @@ def _sample(root: Path, item: tuple[str, dict], *, frames: int, rate_hz: float, 
     )
 
 
-def _track(root: Path, name: str, track: dict, numbers: np.ndarray, crop: Crop) -> tuple[np.ndarray, np.ndarray]:
+def _track(listed: Path, name: str, track: dict, numbers: np.ndarray, crop: Crop) -> tuple[np.ndarray, np.ndarray]:
     """boxes `T 4` float32 of the square and there `T`, at the wanted frames from the one on that tracking starts in."""
     try:
         ids, stored = np.asarray(track["frame_ids"], int), np.asarray(track["bounding_boxes"], float)
         starts = np.asarray(track.get("initial_tracking_box", [1]), int)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{root}: an object of {name} needs frame_ids and bounding_boxes as numbers: {error!r}") from error
+        raise UserError(f"{listed}: an object of {name} needs frame_ids and bounding_boxes as numbers: {error!r}") from error
     if stored.shape != (len(ids), 4) and len(ids):
         raise UserError(
-            f"{root}: object {track.get('id')} of {name} has boxes {stored.shape} for {len(ids)} frames; needed {len(ids)} x 4"
+            f"{listed}: object {track.get('id')} of {name} has boxes {stored.shape} for {len(ids)} frames; needed {len(ids)} x 4"
         )
     boxes, there = np.zeros((len(numbers), 4), np.float32), np.zeros(len(numbers), bool)
     start = ids[starts.argmax()] if len(ids) and starts.any() and starts.argmax() < len(ids) else np.inf

@@ -12,6 +12,7 @@ of a scene and numbers them anew; export all of them).
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
@@ -179,11 +180,13 @@ def _matrix(intrinsics: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def _scenes(root: Path, split: str) -> list[str]:
     path = needed(root, root / f"scannetv2_{split}.txt", "one scene a line")
-    scenes = path.read_text().split()
+    lines = [(number, line.strip()) for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1)]
+    scenes = [scene for _, scene in lines if scene]
     if not scenes:
         raise UserError(f"{path} lists nothing")
-    if strange := [scene for scene in scenes if not scene.startswith("scene") or "/" in scene]:
-        raise UserError(f"{path} lists {strange[0]!r}, which is not a scene such as scene0000_00")
+    if strange := [(number, scene) for number, scene in lines if scene and not re.fullmatch(r"scene\w+", scene)]:
+        number, scene = strange[0]
+        raise UserError(f"{path}, line {number}: {scene!r}, which is not a scene such as scene0000_00")
     return scenes
 
 

@@ -34,7 +34,7 @@ def read(
     skipped: list[Skipped] | None = None,
 ) -> Iterator[Sample]:
     """labels action `()`, and action_mirrored `()`: what it is in a mirror. A short video goes on with its last frame."""
-    one = partial(_sample, root, _labels(root), frames=frames, rate_hz=rate_hz, side_px=side_px)
+    one = partial(_sample, root, _list(root, LISTS[split]), _labels(root), frames=frames, rate_hz=rate_hz, side_px=side_px)
     return each(_entries(root, split)[part], one, skipped, lambda entry: entry["id"])
 
 
@@ -84,10 +84,12 @@ def write(
     (root / "labels/test-answers.csv").write_text("")
 
 
-def _sample(root: Path, numbers: dict[str, int], entry: dict, *, frames: int, rate_hz: float, side_px: int) -> Sample:
+def _sample(
+    root: Path, listed: Path, numbers: dict[str, int], entry: dict, *, frames: int, rate_hz: float, side_px: int
+) -> Sample:
     template = _class_name(entry["template"])
     if template not in numbers:
-        raise UserError(f"{root}: {entry['id']} is {template!r}, which labels.json does not list")
+        raise UserError(f"{listed}: {entry['id']} is {template!r}, which labels.json does not list")
     path = needed(root, root / VIDEOS / f"{entry['id']}.webm", "listed in the labels")
     pictures = at_times(path, np.arange(frames) / rate_hz, repeat_last=True)
     return Sample(
@@ -134,11 +136,11 @@ def _labels(root: Path) -> dict[str, int]:
 def _entries(root: Path, split: str) -> list[dict]:
     path = _list(root, LISTS[split])
     entries = load_json(path, list)
-    for entry in entries:
+    for number, entry in enumerate(entries):
         if not isinstance(entry, dict) or not isinstance(entry.get("id"), str) or not isinstance(entry.get("template"), str):
-            raise UserError(f"{path}: needed entries with id and template as strings, found {str(entry)[:80]}")
+            raise UserError(f"{path}, entry {number}: needed id and template as strings, found {str(entry)[:80]}")
         if not entry["id"].isalnum():
-            raise UserError(f"{path}: id {entry['id']!r} is not the name of a video")
+            raise UserError(f"{path}, entry {number}: id {entry['id']!r} is not the name of a video")
     if not entries:
         raise UserError(f"{path} lists nothing")
     return entries
