@@ -94,9 +94,7 @@ def test_clips_from_a_later_query_take_their_frames_at_their_own_rate(tmp_path, 
     assert clips == {"video_7@0": [0, 5, 10], "video_7@5": [5, 10, 15], "video_7@7": [7, 12, 17]}
 
 
-@BOTH
-def test_an_unknown_way_to_ask_names_those_that_exist(tmp_path, name):
-    write(tmp_path, name)
+def test_an_unknown_way_to_ask_is_refused_before_any_video_is_looked_at(tmp_path):
     with pytest.raises(UserError, match="readout.tasks.points: queries = 'all'; needed one of frame_0, first, strided"):
         read(tmp_path, "all")
 
@@ -121,7 +119,15 @@ def test_queries_are_those_of_a_slow_version_that_you_can_read():
 def test_tap_vid_is_measured_on_where_perception_test_is_there_to_train_on(tmp_path):
     write(tmp_path, "perception_test")
     write(tmp_path, "tapvid")
-    assert benchmarks.folder("points", tmp_path) == tmp_path / "perception_test"
+    root = tmp_path / "perception_test"
+    (root / "point_tracking_valid.json").rename(root / "point_tracking_train.json")
+    assert benchmarks.folder("points", tmp_path) == root
     assert benchmarks.folder("points", tmp_path, "val") == tmp_path / "tapvid"
-    found = {(one.benchmark, one.split) for one in benchmarks.check(tmp_path, max_bad_share=0.0) if one.usable}
-    assert found == {("perception_test", "val"), ("tapvid", "val")}
+    assert [sample.id for sample in benchmarks.read("points", tmp_path, "train", **CLIP)] == ["video_7"]
+    found = benchmarks.check(tmp_path, max_bad_share=0.0)
+    assert [(one.benchmark, one.split, bool(one.problems)) for one in found] == [
+        ("perception_test", "train", False),
+        ("perception_test", "val", True),  # which nobody needs
+        ("tapvid", "val", False),
+    ]
+    assert all(one.usable for one in found)

@@ -1,6 +1,7 @@
 """The benchmarks' own on-disk formats <-> Samples, reader and writer side by side; one module a benchmark.
 
-A clip is, for now, the first `frames` frames at `rate_hz` of each video, scene, row file or segment.
+A clip is, for now, the first `frames` frames at `rate_hz` of each video, scene, row file or segment; where points are asked about
+in later frames, clips start there (`queries`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+from scaling4d.benchmarks.queries import check as check_queries
 from scaling4d.benchmarks.skipped import Missing, Skipped
 from scaling4d.records import Sample, UserError
 
@@ -62,8 +64,10 @@ def read(
         max_bad_share: of all that is listed, may be missing.
         queries: for points, in which frames they are asked about; see `queries.QUERIES`.
     Raises:
-        UserError: unknown task or split, or the benchmark's folder is missing or laid out in another way.
+        UserError: unknown task, split or queries, or the benchmark's folder is missing or laid out in another way.
     """
+    if queries is not None:
+        check_queries(queries)
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}; needed one of {', '.join(SPLITS)}")
     name, root = _source(task, benchmarks_root, split)
@@ -140,17 +144,23 @@ def classes(benchmarks_root: Path) -> list[str]:
 
 
 def check(benchmarks_root: Path, *, max_bad_share: float) -> list[Finding]:
-    """Layout and listed items of every benchmark that is there; the first few items of each split are read."""
+    """Layout and listed items of every benchmark that is there; the first few items of each split are read.
+
+    What no readout would read, since another benchmark goes before it, is reported and counts as usable.
+    """
     findings = []
     for names in TASKS.values():
         there = {name: root for name in names if (root := _root(name, benchmarks_root)) is not None}
-        own = [name for name in there if name not in HOUSED and "train" in _module(name).OFFICIAL]
+        trained = [name for name in there if name not in HOUSED and "train" in _module(name).OFFICIAL]
+        measured = [name for name in there if "train" not in _module(name).OFFICIAL]
         for name, root in there.items():
             for split in _module(name).OFFICIAL:
                 found = _look(name, root, split, max_bad_share)
-                if len(own) > 1 and name in own:
-                    problem = f"{' and '.join(own)} are both there for one task; keep one of them"
+                if len(trained) > 1 and name in trained:
+                    problem = f"{' and '.join(trained)} are both there for one task; keep one of them"
                     found = replace(found, problems=(problem, *found.problems), usable=False)
+                elif (name in HOUSED and trained) or (split == "val" and measured and name not in measured):
+                    found = replace(found, usable=True)
                 findings.append(found)
     return findings
 

@@ -29,17 +29,20 @@ class Asked:
     visible: np.ndarray
 
 
+def check(how: str) -> None:
+    """Raises UserError: not one of QUERIES."""
+    if how not in QUERIES:
+        raise UserError(f"readout.tasks.points: queries = {how!r}; needed one of {', '.join(QUERIES)}")
+
+
 def asked(video: str, points: np.ndarray, visible: np.ndarray, after: np.ndarray, how: str) -> list[Asked]:
     """The clips of a video by the frames in which something is asked.
 
     Args:
         points: `Q F 2` in all frames of the video. visible: bool `Q F`. after: `T`, a clip's frames counted from its first, 0.
         how: one of QUERIES.
-    Raises:
-        UserError: `how` is none of them.
     """
-    if how not in QUERIES:
-        raise UserError(f"readout.tasks.points: queries = {how!r}; needed one of {', '.join(QUERIES)}")
+    assert how in QUERIES
     total, found = visible.shape[1], []
     for frame in range(0, total if how != "frame_0" else 1, STRIDE if how == "strided" else 1):
         tracks = visible[:, frame]
