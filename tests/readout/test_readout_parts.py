@@ -1,5 +1,8 @@
 """Heads, losses and metrics of the readouts."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -14,9 +17,9 @@ from scaling4d.readout.tasks.depth import Depth
 from scaling4d.readout.tasks.points import Points
 from scaling4d.readout.tasks.pose import Pose
 from scaling4d.readout.tasks.task import pad
-from scaling4d.readout.train import TASKS
+from scaling4d.readout.train import TASKS, result_of
 from scaling4d.readout.views import backwards
-from scaling4d.records import Sample
+from scaling4d.records import Sample, UserError
 
 CLIP = (4, 16, 16)
 VIEWS = ("plain", "mirrored")
@@ -178,6 +181,19 @@ def test_a_video_in_which_nothing_is_measured_has_no_weight() -> None:
     table = table_of(("a", measured_points(points, seen, seen)), ("b", measured_points(points, seen, ~seen)))
     assert table["average_jaccard"].tolist() == [[0, 0], [0, 1]]  # in b, what is hidden is said to be visible
     assert table["delta_avg"].tolist() == [[0, 0], [0, 0]] and table["occlusion_accuracy"].tolist() == [[1, 1], [0, 1]]
+
+
+def test_a_metric_without_anything_to_measure_is_no_number_and_the_primary_one_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    saved = SimpleNamespace(name="e", parameters=1)
+    for pair, expected in (((0.0, 0.0), None), ((1.0, 2.0), 0.5)):
+        measured = [{"mean_iou": pair, "mean_iou_per_object": (0.0, 0.0)}]
+        if expected is None:
+            with pytest.raises(UserError, match="boxes: nothing in the val split can be measured; mean_iou has no clip"):
+                result_of(saved, tmp_path, "boxes", "frozen", TASK["boxes"], ["v"], measured, 0, 10)
+        else:
+            result = result_of(saved, tmp_path, "boxes", "frozen", TASK["boxes"], ["v"], measured, 0, 10)
+            assert result.value == expected and result.others == {}
 
 
 def test_depth_that_is_right_but_for_its_scale_is_wrong() -> None:

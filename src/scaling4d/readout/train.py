@@ -184,9 +184,8 @@ def share_of(
     skipped: list[Skipped] = []
     clip = {"frames": T, "rate_hz": asked.rate_hz, "side_px": side}
     where = {"part": mine, "skipped": skipped, "max_bad_share": bad_share}
-    if isinstance(asked, Points) and split == "val":
-        where["queries"] = asked.queries
-    samples = benchmarks.read(task, Path(evaluation.data), split, **clip, **where)
+    queries = asked.queries if isinstance(asked, Points) and split == "val" else None
+    samples = benchmarks.read(task, Path(evaluation.data), split, **clip, **where, queries=queries)
     inputs, targets, videos = [], [], []
     wanted = asked.views if split == "train" else ("plain",)
     for sample in (view for plain in samples for view in views.views(plain, wanted)):
@@ -198,7 +197,7 @@ def share_of(
                 inputs.append(at_depth(encoder, pixels[None], evaluation.depth_fraction)[0])
         targets.append(asked.target(sample))
         videos.append(sample.video)
-    items = len(set(videos)) if "queries" in where else len(videos) // len(wanted)  # a video may give several clips
+    items = len(set(videos)) if queries else len(videos) // len(wanted)  # a video may give several clips
     skipped, read = gather(skipped), sum(gather([items]))
     benchmarks.judge(skipped, len(skipped) + read, bad_share, f"{task} {split}")
     if not inputs:
@@ -290,8 +289,10 @@ def result_of(
         for metric, pair in sums.items():
             table[metric][row[video]] += pair
     table = metrics.tracks_by_video(table)
-    value = {metric: float(pairs[:, 0].sum() / pairs[:, 1].sum()) for metric, pairs in table.items()}
+    value = {metric: float(pairs[:, 0].sum() / pairs[:, 1].sum()) for metric, pairs in table.items() if pairs[:, 1].any()}
     primary = asked.primary
+    if primary.metric not in value:
+        raise UserError(f"{task}: nothing in the val split can be measured; {primary.metric} has no clip to rest on")
     rng = seeds.numpy(seed, "bootstrap", task)
     low, high = metrics.interval(*table[primary.metric].T, rng, draws=draws)
     low, high = min(low, value[primary.metric]), max(high, value[primary.metric])  # rounding, where all videos are equal
