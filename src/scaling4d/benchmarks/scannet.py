@@ -322,9 +322,11 @@ def _wanted(file: BinaryIO, path: Path, total: int, frames: int, rate_hz: float)
     taken, last, first_s, shown_s, gap_s = 0, None, 0.0, 0.0, 0.0
     size = path.stat().st_size
     for number in range(total):
+        if file.tell() + FRAME.size > size:
+            raise OSError(f"it ends before frame {number} of {total}")
         *pose, color_us, _, color_bytes, depth_bytes = FRAME.unpack(file.read(FRAME.size))
         if file.tell() + color_bytes + depth_bytes > size:
-            raise OSError("it ends inside a frame")
+            raise OSError(f"it ends inside frame {number} of {total}")
         at, stamp_s = file.tell(), color_us / 1e6 if color_us or number == 0 else number / RATE_HZ
         first_s = stamp_s if number == 0 else first_s
         while last is not None and taken < frames and stamp_s - first_s > taken / rate_hz + TOLERANCE_S:
