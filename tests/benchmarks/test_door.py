@@ -10,8 +10,8 @@ import pytest
 import typer
 
 from scaling4d import benchmarks, cli
-from scaling4d.benchmarks import kinetics, ssv2, waymo
-from scaling4d.benchmarks.frames import Skipped
+from scaling4d.benchmarks import kinetics, perception_test_objects, ssv2, waymo
+from scaling4d.benchmarks.skipped import Skipped
 from scaling4d.records import Sample, UserError, write_json
 
 CLIP = {"frames": 4, "rate_hz": 8.0, "side_px": 32}
@@ -29,8 +29,9 @@ def test_an_unknown_split_names_those_that_exist(tmp_path):
 
 @pytest.mark.parametrize("task", benchmarks.TASKS)
 def test_a_missing_folder_is_named_at_once(tmp_path, task):
-    names = " or ".join(f"{tmp_path}/{name}" for name in benchmarks.TASKS[task])
-    with pytest.raises(UserError, match=f"no folder {names} for task {task}; put the benchmark there"):
+    places = {"perception_test_objects": "perception_test (with object_tracking_*.json or all_*.json)"}
+    names = " or ".join(f"{tmp_path}/{places.get(name, name)}" for name in benchmarks.TASKS[task])
+    with pytest.raises(UserError, match=re.escape(f"no folder {names} for task {task}; put the benchmark there")):
         benchmarks.read(task, tmp_path, "train", **CLIP)
 
 
@@ -184,12 +185,81 @@ def test_data_check_fails_only_for_what_cannot_be_used(tmp_path, capsys, monkeyp
     )
 
 
-def test_benchmarks_import_neither_torch_nor_arrow():
+def test_the_door_imports_no_heavy_library():
     import subprocess
     import sys
 
     program = (
         "import sys; from scaling4d import benchmarks;"
-        "print([m for m in ('torch', 'pyarrow', 'trimesh', 'matplotlib') if m in sys.modules])"
+        "print([m for m in ('av', 'PIL', 'torch', 'pyarrow', 'trimesh', 'matplotlib') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def write_objects(root: Path, split: str) -> None:
+    boxes = np.tile(np.array([0.2, 0.2, 0.6, 0.6], np.float32), (1, 6, 1))
+    (one,) = samples(["video_1"])
+    sample = Sample("video_1", "video_1", one.pixels, {"boxes": boxes}, {"boxes": np.ones((1, 6), bool)})
+    perception_test_objects.write(root / "perception_test", split, [sample], rate_hz=8.0, crf=40, gop=6)
+
+
+def test_boxes_come_from_perception_test_where_there_is_no_waymo(tmp_path):
+    """Its folder belongs to the points; that both are there is no contradiction."""
+    (tmp_path / "perception_test").mkdir()
+    with pytest.raises(UserError, match="no folder .*waymo or .*perception_test .with object_tracking_"):
+        benchmarks.folder("boxes", tmp_path)
+    write_objects(tmp_path, "val")
+    assert benchmarks.folder("boxes", tmp_path) == tmp_path / "perception_test"
+    (read,) = benchmarks.read("boxes", tmp_path, "val", **CLIP)
+    assert read.id == "video_1" and read.labels["boxes"].shape == (1, 4, 4)
+    (tmp_path / "waymo").mkdir()
+    assert benchmarks.folder("boxes", tmp_path) == tmp_path / "waymo"
+    assert benchmarks.folder("points", tmp_path) == tmp_path / "perception_test"
+    assert benchmarks.unknown(tmp_path) == []
+
+
+def test_check_reports_the_objects_of_perception_test_beside_its_points(tmp_path):
+    write_objects(tmp_path, "train")
+    write_objects(tmp_path, "val")
+    found = {(one.benchmark, one.split): one for one in benchmarks.check(tmp_path, max_bad_share=0.0)}
+    assert found["perception_test_objects", "val"].usable and found["perception_test_objects", "val"].samples == 1
+    assert "needed point_tracking_valid.json" in found["perception_test", "val"].problems[0]
+
+
+def write_any(root: Path, name: str) -> Path:
+    """Two videos of a benchmark; its list."""
+    if name == "objects":
+        write_objects(root, "train")
+        return root / "perception_test/object_tracking_train.json"
+    templates = ("Holding [something]", "Moving [something]")
+    ssv2.write(root / "ssv2", "train", samples("ab"), templates=templates, rate_hz=8.0, crf=40, gop=6)
+    return root / "ssv2/labels/train.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "expected"),
+    [
+        ("ssv2", lambda e: e[1].update(id=7), "train.json, entry 1: needed id and template as strings, found {'id': 7"),
+        ("ssv2", lambda e: e[1].update(template="Eating"), "labels/train.json: b is 'Eating', which labels.json does not list"),
+        ("ssv2", lambda e: e.append({"id": "../x", "template": ""}), "labels/train.json, entry 2: id '../x' is not the name of"),
+        (
+            "objects",
+            lambda e: e["video_1"]["metadata"].update(resolution=3),
+            "train.json: the metadata of video_1 needs a frame_rate",
+        ),
+        ("objects", lambda e: e["video_1"]["metadata"].update(num_frames=10**9), "the metadata of video_1 needs num_frames in 1"),
+        (
+            "objects",
+            lambda e: e["video_1"].update(object_tracking=[{}]),
+            "an object of video_1 needs frame_ids and bounding_boxes",
+        ),
+        ("objects", lambda e: e.update({"../x": e["video_1"]}), "object_tracking_train.json: '../x' is not the name of a video"),
+    ],
+)
+def test_check_names_the_file_and_the_place_in_it(tmp_path, name, spoil, expected):
+    path = write_any(tmp_path, name)
+    entries = json.loads(path.read_text())
+    spoil(entries)
+    write_json(path, entries)
+    found = [one for one in benchmarks.check(tmp_path, max_bad_share=0.0) if one.split == "train"]
+    assert any(expected in problem and path.name in problem for one in found for problem in one.problems), found

@@ -109,3 +109,12 @@ def test_perception_test_refuses_what_does_not_fit(tmp_path):
         perception_test.count(tmp_path, "val")
     with pytest.raises(UserError, match="needed point_tracking_train.json"):
         perception_test.count(tmp_path, "train")
+
+
+def test_perception_test_tracks_are_found_in_the_file_of_all_tasks(tmp_path):
+    write_perception_test(tmp_path)
+    (before,) = perception_test.read(tmp_path, "val", **CLIP)
+    (tmp_path / "point_tracking_valid.json").rename(tmp_path / "all_valid.json")
+    assert perception_test.layout(tmp_path, "val") == "all_valid.json"
+    (after,) = perception_test.read(tmp_path, "val", **CLIP)
+    assert np.array_equal(before.labels["points"], after.labels["points"])

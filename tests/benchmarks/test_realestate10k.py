@@ -71,6 +71,9 @@ def test_realestate10k_refuses_what_does_not_fit(tmp_path):
     path.write_text(good + "1 2 3\n")
     with pytest.raises(UserError, match="line 8: 3 columns; needed 19"):
         next(realestate10k.read(tmp_path, "val", **CLIP))
+    path.write_text(good.replace(" 0.900000000", " 0,9", 1))
+    with pytest.raises(UserError, match="line 2: could not convert string to float: '0,9'"):
+        next(realestate10k.read(tmp_path, "val", **CLIP))
     path.write_text(good.replace("https", "ftp").replace("watch?v=", "v/"))
     with pytest.raises(UserError, match="needed a YouTube address in the first line"):
         realestate10k.count(tmp_path, "val")

@@ -1,5 +1,6 @@
 """ScanNet: what is written is read back, and the traps of the real download, in all three layouts."""
 
+import io
 import struct
 import zlib
 from pathlib import Path
@@ -54,9 +55,10 @@ def test_scannet_file_has_the_layout_of_the_official_reader(tmp_path):
         assert take("Q") == (0,) and file.read() == b""
 
 
-def test_scannet_lost_tracking_spoils_the_pose_and_not_the_depth(tmp_path):
+@pytest.mark.parametrize("value", [-np.inf, np.nan])
+def test_scannet_lost_tracking_spoils_the_pose_and_not_the_depth(tmp_path, value):
     lost = poses(T)
-    lost[2] = -np.inf
+    lost[2] = value
     write_scannet(tmp_path, camera_to_world=lost)
     (read,) = scannet.read(tmp_path, "val", **CLIP)
     assert read.valid["camera_to_world"].tolist() == [True, True, False, True, True, True]
@@ -101,6 +103,85 @@ def test_scannet_a_frame_is_not_stretched_over_the_end_of_its_scene(tmp_path):
         next(scannet.read(tmp_path, "val", frames=2, rate_hz=1.0, side_px=SIDE))
 
 
+FIELDS = {"color code": ("<i", 256), "depth code": ("<i", 260), "shift": ("<f", 280)}  # of the header, after the sensor's name
+
+
+def edit_header(path: Path, **changes: float) -> None:
+    content = bytearray(path.read_bytes())
+    for name, value in changes.items():
+        form, at = FIELDS[name.replace("_", " ")]
+        struct.pack_into(form, content, 12 + len("scaling4d") + at, value)
+    path.write_bytes(content)
+
+
+def repacked(path: Path, color, depth) -> None:
+    """With every frame's colour and depth bytes stored otherwise."""
+    content = path.read_bytes()
+    at = 12 + len("scaling4d") + scannet.HEADER.size
+    out, frame = bytearray(content[:at]), struct.Struct("<64sQQQQ")
+    for _ in range(T):
+        pose, *stamps, color_bytes, depth_bytes = frame.unpack_from(content, at)
+        at += frame.size
+        parts = color(content[at : at + color_bytes]), depth(content[at + color_bytes : at + color_bytes + depth_bytes])
+        at += color_bytes + depth_bytes
+        out += frame.pack(pose, *stamps, *map(len, parts)) + b"".join(parts)
+    path.write_bytes(out + content[at:])
+
+
+def test_scannet_depth_may_be_stored_raw_and_colour_as_png(tmp_path):
+    write_scannet(tmp_path)
+    (before,) = scannet.read(tmp_path, "val", **CLIP)
+    path = tmp_path / "scans/scene0003_01/scene0003_01.sens"
+
+    def as_png(jpeg: bytes) -> bytes:
+        png = io.BytesIO()
+        Image.open(io.BytesIO(jpeg)).save(png, "PNG")
+        return png.getvalue()
+
+    repacked(path, color=as_png, depth=zlib.decompress)
+    edit_header(path, color_code=1, depth_code=0)
+    (after,) = scannet.read(tmp_path, "val", **CLIP)
+    assert np.array_equal(before.pixels, after.pixels)
+    assert np.array_equal(before.labels["depth_m"], after.labels["depth_m"])
+
+
+@pytest.mark.parametrize("changes", [{"depth_code": 2}, {"depth_code": -1}, {"color_code": 0}])
+def test_scannet_other_compressions_are_refused_by_name(tmp_path, changes):
+    write_scannet(tmp_path)
+    edit_header(tmp_path / "scans/scene0003_01/scene0003_01.sens", **changes)
+    with pytest.raises(UserError, match="needed jpeg or png, and zlib_ushort or raw_ushort"):
+        list(scannet.read(tmp_path, "val", **CLIP))
+
+
+def test_scannet_a_metre_has_as_many_units_as_the_file_says(tmp_path):
+    written = write_scannet(tmp_path)
+    edit_header(tmp_path / "scans/scene0003_01/scene0003_01.sens", shift=4000.0)
+    (read,) = scannet.read(tmp_path, "val", **CLIP)
+    assert np.abs(4 * read.labels["depth_m"] - written.labels["depth_m"].repeat(2, 1).repeat(2, 2)).max() < 1e-3
+
+
+def test_scannet_motion_sensor_frames_at_the_end_are_passed_over(tmp_path):
+    write_scannet(tmp_path)
+    path = tmp_path / "scans/scene0003_01/scene0003_01.sens"
+    path.write_bytes(path.read_bytes()[:-8] + struct.pack("<Q", 3) + bytes(3 * 128))
+    assert len(list(scannet.read(tmp_path, "val", **CLIP))) == 1
+
+
+def test_scannet_intrinsics_that_are_no_numbers_are_damage(tmp_path):
+    write_scannet(tmp_path, intrinsics=INTRINSICS * np.nan)
+    skipped = []
+    assert list(scannet.read(tmp_path, "val", **CLIP, skipped=skipped)) == []
+    assert [(item.id, item.bad) for item in skipped] == [("scene0003_01", True)]
+    assert "the intrinsics of scene0003_01 are not numbers with focal lengths above 0" in skipped[0].why
+
+
+def test_scannet_a_clip_without_any_measurement_is_left_out_by_rule(tmp_path):
+    write_scannet(tmp_path, depth_m=np.zeros((T, 16, 16)))
+    skipped = []
+    assert list(scannet.read(tmp_path, "val", **CLIP, skipped=skipped)) == []
+    assert [(item.id, item.bad) for item in skipped] == [("scene0003_01", False)]
+
+
 @pytest.mark.parametrize("kept", [0.0, 0.01, 0.05, 0.3, 0.6, 0.9])
 def test_scannet_a_scene_cut_off_anywhere_is_one_bad_sample(tmp_path, kept):
     write_scannet(tmp_path)
@@ -131,7 +212,7 @@ def test_scannet_refuses_what_does_not_fit(tmp_path):
     with pytest.raises(UserError, match="ends after 0.62 s, too early for 16 frames at 8.0 Hz; lower clip.frames"):
         next(scannet.read(tmp_path, "val", frames=16, rate_hz=8.0, side_px=SIDE))
     path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match="scene0003_01.sens is damaged"):
+    with pytest.raises(UserError, match="scene0003_01.sens is damaged: it ends (before|inside) frame [23] of 6"):
         next(scannet.read(tmp_path, "val", **CLIP))
     path.write_bytes(b"\x03" + content[1:])
     with pytest.raises(UserError, match="is a .sens file of version 3; needed 4"):
@@ -140,7 +221,7 @@ def test_scannet_refuses_what_does_not_fit(tmp_path):
     with pytest.raises(UserError, match="lacks 1 of 1 scenes of val, the first is scene0003_01"):
         scannet.count(tmp_path, "val")
     (tmp_path / "scannetv2_val.txt").write_text("scene0/../../x\n")
-    with pytest.raises(UserError, match="which is not a scene such as scene0000_00"):
+    with pytest.raises(UserError, match="scannetv2_val.txt, line 1: .*which is not a scene such as scene0000_00"):
         scannet.count(tmp_path, "val")
 
 

@@ -67,3 +67,27 @@ def test_ssv2_refuses_what_does_not_fit(tmp_path):
         ssv2.classes(tmp_path)
     with pytest.raises(UserError, match=r"needed labels/validation.json \(or something-something-v2-validation.json\)"):
         ssv2.count(tmp_path, "val")
+
+
+def test_ssv2_rows_as_they_are_distributed(tmp_path):
+    """Written by hand: indices are texts, in any order of the file; commas and capitals belong to a class."""
+    write_ssv2(tmp_path)
+    classes = {
+        "Something falling like a rock": "2",
+        "Letting something roll up a slanted surface, so it rolls back down": "0",
+        "Poking a hole into something soft": "1",
+    }
+    templates = {
+        "2": "[Something] falling like a rock",
+        "1": "Letting [something] roll up a slanted surface, so it rolls back down",
+        "0": "Poking a hole into [something soft]",
+    }
+    write_json(tmp_path / "labels/labels.json", classes)
+    rows = [{"id": id, "label": "a row", "template": text, "placeholders": ["it"]} for id, text in templates.items()]
+    write_json(tmp_path / "labels/train.json", rows)
+    assert ssv2.classes(tmp_path) == sorted(classes, key=classes.__getitem__)
+    found = {sample.id: int(sample.labels["action"]) for sample in ssv2.read(tmp_path, "train", **CLIP)}
+    assert found == {"2": 2, "1": 0, "0": 1}
+    write_json(tmp_path / "labels/labels.json", {name.lower(): number for name, number in classes.items()})
+    with pytest.raises(UserError, match="train.json: 2 is 'Something falling like a rock', which labels.json does not list"):
+        list(ssv2.read(tmp_path, "train", **CLIP))

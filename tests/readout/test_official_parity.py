@@ -1,15 +1,15 @@
 """Converted published weights against outputs of the official code.
 
-Every folder `4ds_*` and `mae_st_*` in tests/fixtures is tried, and in the folder that SCALING4D_FIXTURES names, if it is set.
+Every folder `4ds_*` and `mae_st_*` in tests/fixtures is tried, and in the folders that SCALING4D_FIXTURES names, if it is set.
 """
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from official import HERE, ROOTS, named
 from torch import Tensor
 
 from scaling4d import seeds
@@ -22,9 +22,7 @@ from scaling4d.readout.features import layer_index, stretch
 from scaling4d.readout.heads import AttentionReadout, Head, fourier
 from scaling4d.records import MaskedTokens
 
-HERE = Path(__file__).parents[1] / "fixtures"
-ROOTS = [HERE] + ([Path(os.environ["SCALING4D_FIXTURES"])] if os.environ.get("SCALING4D_FIXTURES") else [])
-FOLDERS = {f"{'' if root == HERE else 'given/'}{path.name}": path for root in ROOTS for path in sorted(root.iterdir())}
+FOLDERS = {named(path): path for root in ROOTS for path in sorted(root.iterdir())}
 FOUR_DS = {name: path for name, path in FOLDERS.items() if path.name.startswith("4ds") and path.is_dir()}
 MAE_ST = {
     f"{name}/{file.stem}": file

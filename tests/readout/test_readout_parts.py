@@ -1,5 +1,8 @@
 """Heads, losses and metrics of the readouts."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -14,9 +17,9 @@ from scaling4d.readout.tasks.depth import Depth
 from scaling4d.readout.tasks.points import Points
 from scaling4d.readout.tasks.pose import Pose
 from scaling4d.readout.tasks.task import pad
-from scaling4d.readout.train import TASKS
+from scaling4d.readout.train import TASKS, result_of
 from scaling4d.readout.views import backwards
-from scaling4d.records import Sample
+from scaling4d.records import Sample, UserError
 
 CLIP = (4, 16, 16)
 VIEWS = ("plain", "mirrored")
@@ -55,11 +58,11 @@ def bind_head() -> None:
 
 
 TASK = {
-    "actions": TASKS["actions"](classes=3, rate_hz=8.0, views=VIEWS),
+    "actions": TASKS["actions"](classes=3, rate_hz=8.0, views=VIEWS, test_views=(1, 1)),
     "boxes": Boxes(objects=4, rate_hz=8.0, views=VIEWS, beta=0.05, relative=False),
     "depth": Depth(rate_hz=8.0, views=VIEWS, offset_m=3.0),
-    "points": Points(tracks=6, tiles=2, rate_hz=8.0, views=VIEWS, certain=True, relative=True),
-    "pose": Pose(rate_hz=8.0, views=VIEWS),
+    "points": Points(tracks=6, tiles=2, rate_hz=8.0, views=VIEWS, certain=True, relative=True, queries="frame_0"),
+    "pose": Pose(rate_hz=8.0, views=VIEWS, unit_translation=False),
 }
 
 
@@ -116,7 +119,9 @@ def test_perfect_predictions_score_perfectly() -> None:
     shown = np.where(target["visible"], 9.0, -9.0)
     predicted = np.concatenate([target["points"], shown[..., None], np.full((*shown.shape, 1), 9.0)], axis=-1)
     measured = TASK["points"].measure(predicted, target)
-    assert measured["average_jaccard"] == (1.0, 1.0) and measured["occlusion_accuracy"] == (1.0, 1.0)
+    assert measured["average_jaccard"] == (1.0, 1.0) and measured["delta_avg"] == (1.0, 1.0)
+    right, all_of_them = measured["occlusion_accuracy"]
+    assert right == all_of_them == 15  # five tracks, three frames after the query's
 
 
 @pytest.mark.parametrize("task", ["boxes", "points"])
@@ -133,6 +138,89 @@ def test_a_batch_in_which_nothing_is_asked_costs_nothing(task: str) -> None:
     target = {name: torch.from_numpy(np.asarray(value))[None] for name, value in TASK[task].target(view).items()}
     features = torch.randn(1, 2, 4, 24, generator=seeds.stream(0, "features"))
     assert TASK[task].loss(TASK[task].predict(head, features, target), target) == 0
+
+
+def measured_points(points: np.ndarray, seen: np.ndarray, shown: np.ndarray) -> dict[str, tuple[float, float]]:
+    """Of tracks that are followed without error, and said to be visible where `shown`."""
+    target = TASK["points"].target(Sample("s", "v", sample().pixels, {"points": points}, {"points": seen}))
+    said = np.zeros((6, 4), bool)
+    said[: len(shown)] = shown
+    logits = np.where(said, 9.0, -9.0)
+    predicted = np.concatenate([target["points"], logits[..., None], np.full((6, 4, 1), 9.0)], -1)
+    return TASK["points"].measure(predicted, {name: np.asarray(value) for name, value in target.items()})
+
+
+def test_the_query_frame_and_empty_places_for_tracks_are_not_measured() -> None:
+    """Both would be right: a track's first frame is given, and nobody says that a track that is not there is visible."""
+    points = np.full((2, 4, 2), 0.5, np.float32)
+    seen = np.ones((2, 4), bool)
+    found = measured_points(points, seen, np.array([[True, False, False, False]] * 2))
+    assert found["average_jaccard"] == (0.0, 1.0) and found["occlusion_accuracy"] == (0.0, 6.0)
+
+
+def table_of(*videos: tuple[str, dict[str, tuple[float, float]]]) -> dict[str, np.ndarray]:
+    names = sorted({name for name, _ in videos})
+    table = {metric: np.zeros((len(names), 2)) for metric in videos[0][1]}
+    for name, measured in videos:
+        for metric, pair in measured.items():
+            table[metric][names.index(name)] += pair
+    return metrics.tracks_by_video(table)
+
+
+def test_clips_of_one_video_make_one_jaccard_and_each_video_weighs_the_same(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    points, seen = np.full((2, 4, 2), 0.5, np.float32), np.ones((2, 4), bool)
+    right = measured_points(points, seen, seen)
+    wrong = measured_points(points[:1], seen[:1], ~seen[:1])
+    saved = SimpleNamespace(name="e", parameters=1)
+    result = result_of(saved, tmp_path, "points", "frozen", TASK["points"], ["a", "a", "b"], [right, wrong, wrong], 0, 10)
+    assert result.value == pytest.approx((6 / 9 + 0) / 2)  # and not the mean of three clips, 1 / 3
+    assert set(result.others) == {"delta_avg", "occlusion_accuracy", "distance_px256", "distance_px256_standing_still"}
+
+
+def test_a_video_in_which_nothing_is_measured_has_no_weight() -> None:
+    points, seen = np.full((1, 4, 2), 0.5, np.float32), np.array([[True, False, False, False]])
+    table = table_of(("a", measured_points(points, seen, seen)), ("b", measured_points(points, seen, ~seen)))
+    assert table["average_jaccard"].tolist() == [[0, 0], [0, 1]]  # in b, what is hidden is said to be visible
+    assert table["delta_avg"].tolist() == [[0, 0], [0, 0]] and table["occlusion_accuracy"].tolist() == [[1, 1], [0, 1]]
+
+
+def test_a_metric_without_anything_to_measure_is_no_number_and_the_primary_one_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    saved = SimpleNamespace(name="e", parameters=1)
+    for pair, expected in (((0.0, 0.0), None), ((1.0, 2.0), 0.5)):
+        measured = [{"mean_iou": pair, "mean_iou_per_object": (0.0, 0.0)}]
+        if expected is None:
+            with pytest.raises(UserError, match="boxes: nothing in the val split can be measured; mean_iou has no clip"):
+                result_of(saved, tmp_path, "boxes", "frozen", TASK["boxes"], ["v"], measured, 0, 10)
+        else:
+            result = result_of(saved, tmp_path, "boxes", "frozen", TASK["boxes"], ["v"], measured, 0, 10)
+            assert result.value == expected and result.others == {}
+
+
+def test_depth_that_is_right_but_for_its_scale_is_wrong() -> None:
+    target = {name: np.asarray(value) for name, value in TASK["depth"].target(sample()).items()}
+    total, count = TASK["depth"].measure(2 * target["depth_m"], target)["abs_rel"]
+    assert abs(total / count - 1) < 1e-5
+
+
+def test_pose_is_that_of_the_last_camera_in_the_first() -> None:
+    """A camera that turns left by 90 degrees and then goes on: seen from the first, it went to the left."""
+    to_world = np.tile(np.eye(4), (4, 1, 1))
+    to_world[:, :3, 3] = [5.0, 0.0, 7.0]  # the path starts anywhere
+    left = np.array([[0, 0, -1], [0, 1, 0], [1, 0, 0]])
+    to_world[1:, :3, :3] = left
+    to_world[2:, :3, 3] += left @ [0, 0, 2.0]
+    one = Sample("s", "v", sample().pixels, {"camera_to_world": to_world})
+    pose = TASK["pose"].target(one)["pose"]
+    assert np.allclose(pose[:, :3], left) and np.allclose(pose[:, 3], [-2, 0, 0])
+    doubled = to_world.copy()
+    doubled[:, :3, 3] *= 2
+    other = Sample("s", "v", sample().pixels, {"camera_to_world": doubled})
+    unit = Pose(rate_hz=8.0, views=VIEWS, unit_translation=True)
+    assert np.allclose(unit.target(one)["pose"], unit.target(other)["pose"]) and np.allclose(
+        unit.target(one)["pose"][:, 3], [-1, 0, 0]
+    )
 
 
 def test_the_given_first_box_is_not_measured() -> None:

@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from scaling4d.benchmarks import ssv2
-from scaling4d.benchmarks.frames import Skipped
-from scaling4d.ranks import run
+from scaling4d.benchmarks import perception_test, ssv2
+from scaling4d.benchmarks.skipped import Skipped
+from scaling4d.ranks import gather, run
 from scaling4d.readout.features import Pixels
 from scaling4d.readout.tasks.actions import Actions
+from scaling4d.readout.tasks.points import Points
 from scaling4d.readout.train import share_of, write_skipped
 from scaling4d.records import Sample, UserError
 
@@ -55,3 +56,41 @@ def test_skipped_samples_are_written_only_if_there_are_any(tmp_path):
     assert list(tmp_path.iterdir()) == []
     write_skipped(tmp_path, train=[], val=[Skipped("a", "broken", True)])
     assert json.loads((tmp_path / "skipped.json").read_text()) == [{"split": "val", "id": "a", "why": "broken", "bad": True}]
+
+
+def point_videos(root: Path) -> Path:
+    """Four videos of 12 frames, in which a track appears in frame 0, 3 and 5; the last video is broken."""
+    seen = np.arange(12) >= np.array([0, 3, 5])[:, None]
+    points = np.full((3, 12, 2), 0.5, np.float32)
+    grey = np.full((12, 32, 32, 3), 99, np.uint8)
+    written = [Sample(f"video_{n}", f"video_{n}", grey, {"points": points}, {"points": seen}) for n in range(4)]
+    for split in ("train", "val"):
+        perception_test.write(root / "perception_test", split, written, rate_hz=8.0, crf=40, gop=6)
+    (root / "perception_test/videos/video_3.mp4").write_bytes(b"no video")
+    return root
+
+
+def points_of(
+    *, rank: int, ranks: int, split: str, queries: str, data: Path, share: float
+) -> tuple[list[int], list[str], list[Skipped]]:
+    asked = Points(tracks=4, tiles=1, rate_hz=8.0, views=("plain", "mirrored"), certain=True, relative=False, queries=queries)
+    evaluation = SimpleNamespace(data=data, max_bad_share=share, depth_fraction=0.95)
+    part = {"clip": (6, 32, 32), "rank": rank, "ranks": ranks}
+    inputs, targets, videos, skipped = share_of(asked, "points", split, evaluation, Pixels(), **part)
+    assert len(inputs) == len(videos)
+    return targets["asked"].sum(1).tolist(), gather(videos), skipped
+
+
+def test_points_are_measured_where_the_setting_asks_and_trained_in_frame_0(tmp_path):
+    where = {"data": point_videos(tmp_path), "share": 0.25, "ranks": 2}
+    asked, videos, skipped = run(points_of, split="val", queries="first", **where)
+    assert sorted(videos) == [f"video_{n}" for n in range(3) for _ in range(3)]
+    assert asked == [1] * 6  # of the first rank: two videos with a clip a track
+    assert [item.id for item in skipped] == ["video_3"]
+    assert len(run(points_of, split="val", queries="frame_0", **where)[1]) == 3
+    assert len(run(points_of, split="train", queries="first", **where)[1]) == 6  # three videos in two views
+
+
+def test_a_video_that_gives_several_clips_is_one_when_bad_ones_are_counted(tmp_path):
+    with pytest.raises(UserError, match="points val: 1 of 4 samples are damaged or missing"):
+        run(points_of, ranks=2, split="val", queries="first", data=point_videos(tmp_path), share=0.2)

@@ -1,6 +1,7 @@
 """The benchmarks' own on-disk formats <-> Samples, reader and writer side by side; one module a benchmark.
 
-A clip is, for now, the first `frames` frames at `rate_hz` of each video, scene, row file or segment.
+A clip is, for now, the first `frames` frames at `rate_hz` of each video, scene, row file or segment; where points are asked about
+in later frames, clips start there (`queries`).
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from scaling4d.benchmarks.frames import Skipped
+from scaling4d.benchmarks.queries import check as check_queries
+from scaling4d.benchmarks.skipped import Missing, Skipped
 from scaling4d.records import Sample, UserError
 
 TASKS = {  # of several benchmarks, the one whose folder is there is read
     "actions": ("ssv2", "kinetics"),
-    "boxes": ("waymo",),
+    "boxes": ("waymo", "perception_test_objects"),
     "depth": ("scannet",),
     "points": ("perception_test", "tapvid"),
     "pose": ("realestate10k",),
 }
+HOUSED = {"perception_test_objects": "perception_test"}  # lies in another one's folder; read where its task has no other
 SPLITS = ("train", "val")
 SHOWN = 10  # bad samples that a message lists
 TRIED = 3  # items of each split that a check reads
@@ -51,6 +54,7 @@ def read(
     skipped: list[Skipped] | None = None,
     max_bad_share: float = 0.0,
     views: tuple[int, int] = (1, 1),
+    queries: str | None = None,
 ) -> Iterator[Sample]:
     """The samples of a task's benchmark, in the order of its own lists; the layout is checked before the first one.
 
@@ -59,15 +63,16 @@ def read(
         skipped: takes what gives no sample, and why. Without it a damaged or missing one raises.
         max_bad_share: of all that is listed, may be missing.
         views: clips over the time of an item and squares cut out of each; of actions alone. They follow one another.
+        queries: for points, in which frames they are asked about; see `queries.QUERIES`.
     Raises:
-        UserError: unknown task or split, or the benchmark's folder is missing or laid out in another way.
+        UserError: unknown task, split or queries, or the benchmark's folder is missing or laid out in another way.
     """
-    from scaling4d.benchmarks.frames import Missing
-
+    if queries is not None:
+        check_queries(queries)
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}; needed one of {', '.join(SPLITS)}")
-    root = folder(task, benchmarks_root)
-    benchmark = _module(root.name)
+    name, root = _source(task, benchmarks_root, split)
+    benchmark = _module(name)
     try:
         benchmark.count(root, split)
     except Missing as missing:
@@ -75,6 +80,7 @@ def read(
             raise
         judge([Skipped(name, "missing", True) for name in missing.names], missing.listed, max_bad_share, f"{task} {split}")
     more = {} if views == (1, 1) else {"views": views}
+    more |= {} if queries is None else {"queries": queries}
     return benchmark.read(root, split, frames=frames, rate_hz=rate_hz, side_px=side_px, part=part, skipped=skipped, **more)
 
 
@@ -89,24 +95,44 @@ def judge(skipped: Sequence[Skipped], listed: int, max_bad_share: float, what: s
         )
 
 
-def folder(task: str, benchmarks_root: Path) -> Path:
-    """Where a task's benchmark lies.
+def folder(task: str, benchmarks_root: Path, split: str = "train") -> Path:
+    """Where a task's benchmark lies. One that has no training split is measured on where it is there, beside another to train on.
 
     Raises:
         UserError: unknown task, no such folder, or more than one.
     """
+    return _source(task, benchmarks_root, split)[1]
+
+
+def _source(task: str, benchmarks_root: Path, split: str) -> tuple[str, Path]:
+    """Name and folder of the benchmark that is read for a task and a split."""
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}; needed one of {', '.join(TASKS)}")
-    roots = [Path(benchmarks_root) / name for name in TASKS[task]]
-    there = [root for root in roots if root.is_dir()]
-    if len(there) > 1:
-        raise UserError(f"{' and '.join(map(str, there))} are both there for task {task}; keep one of them")
+    there = {name: root for name in TASKS[task] if (root := _root(name, benchmarks_root)) is not None}
+    own = [name for name in there if name not in HOUSED]
+    if len(own) > 1:
+        fitting = [name for name in own if ("train" in _module(name).OFFICIAL) == (split == "train")]
+        if len(fitting) != 1:
+            raise UserError(f"{' and '.join(str(there[name]) for name in own)} are both there for task {task}; keep one of them")
+        own = fitting
     if not there:
+        places = " or ".join(_place(name, benchmarks_root) for name in TASKS[task])
         raise UserError(
-            f"no folder {' or '.join(map(str, roots))} for task {task}; put the benchmark there as its authors distribute it, "
-            "or leave the task out"
+            f"no folder {places} for task {task}; put the benchmark there as its authors distribute it, or leave the task out"
         )
-    return there[0]
+    name = [*own, *there][0]
+    return name, there[name]
+
+
+def _root(name: str, benchmarks_root: Path) -> Path | None:
+    """A benchmark's folder, if it is there; in another one's folder, if its lists are."""
+    root = Path(benchmarks_root) / HOUSED.get(name, name)
+    return root if root.is_dir() and (name not in HOUSED or _module(name).listed(root)) else None
+
+
+def _place(name: str, benchmarks_root: Path) -> str:
+    root = Path(benchmarks_root) / HOUSED.get(name, name)
+    return f"{root} (with {_module(name).LISTED})" if name in HOUSED else str(root)
 
 
 def classes(benchmarks_root: Path) -> list[str]:
@@ -115,34 +141,39 @@ def classes(benchmarks_root: Path) -> list[str]:
     Raises:
         UserError: no or other labels.
     """
-    root = folder("actions", benchmarks_root)
-    return _module(root.name).classes(root)
+    name, root = _source("actions", benchmarks_root, "train")
+    return _module(name).classes(root)
 
 
 def check(benchmarks_root: Path, *, max_bad_share: float) -> list[Finding]:
-    """Layout and listed items of every benchmark that is there; the first few items of each split are read."""
+    """Layout and listed items of every benchmark that is there; the first few items of each split are read.
+
+    What no readout would read, since another benchmark goes before it, is reported and counts as usable.
+    """
     findings = []
     for names in TASKS.values():
-        there = [name for name in names if (Path(benchmarks_root) / name).is_dir()]
-        for name in there:
+        there = {name: root for name in names if (root := _root(name, benchmarks_root)) is not None}
+        trained = [name for name in there if name not in HOUSED and "train" in _module(name).OFFICIAL]
+        measured = [name for name in there if "train" not in _module(name).OFFICIAL]
+        for name, root in there.items():
             for split in _module(name).OFFICIAL:
-                found = _look(name, Path(benchmarks_root) / name, split, max_bad_share)
-                if len(there) > 1:
-                    problem = f"{' and '.join(there)} are both there for one task; keep one of them"
+                found = _look(name, root, split, max_bad_share)
+                if len(trained) > 1 and name in trained:
+                    problem = f"{' and '.join(trained)} are both there for one task; keep one of them"
                     found = replace(found, problems=(problem, *found.problems), usable=False)
+                elif (name in HOUSED and trained) or (split == "val" and measured and name not in measured):
+                    found = replace(found, usable=True)
                 findings.append(found)
     return findings
 
 
 def unknown(benchmarks_root: Path) -> list[str]:
     """Folders that no reader has the name of."""
-    known = {name for names in TASKS.values() for name in names}
+    known = {HOUSED.get(name, name) for names in TASKS.values() for name in names}
     return sorted(path.name for path in benchmarks_root.iterdir() if path.is_dir() and path.name not in known)
 
 
 def _look(name: str, root: Path, split: str, max_bad_share: float) -> Finding:
-    from scaling4d.benchmarks.frames import Missing
-
     benchmark, layout, problems, usable = _module(name), "", [], True
     official = benchmark.OFFICIAL[split]
     try:

@@ -12,20 +12,12 @@ import numpy as np
 from PIL import Image
 
 from scaling4d import video
+from scaling4d.benchmarks.skipped import LeftOut, Missing, Skipped
 from scaling4d.records import Sample, UserError
 
 T = TypeVar("T")
 
 TOLERANCE_S = 1e-3  # as in `video.nearest`
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A listed item of a benchmark that gives no sample. bad: it is damaged or missing; else a rule leaves it out."""
-
-    id: str
-    why: str
-    bad: bool
 
 
 def needed(root: Path, path: Path, what: str) -> Path:
@@ -39,26 +31,18 @@ def needed(root: Path, path: Path, what: str) -> Path:
     return path
 
 
-class LeftOut(UserError):
-    """A rule of the protocol: there is nothing in this item to learn or to measure."""
+def each(items: Iterable[T], one: Callable[[T], Sample], skipped: list[Skipped] | None, name: Callable = str) -> Iterator[Sample]:
+    """One sample an item. What gives none is noted in `skipped`; without such a list, what is damaged raises."""
+    return each_of(items, lambda item: [one(item)], skipped, name)
 
 
-class Missing(UserError):
-    """Listed files that are not there."""
-
-    def __init__(self, folder: Path, names: Sequence[str], *, listed: int, what: str) -> None:
-        super().__init__(f"{folder} lacks {len(names)} of {listed} {what}, the first is {names[0]}")
-        self.names, self.listed = tuple(names), listed
-
-
-def each(
-    items: Iterable[T], one: Callable[[T], Sample | list[Sample]], skipped: list[Skipped] | None, name: Callable = str
+def each_of(
+    items: Iterable[T], some: Callable[[T], list[Sample]], skipped: list[Skipped] | None, name: Callable
 ) -> Iterator[Sample]:
-    """One sample an item, or a list of views of it. What gives none is noted in `skipped`; without such a list, what is damaged
-    raises."""
+    """The same for items that give several samples."""
     for item in items:
         try:
-            found = one(item)
+            samples = some(item)
         except UserError as error:
             bad = not isinstance(error, LeftOut)
             if skipped is not None:
@@ -66,7 +50,7 @@ def each(
             elif bad:
                 raise
         else:
-            yield from found if isinstance(found, list) else [found]
+            yield from samples
 
 
 def all_there(folder: Path, names: Sequence[str], what: str) -> int:

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from scaling4d import video
-from scaling4d.benchmarks.frames import Missing, Skipped, each, needed, views_of
+from scaling4d.benchmarks.frames import each_of, needed, views_of
+from scaling4d.benchmarks.skipped import Missing, Skipped
 from scaling4d.records import Sample, UserError
 
 OFFICIAL = {"train": "246,534 in Kinetics-400", "val": "19,906 in Kinetics-400"}
@@ -55,7 +56,7 @@ def read(
     numbers = {name: number for number, name in enumerate(classes(root))}
     asked = {"frames": frames, "rate_hz": rate_hz, "side_px": side_px, "views": views}
     one = partial(_sample, root, split, numbers, _files(root, split), **asked)
-    return each(_entries(root, split)[part], one, skipped, lambda entry: entry.name)
+    return each_of(_entries(root, split)[part], one, skipped, lambda entry: entry.name)
 
 
 def classes(root: Path) -> list[str]:

@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from scaling4d import video
-from scaling4d.benchmarks.frames import Crop, Missing, Skipped, at_times, each, needed
+from scaling4d.benchmarks.frames import Crop, at_times, each, needed
+from scaling4d.benchmarks.skipped import Missing, Skipped
 from scaling4d.records import Sample, UserError
 
 OFFICIAL = {"train": "about 72,000", "val": "about 8,000"}  # 80,000, nine to one
@@ -156,18 +157,20 @@ def _rows(path: Path) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
     """YouTube id, times `n` int64 microseconds, intrinsics `n 4`, camera to world `n 4 4` float64; in order of time."""
     first, *lines = path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
     youtube = _youtube(path, first)
-    rows = [line.split() for line in lines if line.strip()]
-    if not rows:
-        raise UserError(f"{path} has no rows")
-    for number, row in enumerate(rows, start=2):
-        if len(row) != 19:
+    times, values = [], []
+    for number, line in enumerate(lines, start=2):
+        row = line.split()
+        if row and len(row) != 19:
             raise UserError(f"{path}, line {number}: {len(row)} columns; needed 19")
-    try:
-        times_us = np.array([int(row[0]) for row in rows])
-        values = np.array([[float(x) for x in row[1:]] for row in rows])
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
-    world_to_camera = np.tile(np.eye(4), (len(rows), 1, 1))
+        try:
+            times += [int(row[0])] if row else []
+            values += [[float(x) for x in row[1:]]] if row else []
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: {error}") from error
+    if not times:
+        raise UserError(f"{path} has no rows")
+    times_us, values = np.array(times), np.array(values)
+    world_to_camera = np.tile(np.eye(4), (len(values), 1, 1))
     world_to_camera[:, :3] = values[:, 6:].reshape(-1, 3, 4)
     if not np.isfinite(values).all() or not np.allclose(np.linalg.det(world_to_camera[:, :3, :3]), 1, atol=1e-3):
         raise UserError(f"{path}: columns 8 to 19 are not rotations with translations")

@@ -12,6 +12,7 @@ of a scene and numbers them anew; export all of them).
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
@@ -23,7 +24,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from scaling4d.benchmarks.frames import TOLERANCE_S, Crop, Missing, Skipped, each, needed
+from scaling4d.benchmarks.frames import TOLERANCE_S, Crop, each, needed
+from scaling4d.benchmarks.skipped import LeftOut, Missing, Skipped
 from scaling4d.records import Sample, UserError
 
 OFFICIAL = {"train": "1,201", "val": "312"}
@@ -178,11 +180,13 @@ def _matrix(intrinsics: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def _scenes(root: Path, split: str) -> list[str]:
     path = needed(root, root / f"scannetv2_{split}.txt", "one scene a line")
-    scenes = path.read_text().split()
+    lines = [(number, line.strip()) for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1)]
+    scenes = [scene for _, scene in lines if scene]
     if not scenes:
         raise UserError(f"{path} lists nothing")
-    if strange := [scene for scene in scenes if not scene.startswith("scene") or "/" in scene]:
-        raise UserError(f"{path} lists {strange[0]!r}, which is not a scene such as scene0000_00")
+    if strange := [(number, scene) for number, scene in lines if scene and not re.fullmatch(r"scene\w+", scene)]:
+        number, scene = strange[0]
+        raise UserError(f"{path}, line {number}: {scene!r}, which is not a scene such as scene0000_00")
     return scenes
 
 
@@ -198,7 +202,12 @@ def _sample(root: Path, scene: str, *, frames: int, rate_hz: float, side_px: int
             clip = _sens(path, frames=frames, rate_hz=rate_hz)
         except (struct.error, zlib.error, UnidentifiedImageError, OSError, SyntaxError) as error:
             raise UserError(f"{path} is damaged: {error}") from error
+    for k in (clip.color_k, clip.depth_k):
+        if not np.isfinite(k).all() or min(k[0, 0], k[1, 1]) <= 0:
+            raise UserError(f"{root}: the intrinsics of {scene} are not numbers with focal lengths above 0")
     depth_m, measured, crop = _aligned(clip, side_px)
+    if not measured.any():
+        raise LeftOut(f"{root}: nothing is measured within {RANGE_M[0]} .. {RANGE_M[1]} m in the clip of {scene}")
     return Sample(
         id=scene,
         video=scene.split("_")[0],  # scans of one space
@@ -313,9 +322,11 @@ def _wanted(file: BinaryIO, path: Path, total: int, frames: int, rate_hz: float)
     taken, last, first_s, shown_s, gap_s = 0, None, 0.0, 0.0, 0.0
     size = path.stat().st_size
     for number in range(total):
+        if file.tell() + FRAME.size > size:
+            raise OSError(f"it ends before frame {number} of {total}")
         *pose, color_us, _, color_bytes, depth_bytes = FRAME.unpack(file.read(FRAME.size))
         if file.tell() + color_bytes + depth_bytes > size:
-            raise OSError("it ends inside a frame")
+            raise OSError(f"it ends inside frame {number} of {total}")
         at, stamp_s = file.tell(), color_us / 1e6 if color_us or number == 0 else number / RATE_HZ
         first_s = stamp_s if number == 0 else first_s
         while last is not None and taken < frames and stamp_s - first_s > taken / rate_hz + TOLERANCE_S:

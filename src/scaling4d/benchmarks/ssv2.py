@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from scaling4d import video
-from scaling4d.benchmarks.frames import Skipped, all_there, each, load_json, needed, views_of
+from scaling4d.benchmarks.frames import all_there, each_of, load_json, needed, views_of
+from scaling4d.benchmarks.skipped import Skipped
 from scaling4d.records import Sample, UserError, write_json
 
 VIDEOS = "20bn-something-something-v2"
@@ -37,8 +38,9 @@ def read(
 
     views: clips over the time of a video, and squares cut out of each; so many samples follow one another.
     """
-    one = partial(_sample, root, _labels(root), frames=frames, rate_hz=rate_hz, side_px=side_px, views=views)
-    return each(_entries(root, split)[part], one, skipped, lambda entry: entry["id"])
+    asked = {"frames": frames, "rate_hz": rate_hz, "side_px": side_px, "views": views}
+    one = partial(_sample, root, _list(root, LISTS[split]), _labels(root), **asked)
+    return each_of(_entries(root, split)[part], one, skipped, lambda entry: entry["id"])
 
 
 def classes(root: Path) -> list[str]:
@@ -88,11 +90,19 @@ def write(
 
 
 def _sample(
-    root: Path, numbers: dict[str, int], entry: dict, *, frames: int, rate_hz: float, side_px: int, views: tuple[int, int]
+    root: Path,
+    listed: Path,
+    numbers: dict[str, int],
+    entry: dict,
+    *,
+    frames: int,
+    rate_hz: float,
+    side_px: int,
+    views: tuple[int, int],
 ) -> list[Sample]:
     template = _class_name(entry["template"])
     if template not in numbers:
-        raise UserError(f"{root}: {entry['id']} is {template!r}, which labels.json does not list")
+        raise UserError(f"{listed}: {entry['id']} is {template!r}, which labels.json does not list")
     path = needed(root, root / VIDEOS / f"{entry['id']}.webm", "listed in the labels")
     labels = {
         "action": np.int64(numbers[template]),
@@ -135,11 +145,11 @@ def _labels(root: Path) -> dict[str, int]:
 def _entries(root: Path, split: str) -> list[dict]:
     path = _list(root, LISTS[split])
     entries = load_json(path, list)
-    for entry in entries:
+    for number, entry in enumerate(entries):
         if not isinstance(entry, dict) or not isinstance(entry.get("id"), str) or not isinstance(entry.get("template"), str):
-            raise UserError(f"{path}: needed entries with id and template as strings, found {str(entry)[:80]}")
+            raise UserError(f"{path}, entry {number}: needed id and template as strings, found {str(entry)[:80]}")
         if not entry["id"].isalnum():
-            raise UserError(f"{path}: id {entry['id']!r} is not the name of a video")
+            raise UserError(f"{path}, entry {number}: id {entry['id']!r} is not the name of a video")
     if not entries:
         raise UserError(f"{path} lists nothing")
     return entries

@@ -23,7 +23,9 @@ from typing import Any, NoReturn
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from scaling4d.benchmarks.frames import Crop, LeftOut, Skipped, each
+from scaling4d.benchmarks.frames import Crop, each_of
+from scaling4d.benchmarks.queries import asked
+from scaling4d.benchmarks.skipped import LeftOut, Skipped
 from scaling4d.records import Sample, UserError
 
 OFFICIAL = {"val": "30 in DAVIS"}
@@ -144,11 +146,13 @@ def read(
     side_px: int,
     part: slice = slice(None),
     skipped: list[Skipped] | None = None,
+    queries: str = "frame_0",
 ) -> Iterator[Sample]:
-    """label points `Q T 2` with valid (not occluded): the tracks that are visible in frame 0; without any, no sample."""
-    one = partial(_sample, frames=frames, rate_hz=rate_hz, side_px=side_px)
+    """label points `Q T 2` with valid (not occluded): the tracks that are asked about in the clip's first frame; without any, no
+    sample. queries: see `queries.asked`."""
+    some = partial(_samples, frames=frames, rate_hz=rate_hz, side_px=side_px, how=queries)
     videos = islice(_videos(_pickles(root, split)), part.start, part.stop, part.step)
-    return each(videos, one, skipped, lambda named: named[0])
+    return each_of(videos, some, skipped, lambda named: named[0])
 
 
 def count(root: Path, split: str) -> int:
@@ -219,23 +223,29 @@ def _videos(paths: list[Path]) -> Iterator[tuple[str, Path, dict]]:
         yield from ((str(name), path, video) for name, video in named)
 
 
-def _sample(named: tuple[str, Path, dict], *, frames: int, rate_hz: float, side_px: int) -> Sample:
+def _samples(named: tuple[str, Path, dict], *, frames: int, rate_hz: float, side_px: int, how: str) -> list[Sample]:
     name, path, video = named
     where = f"{path}, {name}"
     pictures, points, visible = _checked(where, video)
-    numbers = np.round(np.arange(frames) * RATE_HZ / rate_hz).astype(int)
-    if numbers[-1] >= len(pictures):
-        raise UserError(f"{where}: {len(pictures)} frames, needed frame {numbers[-1]}; lower clip.frames or raise rate_hz")
-    shown = [_picture(where, pictures[number]) for number in numbers]
-    height, width = shown[0].shape[:2]
+    after = np.round(np.arange(frames) * RATE_HZ / rate_hz).astype(int)
+    if after[-1] >= len(pictures):
+        raise UserError(f"{where}: {len(pictures)} frames, needed frame {after[-1]}; lower clip.frames or raise rate_hz")
+    height, width = _picture(where, pictures[0]).shape[:2]
     crop = Crop(height, width, side_px)
-    inside = crop.points(points[:, numbers] + 0.5 / np.array([width, height]))  # Q T 2, pixel centres at halves as elsewhere
-    seen = visible[:, numbers] & ((inside >= 0) & (inside < 1)).all(-1)
-    kept = seen[:, 0]
-    if not kept.any():
-        raise LeftOut(f"{where}: no track is visible in the first frame's square")
-    tracks = np.where(seen[..., None], inside, 0).astype(np.float32)[kept]
-    return Sample(id=name, video=name, pixels=crop.pixels(shown), labels={"points": tracks}, valid={"points": seen[kept]})
+    inside = crop.points(points + 0.5 / np.array([width, height]))  # Q F 2, pixel centres at halves as elsewhere
+    clips = asked(name, inside, visible & ((inside >= 0) & (inside < 1)).all(-1), after, how)
+    if not clips:
+        raise LeftOut(f"{where}: no track is visible in the square where queries = {how!r} asks")
+    return [
+        Sample(
+            id=clip.id,
+            video=name,
+            pixels=crop.pixels([_picture(where, pictures[number]) for number in clip.numbers]),
+            labels={"points": clip.points},
+            valid={"points": clip.visible},
+        )
+        for clip in clips
+    ]
 
 
 def _checked(where: str, video: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -20,7 +20,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from scaling4d.benchmarks import tfrecord
-from scaling4d.benchmarks.frames import Crop, LeftOut, Skipped, all_there, each, needed
+from scaling4d.benchmarks.frames import Crop, all_there, each, needed
+from scaling4d.benchmarks.skipped import LeftOut, Skipped
 from scaling4d.records import Sample, UserError
 
 OFFICIAL = {"train": "798", "val": "202"}

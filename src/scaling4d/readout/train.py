@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from scaling4d import artifacts, benchmarks, checkpoint, config, log, optimizer, seeds
-from scaling4d.benchmarks.frames import Skipped
+from scaling4d.benchmarks.skipped import Skipped
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.ranks import gather, parallel, run
 from scaling4d.readout import metrics, views
@@ -115,8 +115,10 @@ def readout(encoder: str, task: str, protocol: str, settings: Mapping[str, Any])
         )
         result = result_of(saved, folder, task, protocol, asked, videos, sums, mine["seed"], evaluation.bootstrap_draws)
         result.write(out / "result.json")
-        benchmark = benchmarks.folder(task, Path(evaluation.data))
-        inputs = {"checkpoint": artifacts.sha256(folder), "benchmark": artifacts.sha256(benchmark)}
+        learned, judged = (benchmarks.folder(task, Path(evaluation.data), split) for split in benchmarks.SPLITS)
+        inputs = {"checkpoint": artifacts.sha256(folder), "benchmark": artifacts.sha256(learned)}
+        if judged != learned:
+            inputs["benchmark_val"] = artifacts.sha256(judged)
         if start is not None:
             inputs["head"] = artifacts.sha256(start)
         asked.head(features_width=1, clip=(16, 16, 16))  # so that gin counts the head's settings as operative here too
@@ -206,17 +208,18 @@ def share_of(
     bad_share = evaluation.max_bad_share
     skipped: list[Skipped] = []
     size = {"frames": T, "rate_hz": asked.rate_hz, "side_px": side}
+    where = {"part": mine, "skipped": skipped, "max_bad_share": bad_share}
     seen = (1, 1) if split == "train" else tuple(asked.test_views)
-    samples = benchmarks.read(
-        task, Path(evaluation.data), split, **size, part=mine, skipped=skipped, max_bad_share=bad_share, views=seen
-    )
+    queries = asked.queries if isinstance(asked, Points) and split == "val" else None
+    samples = benchmarks.read(task, Path(evaluation.data), split, **size, **where, views=seen, queries=queries)
     added, targets, videos = [], [], []
     wanted = asked.views if split == "train" else ("plain",)
     for sample in (view for plain in samples for view in views.views(plain, wanted)):
         added.append(inputs.add(torch.from_numpy(sample.pixels)))
         targets.append(asked.target(sample))
         videos.append(sample.video)
-    skipped, read = gather(skipped), sum(gather([len(videos) // (len(wanted) * math.prod(seen))]))
+    items = len(set(videos)) if queries else len(videos) // (len(wanted) * math.prod(seen))  # a video may give several clips
+    skipped, read = gather(skipped), sum(gather([items]))
     benchmarks.judge(skipped, len(skipped) + read, bad_share, f"{task} {split}")
     if not added:
         raise UserError(f"{task}: too few samples in split {split} for {ranks} ranks; lower readout.shared.Evaluation.ranks")
@@ -305,18 +308,21 @@ def result_of(
     protocol: str,
     asked: Task,
     videos: list[str],
-    measured: list[dict[str, tuple[float, float]]],
+    found: list[dict[str, tuple[float, float]]],
     seed: int,
     draws: int,
 ) -> Result:
     names = sorted(set(videos))
     row = {name: index for index, name in enumerate(names)}
-    table = {metric: np.zeros((len(names), 2)) for metric in measured[0]}
-    for video, sums in zip(videos, measured, strict=True):
+    table = {metric: np.zeros((len(names), 2)) for metric in found[0]}
+    for video, sums in zip(videos, found, strict=True):
         for metric, pair in sums.items():
             table[metric][row[video]] += pair
-    value = {metric: float(pairs[:, 0].sum() / pairs[:, 1].sum()) for metric, pairs in table.items()}
+    table = metrics.tracks_by_video(table)
+    value = {metric: float(pairs[:, 0].sum() / pairs[:, 1].sum()) for metric, pairs in table.items() if pairs[:, 1].any()}
     primary = asked.primary
+    if primary.metric not in value:
+        raise UserError(f"{task}: nothing in the val split can be measured; {primary.metric} has no clip to rest on")
     rng = seeds.numpy(seed, "bootstrap", task)
     low, high = metrics.interval(*table[primary.metric].T, rng, draws=draws)
     low, high = min(low, value[primary.metric]), max(high, value[primary.metric])  # rounding, where all videos are equal
@@ -331,7 +337,7 @@ def result_of(
         high=high,
         unit=primary.unit,
         higher_is_better=primary.higher_is_better,
-        examples=len(measured),
+        examples=len(found),
         seed=seed,
         checkpoint_sha256=checkpoint.weights_sha256(folder),
         others=value,

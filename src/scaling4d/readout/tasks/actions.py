@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from scaling4d import config
+from scaling4d.readout import metrics
 from scaling4d.readout.heads import Head
 from scaling4d.readout.tasks.task import Measure
 from scaling4d.records import Sample
@@ -48,4 +49,4 @@ class Actions:
         return softmax(predicted, axis=-1).mean(0)
 
     def measure(self, predicted: np.ndarray, target: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
-        return {"top1": (float(predicted.argmax() == target["action"]), 1.0)}
+        return {"top1": metrics.top1(predicted[None], target["action"][None])}

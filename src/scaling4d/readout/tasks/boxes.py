@@ -55,11 +55,9 @@ class Boxes:
         return (error * present).sum() / present.sum().clamp(min=1)
 
     def measure(self, predicted: np.ndarray, target: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
-        present = target["present"]
-        iou = metrics.box_iou(predicted, target["boxes"])
-        first = metrics.box_iou(np.broadcast_to(target["boxes"][:, :1], predicted.shape), target["boxes"])
-        count = float(present.sum())
+        given = np.broadcast_to(target["boxes"][:, :1], predicted.shape)
+        first = metrics.box_overlaps(given, target["boxes"], target["present"])
         return {
-            "mean_iou": (float(iou[present].sum()), count),
-            "mean_iou_first_box_repeated": (float(first[present].sum()), count),
+            **metrics.box_overlaps(predicted, target["boxes"], target["present"]),
+            "mean_iou_first_box_repeated": first["mean_iou"],
         }

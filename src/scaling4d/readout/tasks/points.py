@@ -1,4 +1,4 @@
-"""Perception Test: follow points given in the first frame; average Jaccard."""
+"""Perception Test, TAP-Vid: follow points given in the first frame; average Jaccard, a mean over videos."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from scaling4d.readout.tasks.task import Measure, pad
 from scaling4d.records import Sample
 
 VALUES = 4  # x, y, visible, certain
-CERTAIN_PX, RASTER_PX = 6, 256  # a prediction within 6 of 256 pixels counts as certain
+CERTAIN_PX = 6  # a prediction within 6 of RASTER_PX pixels counts as certain
 
 
 @config.configurable
@@ -27,6 +27,7 @@ class Points:
 
     certain: a point counts as shown if it is likely to be visible and (released) certain to be near; false: visible alone (ours),
     for readouts so coarse that they are never certain. relative: predict what is added to the given point (ours), not the point.
+    queries: in which frames of a validation video points are asked about, see benchmarks.queries; in training it is frame 0.
 
     Loss: Huber on the distance (weight 100) + visibility and certainty cross-entropies (0.1), as scivid trains its readout.
     """
@@ -37,6 +38,7 @@ class Points:
     views: tuple[str, ...]
     certain: bool
     relative: bool
+    queries: str
 
     primary: ClassVar = Measure("average_jaccard", "share", True)
     test_views: ClassVar = (1, 1)
@@ -70,7 +72,7 @@ class Points:
         delta = 1 / target["side_px"][:, None, None]
         huber = torch.where(distance < delta, 0.5 * distance.square(), delta * (distance - delta / 2))
         visible = F.binary_cross_entropy_with_logits(predicted[..., 2], seen, reduction="none")
-        near = (distance.detach() <= CERTAIN_PX / RASTER_PX).float()
+        near = (distance.detach() <= CERTAIN_PX / metrics.RASTER_PX).float()
         certain = F.binary_cross_entropy_with_logits(predicted[..., 3], near, reduction="none")
         asked = asked.float()
         visible = (visible * asked).sum() / asked.sum().clamp(min=1)
@@ -78,19 +80,24 @@ class Points:
 
     def measure(self, predicted: np.ndarray, target: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
         shown = 1 / (1 + np.exp(-predicted[..., 2:].astype(np.float64)))
-        evaluated = np.broadcast_to(target["asked"][:, None], target["visible"].shape).copy()
-        evaluated[:, 0] = False
-        video = metrics.track_metrics(
+        evaluated = metrics.evaluated_frames(np.zeros(len(predicted)), target["visible"], mode="first")
+        evaluated &= target["asked"][:, None]
+        sums = metrics.track_sums(
             points=predicted[..., :2],
             visible=(shown.prod(-1) if self.certain else shown[..., 0]) > 0.5,
             true_points=target["points"],
             true_visible=target["visible"],
             evaluated=evaluated,
         )
+        clip = {name: (float(part.sum()), float(whole.sum())) for name, (part, whole) in sums.items()}
+        ratios = metrics.track_metrics({name: tuple(map(np.float64, pair)) for name, pair in clip.items()})
+        averages = {name: ratios[name] for name in ("average_jaccard", "delta_avg")}  # a result's: metrics.tracks_by_video
         seen = target["visible"] & evaluated
-        distance_px = RASTER_PX * np.linalg.norm(predicted[..., :2] - target["points"], axis=-1)
-        still_px = RASTER_PX * np.linalg.norm(target["points"][:, :1] - target["points"], axis=-1)
-        return {name: (value, 1.0) for name, value in video.items()} | {
+        distance_px = metrics.RASTER_PX * np.linalg.norm(predicted[..., :2] - target["points"], axis=-1)
+        still_px = metrics.RASTER_PX * np.linalg.norm(target["points"][:, :1] - target["points"], axis=-1)
+        return {
+            **clip,
+            **{name: (float(np.nan_to_num(value)), float(np.isfinite(value))) for name, value in averages.items()},
             "distance_px256": (float(distance_px[seen].sum()), float(seen.sum())),
             "distance_px256_standing_still": (float(still_px[seen].sum()), float(seen.sum())),
         }

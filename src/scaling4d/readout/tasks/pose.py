@@ -18,10 +18,14 @@ from scaling4d.records import Sample
 @config.configurable
 @dataclass(frozen=True)
 class Pose:
-    """rate_hz: of the clip's frames. Loss: mean squared error of the 3 x 4 matrix's twelve numbers."""
+    """rate_hz: of the clip's frames. unit_translation: learn and measure its direction alone, since a clip's scale is its own.
+
+    Loss: mean squared error of the 3 x 4 matrix's twelve numbers.
+    """
 
     rate_hz: float
     views: tuple[str, ...]
+    unit_translation: bool
 
     primary: ClassVar = Measure("epe", "scene units", False)
     test_views: ClassVar = (1, 1)
@@ -31,7 +35,7 @@ class Pose:
 
     def target(self, sample: Sample) -> dict[str, np.ndarray]:
         relative = metrics.relative_pose(sample.labels["camera_to_world"], source=0, target=-1)
-        return {"pose": relative.astype(np.float32)}
+        return {"pose": (metrics.unit_translation(relative) if self.unit_translation else relative).astype(np.float32)}
 
     def predict(self, head: Head, features: Tensor, target: dict[str, Tensor]) -> Tensor:
         """`B 3 4`."""
@@ -46,5 +50,7 @@ class Pose:
         return {
             "epe": (metrics.pose_end_point_error(pose, true), 1.0),
             "epe_so3": (metrics.pose_end_point_error(metrics.nearest_rotation(pose), true), 1.0),
+            "rotation_error_deg": (metrics.rotation_error_deg(pose, true), 1.0),
+            "translation_error": (metrics.translation_error(pose, true), 1.0),
             "epe_standing_still": (metrics.pose_end_point_error(still, true), 1.0),
         }
