@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from scaling4d import config
-from scaling4d.records import UserError
+from scaling4d.records import AGAIN, Preempted, UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 data = typer.Typer(no_args_is_help=True, help="Which data the pipeline reads.")
@@ -24,12 +24,15 @@ REPORTS = Path("reports/bench")
 
 
 def main() -> None:
-    """Exit code 0 only when the thing was done; a user's error is one line and exit code 1."""
+    """Exit code 0 only when the thing was done; 75: it was saved and stopped, run it again; a user's error is one line and 1."""
     try:
         app()
     except UserError as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)  # gin adds lines of its own
         sys.exit(1)
+    except Preempted as preempted:
+        print(preempted, file=sys.stderr)
+        sys.exit(AGAIN)
 
 
 def _settings() -> dict:
@@ -75,7 +78,7 @@ def pretrain(point: str) -> None:
 def baseline(encoder: str) -> None:
     """Write the encoder `untrained_<point>` or `pixels` (a DVC stage)."""
     settings = _settings()
-    from scaling4d.pretrain.loop import baseline as write
+    from scaling4d.pretrain.point import baseline as write
 
     print(f"wrote {write(encoder, settings)}")
 
