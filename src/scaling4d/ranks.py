@@ -230,20 +230,20 @@ def unwatched() -> None:
 
 def _watch(store: dist.Store, rank: int, ranks: int, hang_s: float, tell: Callable[[str], None]) -> None:
     """Ends this process when it has stood still for `hang_s`, and says for which ranks everyone waits."""
-    place, since = _place, time.monotonic()
+    place, since, seen = _place, time.monotonic(), []
     for beat in count():
         now = _place
         if now is None:
             return
         store.set(str(rank), json.dumps([beat, *now]))
         if now != place:
-            place, since = now, time.monotonic()
+            place, since, seen = now, time.monotonic(), []
         elif time.monotonic() - since > hang_s:
-            before = _places(store, ranks)
-            time.sleep(3 * hang_s / BEATS)
-            if _place == place:
-                tell(f"{behind(before, _places(store, ranks))}; if it is only slow, raise pretrain.Running.hang_s, {hang_s:g} s")
-                os._exit(1)
+            seen.append(_places(store, ranks))
+        if len(seen) > 3:  # time enough for everyone who lives to say so
+            verdict = f"{behind(seen[0], seen[-1])}; if it is only slow, raise pretrain.Running.hang_s, {hang_s:g} s"
+            tell(store.compare_set("verdict", "", verdict).decode())  # that of the first, since who has ended says nothing
+            os._exit(1)
         time.sleep(hang_s / BEATS)
 
 
@@ -257,8 +257,8 @@ def behind(before: list[tuple[int, int, str]], after: list[tuple[int, int, str]]
     silent = [rank for rank, (then, now) in enumerate(zip(before, after, strict=True)) if then[0] == now[0]]
     least = min(number for _, number, _ in after)
     found = silent or [rank for rank, (_, number, _) in enumerate(after) if number == least]
-    who, verb = ("rank", "hangs") if len(found) == 1 else ("ranks", "hang")
-    return f"{who} {', '.join(map(str, found))} of {len(after)} {verb} at {after[found[0]][2]}"
+    does = "said nothing after" if silent else "hangs at" if len(found) == 1 else "hang at"
+    return f"rank{'s' * (len(found) > 1)} {', '.join(map(str, found))} of {len(after)} {does} {after[found[0]][2]}"
 
 
 def parallel(module: nn.Module, *, some_unused: bool = False) -> nn.Module:

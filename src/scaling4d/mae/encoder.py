@@ -23,14 +23,14 @@ class Block(nn.Module):
     """Sequential pre-norm block with biases: x + attention(norm x), then x + mlp(norm x).
 
     gelu: "tanh" in 4DS, "none" (exact) in MAE-ST, torch's names. drop_path: an attribute, the share of clips for which a
-    residual branch is left out in training (MAE-ST's fine-tuning; 0 at first).
+    residual branch is left out in training (MAE-ST's fine-tuning; 0 at first). packed: another, see mae.attention.
     """
 
     def __init__(self, *, width: int, heads: int, mlp: int, gelu: str) -> None:
         super().__init__()
         if width % heads:
             raise UserError(f"width {width} does not divide into {heads} heads")
-        self.heads, self.gelu, self.drop_path = heads, gelu, 0.0
+        self.heads, self.gelu, self.drop_path, self.packed = heads, gelu, 0.0, False
         self.attention_norm = nn.LayerNorm(width, LAYER_NORM_EPS)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
@@ -42,7 +42,7 @@ class Block(nn.Module):
         """`B N D` -> `B N D`."""
         B, N, D = x.shape
         q, k, v = self.qkv(self.attention_norm(x)).reshape(B, N, 3, self.heads, D // self.heads).unbind(2)  # B N heads d
-        x = x + self._dropped(self.out(attention(q, k, v).reshape(B, N, D)))
+        x = x + self._dropped(self.out(attention(q, k, v, packed=self.packed).reshape(B, N, D)))
         return x + self._dropped(self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x)), approximate=self.gelu)))
 
     def _dropped(self, branch: Tensor) -> Tensor:

@@ -132,7 +132,7 @@ def _train(*, rank: int, ranks: int, run: Run) -> None:
                 recent = []
                 observer.line(lines[-1])
                 state.finish()
-            if training.validate_every and (step + 1) % training.validate_every == 0:
+            if training.validate_every and (step + 1) % training.validate_every == 0 and not last:
                 val_loss = validate(model, run.clips, training, seed=run.seed, rank=rank, ranks=ranks)
                 validations.append({"step": step + 1, "val_loss": val_loss})
                 observer.validation(step + 1, val_loss, picture(model, run.clips, seed=run.seed))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from scaling4d import log
@@ -85,19 +86,19 @@ class Observer:
         self.lines.line(step, **shown, clips=(step - self.start) * self.batch, more=more)
         with (self.folder / "timings.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **speed}) + "\n")
-        self.scalars(step, shown | speed)
-
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items() if self.events else ():
+        for name, value in (shown | speed).items() if self.events else ():
             self.events.add_scalar(name, value, step)
 
-    def picture(self, step: int, rows: Tensor) -> None:
-        """float `H W C` in 0..1: a validation clip, what the encoder sees of it, and what it fills in."""
-        from PIL import Image
-
-        Image.fromarray((rows * 255).round().byte().numpy()).save(self.folder / f"filled-{step:08d}.png")
+    def validation(self, step: int, val_loss: float, picture: Tensor | None) -> None:
+        """picture: float `H W C` in 0..1, of pretrain.validate."""
+        if self.folder is None:
+            return
+        if picture is not None:
+            Image.fromarray((picture * 255).round().byte().numpy()).save(self.folder / f"filled-{step:08d}.png")
         if self.events:
-            self.events.add_image("filled", rows, step, dataformats="HWC")
+            self.events.add_scalar("val_loss", val_loss, step)
+            if picture is not None:
+                self.events.add_image("filled", picture, step, dataformats="HWC")
 
     def close(self) -> None:
         if self.events:

@@ -17,7 +17,7 @@ class Training:
     ranks. rate_times_width: peak learning rate of the matrices that read `width` numbers = this / width. embedding_rate: of all
     else (patch embedding, positions, tokens, norms, biases), the same at every width. rates_at_batch: the batch that both are
     for; they grow with the batch in proportion. warmup: share of the steps. clip_norm: of the gradient.
-    ema: what is saved and measured is a running mean of the weights, of which a step keeps this share; 0: the weights.
+    ema: what is saved and measured at the end is a running mean of the weights, of which a step keeps this share; 0: the weights.
     flip: mirror and time-reverse clips at random. crop: smallest and largest share of the picture's area that a random square
     keeps. repeats: copies of a clip in a batch, each cropped, flipped and masked on its own (MAE-ST's repeated sampling: 4).
     window_shards: shards whose clips are shuffled together, 0: all. masks_per_clip: masks a validation clip is measured with.

@@ -31,13 +31,15 @@ class Sharding:
       1: every rank holds all of them (plain data parallel); all ranks: FSDP; between: HSDP.
     recompute: none; block (make a block's activations again in the backward pass); selective (only what is cheap to make).
     recompute_every: of the blocks, 1: all, k: every k-th. compile: blocks by torch.compile.
-    accumulate: parts in which a rank works off its part of a batch.
+    packed: attention sees all clips of a rank as one sequence with a block-diagonal mask. accumulate: parts in which a rank
+      works off its part of a batch.
     """
 
     shards: int
     recompute: str
     recompute_every: int
     compile: bool
+    packed: bool
     accumulate: int
 
     def check(self, *, ranks: int, batch: int) -> None:
@@ -101,6 +103,7 @@ def spread(
     numbered = iter(range(len(blocks(model))))
 
     def prepare(block: nn.Module) -> None:
+        block.packed = sharding.packed
         if sharding.recompute != "none" and next(numbered) % sharding.recompute_every == 0:
             recomputing(block, sharding.recompute)
         if sharding.compile:

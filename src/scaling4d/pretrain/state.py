@@ -102,6 +102,9 @@ class State:
             if damage := self._damage(path):
                 if self.rank == 0:
                     print(f"warning: {path} is damaged ({damage}) and passed over", file=sys.stderr)
+                    aside = path.with_name(path.name.replace("step", "damaged"))
+                    shutil.rmtree(aside, ignore_errors=True)
+                    path.rename(aside)
                 continue
             dcp.load(dict(tensors), checkpoint_id=path, process_group=self.group)
             return Progress(**json.loads((path / PROGRESS).read_text()))
@@ -114,7 +117,7 @@ class State:
             found = [name for name in sorted(shas)[self.rank :: self.ranks] if artifacts.sha256(path / name) != shas[name]]
         except (OSError, ValueError) as error:
             found = [str(error)]
-        return ", ".join(name for names in self._gather(found) for name in names)
+        return ", ".join(dict.fromkeys(name for names in self._gather(found) for name in names))
 
     def save(self, progress: Progress, tensors: Mapping[str, Tensor]) -> None:
         """Write a step; it counts from `finish` on, which any later save calls.
