@@ -73,18 +73,17 @@ class Running:
 class Launch:
     """Where a point is trained; results do not depend on it.
 
-    where: here (forked ranks), torchrun (on this machine), nodes (torchrun on each of several machines, which meet at
-    `rendezvous`), slurm. nodes, ranks_per_node: not for `here`. rendezvous: HOST:PORT of one of the nodes. restarts: how often
-    torchrun starts all ranks again when one is lost. meet_s: how long nodes wait for each other.
-    partition, hours: of a Slurm job. cluster: slurm, or local for submitit's processes on this machine.
+    where: here (forked ranks), torchrun (on this machine), nodes (the same command on each of several machines, which meet at
+    `rendezvous`) or slurm. nodes: machines, which share the ranks. rendezvous: HOST:PORT of one of the nodes. restarts: how often
+    torchrun starts all ranks again when one is lost. wait_s: how long nodes wait for each other, and a scheduler for a state to
+    be saved. partition, hours: of a Slurm job. cluster: slurm, or local for submitit's processes on this machine.
     """
 
     where: str
     nodes: int
-    ranks_per_node: int
     rendezvous: str
     restarts: int
-    meet_s: int
+    wait_s: int
     partition: str
     hours: int
     cluster: str
