@@ -4,12 +4,13 @@ import multiprocessing.connection
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from scaling4d import ranks
-from scaling4d.ranks import gather, parallel
+from scaling4d.ranks import at, gather, parallel, unwatched
 from scaling4d.records import UserError
 
 
@@ -40,6 +41,34 @@ def killed(*, rank: int, ranks: int) -> None:
     torch.distributed.barrier()
 
 
+def hanging(*, rank: int, ranks: int) -> None:
+    at(f"step 7, {'reading clips' if rank == 1 else 'computing'}", 14 if rank == 1 else 15)
+    if rank == 1:
+        time.sleep(60)
+    torch.distributed.barrier()
+
+
+def stopped(*, rank: int, ranks: int) -> None:
+    at("step 7, computing", 15)
+    if rank == 2:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    torch.distributed.barrier()
+
+
+def slow(*, rank: int, ranks: int) -> str:
+    for step in range(10):
+        at("computing", step)
+        time.sleep(0.1)
+    unwatched()
+    time.sleep(1)
+    return "done"
+
+
+def alone(*, rank: int, ranks: int, path: Path) -> None:
+    (path / str(rank)).write_text(str(os.getpid()))
+    time.sleep(60)
+
+
 def test_gradients_become_their_mean() -> None:
     assert ranks.run(averaged, ranks=3) == [1.0, 1.0]
 
@@ -62,3 +91,27 @@ def test_what_a_rank_refuses_reaches_the_caller() -> None:
 def test_a_killed_rank_is_named_and_ends_the_others() -> None:
     with pytest.raises(RuntimeError, match=r"rank 1 of 2 ended without a result \(SIGKILL\)"):
         ranks.run(killed, ranks=2)
+
+
+@pytest.mark.parametrize(
+    ("work", "who"), [(hanging, "1 of 3 hangs at step 7, reading clips"), (stopped, "2 of 3 said nothing after")]
+)
+def test_a_rank_that_hangs_is_named_and_ends_the_others(work, who: str) -> None:
+    with pytest.raises(UserError, match=f"^rank {who}.*; if it is only slow, raise pretrain.Running.hang_s, 1 s$"):
+        ranks.run(work, ranks=3, hang_s=1.0)
+
+
+def test_a_rank_that_gets_on_or_is_not_watched_does_not_hang() -> None:
+    assert ranks.run(slow, ranks=2, hang_s=0.7) == "done"
+
+
+def test_ranks_end_with_their_parent(tmp_path: Path) -> None:
+    parent = multiprocessing.get_context("fork").Process(target=ranks.run, args=(alone,), kwargs={"ranks": 2, "path": tmp_path})
+    parent.start()
+    while len(list(tmp_path.iterdir())) < 2 or not all(path.read_text() for path in tmp_path.iterdir()):
+        time.sleep(0.01)
+    parent.kill()
+    parent.join()
+    for path in tmp_path.iterdir():
+        while Path(f"/proc/{path.read_text()}").exists():
+            time.sleep(0.01)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated
 import typer
 
 from scaling4d import config
-from scaling4d.records import UserError
+from scaling4d.records import AGAIN, Preempted, UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 data = typer.Typer(no_args_is_help=True, help="Which data the pipeline reads.")
@@ -24,20 +25,28 @@ REPORTS = Path("reports/bench")
 
 
 def main() -> None:
-    """Exit code 0 only when the thing was done; a user's error is one line and exit code 1."""
+    """Exit code 0 only when the thing was done; 75: it was saved and stopped, run it again; a user's error is one line and 1."""
     try:
         app()
     except UserError as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)  # gin adds lines of its own
         sys.exit(1)
+    except Preempted as preempted:
+        print(preempted, file=sys.stderr)
+        sys.exit(AGAIN)
 
 
 def _settings() -> dict:
     """params.yaml, after a check that every key and type is one that experiments/ knows; overrides are listed."""
     settings = config.read()
-    for key, value in config.overrides(settings).items():
+    for key, value in config.overrides(settings).items() if _speaks() else ():
         print(f"override: {key} = {value!r} (not the value of profile {settings['profile']})", file=sys.stderr)
     return settings
+
+
+def _speaks() -> bool:
+    """Of the ranks that torchrun starts, one is enough to say what is so in all."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @app.command()
@@ -62,13 +71,28 @@ def clips(
 
 
 @app.command()
-def pretrain(point: str) -> None:
-    """Pretrain one scaling point on the clips (a DVC stage)."""
+def pretrain(
+    point: str,
+    dry: Annotated[bool, typer.Option("--dry", help="Print how it would be started, and start nothing.")] = False,
+) -> None:
+    """Pretrain one scaling point on the clips (a DVC stage), where its Launch settings say; exit code 75: run it again."""
     settings = _settings()
     config.section(settings, f"distilled.{point}" if point in settings["distilled"] else f"points.{point}")
+    _launch(point, settings, dry)
     from scaling4d.pretrain.loop import pretrain as train
 
-    print(f"wrote {train(point, settings)}")
+    folder = train(point, settings)
+    if _speaks():
+        print(f"wrote {folder}")
+
+
+def _launch(point: str, settings: dict, dry: bool) -> None:
+    """Leaves with an exit code unless this process is to train."""
+    from scaling4d.pretrain.launch import launch
+
+    code = launch(point, settings, dry=dry)
+    if code is not None:
+        raise typer.Exit(code)
 
 
 @app.command()
@@ -78,7 +102,7 @@ def baseline(encoder: str) -> None:
     if encoder in config.section(settings, "encoders.pretrained"):
         from scaling4d.readout.pretrained import baseline as write
     else:
-        from scaling4d.pretrain.loop import baseline as write
+        from scaling4d.pretrain.point import baseline as write
 
     print(f"wrote {write(encoder, settings)}")
 

@@ -26,6 +26,20 @@ def adamw(
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True), peaks
 
 
+def moments(adamw: torch.optim.AdamW) -> None:
+    """Give every parameter the state that AdamW itself would give it in its first step, so that another can be loaded into it."""
+    for group in adamw.param_groups:
+        for p in group["params"]:
+            zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+            adamw.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
+
+
+def count_steps(adamw: torch.optim.AdamW, done: int) -> None:
+    """Let AdamW go on after `done` steps."""
+    for state in adamw.state.values():
+        state["step"].fill_(done)
+
+
 def warmup_cosine(step: int, *, steps: int, warmup: int) -> float:
     """Share of the peak learning rate at `step` of 0..steps: linear from 0 over `warmup` steps, then a cosine to 0."""
     if step < warmup:

@@ -25,6 +25,13 @@ class UserError(ValueError):
     """Something that a user can mend; the command line prints it as one line and exits with 1."""
 
 
+class Preempted(Exception):
+    """The work was asked to stop, saved its state and stopped; the command line exits with AGAIN: run me again."""
+
+
+AGAIN = 75  # EX_TEMPFAIL of sysexits.h
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)

@@ -11,14 +11,17 @@ from scaling4d import artifacts, checkpoint, config, seeds
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.clips import loader
 from scaling4d.mae.build import encoder_of, load
-from scaling4d.pretrain.loop import Training, baseline, build, pretrain, validate
+from scaling4d.pretrain.loop import pretrain
+from scaling4d.pretrain.point import baseline, start
+from scaling4d.pretrain.settings import Training
+from scaling4d.pretrain.validate import validate
 from scaling4d.ranks import run
 from scaling4d.records import UserError
 
 
 def val_loss(*, rank: int, ranks: int, settings: dict) -> float:
     config.bind(settings["pretrain"], settings["points"]["nano"])
-    model = build("nano", settings, settings["seed"])
+    model = start("nano", settings, settings["seed"])
     return validate(model, Path("artifacts/smoke/clips"), config.build(Training), seed=0, rank=rank, ranks=ranks)
 
 
@@ -54,7 +57,7 @@ def test_a_student_learns_its_teachers_features_and_keeps_no_teacher(changed: Ca
     student = load(folder)
     config.bind(config.read()["distilled"]["nano_distilled"])
     with torch.no_grad():
-        taught = build("nano_distilled", config.read(), 0)  # with its teacher, which a loaded student has not
+        taught = start("nano_distilled", config.read(), 0)  # with its teacher, which a loaded student has not
         batch = next(loader.every(Path("artifacts/smoke/clips"), split="val", batch=16, rank=0, ranks=1))
         masked = student.choose(len(batch.ids), seeds.stream(0, "m"))
         found, wanted = student.predict(batch.pixels, masked), taught.target(batch.pixels, masked)
@@ -72,7 +75,7 @@ def test_the_target_is_the_teachers_feature_of_the_same_token_in_sight_of_the_wh
     teacher = encoder_of(load(pretrain("nano", changed("pretrain.Training.steps", 4))))
     settings = config.read()
     config.bind(settings["distilled"]["nano_distilled"])
-    model = build("nano_distilled", settings, 0)
+    model = start("nano_distilled", settings, 0)
     clip = torch.randint(0, 256, (2, 16, 64, 64, 3), dtype=torch.uint8)
     masked = model.choose(2, seeds.stream(0, "m"))
     found, layer = model.target(clip, masked), teacher.features(clip)[3]
@@ -97,9 +100,9 @@ def test_the_untrained_baseline_is_the_point_before_its_first_step(project: Path
     settings = config.read()
     folder = baseline("untrained_nano", settings)
     config.bind(settings["points"]["nano"])
-    start = build("nano", settings, settings["seed"]).state_dict()
+    first = start("nano", settings, settings["seed"]).state_dict()
     for name, value in load(folder).state_dict().items():
-        assert torch.equal(value, start[name]), name
+        assert torch.equal(value, first[name]), name
 
 
 def test_the_pixel_baseline_is_the_clip_itself(project: Path) -> None:
@@ -135,4 +138,4 @@ def test_a_point_with_two_methods_is_refused(project: Path) -> None:
     settings["points"]["nano"]["MAEST"] = {}
     with pytest.raises(UserError, match=r"^points.nano has SimpleMAE, MAEST; needed exactly one of SimpleMAE, MAEST$"):
         config.bind({"SimpleMAE": settings["points"]["nano"]["SimpleMAE"]})
-        build("nano", settings, 0)
+        start("nano", settings, 0)

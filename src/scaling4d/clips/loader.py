@@ -367,10 +367,11 @@ def _started(steps: Steps, views: Views, workers: int) -> Iterator[ClipBatch | U
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """While workers start: interrupts wait, which workers inherit and so leave them to their rank; and torch's handler, which
-    raises wherever a rank is when a worker has ended, does not stay: `next` finds that out by itself, within 5 s."""
+    """While workers start: interrupts and requests to save and stop wait, which workers inherit and so leave them to their rank;
+    and torch's handler, which raises wherever a rank is when a worker has ended, does not stay: `next` finds that out by itself,
+    within 5 s."""
     handler = signal.getsignal(signal.SIGCHLD)
-    waiting = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    waiting = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGUSR1})
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scaling4d import config
-from scaling4d.mae.encoder import Encoder, initialise, scale_branches, sincos
+from scaling4d.mae.encoder import Encoder, initialise, put, scale_branches, sincos
 from scaling4d.mae.masking import keep, kept_tokens
 from scaling4d.records import MaskedTokens, UserError
 
@@ -86,8 +86,7 @@ class Distilled(nn.Module):
         if self.branch_init == "by_depth":
             scale_branches(self.encoder.blocks)
         if self.position_init == "sincos":
-            with torch.no_grad():
-                self.encoder.positions.copy_(sincos(self.encoder.grid, self.encoder.width))
+            put(self.encoder.positions, sincos(self.encoder.grid, self.encoder.width))
 
     def choose(self, batch: int, rng: torch.Generator) -> MaskedTokens:
         return keep(self.masking, batch=batch, grid=self.encoder.grid, mask_ratio=self.mask_ratio, rng=rng)

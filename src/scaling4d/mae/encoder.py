@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 
 from scaling4d import seeds
@@ -22,14 +23,14 @@ class Block(nn.Module):
     """Sequential pre-norm block with biases: x + attention(norm x), then x + mlp(norm x).
 
     gelu: "tanh" in 4DS, "none" (exact) in MAE-ST, torch's names. drop_path: an attribute, the share of clips for which a
-    residual branch is left out in training (MAE-ST's fine-tuning; 0 at first).
+    residual branch is left out in training (MAE-ST's fine-tuning; 0 at first). packed: another, see mae.attention.
     """
 
     def __init__(self, *, width: int, heads: int, mlp: int, gelu: str) -> None:
         super().__init__()
         if width % heads:
             raise UserError(f"width {width} does not divide into {heads} heads")
-        self.heads, self.gelu, self.drop_path = heads, gelu, 0.0
+        self.heads, self.gelu, self.drop_path, self.packed = heads, gelu, 0.0, False
         self.attention_norm = nn.LayerNorm(width, LAYER_NORM_EPS)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
@@ -41,7 +42,7 @@ class Block(nn.Module):
         """`B N D` -> `B N D`."""
         B, N, D = x.shape
         q, k, v = self.qkv(self.attention_norm(x)).reshape(B, N, 3, self.heads, D // self.heads).unbind(2)  # B N heads d
-        x = x + self._dropped(self.out(attention(q, k, v).reshape(B, N, D)))
+        x = x + self._dropped(self.out(attention(q, k, v, packed=self.packed).reshape(B, N, D)))
         return x + self._dropped(self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x)), approximate=self.gelu)))
 
     def _dropped(self, branch: Tensor) -> Tensor:
@@ -92,8 +93,12 @@ class Encoder(nn.Module):
     def tokens(self, pixels: Tensor, masked: MaskedTokens | None = None) -> Tensor:
         """`B T H W C` -> `B K D`: the kept tokens (all without a mask), projected, with their positions."""
         if masked is None:
-            return self.patch_embedding(self.normalise(patchify(pixels, self.patch))) + self.positions
-        return self.patch_embedding(self.normalise(take(pixels, masked.kept, self.patch))) + self.positions[masked.kept]
+            return self.embed(patchify(pixels, self.patch)) + self.positions
+        return self.embed(take(pixels, masked.kept, self.patch)) + self.positions[masked.kept]
+
+    def embed(self, patches: Tensor) -> Tensor:
+        """`B K P` -> `B K D`, in the type of the weights."""
+        return self.patch_embedding(self.normalise(patches).to(self.patch_embedding.weight.dtype))
 
     def resize(self, clip: tuple[int, int, int]) -> None:
         """Take clips of another T H W from now on: positions are resized by cubic interpolation, as the official demo does.
@@ -166,18 +171,27 @@ def initialise(module: nn.Module, *, seed: int) -> None:
     N(0, 0.02) for learned tokens and positions: as the released 4DS code.
     """
     for name, weight in module.named_parameters():
-        rng = seeds.stream(seed, "init", name)
+        rng, value = seeds.stream(seed, "init", name), torch.empty(weight.shape)
         if name.endswith("bias"):
-            weight.zero_()
+            value.zero_()
         elif "norm" in name.split(".")[-2:][0]:
-            weight.fill_(1)
+            value.fill_(1)
         elif not name.endswith("weight"):
-            nn.init.normal_(weight, std=0.02, generator=rng)
+            nn.init.normal_(value, std=0.02, generator=rng)
         elif "mlp_" in name:
-            nn.init.xavier_uniform_(weight, generator=rng)
+            nn.init.xavier_uniform_(value, generator=rng)
         else:
-            std = math.sqrt(1 / weight.shape[1]) / LECUN_STD
-            nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=rng)
+            std = math.sqrt(1 / value.shape[1]) / LECUN_STD
+            nn.init.trunc_normal_(value, std=std, a=-2 * std, b=2 * std, generator=rng)
+        put(weight, value)
+
+
+@torch.no_grad()
+def put(weight: Tensor, value: Tensor) -> None:
+    """Give a parameter, which may be sharded, its value; every rank has the whole value and keeps its part."""
+    if isinstance(weight, DTensor):
+        value = distribute_tensor(value.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)
+    weight.copy_(value)
 
 
 @torch.no_grad()

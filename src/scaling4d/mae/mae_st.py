@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from scaling4d import config, seeds
-from scaling4d.mae.encoder import LAYER_NORM_EPS, Block, Encoder, scale_branches, sincos
+from scaling4d.mae.encoder import LAYER_NORM_EPS, Block, Encoder, put, scale_branches, sincos
 from scaling4d.mae.masking import keep, kept_tokens
 from scaling4d.mae.patches import grid_of, patchify, take, unpatchify
 from scaling4d.mae.resize import resize
@@ -40,17 +40,17 @@ class Positions(nn.Module):
             return self.whole
         return (self.temporal[:, None] + self.spatial[None]).flatten(0, 1)
 
-    @torch.no_grad()
     def set_sincos(self) -> None:
         t, h, w = self.grid
-        table = sincos(self.grid, self.table().shape[1])
+        width = (self.whole if hasattr(self, "whole") else self.temporal).shape[1]
+        table = sincos(self.grid, width)
         if hasattr(self, "whole"):
-            self.whole.copy_(table)
+            put(self.whole, table)
             return
-        at_time = 2 * (table.shape[1] // 2 - 2 * (table.shape[1] // 6))  # the channels that sincos gives to time
-        table = table.reshape(t, h * w, -1)
-        self.temporal.zero_()[:, :at_time] = table[:, 0, :at_time]
-        self.spatial.zero_()[:, at_time:] = table[0, :, at_time:]
+        at_time = torch.arange(width) < 2 * (width // 2 - 2 * (width // 6))  # the channels that sincos gives to time
+        table = table.reshape(t, h * w, width)
+        put(self.temporal, torch.where(at_time, table[:, 0], 0.0))
+        put(self.spatial, torch.where(at_time, 0.0, table[0]))
 
     @torch.no_grad()
     def resize(self, grid: tuple[int, int, int]) -> None:
@@ -102,9 +102,9 @@ class MAESTEncoder(Encoder):
         """`B T H W C` -> `B 1+K D`, the class token, if there is one, first."""
         table = self.positions.table()
         if masked is None:
-            x = self.patch_embedding(self.normalise(patchify(pixels, self.patch))) + table
+            x = self.embed(patchify(pixels, self.patch)) + table
         else:
-            x = self.patch_embedding(self.normalise(take(pixels, masked.kept, self.patch))) + table[masked.kept]
+            x = self.embed(take(pixels, masked.kept, self.patch)) + table[masked.kept]
         if not self.first:
             return x
         first = (self.class_token + self.positions.class_token).expand(x.shape[0], 1, -1)
@@ -194,7 +194,6 @@ class MAEST(nn.Module):
         self.decoder_norm = nn.LayerNorm(decoder_width, LAYER_NORM_EPS)
         self.decoder = nn.Linear(decoder_width, math.prod(self.predicted_patch) * 3)
 
-    @torch.no_grad()
     def initialise(self, seed: int) -> None:
         """Draw all weights, as the official code does; equal seeds give equal weights.
 
@@ -202,16 +201,17 @@ class MAEST(nn.Module):
         class token; zero biases, unit norms.
         """
         for name, weight in self.named_parameters():
-            rng = seeds.stream(seed, "init", name)
+            rng, value = seeds.stream(seed, "init", name), torch.empty(weight.shape)
             if name.endswith("bias") or name == "decoder_class_token":
-                weight.zero_()
+                value.zero_()
             elif "norm" in name.split(".")[-2:][0]:
-                weight.fill_(1)
+                value.fill_(1)
             elif not name.endswith("weight"):
-                nn.init.normal_(weight, std=0.02, generator=rng)
+                nn.init.normal_(value, std=0.02, generator=rng)
             else:
-                for part in weight.chunk(3 if "qkv" in name else 1):
+                for part in value.chunk(3 if "qkv" in name else 1):
                     nn.init.xavier_uniform_(part, generator=rng)
+            put(weight, value)
         if self.branch_init == "by_depth":
             scale_branches(self.encoder.blocks)
             scale_branches(self.decoder_blocks)

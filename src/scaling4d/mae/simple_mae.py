@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scaling4d import config
-from scaling4d.mae.encoder import Encoder, initialise, scale_branches, sincos
+from scaling4d.mae.encoder import Encoder, initialise, put, scale_branches, sincos
 from scaling4d.mae.masking import keep, kept_tokens
 from scaling4d.mae.patches import grid_of, patchify, unpatchify
 from scaling4d.records import MaskedTokens, UserError
@@ -87,9 +87,8 @@ class SimpleMAE(nn.Module):
             scale_branches(self.encoder.blocks)
         if self.position_init == "sincos":
             ratio = tuple(c / p for c, p in zip(self.coarse_patch, self.encoder.patch, strict=True))
-            with torch.no_grad():
-                self.encoder.positions.copy_(sincos(self.encoder.grid, self.encoder.width))
-                self.coarse_tokens.copy_(sincos(self.coarse_grid, self.encoder.width, ratio))
+            put(self.encoder.positions, sincos(self.encoder.grid, self.encoder.width))
+            put(self.coarse_tokens, sincos(self.coarse_grid, self.encoder.width, ratio))
 
     def choose(self, batch: int, rng: torch.Generator) -> MaskedTokens:
         return keep(self.masking, batch=batch, grid=self.encoder.grid, mask_ratio=self.mask_ratio, rng=rng)

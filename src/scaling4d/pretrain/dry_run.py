@@ -2,7 +2,7 @@
 
 Tensors are torch's fake ones: shapes without bytes. The model is sharded on meta, outside fake mode, and emptied and stepped
 inside it; the first step, in which AdamW makes its state, is not counted. Fake tensors stand for a CPU: a build of torch without
-CUDA refuses fake CUDA ones. Pixels come in the compute type, since mae/ makes fp32 of uint8 and a bf16 layer refuses that.
+CUDA refuses fake CUDA ones.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,12 @@ import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from scaling4d import optimizer
 from scaling4d.pretrain.closed_form import KINDS
+from scaling4d.pretrain.shard import recomputing, shard
 from scaling4d.pretrain.work import kept_of
 from scaling4d.records import MaskedTokens
 
@@ -61,7 +60,8 @@ def dry_run(model: nn.Module, *, shards: int, replicas: int, clips: int, recompu
     """
     started = time.time()
     with _fake_group(shards * replicas):
-        _shard(model, shards=shards, replicas=replicas, recompute=recompute)
+        prepare = partial(recomputing, how="block") if recompute else lambda block: None
+        shard(model, shards=shards, replicas=replicas, device="cpu", compute=torch.bfloat16, prepare=prepare)
         for teacher in _teachers(model):
             teacher.to(torch.bfloat16)
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -98,21 +98,6 @@ def _fake_group(ranks: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def _shard(model: nn.Module, *, shards: int, replicas: int, recompute: bool) -> None:
-    """Each block is gathered on its own, all else together."""
-    shape, names = ((replicas, shards), ("replicas", "shards")) if replicas > 1 else ((shards,), ("shards",))
-    given = {
-        "mesh": init_device_mesh("cpu", shape, mesh_dim_names=names),
-        "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
-    }
-    for blocks in (model.encoder.blocks, getattr(model, "decoder_blocks", ())):
-        for i, block in enumerate(blocks):
-            if recompute:
-                blocks[i] = checkpoint_wrapper(block, preserve_rng_state=False)
-            fully_shard(blocks[i], **given)
-    fully_shard(model, **given)
 
 
 def _empty(model: nn.Module) -> tuple[torch.Tensor, ...]:

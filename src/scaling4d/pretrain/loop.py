@@ -1,153 +1,207 @@
-"""Train one scaling point, and make the encoders that it is compared with."""
+"""Train one scaling point: the same loop on a laptop and on a cluster, and the same bits whether it was interrupted or not."""
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
+import shutil
+import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
-from scaling4d import artifacts, config, log, optimizer, seeds
-from scaling4d.checkpoint import Checkpoint
+from scaling4d import artifacts, config, optimizer, seeds
 from scaling4d.clips import loader
-from scaling4d.mae.build import METHODS, encoder_of, load
-from scaling4d.mae.distilled import Distilled
-from scaling4d.mae.encoder import PixelTokens
-from scaling4d.ranks import parallel, run
-from scaling4d.records import MaskedTokens, UserError, write_json
+from scaling4d.pretrain.observe import Observer, peak_flops
+from scaling4d.pretrain.point import build, describe, key_of, teacher_of
+from scaling4d.pretrain.settings import Running, Training
+from scaling4d.pretrain.shard import TYPES, Sharding, mine, reduce_now, spread, whole
+from scaling4d.pretrain.state import Progress, State, claim
+from scaling4d.pretrain.validate import picture, validate
+from scaling4d.ranks import STOP, at, unwatched
+from scaling4d.ranks import run as in_ranks
+from scaling4d.records import ClipBatch, MaskedTokens, Preempted, UserError, write_json
 
-UNTRAINED = "untrained_"
+MASKED_TOGETHER = 8  # clips whose masks are one draw: a rank's part of the pocket's batch
+ELSEWHERE = ("ranks", "workers", "kept_clips")  # of Training: a run may go on with others
 
-config.configurable(PixelTokens)
 
-
-@config.configurable
 @dataclass(frozen=True)
-class Training:
-    """How every point is trained, so that points differ in their model alone.
+class Run:
+    """What is trained and how: the same in every rank."""
 
-    ranks: one-thread processes that share a batch; results depend on it. batch: clips a step, over all ranks.
-    rate_times_width: peak learning rate of the matrices that read `width` numbers = this / width. embedding_rate: of all else
-    (patch embedding, positions, tokens, norms, biases), the same at every width. warmup: share of the steps.
-    clip_norm: of the gradient. flip: mirror and time-reverse clips at random. crop: smallest and largest share of the picture's
-    area that a random square keeps. repeats: copies of a clip in a batch, each cropped, flipped and masked on its own (MAE-ST's
-    repeated sampling: 4). window_shards: shards whose clips are shuffled together, 0: all.
-    masks_per_clip: masks a validation clip is measured with. workers: processes that decode for a rank, 0: itself; results do not
-    depend on it. kept_clips: decoded clips that stay in the memory of each process that decodes; nor on this.
-    """
+    point: str
+    settings: Mapping[str, Any]
+    training: Training
+    running: Running
+    sharding: Sharding
 
-    ranks: int
-    batch: int
-    steps: int
-    rate_times_width: float
-    embedding_rate: float
-    betas: tuple[float, float]
-    weight_decay: float
-    warmup: float
-    clip_norm: float
-    flip: bool
-    crop: tuple[float, float]
-    repeats: int
-    window_shards: int
-    masks_per_clip: int
-    workers: int
-    kept_clips: int
-    log_every: int
+    @property
+    def keys(self) -> list[str]:
+        """The settings that the stage declares."""
+        return ["profile", "seed", "pretrain", key_of(self.point, self.settings)]
 
+    @property
+    def home(self) -> Path:
+        return artifacts.home(self.settings)
 
-def key_of(point: str, settings: Mapping[str, Any]) -> str:
-    """Where a point's settings are: in `points`, or in `distilled` for one that has a teacher."""
-    return f"distilled.{point}" if point in config.section(settings, "distilled") else f"points.{point}"
+    @property
+    def clips(self) -> Path:
+        return self.home / "clips"
 
-
-def method_of(key: str, settings: Mapping[str, Any]) -> str:
-    """Name of the method that a point's settings are for.
-
-    Raises:
-        UserError: no such point, or not exactly one method.
-    """
-    section, taught = config.section(settings, key), key.startswith("distilled.")
-    known = [name for name in METHODS if (name == "Distilled") == taught]
-    if len(section) != 1 or next(iter(section)) not in known:
-        raise UserError(f"{key} has {', '.join(section) or 'nothing'}; needed exactly one of {', '.join(known)}")
-    return next(iter(section))
-
-
-def build(point: str, settings: Mapping[str, Any], seed: int) -> nn.Module:
-    """The bound model of a point with its initial weights, and with its teacher, if it has one.
-
-    Raises:
-        UserError: a teacher that was not pretrained before.
-    """
-    method = METHODS[method_of(key_of(point, settings), settings)]
-    given = {"taught_by": encoder_of(load(_teacher(point, settings)))} if method is Distilled else {}
-    model = config.build(method, **given)
-    model.initialise(seed)
-    return model
-
-
-def _teacher(point: str, settings: Mapping[str, Any]) -> Path:
-    return artifacts.home(settings) / "pretrain" / settings["distilled"][point]["Distilled"]["teacher"]
-
-
-def describe(name: str, point: str, model: nn.Module, settings: Mapping[str, Any], *, step: int, clips_seen: int) -> Checkpoint:
-    method = type(model).__name__
-    return Checkpoint(
-        name=name,
-        model=method,
-        settings=config.section(settings, key_of(point, settings))[method],
-        parameters=sum(p.numel() for p in model.encoder.parameters()),
-        step=step,
-        clips_seen=clips_seen,
-    )
+    @property
+    def seed(self) -> int:
+        return self.settings["seed"]
 
 
 def pretrain(point: str, settings: Mapping[str, Any]) -> Path:
     """The `pretrain` stage of one point: clips in, Checkpoint folder with `losses.jsonl` and `summary.json` out.
 
     Raises:
-        UserError: unknown point or setting, no clips, or a loss that is not finite (before the update).
+        UserError: unknown point or setting, no clips, a loss that is not finite (before the update), no room for the state.
+        Preempted: it was asked to stop, and the next call goes on where it stopped.
     """
-    started = time.time()
-    keys = ["profile", "seed", "pretrain", key_of(point, settings)]
-    mine = config.declared(settings, keys)
-    config.bind(mine["pretrain"], mine[keys[-1]])
-    training = config.build(Training)
-    home = artifacts.home(settings)
-    clips = home / "clips"
-    loader.count(clips, "train")  # says at once if there is nothing to train on
-    with artifacts.folder(home / "pretrain" / point) as out:
-        run(_train, ranks=training.ranks, point=point, settings=settings, training=training, clips=clips, out=out)
-        build(point, settings, mine["seed"])  # so that gin counts the model's settings as operative here too
-        inputs = {"clips": artifacts.sha256(clips)}
-        if point in settings["distilled"]:
-            inputs["teacher"] = artifacts.sha256(_teacher(point, settings))
-        artifacts.write_provenance(out, stage="pretrain", settings=settings, keys=keys, room="pretrain", inputs=inputs)
-    folder = home / "pretrain" / point
-    seconds = time.time() - started
-    artifacts.write_run(
-        f"pretrain-{point}", artifacts.sha256(folder), started=started, clips_per_s=training.batch * training.steps / seconds
-    )
-    return folder
+    run = prepare(point, settings)
+    in_ranks(_train, ranks=run.training.ranks, device=run.training.device, hang_s=run.running.hang_s, run=run)
+    return run.home / "pretrain" / point
 
 
-def _train(*, rank: int, ranks: int, point: str, settings: Mapping[str, Any], training: Training, clips: Path, out: Path) -> None:
-    seed = settings["seed"]
-    model = build(point, settings, seed)
-    step_loss = parallel(model)
+def prepare(point: str, settings: Mapping[str, Any]) -> Run:
+    """Everything that can be refused before a rank is started or a clip is read.
+
+    Raises:
+        UserError: unknown point or setting, a mesh or a batch that does not divide, no such device, no clips.
+    """
+    declared = config.declared(settings, ["pretrain", key_of(point, settings)])
+    config.bind(*declared.values())
+    training, running, sharding = (config.build(part) for part in (Training, Running, Sharding))
+    sharding.check(ranks=training.ranks, batch=training.batch)
+    for name, value, known in (("device", training.device, ("cpu", "cuda")), ("compute", training.compute, tuple(TYPES))):
+        if value not in known:
+            raise UserError(f"pretrain.Training.{name} = {value!r}; needed {' or '.join(known)}")
+    if not 0 <= training.ema < 1:
+        raise UserError(f"pretrain.Training.ema = {training.ema}; needed 0 (none) or a share below 1, such as 0.999")
+    run = Run(point, settings, training, running, sharding)
+    loader.count(run.clips, "train")
+    return run
+
+
+def _train(*, rank: int, ranks: int, run: Run) -> None:
+    started, training, running = time.time(), run.training, run.running
+    model, step_loss = _model(run, ranks)
     adamw, peaks = optimizer.adamw(_parts(model, training), betas=training.betas, weight_decay=training.weight_decay)
-    warmup = round(training.steps * training.warmup)
-    batches = loader.batches(
-        clips,
+    optimizer.moments(adamw)
+    average = {name: p.detach().clone() for name, p in model.named_parameters()} if training.ema else {}
+    tensors = _tensors(model, adamw, average)
+    batches = _batches(run, rank, ranks)
+
+    folder = _claimed(run, rank)
+    state = State(folder, keep=running.keep, asynchronous=running.asynchronous, rank=rank, ranks=ranks)
+    done = state.load(tensors) or Progress(step=0, loader=batches.state_dict(), lines=[], validations=[], recent=[], ranks=[])
+    optimizer.count_steps(adamw, done.step)
+    batches.load_state_dict(done.loader)
+    if done.step:
+        _settle(model, step_loss, _masks(run, model, 0, rank, ranks))
+    lines, validations, recent = done.lines, done.validations, _mine(done.recent, rank, ranks, training.device)
+    worlds = done.ranks if done.ranks and done.ranks[-1][1] == ranks else [*done.ranks, [done.step, ranks]]
+    observer = _observer(run, model, start=done.step, rank=rank, ranks=ranks)
+
+    with _stop_wanted() as wanted:
+        for step in range(done.step, training.steps):
+            last = step + 1 == training.steps
+            observer.step(step)
+            at(f"step {step}, reading clips", 2 * step)
+            with observer.waiting():
+                batch = next(batches)
+            at(f"step {step}, computing", 2 * step + 1)
+            loss = _gradients(model, step_loss, batch, _masks(run, model, step, rank, ranks), run.sharding.accumulate)
+            grad = _update(run, model, adamw, peaks, step, batch, loss)
+            for name, p in model.named_parameters() if average else ():
+                mine(average[name]).lerp_(mine(p.detach()), 1 - training.ema)
+            recent.append(loss)
+            if last or (step + 1) % training.log_every == 0:
+                lines.append(_line(step, recent, grad, adamw.param_groups[0]["lr"], training.batch, ranks))
+                recent = []
+                observer.line(lines[-1])
+                state.finish()
+            if training.validate_every and (step + 1) % training.validate_every == 0 and not last:
+                val_loss = validate(model, run.clips, training, seed=run.seed, rank=rank, ranks=ranks)
+                validations.append({"step": step + 1, "val_loss": val_loss})
+                observer.validation(step + 1, val_loss, picture(model, run.clips, seed=run.seed))
+            stop = _any(wanted) and not last
+            if stop or ((step + 1) % running.save_every == 0 and not last):
+                at(f"step {step}, saving")
+                progress = Progress(step + 1, batches.state_dict(), lines, validations, _of_all(recent, ranks), worlds)
+                state.save(progress, tensors)
+            if stop:
+                state.finish()
+                raise Preempted(
+                    f"stopped after step {step + 1} of {training.steps}, as asked; the same command goes on from there"
+                )
+
+    with torch.no_grad():
+        for name, p in model.named_parameters() if average else ():
+            p.copy_(average[name])
+    val_loss = validate(model, run.clips, training, seed=run.seed, rank=rank, ranks=ranks)
+    weights = _weights(model, rank)
+    unwatched()
+    if rank == 0:
+        observer.close()
+        _write(run, model, weights, lines, validations, val_loss, worlds, started)
+        shutil.rmtree(folder)
+
+
+def _model(run: Run, ranks: int) -> tuple[nn.Module, nn.Module]:
+    """The point's model in its place with its first weights, and what computes a step's loss with it."""
+    device = run.training.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("pretrain.Training.device is cuda, and there is no GPU here; set it to cpu, or run where one is")
+    model = build(run.point, run.settings)
+    for teacher in getattr(model, "taught_by", ()):
+        teacher.to(device)
+    first = {"initialise": lambda: model.initialise(run.seed)}
+    return model, spread(model, run.sharding, ranks=ranks, device=device, compute=run.training.compute, **first)
+
+
+def _parts(model: nn.Module, training: Training) -> dict[str, tuple[list[tuple[str, nn.Parameter]], float]]:
+    """Parameters by learning rate: matrices inside the network, and all that is added to it or read straight from pixels.
+
+    Source: the widths' rule for Adam of Tensor Programs V (arXiv:2203.03466); that we use it is ours. Rates in proportion to the
+    batch: arXiv:2205.09113.
+    """
+    named = list(model.named_parameters())
+    inside = {name for name, p in named if p.ndim == 2 and name.endswith("weight") and "patch_embedding" not in name}
+    factor = training.batch / training.rates_at_batch
+    return {
+        "matrices": ([item for item in named if item[0] in inside], factor * training.rate_times_width / model.encoder.width),
+        "embeddings": ([item for item in named if item[0] not in inside], factor * training.embedding_rate),
+    }
+
+
+def _tensors(model: nn.Module, adamw: torch.optim.AdamW, average: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All that a run must find again, by name, in place."""
+    found = {f"average.{name}": value for name, value in average.items()}
+    for name, p in model.named_parameters():
+        moments = adamw.state[p]
+        found |= {f"weight.{name}": p.detach(), f"first.{name}": moments["exp_avg"], f"second.{name}": moments["exp_avg_sq"]}
+    return found
+
+
+def _batches(run: Run, rank: int, ranks: int) -> loader.Batches:
+    training = run.training
+    return loader.batches(
+        run.clips,
         split="train",
         batch=training.batch,
-        seed=seed,
+        seed=run.seed,
         start=0,
         steps=training.steps,
         flip=training.flip,
@@ -159,122 +213,203 @@ def _train(*, rank: int, ranks: int, point: str, settings: Mapping[str, Any], tr
         kept=training.kept_clips,
         workers=training.workers,
     )
-    lines, recent = [], []
-    steps = log.Steps(training.steps)
-    for step, batch in enumerate(batches):
-        masked = model.choose(len(batch.ids), seeds.stream(seed, "mask", step, rank))
-        loss = step_loss(batch.pixels, masked)
-        loss.backward()
-        grad = _update(model, adamw, batch.ids, step, training.clip_norm, peaks, warmup, training.steps)
-        recent.append(loss.detach())
-        if (step + 1) % training.log_every == 0 or step + 1 == training.steps:
-            mean = torch.stack(recent).mean()
-            dist.all_reduce(mean)
-            lr = adamw.param_groups[0]["lr"]
-            line = {
-                "step": step + 1,
-                "clips_seen": (step + 1) * training.batch,
-                "loss": mean.item() / ranks,
-                "lr": lr,
-                "grad": grad,
-            }
-            lines.append(line)
-            recent = []
-            if rank == 0:
-                steps.line(step + 1, loss=line["loss"], lr=lr, grad=grad, clips=line["clips_seen"])
-    val_loss = validate(model, clips, training, seed=seed, rank=rank, ranks=ranks)
+
+
+def _claimed(run: Run, rank: int) -> Path:
+    """The folder of this run's state: its name is the sha256 of all that the result should depend on."""
+    found = [None]
     if rank == 0:
-        saved = describe(point, point, model, settings, step=training.steps, clips_seen=training.steps * training.batch)
-        _write(out, saved, model, lines, val_loss, seed)
+        settings = copy.deepcopy(config.declared(run.settings, run.keys))
+        for name in ELSEWHERE:
+            del settings["pretrain"]["Training"][name]
+        del settings["pretrain"]["Running"]
+        for section in ("Launch", "Sharding"):
+            del settings[run.keys[-1]][section]
+        code = Path("artifacts/code/pretrain.json")
+        inputs = {name: artifacts.sha256(run.clips / name) for name in ("clips.parquet", "provenance.json")}
+        about = {
+            "point": run.point,
+            "profile": run.settings["profile"],
+            "settings": settings,
+            "inputs": inputs | _teacher_sha(run),
+            "code": json.loads(code.read_text())["sha256"] if code.is_file() else None,
+        }
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+        folder = artifacts.PARTIAL / f"pretrain-{digest[:16]}"
+        claim(folder, about)
+        found = [str(folder)]
+    dist.broadcast_object_list(found, device=torch.device("cpu"))
+    return Path(found[0])
 
 
-def _parts(model: nn.Module, training: Training) -> dict[str, tuple[list[tuple[str, nn.Parameter]], float]]:
-    """Parameters by learning rate: matrices inside the network, and all that is added to it or read straight from pixels.
+def _teacher_sha(run: Run) -> dict[str, str]:
+    return {"teacher": artifacts.sha256(teacher_of(run.point, run.settings))} if run.point in run.settings["distilled"] else {}
 
-    Source: the widths' rule for Adam of Tensor Programs V (arXiv:2203.03466); that we use it is ours.
-    """
-    named = list(model.named_parameters())
-    inside = {name for name, p in named if p.ndim == 2 and name.endswith("weight") and "patch_embedding" not in name}
-    return {
-        "matrices": ([item for item in named if item[0] in inside], training.rate_times_width / model.encoder.width),
-        "embeddings": ([item for item in named if item[0] not in inside], training.embedding_rate),
-    }
+
+def _observer(run: Run, model: nn.Module, *, start: int, rank: int, ranks: int) -> Observer:
+    training, running = run.training, run.running
+    return Observer(
+        artifacts.RUNS / f"pretrain-{run.point}" if rank == 0 else None,
+        steps=training.steps,
+        start=start,
+        batch=training.batch,
+        flops_per_clip=model.flops_per_clip(),
+        peak=ranks * peak_flops(training.device, TYPES[training.compute]),
+        tensorboard=running.tensorboard,
+        profile=running.profile,
+    )
+
+
+@contextmanager
+def _stop_wanted() -> Iterator[list[int]]:
+    """A list that stays empty until someone asks this process to save its state and stop."""
+    asked: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in STOP}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _any(wanted: list[int]) -> bool:
+    """Whether someone asked any rank: all ranks stop after the same step."""
+    flag = torch.tensor([float(bool(wanted))])
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def _masks(run: Run, model: nn.Module, step: int, rank: int, ranks: int) -> MaskedTokens:
+    """What of this rank's clips is seen; a clip's mask depends on its place in the batch and not on how many ranks share it."""
+    clips = run.training.batch // ranks
+    first = rank * clips
+    groups = range(first // MASKED_TOGETHER, -(-(first + clips) // MASKED_TOGETHER))
+    drawn = [model.choose(MASKED_TOGETHER, seeds.stream(run.seed, "mask", step, group)) for group in groups]
+    skipped = first - groups[0] * MASKED_TOGETHER
+    return MaskedTokens(torch.cat([masked.kept for masked in drawn])[skipped : skipped + clips], drawn[0].grid)
+
+
+def _gradients(model: nn.Module, step_loss: nn.Module, batch: ClipBatch, masked: MaskedTokens, parts: int) -> Tensor:
+    """Sum the gradients of this rank's clips, part by part, and over the ranks; the mean loss of this rank's clips."""
+    device = next(model.parameters()).device
+    pixels, kept = batch.pixels.to(device, non_blocking=True), masked.kept.to(device, non_blocking=True)
+    mean = torch.zeros((), device=device)
+    for part, (some, of_them) in enumerate(zip(pixels.chunk(parts), kept.chunk(parts), strict=True)):
+        reduce_now(step_loss, part + 1 == parts)
+        loss = step_loss(some, MaskedTokens(of_them, masked.grid)) / parts
+        loss.backward()
+        mean += loss.detach()
+    return mean
+
+
+def _settle(model: nn.Module, step_loss: nn.Module, masked: MaskedTokens) -> None:
+    """A step that counts for nothing: after its first one DDP lays gradients out anew, and the bits of sums depend on that; so
+    the first step of a run that goes on would differ from the same step of a run that was not interrupted."""
+    pixels = torch.zeros(len(masked.kept), *model.encoder.clip, 3, dtype=torch.uint8)
+    _gradients(model, step_loss, ClipBatch(pixels, ("",) * len(pixels), (0.0,) * len(pixels)), masked, parts=1)
+    model.zero_grad()
 
 
 def _update(
-    model: nn.Module,
-    adamw: torch.optim.AdamW,
-    ids: tuple[str, ...],
-    step: int,
-    clip_norm: float,
-    peaks: list[float],
-    warmup: int,
-    steps: int,
+    run: Run, model: nn.Module, adamw: torch.optim.AdamW, peaks: list[float], step: int, batch: ClipBatch, loss: Tensor
 ) -> float:
-    grad = nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    """One step of AdamW; returns the gradient's norm before it is clipped.
+
+    Raises:
+        UserError: the gradient is not finite; nothing was updated, and the batch is written down.
+    """
+    training = run.training
+    grad = whole(nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm))
     if not torch.isfinite(grad):
-        raise UserError(
-            f"step {step}: the gradient is {grad.item()}; clips {', '.join(ids)}; lower pretrain.Training.rate_times_width"
-        )
-    optimizer.set_rate(adamw, peaks, optimizer.warmup_cosine(step, steps=steps, warmup=warmup))
+        raise UserError(_not_finite(run, step, grad.item(), batch, loss))
+    share = optimizer.warmup_cosine(step, steps=training.steps, warmup=round(training.steps * training.warmup))
+    optimizer.set_rate(adamw, peaks, share)
     adamw.step()
     adamw.zero_grad()
     return grad.item()
 
 
-@torch.no_grad()
-def validate(model: nn.Module, clips: Path, training: Training, *, seed: int, rank: int, ranks: int) -> float:
-    """Mean loss over every validation clip, each hidden by the same masks whatever the ranks and the model."""
-    total = torch.zeros(2, dtype=torch.float64)
-    for batch in loader.every(clips, split="val", batch=16, rank=rank, ranks=ranks):
-        for draw in range(training.masks_per_clip):
-            chosen = [model.choose(1, seeds.stream(seed, "val_mask", name, draw)) for name in batch.ids]
-            masked = MaskedTokens(torch.cat([m.kept for m in chosen]), chosen[0].grid)
-            total += torch.tensor([model(batch.pixels, masked).item() * len(batch.ids), len(batch.ids)], dtype=torch.float64)
-    dist.all_reduce(total)
-    return (total[0] / total[1]).item()
-
-
-def _write(out: Path, saved: Checkpoint, model: nn.Module, lines: list[dict], val_loss: float, seed: int) -> None:
-    saved.write(out, model.state_dict())
-    (out / "losses.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    tail = [line["loss"] for line in lines[-max(len(lines) // 20, 1) :]]
-    write_json(
-        out / "summary.json",
-        {
-            "point": saved.name,
-            "method": saved.model,
-            "parameters": saved.parameters,
-            "parameters_total": sum(p.numel() for p in model.parameters()),
-            "flops_per_clip": model.flops_per_clip(),
-            "flops": model.flops_per_clip() * saved.clips_seen,
-            "clips_seen": saved.clips_seen,
-            "train_loss": sum(tail) / len(tail),
-            "val_loss": val_loss,
-            "seed": seed,
-        },
+def _not_finite(run: Run, step: int, grad: float, batch: ClipBatch, loss: Tensor) -> str:
+    """Write down what every rank had in its hands, and say so."""
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, {"loss": str(loss.item()), "clips": batch.ids})
+    path = artifacts.RUNS / f"pretrain-{run.point}" / f"not-finite-{step:08d}.json"
+    if dist.get_rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"step": step, "gradient": str(grad), "ranks": found})
+    clips = [name for rank in found for name in rank["clips"]]
+    few = ", ".join(clips[:4])
+    return (
+        f"step {step}: the gradient is {grad}; clips {few} and {len(clips) - 4} more, see {path}; "
+        "lower pretrain.Training.rate_times_width"
     )
 
 
-def baseline(encoder: str, settings: Mapping[str, Any]) -> Path:
-    """The `baseline` stage: `untrained_<point>` is that point before its first step, `pixels` the patches themselves."""
-    started = time.time()
-    point = encoder.removeprefix(UNTRAINED)
-    if encoder != "pixels" and point == encoder:
-        raise UserError(f"unknown baseline {encoder!r}; needed pixels or {UNTRAINED}<point>")
-    keys = ["profile", "pixels"] if encoder == "pixels" else ["profile", "seed", f"points.{point}"]
-    mine = config.declared(settings, keys)
-    config.bind(mine[keys[-1]])
-    final = artifacts.home(settings) / "pretrain" / encoder
+def _weights(model: nn.Module, rank: int) -> dict[str, Tensor]:
+    """All weights on rank 0, none elsewhere; one at a time is put together."""
+    found = {}
+    for name, value in model.state_dict().items():
+        together = whole(value)
+        if rank == 0:
+            found[name] = together.cpu()
+    return found
+
+
+def _line(step: int, recent: list[Tensor], grad: float, lr: float, batch: int, ranks: int) -> dict[str, Any]:
+    """A line of losses.jsonl: the mean loss since the last one, over all ranks."""
+    mean = torch.stack(recent).mean()
+    dist.all_reduce(mean)
+    return {"step": step + 1, "clips_seen": (step + 1) * batch, "loss": mean.item() / ranks, "lr": lr, "grad": grad}
+
+
+def _of_all(recent: list[Tensor], ranks: int) -> list[list[float]]:
+    found: list[list[float]] = [[]] * ranks
+    dist.all_gather_object(found, [loss.item() for loss in recent])
+    return found
+
+
+def _mine(recent: list[list[float]], rank: int, ranks: int, device: str) -> list[Tensor]:
+    """This rank's losses since the last line; where ranks were more or fewer, their mean."""
+    losses = recent[rank] if len(recent) == ranks else [sum(step) / len(step) for step in zip(*recent, strict=True)]
+    return [torch.tensor(loss, device=device) for loss in losses]
+
+
+def _write(
+    run: Run,
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    lines: list[dict],
+    validations: list[dict],
+    val_loss: float,
+    worlds: list[list[int]],
+    started: float,
+) -> None:
+    training, final = run.training, run.home / "pretrain" / run.point
+    clips_seen = training.steps * training.batch
+    saved = describe(run.point, run.point, model, run.settings, step=training.steps, clips_seen=clips_seen)
+    tail = [line["loss"] for line in lines[-max(len(lines) // 20, 1) :]]
     with artifacts.folder(final) as out:
-        if encoder == "pixels":
-            tokens = config.build(PixelTokens)
-            Checkpoint(encoder, "PixelTokens", mine["pixels"]["PixelTokens"], parameters=0, step=0, clips_seen=0).write(
-                out, tokens.state_dict()
-            )
-        else:
-            model = build(point, settings, mine["seed"])
-            describe(encoder, point, model, settings, step=0, clips_seen=0).write(out, model.state_dict())
-        artifacts.write_provenance(out, stage="baseline", settings=settings, keys=keys, room="pretrain", inputs={})
-    artifacts.write_run(f"baseline-{encoder}", artifacts.sha256(final), started=started)
-    return final
+        saved.write(out, weights)
+        for name, content in (("losses.jsonl", lines), ("validation.jsonl", validations)):
+            if content:
+                (out / name).write_text("".join(json.dumps(line) + "\n" for line in content))
+        write_json(
+            out / "summary.json",
+            {
+                "point": saved.name,
+                "method": saved.model,
+                "parameters": saved.parameters,
+                "parameters_total": sum(p.numel() for p in model.parameters()),
+                "flops_per_clip": model.flops_per_clip(),
+                "flops": model.flops_per_clip() * clips_seen,
+                "clips_seen": clips_seen,
+                "train_loss": sum(tail) / len(tail),
+                "val_loss": val_loss,
+                "seed": run.seed,
+                "ranks": worlds,
+            },
+        )
+        inputs = {"clips": artifacts.sha256(run.clips)} | _teacher_sha(run)
+        artifacts.write_provenance(out, stage="pretrain", settings=run.settings, keys=run.keys, room="pretrain", inputs=inputs)
+    seconds = time.time() - started
+    artifacts.write_run(f"pretrain-{run.point}", artifacts.sha256(final), started=started, clips_per_s=clips_seen / seconds)

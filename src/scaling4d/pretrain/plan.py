@@ -14,6 +14,7 @@ from scaling4d import config
 from scaling4d.mae.build import METHODS, encoder_of
 from scaling4d.pretrain.closed_form import MIXED, clips_that_fit, flops, memory, traffic
 from scaling4d.pretrain.gpus import GPUS, NODE, Gpu
+from scaling4d.pretrain.point import key_of, method_of
 from scaling4d.pretrain.work import Work, work_of
 from scaling4d.records import UserError
 
@@ -229,8 +230,8 @@ def _dry(model: nn.Module, found: dict[str, Any], wish: Wish) -> dict[str, Any]:
 
 def _model(point: str, settings: Mapping[str, Any]) -> nn.Module:
     """The point's model on meta, with its teacher if it has one."""
-    section = (settings["points"] | settings["distilled"])[point]
-    (method,) = section
+    key = key_of(point, settings)
+    section, method = config.section(settings, key), method_of(key, settings)
     given = {}
     if method == "Distilled":
         teacher = section[method]["teacher"]

@@ -1,0 +1,245 @@
+"""Start a point's ranks where its Launch settings say: torchrun here, torchrun on several machines, or a Slurm job.
+
+Each of them runs the same command, `scaling4d pretrain POINT`, in every rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from scaling4d import artifacts, config
+from scaling4d.pretrain.loop import Run, prepare
+from scaling4d.pretrain.settings import Launch
+from scaling4d.ranks import STOP, started
+from scaling4d.records import AGAIN, UserError
+
+PORT = 29500  # where the machines of a Slurm job meet; torchrun's own
+REQUEUES = 10_000
+POLL_S = 2.0
+
+
+def launch(point: str, settings: Mapping[str, Any], *, dry: bool) -> int | None:
+    """Exit code of the point's training, which this starts elsewhere; None: this process is to train.
+
+    Args:
+        dry: print the command or the script instead.
+    Raises:
+        UserError: settings that cannot be, nobody at the rendezvous, no Slurm here.
+    """
+    if started():
+        return None
+    run = prepare(point, settings)
+    how = config.build(Launch)
+    if run.training.ranks % how.nodes:
+        raise UserError(f"{run.training.ranks} ranks do not divide among {how.nodes} nodes; set points.{point}.Launch.nodes")
+    if how.where not in STARTERS:
+        raise UserError(f"points.{point}.Launch.where is {how.where!r}; needed one of {', '.join(STARTERS)}")
+    return STARTERS[how.where](run, how, dry)
+
+
+def _here(run: Run, how: Launch, dry: bool) -> int | None:
+    if not dry:
+        return None
+    print(f"{run.training.ranks} forked ranks of this process")
+    return 0
+
+
+def _torchrun(run: Run, how: Launch, dry: bool) -> int:
+    return _run(_command(run, how, ["--standalone"]), dry)
+
+
+def _nodes(run: Run, how: Launch, dry: bool) -> int:
+    host, _, port = how.rendezvous.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"points.{run.point}.Launch.rendezvous is {how.rendezvous!r}; needed HOST:PORT of one of the nodes")
+    if not dry:
+        _reach(run, how, host, int(port))
+    return _run(_command(run, how, _meeting(how, how.rendezvous, run.point)), dry)
+
+
+def _meeting(how: Launch, address: str, name: str) -> list[str]:
+    return [
+        *("--nnodes", str(how.nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", address, "--rdzv-id", name),
+        *("--rdzv-conf", f"join_timeout={how.wait_s}"),
+    ]
+
+
+def _command(run: Run, how: Launch, where: list[str]) -> list[str]:
+    """Of one machine. torchrun hands requests to stop on, and gives ranks the time to save."""
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", str(run.training.ranks // how.nodes)),
+        *("--max-restarts", str(how.restarts), "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"),
+        *("--shutdown-timeout", str(how.wait_s), "-m", "scaling4d", "pretrain", run.point),
+    ]
+
+
+def _run(command: list[str], dry: bool) -> int:
+    """Exit code of a command; AGAIN if it was asked to stop."""
+    if dry:
+        print(shlex.join(command))
+        return 0
+    torchrun = _start(command)
+    asked: list[int] = []
+
+    def hand_on(number: int, _: FrameType | None) -> None:
+        asked.append(number)
+        torchrun.send_signal(signal.SIGTERM)
+
+    before = {number: signal.signal(number, hand_on) for number in STOP}
+    try:
+        code = torchrun.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return AGAIN if asked else code
+
+
+def _start(command: list[str]) -> subprocess.Popen:
+    """Slurm's signal for submitit reaches every process of a job; it waits in these, which so leave it to submitit."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+    try:
+        return subprocess.Popen(command)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _reach(run: Run, how: Launch, host: str, port: int) -> None:
+    """Wait until somebody answers at the rendezvous, unless it is this machine's part to do so.
+
+    Raises:
+        UserError: no such host, or nobody within `wait_s`.
+    """
+    setting = f"points.{run.point}.Launch.rendezvous"
+    try:
+        address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as error:
+        raise UserError(f"{setting} is {how.rendezvous}: no host {host} ({error.strerror}); needed one of the nodes") from error
+    if _is_mine(address):
+        return
+    until = time.monotonic() + how.wait_s
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=POLL_S).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise UserError(
+                    f"nobody answers at {setting} {how.rendezvous} for {how.wait_s} s ({error}); start the same command there"
+                ) from error
+            time.sleep(POLL_S)
+
+
+def _is_mine(address: tuple) -> bool:
+    family, kind, protocol, _, place = address
+    with socket.socket(family, kind, protocol) as trial:
+        try:
+            trial.bind((place[0], 0, *place[2:]))
+        except OSError:
+            return False
+    return True
+
+
+@dataclass
+class Job:
+    """What runs on each machine of a Slurm job, by submitit; it is pickled."""
+
+    command: list[str]  # MEETING stands for the address
+    folder: str
+    torchrun: subprocess.Popen | None = None
+
+    def __call__(self) -> int:
+        import submitit
+
+        os.chdir(self.folder)
+        first = submitit.JobEnvironment().hostnames[0]
+        self.torchrun = _start([word.replace(MEETING, f"{first}:{PORT}") for word in self.command])
+        return self.torchrun.wait()
+
+    def checkpoint(self) -> Any:
+        """The job is to be preempted or its time is over: the ranks save their state and the job is queued again."""
+        import submitit
+
+        if self.torchrun is not None:
+            self.torchrun.send_signal(signal.SIGTERM)
+            self.torchrun.wait()
+        return submitit.helpers.DelayedSubmission(Job(self.command, self.folder))
+
+
+MEETING = "MEETING"
+
+
+def _slurm(run: Run, how: Launch, dry: bool) -> int:
+    try:
+        import submitit
+    except ModuleNotFoundError as error:
+        raise UserError("Launch.where is slurm and submitit is not installed; run pip install 'scaling4d[cluster]'") from error
+    meeting = ["--standalone"] if how.nodes == 1 else _meeting(how, MEETING, run.point)
+    job = Job(_command(run, how, meeting), os.getcwd())
+    wanted = {"nodes": how.nodes, "tasks_per_node": 1, "timeout_min": 60 * how.hours, "name": f"pretrain-{run.point}"}
+    if run.training.device == "cuda":
+        wanted["gpus_per_node"] = run.training.ranks // how.nodes
+    wanted |= {"slurm_signal_delay_s": how.wait_s} | ({"slurm_partition": how.partition} if how.partition else {})
+    if dry:
+        print(_script(submitit, wanted, job))
+        return 0
+    if how.cluster == "slurm" and shutil.which("sbatch") is None:
+        raise UserError(f"no sbatch here, so no Slurm; set points.{run.point}.Launch.where to here, torchrun or nodes")
+    folder = artifacts.RUNS / "slurm" / run.point
+    executor = submitit.AutoExecutor(folder, cluster=how.cluster, slurm_max_num_timeout=REQUEUES)
+    executor.update_parameters(**wanted)
+    return _follow(executor.submit(job), run)
+
+
+def _script(submitit: Any, wanted: dict[str, Any], job: Job) -> str:
+    """What sbatch would be given."""
+    from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
+
+    named = {SlurmExecutor._equivalence_dict().get(key, key.removeprefix("slurm_")): value for key, value in wanted.items()}
+    called = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {artifacts.RUNS / 'slurm'}"
+    return _make_sbatch_string(command=called, folder=artifacts.RUNS / "slurm", **named) + f"# it runs: {shlex.join(job.command)}"
+
+
+def _follow(job: Any, run: Run) -> int:
+    """Show how far the job is until it ends; who stops following cancels it, and its ranks save their state."""
+    from rich.progress import Progress
+
+    print(f"job {job.job_id}, log {job.paths.stdout}", file=sys.stderr)
+
+    def cancel(number: int, _: FrameType | None) -> None:
+        job.cancel()
+
+    before = {number: signal.signal(number, cancel) for number in STOP}
+    try:
+        with Progress() as bar:
+            task = bar.add_task(f"pretrain {run.point}", total=run.training.steps)
+            while not job.done():
+                bar.update(task, completed=_steps(run))
+                time.sleep(POLL_S)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if job.exception() is not None:
+        print(job.stderr(), file=sys.stderr)
+        return 1
+    return job.result()
+
+
+def _steps(run: Run) -> int:
+    timings = artifacts.RUNS / f"pretrain-{run.point}" / "timings.jsonl"
+    lines = timings.read_text().splitlines() if timings.is_file() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+STARTERS = {"here": _here, "torchrun": _torchrun, "nodes": _nodes, "slurm": _slurm}

@@ -1,0 +1,139 @@
+"""How one model lies on many ranks: whole on each, or every block in shards; a training run and `plan`'s dry run share it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from scaling4d import config
+from scaling4d.ranks import parallel
+from scaling4d.records import UserError
+
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DEAR = ("aten.mm.", "aten.addmm.", "attention", "flash")  # what `selective` keeps; norms, GELU and sums are made again
+
+
+@config.configurable
+@dataclass(frozen=True)
+class Sharding:
+    """How a point lies on the ranks; results depend on it only as they depend on the order in which numbers are added.
+
+    shards: ranks that share one copy of the weights, gradients and moments, block by block; copies are as many as fit the ranks.
+      1: every rank holds all of them (plain data parallel); all ranks: FSDP; between: HSDP.
+    recompute: none; block (make a block's activations again in the backward pass); selective (only what is cheap to make).
+    recompute_every: of the blocks, 1: all, k: every k-th. compile: blocks by torch.compile.
+    packed: attention sees all clips of a rank as one sequence with a block-diagonal mask. accumulate: parts in which a rank
+      works off its part of a batch.
+    """
+
+    shards: int
+    recompute: str
+    recompute_every: int
+    compile: bool
+    packed: bool
+    accumulate: int
+
+    def check(self, *, ranks: int, batch: int) -> None:
+        """Raises UserError: a mesh or a batch that does not divide, or an unknown word."""
+        if self.shards < 1 or ranks % self.shards:
+            raise UserError(f"{ranks} ranks do not divide into copies of {self.shards} shards; set Sharding.shards to a divisor")
+        if self.accumulate < 1 or batch % (ranks * self.accumulate):
+            raise UserError(
+                f"a batch of {batch} clips does not divide among {ranks} ranks in {self.accumulate} parts each; set "
+                "pretrain.Training.batch to a multiple, or Sharding.accumulate"
+            )
+        if self.recompute not in ("none", "block", "selective") or self.recompute_every < 1:
+            raise UserError(
+                f"Sharding.recompute {self.recompute!r} of every {self.recompute_every} blocks; needed none, block or selective, "
+                "and 1 or more"
+            )
+
+
+def shard(
+    model: nn.Module, *, shards: int, replicas: int, device: str, compute: torch.dtype, prepare: Callable[[nn.Module], None]
+) -> None:
+    """Split a model on meta over a mesh: each block is gathered on its own, all else together.
+
+    Weights, gradients and moments stay float32, and are reduced in it. prepare: changes a block before it is split.
+    """
+    shape, names = ((replicas, shards), ("replicas", "shards")) if replicas > 1 else ((shards,), ("shards",))
+    given = {
+        "mesh": init_device_mesh(device, shape, mesh_dim_names=names),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
+    }
+    for block in blocks(model):
+        prepare(block)
+        fully_shard(block, **given)
+    fully_shard(model, **given)
+
+
+def blocks(model: nn.Module) -> Iterable[nn.Module]:
+    """In the order of the forward pass."""
+    return (*model.encoder.blocks, *getattr(model, "decoder_blocks", ()))
+
+
+def recomputing(block: nn.Module, how: str) -> None:
+    """Let a block keep less for its backward pass: `block`, its input alone; `selective`, what is dear to make."""
+    contexts = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if how == "selective" else {}
+    block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **contexts)
+
+
+def _policy(_: Any, operator: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
+    dear = any(word in str(operator) for word in DEAR)
+    return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def spread(
+    model: nn.Module, sharding: Sharding, *, ranks: int, device: str, compute: str, initialise: Callable[[], None]
+) -> Callable[..., Tensor]:
+    """Give a model on meta its place on the ranks and its first weights; returns what computes the loss of a step.
+
+    In float32 and one shard every rank holds a plain model; else the model is split, if need be in one piece, which also
+    computes in `compute` with weights that stay float32.
+    """
+    numbered = iter(range(len(blocks(model))))
+
+    def prepare(block: nn.Module) -> None:
+        block.packed = sharding.packed
+        if sharding.recompute != "none" and next(numbered) % sharding.recompute_every == 0:
+            recomputing(block, sharding.recompute)
+        if sharding.compile:
+            block.forward = torch.compile(block.forward)
+
+    plain = sharding.shards == 1 and compute == "float32"
+    if plain:
+        for block in blocks(model):
+            prepare(block)
+    else:
+        shape = {"shards": sharding.shards, "replicas": ranks // sharding.shards}
+        shard(model, **shape, device=device, compute=TYPES[compute], prepare=prepare)
+    model.to_empty(device=device)
+    initialise()
+    return parallel(model) if plain else model
+
+
+def reduce_now(step_loss: nn.Module, now: bool) -> None:
+    """Whether the next backward pass sums gradients over ranks: only that of a batch's last part does."""
+    if isinstance(step_loss, nn.parallel.DistributedDataParallel):
+        step_loss.require_backward_grad_sync = now
+    else:
+        step_loss.set_requires_gradient_sync(now)
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor that is in shards, put together; every rank takes part."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def mine(value: Tensor) -> Tensor:
+    """This rank's part of a tensor, in place."""
+    return value.to_local() if isinstance(value, DTensor) else value
