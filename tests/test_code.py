@@ -63,5 +63,5 @@ def test_every_stage_is_hashed_from_the_module_that_its_command_calls() -> None:
             called.setdefault(command.name, set()).add(module if module in STAGES.values() else node.module)
     expected = {stage: {module} for stage, module in STAGES.items() if stage != "classifier"}
     expected["readout"].add(STAGES["classifier"])  # a protocol of the same command
-    expected["baseline"].add(STAGES["pretrain"])  # the untrained ones and pixels
+    expected["baseline"].add("scaling4d.pretrain.point")  # the untrained ones and pixels
     assert called == expected

@@ -33,7 +33,7 @@ def test_an_encoder_that_is_not_there_is_one_clear_line(project: Path) -> None:
 def test_stored_features_change_nothing_and_half_precision_little(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    from scaling4d.pretrain.loop import baseline
+    from scaling4d.pretrain.point import baseline
 
     shutil.copytree(project, tmp_path / "project", symlinks=True)
     monkeypatch.chdir(tmp_path / "project")

@@ -111,8 +111,8 @@ def _simple_mae(model: nn.Module) -> Work:
         pixel_values=math.prod(encoder.clip) * 3,
         saved_values=kept * encoder.patch_embedding.in_features,
         head_saved_values=coarse * width,
-        loss_saved_values=predicted,  # the error, which is squared
-        loss_temporary_values=4 * predicted,  # the mean's gradient, and three steps to the square's
+        loss_saved_values=2 * predicted,  # of loss_on all: what is predicted, and what is there
+        loss_temporary_values=2 * predicted,
         teacher=None,
     )
 
@@ -169,7 +169,7 @@ def _teacher(model: Distilled) -> TeacherWork | None:
         return None
     tokens = math.prod(teacher.grid)
     return TeacherWork(
-        blocks=_blocks(teacher.blocks[: model.teacher_layer], tokens),
+        blocks=_blocks(teacher.blocks[: max(model.teacher_layer - 1, 0)], tokens),
         embedding=_embedding(teacher, tokens),
         parameters=_parameters(teacher),
         patch_values=tokens * teacher.patch_embedding.in_features,
