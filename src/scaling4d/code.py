@@ -18,6 +18,7 @@ STAGES = {
     "pretrain": "scaling4d.pretrain.loop",
     "readout": "scaling4d.readout.train",
     "classifier": "scaling4d.readout.classifier",
+    "show": "scaling4d.readout.show",
     "reconstruct": "scaling4d.reconstruct.fill",
     "report": "scaling4d.report",
 }
