@@ -15,7 +15,9 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
-STAGES = 2 + 2 + 1 + 2 + 3 * 5 + 5 + 1 + 2 + 1  # code clips, pretrain, distill, baselines, readouts, reconstruct, report
+STAGES = (
+    2 + 2 + 1 + 2 + 3 * 5 + 5 + 1 + 2 + 2 + 1
+)  # code clips, pretrain, distill, baselines, readouts, show, reconstruct, report
 
 
 def run(clone: Path, *command: str, check: bool = True) -> subprocess.CompletedProcess:
@@ -147,7 +149,7 @@ def test_a_trained_readout_speaks_about_any_video(story: Path, tmp_path: Path) -
 
 def test_stages_are_deterministic(story: Path) -> None:
     stages = (
-        *("pretrain@nano", "distill@nano_distilled", "reconstruct@nano", "report"),
+        *("pretrain@nano", "distill@nano_distilled", "show@depth", "reconstruct@nano", "report"),
         *("readout_frozen@nano-depth", "readout_finetune@nano-actions", "readout_classifier@nano"),
     )
     before = {stage: md5s(story, stage) for stage in stages}

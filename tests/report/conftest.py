@@ -47,6 +47,7 @@ def draw_run(
         "distilled": {name: {"Distilled": {"teacher": "mini", "width": 32}} for name in students},
         "encoders": {"untrained": [], "frozen": frozen, "finetune": finetune, "classifier": list(classifier)},
         "readout": {"tasks": {task: {task.title(): {"rate_hz": 8.0}} for task in TASKS}},
+        "show": {"tasks": list(TASKS) if frozen else []},
         "report": {"folder": "reports/built"},
         "profile": "test",
     }
@@ -71,6 +72,9 @@ def draw_run(
                 _provenance(home / "pretrain" / encoder, "baseline", {})
             for task in TASKS if protocol != "classifier" else ("actions",):
                 _readout(home, encoder, sizes, task, protocol)
+    for task in settings["show"]["tasks"]:
+        _provenance(home / "show" / task, "show", {f"readout/{frozen[0]}/{task}/frozen": sha(task)})
+        Image.new("RGB", (24, 16), (len(task), 0, 0)).save(home / "show" / task / "sheet.png")
     return settings
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,7 @@ def show(folders: Sequence[Path], out: Path, *, clips: int, ids: Sequence[str], 
     Raises:
         UserError: no or a fine-tuned readout, readouts that do not go together, an id that is not in the split, or `out` exists.
     """
+    started = time.time()
     torch.set_num_threads(1)  # bits depend on it
     readouts = [trained.read(folder.parent if folder.name == "result.json" else folder) for folder in folders]
     first = readouts[0]
@@ -70,9 +72,10 @@ def show(folders: Sequence[Path], out: Path, *, clips: int, ids: Sequence[str], 
         _write(partial, samples, spoken, frames)
         inputs = {"benchmark": artifacts.sha256(benchmarks.folder(first.result.task, Path(first.evaluation.data)))}
         for name, readout in zip(names, readouts, strict=True):
-            inputs |= {f"readout {name}": artifacts.sha256(readout.folder)}
-            inputs |= {f"checkpoint {name}": artifacts.sha256(readout.checkpoint)}
+            inputs |= {f"readout/{name}/{first.result.task}/frozen": artifacts.sha256(readout.folder)}
+            inputs |= {f"pretrain/{name}": artifacts.sha256(readout.checkpoint)}
         artifacts.write_provenance(partial, stage="show", settings=config.read(), keys=[], room="show", inputs=inputs)
+    artifacts.write_run(f"show-{first.result.task}", artifacts.sha256(out), started=started)
     return out
 
 
