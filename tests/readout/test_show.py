@@ -308,6 +308,11 @@ def test_clips_are_drawn_by_the_seed_and_may_be_named(project: Path, monkeypatch
     assert not Path("d").exists()
 
 
+def test_pictures_go_to_a_folder_named_after_what_they_show_unless_told(project: Path) -> None:
+    made = show.show([readout("pose"), readout("pose", "other")], None, clips=1, ids=[], frames=1)
+    assert made == Path("shown/pixels-other-pose") and (made / "sheet.png").is_file()
+
+
 def change(folder: Path, **values: object) -> None:
     result = asdict(Result.read(folder / "result.json")) | values
     write_json(folder / "result.json", result)

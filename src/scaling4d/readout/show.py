@@ -43,8 +43,8 @@ class Spoken:
     measured: list[tuple[float, float]]
 
 
-def show(folders: Sequence[Path], out: Path, *, clips: int, ids: Sequence[str], frames: int) -> Path:
-    """Write `sheet.png`, `clips.mp4` and what they rest on to the new folder `out`.
+def show(folders: Sequence[Path], out: Path | None, *, clips: int, ids: Sequence[str], frames: int) -> Path:
+    """Write `sheet.png`, `clips.mp4` and what they rest on to the new folder `out`, or to one in `shown/`; return it.
 
     Args:
         folders: of frozen readouts of one task in artifacts/, or their result.json; all are shown on the same clips.
@@ -64,6 +64,7 @@ def show(folders: Sequence[Path], out: Path, *, clips: int, ids: Sequence[str], 
     if any(readout.encoder.clip[:2] != (T, side) for readout in readouts):
         raise UserError(f"{', '.join(map(str, folders))} are for clips of several sizes; show them one by one")
     names = _names(readouts)
+    out = out or Path("shown") / "-".join([*names, first.result.task])
     out.parent.mkdir(parents=True, exist_ok=True)
     with new(out) as partial:
         samples = _chosen(first, T, side, clips, ids)
