@@ -148,7 +148,7 @@ def test_a_point_leaves_a_trail_and_a_line_leads_to_the_truth() -> None:
 def test_a_camera_that_moves_forward_goes_up_from_above_and_right_from_the_side() -> None:
     forward = np.eye(3, 4)
     forward[2, 3] = T - 1
-    panels = draw.pose(sample(), {"a": forward})
+    panels = draw.pose(sample(), {"a": forward}, true=forward)
     for name, axis in (("from above", 0), ("from the side", 1)):
         black = where(one(panels, name)[-1], draw.TRUE)
         y, x = np.nonzero(black)
@@ -162,15 +162,28 @@ def test_a_predicted_camera_lies_on_the_true_one_where_it_is_right_and_beside_it
     right, wrong = np.eye(3, 4), np.eye(3, 4)
     right[2, 3] = wrong[2, 3] = T - 1
     wrong[0, 3] = 2.0
-    exact = one(draw.pose(sample(), {"a": right}), "from above")[-1]
-    aside = one(draw.pose(sample(), {"a": wrong}), "from above")[-1]
+    exact = one(draw.pose(sample(), {"a": right}, true=right), "from above")[-1]
+    aside = one(draw.pose(sample(), {"a": wrong}, true=right), "from above")[-1]
     assert where(exact, draw.COLOURS[0]).sum() < 0.2 * where(aside, draw.COLOURS[0]).sum()  # the true one is drawn over it
     assert np.argwhere(where(aside, draw.COLOURS[0]))[:, 1].max() > np.argwhere(where(aside, draw.TRUE))[:, 1].max()
 
 
+def test_the_true_path_has_the_scale_of_the_answer() -> None:
+    """A readout that learned directions alone is right where it ends after a way of length 1."""
+    unit = np.eye(3, 4)
+    unit[2, 3] = 1.0
+    panels = draw.pose(sample(), {"a": unit}, true=unit)
+    whole = draw.pose(sample(), {"a": np.concatenate([np.eye(3), [[0], [0], [T - 1]]], 1)}, true=(T - 1) * unit)
+    assert (
+        np.abs(one(panels, "from above")[-1][:160].astype(int) - one(whole, "from above")[-1][:160]).max() < 60
+    )  # all but its unit
+
+
 def test_a_camera_that_stands_still_can_be_drawn() -> None:
     still = np.tile(np.eye(4), (T, 1, 1))
-    assert where(one(draw.pose(sample(camera_to_world=still), {"a": np.eye(3, 4)}), "from above")[-1], draw.TRUE).any()
+    assert where(
+        one(draw.pose(sample(camera_to_world=still), {"a": np.eye(3, 4)}, true=np.eye(3, 4)), "from above")[-1], draw.TRUE
+    ).any()
 
 
 def test_bars_are_as_long_as_probabilities_and_the_true_class_is_never_left_out() -> None:

@@ -147,15 +147,18 @@ def points(sample: Sample, said: Mapping[str, tuple[np.ndarray, np.ndarray]]) ->
     return panels
 
 
-def pose(sample: Sample, said: Mapping[str, np.ndarray]) -> list[Panel]:
+def pose(sample: Sample, said: Mapping[str, np.ndarray], *, true: np.ndarray) -> list[Panel]:
     """said: `3 4`, the last camera seen from the first. The true path and the predicted end, from above and from the side.
 
+    true: `3 4`, what was to be said; the path is drawn at its scale, which need not be the sample's.
     Both views have the first camera at the start of the path, looking along z: from above x is right and z up, from the side z is
     right and y down, as in the picture.
     """
     frames, tracked = enlarge(sample.pixels), sample.valid["camera_to_world"]
     cameras = sample.labels["camera_to_world"]
     path = np.stack([metrics.relative_pose(cameras, source=0, target=t) for t in range(len(cameras))])
+    way = float(np.linalg.norm(path[-1, :, 3]))
+    path[:, :, 3] *= float(np.linalg.norm(true[:, 3])) / way if way else 1.0
     ends = {name: metrics.nearest_rotation(predicted.astype(np.float64)) for name, predicted in said.items()}
     places = np.concatenate([path[tracked, :, 3], *(end[None, :, 3] for end in ends.values())])
     panels = [Panel("clip", frames)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ NOTES = {
     ),
     "pose": (
         "black: true path and last camera; grey: the first camera; coloured and dashed: the predicted last camera",
-        "lengths in the clip's own scene units, both views alike",
+        "lengths in the units of the readout's answer, both views alike",
     ),
 }
 
@@ -91,7 +92,8 @@ def _chosen(readout: Trained, frames: int, side_px: int, clips: int, ids: Sequen
     for at in order.tolist():
         if len(found) == clips:
             break
-        found += benchmarks.read(task, data, "val", **clip, part=slice(at, at + 1), skipped=[], max_bad_share=1.0)
+        samples = benchmarks.read(task, data, "val", **clip, part=slice(at, at + 1), skipped=[], max_bad_share=1.0)
+        found += islice(samples, 1)
     if not found:
         raise UserError(f"{data}: no clip of {task} val can be read; look with `scaling4d data check`")
     return found
@@ -166,7 +168,8 @@ def _panels(samples: Sequence[Sample], spoken: Mapping[str, Spoken]) -> tuple[li
         case "points":
             seen = lambda raw: (raw[..., 2] > 0) if not readout.asked.certain else _both(raw)  # noqa: E731
             return [draw.points(s, {name: (raw[..., :2], seen(raw)) for name, raw in one.items()}) for s, one in pairs], []
-    return [draw.pose(sample, one) for sample, one in pairs], []
+    truth = [readout.asked.target(sample)["pose"] for sample in samples]
+    return [draw.pose(sample, one, true=true) for (sample, one), true in zip(pairs, truth, strict=True)], []
 
 
 def _both(raw: np.ndarray) -> np.ndarray:
