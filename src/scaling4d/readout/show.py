@@ -166,15 +166,17 @@ def _panels(samples: Sequence[Sample], spoken: Mapping[str, Spoken]) -> tuple[li
             scale = {"near_m": near_m, "far_m": far_m}
             return [draw.depth(sample, one, **scale) for sample, one in pairs], draw.depth_scales(**scale)
         case "points":
-            seen = lambda raw: (raw[..., 2] > 0) if not readout.asked.certain else _both(raw)  # noqa: E731
-            return [draw.points(s, {name: (raw[..., :2], seen(raw)) for name, raw in one.items()}) for s, one in pairs], []
+            certain = readout.asked.certain
+            tracks = [{name: (raw[..., :2], _seen(raw, certain=certain)) for name, raw in one.items()} for one in said]
+            return [draw.points(sample, one) for sample, one in zip(samples, tracks, strict=True)], []
     truth = [readout.asked.target(sample)["pose"] for sample in samples]
     return [draw.pose(sample, one, true=true) for (sample, one), true in zip(pairs, truth, strict=True)], []
 
 
-def _both(raw: np.ndarray) -> np.ndarray:
-    """Visible and certain, as Points.measure takes them."""
-    return (1 / (1 + np.exp(-raw[..., 2:].astype(np.float64)))).prod(-1) > 0.5
+def _seen(raw: np.ndarray, *, certain: bool) -> np.ndarray:
+    """bool `Q T`: what Points.measure takes for visible in `Q T 4`."""
+    likely = 1 / (1 + np.exp(-raw[..., 2:].astype(np.float64)))
+    return (likely.prod(-1) if certain else likely[..., 0]) > 0.5
 
 
 def _names(readouts: Sequence[Trained]) -> list[str]:
