@@ -17,6 +17,7 @@ FILES = {
     "readout/pretrained.py": "",
     "readout/train.py": "",
     "readout/classifier.py": "",
+    "readout/show.py": "",
     "reconstruct/fill.py": "",
     "pretrain/__init__.py": "",
     "pretrain/loop.py": "def train():\n    from scaling4d.clips import loader\n\n    return loader\n",

@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
-STAGES = 2 + 2 + 1 + 2 + 3 * 5 + 5 + 1 + 2 + 1  # code clips, pretrain, distill, baselines, readouts, reconstruct, report
+# code clips, pretrain, distill, baselines, frozen, finetune, classifier, show, reconstruct, report
+STAGES = 2 + 2 + 1 + 2 + 3 * 5 + 5 + 1 + 2 + 2 + 1
 
 
 def run(clone: Path, *command: str, check: bool = True) -> subprocess.CompletedProcess:
@@ -99,6 +100,14 @@ def test_every_number_of_the_report_is_a_result(story: Path) -> None:
     assert "<svg" in (story / "reports/smoke/report.html").read_text()
 
 
+def test_predictions_are_drawn_and_shown_in_the_report(story: Path) -> None:
+    page = (story / "reports/smoke/report.html").read_text()
+    for task in ("actions", "depth"):
+        drawn = {path.name for path in (story / f"artifacts/smoke/show/{task}").iterdir()}
+        assert drawn == {"sheet.png", "clips.mp4", "provenance.json", "operative_config.gin"}
+        assert f'alt="{task}: predictions beside the truth" src="data:image/png;base64,' in page
+
+
 def test_every_stage_reads_what_it_declares(story: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import dvc.api
 
@@ -147,7 +156,7 @@ def test_a_trained_readout_speaks_about_any_video(story: Path, tmp_path: Path) -
 
 def test_stages_are_deterministic(story: Path) -> None:
     stages = (
-        *("pretrain@nano", "distill@nano_distilled", "reconstruct@nano", "report"),
+        *("pretrain@nano", "distill@nano_distilled", "show@depth", "reconstruct@nano", "report"),
         *("readout_frozen@nano-depth", "readout_finetune@nano-actions", "readout_classifier@nano"),
     )
     before = {stage: md5s(story, stage) for stage in stages}

@@ -126,6 +126,20 @@ def readout(encoder: str, task: str, protocol: str) -> None:
 
 
 @app.command()
+def show(
+    results: Annotated[list[Path], typer.Argument(metavar="RESULT", help="Frozen readouts of one task, folders in artifacts/.")],
+    out: Annotated[Path | None, typer.Option(help="New folder for sheet.png and clips.mp4; else one in shown/.")] = None,
+    clips: Annotated[int, typer.Option(min=1, help="How many validation clips, drawn by the result's seed.")] = 4,
+    ids: Annotated[list[str] | None, typer.Option("--id", help="This clip instead; may be given several times.")] = None,
+    frames: Annotated[int, typer.Option(min=1, help="Of each clip on the sheet.")] = 4,
+) -> None:
+    """Draw what readouts say beside the truth: depth maps, tracks, boxes, camera paths, top classes (a DVC stage)."""
+    from scaling4d.readout.show import show as draw
+
+    print(f"wrote {draw(results, out, clips=clips, ids=ids or [], frames=frames)}")
+
+
+@app.command()
 def reconstruct(point: str) -> None:
     """Fill in masked validation clips and measure them (a DVC stage)."""
     settings = _settings()

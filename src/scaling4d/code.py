@@ -19,6 +19,7 @@ STAGES = {
     "baseline": "scaling4d.readout.pretrained",
     "readout": "scaling4d.readout.train",
     "classifier": "scaling4d.readout.classifier",
+    "show": "scaling4d.readout.show",
     "reconstruct": "scaling4d.reconstruct.fill",
     "report": "scaling4d.report",
 }

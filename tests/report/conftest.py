@@ -55,6 +55,7 @@ def draw_run(
             "classifier": list(classifier),
         },
         "readout": {"tasks": {task: {task.title(): {"rate_hz": 8.0}} for task in TASKS}},
+        "show": {"tasks": list(TASKS) if frozen else []},
         "report": {"folder": "reports/built"},
         "profile": "test",
     }
@@ -79,6 +80,9 @@ def draw_run(
                 _provenance(home / "pretrain" / encoder, "baseline", {})
             for task in TASKS if protocol != "classifier" else ("actions",):
                 _readout(home, encoder, sizes | published, task, protocol)
+    for task in settings["show"]["tasks"]:
+        _provenance(home / "show" / task, "show", {f"readout/{frozen[0]}/{task}/frozen": sha(task)})
+        Image.new("RGB", (24, 16), (len(task), 0, 0)).save(home / "show" / task / "sheet.png")
     return settings
 
 

@@ -1,19 +1,22 @@
+import base64
 import csv
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from scaling4d import artifacts, report
 from scaling4d.records import UserError, write_json
-from scaling4d.report import fits, tables
+from scaling4d.report import fits, readouts, tables
 from scaling4d.report.story import published
 
-NOTEBOOK = Path(__file__).parents[2] / "reports/scaling.ipynb"
+ROOT = Path(__file__).parents[2]
+NOTEBOOK = ROOT / "reports/scaling.ipynb"
 BUILT = Path("reports/built")
 TASKS = ("actions", "boxes", "depth", "points", "pose")
 OUTS = {
@@ -112,6 +115,7 @@ def test_own_videos_without_benchmarks_are_reported(drawn: Callable[..., dict]) 
         ("pretrain/untrained_nano/provenance.json", "baseline untrained_nano"),
         ("readout/mini/depth/finetune/result.json", "readout mini depth finetune"),
         ("reconstruct/nano/filled.png", "reconstruct nano"),
+        ("show/depth/sheet.png", "show RESULT... --out artifacts/test/show/depth"),
     ],
 )
 def test_a_missing_file_names_the_stage_to_run(pocket: dict, gone: str, command: str) -> None:
@@ -144,7 +148,7 @@ def test_the_notebook_is_short_and_only_calls_the_report() -> None:
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     assert len(cells) <= 15
     assert not [cell for cell in cells if cell.get("outputs")]
-    assert set(re.findall(r"import (.+)", code)) == {"Path", "config, report", "figures, tables"}
+    assert set(re.findall(r"import (.+)", code)) == {"Path", "config, report", "figures, readouts, tables"}
     assert not re.search(r"\b(for|if|def|lambda)\b", code)
 
 
@@ -181,3 +185,55 @@ def test_published_curves_are_complete_and_fall_or_rise_as_they_say() -> None:
             values = list(known[protocol].values())
             assert list(known[protocol]) == list(paper["sizes"]), task
             assert (values[-1] > values[0]) == known["higher_is_better"], task
+
+
+def test_the_sheets_of_predictions_are_part_of_the_page(pocket: dict) -> None:
+    page = readouts.sheets(report.read(pocket))
+    found = re.findall(r'alt="(\w+): [^"]*" src="data:image/png;base64,([^"]+)"', page)
+    assert [task for task, _ in found] == list(pocket["readout"]["tasks"])
+    for task, data in found:
+        assert base64.b64decode(data) == Path(f"artifacts/test/show/{task}/sheet.png").read_bytes()
+    assert "draws no predictions" in readouts.sheets(replace(report.read(pocket), sheets={}))
+
+
+def test_the_published_curve_stands_in_the_columns_of_our_table(pocket: dict) -> None:
+    page = readouts.paper(report.read(pocket))
+    rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", page)]
+    small = next(row for row in rows if row[:3] == ["4DS-B", "100 M", "frozen"])
+    known = published()["4DS"]["tasks"]
+    assert small[3:] == ["~0.497", *(f"{known[task]['frozen']['B']:.3f}" for task in list(known)[1:])]
+    assert len([row for row in rows if row]) == 7 * 2
+
+
+def test_what_is_ours_is_listed_with_the_value_of_this_run(pocket: dict) -> None:
+    for task, steps in (("depth", 120), ("boxes", 300), ("pose", 300)):
+        path = Path(f"artifacts/test/readout/mini/{task}/frozen/provenance.json")
+        made = json.loads(path.read_text()) | {"settings": {f"readout.frozen.{task}": {"Recipe": {"steps": steps}}}}
+        write_json(path, made)
+    page = readouts.unstated(report.read(pocket))
+    assert re.search(r"readout\.frozen\.\*\.Recipe\.steps: 300 \(boxes, pose\); 120 \(depth\)</td><td>scivid", page)
+    assert "absolute relative error" in page and "place_deviation" not in page  # which no stage of this run was given
+
+
+def test_every_setting_that_is_marked_ours_is_in_the_list_and_every_one_of_the_list_exists() -> None:
+    """The mark is a comment in experiments/config.yaml, on the line of a key or of the mapping above it."""
+    settings = dict(readouts._leaves(yaml.safe_load((ROOT / "params.yaml").read_text()), ""))
+    listed = [key for choice in readouts._choices() for key in choice.get("settings", ())]
+    for key in listed:
+        assert readouts._in_force(key, settings), key
+    text = (ROOT / "experiments/config.yaml").read_text()
+    lines = text.splitlines()
+    marked = [key for key, line in keys_of(yaml.compose(text)) if "ours" in lines[line].partition("#")[2]]
+    assert len(marked) > 10
+    for key in marked:
+        words = key.replace("recipes.frozen", "readout.frozen.*.Recipe").split(".")
+        mine = [one for one in listed if all(a == b or "*" in (a, b) for a, b in zip(words, one.split("."), strict=False))]
+        assert mine, f"{key} is marked ours in experiments/config.yaml and missing in report/unstated.yaml"
+
+
+def keys_of(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """Dotted keys and the line on which each stands."""
+    for key, value in (pair for pair in node.value if pair[0].value != "<<"):
+        yield f"{prefix}{key.value}", key.start_mark.line
+        if isinstance(value, yaml.MappingNode):
+            yield from keys_of(value, f"{prefix}{key.value}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,13 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from scaling4d import checkpoint, config, video
+from scaling4d import video
 from scaling4d.mae.arrays import new, write_npz
-from scaling4d.readout import published
-from scaling4d.readout.features import Standard, layer_index
+from scaling4d.readout import published, trained
+from scaling4d.readout.features import layer_index
 from scaling4d.readout.pretrained import load_encoder
-from scaling4d.readout.train import HEAD, TASKS, Evaluation
-from scaling4d.records import Result, UserError
+from scaling4d.records import UserError
 
 
 @dataclass(frozen=True)
@@ -52,9 +50,11 @@ def features(folder: Path, source: Path, out: Path, *, side_px: int | None, quer
 
 
 def _features(folder: Path, source: Path, *, side_px: int | None, queries: Path | None) -> dict[str, np.ndarray]:
-    folder, readout = _trained(folder) if (folder / "result.json").is_file() else (folder, _converted(folder))
-    encoder = load_encoder(folder).eval()
-    trained = encoder.clip
+    if (folder / "result.json").is_file():
+        encoder, readout = _trained(folder)
+    else:
+        encoder, readout = load_encoder(folder).eval(), _converted(folder)
+    native = encoder.clip
     asked = None if queries is None else torch.from_numpy(_array(queries, axes=2).astype(np.float32))[None]
     if asked is not None and not ((asked >= 0) & (asked <= 1)).all():
         raise UserError(f"{queries}: values from {asked.min():g} to {asked.max():g}; needed places in 0..1 of the picture")
@@ -63,8 +63,8 @@ def _features(folder: Path, source: Path, *, side_px: int | None, queries: Path 
         encoder.resize(tuple(pixels.shape[1:4]))
     elif tuple(pixels.shape[1:4]) != encoder.clip:
         raise UserError(f"{source}: clips T H W = {tuple(pixels.shape[1:4])}; this encoder takes {encoder.clip} only")
-    if readout and readout.fixed and encoder.clip != trained:
-        raise UserError(f"{source}: clips T H W = {encoder.clip}; this readout answers for {trained} only")
+    if readout and readout.fixed and encoder.clip != native:
+        raise UserError(f"{source}: clips T H W = {encoder.clip}; this readout answers for {native} only")
     layers = encoder.features(pixels)
     arrays = {f"layer_{i:02d}": layer.numpy() for i, layer in enumerate(layers)}
     if readout:
@@ -84,39 +84,24 @@ def _converted(folder: Path) -> Attached | None:
     )
 
 
-def _trained(folder: Path) -> tuple[Path, Attached]:
-    """The encoder's folder and the readout that the `readout` stage trained on it.
+def _trained(folder: Path) -> tuple[nn.Module, Attached]:
+    """The encoder and the readout that the `readout` stage trained on it.
 
     Its output: class scores, boxes `B Q T 4`, metres `B T H W`, points `B Q T 4`, or the pose `B 3 4`.
-    Raises:
-        UserError: a fine-tuned readout, whose encoder was not kept, or an encoder that is gone or is another one.
     """
-    result = Result.read(folder / "result.json")
-    home = folder.resolve().parents[3] / "pretrain" / result.encoder
-    if result.protocol != "frozen":
-        raise UserError(f"{folder} was fine-tuned, and the tuned encoder is not kept; take the frozen readout beside it")
-    if not home.is_dir() or checkpoint.weights_sha256(home) != result.checkpoint_sha256:
-        raise UserError(f"{folder} was trained on an encoder {result.encoder} that is no longer at {home}; run `dvc repro`")
-    settings = json.loads((folder / "provenance.json").read_text())["settings"]
-    config.bind(settings["readout.shared"], settings[f"readout.tasks.{result.task}"])
-    fraction, task = config.build(Evaluation).depth_fraction, config.build(TASKS[result.task])
-    tensors = checkpoint.load_tensors(folder / HEAD)
-    standard = Standard(tensors.pop("standard.matrix"), tensors.pop("standard.offset"))
+    readout = trained.read(folder)
+    task, fraction = readout.result.task, readout.evaluation.depth_fraction
 
     def output(encoder: nn.Module, layers: list[Tensor], pixels: Tensor, asked: Tensor | None) -> Tensor:
-        wanted = {"points": 2, "boxes": 4}.get(result.task)
+        wanted = {"points": 2, "boxes": 4}.get(task)
         if wanted and (asked is None or asked.shape[-1] != wanted):
-            raise UserError(
-                f"the readout {result.task} is asked about things in the first frame, Q {wanted} in 0..1; correct --queries"
-            )
-        head = task.head(features_width=encoder.width, clip=encoder.clip)
-        head.load_state_dict(tensors)
+            raise UserError(f"the readout {task} is asked about things in the first frame, Q {wanted} in 0..1; correct --queries")
         t, h, w = encoder.grid
         features = layers[layer_index(depth=encoder.depth, fraction=fraction)].reshape(len(pixels), t, h * w, -1)
         given = None if asked is None else asked.expand(len(pixels), -1, -1)[:, :, None]
-        return task.predict(head, standard(features), {"depth_m": pixels[..., 0], "points": given, "boxes": given})
+        return readout.probe.predict(features, {"depth_m": pixels[..., 0], "points": given, "boxes": given})
 
-    return home, Attached(output, fixed=True)
+    return readout.encoder, Attached(output, fixed=True)
 
 
 def _clips(source: Path) -> Tensor:

@@ -12,7 +12,16 @@ from typing import Any
 from scaling4d import artifacts, config
 from scaling4d.records import Result, UserError
 
-KEYS = ["profile", "seed", "points", "distilled", "encoders", "readout.tasks", "report"]  # what this stage declares in dvc.yaml
+KEYS = [
+    "profile",
+    "seed",
+    "points",
+    "distilled",
+    "encoders",
+    "readout.tasks",
+    "show.tasks",
+    "report",
+]  # what this stage declares in dvc.yaml
 PROTOCOLS = ("frozen", "finetune", "classifier")
 ONLY = {"classifier": ("actions",)}  # tasks of a protocol that is not for all
 UNTRAINED = "untrained_"
@@ -26,7 +35,7 @@ class Story:
     students: points that have a teacher; they learn no pixels, so there is no fidelity and no picture of theirs.
     tasks: empty where no encoder is read out. encoders: by protocol. results: in the order of the settings.
     summaries, losses (lines of losses.jsonl), fidelity (result.json of `reconstruct`) and pictures (filled.png): by point.
-    provenances: by `stage/name`, every provenance.json that was found.
+    sheets: by task, what the `show` stage drew. provenances: by `stage/name`, every provenance.json that was found.
     overrides: dotted key -> (value in force, names of the stages that it changes).
     """
 
@@ -41,6 +50,7 @@ class Story:
     losses: Mapping[str, list[Mapping[str, float]]]
     fidelity: Mapping[str, Mapping[str, Any]]
     pictures: Mapping[str, Path]
+    sheets: Mapping[str, Path]
     provenances: Mapping[str, Mapping[str, Any]]
     overrides: Mapping[str, tuple[Any, tuple[str, ...]]]
     datasheet: Mapping[str, Any]
@@ -106,6 +116,12 @@ def read(settings: Mapping[str, Any] | None = None) -> Story:
                 folder, command = home / "readout" / encoder / task / protocol, f"readout {encoder} {task} {protocol}"
                 results[encoder, task, protocol] = _result(folder / "result.json", command)
                 provenances[f"readout/{encoder}/{task}/{protocol}"] = _json(folder / "provenance.json", command)
+    sheets = {}
+    for task in mine["show.tasks"]:
+        drawn = home / "show" / task
+        command = f"show RESULT... --out {drawn}"
+        sheets[task] = _there(drawn / "sheet.png", command)
+        provenances[f"show/{task}"] = _json(drawn / "provenance.json", command)
     return Story(
         profile=mine["profile"],
         seed=mine["seed"],
@@ -118,6 +134,7 @@ def read(settings: Mapping[str, Any] | None = None) -> Story:
         losses=losses,
         fidelity=fidelity,
         pictures=pictures,
+        sheets=sheets,
         provenances=provenances,
         overrides=_overrides(settings, provenances),
         datasheet=_json(home / "clips" / "datasheet.json", "clips"),

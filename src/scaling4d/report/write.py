@@ -51,7 +51,9 @@ def write_runs(story: Story, settings: Mapping[str, Any], path: Path, *, also: s
     """Gather time and machine of the runs that made exactly these artifacts; what a former report knew of them stays."""
     known = also | {sha for p in story.provenances.values() for sha in (p.get("inputs") or {}).values()}
     home = artifacts.home(settings)
-    known |= {artifacts.sha256(home / name) for name in story.provenances if name.startswith(("readout/", "reconstruct/"))}
+    known |= {
+        artifacts.sha256(home / name) for name in story.provenances if name.startswith(("readout/", "show/", "reconstruct/"))
+    }
     former = json.loads(path.read_text())["runs"] if path.is_file() else []
     files = sorted(artifacts.RUNS.glob("*.json")) if artifacts.RUNS.is_dir() else []
     runs = {(run["stage"], run["out_sha256"]): run for run in [*former, *(json.loads(file.read_text()) for file in files)]}
