@@ -43,7 +43,7 @@ def draw_run(
     settings = {
         "seed": 0,
         "pretrain": {"Training": {"steps": 1000}},
-        "points": {name: {"MAEST" if "mae_st" in name else "SimpleMAE": {"width": 32}} for name in points},
+        "points": {name: _recipe(name) for name in points},
         "distilled": {name: {"Distilled": {"teacher": "mini", "width": 32}} for name in students},
         "encoders": {"untrained": [], "frozen": frozen, "finetune": finetune, "classifier": list(classifier)},
         "readout": {"tasks": {task: {task.title(): {"rate_hz": 8.0}} for task in TASKS}},
@@ -74,10 +74,17 @@ def draw_run(
     return settings
 
 
+def _recipe(name: str) -> dict:
+    """A point is of MAE-ST or hides tubes where its name says so."""
+    masking = {"masking": "tube" if "tube" in name else "random", "mask_ratio": 0.95}
+    return {"MAEST" if "mae_st" in name else "SimpleMAE": {"width": 32, **masking}}
+
+
 def _provenance(folder: Path, stage: str, inputs: dict[str, str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     code = {"room": stage, "sha256": sha(f"code {stage}"), "modules": {}}
     write_json(folder / "provenance.json", {"stage": stage, "settings": {}, "overrides": {}, "code": code, "inputs": inputs})
+    (folder / "operative_config.gin").write_text(f"# Parameters for Kind:\n# ====\nKind.of = {stage!r}\nKind.steps = 3\n")
 
 
 def _loss(size: int) -> float:
