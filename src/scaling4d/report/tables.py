@@ -218,9 +218,10 @@ def trends(story: Story) -> Html:
     head = ("what", "sizes", "irreducible term E", "exponent alpha", "A", "unit of N")
     head = (*head, "largest: measured", "largest: predicted from the others", "inside")
     text = (
-        f"In brackets: 95 % bootstrap intervals ({fits.DRAWS:,} draws of the points' distances from the curve, enlarged for the"
-        " three numbers fitted). They hold the scatter of the points about the curve, not that of other seeds. Predicted: by the"
-        " law of all points but the largest, interval of a new point."
+        f"In brackets: 95 % bootstrap intervals ({fits.DRAWS:,} times the points were scattered anew about the curve, as far as"
+        " they lie from it, and fitted again). They hold the scatter of the points, not that of other seeds. Predicted: by the law"
+        " of all points but the largest, with the interval of one new point; of five points four are left to fit three numbers,"
+        " hence its width."
     )
     return Html(html_table(head, rows) + f"<p>{html.escape(text)}</p>")
 
