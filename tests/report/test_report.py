@@ -67,10 +67,10 @@ def test_tables_hold_every_result_in_full(pocket: dict) -> None:
     assert len([row for row in rows if row["low"]]) == 10 * 5 + 2 * 5 + 2  # frozen, fine-tuned, classifiers
     assert {row["metric"] for row in rows if not row["low"]} == {"epe_standing_still"}
     one = next(row for row in rows if (row["encoder"], row["task"], row["protocol"]) == ("mini", "depth", "finetune"))
-    tuned = tables.metrics(story)["depth abs_rel↓ (ratio)"]["finetune"]
+    tuned = tables.metrics(story)["depth"]["abs_rel↓ (ratio)"]["finetune"]["mini"]
     found = story.result("mini", "depth", "finetune")
-    assert float(one["value"]) == found.value == tuned["mini"]
-    assert (tuned["mini low"], tuned["mini high"]) == (found.low, found.high)
+    assert float(one["value"]) == found.value == tuned["value"]
+    assert (tuned["low"], tuned["high"]) == (found.low, found.high)
     head, *points = tables.pretrain_csv(story).splitlines()
     assert head == "point,method,parameters,flops,clips_seen,train_loss,val_loss,seed"
     assert points[-1].startswith("nano_distilled,Distilled,180000,") and len(points) == 7

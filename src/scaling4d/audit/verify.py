@@ -168,11 +168,8 @@ def _summary(folder: Path, results: list[dict[str, str]], points: list[dict[str,
         yield Finding(UNCHECKED, str(path), "not here: run `dvc repro`")
         return
     said = _json(path)
-    expected = {("val_loss↓", row["point"]): row["val_loss"] for row in points}
-    for row in (row for row in results if row["low"]):
-        name = f"{row['task']} {row['metric']}{'↑' if row['higher_is_better'] == 'True' else '↓'} ({row['unit']})"
-        for column, end in (("value", ""), ("low", " low"), ("high", " high")):
-            expected[name, row["protocol"], f"{row['encoder']}{end}"] = row[column]
+    expected = {(row["task"], row["protocol"], row["encoder"]): row["value"] for row in results if row["low"]}
+    expected |= {("val_loss", row["point"]): row["val_loss"] for row in points}
     for keys, text in expected.items():
         value: Any = said
         for key in keys:

@@ -47,18 +47,24 @@ def content(report: Built) -> dict[str, Any]:
 def gather(folder: Path) -> list[str]:
     """Write the reports of all experiments and of the last commits that changed this one to experiments.js; their names.
 
+    A commit whose report says what one before it in the list says is left out.
+
     Raises:
         UserError: no site in the report's folder.
     """
     site = folder / FOLDER
     if not (site / PAGE).is_file():
         raise UserError(f"no {site / PAGE}: build the report with `dvc repro`, or `scaling4d report` alone")
-    found = []
-    for name in [*built.experiments(), *built.history((folder / "results.csv").as_posix(), HISTORY)]:
+    experiments = built.experiments()
+    found, said = [], [_json({**content(built.read(folder=folder.as_posix())), "name": ""})]
+    for name in [*experiments, *built.history((folder / "results.csv").as_posix(), HISTORY)]:
         try:
-            found.append(content(built.read(name)))
+            one = content(built.read(name))
         except UserError:
-            continue  # an experiment without a report, or with one of another layout of settings
+            continue  # no report in it
+        said.append(_json({**one, "name": ""}))
+        if name in experiments or said[-1] not in said[:-1]:
+            found.append(one)
     partial_file = artifacts.PARTIAL / EXPERIMENTS
     partial_file.parent.mkdir(exist_ok=True)
     partial_file.write_text(f"window.EXPERIMENTS = {_json(found)};\n")

@@ -18,7 +18,8 @@ RESULTS = (
     *("encoder", "parameters", "task", "protocol", "metric", "value", "low", "high"),
     *("unit", "higher_is_better", "examples", "seed", "checkpoint_sha256"),
 )
-RECONSTRUCT = ("point", "masked_mse", "psnr_db", "frechet_distance", "clips", "seed", "checkpoint_sha256")
+FIDELITY = {"fid": "FID ↓", "kid": "KID ↓", "precision": "precision ↑", "recall": "recall ↑"}
+FEATURES = {"frame": "frames", "clip": "whole clips", "inception": "frames, Inception", "checkpoint": "whole clips, checkpoint"}
 CURVES = ("point", "step", "clips_seen", "loss", "lr", "grad")
 PRETRAIN = SUMMARY
 NOTHING = "-"
@@ -63,7 +64,8 @@ def pretrain_csv(story: Story) -> str:
 
 
 def reconstruct_csv(story: Story) -> str:
-    return _csv(RECONSTRUCT, [{"point": point, **story.fidelity[point]} for point in story.points])
+    columns = ("point", "masked_mse", "psnr_db", *_fidelities(story), "clips", "frames", "seed", "checkpoint_sha256")
+    return _csv(columns, [{"point": point, **story.fidelity[point]} for point in story.points])
 
 
 def curves_csv(story: Story) -> str:
@@ -72,18 +74,18 @@ def curves_csv(story: Story) -> str:
 
 
 def metrics(story: Story) -> dict[str, Any]:
-    """For `dvc metrics` and `dvc exp`: `task metric↑ (unit)` -> protocol -> encoder, and beside it `encoder low`, `encoder high`.
+    """For `dvc metrics` and `dvc exp`: task -> `metric↑ (unit)` -> protocol -> encoder -> value, low, high.
 
     What pretraining and reconstruction measured has no protocol and no interval.
     """
     nested: dict[str, Any] = {
-        "val_loss↓": {point: story.summaries[point]["val_loss"] for point in story.trained},
-        "masked_mse↓": {point: story.fidelity[point]["masked_mse"] for point in story.points},
+        "val_loss": {"↓": {point: story.summaries[point]["val_loss"] for point in story.trained}},
+        "masked_mse": {"↓": {point: story.fidelity[point]["masked_mse"] for point in story.points}},
     }
     for r in story.results:
-        name = f"{r.task} {r.metric}{'↑' if r.higher_is_better else '↓'} ({r.unit})"
-        mine = nested.setdefault(name, {}).setdefault(r.protocol, {})
-        mine |= {r.encoder: r.value, f"{r.encoder} low": r.low, f"{r.encoder} high": r.high}
+        name = f"{r.metric}{'↑' if r.higher_is_better else '↓'} ({r.unit})"
+        mine = nested.setdefault(r.task, {}).setdefault(name, {}).setdefault(r.protocol, {})
+        mine[r.encoder] = {"value": r.value, "low": r.low, "high": r.high}
     return nested
 
 
@@ -219,9 +221,9 @@ def trends(story: Story) -> Html:
     head = (*head, "largest: measured", "largest: predicted from the others", "inside")
     text = (
         f"In brackets: 95 % bootstrap intervals ({fits.DRAWS:,} times the points were scattered anew about the curve, as far as"
-        " they lie from it, and fitted again). They hold the scatter of the points, not that of other seeds. Predicted: by the law"
-        " of all points but the largest, with the interval of one new point; of five points four are left to fit three numbers,"
-        " hence its width."
+        " they lie from it, and fitted again). They hold the scatter of the points, not that of other seeds. Predicted: by the"
+        " law of all points but the largest, with the interval of one new point; of five points four are left to fit three"
+        " numbers, hence its width."
     )
     return Html(html_table(head, rows) + f"<p>{html.escape(text)}</p>")
 
@@ -248,9 +250,15 @@ def pretrain(story: Story) -> Html:
 
 def reconstruct(story: Story) -> Html:
     """How well hidden pixels are filled in, the same masks and share hidden for every point."""
-    head = ("point", "hidden-pixel MSE ↓ (0..1)²", "PSNR ↑ dB", "Fréchet distance ↓", "clips")
-    keys = ("masked_mse", "psnr_db", "frechet_distance", "clips")
-    return Html(html_table(head, [[point, *(cell(story.fidelity[point].get(key)) for key in keys)] for point in story.points]))
+    measured = _fidelities(story)
+    keys = ("masked_mse", "psnr_db", *measured, "clips")
+    head = ("point", "hidden-pixel MSE ↓ (0..1)²", "PSNR ↑ dB", *measured.values(), "clips")
+    rows = [[point, *(cell(story.fidelity[point].get(key)) for key in keys)] for point in story.points]
+    text = (
+        "FID, KID, precision and recall of filled-in against true frames and clips, on features of untrained encoders"
+        " (no download) unless the column names others; they compare these points, not the literature's."
+    )
+    return Html(html_table(head, rows) + f"<p>{text}</p>")
 
 
 def overrides(story: Story) -> Html:
@@ -309,6 +317,13 @@ def _laws(story: Story) -> Iterator[tuple[str, list[float], np.ndarray]]:
 def _error(name: str, values: np.ndarray, higher_is_better: bool) -> tuple[str, np.ndarray]:
     """What falls to 0 at best; metrics of which more is better are all shares."""
     return (f"{name}: 1 - value", 1 - values) if higher_is_better else (name, values)
+
+
+def _fidelities(story: Story) -> dict[str, str]:
+    """What was measured on sets of frames and clips: key in a `reconstruct` result -> head of a column."""
+    there = {key for point in story.points for key in story.fidelity[point]}
+    names = {f"{kind}_{m}": f"{FIDELITY[m]}\n{FEATURES[kind]}" for kind in FEATURES for m in FIDELITY}
+    return {key: name for key, name in names.items() if key in there}
 
 
 def _maker(story: Story, stage: str, kind: str) -> str:
