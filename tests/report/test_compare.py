@@ -76,7 +76,7 @@ def test_declared_operative_and_code_differences_are_told_apart(two: None) -> No
     assert list(compare.declared(a, b)) == [("pretrain.Training.steps", "1000", "2000")]
     found = compare.operative(a, b)
     assert found[("Training.steps", "-", "2000")] == found[("Kind.eps", "-", "1e-05")] == ["pretrain/mini"]
-    page = compare._in_force(a, b)
+    page = compare.in_force(a, b)
     assert "<td>2000</td><td>declared</td>" in page
     assert "<td>1e-05</td><td>not declared: a default of the code or of a library moved</td>" in page
     assert list(compare.rooms(a, b)) == [("readout", "only in workspace")]

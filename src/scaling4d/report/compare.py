@@ -117,14 +117,12 @@ def rooms(a: Built, b: Built) -> Iterator[tuple[str, str]]:
         if a.code.get(room) == b.code.get(room):
             continue
         mine, theirs = (one.stages.get("code", {}).get(room, {}).get("modules", {}) for one in (a, b))
-        changed = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
         if room not in a.code or room not in b.code:
             yield room, f"only in {a.name if room in a.code else b.name}"
+        elif mine and theirs:
+            yield room, ", ".join(sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)))
         else:
-            yield (
-                room,
-                ", ".join(changed) if mine and theirs else "not named: at least one of the reports is older than stages.json",
-            )
+            yield room, "not named: at least one of the reports is older than stages.json"
 
 
 def inputs(a: Built, b: Built) -> Iterator[tuple[str, str, str, str]]:
@@ -137,6 +135,59 @@ def inputs(a: Built, b: Built) -> Iterator[tuple[str, str, str, str]]:
                 yield name, kind, sha, other
 
 
+def in_force(a: Built, b: Built) -> str:
+    """A table of the settings in force that differ, and whether params.yaml says so too."""
+    if not a.stages or not b.stages:
+        return _not_compared(a, b)
+    explained = {".".join(key.split(".")[-2:]) for key, _, _ in declared(a, b)}
+    rows = []
+    for (key, before, after), names in operative(a, b).items():
+        why = "declared" if key.split("/")[-1] in explained else "not declared: a default of the code or of a library moved"
+        rows.append((key, before, after, why, names[0] + (f" and {len(names) - 1} more" if names[1:] else "")))
+    return html_table(("setting", "A", "B", "why", "in"), rows) if rows else "<p>No difference.</p>"
+
+
+def overlay(a: Built, b: Built) -> str:
+    """As svg: a panel a task, the validation loss and the losses along the way, A and B in one frame each."""
+    from matplotlib.figure import Figure
+
+    from scaling4d.report.figures import legend, log_x, svg, title
+
+    described = {row["task"]: row for row in (*b.results, *a.results)}
+    tasks = sorted(described)
+    points = [row["point"] for row in a.points if any(row["point"] == other["point"] for other in b.points)]
+    counts = Counter(row["method"] for row in a.points)
+    method = max(counts, key=lambda name: counts[name])  # losses of other methods measure something else
+
+    def draw(figure: Figure) -> None:
+        panels = list(figure.subplots(2, max(len(tasks), 2), squeeze=False).flat)
+        for axes in panels:
+            axes.set_axis_off()
+        for axes, task in zip(panels, tasks, strict=False):
+            _values(axes, a, b, task)
+            row = described[task]
+            axes.set_title(title(task, row["metric"], row["unit"], row["higher_is_better"] == "True"))
+        losses, curves = panels[max(len(tasks), 2) :][:2]
+        for one, colour in zip((a, b), COLOURS, strict=True):
+            mine = sorted((row["parameters"], row["val_loss"]) for row in one.points if row["method"] == method)
+            if mine:
+                losses.plot(*zip(*mine, strict=True), "o-", ms=4, lw=1, color=colour, label=one.name)
+            for point in points:
+                mine = [(row["clips_seen"], row["loss"]) for row in one.curves if row["point"] == point]
+                if mine:
+                    curves.plot(*zip(*mine, strict=True), color=colour, lw=0.8, alpha=0.7, label=one.name)
+        for axes, name in ((losses, f"validation loss ↓, {method}"), (curves, "training loss ↓ against clips seen")):
+            axes.set_title(name)
+            if axes.lines:
+                axes.set_axis_on()
+        if losses.lines:
+            log_x(losses, [row["parameters"] for one in (a, b) for row in one.points], "encoder parameters")
+        curves.set_yscale("log")
+        legend(figure, panels)
+
+    return svg(draw, (2.6 * max(len(tasks), 2) + 0.6, 6.4))
+
+
 def _page(a: Built, b: Built, deltas: list[Delta]) -> str:
     title = f"{a.name} and {b.name}"
     parts = [
@@ -147,7 +198,7 @@ def _page(a: Built, b: Built, deltas: list[Delta]) -> str:
         f"<p><b>{summary(deltas)}</b></p>",
         *_section("Settings, declared", ("setting", "A", "B"), declared(a, b)),
         "<h2>Settings, in force</h2>",
-        _in_force(a, b),
+        in_force(a, b),
         *_section("Code", ("room", "modules that mean something else"), rooms(a, b)),
         "<h2>Data</h2>",
         _data(a, b),
@@ -177,17 +228,6 @@ def _data(a: Built, b: Built) -> str:
     rows = list(inputs(a, b))
     found = html_table(("stage", "input", "A, sha256", "B, sha256"), rows) if rows else "<p>No difference.</p>"
     return _not_compared(a, b) or found
-
-
-def _in_force(a: Built, b: Built) -> str:
-    if not a.stages or not b.stages:
-        return _not_compared(a, b)
-    explained = {".".join(key.split(".")[-2:]) for key, _, _ in declared(a, b)}
-    rows = []
-    for (key, before, after), names in operative(a, b).items():
-        why = "declared" if key.split("/")[-1] in explained else "not declared: a default of the code or of a library moved"
-        rows.append((key, before, after, why, names[0] + (f" and {len(names) - 1} more" if names[1:] else "")))
-    return html_table(("setting", "A", "B", "why", "in"), rows) if rows else "<p>No difference.</p>"
 
 
 def _numbers(deltas: list[Delta]) -> str:
@@ -222,46 +262,6 @@ def _sureness(d: Delta) -> float:
     """The distance of the change from 0 in half widths of its interval on that side."""
     half = d.change - d.low if d.change > 0 else d.high - d.change
     return abs(d.change) / half if half > 0 else float("inf") if d.change else 0.0
-
-
-def overlay(a: Built, b: Built) -> str:
-    """A panel a task, the validation loss and the losses along the way, A and B in one frame each."""
-    from matplotlib.figure import Figure
-
-    from scaling4d.report.figures import legend, log_x, svg, title
-
-    described = {row["task"]: row for row in (*b.results, *a.results)}
-    tasks = sorted(described)
-    points = [row["point"] for row in a.points if any(row["point"] == other["point"] for other in b.points)]
-    counts = Counter(row["method"] for row in a.points)
-    method = max(counts, key=lambda name: counts[name])  # losses of other methods measure something else
-
-    def draw(figure: Figure) -> None:
-        panels = list(figure.subplots(2, max(len(tasks), 2), squeeze=False).flat)
-        for axes in panels:
-            axes.set_axis_off()
-        for axes, task in zip(panels, tasks, strict=False):
-            _values(axes, a, b, task)
-            row = described[task]
-            axes.set_title(title(task, row["metric"], row["unit"], row["higher_is_better"] == "True"))
-        losses, curves = panels[max(len(tasks), 2) :][:2]
-        for one, colour in zip((a, b), COLOURS, strict=True):
-            mine = sorted((row["parameters"], row["val_loss"]) for row in one.points if row["method"] == method)
-            losses.plot(*zip(*mine, strict=True), "o-", ms=4, lw=1, color=colour, label=one.name)
-            for point in points:
-                mine = [(row["clips_seen"], row["loss"]) for row in one.curves if row["point"] == point]
-                if mine:
-                    curves.plot(*zip(*mine, strict=True), color=colour, lw=0.8, alpha=0.7, label=one.name)
-        for axes, name in ((losses, f"validation loss ↓, {method}"), (curves, "training loss ↓ against clips seen")):
-            axes.set_title(name)
-            if axes.lines:
-                axes.set_axis_on()
-        if losses.lines:
-            log_x(losses, [row["parameters"] for one in (a, b) for row in one.points], "encoder parameters")
-        curves.set_yscale("log")
-        legend(figure, panels)
-
-    return svg(draw, (2.6 * max(len(tasks), 2) + 0.6, 6.4))
 
 
 def _values(axes: Any, a: Built, b: Built, task: str) -> None:

@@ -223,7 +223,8 @@ def trends(story: Story) -> Html:
         f"In brackets: 95 % bootstrap intervals ({fits.DRAWS:,} times the points were scattered anew about the curve, as far as"
         " they lie from it, and fitted again). They hold the scatter of the points, not that of other seeds. Predicted: by the"
         " law of all points but the largest, with the interval of one new point; of five points four are left to fit three"
-        " numbers, hence its width."
+        f" numbers, hence its width. An exponent's end at {fits.EXPONENTS[0]:g} or {fits.EXPONENTS[1]:g}, the smallest and the"
+        " largest tried, means that the points set none."
     )
     return Html(html_table(head, rows) + f"<p>{html.escape(text)}</p>")
 
