@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
+NUMBERS = {"value", "low", "high"}
 # code clips, pretrain, distill, baselines, frozen, finetune, classifier, show, reconstruct, report
 STAGES = 2 + 2 + 1 + 2 + 3 * 5 + 5 + 1 + 2 + 2 + 1
 
@@ -195,6 +196,15 @@ def test_an_experiment_lists_its_override_everywhere(story: Path) -> None:
     shown = json.loads(run(story, "dvc", "exp", "diff", "HEAD", "longer", "--json").stdout)
     assert "readout.finetune.pose.Recipe.steps" in json.dumps(shown["params"])
     assert any("pose" in key for values in shown["metrics"].values() for key in values)
+    rows = json.loads(run(story, "dvc", "metrics", "diff", "HEAD", "longer", "--json").stdout)["reports/smoke/metrics.json"]
+    assert {name.rpartition(".")[2] for name in rows if name.startswith("pose.epe↓ (scene units).finetune.nano.")} <= NUMBERS
+    plots = json.loads(run(story, "dvc", "plots", "diff", "HEAD", "longer", "--json").stdout)["data"]
+    assert {"readouts", "losses", "reports/smoke/headline.svg"} <= plots.keys()
+    cli(story, "compare", "HEAD", "longer", "--out", "page.html")
+    page = (story / "page.html").read_text()
+    assert "<td>readout.finetune.pose.Recipe.steps</td><td>2</td><td>3</td>" in page
+    assert "<td>Recipe.steps</td><td>2</td><td>3</td><td>declared</td><td>readout/nano/pose/finetune</td>" in page
+    (story / "page.html").unlink()
     run(story, "git", "checkout", "-q", ".")
     run(story, "dvc", "checkout", "-q")
 

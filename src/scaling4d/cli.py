@@ -167,6 +167,43 @@ def table() -> None:
 
 
 @app.command()
+def compare(
+    rev_a: Annotated[str, typer.Argument(help="A git revision, a DVC experiment, or `workspace`.")],
+    rev_b: Annotated[str, typer.Argument(help="Likewise.")] = "workspace",
+    out: Annotated[Path | None, typer.Option(help="The page; compare-REV_A-REV_B.html unless told.")] = None,
+) -> None:
+    """Two reports side by side in one HTML page: settings, code, numbers with significance, figures overlaid."""
+    from scaling4d.report.compare import compare as write
+
+    page = out or Path(f"compare-{rev_a}-{rev_b}.html".replace("/", "_"))
+    print(write(rev_a, rev_b, page))
+    print(f"wrote {page}")
+
+
+@app.command()
+def serve(
+    port: Annotated[int, typer.Option(min=0, max=65535, help="On this machine alone; 0 takes a free one.")] = 8000,
+    open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open it in a browser.")] = True,
+) -> None:
+    """Gather the experiments and open report, experiments and lineage as one page; the same page works from its file."""
+    import webbrowser
+
+    from scaling4d.report import site
+
+    folder = Path(config.section(config.read(), "report.folder"))
+    names = site.gather(folder)
+    with site.serve(folder, port) as server:
+        url = f"http://127.0.0.1:{server.server_port}/"
+        print(f"{len(names)} other runs; {url} until Ctrl-C, or {folder / site.FOLDER / site.PAGE} without a server", flush=True)
+        if open_browser:
+            webbrowser.open(url)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print()
+
+
+@app.command()
 def compose(overrides: Annotated[list[str] | None, typer.Argument(help="profile=NAME key=value ...")] = None) -> None:
     """Write params.yaml from experiments/, as `dvc exp run -S` does."""
     config.write(overrides or [])

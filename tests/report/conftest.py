@@ -45,7 +45,7 @@ def draw_run(
     settings = {
         "seed": 0,
         "pretrain": {"Training": {"steps": 1000}},
-        "points": {name: {"MAEST" if "mae_st" in name else "SimpleMAE": {"width": 32}} for name in points},
+        "points": {name: _recipe(name) for name in points},
         "distilled": {name: {"Distilled": {"teacher": "mini", "width": 32}} for name in students},
         "encoders": {
             "pretrained": {name: {} for name in published},
@@ -86,10 +86,17 @@ def draw_run(
     return settings
 
 
+def _recipe(name: str) -> dict:
+    """A point is of MAE-ST or hides tubes where its name says so."""
+    masking = {"masking": "tube" if "tube" in name else "random", "mask_ratio": 0.95}
+    return {"MAEST" if "mae_st" in name else "SimpleMAE": {"width": 32, **masking}}
+
+
 def _provenance(folder: Path, stage: str, inputs: dict[str, str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     code = {"room": stage, "sha256": sha(f"code {stage}"), "modules": {}}
     write_json(folder / "provenance.json", {"stage": stage, "settings": {}, "overrides": {}, "code": code, "inputs": inputs})
+    (folder / "operative_config.gin").write_text(f"# Parameters for Kind:\n# ====\nKind.of = {stage!r}\nKind.steps = 3\n")
 
 
 def _loss(size: int) -> float:
@@ -124,7 +131,8 @@ def _point(home: Path, name: str, method: str, size: int) -> None:
 def _filled(home: Path, name: str, size: int) -> None:
     filled = home / "reconstruct" / name
     _provenance(filled, "reconstruct", {"checkpoint": sha(name), "clips": sha("clips")})
-    measured = {"masked_mse": _loss(size), "psnr_db": 18.3, "frechet_distance": 2.5, "clips": 60, "frames": 480, "seed": 0}
+    sets = {f"{kind}_{metric}": 0.5 for kind in ("frame", "clip") for metric in ("fid", "kid", "precision", "recall")}
+    measured = {"masked_mse": _loss(size), "psnr_db": 18.3, **sets, "clips": 60, "frames": 480, "seed": 0}
     write_json(filled / "result.json", {"point": name, **measured, "checkpoint_sha256": sha(name)})
     x = np.linspace(0, 255, 4 * 16, dtype=np.uint8)
     Image.fromarray(np.stack([np.tile(x, (96, 1))] * 3, axis=-1)).save(filled / "filled.png")

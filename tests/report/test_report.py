@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 
 from scaling4d import artifacts, report
 from scaling4d.records import UserError, write_json
-from scaling4d.report import fits, readouts, tables
+from scaling4d.report import figures, readouts, tables
+from scaling4d.report import story as story_of
 from scaling4d.report.story import published
 
 ROOT = Path(__file__).parents[2]
@@ -20,9 +20,17 @@ NOTEBOOK = ROOT / "reports/scaling.ipynb"
 BUILT = Path("reports/built")
 TASKS = ("actions", "boxes", "depth", "points", "pose")
 OUTS = {
-    *("results.csv", "pretrain.csv", "reconstruct.csv", "metrics.json", "report.html", "scaling.ipynb"),
+    *("results.csv", "pretrain.csv", "reconstruct.csv", "curves.csv", "metrics.json", "stages.json", "report.html"),
+    *("scaling.ipynb", "site/index.html", "site/report.html"),
     *("headline.svg", "pretraining.svg", "training_curves.svg", "methods.svg", "reconstructions.svg"),
 }
+
+
+def outs() -> dict[str, bytes]:
+    """What was built, by name; what differs from run to run apart."""
+    files = {path.relative_to(BUILT).as_posix(): path.read_bytes() for path in BUILT.rglob("*") if path.is_file()}
+    assert files.pop("runs.json")
+    return files
 
 
 def override(key: str, value: object, stage: Path) -> None:
@@ -36,10 +44,10 @@ def test_the_report_is_the_same_bytes_twice_and_needs_no_network(pocket: dict, c
     artifacts.write_run("pretrain-nano", artifacts.sha256(Path("artifacts/test/reconstruct/nano")), started=0)
     artifacts.write_run("pretrain-nano", "0" * 64, started=0)
     report.build(pocket)
-    first = {path.name: path.read_bytes() for path in BUILT.iterdir() if path.name in OUTS}
+    first = outs()
     assert set(first) == OUTS
     report.build(pocket)
-    assert {path.name: path.read_bytes() for path in BUILT.iterdir() if path.name in OUTS} == first
+    assert outs() == first
     page = first["report.html"].decode()
     assert not re.findall(r"""(?:src|href|from|import)\s*[=(]?\s*["']?(?:https?:)?//""", page)
     assert str(Path.cwd()) not in page + first["scaling.ipynb"].decode()
@@ -62,11 +70,10 @@ def test_tables_hold_every_result_in_full(pocket: dict) -> None:
     assert len([row for row in rows if row["low"]]) == 10 * 5 + 2 * 5 + 2  # frozen, fine-tuned, classifiers
     assert {row["metric"] for row in rows if not row["low"]} == {"epe_standing_still"}
     one = next(row for row in rows if (row["encoder"], row["task"], row["protocol"]) == ("mini", "depth", "finetune"))
-    assert (
-        float(one["value"])
-        == story.result("mini", "depth", "finetune").value
-        == tables.metrics(story)["depth"]["finetune"]["mini"]
-    )
+    tuned = tables.metrics(story)["depth"]["abs_rel↓ (ratio)"]["finetune"]["mini"]
+    found = story.result("mini", "depth", "finetune")
+    assert float(one["value"]) == found.value == tuned["value"]
+    assert (tuned["low"], tuned["high"]) == (found.low, found.high)
     head, *points = tables.pretrain_csv(story).splitlines()
     assert head == "point,method,parameters,flops,clips_seen,train_loss,val_loss,seed"
     assert points[-1].startswith("nano_distilled,Distilled,180000,") and len(points) == 7
@@ -104,7 +111,7 @@ def test_own_videos_without_benchmarks_are_reported(drawn: Callable[..., dict]) 
     report.build(drawn(points={"nano": 180_000}, frozen=[], finetune=[]))
     assert (BUILT / "results.csv").read_text().count("\n") == 1
     assert "no benchmark" in (BUILT / "report.html").read_text()
-    assert {path.name for path in BUILT.iterdir()} == {*OUTS, "runs.json"}
+    assert set(outs()) == OUTS
 
 
 @pytest.mark.parametrize(
@@ -159,23 +166,39 @@ def test_an_untrained_twin_shows_what_pretraining_brought(pocket: dict) -> None:
     assert float(gain) > 0  # a smaller error counts as a gain
 
 
-def test_a_power_law_is_found_again() -> None:
-    x = np.geomspace(2e5, 8e6, 6)
-    fit = fits.power_law(x, 0.014 + 0.002 * (x / 1e6) ** -0.35)
-    assert fit.exponent == pytest.approx(0.35, rel=1e-3) and fit.floor == pytest.approx(0.014, rel=1e-3)
+def test_points_that_hide_otherwise_are_no_part_of_the_ladder(drawn: Callable[..., dict]) -> None:
+    sizes = {"nano": 180_000, "tiny": 1_060_000, "tiny_tube": 1_060_000, "mini": 8_350_000}
+    story = report.read(drawn(points=sizes, frozen=list(sizes), finetune=[]))
+    assert story.ladder == ["nano", "tiny", "mini"]
+    assert story.masking("tiny_tube") == "tube 95 %"
+    assert "tube 95 %" in tables.pretrain(story)
+    assert figures.methods(story) != figures.methods(replace(story, points=("nano", "mini")))
 
 
-@pytest.mark.parametrize("y", [[1.0, 1.0, 1.0, 1.0], [1.0, 2.0, 3.0, 4.0], [3.0, 2.0, 1.5]])
-def test_no_power_law_is_claimed_where_nothing_falls_or_too_few_points_are(y: list[float]) -> None:
-    assert fits.power_law([1e5, 1e6, 1e7, 1e8][: len(y)], y) is None
+def test_trends_fit_ours_and_the_published_curves_by_the_same_code(pocket: dict) -> None:
+    rows = [re.findall(r"<td>(.*?)</td>", row) for row in tables.trends(report.read(pocket)).split("<tr>")[2:]]
+    by_name = {row[0]: row for row in rows}
+    assert len([name for name in by_name if name.startswith("4DS: ")]) == 10
+    loss = by_name["ours: validation loss, parameters"]
+    assert loss[1] == "5" and loss[2].startswith("0.0139 [") and loss[3].startswith("0.4000 [") and loss[-1] == "yes"
+    depth = by_name["4DS: depth AbsRel, frozen"]
+    assert depth[6] == "0.0840" and depth[-1] == "yes"
 
 
-def test_spearman_agrees_with_scipy() -> None:
-    from scipy.stats import spearmanr
+def test_stages_name_what_they_read_and_who_made_it(pocket: dict) -> None:
+    found = tables.stages(report.read(pocket))
+    readout = found["stages"]["readout/mini/depth/finetune"]
+    assert readout["from"] == {"checkpoint": "pretrain/mini"}
+    assert readout["operative"] == {"Kind.of": "'readout'", "Kind.steps": "3"}
+    assert found["stages"]["reconstruct/nano"]["from"] == {"checkpoint": "pretrain/nano", "clips": "clips"}
+    made = json.loads(Path("artifacts/test/readout/mini/depth/finetune/provenance.json").read_text())
+    assert readout["code"] | {"modules": {}} == made["code"]
 
-    x, y = [1, 2, 2, 5, 9], [3.0, 2.5, 2.5, 1.0, 2.0]
-    assert fits.spearman(x, y) == pytest.approx(spearmanr(x, y).statistic)
-    assert fits.spearman([1, 2], [1, 2]) is None
+
+def test_settings_in_force_are_read_over_line_ends(tmp_path: Path) -> None:
+    path = tmp_path / "operative_config.gin"
+    path.write_text("import x\n# Parameters for A:\n# ===\nA.b = \\\n    ['one',\n     'two']\nscope/A.c = 1e-3\n")
+    assert story_of.operative(path) == {"A.b": "['one', 'two']", "scope/A.c": "1e-3"}
 
 
 def test_published_curves_are_complete_and_fall_or_rise_as_they_say() -> None:

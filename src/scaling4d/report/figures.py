@@ -14,7 +14,7 @@ from matplotlib.image import imread
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from scaling4d.records import Result
-from scaling4d.report.fits import power_law, spearman
+from scaling4d.report.fits import held_out, spearman, trend
 from scaling4d.report.story import Story, published
 
 LOOK = {"frozen": ("tab:blue", "o", "-"), "finetune": ("tab:orange", "s", "--"), "classifier": ("tab:red", "^", ":")}
@@ -57,35 +57,29 @@ def headline(story: Story) -> Svg:
             _theirs(theirs, paper, task)
         panels[0, 0].set_ylabel("ours: this run")
         panels[1, 0].set_ylabel("4DS as published: other data,\nother sizes, not comparable in value")
-        _legend(figure, panels.flat)
+        legend(figure, panels.flat)
 
-    return _svg(draw, (2.5 * len(story.tasks) + 0.6, 6.6))
+    return svg(draw, (2.5 * len(story.tasks) + 0.6, 6.6))
 
 
 def pretraining(story: Story) -> Svg:
-    """Validation loss of the ladder against parameters and training FLOPs, with a power law where one fits."""
-    ladder = [story.summaries[point] for point in story.of_method(story.methods[0])]
+    """Validation loss of the ladder against parameters and training FLOPs, with a power law and its band where one fits."""
+    ladder = [story.summaries[point] for point in story.ladder]
 
     def draw(figure: Figure) -> None:
-        panels = {"parameters": "encoder parameters", "flops": "training FLOPs"}
-        for axes, (key, name) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        panels = {"parameters": ("N", "encoder parameters"), "flops": ("C", "training FLOPs")}
+        for axes, (key, (letter, name)) in zip(figure.subplots(1, 2), panels.items(), strict=True):
             x, y = [s[key] for s in ladder], [s["val_loss"] for s in ladder]
-            axes.plot(x, y, "o", color="tab:blue", zorder=3)
+            axes.plot(x, y, "o", color="tab:blue", zorder=3, label="measured")
             for s in ladder:
                 axes.annotate(s["point"], (s[key], s["val_loss"]), textcoords="offset points", xytext=(6, 5))
-            rho, fit = spearman(x, y), power_law(x, y)
-            title = [f"Spearman {rho:+.2f}" if rho is not None else "too few points for a trend"]
-            if fit is not None:
-                grid = np.geomspace(min(x), max(x), 100)
-                axes.plot(grid, fit(grid), color="tab:blue", alpha=0.5)
-                letter = "N" if key == "parameters" else "C"
-                title.append(f"L = {fit.floor:.4g} + {fit.scale:.3g} · ({letter} / {fit.unit:.3g})^-{fit.exponent:.2f}")
-            axes.set_title("\n".join(title))
-            _log_x(axes, x, name)
+            axes.set_title("\n".join([_rank(x, y), *_law(axes, x, y, letter)]))
+            log_x(axes, x, name)
             axes.margins(y=0.15)
             axes.set_ylabel("validation loss (MSE) ↓ lower is better")
+        legend(figure, figure.axes)
 
-    return _svg(draw, (9.5, 4))
+    return svg(draw, (9.5, 4.4))
 
 
 def training_curves(story: Story) -> Svg:
@@ -108,16 +102,16 @@ def training_curves(story: Story) -> Svg:
             axes.set_ylabel("training loss ↓ lower is better")
             axes.legend()
 
-    return _svg(draw, (9.5, 4))
+    return svg(draw, (9.5, 4))
 
 
 def methods(story: Story) -> Svg:
-    """Each point of another method beside the ladder's point nearest in size: readouts and filled-in pixels."""
-    pairs = [(point, _nearest(story, point)) for method in story.methods[1:] for point in story.of_method(method)]
-    if not pairs:
-        return _note(f"This profile has one method only ({story.methods[0]}).")
-    names = list(dict.fromkeys(name for pair in pairs for name in reversed(pair)))
-    ticks = [f"{name}\n{_millions(story.summaries[name]['parameters'])}" for name in names]
+    """Each point of another method or masking beside the ladder's point nearest in size: readouts and filled-in pixels."""
+    others = [point for method in story.methods for point in story.of_method(method) if point not in story.ladder]
+    if not others:
+        return _note(f"This profile has one method and one masking only ({story.methods[0]}).")
+    names = list(dict.fromkeys(name for point in others for name in (_nearest(story, point), point)))
+    ticks = [_described_point(story, name) for name in names]
     places = dict(zip(names, range(len(names)), strict=True))
 
     def draw(figure: Figure) -> None:
@@ -126,18 +120,18 @@ def methods(story: Story) -> Svg:
             for protocol, shift in (("frozen", -0.15), ("finetune", 0.0), ("classifier", 0.15)):
                 mine = [r for name in names if (r := story.result(name, task, protocol))]
                 _bars(axes, [places[r.encoder] + shift for r in mine], mine, protocol, line="none")
-            axes.set_title(_title(task, *_described(story, task)))
+            axes.set_title(title(task, *_described(story, task)))
         filled = [name for name in names if name in story.fidelity]
         mse = [story.fidelity[name]["masked_mse"] for name in filled]
         panels[-1].plot([places[name] for name in filled], mse, "D", color="tab:green")
-        panels[-1].set_title(_title("filled-in pixels", "hidden-pixel MSE", "", False))
+        panels[-1].set_title(title("filled-in pixels", "hidden-pixel MSE", "", False))
         for axes in panels:
-            axes.set_xticks(range(len(names)), ticks, fontsize=8)
+            axes.set_xticks(range(len(names)), ticks, fontsize=7)
             axes.set_xlim(-0.6, len(names) - 0.4)
             axes.margins(y=0.25)
-        _legend(figure, panels)
+        legend(figure, panels)
 
-    return _svg(draw, (2.2 * (len(story.tasks) + 1), 3.6))
+    return svg(draw, (max(2.2, 0.55 * len(names) + 1.1) * (len(story.tasks) + 1), 3.9))
 
 
 def reconstructions(story: Story) -> Svg:
@@ -158,14 +152,14 @@ def reconstructions(story: Story) -> Svg:
 
     heights = {imread(path).shape[:2] for path in story.pictures.values()}
     ratio = max(height / width for height, width in heights)
-    return _svg(draw, (2.1 * columns, rows * (2.1 * ratio + 0.6) + 0.3))
+    return svg(draw, (2.1 * columns, rows * (2.1 * ratio + 0.6) + 0.3))
 
 
 FIGURES = (headline, pretraining, training_curves, methods, reconstructions)  # each is written as <name>.svg
 
 
 def _ours(axes: Axes, story: Story, task: str) -> None:
-    ladder = set(story.of_method(story.methods[0]))
+    ladder = set(story.ladder)
     mine = [r for r in story.results if r.task == task]
     baselines = dict(zip(story.baselines, cycle(BASELINES), strict=False))
     names = dict.fromkeys([*story.trained, *(r.encoder for r in mine)])  # the points, then encoders that others published
@@ -182,8 +176,8 @@ def _ours(axes: Axes, story: Story, task: str) -> None:
             axes.errorbar(
                 r.parameters, r.value, error, color=others[r.encoder], marker=marker, ms=5, lw=1, ls="none", label=label
             )
-    axes.set_title(_title(task, *_described(story, task)))
-    _log_x(axes, sizes, "encoder parameters")
+    axes.set_title(title(task, *_described(story, task)))
+    log_x(axes, sizes, "encoder parameters")
 
 
 def _theirs(axes: Axes, paper: dict, task: str) -> None:
@@ -197,8 +191,8 @@ def _theirs(axes: Axes, paper: dict, task: str) -> None:
             continue
         x, y = [paper["sizes"][size] for size in known[protocol]], list(known[protocol].values())
         axes.plot(x, y, color=colour, marker=marker, ls=line, ms=4, lw=1.2, mfc="white")
-    axes.set_title(_title(known["benchmark"], known["metric"], known["unit"], known["higher_is_better"]))
-    _log_x(axes, list(paper["sizes"].values()), "parameters")
+    axes.set_title(title(known["benchmark"], known["metric"], known["unit"], known["higher_is_better"]))
+    log_x(axes, list(paper["sizes"].values()), "parameters")
 
 
 def _bars(axes: Axes, x: Sequence[float] | None, results: Iterable[Result], protocol: str, line: str | None = None) -> None:
@@ -222,18 +216,53 @@ def _described(story: Story, task: str) -> tuple[str, str, bool]:
     return r.metric, r.unit, r.higher_is_better
 
 
-def _title(name: str, metric: str, unit: str, higher_is_better: bool) -> str:
+def title(name: str, metric: str, unit: str, higher_is_better: bool) -> str:
     way = "↑ higher is better" if higher_is_better else "↓ lower is better"
     return f"{name}\n{metric}{f' ({unit})' if unit else ''}\n{way}"
+
+
+def _rank(x: Sequence[float], y: Sequence[float]) -> str:
+    rho = spearman(x, y)
+    return f"Spearman {rho:+.2f}" if rho is not None else "too few points for a trend"
+
+
+def _law(axes: Axes, x: Sequence[float], y: Sequence[float], letter: str) -> list[str]:
+    """Draw the power law with its 95 % band and what the smaller points predict for the largest; the law in words."""
+    found = trend(x, y)
+    if found is None:
+        return []
+    grid = np.geomspace(min(x), max(x), 100)
+    axes.plot(grid, found.law(grid), color="tab:blue", alpha=0.6, label="power law")
+    axes.fill_between(grid, *found.band(grid), color="tab:blue", alpha=0.12, lw=0, label="its 95 % band")
+    tested = held_out(x, y)
+    if tested is not None:
+        error = [[tested.predicted - tested.low], [tested.high - tested.predicted]]
+        axes.errorbar(
+            tested.x * 1.12,
+            tested.predicted,
+            error,
+            color="tab:red",
+            marker="x",
+            lw=1,
+            ls="none",
+            label="predicted from the others",
+        )
+    law = found.law
+    return [f"L = {law.floor:.4g} + {law.scale:.3g} · ({letter} / {law.unit:.3g})^-{law.exponent:.2f}"]
+
+
+def _described_point(story: Story, point: str) -> str:
+    parts = (point, story.summaries[point]["method"], story.masking(point), _millions(story.summaries[point]["parameters"]))
+    return "\n".join(filter(None, parts))
 
 
 def _nearest(story: Story, point: str) -> str:
     """The ladder's point whose number of parameters is nearest by ratio."""
     size = np.log(story.summaries[point]["parameters"])
-    return min(story.of_method(story.methods[0]), key=lambda name: abs(np.log(story.summaries[name]["parameters"]) - size))
+    return min(story.ladder, key=lambda name: abs(np.log(story.summaries[name]["parameters"]) - size))
 
 
-def _log_x(axes: Axes, values: Sequence[float], name: str) -> None:
+def log_x(axes: Axes, values: Sequence[float], name: str) -> None:
     axes.set_xscale("log")
     axes.set_xlim(min(values) / 1.6, max(values) * 1.6)
     decades = np.log10(max(values) / min(values))
@@ -255,17 +284,17 @@ def _millions(parameters: float) -> str:
     return f"{parameters / 1e6:.2f} M"
 
 
-def _legend(figure: Figure, panels: Iterable[Axes]) -> None:
+def legend(figure: Figure, panels: Iterable[Axes]) -> None:
     """One for all panels."""
     found = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=6)
 
 
 def _note(text: str) -> Svg:
-    return _svg(lambda figure: figure.text(0.02, 0.5, text, va="center", fontsize=10), (9.5, 0.6))
+    return svg(lambda figure: figure.text(0.02, 0.5, text, va="center", fontsize=10), (9.5, 0.6))
 
 
-def _svg(draw: Callable[[Figure], None], inches: tuple[float, float]) -> Svg:
+def svg(draw: Callable[[Figure], None], inches: tuple[float, float]) -> Svg:
     with mpl.rc_context():
         mpl.rcdefaults()  # whatever the machine's own matplotlibrc says
         mpl.rcParams.update(STYLE)

@@ -10,7 +10,7 @@ from importlib import resources
 from typing import Any
 
 from scaling4d.report.story import Story, published
-from scaling4d.report.tables import NOTHING, Html, _cell, _html
+from scaling4d.report.tables import NOTHING, Html, cell, html_table
 
 
 def paper(story: Story) -> Html:
@@ -30,7 +30,7 @@ def paper(story: Story) -> Html:
                 cells.append(NOTHING if value is None else f"{'~' if unsure else ''}{value:.3f}")
             rows.append([f"4DS-{size}", f"{parameters / 1e6:,.0f} M", protocol, *cells])
     text = "The same protocols and metrics on other data and at other sizes: compare the shape of a column, not its values."
-    return Html(_html(head, rows) + f"<p>{text}</p>")
+    return Html(html_table(head, rows) + f"<p>{text}</p>")
 
 
 def sheets(story: Story) -> Html:
@@ -57,7 +57,7 @@ def unstated(story: Story) -> Html:
             rows.append([choice["what"], "\n".join(lines), choice["known"]])
     left = "<style>.jp-RenderedHTMLCommon .words :is(td, th) { text-align: left; }</style>"
     head = ("ours, since no paper states it", "in force", "what is known")
-    return Html(f'{left}<div class="words">{_html(head, rows)}</div>')
+    return Html(f'{left}<div class="words">{html_table(head, rows)}</div>')
 
 
 def _choices() -> list[dict[str, Any]]:
@@ -95,7 +95,7 @@ def _in_force(pattern: str, given: Mapping[str, Any]) -> str:
 def _plain(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(_plain, value)) or "none"
-    return value if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else _cell(value)
+    return value if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else cell(value)
 
 
 def _label(found: Mapping[str, Any] | None) -> str:

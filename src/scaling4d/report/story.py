@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -25,6 +27,7 @@ KEYS = [
 PROTOCOLS = ("frozen", "finetune", "classifier")
 ONLY = {"classifier": ("actions",)}  # tasks of a protocol that is not for all
 UNTRAINED = "untrained_"
+OPERATIVE = "operative_config.gin"
 SUMMARY = ("point", "method", "parameters", "flops", "clips_seen", "train_loss", "val_loss", "seed")
 
 
@@ -35,7 +38,8 @@ class Story:
     students: points that have a teacher; they learn no pixels, so there is no fidelity and no picture of theirs.
     tasks: empty where no encoder is read out. encoders: by protocol. results: in the order of the settings.
     summaries, losses (lines of losses.jsonl), fidelity (result.json of `reconstruct`) and pictures (filled.png): by point.
-    sheets: by task, what the `show` stage drew. provenances: by `stage/name`, every provenance.json that was found.
+    sheets: by task, what the `show` stage drew. recipes: by point, the arguments of its constructor (points.<point>.<Method>).
+    provenances: by `stage/name`, every provenance.json. operative: likewise, each setting in force as gin wrote it.
     overrides: dotted key -> (value in force, names of the stages that it changes).
     """
 
@@ -51,7 +55,9 @@ class Story:
     fidelity: Mapping[str, Mapping[str, Any]]
     pictures: Mapping[str, Path]
     sheets: Mapping[str, Path]
+    recipes: Mapping[str, Mapping[str, Any]]
     provenances: Mapping[str, Mapping[str, Any]]
+    operative: Mapping[str, Mapping[str, str]]
     overrides: Mapping[str, tuple[Any, tuple[str, ...]]]
     datasheet: Mapping[str, Any]
 
@@ -63,6 +69,18 @@ class Story:
         """The points trained by a method, from small to large."""
         chosen = [point for point in self.trained if self.summaries[point]["method"] == method]
         return sorted(chosen, key=lambda point: (self.summaries[point]["parameters"], point))
+
+    @property
+    def ladder(self) -> list[str]:
+        """The points that differ in their size alone, from small to large: of the first method, with its commonest masking."""
+        mine = self.of_method(self.methods[0])
+        common = Counter(map(self.masking, mine)).most_common(1)[0][0]
+        return [point for point in mine if self.masking(point) == common]
+
+    def masking(self, point: str) -> str:
+        """How a point's tokens were hidden in pretraining, `random 95 %`; empty where its settings do not say."""
+        recipe = self.recipes[point]
+        return f"{recipe['masking']} {recipe['mask_ratio']:.0%}".replace("%", " %") if "masking" in recipe else ""
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -94,34 +112,34 @@ def read(settings: Mapping[str, Any] | None = None) -> Story:
     encoders = {protocol: tuple(config.section(settings, f"encoders.{protocol}") or ()) for protocol in PROTOCOLS}
     points, students = tuple(mine["points"]), tuple(mine["distilled"])
     tasks = tuple(mine["readout.tasks"] if any(encoders.values()) else ())
-    provenances = {"clips": _json(home / "clips" / "provenance.json", "clips")}
+    folders = {"clips": (home / "clips", "clips")}  # what has a provenance: folder and the command that makes it
     summaries, losses, fidelity, pictures = {}, {}, {}, {}
     for point in (*points, *students):
         folder, command = home / "pretrain" / point, f"pretrain {point}"
         summaries[point] = _with_keys(_json(folder / "summary.json", command), SUMMARY, folder / "summary.json")
         losses[point] = _lines(folder / "losses.jsonl", command)
-        provenances[f"pretrain/{point}"] = _json(folder / "provenance.json", command)
+        folders[f"pretrain/{point}"] = (folder, command)
     for point in points:
         filled, command = home / "reconstruct" / point, f"reconstruct {point}"
         fidelity[point] = _with_keys(_json(filled / "result.json", command), ("masked_mse", "psnr_db"), filled / "result.json")
         pictures[point] = _there(filled / "filled.png", command)
-        provenances[f"reconstruct/{point}"] = _json(filled / "provenance.json", command)
+        folders[f"reconstruct/{point}"] = (filled, command)
     results = {}
     for protocol in PROTOCOLS:
         for encoder in encoders[protocol]:
             if is_baseline(encoder) or encoder in mine["encoders"]["pretrained"]:
-                path = home / "pretrain" / encoder / "provenance.json"
-                provenances[f"pretrain/{encoder}"] = _json(path, f"baseline {encoder}")
+                folders[f"pretrain/{encoder}"] = (home / "pretrain" / encoder, f"baseline {encoder}")
             for task in (task for task in tasks if task in ONLY.get(protocol, tasks)):
                 folder, command = home / "readout" / encoder / task / protocol, f"readout {encoder} {task} {protocol}"
                 results[encoder, task, protocol] = _result(folder / "result.json", command)
-                provenances[f"readout/{encoder}/{task}/{protocol}"] = _json(folder / "provenance.json", command)
+                folders[f"readout/{encoder}/{task}/{protocol}"] = (folder, command)
     sheets = {}
     for task in mine["show.tasks"]:
         drawn = home / "show" / task
         command = f"show RESULT... --out {drawn}"
         sheets[task] = _there(drawn / "sheet.png", command)
-        provenances[f"show/{task}"] = _json(drawn / "provenance.json", command)
+        folders[f"show/{task}"] = (drawn, command)
+    provenances = {name: _json(folder / "provenance.json", command) for name, (folder, command) in folders.items()}
     return Story(
         profile=mine["profile"],
         seed=mine["seed"],
@@ -135,7 +153,9 @@ def read(settings: Mapping[str, Any] | None = None) -> Story:
         fidelity=fidelity,
         pictures=pictures,
         sheets=sheets,
+        recipes={point: _recipe(settings) for point, settings in (mine["points"] | mine["distilled"]).items()},
         provenances=provenances,
+        operative={name: operative(_there(folder / OPERATIVE, command)) for name, (folder, command) in folders.items()},
         overrides=_overrides(settings, provenances),
         datasheet=_json(home / "clips" / "datasheet.json", "clips"),
     )
@@ -143,6 +163,27 @@ def read(settings: Mapping[str, Any] | None = None) -> Story:
 
 def is_baseline(encoder: str) -> bool:
     return encoder == "pixels" or encoder.startswith(UNTRAINED)
+
+
+def operative(path: Path) -> dict[str, str]:
+    """The settings of an operative_config.gin, `Recipe.steps` -> `120`; a value that goes over several lines becomes one."""
+    found: dict[str, str] = {}
+    for line in path.read_text().splitlines():
+        text = line.rstrip("\\ ").strip()  # gin ends a line that goes on with a backslash
+        if setting := re.match(r"([\w./]+) =\s*(.*)", text):
+            key, found[setting[1]] = setting[1], setting[2]
+        elif found and not text.startswith("#"):
+            found[key] = f"{found[key]} {text}".strip()
+    return found
+
+
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of nested settings by its dotted key."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def published() -> dict[str, Any]:
@@ -155,6 +196,12 @@ def published() -> dict[str, Any]:
 def deviations() -> str:
     """What differs from the papers and why, as Markdown."""
     return resources.files(__package__).joinpath("deviations.md").read_text()
+
+
+def _recipe(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A point's settings are its constructor's name with the arguments below it, and how and where it is trained."""
+    (arguments,) = (section for name, section in settings.items() if name not in ("Sharding", "Launch"))
+    return arguments
 
 
 def _overrides(

@@ -5,18 +5,22 @@ from __future__ import annotations
 import csv
 import html
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from scaling4d.records import Result
-from scaling4d.report.fits import spearman
+from scaling4d.report import fits
 from scaling4d.report.story import PROTOCOLS, SUMMARY, UNTRAINED, Story, deviations, published
 
 RESULTS = (
     *("encoder", "parameters", "task", "protocol", "metric", "value", "low", "high"),
     *("unit", "higher_is_better", "examples", "seed", "checkpoint_sha256"),
 )
-RECONSTRUCT = ("point", "masked_mse", "psnr_db", "frechet_distance", "clips", "seed", "checkpoint_sha256")
+FIDELITY = {"fid": "FID ↓", "kid": "KID ↓", "precision": "precision ↑", "recall": "recall ↑"}
+FEATURES = {"frame": "frames", "clip": "whole clips", "inception": "frames, Inception", "checkpoint": "whole clips, checkpoint"}
+CURVES = ("point", "step", "clips_seen", "loss", "lr", "grad")
 PRETRAIN = SUMMARY
 NOTHING = "-"
 
@@ -60,18 +64,49 @@ def pretrain_csv(story: Story) -> str:
 
 
 def reconstruct_csv(story: Story) -> str:
-    return _csv(RECONSTRUCT, [{"point": point, **story.fidelity[point]} for point in story.points])
+    columns = ("point", "masked_mse", "psnr_db", *_fidelities(story), "clips", "frames", "seed", "checkpoint_sha256")
+    return _csv(columns, [{"point": point, **story.fidelity[point]} for point in story.points])
+
+
+def curves_csv(story: Story) -> str:
+    """A row for every line of every point's losses.jsonl."""
+    return _csv(CURVES, [{"point": point, **line} for point in story.trained for line in story.losses[point]])
 
 
 def metrics(story: Story) -> dict[str, Any]:
-    """For `dvc metrics`: task -> protocol -> encoder -> value, and what pretraining and reconstruction measured."""
+    """For `dvc metrics` and `dvc exp`: task -> `metric↑ (unit)` -> protocol -> encoder -> value, low, high.
+
+    What pretraining and reconstruction measured has no protocol and no interval.
+    """
     nested: dict[str, Any] = {
-        "val_loss": {point: story.summaries[point]["val_loss"] for point in story.trained},
-        "masked_mse": {point: story.fidelity[point]["masked_mse"] for point in story.points},
+        "val_loss": {"↓": {point: story.summaries[point]["val_loss"] for point in story.trained}},
+        "masked_mse": {"↓": {point: story.fidelity[point]["masked_mse"] for point in story.points}},
     }
     for r in story.results:
-        nested.setdefault(r.task, {}).setdefault(r.protocol, {})[r.encoder] = r.value
+        name = f"{r.metric}{'↑' if r.higher_is_better else '↓'} ({r.unit})"
+        mine = nested.setdefault(r.task, {}).setdefault(name, {}).setdefault(r.protocol, {})
+        mine[r.encoder] = {"value": r.value, "low": r.low, "high": r.high}
     return nested
+
+
+def stages(story: Story) -> dict[str, Any]:
+    """Every stage by its name: settings declared and in force, what it read, and the code that made it (its modules once a room).
+
+    from: by name of an input the stage that made it, where one did; the rest is data.
+    """
+    code = {p["code"]["room"]: p["code"] for p in story.provenances.values() if p.get("code")}
+    found = {}
+    for name, provenance in story.provenances.items():
+        inputs = dict(provenance.get("inputs") or {})
+        found[name] = {
+            "settings": provenance["settings"],
+            "overrides": provenance["overrides"],
+            "operative": story.operative[name],
+            "inputs": inputs,
+            "from": {kind: maker for kind in inputs if (maker := _maker(story, name, kind)) in story.provenances},
+            "code": {key: provenance["code"][key] for key in ("room", "sha256")} if provenance.get("code") else None,
+        }
+    return {"profile": story.profile, "seed": story.seed, "stages": found, "code": code}
 
 
 # ---- terminal ----
@@ -109,7 +144,7 @@ def summary(story: Story) -> Html:
     }
     plain = {key: value for key, value in story.datasheet.items() if isinstance(value, str | int | float)}
     facts |= {f"clips: {key.replace('_', ' ')}": value for key, value in plain.items()}
-    return Html(STYLE + _html(("", ""), [(key, _cell(value)) for key, value in facts.items()]))
+    return Html(STYLE + html_table(("", ""), [(key, cell(value)) for key, value in facts.items()]))
 
 
 def sources(story: Story) -> Html:
@@ -124,7 +159,9 @@ def results(story: Story) -> Html:
     if not story.results:
         return Html("<p>This profile has no benchmark, so there is nothing to read out.</p>")
     head, rows = _overview(story, intervals=True)
-    return Html(_html(head, rows) + "<p>In brackets: 95 % bootstrap interval over the validation videos of this one run.</p>")
+    return Html(
+        html_table(head, rows) + "<p>In brackets: 95 % bootstrap interval over the validation videos of this one run.</p>"
+    )
 
 
 def differences(story: Story) -> Html:
@@ -143,7 +180,7 @@ def differences(story: Story) -> Html:
     if not rows:
         return Html("<p>This profile compares no point with its untrained twin.</p>")
     head = ("point", "task, frozen", "trained", "untrained", "gain (+ is better)", "intervals apart")
-    return Html(_html(head, rows))
+    return Html(html_table(head, rows))
 
 
 def further(story: Story) -> Html:
@@ -153,33 +190,76 @@ def further(story: Story) -> Html:
         mine = [r for r in story.results if r.task == task and r.others]
         names = sorted({name for r in mine for name in r.others})
         if mine:
-            cells = [[r.encoder, r.protocol, *(_cell(r.others.get(name)) for name in names)] for r in mine]
-            rows.append(f"<h4>{html.escape(task)}</h4>" + _html(("encoder", "protocol", *names), cells))
+            cells = [[r.encoder, r.protocol, *(cell(r.others.get(name)) for name in names)] for r in mine]
+            rows.append(f"<h4>{html.escape(task)}</h4>" + html_table(("encoder", "protocol", *names), cells))
     return Html("".join(rows) or "<p>No further metrics.</p>")
+
+
+def trends(story: Story) -> Html:
+    """The power law y = E + A (N / unit)^-alpha of losses and errors, ours and the published ones, by the same code.
+
+    Errors: metrics of which less is better as they are, shares of which more is better subtracted from 1.
+    """
+    rows = []
+    for name, x, y in _laws(story):
+        found = fits.trend(x, y)
+        if found is None:
+            rows.append([name, str(len(x)), "no law: it does not fall, or fewer than four sizes", *[""] * 6])
+            continue
+        tested = fits.held_out(x, y)
+        if tested is None:
+            check = [NOTHING, "too few points, or no law without the largest", NOTHING]
+        else:
+            check = [cell(tested.measured), f"{cell(tested.predicted)} {span(tested.low, tested.high)}"]
+            check.append("yes" if tested.inside else "no")
+        law = found.law
+        numbers = [f"{cell(law.floor)} {span(*found.floor)}", f"{cell(law.exponent)} {span(*found.exponent)}"]
+        rows.append([name, str(len(x)), *numbers, cell(law.scale), f"{law.unit:.3g}", *check])
+    if not rows:
+        return Html("<p>Too few points for a trend.</p>")
+    head = ("what", "sizes", "irreducible term E", "exponent alpha", "A", "unit of N")
+    head = (*head, "largest: measured", "largest: predicted from the others", "inside")
+    text = (
+        f"In brackets: 95 % bootstrap intervals ({fits.DRAWS:,} times the points were scattered anew about the curve, as far as"
+        " they lie from it, and fitted again). They hold the scatter of the points, not that of other seeds. Predicted: by the"
+        " law of all points but the largest, with the interval of one new point; of five points four are left to fit three"
+        f" numbers, hence its width. An exponent's end at {fits.EXPONENTS[0]:g} or {fits.EXPONENTS[1]:g}, the smallest and the"
+        " largest tried, means that the points set none."
+    )
+    return Html(html_table(head, rows) + f"<p>{html.escape(text)}</p>")
 
 
 def pretrain(story: Story) -> Html:
     """Sizes, cost and losses of the points. Losses of different methods measure different things."""
     keys = ("point", "method", "parameters", "parameters_total", "flops", "clips_seen", "train_loss", "val_loss", "seed")
-    rows = [[_cell(story.summaries[point].get(key)) for key in keys] for point in story.trained]
+    rows = [
+        [*(cell(story.summaries[point].get(key)) for key in keys), story.masking(point) or NOTHING] for point in story.trained
+    ]
     lines = []
-    for method in story.methods:
-        mine = [story.summaries[point] for point in story.of_method(method)]
-        rho = spearman([s["parameters"] for s in mine], [s["val_loss"] for s in mine])
+    for method, points in {story.methods[0]: story.ladder, **{m: story.of_method(m) for m in story.methods[1:]}}.items():
+        mine = [story.summaries[point] for point in points]
+        rho = fits.spearman([s["parameters"] for s in mine], [s["val_loss"] for s in mine])
         if rho is not None:
             fall = 1 - mine[-1]["val_loss"] / mine[0]["val_loss"]
             trend = f"{method}: Spearman correlation of size and validation loss {rho:+.2f}"
             lines.append(
                 f"{trend}; {mine[-1]['point']} lies {abs(fall):.1%} {'below' if fall >= 0 else 'above'} {mine[0]['point']}."
             )
-    return Html(_html([key.replace("_", " ") for key in keys], rows) + "".join(f"<p>{html.escape(line)}</p>" for line in lines))
+    head = [*(key.replace("_", " ") for key in keys), "hidden"]
+    return Html(html_table(head, rows) + "".join(f"<p>{html.escape(line)}</p>" for line in lines))
 
 
 def reconstruct(story: Story) -> Html:
     """How well hidden pixels are filled in, the same masks and share hidden for every point."""
-    head = ("point", "hidden-pixel MSE ↓ (0..1)²", "PSNR ↑ dB", "Fréchet distance ↓", "clips")
-    keys = ("masked_mse", "psnr_db", "frechet_distance", "clips")
-    return Html(_html(head, [[point, *(_cell(story.fidelity[point].get(key)) for key in keys)] for point in story.points]))
+    measured = _fidelities(story)
+    keys = ("masked_mse", "psnr_db", *measured, "clips")
+    head = ("point", "hidden-pixel MSE ↓ (0..1)²", "PSNR ↑ dB", *measured.values(), "clips")
+    rows = [[point, *(cell(story.fidelity[point].get(key)) for key in keys)] for point in story.points]
+    text = (
+        "FID, KID, precision and recall of filled-in against true frames and clips, on features of untrained encoders"
+        " (no download) unless the column names others; they compare these points, not the literature's."
+    )
+    return Html(html_table(head, rows) + f"<p>{text}</p>")
 
 
 def overrides(story: Story) -> Html:
@@ -187,7 +267,7 @@ def overrides(story: Story) -> Html:
     if not story.overrides:
         return Html(f"<p>None: every setting is that of the profile {html.escape(story.profile)}.</p>")
     rows = [[key, repr(value), ", ".join(stages)] for key, (value, stages) in story.overrides.items()]
-    return Html(_html(("setting", "value in force", "stages that it changes"), rows))
+    return Html(html_table(("setting", "value in force", "stages that it changes"), rows))
 
 
 def differs(story: Story) -> Markdown:
@@ -206,10 +286,62 @@ def lineage(story: Story) -> Html:
     stages = [
         (kind, sha, names[0] + (f" and {len(names) - 1} more" if names[1:] else "")) for (kind, sha), names in shared.items()
     ]
-    return Html(_html(("encoder", "weights, sha256"), list(weights.items())) + _html(("went in", "sha256", "to"), stages))
+    return Html(
+        html_table(("encoder", "weights, sha256"), list(weights.items())) + html_table(("went in", "sha256", "to"), stages)
+    )
 
 
 # ---- shapes ----
+
+
+def _laws(story: Story) -> Iterator[tuple[str, list[float], np.ndarray]]:
+    """What is fitted: name, sizes, losses or errors."""
+    ladder = [story.summaries[point] for point in story.ladder]
+    for key, name in (("parameters", "parameters"), ("flops", "training FLOPs")):
+        yield f"ours: validation loss, {name}", [s[key] for s in ladder], np.array([s["val_loss"] for s in ladder])
+    for task in story.tasks:
+        for protocol in PROTOCOLS:
+            mine = [r for point in story.ladder if (r := story.result(point, task, protocol))]
+            if len(mine) > 3:
+                values = np.array([r.value for r in mine])
+                name, y = _error(f"ours: {task} {mine[0].metric}, {protocol}", values, mine[0].higher_is_better)
+                yield name, [r.parameters for r in mine], y
+    paper = published()["4DS"]
+    for task in story.tasks:
+        known = paper["tasks"].get(task, {})
+        for protocol in (protocol for protocol in PROTOCOLS if protocol in known):
+            values = np.array(list(known[protocol].values()))
+            name, y = _error(f"4DS: {task} {known['metric']}, {protocol}", values, known["higher_is_better"])
+            yield name, [paper["sizes"][size] for size in known[protocol]], y
+
+
+def _error(name: str, values: np.ndarray, higher_is_better: bool) -> tuple[str, np.ndarray]:
+    """What falls to 0 at best; metrics of which more is better are all shares."""
+    return (f"{name}: 1 - value", 1 - values) if higher_is_better else (name, values)
+
+
+def _fidelities(story: Story) -> dict[str, str]:
+    """What was measured on sets of frames and clips: key in a `reconstruct` result -> head of a column."""
+    there = {key for point in story.points for key in story.fidelity[point]}
+    names = {f"{kind}_{m}": f"{FIDELITY[m]}\n{FEATURES[kind]}" for kind in FEATURES for m in FIDELITY}
+    return {key: name for key, name in names.items() if key in there}
+
+
+def _maker(story: Story, stage: str, kind: str) -> str:
+    """The stage that made an input of another stage."""
+    _, encoder, *rest = (*stage.split("/"), "")
+    match kind:
+        case "checkpoint":
+            return f"pretrain/{encoder}"
+        case "head":
+            return f"readout/{encoder}/{rest[0]}/frozen"
+        case "teacher":
+            return f"pretrain/{story.recipes[encoder]['teacher']}"
+    return kind
+
+
+def span(low: float, high: float) -> str:
+    return f"[{cell(low)}, {cell(high)}]"
 
 
 def _overview(story: Story, *, intervals: bool = False) -> tuple[list[str], list[list[str]]]:
@@ -222,8 +354,8 @@ def _overview(story: Story, *, intervals: bool = False) -> tuple[list[str], list
         for index, protocol in enumerate(mine or [NOTHING]):
             found = [story.result(encoder, task, protocol) for task in story.tasks]
             known = story.summaries.get(encoder) or next(({"parameters": r.parameters} for r in found if r), {})
-            loss = _cell(known.get("val_loss")) if index == 0 else ""
-            cells = [(_measured(r).replace(" ", "\n", 1) if intervals else _cell(r.value)) if r else NOTHING for r in found]
+            loss = cell(known.get("val_loss")) if index == 0 else ""
+            cells = [(_measured(r).replace(" ", "\n", 1) if intervals else cell(r.value)) if r else NOTHING for r in found]
             rows.append([encoder, _size(known.get("parameters")), protocol, loss, *cells])
     return head, rows
 
@@ -233,10 +365,10 @@ def _label(r: Result) -> str:
 
 
 def _measured(r: Result) -> str:
-    return f"{_cell(r.value)} [{_cell(r.low)}, {_cell(r.high)}]"
+    return f"{cell(r.value)} {span(r.low, r.high)}"
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
     if value is None:
         return NOTHING
     if isinstance(value, bool) or not isinstance(value, float | int):
@@ -258,9 +390,9 @@ def _hash(provenance: Mapping[str, Any]) -> str:
     return str(code.get("sha256", NOTHING)) if isinstance(code, Mapping) else str(code or NOTHING)
 
 
-def _html(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     def line(cells: Sequence[str], tag: str) -> str:
-        inner = "".join(f"<{tag}>{html.escape(cell).replace(chr(10), '<br>')}</{tag}>" for cell in cells)
+        inner = "".join(f"<{tag}>{html.escape(text).replace(chr(10), '<br>')}</{tag}>" for text in cells)
         return f"<tr>{inner}</tr>"
 
     top = f"<thead>{line(head, 'th')}</thead>" if any(head) else ""

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from scaling4d import artifacts, config
 from scaling4d.records import UserError, write_json
-from scaling4d.report import tables
+from scaling4d.report import built, site, tables
 from scaling4d.report.story import Story, read
 
 NOTEBOOK = Path("reports/scaling.ipynb")
@@ -37,10 +39,12 @@ def build(settings: Mapping[str, Any]) -> None:
         _write_figures(story, out)
         _execute(out / NOTEBOOK.name)
         (out / "report.html").write_text(_html(out / NOTEBOOK.name))
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in sorted(ready.iterdir()):
-        file.replace(folder / file.name)
-    ready.rmdir()
+        _write_site(out)
+    for file in sorted(file for file in ready.rglob("*") if file.is_file()):
+        final = folder / file.relative_to(ready)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        file.replace(final)
+    shutil.rmtree(ready)
     page = artifacts.sha256(folder / "report.html")
     artifacts.write_run("report", page, started=started)
     write_runs(story, settings, folder / RUNS, also={page})
@@ -68,7 +72,9 @@ def _write_tables(story: Story, out: Path) -> None:
     (out / "results.csv").write_text(tables.results_csv(story))
     (out / "pretrain.csv").write_text(tables.pretrain_csv(story))
     (out / "reconstruct.csv").write_text(tables.reconstruct_csv(story))
+    (out / "curves.csv").write_text(tables.curves_csv(story))
     write_json(out / "metrics.json", tables.metrics(story))
+    write_json(out / "stages.json", tables.stages(story))
 
 
 def _write_figures(story: Story, out: Path) -> None:
@@ -76,6 +82,14 @@ def _write_figures(story: Story, out: Path) -> None:
 
     for figure in FIGURES:
         (out / f"{figure.__name__}.svg").write_text(figure(story))
+
+
+def _write_site(out: Path) -> None:
+    """The page that `scaling4d serve` opens; it holds a copy of the report, so that the folder can be moved as a whole."""
+    (out / site.FOLDER).mkdir()
+    shutil.copy(out / "report.html", out / site.FOLDER / "report.html")
+    report = replace(built.read(folder=out.as_posix()), name="this report")
+    (out / site.FOLDER / site.PAGE).write_text(site.page(report))
 
 
 def _execute(path: Path) -> None:
