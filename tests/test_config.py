@@ -37,6 +37,16 @@ def test_every_profile_composes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert config.compose([f"profile={path.stem}"])["profile"] == path.stem
 
 
+def test_every_profile_shows_readouts_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for path in sorted((ROOT / "experiments/profile").glob("*.yaml")):
+        composed = config.compose([f"profile={path.stem}"])
+        shown = composed["show"]
+        assert set(shown["tasks"]) <= set(composed["readout"]["tasks"]), path
+        if shown["tasks"]:
+            assert {shown["encoder"], shown["beside"]} <= set(composed["encoders"]["frozen"]), path
+
+
 def test_the_paper_profile_reads_out_by_the_published_recipe_whatever_pocket_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """scivid's frozen readouts: 1.28 M samples in batches of 32, peak rate 3e-4, weight decay 1e-4."""
     monkeypatch.chdir(ROOT)

@@ -331,6 +331,13 @@ def change(folder: Path, **values: object) -> None:
     write_json(folder / "result.json", result)
 
 
+def forget(section: str, key: str) -> None:
+    path = readout("depth") / "provenance.json"
+    made = json.loads(path.read_text())
+    del made["settings"]["readout.shared"][section][key]
+    write_json(path, made)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -341,6 +348,10 @@ def change(folder: Path, **values: object) -> None:
         ),
         (lambda: (readout("depth") / HEAD).write_bytes(b"no"), ".*head.safetensors is damaged: .*"),
         (lambda: (readout("depth") / "result.json").write_text("{"), ".* is not the folder of a readout: .*"),
+        (
+            lambda: forget("Evaluation", "ranks"),
+            ".* was made by another version, with other settings (.*ranks.*); run `dvc repro`",
+        ),
         (lambda: shutil.rmtree(readout("depth")), ".* is not the folder of a readout: .*"),
         (lambda: Path("out").mkdir(), "out exists; choose another name or remove it"),
     ],

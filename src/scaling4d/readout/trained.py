@@ -39,7 +39,8 @@ def read(folder: Path) -> Trained:
     """A readout's folder in artifacts/, and the encoder beside it.
 
     Raises:
-        UserError: no readout, a fine-tuned one, whose encoder was not kept, or an encoder that is gone or is another one.
+        UserError: no readout, one of another version, a fine-tuned one, whose encoder was not kept, or an encoder that is gone or
+            is another one.
     """
     try:
         result = Result.read(folder / "result.json")
@@ -54,8 +55,11 @@ def read(folder: Path) -> Trained:
     home = folder.resolve().parents[3] / "pretrain" / result.encoder
     if not home.is_dir() or checkpoint.weights_sha256(home) != result.checkpoint_sha256:
         raise UserError(f"{folder} was trained on an encoder {result.encoder} that is no longer at {home}; run `dvc repro`")
-    config.bind(settings["readout.shared"], settings[f"readout.tasks.{result.task}"])
-    evaluation, asked = config.build(Evaluation), config.build(TASKS[result.task])
+    try:
+        config.bind(settings["readout.shared"], settings[f"readout.tasks.{result.task}"])
+        evaluation, asked = config.build(Evaluation), config.build(TASKS[result.task])
+    except (UserError, KeyError) as error:
+        raise UserError(f"{folder} was made by another version, with other settings ({error}); run `dvc repro`") from error
     encoder = load_encoder(home).eval()
     head = asked.head(features_width=encoder.width, clip=encoder.clip)
     standard = Standard(tensors.pop("standard.matrix"), tensors.pop("standard.offset"))
