@@ -42,7 +42,7 @@ def bench(
     load = measure.busy()
     raw: dict[str, Any] = {}
     found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as scratch, measure.one_thread():
+    with tempfile.TemporaryDirectory() as scratch, measure.threads(1):
         for number in range(files):
             path = Path(scratch, "videos", f"{number}.mp4")
             path.parent.mkdir(exist_ok=True)
