@@ -67,7 +67,7 @@ def _race(
     alone = Contestant(ALONE, partial(_decode, folder, steps, seed), steps * BATCH)
     contestants = [
         alone,
-        *(Contestant(f"workers: {count}", partial(_load, folder, steps, count, seed), steps * BATCH) for count in workers),
+        *(Contestant(f"workers: {count}", partial(load, folder, steps, count, seed), steps * BATCH) for count in workers),
     ]
     raw = measure.race(contestants, repeats=repeats)
     rows = measure.rows(contestants, raw, ours=ALONE)
@@ -96,7 +96,7 @@ def _batches(folder: Path, *, steps: int, workers: int, seed: int) -> loader.Bat
     )
 
 
-def _load(folder: Path, steps: int, workers: int, seed: int) -> float:
+def load(folder: Path, steps: int, workers: int, seed: int) -> float:
     """Seconds of `steps` batches, after as many as wait ready once the workers have started."""
     ready = workers * loader.PREFETCH + 1
     stream = _batches(folder, steps=ready + steps, workers=workers, seed=seed)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from scaling4d import seeds
 from scaling4d.bench import device as devices
-from scaling4d.bench.steps import Step, step
+from scaling4d.bench.steps import Step, step, updated
 from scaling4d.mae.mae_st import MAEST
 from scaling4d.mae.masking import keep
 from scaling4d.mae.published import MAE_ST_MEAN, MAE_ST_STD, mae_st
@@ -47,7 +47,7 @@ def videomae(*, clips: int, mask_ratio: float, precision: str, device: torch.dev
         with devices.computing_in(precision, device):
             return model(pixels, bool_masked_pos=hidden).loss
 
-    return step(model, loss, clips)
+    return step(loss, updated(model), clips)
 
 
 def official_mae_st(folder: Path, settings: Mapping[str, Any]) -> nn.Module:
@@ -88,7 +88,7 @@ def official_step(model: nn.Module, *, clips: int, clip: tuple[int, int, int], m
     """A step of it; it draws its own masks from torch's global state."""
     frames, side, _ = clip
     pixels = torch.randn(clips, 3, frames, side, side, device=device)  # B C T H W
-    return step(model.to(device).train(), lambda: model(pixels, mask_ratio)[0], clips)
+    return step(lambda: model(pixels, mask_ratio)[0], updated(model.to(device).train()), clips)
 
 
 @torch.no_grad()

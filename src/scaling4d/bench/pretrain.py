@@ -1,4 +1,4 @@
-"""`scaling4d bench pretrain`: clips a second of whole training steps; beside ours VideoMAE of transformers, the official MAE-ST."""
+"""`scaling4d bench pretrain`: clips a second of whole training steps, beside VideoMAE of transformers and the official MAE-ST."""
 
 from __future__ import annotations
 
@@ -115,7 +115,9 @@ def _official(folder: Path | None, *, clips: int, precision: str, device: torch.
         raise ImportError("its pretraining computes in fp32")
     settings = config.section(steps.settings_of("mae_st_B"), "MAEST")
     theirs = peers.official_mae_st(folder, settings)
-    difference = peers.loss_difference(steps.model("mae_st_B", {}, seed=seed), theirs, settings, seed=seed)
+    difference = peers.loss_difference(
+        steps.model("mae_st_B", {}, device=torch.device("cpu"), seed=seed), theirs, settings, seed=seed
+    )
     if difference > peers.SAME_LOSS:
         raise RuntimeError(f"its loss differs from ours by {difference:.1e} of it")
     return peers.official_step(theirs, clips=clips, clip=settings["clip"], mask_ratio=settings["mask_ratio"], device=device)
@@ -144,8 +146,8 @@ def race(group: Group, given: Mapping[str, Any], *, repeats: int) -> tuple[dict[
 
 def _ours(row: Row, given: Mapping[str, Any], *, best_batch: bool) -> Step:
     def make(clips: int) -> Step:
-        fresh = steps.model(row.point, row.changes, seed=given["seed"])
-        return steps.ours(fresh, mask_ratio=row.mask_ratio, **given | {"clips": clips})
+        fresh = steps.model(row.point, row.changes, device=given["device"], seed=given["seed"])
+        return steps.ours(fresh, steps.updated(fresh), mask_ratio=row.mask_ratio, **given | {"clips": clips})
 
     return make(best_clips(make, given["clips"], given["device"]) if best_batch else given["clips"])
 

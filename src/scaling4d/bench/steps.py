@@ -24,15 +24,15 @@ from scaling4d.mae.masking import keep
 from scaling4d.records import MaskedTokens
 
 BETAS, WEIGHT_DECAY = (0.9, 0.95), 0.05
-CLIP, PATCH = (16, 224, 224), (2, 16, 16)  # T H W, pt ph pw: of profile paper, and of the peers
+
+
+Update = Callable[[Tensor], None]
 
 
 @dataclass(frozen=True)
 class Step:
-    """A model in training. loss: one forward pass. clips: in a batch. flops: of a clip, three forward passes."""
+    """clips: in a batch. flops: of a clip, three forward passes. run: a whole step."""
 
-    model: nn.Module
-    loss: Callable[[], Tensor]
     clips: int
     flops: float
     run: Callable[[], None]
@@ -46,7 +46,7 @@ def settings_of(point: str) -> dict[str, dict[str, Any]]:
     return settings["points"][point]
 
 
-def model(point: str, changes: Mapping[str, Any], *, seed: int) -> nn.Module:
+def model(point: str, changes: Mapping[str, Any], *, device: torch.device, seed: int) -> nn.Module:
     """The point with its initial weights.
 
     Args:
@@ -56,7 +56,19 @@ def model(point: str, changes: Mapping[str, Any], *, seed: int) -> nn.Module:
     config.bind({method: settings | changes})
     made = config.build(METHODS[method])
     made.initialise(seed)
-    return made
+    return made.to(device)
+
+
+def updated(model: nn.Module) -> Update:
+    """The backward pass from a loss and AdamW's update, the same for everyone."""
+    adamw, _ = optimizer.adamw({"all": (list(model.named_parameters()), 0.0)}, betas=BETAS, weight_decay=WEIGHT_DECAY)
+
+    def update(loss: Tensor) -> None:
+        loss.backward()
+        adamw.step()
+        adamw.zero_grad()
+
+    return update
 
 
 def masked(model: nn.Module, clips: int, mask_ratio: float, rng: torch.Generator) -> MaskedTokens:
@@ -66,7 +78,9 @@ def masked(model: nn.Module, clips: int, mask_ratio: float, rng: torch.Generator
     return keep(model.masking, batch=clips, grid=grid, mask_ratio=ratio, rng=rng, down=down)
 
 
-def ours(model: nn.Module, *, clips: int, mask_ratio: float, precision: str, device: torch.device, seed: int) -> Step:
+def ours(
+    model: nn.Module, update: Update, *, clips: int, mask_ratio: float, precision: str, device: torch.device, seed: int
+) -> Step:
     """One of METHODS as it is trained; its masks come from a stream that goes on from step to step."""
     pixels = torch.randint(0, 256, (clips, *model.encoder.clip, 3), dtype=torch.uint8, generator=seeds.stream(seed, "bench"))
     pixels, rng = pixels.to(device), seeds.stream(seed, "bench mask")
@@ -76,19 +90,11 @@ def ours(model: nn.Module, *, clips: int, mask_ratio: float, precision: str, dev
         with devices.computing_in(precision, device):
             return model(pixels, MaskedTokens(chosen.kept.to(device), chosen.grid))
 
-    return step(model.to(device), loss, clips)
+    return step(loss, update, clips)
 
 
-def step(model: nn.Module, loss: Callable[[], Tensor], clips: int) -> Step:
-    """The same update for everyone."""
-    adamw, _ = optimizer.adamw({"all": (list(model.named_parameters()), 0.0)}, betas=BETAS, weight_decay=WEIGHT_DECAY)
-
-    def run() -> None:
-        loss().backward()
-        adamw.step()
-        adamw.zero_grad()
-
-    return Step(model, loss, clips, 3 * forward_flops(loss) / clips, run)
+def step(loss: Callable[[], Tensor], update: Update, clips: int) -> Step:
+    return Step(clips, 3 * forward_flops(loss) / clips, lambda: update(loss()))
 
 
 def forward_flops(loss: Callable[[], Tensor]) -> int:
