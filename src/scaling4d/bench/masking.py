@@ -46,7 +46,7 @@ def bench(
     workers: int,
     shards: Path | None,
     points: Mapping[str, Mapping[str, str]] = POINTS,
-    changes: Mapping[str, Any] | None = None,
+    changes: Mapping[str, Mapping[str, Any]] | None = None,
     ratios: Sequence[float] = RATIOS,
     seed: int = 0,
 ) -> Path:
@@ -54,8 +54,8 @@ def bench(
 
     Args:
         clips: a step. workers: processes that load. shards: a `clips` folder to load from, made up where there is none.
-        points: size -> method -> file of experiments/point. changes: of every point's settings. ratios: shares of hidden tokens;
-          each method's times are set against its own with the first, and the first method's.
+        points: size -> method -> file of experiments/point. changes: of the points' settings, by point. ratios: shares of hidden
+          tokens; each method's times are set against its own with the first, and the first method's.
     """
     load, device = measure.busy(), devices.best()
     raw: dict[str, Any] = {}
@@ -65,7 +65,11 @@ def bench(
         loading = Contestant(LOADING, partial(loader.load, folder, BATCHES, workers, seed), BATCHES * loader.BATCH)
         for size, methods in points.items():
             given = {"clips": clips, "precision": precision, "device": device, "seed": seed}
-            runs = [run for method, point in methods.items() for run in _runs(method, point, changes or {}, ratios, given)]
+            runs = [
+                run
+                for method, point in methods.items()
+                for run in _runs(method, point, (changes or {}).get(point, {}), ratios, given)
+            ]
             contestants = [Contestant(run.name, devices.clocked(run.step.run, device), clips) for run in runs]
             contestants += [loading, *devices.peaks([precision], device)]
             seconds = measure.race(contestants, repeats=repeats)
