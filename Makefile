@@ -43,7 +43,7 @@ gpu:
 
 measured-on-gpu: export PYTHONPATH := src:.gpu
 measured-on-gpu: .gpu/installed
-	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m pytest -m gpu tests/bench
 	$(PYTHON) -m scaling4d bench attention --precision bf16 --total 100352
 	$(PYTHON) -m scaling4d bench pretrain --precision bf16 --precision fp32 --clips 16
 	$(PYTHON) -m scaling4d bench masking --precision bf16 --clips 16

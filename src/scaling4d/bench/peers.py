@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,16 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scaling4d import seeds
+from scaling4d import seeds, vision_operators
 from scaling4d.bench import device as devices
 from scaling4d.bench.steps import Step, step, updated
 from scaling4d.mae.mae_st import MAEST
 from scaling4d.mae.masking import keep
 from scaling4d.mae.published import MAE_ST_MEAN, MAE_ST_STD, mae_st
-from scaling4d.reconstruct.fidelity import _operators
 from scaling4d.records import MaskedTokens
 
 SAME_LOSS = 1e-4  # relative, at most: one model, so the difference is rounding
+
+
+def _let_torchvision_load() -> None:
+    """Both peers import it, where it is installed."""
+    if importlib.util.find_spec("torchvision"):
+        vision_operators.declare()
 
 
 def videomae(*, clips: int, mask_ratio: float, precision: str, device: torch.device, seed: int, **config: Any) -> Step:
@@ -30,7 +35,7 @@ def videomae(*, clips: int, mask_ratio: float, precision: str, device: torch.dev
     Args:
         config: of VideoMAEConfig, where it is not to be the default.
     """
-    _operators()
+    _let_torchvision_load()
     from transformers import VideoMAEConfig, VideoMAEForPreTraining
 
     wanted = VideoMAEConfig(**config)
@@ -56,7 +61,7 @@ def official_mae_st(folder: Path, settings: Mapping[str, Any]) -> nn.Module:
     Raises:
         ImportError: no such folder, or a library that its code needs is missing.
     """
-    _operators()
+    _let_torchvision_load()
     if not (folder / "models_mae.py").is_file():
         raise ImportError(f"{folder} is no checkout of facebookresearch/mae_st: it has no models_mae.py")
     package = ModuleType("mae_st")  # as its modules call their parent, whatever the folder's name is
