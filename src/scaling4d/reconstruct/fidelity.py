@@ -7,16 +7,13 @@ of this project with each other; it is not the Inception FID of the literature.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from scaling4d import config
+from scaling4d import config, vision_operators
 from scaling4d.mae.encoder import Encoder, initialise, sincos
 
 BATCH = 64  # frames at a time
@@ -61,21 +58,7 @@ def frechet_distance(frames: Tensor, true_frames: Tensor, encoder: Encoder) -> f
     return float(fid.fid_statistics_to_metric(*statistics, verbose=False)[fid.KEY_METRIC_FID])
 
 
-@cache
-def _operators() -> torch.library.Library | None:
-    """Declares what torchvision needs to be imported beside a CPU build of torch; the cache keeps it alive."""
-    library = Path(importlib.util.find_spec("torchvision").origin).parent / "_C.so"
-    try:
-        torch.ops.load_library(library)
-        return None
-    except OSError:
-        declared = torch.library.Library("torchvision", "DEF")
-        declared.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        declared.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        return declared
-
-
 def _metric_fid() -> ModuleType:
     """torch-fidelity's Frechet distance; importing it imports torchvision."""
-    _operators()
+    vision_operators.declare()
     return importlib.import_module("torch_fidelity.metric_fid")
