@@ -1,10 +1,11 @@
 # make repro   set everything up and run the pipeline        make test   set everything up and run the tests
+# make gpu     GPU tests and benches, on a machine that has torch, numpy and wheels/ (from `make wheels` on one with a network)
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install repro test lint
+.PHONY: install repro test lint wheels gpu measured-on-gpu
 
 install: .venv/installed
 
@@ -24,3 +25,32 @@ test: install
 
 lint: install
 	ruff check --fix . && ruff format .
+
+# For another Python than this one: make wheels GPU_PYTHON=3.12
+GPU_PYTHON ?= $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+GLIBC := 2014 1 2_17 2_24 2_26 2_27 2_28 2_31
+
+wheels: install
+	mkdir -p wheels
+	python -m scaling4d.bench.carried > wheels/list.txt
+	pip wheel -q --no-deps -w wheels $$(grep antlr4 wheels/list.txt)
+	grep -v antlr4 wheels/list.txt | xargs pip download -q --no-deps --only-binary=:all: -d wheels --python-version $(GPU_PYTHON) \
+		$(foreach glibc,$(GLIBC),--platform manylinux$(if $(findstring _,$(glibc)),_)$(glibc)_x86_64)
+
+gpu:
+	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(MAKE) measured-on-gpu; \
+	else echo "no CUDA device: GPU tests and benches are skipped, and nothing is claimed of any GPU"; fi
+
+measured-on-gpu: export PYTHONPATH := src:.gpu
+measured-on-gpu: .gpu/installed
+	$(PYTHON) -m pytest -m gpu tests/bench
+	$(PYTHON) -m scaling4d bench attention --precision bf16 --total 100352
+	$(PYTHON) -m scaling4d bench pretrain --precision bf16 --precision fp32 --clips 16
+	$(PYTHON) -m scaling4d bench masking --precision bf16 --clips 16
+	$(PYTHON) -m scaling4d bench costs
+	$(PYTHON) -m scaling4d bench loader
+
+.gpu/installed: wheels/list.txt
+	rm -rf .gpu
+	$(PYTHON) -m pip install -q --no-index --no-deps --target .gpu wheels/*.whl
+	touch .gpu/installed

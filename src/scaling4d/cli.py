@@ -425,3 +425,65 @@ def bench_curate(
     from scaling4d.bench import curate
 
     print(f"wrote {curate.bench(out, files=files, more=more, repeats=repeats)}")
+
+
+@bench.command(name="pretrain")
+def bench_pretrain(
+    out: Reports = REPORTS,
+    clips: Annotated[int, typer.Option(min=1, help="A batch of everyone.")] = 8,
+    repeats: Repeats = 5,
+    precision: Annotated[list[str], typer.Option(help="fp32 or bf16; give it twice for both.")] = ["fp32"],  # noqa: B006
+    mae_st: Annotated[
+        Path | None, typer.Option(help="A checkout of facebookresearch/mae_st to measure beside ours; its code is run.")
+    ] = None,
+) -> None:
+    """Clips a second of whole training steps, and the share of the matmul peak: ours, transformers' VideoMAE, official MAE-ST."""
+    _precisions(precision)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler else reports on itself
+    from scaling4d.bench import pretrain
+
+    print(f"wrote {pretrain.bench(out, clips=clips, repeats=repeats, precisions=precision, mae_st=mae_st)}")
+
+
+@bench.command(name="masking")
+def bench_masking(
+    out: Reports = REPORTS,
+    clips: Annotated[int, typer.Option(min=1, help="A batch.")] = 2,
+    repeats: Repeats = 5,
+    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    workers: Annotated[int, typer.Option(min=0, help="Processes that load clips.")] = 4,
+    shards: Annotated[Path | None, typer.Option(help="A `clips` folder to load from, instead of made-up videos.")] = None,
+) -> None:
+    """Step time at 0, 75, 90 and 95 % hidden, MAE-ST's and SimpleMAE's decoding at B and L; loading clips beside it."""
+    _precisions([precision])
+    from scaling4d.bench import masking
+
+    print(f"wrote {masking.bench(out, clips=clips, repeats=repeats, precision=precision, workers=workers, shards=shards)}")
+
+
+@bench.command(name="attention")
+def bench_attention(
+    out: Reports = REPORTS,
+    total: Annotated[int, typer.Option(min=1, help="Tokens of all clips together, about.")] = 6272,
+    repeats: Repeats = 7,
+    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+) -> None:
+    """Attention at the token counts in use: ours, torch's own ways, xformers; clips in a batch and packed in one sequence."""
+    _precisions([precision])
+    from scaling4d.bench import attention
+
+    print(f"wrote {attention.bench(out, total=total, repeats=repeats, precision=precision)}")
+
+
+@bench.command(name="costs")
+def bench_costs(out: Reports = REPORTS, repeats: Repeats = 5) -> None:
+    """How time and memory of training grow with clips, frames, side, depth, width and batch, beside the formulas."""
+    from scaling4d.bench import costs
+
+    print(f"wrote {costs.bench(out, repeats=repeats)}")
+
+
+def _precisions(given: list[str]) -> None:
+    for precision in given:
+        if precision not in ("fp32", "bf16"):
+            raise UserError(f"--precision {precision!r}; needed fp32 or bf16")

@@ -68,3 +68,8 @@ def test_memory_of_processes_below_counts() -> None:
 def test_growth_is_the_slope_of_a_line() -> None:
     samples = [Memory(10.0 + 30 * n, 1000 + 50 * n, 0, 0) for n in range(4)]
     assert measure.slope_per_minute(samples) == pytest.approx(100)
+
+
+def test_how_many_times_as_fast_is_told_of_turns_that_follow_one_another() -> None:
+    raw = Raw({"ours": [1.0, 2.0, 4.0], "peer": [2.0, 6.0, 8.0]}, {})
+    assert measure.times_as_fast(raw, "ours", "peer") == {"median": 2.0, "low": 2.0, "high": 2.5}

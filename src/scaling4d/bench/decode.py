@@ -53,7 +53,7 @@ def bench(
     load = measure.busy()
     raw: dict[str, Any] = {}
     found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder, measure.one_thread():
+    with tempfile.TemporaryDirectory() as folder, measure.threads(1):
         short = videos.make(Path(folder, "short.mp4"), seed, seconds=2, height_px=96, width_px=128, gop=12)
         made, missing = measure.available({name: partial(_tried, make, short) for name, make in makers.items()})
         for (height, width), gop in ((size, gop) for size in sizes for gop in gops):

@@ -42,7 +42,7 @@ def bench(
     load = measure.busy()
     raw: dict[str, Any] = {}
     found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as scratch, measure.one_thread():
+    with tempfile.TemporaryDirectory() as scratch, measure.threads(1):
         for number in range(files):
             path = Path(scratch, "videos", f"{number}.mp4")
             path.parent.mkdir(exist_ok=True)
@@ -70,7 +70,7 @@ def _race(
     alone = Contestant(ALONE, partial(_decode, folder, steps, seed), steps * BATCH)
     contestants = [
         alone,
-        *(Contestant(f"workers: {count}", partial(_load, folder, steps, count, seed), steps * BATCH) for count in workers),
+        *(Contestant(f"workers: {count}", partial(load, folder, steps, count, seed), steps * BATCH) for count in workers),
     ]
     raw = measure.race(contestants, repeats=repeats)
     rows = measure.rows(contestants, raw, ours=ALONE)
@@ -99,7 +99,7 @@ def _batches(folder: Path, *, steps: int, workers: int, seed: int) -> loader.Bat
     )
 
 
-def _load(folder: Path, steps: int, workers: int, seed: int) -> float:
+def load(folder: Path, steps: int, workers: int, seed: int) -> float:
     """Seconds of `steps` batches, after as many as wait ready once the workers have started."""
     ready = workers * loader.PREFETCH + 1
     stream = _batches(folder, steps=ready + steps, workers=workers, seed=seed)

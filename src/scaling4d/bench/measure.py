@@ -80,6 +80,12 @@ def rows(contestants: Sequence[Contestant], raw: Raw, *, ours: str) -> list[dict
     return found
 
 
+def times_as_fast(raw: Raw, name: str, other: str) -> dict[str, float]:
+    """How many times as fast as the other, who does the same work: the median over the repeats, and the quartiles."""
+    low, middle, high = np.percentile(np.divide(raw.seconds[other], raw.seconds[name]), (25, 50, 75))
+    return {"median": float(middle), "low": float(low), "high": float(high)}
+
+
 def available(makers: Mapping[str, Callable[[], Any]]) -> tuple[dict[str, Any], dict[str, str]]:
     """What each maker returns, by name; and why not, in one line, for those whose library cannot be loaded."""
     made, missing = {}, {}
@@ -101,12 +107,12 @@ def machine() -> dict[str, Any]:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Torch computes in one thread here, as it does in a rank."""
+def threads(count: int) -> Iterator[None]:
+    """Torch computes in so many threads here; a rank has one."""
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
@@ -228,6 +234,16 @@ def memory(pid: int, *, every_s: float) -> Iterator[list[Memory]]:
     finally:
         over.set()
         thread.join()
+
+
+def held() -> int:
+    """Bytes of memory of this process now. Linux only."""
+    return _fields(os.getpid(), "status")["VmRSS"]
+
+
+def held_at_most() -> int:
+    """Bytes of memory of this process at its peak. Linux only."""
+    return _fields(os.getpid(), "status")["VmHWM"]
 
 
 def slope_per_minute(samples: Sequence[Memory]) -> float:
