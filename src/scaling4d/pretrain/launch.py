@@ -26,6 +26,7 @@ from scaling4d.ranks import STOP, started
 from scaling4d.records import AGAIN, UserError
 
 PORT = 29500  # where the machines of a Slurm job meet; torchrun's own
+NEW_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 REQUEUES = 10_000
 POLL_S = 2.0
 
@@ -107,10 +108,13 @@ def _run(command: list[str], dry: bool) -> int:
 
 
 def _start(command: list[str]) -> subprocess.Popen:
-    """Slurm's signal for submitit reaches every process of a job; it waits in these, which so leave it to submitit."""
+    """Slurm's signal for submitit reaches every process of a job; it waits in these, which so leave it to submitit.
+
+    Where ranks are started again, they meet in a new store: of several machines only some count that they were started again.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
     try:
-        return subprocess.Popen(command)
+        return subprocess.Popen(command, env=os.environ | (NEW_STORE if "--nnodes" in command else {}))
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

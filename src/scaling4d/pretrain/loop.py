@@ -162,8 +162,6 @@ def _train(*, rank: int, ranks: int, run: Run) -> None:
 def _model(run: Run, ranks: int) -> tuple[nn.Module, nn.Module]:
     """The point's model in its place with its first weights, and what computes a step's loss with it."""
     device = run.training.device
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("pretrain.Training.device is cuda, and there is no GPU here; set it to cpu, or run where one is")
     model = build(run.point, run.settings)
     for teacher in getattr(model, "taught_by", ()):
         teacher.to(device)
