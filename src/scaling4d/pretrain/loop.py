@@ -335,10 +335,8 @@ def _not_finite(run: Run, step: int, grad: float, batch: ClipBatch, loss: Tensor
     if dist.get_rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"step": step, "gradient": str(grad), "ranks": found})
-    clips = [name for rank in found for name in rank["clips"]]
-    few = ", ".join(clips[:4])
     return (
-        f"step {step}: the gradient is {grad}; clips {few} and {len(clips) - 4} more, see {path}; "
+        f"step {step}: the gradient is {grad}; clips {', '.join(batch.ids[:2])} ... and each rank's loss are in {path}; "
         "lower pretrain.Training.rate_times_width"
     )
 
