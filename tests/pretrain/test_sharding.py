@@ -85,7 +85,16 @@ def test_sharded_first_weights_are_those_of_one_rank_and_gradients_nearly(
         assert torch.allclose(grads[name], wanted[name], rtol=1e-3, atol=1e-6), name
 
 
-@pytest.mark.parametrize("sharding", [{"recompute": "block"}, {"recompute": "selective", "recompute_every": 3}, {"packed": True}])
+@pytest.mark.parametrize(
+    "sharding",
+    [
+        {"recompute": "block"},
+        {"recompute": "selective", "recompute_every": 3},
+        {"packed": True},
+        pytest.param({"compile": True}, marks=pytest.mark.slow),
+        pytest.param({"compile": True, "recompute": "selective"}, marks=pytest.mark.slow),
+    ],
+)
 def test_how_a_block_is_computed_does_not_change_what(project: Path, sharding: dict) -> None:
     settings = config.read()
     _, found = run(gradients, ranks=2, point="nano", settings=settings, sharding=sharding | {"shards": 2})
@@ -201,6 +210,7 @@ def test_rates_grow_with_the_batch(changed: Callable) -> None:
             "cuda",
             r"rank \d needs a GPU of its own, and this machine has 0; set pretrain.Training.device to cpu, .+",
         ),
+        ("pretrain.Running.keep", 0, "pretrain.Running.keep is 0; needed 1 or more"),
         ("pretrain.Training.ema", 1.0, r"pretrain.Training.ema = 1.0; needed 0 \(none\) or a share below 1, such as 0.999"),
     ],
 )

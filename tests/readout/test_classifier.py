@@ -11,7 +11,7 @@ import torch
 from scaling4d import config, seeds
 from scaling4d.mae.encoder import Encoder, initialise
 from scaling4d.mae.mae_st import MAESTEncoder
-from scaling4d.pretrain.loop import baseline
+from scaling4d.pretrain.point import baseline
 from scaling4d.readout.classifier import Classes, Classifier, Tuned, classify, layers, mixed, rectangle
 from scaling4d.records import UserError
 
