@@ -221,7 +221,7 @@ def render(out: Path) -> None:
 @app.command()
 def plan(
     point: str,
-    mesh: Annotated[str | None, typer.Option(help="SHARDSxREPLICAS, such as 256x1; as the profile's ranks unless told.")] = None,
+    mesh: Annotated[str | None, typer.Option(help="SHARDSxREPLICAS, such as 256x1; as the profile unless told.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Clips a step over all GPUs; as the profile unless told.")] = None,
     recompute: Annotated[str, typer.Option(help="none, or block: make activations again in the backward pass.")] = "none",
     gpu: Annotated[str, typer.Option(help="h100, h200, a100 or a100_40.")] = "h100",

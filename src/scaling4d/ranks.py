@@ -192,6 +192,8 @@ def _join(work: Callable[..., T], ranks: int, device: str, hang_s: float | None,
     if world == here and Path("/sys/class/net/lo").exists():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store, _, _ = next(dist.rendezvous("env://"))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it outlives its ranks: those that are started again begin anew
+        store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     _enter(
         store, rank, ranks, int(os.environ["LOCAL_RANK"]), device, hang_s, lambda hung: print(f"error: {hung}", file=sys.stderr)
     )
@@ -205,6 +207,11 @@ def _enter(
 ) -> None:
     torch.set_num_threads(1)
     if device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"rank {rank} needs a GPU of its own, and this machine has {torch.cuda.device_count()}; set "
+                "pretrain.Training.device to cpu, or fewer ranks a machine"
+            )
         torch.cuda.set_device(local)
     if hang_s is not None:
         watched = (dist.PrefixStore("watch", store), rank, ranks, hang_s, tell)
@@ -235,14 +242,18 @@ def _watch(store: dist.Store, rank: int, ranks: int, hang_s: float, tell: Callab
         now = _place
         if now is None:
             return
-        store.set(str(rank), json.dumps([beat, *now]))
-        if now != place:
-            place, since, seen = now, time.monotonic(), []
-        elif time.monotonic() - since > hang_s:
-            seen.append(_places(store, ranks))
-        if len(seen) > 3:  # time enough for everyone who lives to say so
-            verdict = f"{behind(seen[0], seen[-1])}; if it is only slow, raise pretrain.Running.hang_s, {hang_s:g} s"
-            tell(store.compare_set("verdict", "", verdict).decode())  # that of the first, since who has ended says nothing
+        try:
+            store.set(str(rank), json.dumps([beat, *now]))
+            if now != place:
+                place, since, seen = now, time.monotonic(), []
+            elif time.monotonic() - since > hang_s:
+                seen.append(_places(store, ranks))
+            if len(seen) > 3:  # time enough for everyone who lives to say so
+                verdict = f"{behind(seen[0], seen[-1])}; if it is only slow, raise pretrain.Running.hang_s, {hang_s:g} s"
+                tell(store.compare_set("verdict", "", verdict).decode())  # that of the first: who has ended says nothing
+                os._exit(1)
+        except dist.DistError as error:
+            tell(f"rank 0 of {ranks}, where the ranks say how far they are, does not answer ({str(error).splitlines()[0]})")
             os._exit(1)
         time.sleep(hang_s / BEATS)
 

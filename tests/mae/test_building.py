@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 CODE = """
 import json, sys
 from scaling4d import config
-from scaling4d.pretrain.point import build
+from scaling4d.pretrain.point import start
 settings = config.compose(["profile=paper"])
 config.bind(settings["points"][sys.argv[1]])
 
@@ -19,8 +19,7 @@ def held(what):  # VmRSS: now, VmHWM: at most so far
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(what)) * 1024
 
 before = held("VmRSS")
-model = build(sys.argv[1], settings)
-model.initialise(0)
+model = start(sys.argv[1], settings, 0)
 print(json.dumps([held("VmHWM") - before, sum(p.nbytes for p in model.parameters()), max(p.nbytes for p in model.parameters())]))
 """
 

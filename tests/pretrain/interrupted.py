@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import time
@@ -22,10 +23,12 @@ def steps_shown() -> int:
     return len(TIMINGS.read_text().splitlines()) if TIMINGS.is_file() else 0
 
 
-def attempt(settings: dict, *, interrupt: Callable[[int], None] | None = None, after: int = 1) -> int:
-    """Exit code of a pretraining to which `interrupt(pid)` happens after so many steps."""
+def attempt(
+    settings: dict, *, interrupt: Callable[[int], None] | None = None, after: int = 1, most_bytes: int | None = None
+) -> int:
+    """Exit code of a pretraining to which `interrupt(pid)` happens after so many steps; no file may be larger than so."""
     before = steps_shown()
-    child = multiprocessing.get_context("fork").Process(target=_pretrain, args=(settings,))
+    child = multiprocessing.get_context("fork").Process(target=_pretrain, args=(settings, most_bytes))
     child.start()
     while interrupt and child.is_alive() and steps_shown() < before + after:
         time.sleep(0.002)
@@ -35,8 +38,10 @@ def attempt(settings: dict, *, interrupt: Callable[[int], None] | None = None, a
     return child.exitcode
 
 
-def _pretrain(settings: dict) -> None:
+def _pretrain(settings: dict, most_bytes: int | None) -> None:
     os.setpgid(0, 0)
+    if most_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
     try:
@@ -64,6 +69,14 @@ def a_rank(pid: int) -> None:
     found = _children(pid)
     if found:
         os.kill(found[-1], signal.SIGKILL)
+
+
+def a_worker(pid: int) -> None:
+    """A process that decodes for a rank."""
+    found: list[int] = []
+    while not found:
+        found = [child for child in _children(pid) if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    os.kill(found[0], signal.SIGKILL)
 
 
 def politely(pid: int) -> None:

@@ -126,7 +126,7 @@ def test_a_plan_without_options_is_that_of_the_pinned_profile() -> None:
     found = plan("S")
     training = config.compose(["profile=paper"])["pretrain"]["Training"]
     assert (found["schedule"]["steps"], found["schedule"]["batch"]) == (training["steps"], training["batch"])
-    assert (found["mesh"]["shards"], found["mesh"]["replicas"]) == (training["ranks"], 1)
+    assert (found["mesh"]["shards"], found["mesh"]["replicas"]) == (8, training["ranks"] // 8)
     assert found["tokens"] == {"visible": 78, "all": 1568, "coarse": 784}
 
 
@@ -178,7 +178,7 @@ def test_bad_input_is_refused_in_one_line(words: tuple[str, ...], message: str, 
 def test_the_tables_show_every_kind_of_memory_and_the_meshes(command: Callable) -> None:
     code, out, _ = command("j", "--gpu", "h200", "--recompute", "block")
     assert code == 0
-    for word in (*KINDS, "256x1", "visible", "GPU-hours", "H200 SXM 141 GB", "training state"):
+    for word in (*KINDS, "8x32", "visible", "GPU-hours", "H200 SXM 141 GB", "training state"):
         assert word in out
 
 

@@ -122,7 +122,7 @@ def test_validation_loss_does_not_depend_on_the_ranks(project: Path) -> None:
 def test_a_batch_that_does_not_divide_is_refused_and_nothing_is_written(project: Path, changed: Callable) -> None:
     settings = changed("pretrain.Training.batch", 6)
     with pytest.raises(
-        UserError, match="^a batch of 6 clips does not divide among 4 ranks, each clip 1 times; set batch to a multiple$"
+        UserError, match=r"^a batch of 6 clips does not divide among 4 ranks in 1 parts each; set pretrain.Training.batch .+$"
     ):
         pretrain("nano", settings | {"profile": "smoke"})
     assert not list((project / ".resume").glob("partial-*"))

@@ -2,12 +2,13 @@
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from interrupted import a_rank, all_at_once, attempt, politely, politely_for_slurm, the_parent, written
+from interrupted import a_rank, a_worker, all_at_once, attempt, politely, politely_for_slurm, the_parent, written
 
 from scaling4d.pretrain.loop import pretrain
 from scaling4d.records import AGAIN, UserError
@@ -143,6 +144,38 @@ def test_the_state_of_another_point_is_refused(short: Callable) -> None:
         UserError, match=r"holds the training state of mini of profile smoke, needed that of nano of smoke .*remove"
     ):
         pretrain("nano", settings)
+
+
+def test_a_full_disk_is_one_clear_line_and_costs_only_the_state_that_found_no_room(
+    short: Callable, capfd: pytest.CaptureFixture
+) -> None:
+    settings = short(8)
+    undisturbed = written(pretrain("nano", settings))
+    settings = short(8)
+    assert attempt(settings, interrupt=politely, after=2) == AGAIN
+    before = states()
+    capfd.readouterr()
+    assert attempt(settings, most_bytes=100_000) == 1
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert re.match(
+        r"error: the training state of step \d cannot be written to .resume/pretrain-.+ free space there, or", errors[0]
+    )
+    assert states() == before
+    assert attempt(settings) == 0 and written(NANO) == undisturbed
+
+
+@pytest.mark.slow
+def test_a_killed_process_that_decodes_is_one_clear_line_and_the_next_run_goes_on(
+    short: Callable, capfd: pytest.CaptureFixture
+) -> None:
+    undisturbed = written(pretrain("nano", short(60)))
+    settings = short(60, **{"Training.workers": 1, "Training.kept_clips": 0})
+    assert attempt(settings, interrupt=a_worker, after=4) == 1
+    assert re.search(
+        r"error: step \d+: a process that decodes clips ended .+ lower pretrain.Training.workers", capfd.readouterr().err
+    )
+    assert attempt(settings) == 0 and written(NANO) == undisturbed
 
 
 def test_as_many_states_stay_as_are_to_be_kept(short: Callable) -> None:

@@ -20,12 +20,18 @@ from types import FrameType
 from typing import Any
 
 from scaling4d import artifacts, config
+from scaling4d.pretrain.closed_form import MIXED, Sizes, memory
 from scaling4d.pretrain.loop import Run, prepare
+from scaling4d.pretrain.plan import GIB, USABLE
+from scaling4d.pretrain.point import build
 from scaling4d.pretrain.settings import Launch
+from scaling4d.pretrain.work import work_of
 from scaling4d.ranks import STOP, started
 from scaling4d.records import AGAIN, UserError
 
 PORT = 29500  # where the machines of a Slurm job meet; torchrun's own
+NEW_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+IN_FLOAT32 = Sizes(compute=4)
 REQUEUES = 10_000
 POLL_S = 2.0
 
@@ -38,15 +44,48 @@ def launch(point: str, settings: Mapping[str, Any], *, dry: bool) -> int | None:
     Raises:
         UserError: settings that cannot be, nobody at the rendezvous, no Slurm here.
     """
+    run = prepare(point, settings)
+    if run.training.device == "cuda":
+        fits(run, _gpu_bytes())
     if started():
         return None
-    run = prepare(point, settings)
     how = config.build(Launch)
     if run.training.ranks % how.nodes:
         raise UserError(f"{run.training.ranks} ranks do not divide among {how.nodes} nodes; set points.{point}.Launch.nodes")
     if how.where not in STARTERS:
         raise UserError(f"points.{point}.Launch.where is {how.where!r}; needed one of {', '.join(STARTERS)}")
     return STARTERS[how.where](run, how, dry)
+
+
+def fits(run: Run, gpu_bytes: int | None) -> None:
+    """Raises UserError: by the closed form, a step needs more than a GPU of `gpu_bytes` (None: there is none here to ask)."""
+    if gpu_bytes is None:
+        return
+    training, sharding = run.training, run.sharding
+    given = {
+        "shards": sharding.shards,
+        "recompute": sharding.recompute == "block" and sharding.recompute_every == 1,
+        "sizes": MIXED if training.compute == "bfloat16" else IN_FLOAT32,
+    }
+    work = work_of(build(run.point, run.settings))
+    clips = training.batch // training.ranks // sharding.accumulate
+    needed = memory(work, clips=clips, **given)["total"]
+    if needed > USABLE * gpu_bytes:
+        fewer = [n for n in range(1, clips) if clips % n == 0 and memory(work, clips=n, **given)["total"] <= USABLE * gpu_bytes]
+        change = f"Sharding.accumulate={training.batch // training.ranks // fewer[-1]}" if fewer else "more Sharding.shards"
+        raise UserError(
+            f"a step of {run.point} with {clips} clips a GPU needs {needed / GIB:.1f} GiB, and {USABLE:.0%} of a GPU here is "
+            f"{USABLE * gpu_bytes / GIB:.1f} GiB; set {change}, or see scaling4d plan {run.point}"
+        )
+
+
+def _gpu_bytes() -> int | None:
+    """Memory of the first GPU here; asked so that this process stays free to fork."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    return int(found[0]) * 2**20 if found and found[0].isdigit() else None
 
 
 def _here(run: Run, how: Launch, dry: bool) -> int | None:
@@ -107,10 +146,13 @@ def _run(command: list[str], dry: bool) -> int:
 
 
 def _start(command: list[str]) -> subprocess.Popen:
-    """Slurm's signal for submitit reaches every process of a job; it waits in these, which so leave it to submitit."""
+    """Slurm's signal for submitit reaches every process of a job; it waits in these, which so leave it to submitit.
+
+    Where ranks are started again, they meet in a new store: of several machines only some count that they were started again.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
     try:
-        return subprocess.Popen(command)
+        return subprocess.Popen(command, env=os.environ | (NEW_STORE if "--nnodes" in command else {}))
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

@@ -87,6 +87,9 @@ def prepare(point: str, settings: Mapping[str, Any]) -> Run:
     for name, value, known in (("device", training.device, ("cpu", "cuda")), ("compute", training.compute, tuple(TYPES))):
         if value not in known:
             raise UserError(f"pretrain.Training.{name} = {value!r}; needed {' or '.join(known)}")
+    for name, value in (("Running.save_every", running.save_every), ("Running.keep", running.keep)):
+        if value < 1:
+            raise UserError(f"pretrain.{name} is {value}; needed 1 or more")
     if not 0 <= training.ema < 1:
         raise UserError(f"pretrain.Training.ema = {training.ema}; needed 0 (none) or a share below 1, such as 0.999")
     run = Run(point, settings, training, running, sharding)
@@ -154,16 +157,16 @@ def _train(*, rank: int, ranks: int, run: Run) -> None:
     weights = _weights(model, rank)
     unwatched()
     if rank == 0:
-        observer.close()
-        _write(run, model, weights, lines, validations, val_loss, worlds, started)
+        _write(run, model, weights, lines, validations, val_loss, worlds)
+        artifacts.write_run(
+            f"pretrain-{run.point}", artifacts.sha256(run.home / "pretrain" / run.point), started=started, **observer.close()
+        )
         shutil.rmtree(folder)
 
 
 def _model(run: Run, ranks: int) -> tuple[nn.Module, nn.Module]:
     """The point's model in its place with its first weights, and what computes a step's loss with it."""
     device = run.training.device
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("pretrain.Training.device is cuda, and there is no GPU here; set it to cpu, or run where one is")
     model = build(run.point, run.settings)
     for teacher in getattr(model, "taught_by", ()):
         teacher.to(device)
@@ -337,10 +340,8 @@ def _not_finite(run: Run, step: int, grad: float, batch: ClipBatch, loss: Tensor
     if dist.get_rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"step": step, "gradient": str(grad), "ranks": found})
-    clips = [name for rank in found for name in rank["clips"]]
-    few = ", ".join(clips[:4])
     return (
-        f"step {step}: the gradient is {grad}; clips {few} and {len(clips) - 4} more, see {path}; "
+        f"step {step}: the gradient is {grad}; clips {', '.join(batch.ids[:2])} ... and each rank's loss are in {path}; "
         "lower pretrain.Training.rate_times_width"
     )
 
@@ -382,7 +383,6 @@ def _write(
     validations: list[dict],
     val_loss: float,
     worlds: list[list[int]],
-    started: float,
 ) -> None:
     training, final = run.training, run.home / "pretrain" / run.point
     clips_seen = training.steps * training.batch
@@ -411,5 +411,3 @@ def _write(
         )
         inputs = {"clips": artifacts.sha256(run.clips)} | _teacher_sha(run)
         artifacts.write_provenance(out, stage="pretrain", settings=run.settings, keys=run.keys, room="pretrain", inputs=inputs)
-    seconds = time.time() - started
-    artifacts.write_run(f"pretrain-{run.point}", artifacts.sha256(final), started=started, clips_per_s=clips_seen / seconds)

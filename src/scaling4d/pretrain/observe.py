@@ -45,7 +45,8 @@ class Observer:
         """
         self.folder, self.batch, self.flops_per_clip, self.peak = folder, batch, flops_per_clip, peak
         self.start = self.shown = start
-        self.since, self.waited_s = time.monotonic(), 0.0
+        self.began = self.since = time.monotonic()
+        self.waited_s = self.waited_before_s = 0.0
         self.profile, self.profiler, self.events = profile if folder else (), None, None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -72,15 +73,10 @@ class Observer:
         """After the steps of an interval: their line, as in losses.jsonl, and how fast they were."""
         if self.folder is None:
             return
-        step, spent = line["step"], time.monotonic() - self.since
-        clips_per_s = (step - self.shown) * self.batch / spent
-        speed = {
-            "seconds": spent,
-            "clips_per_s": clips_per_s,
-            "mfu": clips_per_s * self.flops_per_clip / self.peak,
-            "data_wait": self.waited_s / spent,
-        }
-        self.since, self.waited_s, self.shown = time.monotonic(), 0.0, step
+        step = line["step"]
+        speed = self._speed(step - self.shown, time.monotonic() - self.since, self.waited_s)
+        self.since, self.shown = time.monotonic(), step
+        self.waited_s, self.waited_before_s = 0.0, self.waited_before_s + self.waited_s
         shown = {name: line[name] for name in ("loss", "lr", "grad")}
         more = f"mfu {speed['mfu']:.0%}  data {speed['data_wait']:.0%}  "
         self.lines.line(step, **shown, clips=(step - self.start) * self.batch, more=more)
@@ -88,6 +84,11 @@ class Observer:
             file.write(json.dumps({"step": step, **speed}) + "\n")
         for name, value in (shown | speed).items() if self.events else ():
             self.events.add_scalar(name, value, step)
+
+    def _speed(self, steps: int, seconds: float, waited_s: float) -> dict[str, float]:
+        clips_per_s = steps * self.batch / seconds
+        mfu = clips_per_s * self.flops_per_clip / self.peak
+        return {"seconds": seconds, "clips_per_s": clips_per_s, "mfu": mfu, "data_wait": waited_s / seconds}
 
     def validation(self, step: int, val_loss: float, picture: Tensor | None) -> None:
         """picture: float `H W C` in 0..1, of pretrain.validate."""
@@ -100,9 +101,12 @@ class Observer:
             if picture is not None:
                 self.events.add_image("filled", picture, step, dataformats="HWC")
 
-    def close(self) -> None:
+    def close(self) -> dict[str, float]:
+        """How fast the training of this process was, up to the last line."""
         if self.events:
             self.events.close()
+        speed = self._speed(self.shown - self.start, self.since - self.began, self.waited_before_s)
+        return {name: speed[name] for name in ("clips_per_s", "mfu", "data_wait")} | {"from_step": self.start}
 
 
 def _events(folder: Path, start: int) -> Any:

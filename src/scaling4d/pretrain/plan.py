@@ -52,8 +52,7 @@ def plan(
 ) -> dict[str, Any]:
     """Everything about a point, units in the names; keys as `scaling4d plan --json` prints them.
 
-    The point is sought in params.yaml, then in every profile in turn; its Training section gives steps, and ranks and batch
-    unless told.
+    The point is sought in params.yaml, then in every profile in turn, which gives steps, and mesh and batch unless told.
 
     Args:
         mesh: SHARDSxREPLICAS. recompute: none, or block (every block's activations are made again in the backward pass).
@@ -67,7 +66,7 @@ def plan(
         raise UserError(f"--write-gb-per-s {write_gb_per_s}; needed more than 0")
     settings = _settings(point)
     training = config.section(settings, "pretrain.Training")
-    shards, replicas = asked or (training["ranks"], 1)
+    shards, replicas = asked or _pinned(point, settings)
     wish = Wish(steps=training["steps"], batch=batch or training["batch"], **given)
     if problem := _misfit(wish.batch, shards * replicas):
         raise UserError(problem)
@@ -91,6 +90,12 @@ def plan(
     if dry:
         found["dry_run"] = _dry(model, found, wish)
     return found
+
+
+def _pinned(point: str, settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Shards and replicas as the profile has them."""
+    shards = config.section(settings, key_of(point, settings))["Sharding"]["shards"]
+    return shards, config.section(settings, "pretrain.Training.ranks") // shards
 
 
 def _parameters(model: nn.Module) -> dict[str, int]:

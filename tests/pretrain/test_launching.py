@@ -1,0 +1,185 @@
+"""Where a point's ranks are started."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from interrupted import TIMINGS, written
+
+from scaling4d import config
+from scaling4d.pretrain import launch
+from scaling4d.pretrain.launch import fits
+from scaling4d.pretrain.loop import prepare, pretrain
+from scaling4d.records import AGAIN, UserError
+
+NANO = Path("artifacts/smoke/pretrain/nano")
+
+
+@pytest.fixture
+def small(changed: Callable) -> Callable[..., dict]:
+    """Settings of a short run on two ranks, with changes."""
+
+    def make(**more: object) -> dict:
+        TIMINGS.unlink(missing_ok=True)
+        values = {"ranks": 2, "batch": 8, "steps": 6, "log_every": 1} | {
+            key: more.pop(key) for key in ("steps", "ranks") if key in more
+        }
+        for key, value in values.items():
+            changed(f"pretrain.Training.{key}", value)
+        settings = changed("pretrain.Running.save_every", 5)
+        for key, value in more.items():
+            settings = changed(f"points.nano.Launch.{key}", value)
+        return settings
+
+    return make
+
+
+def command(*more: str) -> list[str]:
+    return [sys.executable, "-m", "scaling4d", "pretrain", "nano", *more]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def below(pid: int) -> list[int]:
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(word) for word in children.read_text().split()] if children.exists() else []
+
+
+def after_steps(process: subprocess.Popen, steps: int) -> None:
+    while process.poll() is None and (not TIMINGS.is_file() or len(TIMINGS.read_text().splitlines()) < steps):
+        time.sleep(0.02)
+
+
+def test_torchrun_gives_the_same_bytes_as_forked_ranks(small: Callable) -> None:
+    forked = written(pretrain("nano", small()))
+    small(where="torchrun")
+    done = subprocess.run(command(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["wrote artifacts/smoke/pretrain/nano"]  # once, not by every rank
+    assert written(NANO) == forked
+
+
+@pytest.mark.slow
+def test_a_lost_rank_is_started_again_and_a_request_to_stop_is_answered(small: Callable) -> None:
+    forked = written(pretrain("nano", small(steps=60)))
+    small(steps=60, where="torchrun")
+    process = subprocess.Popen(command(), stderr=subprocess.DEVNULL)
+    after_steps(process, 8)
+    (torchrun,) = below(process.pid)
+    os.kill(below(torchrun)[-1], signal.SIGKILL)
+    after_steps(process, 20)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == AGAIN
+    assert list(Path(".resume").glob("pretrain-*/step-*"))
+    assert subprocess.run(command(), stderr=subprocess.DEVNULL, check=False).returncode == 0
+    assert written(NANO) == forked
+
+
+@pytest.mark.slow
+def test_two_nodes_on_loopback_give_the_same_bytes(small: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    forked = written(pretrain("nano", small()))
+    small(where="nodes", nodes=2, rendezvous=f"127.0.0.1:{free_port()}")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    nodes = [subprocess.Popen(command(), stderr=subprocess.DEVNULL) for _ in range(2)]
+    assert [node.wait() for node in nodes] == [0, 0]
+    assert written(NANO) == forked
+
+
+@pytest.mark.slow
+def test_submitits_job_gives_the_same_bytes_and_is_requeued_when_it_is_preempted(small: Callable) -> None:
+    pytest.importorskip("submitit")
+    forked = written(pretrain("nano", small(steps=40)))
+    settings = small(steps=40, where="slurm", cluster="local")
+    process = subprocess.Popen(command(), stderr=subprocess.DEVNULL)
+    after_steps(process, 8)
+    (controller,) = below(process.pid)
+    os.kill(controller, signal.SIGUSR2)  # as submitit's local executor is told to preempt
+    assert process.wait() == 0
+    assert written(NANO) == forked
+    steps = [json.loads(line)["step"] for line in TIMINGS.read_text().splitlines()]
+    assert steps == list(range(1, settings["pretrain"]["Training"]["steps"] + 1))  # it was saved and went on, not begun anew
+    assert "Caught signal SIGUSR2" in "".join(path.read_text() for path in Path(".runs/slurm/nano").glob("*_log.*"))
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ({"where": "here"}, "2 forked ranks of this process"),
+        ({"where": "torchrun"}, "--standalone --nproc-per-node 2 --max-restarts 3 "),
+        (
+            {"where": "nodes", "nodes": 2, "rendezvous": "a:1"},
+            "--nnodes 2 --rdzv-backend c10d --rdzv-endpoint a:1 --rdzv-id nano ",
+        ),
+        ({"where": "slurm", "nodes": 2, "partition": "gpu"}, "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=1\n"),
+        ({"where": "slurm", "nodes": 2, "partition": "gpu"}, "#SBATCH --partition=gpu\n"),
+    ],
+)
+def test_dry_prints_how_it_would_be_started(small: Callable, capsys: pytest.CaptureFixture, where: dict, words: str) -> None:
+    if where["where"] == "slurm":
+        pytest.importorskip("submitit")
+    assert launch.launch("nano", small(**where), dry=True) == 0
+    assert words in capsys.readouterr().out and not TIMINGS.exists()
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ({"where": "moon"}, "points.nano.Launch.where is 'moon'; needed one of here, torchrun, nodes, slurm"),
+        ({"where": "nodes", "nodes": 3}, "2 ranks do not divide among 3 nodes; set points.nano.Launch.nodes"),
+        ({"where": "nodes", "nodes": 2}, "points.nano.Launch.rendezvous is ''; needed HOST:PORT of one of the nodes"),
+        (
+            {"where": "nodes", "nodes": 2, "rendezvous": "nowhere.invalid:1"},
+            r"points.nano.Launch.rendezvous is nowhere.invalid:1: no host nowhere.invalid \(.+\); needed one of the nodes",
+        ),
+        ({"where": "slurm"}, "no sbatch here, so no Slurm; set points.nano.Launch.where to here, torchrun or nodes"),
+    ],
+)
+def test_what_cannot_be_started_is_refused_in_one_line(
+    small: Callable, monkeypatch: pytest.MonkeyPatch, where: dict, message: str
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match=f"^{message}$"):
+        launch.launch("nano", small(**where), dry=False)
+
+
+def test_a_rendezvous_where_nobody_answers_is_named(small: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_is_mine", lambda address: False)
+    monkeypatch.setattr(launch, "POLL_S", 0.01)
+    settings = small(where="nodes", nodes=2, rendezvous=f"127.0.0.1:{free_port()}", wait_s=0)
+    with pytest.raises(UserError, match=r"^nobody answers at points.nano.Launch.rendezvous 127.0.0.1:\d+ for 0 s \(.+\); start"):
+        launch.launch("nano", settings, dry=False)
+
+
+def test_another_number_of_ranks_than_torchrun_started_is_refused(small: Callable) -> None:
+    small(ranks=4)
+    standalone = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    done = subprocess.run([*standalone, *command()[1:]], capture_output=True, text=True, check=False)
+    assert done.returncode
+    assert "error: torchrun started 1 ranks, and the settings are for 4; set pretrain.Training.ranks=1" in done.stderr
+
+
+def test_a_batch_that_does_not_fit_is_refused_with_one_that_does(project: Path) -> None:
+    settings = config.read()
+    settings["pretrain"]["Training"] |= {"device": "cuda", "compute": "bfloat16", "batch": 4096, "ranks": 4}
+    run = prepare("nano", settings)
+    fits(run, 80 * 10**9)
+    with pytest.raises(
+        UserError, match=r"^a step of nano with 1024 clips a GPU needs \d.\d GiB, and 90% of a GPU here is 0.8 GiB; "
+    ):
+        fits(run, 10**9)
+    with pytest.raises(UserError, match=r"set Sharding.accumulate=\d+, or see scaling4d plan nano$") as refused:
+        fits(run, 10**9)
+    parts = int(str(refused.value).split("accumulate=")[1].split(",")[0])
+    settings["points"]["nano"]["Sharding"]["accumulate"] = parts
+    fits(prepare("nano", settings), 10**9)
