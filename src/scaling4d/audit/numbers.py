@@ -1,0 +1,173 @@
+"""Every number that the report shows is one of a Result: the tables, metrics.json, and the page."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from typing import Any
+
+from scaling4d.audit.run import RECORDS, Run
+from scaling4d.records import Result, UserError
+
+NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?(?: M\b| k\b| B\b|%)?")
+SCALES = {" M": 1e6, " k": 1e3, " B": 1e9, "%": 0.01}
+SHA256 = re.compile(r"\b[0-9a-f]{64}\b")
+
+Wrong = tuple[str, str]  # (file, what is wrong with it)
+
+
+def result(run: Run, path: str) -> Result | None:
+    """None where it is not here.
+
+    Raises:
+        UserError: it is not a Result.
+    """
+    content = run.json(path)
+    try:
+        return None if content is None else Result(**content)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a result: {error}; run its stage again") from error
+
+
+def tables(run: Run) -> Iterator[Wrong]:
+    """A row of results.csv is a Result and the weights it names; a row of another table is the record of its point."""
+    for line, row in run.rows("results"):
+        where = f"{run.home}/readout/{row['encoder']}/{row['task']}/{row['protocol']}/result.json"
+        found = result(run, where)
+        if found is None:
+            continue
+        own = row["metric"] == found.metric
+        wanted = {"value": found.value if own else found.others.get(row["metric"])}
+        wanted |= {name: getattr(found, name) for name in ("parameters", "examples", "seed", "checkpoint_sha256")}
+        wanted |= {name: getattr(found, name) if own else "" for name in ("low", "high", "unit", "higher_is_better")}
+        yield from _compare(f"{run.folder}/results.csv", line, row, wanted, where)
+    for table, name in RECORDS.items():
+        for line, row in run.rows(table):
+            where = f"{run.home}/{table}/{row['point']}/{name}"
+            found = run.json(where)
+            if found is not None:
+                wanted = {"point": row["point"]} | {key: found.get(key, "") for key in row if key != "point"}
+                yield from _compare(f"{run.folder}/{table}.csv", line, row, wanted, where)
+
+
+def absent(run: Run) -> int:
+    """How many rows of the tables have no Result here."""
+    return sum(run.disk.text(file) is None for file in run.numbers.values())
+
+
+def metrics(run: Run) -> Iterator[Wrong]:
+    """A number of metrics.json whose place names an encoder is one of that encoder's rows."""
+    path = f"{run.folder}/metrics.json"
+    known = {name: {number for number, _ in _known(run, name)} for name in _names(run)}
+    for place, value in _leaves(run.json(path) or {}, ()):
+        about = [name for name in known if name in place]
+        if about and not any(float(value) in known[name] for name in about):
+            yield path, f"{' '.join(place)} = {value!r} is no number of {about[-1]} in the tables"
+
+
+def page(run: Run) -> Iterator[Wrong]:
+    """The page's tables: a cell in the row of an encoder is, rounded, a number of that encoder; a sha256 is one of the tables.
+
+    Columns of which fewer than half the cells are such numbers hold something else (gains, trends) and are passed over here:
+    dvc.lock holds the hash of the whole page, and `--reproduced` compares a page built again.
+    """
+    path = f"{run.folder}/report.html"
+    reader = _Tables()
+    reader.feed(run.disk.text(path) or "")
+    known = {name: _known(run, name) for name in _names(run)}
+    for table in reader.tables:
+        head = next((row for row in table if row[:1] and row[0] not in known), [])
+        cells = [
+            (row[0], column, cell) for row in table if row and row[0] in known for column, cell in enumerate(row[1:], start=1)
+        ]
+        for column in sorted({column for _, column, _ in cells}):
+            mine = [(name, cell, number) for name, c, cell in cells if c == column for number in _numbers(cell)]
+            wrong = [(name, cell) for name, cell, number in mine if not any(_is(number, value) for value, _ in known[name])]
+            if len(wrong) * 2 < len(mine):
+                title = head[column] if column < len(head) else f"column {column + 1}"
+                for name, cell in dict.fromkeys(wrong):
+                    yield path, f"{name}, {title}: {cell} is no number of {name} in the tables"
+    shas = {sha for name in known for _, texts in known[name] for sha in SHA256.findall(texts)}
+    for name, sha in ((row[0], row[1]) for table in reader.tables for row in table if len(row) == 2 and row[0] in known):
+        if SHA256.fullmatch(sha) and shas and sha not in shas:
+            yield path, f"{name}: sha256 {sha} is not one that the tables name"
+
+
+def _compare(path: str, line: int, row: dict[str, str], wanted: dict[str, Any], where: str) -> Iterator[Wrong]:
+    about = " ".join(row[name] for name in ("point", "encoder", "task", "protocol", "metric") if name in row)
+    for key, value in wanted.items():
+        if row.get(key) != str(value):
+            yield path, f"line {line}: {about} {key} = {row.get(key)} is not the {value!r} of {where}"
+
+
+def _names(run: Run) -> list[str]:
+    """Of encoders and points, as the tables have them."""
+    return list(dict.fromkeys(key.split("/")[0] for key in run.numbers))
+
+
+def _known(run: Run, name: str) -> list[tuple[float, str]]:
+    """Every number of an encoder's rows, and of its records where they are here, each with its row as text."""
+    rows = [row for table in ("results",) for _, row in run.rows(table, encoder=name)]
+    rows += [row for table in RECORDS for _, row in run.rows(table, point=name)]
+    records = [run.json(f"{run.home}/{table}/{name}/{file}") for table, file in RECORDS.items()]
+    rows += [{key: str(value) for key, value in record.items()} for record in records if record]
+    return [(float(text), " ".join(row.values())) for row in rows for text in row.values() if _finite(text)]
+
+
+def _finite(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _leaves(content: Any, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], float]]:
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from _leaves(value, (*place, key))
+    elif isinstance(content, int | float) and not isinstance(content, bool):
+        yield place, content
+
+
+def _numbers(cell: str) -> list[str]:
+    """A cell that is made of numbers, as they are written in it; nothing of one that holds words."""
+    return NUMBER.findall(cell) if not re.search(r"[A-Za-z_]{2}", NUMBER.sub("", cell)) else []
+
+
+def _is(written: str, value: float) -> bool:
+    """Whether a value is written this way when it is rounded to as many digits."""
+    scale = next((factor for ending, factor in SCALES.items() if written.endswith(ending)), 1.0)
+    digits, _, power = written.rstrip(" MkB%").replace(",", "").partition("e")
+    last = len(digits.partition(".")[2])
+    step = 10.0 ** (int(power or 0) - last) * scale
+    return abs(float(digits) * 10.0 ** int(power or 0) * scale - value) <= 0.5000001 * step
+
+
+class _Tables(HTMLParser):
+    """Tables of a page: a list of rows of a list of cells' texts each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables: list[list[list[str]]] = []
+        self._inside = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr" and self.tables:
+            self.tables[-1].append([])
+        elif tag in ("td", "th") and self.tables and self.tables[-1]:
+            self.tables[-1][-1].append("")
+            self._inside = True
+        elif tag == "br" and self._inside:
+            self.handle_data(" ")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th"):
+            self._inside = False
+
+    def handle_data(self, data: str) -> None:
+        if self._inside:
+            self.tables[-1][-1][-1] += data
