@@ -88,6 +88,8 @@ def pipeline() -> tuple[dict[str, Stage], list[tuple[str, str]]]:
         with Repo(".") as repo:
             for stage in repo.index.stages:
                 name = stage.addressing
+                if "/" in stage.path_in_repo:  # of a crate or a copy that lies in here: another pipeline
+                    continue
                 if stage.path_in_repo != "dvc.yaml":
                     stages |= imported(name, Path(name).read_text())
                     if stage.md5 != stage.compute_md5():

@@ -58,41 +58,40 @@ def absent(run: Run) -> int:
 
 
 def metrics(run: Run) -> Iterator[Wrong]:
-    """A number of metrics.json whose place names an encoder is one of that encoder's rows."""
+    """A number of metrics.json whose place names an encoder is one of that encoder's, of the task and protocol named."""
     path = f"{run.folder}/metrics.json"
-    known = {name: {number for number, _ in _known(run, name)} for name in _names(run)}
+    rows = {name: _rows(run, name) for name in _names(run)}
     for place, value in _leaves(run.json(path) or {}, ()):
-        about = [name for name in known if name in place]
-        if about and not any(float(value) in known[name] for name in about):
-            yield path, f"{' '.join(place)} = {value!r} is no number of {about[-1]} in the tables"
+        for name in (name for name in rows if name in place):
+            narrow = [row for row in rows[name] if row.get("task") in place and row.get("protocol") in place] or rows[name]
+            if not any(value in _meant(row, place) for row in narrow):
+                yield path, f"{' '.join(place)} = {value!r} is no number of {name} in the tables"
 
 
 def page(run: Run) -> Iterator[Wrong]:
-    """The page's tables: a cell in the row of an encoder is, rounded, a number of that encoder; a sha256 is one of the tables.
+    """The page's tables: a cell in the row of an encoder holds, rounded and in this order, numbers of one row of that encoder.
 
-    Columns of which fewer than half the cells are such numbers hold something else (gains, trends) and are passed over here:
-    dvc.lock holds the hash of the whole page, and `--reproduced` compares a page built again.
+    Columns of which fewer than half the cells do hold something else (gains, trends) and are passed over here: dvc.lock holds the
+    hash of the whole page, and `--reproduced` compares a page built again.
     """
     path = f"{run.folder}/report.html"
     reader = _Tables()
     reader.feed(run.disk.text(path) or "")
-    known = {name: _known(run, name) for name in _names(run)}
+    known = {name: _rows(run, name) for name in _names(run)}
     for table in reader.tables:
-        head = next((row for row in table if row[:1] and row[0] not in known), [])
-        cells = [
-            (row[0], column, cell) for row in table if row and row[0] in known for column, cell in enumerate(row[1:], start=1)
-        ]
-        for column in sorted({column for _, column, _ in cells}):
-            mine = [(name, cell, number) for name, c, cell in cells if c == column for number in _numbers(cell)]
-            wrong = [(name, cell) for name, cell, number in mine if not any(_is(number, value) for value, _ in known[name])]
-            if len(wrong) * 2 < len(mine):
+        head = next((row for row in table if row and row[0] not in known), [])
+        rows = [row for row in table if row and row[0] in known]
+        for column in range(1, max(map(len, rows), default=0)):
+            cells = [
+                (row[0], row[column])
+                for row in rows
+                if column < len(row) and (_written(row[column]) or SHA256.search(row[column]))
+            ]
+            wrong = [(name, cell) for name, cell in cells if not any(_holds(row, cell) for row in known[name])]
+            if len(wrong) * 2 < len(cells):
                 title = head[column] if column < len(head) else f"column {column + 1}"
                 for name, cell in dict.fromkeys(wrong):
                     yield path, f"{name}, {title}: {cell} is no number of {name} in the tables"
-    shas = {sha for name in known for _, texts in known[name] for sha in SHA256.findall(texts)}
-    for name, sha in ((row[0], row[1]) for table in reader.tables for row in table if len(row) == 2 and row[0] in known):
-        if SHA256.fullmatch(sha) and shas and sha not in shas:
-            yield path, f"{name}: sha256 {sha} is not one that the tables name"
 
 
 def _compare(path: str, line: int, row: dict[str, str], wanted: dict[str, Any], where: str) -> Iterator[Wrong]:
@@ -107,13 +106,30 @@ def _names(run: Run) -> list[str]:
     return list(dict.fromkeys(key.split("/")[0] for key in run.numbers))
 
 
-def _known(run: Run, name: str) -> list[tuple[float, str]]:
-    """Every number of an encoder's rows, and of its records where they are here, each with its row as text."""
-    rows = [row for table in ("results",) for _, row in run.rows(table, encoder=name)]
+def _rows(run: Run, name: str) -> list[dict[str, str]]:
+    """Every row of an encoder, and its records where they are here."""
+    rows = [row for _, row in run.rows("results", encoder=name)]
     rows += [row for table in RECORDS for _, row in run.rows(table, point=name)]
     records = [run.json(f"{run.home}/{table}/{name}/{file}") for table, file in RECORDS.items()]
-    rows += [{key: str(value) for key, value in record.items()} for record in records if record]
-    return [(float(text), " ".join(row.values())) for row in rows for text in row.values() if _finite(text)]
+    return rows + [{key: str(value) for key, value in record.items()} for record in records if record]
+
+
+def _numbers(row: dict[str, str]) -> list[float]:
+    return [float(text) for text in row.values() if _finite(text)]
+
+
+def _meant(row: dict[str, str], place: tuple[str, ...]) -> list[float]:
+    """The numbers of a row at a place: those of the columns that it names, else a Result's value, else any."""
+    columns = [word for word in place if word in row] or (["value"] if "value" in row else list(row))
+    return _numbers({column: row[column] for column in columns})
+
+
+def _holds(row: dict[str, str], cell: str) -> bool:
+    """Whether what is written in a cell is, in this order, in a row."""
+    if shas := SHA256.findall(cell):
+        return set(shas) <= set(row.values())
+    left = iter(_numbers(row))
+    return all(any(_is(number, value) for value in left) for number in _written(cell))
 
 
 def _finite(text: str) -> bool:
@@ -131,7 +147,7 @@ def _leaves(content: Any, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, .
         yield place, content
 
 
-def _numbers(cell: str) -> list[str]:
+def _written(cell: str) -> list[str]:
     """A cell that is made of numbers, as they are written in it; nothing of one that holds words."""
     return NUMBER.findall(cell) if not re.search(r"[A-Za-z_]{2}", NUMBER.sub("", cell)) else []
 
