@@ -65,6 +65,10 @@ class Disk:
         found = self._inside(path).get("")
         return None if found is None else self._digest(found).text
 
+    def under(self, *folders: str) -> list[str]:
+        """Every file below some folders."""
+        return [f"{folder}/{name}" for folder in folders for name in self._inside(folder) if name]
+
     def size(self, path: str) -> int:
         return sum(found.size for found in self.files(path).values())
 

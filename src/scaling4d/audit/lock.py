@@ -14,6 +14,7 @@ from scaling4d import config
 from scaling4d.records import UserError
 
 LOCK = Path("dvc.lock")
+MISSING = "missing"
 
 
 @dataclass(frozen=True)
@@ -111,13 +112,8 @@ def _differs(locked: Stage, wanted: Any, settings: Mapping[str, Any]) -> Iterato
     if locked.command != wanted.cmd:
         yield f"dvc.lock says that it ran `{locked.command}`, dvc.yaml says `{wanted.cmd}`: run `dvc repro`"
     declared = config.declared(settings, [key for dep in wanted.deps for key in getattr(dep, "params", ())])
-    for key in sorted(declared.keys() | locked.params.keys()):
-        if key not in locked.params:
-            yield f"dvc.lock does not name the setting {key} that dvc.yaml declares: run `dvc repro`"
-        elif key not in declared:
-            yield f"dvc.lock names the setting {key}, which dvc.yaml does not declare: run `dvc repro`"
-        elif locked.params[key] != declared[key]:
-            yield f"dvc.lock says {key} = {locked.params[key]!r}, params.yaml says {declared[key]!r}: run `dvc repro`"
+    for key, was, is_ in unequal(locked.params, declared):
+        yield f"dvc.lock says {key} = {was!r}, params.yaml says {is_!r}: run `dvc repro`"
     deps = {dep.def_path for dep in wanted.deps if not hasattr(dep, "params")}
     for word, mine, theirs in (
         ("reads", {dep.path for dep in locked.deps}, deps),
@@ -126,6 +122,16 @@ def _differs(locked: Stage, wanted: Any, settings: Mapping[str, Any]) -> Iterato
         if mine != theirs:
             extra, missing = ", ".join(sorted(mine - theirs)) or "nothing", ", ".join(sorted(theirs - mine)) or "nothing"
             yield f"dvc.lock says that it {word} {extra} where dvc.yaml says {missing}: run `dvc repro`"
+
+
+def unequal(some: Mapping[str, Any], others: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, value, other value) wherever two groups of settings differ; `missing` where one has no such key."""
+    for key in sorted(some.keys() | others.keys()):
+        one, other = some.get(key, MISSING), others.get(key, MISSING)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            yield from ((f"{key}.{inner}", *values) for inner, *values in unequal(one, other))
+        elif one != other:
+            yield key, one, other
 
 
 def _stage(name: str, content: Mapping[str, Any]) -> Stage:

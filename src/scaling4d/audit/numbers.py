@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 from typing import Any
 
 from scaling4d.audit.run import RECORDS, Run
-from scaling4d.records import Result, UserError
+from scaling4d.records import Result
 
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?(?: M\b| k\b| B\b|%)?")
 SCALES = {" M": 1e6, " k": 1e3, " B": 1e9, "%": 0.01}
@@ -18,30 +18,30 @@ SHA256 = re.compile(r"\b[0-9a-f]{64}\b")
 Wrong = tuple[str, str]  # (file, what is wrong with it)
 
 
-def result(run: Run, path: str) -> Result | None:
-    """None where it is not here.
-
-    Raises:
-        UserError: it is not a Result.
-    """
-    content = run.json(path)
-    try:
-        return None if content is None else Result(**content)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a result: {error}; run its stage again") from error
+def files(run: Run) -> Iterator[Wrong]:
+    """Every JSON that the artifacts and the report hold can be read, and every Result checks itself."""
+    for path in run.disk.under(run.home, run.folder):
+        if path.endswith(".json") and run.json(path) is None:
+            yield path, "it is not JSON: run its stage again"
+    for key, path in run.numbers.items():
+        if key.count("/") == 2 and (content := run.json(path)) is not None:
+            try:
+                Result(**content)
+            except (TypeError, ValueError) as error:
+                yield path, f"it is not a result: {error}; run its stage again"
 
 
 def tables(run: Run) -> Iterator[Wrong]:
     """A row of results.csv is a Result and the weights it names; a row of another table is the record of its point."""
     for line, row in run.rows("results"):
         where = f"{run.home}/readout/{row['encoder']}/{row['task']}/{row['protocol']}/result.json"
-        found = result(run, where)
+        found = run.json(where)
         if found is None:
             continue
-        own = row["metric"] == found.metric
-        wanted = {"value": found.value if own else found.others.get(row["metric"])}
-        wanted |= {name: getattr(found, name) for name in ("parameters", "examples", "seed", "checkpoint_sha256")}
-        wanted |= {name: getattr(found, name) if own else "" for name in ("low", "high", "unit", "higher_is_better")}
+        own = row["metric"] == found.get("metric")
+        wanted = {"value": found.get("value") if own else (found.get("others") or {}).get(row["metric"])}
+        wanted |= {name: found.get(name) for name in ("parameters", "examples", "seed", "checkpoint_sha256")}
+        wanted |= {name: found.get(name) if own else "" for name in ("low", "high", "unit", "higher_is_better")}
         yield from _compare(f"{run.folder}/results.csv", line, row, wanted, where)
     for table, name in RECORDS.items():
         for line, row in run.rows(table):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from textwrap import wrap
 from typing import Any
@@ -39,7 +39,9 @@ def svg(found: dict[str, Any]) -> str:
     sources = [stage for stage in found["stages"] if not stage["settings"]]
     chain = [stage for stage in reversed(found["stages"]) if stage["settings"]]
     boxes = _column(GAP_PX / 2, [(stage["name"], _box(stage), "source") for stage in sources])
-    left = max((box.x + box.wide for box in boxes.values()), default=0) + 2 * GAP_PX
+    edge = max((box.x + box.wide for box in boxes.values()), default=0)
+    boxes = {name: replace(box, x=edge - box.wide) for name, box in boxes.items()}
+    left = edge + 2 * GAP_PX
     kinds = {stage["name"]: "weights" if "/pretrain/" in stage["wrote"][0]["path"] else "stage" for stage in chain}
     stages = [(stage["name"], _box(stage), kinds[stage["name"]]) for stage in chain]
     below = _column(left, [*stages, ("", _number(found), "number")])

@@ -14,7 +14,7 @@ from scaling4d.audit.run import Run
 from scaling4d.records import UserError
 
 SAME, CLOSE, OTHER, FAILED, ABSENT = "same bytes", "same numbers", "other bytes", "not reproduced", "not made again"
-SHARE = 0.01  # by which a number without an interval may differ, of its value; ours
+SHARE = 0.01  # by which a number without an interval may differ, of its value; ours (measured: experiments/LOG.md)
 TIMES = (
     "seconds",
     "finished_unix_s",

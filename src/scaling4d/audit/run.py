@@ -46,7 +46,7 @@ class Run:
 
     def readers(self, path: str) -> list[lock.Stage]:
         """The stages that read a path, a folder above it or something inside it."""
-        return [stage for stage in self.stages.values() if any(_touch(dep.path, path) for dep in stage.deps)]
+        return [stage for stage in self.stages.values() if any(touch(dep.path, path) for dep in stage.deps)]
 
     @cached_property
     def numbers(self) -> dict[str, str]:
@@ -77,7 +77,7 @@ class Run:
         while waiting:
             at, way = waiting.pop(0)
             for key, file in self.numbers.items():
-                if key not in found and _touch(file, at):
+                if key not in found and touch(file, at):
                     found.add(key)
                     ways.setdefault(way, []).append(key)
             for stage in self.readers(at):
@@ -86,7 +86,7 @@ class Run:
                     further = way if way[-1:] == (stage.kind,) else (*way, stage.kind)
                     waiting += [(out.path, further) for out in stage.outs]
         lines = [" -> ".join((name, *way, f"{self.folder}: {_some(keys)}")) for way, keys in ways.items()]
-        return tuple(lines) or (f"{name} -> no number",)
+        return tuple(lines)
 
     def of_setting(self, key: str) -> list[tuple[str, tuple[str, ...]]]:
         """Where a setting went in, as `taints` starts."""
@@ -94,16 +94,8 @@ class Run:
         return [(out.path, (stage.kind,)) for stage in stages for out in stage.outs]
 
     def json(self, path: str) -> Any:
-        """None where the file is not here.
-
-        Raises:
-            UserError: it is damaged.
-        """
-        text = self.disk.text(path)
-        try:
-            return None if text is None else json.loads(text)
-        except ValueError as error:
-            raise UserError(f"{path} is damaged: {error}; remove it and run `dvc repro`") from error
+        """None where the file is not here, or is no JSON (the audit names such files)."""
+        return _parsed(self.disk.text(path) or "null")
 
     def described(self, path: str) -> dict[str, str]:
         """sha256 by name of the files of a clips folder, shards among them, by its croissant.json; nothing of other folders."""
@@ -122,7 +114,7 @@ class Run:
         for out in stage.outs:
             words = out.path.removeprefix(f"{self.home}/").split("/")
             name = "-".join(("baseline", words[-1]) if stage.kind.startswith("baseline") else words)
-            for run in _parsed(text).get("runs", ()):
+            for run in (_parsed(text) or {}).get("runs", ()):
                 if run["stage"] == (stage.name if out.path.startswith(f"{self.folder}/") else name):
                     return run
         return None
@@ -130,7 +122,11 @@ class Run:
 
 @cache
 def _parsed(text: str) -> Any:
-    return json.loads(text)
+    """None where it is no JSON."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
 def runs() -> list[Run]:
@@ -166,14 +162,14 @@ def _kept(path: str, stages: Mapping[str, lock.Stage], disk: Disk) -> Run:
     while waiting:
         read = waiting.pop().deps
         for stage in stages.values():
-            if stage.name not in needed and any(_touch(dep.path, out.path) for dep in read for out in stage.outs):
+            if stage.name not in needed and any(touch(dep.path, out.path) for dep in read for out in stage.outs):
                 needed[stage.name] = stage
                 waiting.append(stage)
     ordered = {name: stage for name, stage in stages.items() if name in needed}
     return Run(path, ordered, f"artifacts/{goal.params['profile']}", folder, (), None, disk)
 
 
-def _touch(one: str, other: str) -> bool:
+def touch(one: str, other: str) -> bool:
     """Equal, or one lies inside the other."""
     return one == other or one.startswith(f"{other}/") or other.startswith(f"{one}/")
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from scaling4d import code, config
-from scaling4d.audit import history, numbers
-from scaling4d.audit.run import Run, runs
+from scaling4d.audit import history, lock, numbers
+from scaling4d.audit.run import Run, runs, touch
 from scaling4d.records import UserError
 
 WRONG, NOTE, UNCHECKED = "wrong", "note", "not checked"
@@ -62,11 +62,13 @@ def _checkout(run: Run) -> Iterator[Finding]:
         together.setdefault(what, []).append(name)
     for what, names in together.items():
         outs = [(out.path, (run.stages[name].kind,)) for name in names if name in run.stages for out in run.stages[name].outs]
-        yield Finding(WRONG, _and_more(names), what, run.taints(names[0].split("@")[0], outs) if outs else ())
+        yield Finding(WRONG, _and_more(names), what, run.taints(run.lock, outs))
+    rooms = _rooms(run)
+    changed = _changed(run, set(_claimed(run)))
     yield from _claims(run)
-    yield from _bytes(run, set(_claimed(run)), _rooms(run))
+    yield from _bytes(run, changed, rooms)
     yield from _settings(run)
-    yield from _inside(run)
+    yield from _inside(run, changed)
     absent = [path for path in _claimed(run) if not run.disk.here(path) and not path.startswith(f"{ROOMS}/")]
     if absent:
         names = ", ".join(absent[:4]) + (" ..." if len(absent) > 4 else "")
@@ -77,11 +79,12 @@ def _checkout(run: Run) -> Iterator[Finding]:
 
 def _beside(run: Run) -> Iterator[Finding]:
     """A run kept beside its report: its inputs are those of a commit, its artifacts may be here or not."""
-    yield from _claims(run)
     own = {path for path in _claimed(run) if path.startswith((f"{run.home}/", f"{run.folder}/")) or path == run.home}
-    yield from _bytes(run, own, {})
+    changed = _changed(run, own)
+    yield from _claims(run)
+    yield from _bytes(run, changed, {})
     yield from _commit(run)
-    yield from _inside(run)
+    yield from _inside(run, changed)
     absent = [path for path in own if not run.disk.here(path)]
     if absent:
         again = f"`scaling4d compose profile={Path(run.home).name} && dvc repro` makes them"
@@ -105,56 +108,72 @@ def _claimed(run: Run) -> dict[str, dict[tuple[str, int, int | None], list[str]]
 
 
 def _claims(run: Run) -> Iterator[Finding]:
-    """What one stage wrote is what the next one read; git alone proves this."""
+    """What one stage wrote is what the next one read, and what is not here is as committed; git alone proves this."""
     for path, said in _claimed(run).items():
         if len(said) > 1:
             words = "; ".join(f"{_and_more(who)} as md5 {md5}, {size} bytes" for (md5, size, _), who in said.items())
             yield Finding(WRONG, run.lock, f"it contradicts itself about {path}: {words}", run.taints(path, [(path, ())]))
+    text = history.committed(run.lock)
+    before = lock.parse(text, Path(run.lock)) if text is not None else {}
+    for name in run.stages.keys() & before.keys():
+        was = {file.path: file.md5 for file in (*before[name].deps, *before[name].outs)}
+        for file in (*run.stages[name].deps, *run.stages[name].outs):
+            if not run.disk.here(file.path) and file.path in was and was[file.path] != file.md5:
+                message = (
+                    f"{name}: {file.path} is md5 {file.md5}, the last commit has {was[file.path]}, and it is not here to tell"
+                )
+                yield Finding(WRONG, run.lock, message, run.taints(file.path, [(file.path, ())]))
 
 
-def _bytes(run: Run, paths: set[str], rooms: Mapping[str, str]) -> Iterator[Finding]:
-    """What is on disk is what the stages wrote and read; the innermost path that differs is named, and which files inside.
+def _changed(run: Run, paths: set[str]) -> dict[str, list[str]]:
+    """The innermost paths that are not as the lock says -> which files inside differ, where that is known.
 
-    A folder around it is named too if more than that differs in it, as far as a listing of its files is at hand to tell.
+    A folder around one counts too if more than that differs in it, as far as a listing of its files is at hand to tell.
     """
-    changed: list[str] = []
+    found: dict[str, list[str]] = {}
     claimed = _claimed(run)
     for path in sorted(paths, key=lambda path: (-path.count("/"), path)):
-        found, said = run.disk.md5(path), claimed[path]
-        if found is None:
+        said = {md5 for md5, _, _ in claimed[path]}
+        if not run.disk.here(path) or run.disk.md5(path) in said:
             continue
-        if found in {md5 for md5, _, _ in said}:
-            counts = (run.disk.size(path), len(run.disk.files(path)) if found.endswith(".dir") else None)
-            for (md5, size, nfiles), who in said.items():
-                if md5 == found and (size, nfiles) != counts:
-                    yield Finding(
-                        WRONG, run.lock, f"{_and_more(who)}, {path}, as {size} bytes, {nfiles} files; here it is {counts}"
-                    )
-            continue
-        within = [other for other in changed if other.startswith(f"{path}/")]
-        names = _changed(run, path, next(iter(said))[0])
+        within = [other for other in found if other.startswith(f"{path}/")]
+        names = _names(run, path, next(iter(claimed[path]))[0])
         further = [name for name in names if not any(f"{path}/{name}".startswith(other) for other in within)]
-        if within and not further:
+        if further or not within:
+            found[path] = further
+    return found
+
+
+def _bytes(run: Run, changed: Mapping[str, list[str]], rooms: Mapping[str, str]) -> Iterator[Finding]:
+    """What is on disk is what the stages wrote and read."""
+    claimed = _claimed(run)
+    for path, names in changed.items():
+        (md5, _, _), who = next(iter(claimed[path].items()))
+        around = next((p for p in map(str, Path(path).parents) if p in claimed and p not in changed and run.disk.here(p)), None)
+        if around is not None and run.disk.md5(around) in {md5 for md5, _, _ in claimed[around]}:
+            message = f"{_and_more(who)}, {path}, as md5 {md5}; it is {run.disk.md5(path)}, and {around} around it is as locked"
+            yield Finding(WRONG, run.lock, f"changed itself: {message}", run.taints(path, [(path, ())]))
             continue
-        changed.append(path)
-        (md5, _, _), who = next(iter(said.items()))
-        detail = f" (differs: {', '.join(further[:5])}{' ...' if further[5:] else ''})" if further else ""
-        message = f"{_and_more(who)} as md5 {md5}, on disk it is {found}{detail}"
+        detail = f" (differs: {', '.join(names[:5])}{' ...' if names[5:] else ''})" if names else ""
+        message = f"{_and_more(who)} as md5 {md5}, on disk it is {run.disk.md5(path)}{detail}"
+        inner = f"{path}/{names[0]}" if len(names) == 1 else path
         if path == SOURCE:
-            name = f"{SOURCE}/{further[0]}" if len(further) == 1 else SOURCE
-            starts = [(room, ("code",)) for room in rooms]
-            yield Finding(WRONG, path, message + ("" if rooms else "; its meaning is as before"), run.taints(name, starts))
+            reached = run.taints(inner, [(room, ("code",)) for room in rooms])
+            yield Finding(WRONG, path, message + ("" if rooms else "; its meaning is as before, so no number changes"), reached)
         else:
-            inner = f"{path}/{further[0]}" if len(further) == 1 else path
             yield Finding(WRONG, path, message, run.taints(inner, [(inner, ())]))
-    yield from (
-        Finding(WRONG, room, f"{why}: run `dvc repro`", run.taints(room, [(room, ())]))
-        for room, why in rooms.items()
-        if SOURCE not in changed
-    )
+    for path in claimed.keys() - changed.keys():
+        now = (run.disk.md5(path), run.disk.size(path), len(run.disk.files(path)))
+        for (md5, size, nfiles), who in claimed[path].items():
+            if md5 == now[0] and (size, nfiles or 1) != (now[1], now[2] if nfiles else 1):
+                message = f"{_and_more(who)}, {path}, as {size} bytes in {nfiles or 1} files; it is {now[1]} in {now[2]}"
+                yield Finding(WRONG, run.lock, message)
+    for room, why in rooms.items():
+        if SOURCE not in changed:
+            yield Finding(WRONG, room, f"{why}: run `dvc repro`", run.taints(room, [(room, ())]))
 
 
-def _changed(run: Run, path: str, md5: str) -> list[str]:
+def _names(run: Run, path: str, md5: str) -> list[str]:
     """Which files inside a folder differ, by what is at hand: DVC's listing of it, git's copy, its own description, git."""
     now = {name: file.md5 for name, file in run.disk.files(path).items()}
     listing = CACHE / md5[:2] / md5[2:]
@@ -241,25 +260,25 @@ def _commit(run: Run) -> Iterator[Finding]:
             composed = config.compose([f"profile={Path(run.home).name}"])
     page = run.disk.text(f"{run.folder}/report.html") or ""
     said = {key: value for stage in run.stages.values() for key, value in stage.params.items()}
-    for key, value in said.items():
-        wanted = config.section(composed, key)
-        if value != wanted and f">{key}" not in page:
+    for key, value, wanted in lock.unequal(said, config.declared(composed, list(said))):
+        if f">{key}<" not in page:
             message = f"it says {key} = {value!r}, commit {commit[:7]}, which holds its code, {wanted!r}, and no page names it"
             yield Finding(WRONG, run.lock, message, run.taints(f"{run.lock} {key}", run.of_setting(key)))
     for stage in run.stages.values():
-        for key in (key for key, value in stage.params.items() if value != said[key]):
-            message = f"{stage.name} ran with {key} = {stage.params[key]!r}, other stages with {said[key]!r}"
+        for key, value, other in lock.unequal(stage.params, {key: said[key] for key in stage.params}):
+            message = f"{stage.name} ran with {key} = {value!r}, other stages with {other!r}"
             yield Finding(WRONG, run.lock, message, run.taints(stage.name, [(out.path, ()) for out in stage.outs]))
 
 
 # ---- what the artifacts say of themselves ----
 
 
-def _inside(run: Run) -> Iterator[Finding]:
-    yield from _said(run)
-    yield from _weights(run)
-    yield from _facts(run)
-    for check in (numbers.tables, numbers.metrics, numbers.page):
+def _inside(run: Run, changed: Mapping[str, list[str]]) -> Iterator[Finding]:
+    """changed: what differs and was named; what must differ because of it is not named again."""
+    yield from _said(run, changed)
+    yield from _weights(run, changed)
+    yield from _facts(run, changed)
+    for check in (numbers.files, numbers.tables, numbers.metrics, numbers.page):
         yield from (Finding(WRONG, where, message) for where, message in check(run))
     missing = [name for name in ("results.csv", "pretrain.csv", "metrics.json") if run.disk.text(f"{run.folder}/{name}") is None]
     for name in missing:
@@ -274,25 +293,22 @@ def _provenances(run: Run) -> dict[str, str]:
     return {name: path for name, path in found.items() if run.disk.text(path) is not None}
 
 
-def _said(run: Run) -> Iterator[Finding]:
+def _said(run: Run, changed: Mapping[str, list[str]]) -> Iterator[Finding]:
     """The settings, code and inputs that an artifact names are those that the lock names for its stage."""
     for name, path in _provenances(run).items():
-        stage, said = run.stages[name], run.json(path)
+        stage, said = run.stages[name], run.json(path) or {}
         named = said.get("settings") or {}
         reached = run.taints(path, [(out.path, ()) for out in stage.outs])
-        for key, value in stage.params.items():
-            if key not in named:
-                yield Finding(WRONG, name, f"{path} does not name the setting {key} that {run.lock} names", reached)
-            elif named[key] != value:
-                yield Finding(WRONG, name, f"{path} was made with {key} = {named[key]!r}, {run.lock} says {value!r}", reached)
+        for key, found, locked in lock.unequal({key: named[key] for key in stage.params if key in named}, stage.params):
+            yield Finding(WRONG, name, f"{path} was made with {key} = {found!r}, {run.lock} says {locked!r}", reached)
         rooms = {dep.md5 for dep in stage.deps if dep.path.startswith(f"{ROOMS}/")}
         text = json.dumps(said.get("code"), indent=2, sort_keys=True) + "\n"
         if rooms and hashlib.md5(text.encode()).hexdigest() not in rooms:
             yield Finding(WRONG, name, f"{path} names other code than the {ROOMS} that {run.lock} says it read", reached)
+        known = _read(run, name)
         for word, sha in (said.get("inputs") or {}).items():
-            if word != "videos" and sha not in _read(
-                run, name
-            ):  # those may be members of archives; the lock holds their folder's hash
+            told = word == "videos" or any(touch(dep.path, path) for dep in stage.deps for path in changed)
+            if sha not in known and not told:  # videos may be members of archives; the lock holds the hash of their folder
                 yield Finding(WRONG, name, f"{path} names {word} {sha}, which is nothing that {run.lock} says it read", reached)
         yield from (Finding(WRONG, name, message, reached) for message in _operative(run, name, path))
 
@@ -348,7 +364,7 @@ def _lists(value: Any) -> Any:
     return [_lists(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _weights(run: Run) -> Iterator[Finding]:
+def _weights(run: Run, changed: Mapping[str, list[str]]) -> Iterator[Finding]:
     """A Result was measured on the weights that are here."""
     for key, path in run.numbers.items():
         content = run.json(path) or {}
@@ -358,17 +374,18 @@ def _weights(run: Run) -> Iterator[Finding]:
         found = run.disk.sha256(weights)
         if found is None:
             yield Finding(UNCHECKED, path, f"names the weights {weights}, which are not here")
-        elif found != content["checkpoint_sha256"]:
+        elif found != content["checkpoint_sha256"] and not any(touch(weights, other) for other in changed):
             message = f"was measured on weights {content['checkpoint_sha256']}, {weights} is {found}"
             yield Finding(WRONG, path, message, run.taints(path, [(path, ())]))
 
 
-def _facts(run: Run) -> Iterator[Finding]:
+def _facts(run: Run, changed: Mapping[str, list[str]]) -> Iterator[Finding]:
     """Time and machine in runs.json are those of the artifacts that are here."""
     path = f"{run.folder}/runs.json"
     for stage in run.stages.values():
         facts, here = run.facts(stage), {run.disk.sha256(out.path) for out in stage.outs}
-        if facts is not None and None not in here and facts["out_sha256"] not in here:
+        told = any(touch(out.path, other) for out in stage.outs for other in changed)
+        if facts is not None and not told and None not in here and facts["out_sha256"] not in here:
             yield Finding(WRONG, path, f"{facts['stage']} made {facts['out_sha256']}, which is not what is here")
 
 
