@@ -21,7 +21,12 @@ def edited(path: str) -> list[str]:
 
 def committed(path: str) -> str | None:
     """The text of a file in the last commit; None where it is not in it, or there is no git."""
-    found = _git("show", f"HEAD:./{path}")
+    return file("HEAD", path)
+
+
+def file(commit: str, path: str) -> str | None:
+    """The text of a file in a commit; None where it is not in it, or there is no git."""
+    found = _git("show", f"{commit}:./{path}")
     return None if found is None else found.decode()
 
 

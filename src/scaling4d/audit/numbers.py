@@ -35,6 +35,8 @@ def tables(run: Run) -> Iterator[Wrong]:
     """A row of results.csv is a Result and the weights it names; a row of another table is the record of its point."""
     for line, row in run.rows("results"):
         where = f"{run.home}/readout/{row['encoder']}/{row['task']}/{row['protocol']}/result.json"
+        if run.maker(where) is None:
+            yield f"{run.folder}/results.csv", f"line {line}: no stage of {run.lock} makes {where}"
         found = run.json(where)
         if found is None:
             continue
@@ -58,14 +60,23 @@ def absent(run: Run) -> int:
 
 
 def metrics(run: Run) -> Iterator[Wrong]:
-    """A number of metrics.json whose place names an encoder is one of that encoder's, of the task and protocol named."""
+    """A number of metrics.json whose place names an encoder is one of that encoder's, of the task and protocol named.
+
+    A group of which no number is (gains, fits) holds something else and is passed over here, as on the page.
+    """
     path = f"{run.folder}/metrics.json"
     rows = {name: _rows(run, name) for name in _names(run)}
+    groups: dict[tuple[str, ...], list[tuple[str, bool]]] = {}
     for place, value in _leaves(run.json(path) or {}, ()):
-        for name in (name for name in rows if name in place):
-            narrow = [row for row in rows[name] if row.get("task") in place and row.get("protocol") in place] or rows[name]
-            if not any(value in _meant(row, place) for row in narrow):
-                yield path, f"{' '.join(place)} = {value!r} is no number of {name} in the tables"
+        words = tuple(word for part in place for word in re.split(r"[/.@ ]", part))
+        for name in (name for name in rows if name in words):
+            narrow = [row for row in rows[name] if row.get("task") in words and row.get("protocol") in words] or rows[name]
+            found = any(value in _meant(row, words) for row in narrow)
+            message = f"{' '.join(place)} = {value!r} is no number of {name} in the tables"
+            groups.setdefault(tuple(word for word in words if word != name), []).append((message, found))
+    for group in groups.values():
+        if any(found for _, found in group):
+            yield from ((path, message) for message, found in group if not found)
 
 
 def page(run: Run) -> Iterator[Wrong]:

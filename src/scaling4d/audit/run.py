@@ -63,7 +63,7 @@ class Run:
 
     def rows(self, table: str, **wanted: str) -> list[tuple[int, dict[str, str]]]:
         """(line, row) of a csv of the report, those with the wanted values; none where the table is not here."""
-        lines = csv.DictReader((self.disk.text(f"{self.folder}/{table}.csv") or "").splitlines())
+        lines = _table(self.disk.text(f"{self.folder}/{table}.csv") or "")
         return [(n, row) for n, row in enumerate(lines, start=2) if all(row.get(k) == v for k, v in wanted.items())]
 
     def taints(self, name: str, starts: list[tuple[str, tuple[str, ...]]]) -> tuple[str, ...]:
@@ -118,6 +118,11 @@ class Run:
                 if run["stage"] == (stage.name if out.path.startswith(f"{self.folder}/") else name):
                     return run
         return None
+
+
+@cache
+def _table(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(text.splitlines()))
 
 
 @cache

@@ -114,7 +114,7 @@ def _claims(run: Run) -> Iterator[Finding]:
             words = "; ".join(f"{_and_more(who)} as md5 {md5}, {size} bytes" for (md5, size, _), who in said.items())
             yield Finding(WRONG, run.lock, f"it contradicts itself about {path}: {words}", run.taints(path, [(path, ())]))
     text = history.committed(run.lock)
-    before = lock.parse(text, Path(run.lock)) if text is not None else {}
+    before = {} if text in (None, Path(run.lock).read_text()) else lock.parse(text, Path(run.lock))
     for name in run.stages.keys() & before.keys():
         was = {file.path: file.md5 for file in (*before[name].deps, *before[name].outs)}
         for file in (*run.stages[name].deps, *run.stages[name].outs):
@@ -138,7 +138,7 @@ def _changed(run: Run, paths: set[str]) -> dict[str, list[str]]:
             continue
         within = [other for other in found if other.startswith(f"{path}/")]
         names = _names(run, path, next(iter(claimed[path]))[0])
-        further = [name for name in names if not any(f"{path}/{name}".startswith(other) for other in within)]
+        further = [name for name in names if not any(touch(f"{path}/{name}", other) for other in within)]
         if further or not within:
             found[path] = further
     return found
@@ -162,7 +162,7 @@ def _bytes(run: Run, changed: Mapping[str, list[str]], rooms: Mapping[str, str])
             yield Finding(WRONG, path, message + ("" if rooms else "; its meaning is as before, so no number changes"), reached)
         else:
             yield Finding(WRONG, path, message, run.taints(inner, [(inner, ())]))
-    for path in claimed.keys() - changed.keys():
+    for path in (path for path in claimed if path not in changed):
         now = (run.disk.md5(path), run.disk.size(path), len(run.disk.files(path)))
         for (md5, size, nfiles), who in claimed[path].items():
             if md5 == now[0] and (size, nfiles or 1) != (now[1], now[2] if nfiles else 1):
@@ -250,8 +250,10 @@ def _commit(run: Run) -> Iterator[Finding]:
         )
         return
     for path, md5 in inputs.items():
-        found = history.md5(commit, run.disk.source(path) or path)
-        if found != md5:
+        found = history.md5(commit, _place(commit, path))
+        if found is None:
+            yield Finding(UNCHECKED, run.lock, f"{path}: commit {commit[:7]}, which holds its code, does not hold it")
+        elif found != md5:
             message = f"{path} was md5 {md5}; in commit {commit[:7]}, which holds its code, it is {found}"
             yield Finding(WRONG, run.lock, message, run.taints(path, [(path, ())]))
     with tempfile.TemporaryDirectory() as folder:
@@ -268,6 +270,16 @@ def _commit(run: Run) -> Iterator[Finding]:
         for key, value, other in lock.unequal(stage.params, {key: said[key] for key in stage.params}):
             message = f"{stage.name} ran with {key} = {value!r}, other stages with {other!r}"
             yield Finding(WRONG, run.lock, message, run.taints(stage.name, [(out.path, ()) for out in stage.outs]))
+
+
+def _place(commit: str, path: str) -> str:
+    """Where a commit keeps a path: itself, or what its .dvc file imports."""
+    name = f"{path.split('/')[0]}.dvc"
+    text = history.file(commit, name)
+    if text is None:
+        return path
+    stage = lock.imported(name, text)[name]
+    return stage.deps[0].path + path.removeprefix(stage.outs[0].path)
 
 
 # ---- what the artifacts say of themselves ----
@@ -296,25 +308,30 @@ def _provenances(run: Run) -> dict[str, str]:
 def _said(run: Run, changed: Mapping[str, list[str]]) -> Iterator[Finding]:
     """The settings, code and inputs that an artifact names are those that the lock names for its stage."""
     for name, path in _provenances(run).items():
-        stage, said = run.stages[name], run.json(path) or {}
-        named = said.get("settings") or {}
-        reached = run.taints(path, [(out.path, ()) for out in stage.outs])
-        for key, found, locked in lock.unequal({key: named[key] for key in stage.params if key in named}, stage.params):
-            yield Finding(WRONG, name, f"{path} was made with {key} = {found!r}, {run.lock} says {locked!r}", reached)
-        rooms = {dep.md5 for dep in stage.deps if dep.path.startswith(f"{ROOMS}/")}
-        text = json.dumps(said.get("code"), indent=2, sort_keys=True) + "\n"
-        if rooms and hashlib.md5(text.encode()).hexdigest() not in rooms:
-            yield Finding(WRONG, name, f"{path} names other code than the {ROOMS} that {run.lock} says it read", reached)
-        known = _read(run, name)
-        for word, sha in (said.get("inputs") or {}).items():
-            told = word == "videos" or any(touch(dep.path, path) for dep in stage.deps for path in changed)
-            if sha not in known and not told:  # videos may be members of archives; the lock holds the hash of their folder
-                yield Finding(WRONG, name, f"{path} names {word} {sha}, which is nothing that {run.lock} says it read", reached)
-        yield from (Finding(WRONG, name, message, reached) for message in _operative(run, name, path))
+        wrong = [*_provenance(run, name, path, changed), *_operative(run, name, path)]
+        reached = run.taints(path, [(out.path, ()) for out in run.stages[name].outs]) if wrong else ()
+        yield from (Finding(WRONG, name, message, reached) for message in wrong)
+
+
+def _provenance(run: Run, name: str, path: str, changed: Mapping[str, list[str]]) -> Iterator[str]:
+    stage, said = run.stages[name], run.json(path) or {}
+    named = {key: value for key, value in (said.get("settings") or {}).items() if key in stage.params}
+    for key, found, locked in lock.unequal(named, stage.params):
+        yield f"{path} was made with {key} = {found!r}, {run.lock} says {locked!r}"
+    rooms = {dep.md5 for dep in stage.deps if dep.path.startswith(f"{ROOMS}/")}
+    text = json.dumps(said.get("code"), indent=2, sort_keys=True) + "\n"
+    if rooms and hashlib.md5(text.encode()).hexdigest() not in rooms:
+        yield f"{path} names other code than the {ROOMS} that {run.lock} says it read"
+    if not all(run.disk.here(dep.path) and not any(touch(dep.path, other) for other in changed) for dep in stage.deps):
+        return
+    known = _read(run, name)
+    for word, sha in (said.get("inputs") or {}).items():
+        if word != "videos" and sha not in known:  # those may be members of archives; the lock holds the hash of their folder
+            yield f"{path} names {word} {sha}, which is nothing that {run.lock} says it read"
 
 
 def _read(run: Run, name: str) -> set[str]:
-    """sha256 of everything that a stage read, and of what lies directly inside; of what is not here, whatever is asked for."""
+    """sha256 of everything that a stage read, and of what lies directly inside."""
     found = set()
     for dep in run.stages[name].deps:
         inner = {f"{dep.path}/{file.split('/')[0]}" for file in run.disk.files(dep.path) if file}
