@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from scaling4d import audit, config
+from scaling4d import audit, cli, config
 from scaling4d.audit import lock
 from scaling4d.audit.run import runs
 from scaling4d.records import UserError, write_json
@@ -338,6 +338,11 @@ def test_a_kept_run_whose_code_no_commit_holds_is_not_checked(project: Path, fli
     Path("reports/kept/dvc.lock").write_text(text.replace(md5, "0" * 32 + ".dir"))
     messages = [finding.message for finding in audit.verify(project) if finding.kind == "not checked"]
     assert any(message.startswith("no commit of this clone holds the src/scaling4d that it names (000") for message in messages)
+
+
+def test_two_questions_at_once_are_refused() -> None:
+    with pytest.raises(UserError, match="^--explain, --crate and --reproduced answer three questions; needed one at a time$"):
+        cli.audit(explain="nano/actions/frozen", form="text", crate=None, reproduced=True)
 
 
 # ---- cost ----

@@ -41,15 +41,17 @@ def test_a_crate_names_who_when_what_and_how_and_is_the_same_bytes_twice(project
     assert root["license"] == {"@id": "https://spdx.org/licenses/Apache-2.0"}
     assert root["datePublished"] == "2026-11-21T19:15:45+00:00"  # of the last stage's end
     run = found["#run/pretrain@nano"]
-    assert (run["description"], run["startTime"]) == ("ran `true pretrain nano`", "2026-11-21T19:15:44+00:00")
+    assert (run["description"], run["startTime"]) == ("ran `true pretrain nano` on x86_64", "2026-11-21T19:15:44+00:00")
     assert {"@id": "#setting/points.nano"} in run["object"] and {"@id": "artifacts/test/clips/"} in run["object"]
     assert json.loads(found["#setting/points.nano"]["value"]) == {"SimpleMAE": {"clip": [4, 8, 8], "rate": 3e-06, "width": 32}}
     assert run["result"] == [{"@id": "artifacts/test/pretrain/nano/"}]
     tool = found[run["instrument"]["@id"]]
     needs = {found[need["@id"]]["name"]: found[need["@id"]]["softwareVersion"] for need in tool["softwareRequirements"]}
     assert needs == {"dvc": "3.67.1", "python": "3.11.7", "torch": "2.13.0"}
-    usage = {found[use["@id"]]["name"]: found[use["@id"]]["value"] for use in run["resourceUsage"]}
-    assert usage == {"cpus": "4 CPUs of kind x86_64", "seconds": "1.5"}
+    usage = {
+        found[use["@id"]]["name"]: (found[use["@id"]]["value"], found[use["@id"]]["unitCode"]) for use in run["resourceUsage"]
+    }
+    assert usage == {"cpus": ("4", "C62"), "seconds": ("1.5", "SEC")}
 
 
 def test_a_crate_holds_every_small_file_with_its_hash_and_names_the_large_and_the_sources(

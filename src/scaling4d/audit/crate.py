@@ -32,8 +32,14 @@ BESIDE = ("params.yaml", "dvc.lock", "data.dvc", "requirements.lock", "pyproject
 LARGEST_BYTES = (
     2**20
 )  # of a file that is copied; a larger one is named by its hash: the crate is to be mailed, not to hold weights
-USAGE = {"seconds": "https://schema.org/totalTime", "cpus": "https://schema.org/processorRequirements"}
-KINDS = {".json": "application/json", ".csv": "text/csv", ".html": "text/html", ".svg": "image/svg+xml", ".png": "image/png"}
+USAGE = {"seconds": ("https://schema.org/totalTime", "SEC"), "cpus": ("https://schema.org/processorRequirements", "C62")}
+KINDS = {
+    **{".json": "application/json", ".jsonl": "application/jsonl", ".ipynb": "application/x-ipynb+json", ".html": "text/html"},
+    **{".csv": "text/csv", ".parquet": "application/vnd.apache.parquet", ".tar": "application/x-tar", ".md": "text/markdown"},
+    **{".svg": "image/svg+xml", ".png": "image/png", ".yaml": "application/yaml", ".dvc": "application/yaml"},
+    **{".py": "text/x-python", ".gin": "text/plain", ".lock": "text/plain", ".toml": "application/toml"},
+}
+OTHER = "application/octet-stream"
 
 
 def write(run: Run, out: Path) -> Path:
@@ -59,7 +65,7 @@ def write(run: Run, out: Path) -> Path:
     _Run(run, crate).add()
     for name in BESIDE:
         if Path(name).is_file() and not crate.get(name):
-            crate.add_file(name, name, properties={"name": name})
+            crate.add_file(name, name, properties={"name": name, "encodingFormat": _kind(name)})
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # rocrate warns where it writes no file for an entity
         crate.write(out)
@@ -103,7 +109,7 @@ class _Run:
         language = self._entity(
             "#dvc-yaml", "ComputerLanguage", dict(name="DVC pipeline", url="https://dvc.org/doc/user-guide/pipelines")
         )
-        about = {"@type": KIND, "name": "the pipeline", "programmingLanguage": language}
+        about = {"@type": KIND, "name": "the pipeline", "programmingLanguage": language, "encodingFormat": _kind(WORKFLOW)}
         workflow = crate.mainEntity = crate.add_file(WORKFLOW, WORKFLOW, properties=about)
         tools = {
             kind: self._tool(kind, [stage for stage in stages if stage.kind == kind])
@@ -190,13 +196,15 @@ class _Run:
         if facts is not None:
             action["startTime"] = _time(facts["finished_unix_s"] - facts["seconds"])
             action["endTime"] = _time(facts["finished_unix_s"])
-            shown = {"seconds": facts["seconds"], "cpus": f"{facts['cpus']} CPUs of kind {facts['machine']}"}
             action["resourceUsage"] = [
                 self._entity(
-                    f"#usage/{stage.name}/{name}", "PropertyValue", dict(name=name, value=str(value), propertyID=USAGE[name])
+                    f"#usage/{stage.name}/{name}",
+                    "PropertyValue",
+                    {"name": name, "value": str(facts[name]), "propertyID": kind, "unitCode": unit},
                 )
-                for name, value in shown.items()
+                for name, (kind, unit) in USAGE.items()
             ]
+            action["description"] += f" on {facts['machine']}"
         return action
 
     def _data(self, file: File) -> Entity:
@@ -225,11 +233,15 @@ class _Run:
         found = self._crate.get(path)
         if found is None:
             digest = self._run.disk.files(path)[""]
-            about = {"contentSize": str(digest.size), "sha256": digest.sha256, **about, "name": path}
+            about = {
+                "contentSize": str(digest.size),
+                "sha256": digest.sha256,
+                **about,
+                "name": path,
+                "encodingFormat": _kind(path),
+            }
             if digest.size > LARGEST_BYTES:
                 return self._named(digest.sha256, "File", about)
-            if Path(path).suffix in KINDS:
-                about["encodingFormat"] = KINDS[Path(path).suffix]
             found = self._crate.add_file(path, path, properties=about)
         return found
 
@@ -264,6 +276,10 @@ class _Run:
 
         found = self._crate.get(name)
         return found or self._crate.add(ContextEntity(self._crate, name, {"@type": kind, **properties}))
+
+
+def _kind(path: str) -> str:
+    return KINDS.get(Path(path).suffix, OTHER)
 
 
 def _facts(run: Run) -> Iterator[dict[str, Any]]:
