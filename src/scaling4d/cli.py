@@ -307,11 +307,24 @@ def features(
 
 
 @app.command()
-def audit(explain: Annotated[str, typer.Option(help="Walk one number back: ENCODER/TASK/PROTOCOL.")] = "") -> None:
-    """Verify every hash of the committed run, or explain one number."""
-    from scaling4d.audit import run
+def audit(
+    explain: Annotated[
+        str, typer.Option(help="Walk one number back: ENCODER/TASK/PROTOCOL, POINT/pretrain, POINT/reconstruct.")
+    ] = "",
+    form: Annotated[str, typer.Option("--as", help="Of --explain: text, json, or svg.")] = "text",
+    crate: Annotated[Path | None, typer.Option(help="Write the verified run to this new folder as an RO-Crate.")] = None,
+    reproduced: Annotated[bool, typer.Option("--reproduced", help="Compare a run made again with the committed one.")] = False,
+) -> None:
+    """Verify every hash of the committed run and what its numbers are made of; or explain, export, compare."""
+    from scaling4d import audit
 
-    raise typer.Exit(run(explain or None))
+    if sum((bool(explain), crate is not None, reproduced)) > 1:
+        raise UserError("--explain, --crate and --reproduced answer three questions; needed one at a time")
+    if explain:
+        raise typer.Exit(audit.walk_back(explain, form))
+    if crate is not None:
+        raise typer.Exit(audit.export(crate))
+    raise typer.Exit(audit.again() if reproduced else audit.check())
 
 
 @app.command()

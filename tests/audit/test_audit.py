@@ -1,195 +1,378 @@
 import json
-import subprocess
+import shutil
 import sys
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
-from scaling4d import artifacts, audit, config
-from scaling4d.records import Result, UserError, write_json
+from scaling4d import audit, cli, config
+from scaling4d.audit import lock
+from scaling4d.audit.run import runs
+from scaling4d.records import UserError, write_json
 
-FOLDER = Path("artifacts/test")
-SETTINGS = {"seed": 0, "points": {"nano": {"width": 32, "rate": 3e-06}}, "report": {"folder": "reports/built"}, "profile": "test"}
-PIPELINE = {
-    "stages": {
-        "pretrain": {
-            "matrix": {"point": "${points}"},
-            "cmd": "true",
-            "params": ["seed", "points.${item.point}"],
-            "deps": ["data/videos"],
-            "outs": ["artifacts/${profile}/pretrain/${item.point}"],
-        },
-        "readout": {
-            "cmd": "true",
-            "params": ["seed"],
-            "deps": ["artifacts/${profile}/pretrain/nano"],
-            "outs": ["artifacts/${profile}/readout/nano/actions/frozen"],
-        },
-        "report": {
-            "cmd": "true",
-            "deps": ["artifacts/${profile}/readout"],
-            "outs": [{"reports/built/results.csv": {"cache": False}}],
-        },
-    }
-}
+Flip = Callable[[str, str, str], None]
+Wrong = Callable[[], str]
+NANO, MINI = "artifacts/test/readout/nano/actions/frozen/result.json", "artifacts/test/readout/mini/actions/frozen/result.json"
 
 
-def dvc(*words: str) -> None:
-    subprocess.run([sys.executable, "-m", "dvc", *words, "--quiet"], check=True)
+def test_an_untouched_project_has_nothing_wrong_and_says_what_is_not_here(project: Path, capsys: pytest.CaptureFixture) -> None:
+    assert audit.check() == 0
+    text = capsys.readouterr().out
+    assert "not checked reports/kept/dvc.lock: 8 files and folders below artifacts/kept that it names are not here" in text
+    assert text.splitlines()[-1] == "0 wrong; what is not here was not checked; everything else agrees"
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small DVC repository whose stages are committed as they lie."""
-    root = tmp_path_factory.mktemp("project")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        patch.setenv("DVC_NO_ANALYTICS", "true")
-        _write()
-        dvc("init", "--no-scm")
-        dvc("commit", "--force")
-    return root
+# ---- one byte ----
 
 
-def _write() -> None:
-    Path("experiments/profile").mkdir(parents=True)
-    Path("experiments/config.yaml").write_text("defaults:\n  - _self_\n  - profile: test\n")
-    Path("experiments/profile/test.yaml").write_text("# @package _global_\n" + yaml.safe_dump(SETTINGS))
-    config.PARAMS.write_text(yaml.safe_dump(SETTINGS))
-    Path("dvc.yaml").write_text(yaml.safe_dump(PIPELINE))
-    Path("data/videos").mkdir(parents=True)
-    Path("data/videos/a.mp4").write_bytes(b"a video")
-    weights, result, built = FOLDER / "pretrain/nano", FOLDER / "readout/nano/actions/frozen", Path("reports/built")
-    for folder in (weights, result, built):
-        folder.mkdir(parents=True)
-    (weights / "model.safetensors").write_bytes(b"weights")
-    summary = {"point": "nano", "method": "SimpleMAE", "parameters": 5, "flops": 7.0, "clips_seen": 8, "train_loss": 0.5}
-    summary |= {"val_loss": 0.25, "seed": 0}
-    write_json(weights / "summary.json", summary)
-    _provenance(weights, {"seed": 0, "points.nano": {"width": 32, "rate": 3e-06}})
-    _provenance(result, {"seed": 0})
-    sha = artifacts.sha256(weights / "model.safetensors")
-    Result("nano", 5, "actions", "frozen", "top1", 0.5, 0.4, 0.6, "share", True, 10, 0, sha).write(result / "result.json")
-    head = "encoder,parameters,task,protocol,metric,value,low,high,unit,higher_is_better,examples,seed,checkpoint_sha256\n"
-    (built / "results.csv").write_text(f"{head}nano,5,actions,frozen,top1,0.5,0.4,0.6,share,True,10,0,{sha}\n")
-    (built / "pretrain.csv").write_text(",".join(summary) + "\n" + ",".join(map(str, summary.values())) + "\n")
-    write_json(built / "metrics.json", {"val_loss": {"nano": 0.25}, "actions": {"frozen": {"nano": 0.5}}})
+def test_one_byte_of_a_shard_is_named_with_every_number_that_it_taints(project: Path, flip: Flip, wrong: Wrong) -> None:
+    flip("artifacts/test/clips/shards/train-00000.tar", "clips", "clipz")
+    found = wrong()
+    shard = "artifacts/test/clips/shards/train-00000.tar"
+    assert "wrong       artifacts/test/clips: clips wrote it and 3 more as md5 " in found
+    assert "(differs: shards/train-00000.tar)" in found
+    assert f"{shard} -> pretrain -> reports/built: mini/pretrain, nano/pretrain, small/pretrain" in found
+    assert f"{shard} -> pretrain -> readout -> reports/built: mini/actions/frozen, nano/actions/frozen, small/" in found
+    assert "wrong       artifacts/test:" not in found  # the report read the folder around it; nothing else in there differs
+    assert audit.check() == 1
 
 
-def _provenance(folder: Path, settings: dict) -> None:
-    write_json(folder / "provenance.json", {"settings": settings, "overrides": {}, "code": None, "inputs": {}})
+def test_one_byte_of_a_checkpoint_is_named_and_taints_its_own_numbers_alone(project: Path, flip: Flip, wrong: Wrong) -> None:
+    flip("artifacts/test/pretrain/nano/model.safetensors", "weights", "weighTs")
+    found = wrong()
+    assert "(differs: model.safetensors)" in found
+    assert "artifacts/test/pretrain/nano/model.safetensors -> readout -> reports/built: nano/actions/frozen" in found
+    assert "mini" not in found and found.count("wrong") == 1  # what must differ because of it is not named again
 
 
-@pytest.fixture
-def project(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy that a test may damage."""
-    subprocess.run(["cp", "-a", f"{made}/.", str(tmp_path)], check=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def test_a_result_of_other_weights_is_named(project: Path, flip: Flip, wrong: Wrong) -> None:
+    sha = json.loads(Path(NANO).read_text())["checkpoint_sha256"]
+    flip(NANO, sha, "0" * 64)
+    weights = "artifacts/test/pretrain/nano/model.safetensors"
+    assert f"wrong       {NANO}: was measured on weights {'0' * 64}, {weights} is {sha}" in wrong()
 
 
-def wrong(root: Path) -> list[str]:
-    return [f"{finding.where}: {finding.message}" for finding in audit.verify(root) if finding.kind == "wrong"]
+def test_one_byte_of_a_result_is_named_in_the_lock_and_in_the_table(project: Path, flip: Flip, wrong: Wrong) -> None:
+    flip(NANO, '"value": 0.5', '"value": 0.6')
+    found = wrong()
+    assert f"{NANO} -> reports/built: nano/actions/frozen" in found
+    assert f"reports/built/results.csv: line 4: nano actions frozen top1 value = 0.5 is not the 0.6 of {NANO}" in found
 
 
-def test_an_untouched_project_has_nothing_wrong(project: Path) -> None:
-    assert audit.verify(project) == []
-    assert audit.run(None) == 0
+def test_a_result_that_is_none_any_more_is_named_beside_everything_else(project: Path, flip: Flip, wrong: Wrong) -> None:
+    flip(NANO, '"value": 0.5', '"value": 9.5')
+    flip(MINI, '"value": 0.75', '"value"; 0.75')
+    found = wrong()
+    assert f"{NANO}: it is not a result: nano actions frozen: 9.5 outside its interval 0.4 .. 0.6; run its stage again" in found
+    assert f"wrong       {MINI}: it is not JSON: run its stage again" in found
+    assert f"{NANO} -> reports/built: nano/actions/frozen" in found and f"{MINI} -> reports/built: mini/" in found
 
 
-def test_one_flipped_byte_of_the_weights_is_named_even_where_its_time_and_size_stay(project: Path) -> None:
-    path = FOLDER / "pretrain/nano/model.safetensors"
-    before = path.stat()
-    path.chmod(0o644)
-    path.write_bytes(b"weighTs")
-    subprocess.run(["touch", "-d", f"@{before.st_mtime_ns / 1e9:.9f}", str(path)], check=True)
-    found = wrong(project)
-    assert any("pretrain@nano: wrote artifacts/test/pretrain/nano" in f and "(differs: model.safetensors)" in f for f in found)
-    assert any("result.json: was measured on weights" in f for f in found)
-    assert audit.run(None) == 1
-
-
-def test_a_changed_video_is_named(project: Path) -> None:
-    Path("data/videos/a.mp4").write_bytes(b"another")
-    assert len(wrong(project)) == 1
-    assert wrong(project)[0].startswith("pretrain@nano: read data/videos as md5 ")
-
-
-def test_a_number_typed_into_the_table_is_named(project: Path) -> None:
-    path = Path("reports/built/results.csv")
-    path.write_text(path.read_text().replace("top1,0.5,", "top1,0.55,"))
-    found = wrong(project)
-    assert (
-        "reports/built/results.csv: top1 = 0.55 is not the 0.5 of artifacts/test/readout/nano/actions/frozen/result.json" in found
-    )
-    assert "reports/built/metrics.json: actions frozen nano = 0.5, the table says 0.55" in found
-
-
-def test_a_summary_that_the_table_does_not_hold_is_named(project: Path) -> None:
-    path = Path("reports/built/pretrain.csv")
-    path.write_text(path.read_text().replace("0.25", "0.2"))
+def test_one_byte_of_the_table_is_named_by_its_hash_its_result_and_what_was_made_of_it(
+    project: Path, flip: Flip, wrong: Wrong
+) -> None:
+    flip("reports/built/results.csv", "top1,0.75,", "top1,0.95,")
+    found = wrong()
+    assert "wrong       reports/built/results.csv: report wrote it as md5 " in found
+    assert f"reports/built/results.csv: line 2: mini actions frozen top1 value = 0.95 is not the 0.75 of {MINI}" in found
+    assert "reports/built/metrics.json: actions frozen mini = 0.75 is no number of mini in the tables" in found
+    flip("reports/built/results.csv", "small,6,actions", "smell,6,actions")
+    unknown = "artifacts/test/readout/smell/actions/frozen/result.json"
+    assert f"reports/built/results.csv: line 6: no stage of dvc.lock makes {unknown}" in wrong()
+    flip("reports/built/pretrain.csv", "nano,5,0.5", "nano,5,0.4")
     where = "artifacts/test/pretrain/nano/summary.json"
-    assert f"reports/built/pretrain.csv: nano val_loss = 0.2 is not the 0.25 of {where}" in wrong(project)
+    assert f"reports/built/pretrain.csv: line 3: nano train_loss = 0.4 is not the 0.5 of {where}" in wrong()
 
 
-def test_a_hand_edit_of_params_is_named_and_an_override_that_stages_name_is_a_note(project: Path) -> None:
-    config.PARAMS.write_text(yaml.safe_dump({**SETTINGS, "seed": 3}))
-    assert any(
-        line.startswith("params.yaml: seed = 3 is not the value of profile test, and no stage names it")
-        for line in wrong(project)
-    )
-    path = FOLDER / "pretrain/nano/provenance.json"
+def test_a_number_that_no_table_holds_is_named_on_the_page_even_where_every_hash_was_made_to_fit(
+    project: Path, flip: Flip, wrong: Wrong
+) -> None:
+    for path, old, new in (
+        ("reports/built/report.html", "<td>0.7500<br", "<td>0.8500<br"),  # 0.85 is the upper end of its interval
+        ("reports/built/metrics.json", '"mini": 0.75', '"mini": 0.85'),
+    ):
+        before = runs()[0].disk
+        md5, sha256 = before.md5(path), before.sha256(path)
+        flip(path, old, new)
+        flip("dvc.lock", md5, runs()[0].disk.md5(path))
+        if path.endswith(".html"):
+            flip("reports/built/runs.json", sha256, runs()[0].disk.sha256(path))
+    assert wrong().splitlines() == [
+        "wrong       reports/built/metrics.json: actions frozen mini = 0.85 is no number of mini in the tables",
+        "wrong       reports/built/report.html: mini, actions: 0.8500 [0.6500, 0.8500] is no number of mini in the tables",
+    ]
+
+
+def test_one_byte_of_the_settings_is_named_with_the_numbers_that_it_would_change(project: Path, flip: Flip, wrong: Wrong) -> None:
+    flip("params.yaml", "seed: 0", "seed: 3")
+    found = wrong()
+    assert "params.yaml: seed = 3 is not the value of profile test, and no stage names it: undo it with " in found
+    assert "pretrain@mini and 5 more: dvc.lock says seed = 0, params.yaml says 3: run `dvc repro`" in found
+    assert "params.yaml seed -> pretrain -> reports/built: mini/pretrain, nano/pretrain" in found
+
+
+def test_one_byte_of_code_is_named_with_the_numbers_of_its_room(clone: Path, flip: Flip, wrong: Wrong) -> None:
+    flip("src/scaling4d/readout/train.py", "VALUE = 1", "VALUE = 2")
+    found = wrong()
+    assert "wrong       src/scaling4d: code read it as md5 " in found and "(differs: readout/train.py)" in found
+    assert "src/scaling4d/readout/train.py -> code -> readout -> reports/built: mini/actions/frozen, nano/" in found
+    assert "/pretrain" not in found
+
+
+def test_a_changed_comment_is_named_and_taints_nothing(project: Path, flip: Flip, wrong: Wrong) -> None:
+    flip("src/scaling4d/readout/train.py", "# a number", "# A number")
+    found = wrong()
+    assert "(differs: readout/train.py); its meaning is as before, so no number changes" in found and "->" not in found
+
+
+def test_code_that_means_something_else_is_named_by_module_where_its_hash_in_the_lock_was_made_to_fit(
+    project: Path, flip: Flip, wrong: Wrong
+) -> None:
+    before, size = runs()[0].disk.md5("src/scaling4d"), runs()[0].disk.size("src/scaling4d")
+    flip("src/scaling4d/readout/train.py", "VALUE = 1", "VALUE = 2")
+    assert runs()[0].disk.size("src/scaling4d") == size
+    flip("dvc.lock", before, runs()[0].disk.md5("src/scaling4d"))
+    message = "artifacts/code/readout.json: the code means something else than when it was run (scaling4d.readout.train)"
+    assert message in wrong()
+
+
+def test_one_byte_of_a_source_video_is_named_beside_git_s_copy(project: Path, flip: Flip, wrong: Wrong) -> None:
+    flip("data/videos/a.mp4", "as it was", "as it is ")
+    found = wrong()
+    assert "wrong       data/videos: clips read it as md5 " in found and "(differs: a.mp4)" in found
+    assert "data/videos/a.mp4 -> clips -> pretrain -> readout -> reports/built: mini/actions/frozen" in found
+    assert "wrong       data:" not in found
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("cmd: true clips", "cmd: true clipz", "clips: dvc.lock says that it ran `true clipz`, dvc.yaml says `true clips`"),
+        ("  clips:\n    cmd", "  klips:\n    cmd", "clips: not in dvc.lock, so it was never run: run `dvc repro`"),
+        (
+            "        frames: 4",
+            "        frames: 5",
+            "clips: dvc.lock says clips.Curation.frames = 5, params.yaml says 4: run `dvc repro`",
+        ),
+        (
+            "path: data/videos",
+            "path: data/vide0s",
+            "clips: dvc.lock says that it reads data/vide0s where dvc.yaml says data/videos",
+        ),
+        (
+            "width: 32",
+            "width: 33",
+            "pretrain@mini: dvc.lock says points.mini.SimpleMAE.width = 33, params.yaml says 32: run `dvc repro`",
+        ),
+    ],
+)
+def test_one_byte_of_the_lock_is_named(project: Path, flip: Flip, old: str, new: str, said: str) -> None:
+    flip("dvc.lock", old, new)
+    assert said in "\n".join(": ".join(contradiction) for contradiction in lock.pipeline()[1])
+
+
+def test_a_hash_in_the_lock_that_was_changed_contradicts_the_stage_that_read_it(clone: Path, flip: Flip, wrong: Wrong) -> None:
+    md5 = runs()[0].stages["pretrain@nano"].outs[0].md5
+    flip("dvc.lock", md5, md5.replace(md5[0], "0" if md5[0] != "0" else "1", 1))
+    found = wrong()
+    assert "dvc.lock: it contradicts itself about artifacts/test/pretrain/nano: pretrain@nano wrote it as md5 " in found
+    assert "artifacts/test/pretrain/nano -> readout -> reports/built: nano/actions/frozen" in found
+
+
+def test_a_hash_that_no_other_stage_names_is_told_by_the_folder_around_it_and_in_a_clone_by_the_commit(
+    project: Path, flip: Flip, wrong: Wrong
+) -> None:
+    md5 = runs()[0].stages["readout@nano"].outs[0].md5
+    other = ("1" if md5[0] == "0" else "0") + md5[1:]
+    flip("dvc.lock", md5, other)
+    folder = "artifacts/test/readout/nano/actions/frozen"
+    changed = f"dvc.lock: changed itself: readout@nano wrote it, {folder}, as md5 {other}; it is {md5}, and artifacts/test "
+    assert changed in wrong() and f"{folder} -> reports/built: nano/actions/frozen" in wrong()
+    shutil.rmtree("artifacts")
+    assert f"dvc.lock: readout@nano: {folder} is md5 {other}, the last commit has {md5}, and it is not here to tell" in wrong()
+
+
+def test_a_lock_that_is_no_lock_any_more_is_one_line(project: Path, flip: Flip) -> None:
+    flip("dvc.lock", "schema: '2.0'", "schema: '3.0'")
+    with pytest.raises(UserError, match=r"^dvc.lock is damaged: schema '3.0', needed '2.0'; take it from git again$"):
+        audit.verify(project)
+    flip("dvc.lock", "    hash: md5", "    h4sh: md5")
+    flip("dvc.lock", "schema: '3.0'", "schema: '2.0'")
+    with pytest.raises(UserError, match=r"^dvc.lock is damaged: .* has a hash of kind None, needed md5; take it from git again$"):
+        audit.verify(project)
+
+
+@pytest.mark.slow
+def test_no_letter_or_digit_of_the_lock_can_change_unnoticed(project: Path, wrong: Wrong) -> None:
+    text = Path("dvc.lock").read_text()
+    for place in (place for place in range(0, len(text), 11) if text[place].isalnum()):
+        Path("dvc.lock").write_text(text[:place] + ("z" if text[place] != "z" else "y") + text[place + 1 :])
+        try:
+            assert wrong(), text[place - 60 : place + 20]
+        except UserError as error:
+            assert "\n" not in str(error)
+
+
+def test_one_byte_of_the_import_of_the_data_is_named(project: Path, flip: Flip, wrong: Wrong) -> None:
+    text = Path("data.dvc").read_text()
+    flip("data.dvc", text[:6], "md5: " + ("0" if text[5] != "0" else "1"))
+    assert "data.dvc: its own md5 is not that of its content: it was edited by hand; take it from git again" in wrong()
+    size = runs()[0].stages["data.dvc"].outs[0].size
+    flip("data.dvc", f"size: {size}", f"size: {size + 1}")
+    assert f"dvc.lock: data.dvc read it, experiments/pocket, as {size + 1} bytes in 3 files; it is {size} in 3" in wrong()
+
+
+# ---- what the artifacts say of themselves ----
+
+
+def test_settings_that_an_artifact_was_not_made_with_are_named(project: Path, flip: Flip, wrong: Wrong) -> None:
+    path = "artifacts/test/pretrain/nano/provenance.json"
+    flip(path, '"width": 32', '"width": 64')
+    assert f"pretrain@nano: {path} was made with points.nano.SimpleMAE.width = 64, dvc.lock says 32" in wrong()
+
+
+def test_a_setting_that_was_not_in_force_is_named_and_a_default_that_no_setting_names_is_not(
+    project: Path, flip: Flip, wrong: Wrong
+) -> None:
+    path = "artifacts/test/pretrain/nano/operative_config.gin"
+    flip(path, "(4, 8, 8)", "(4, 8, 9)")
+    flip(path, "depth = 2", "depth = 3")
+    found = wrong()
+    assert f"pretrain@nano: {path} says SimpleMAE.clip = [4, 8, 9], dvc.lock says [4, 8, 8]" in found
+    assert "depth" not in found
+    Path(path).unlink()
+    assert f"pretrain@nano: {path} is not there" in wrong()
+
+
+def test_code_and_inputs_that_the_stage_did_not_read_are_named(project: Path, wrong: Wrong) -> None:
+    path = Path("artifacts/test/readout/nano/actions/frozen/provenance.json")
+    said = json.loads(path.read_text())
+    said["code"]["sha256"] = said["inputs"]["checkpoint"] = "0" * 64
+    path.chmod(0o644)
+    write_json(path, said)
+    found = wrong()
+    assert f"readout@nano: {path} names other code than the artifacts/code that dvc.lock says it read" in found
+    assert f"readout@nano: {path} names checkpoint {'0' * 64}, which is nothing that dvc.lock says it read" in found
+
+
+def test_times_of_other_artifacts_are_named(project: Path, wrong: Wrong) -> None:
+    path = Path("reports/built/runs.json")
+    told = json.loads(path.read_text())
+    told["runs"][0]["out_sha256"] = "0" * 64
+    write_json(path, told)
+    assert wrong() == f"wrong       {path}: clips made {'0' * 64}, which is not what is here"
+
+
+def test_an_override_that_stages_name_is_a_note(project: Path, wrong: Wrong) -> None:
+    config.PARAMS.write_text(config.PARAMS.read_text().replace("seed: 0", "seed: 3"))
+    path = Path("artifacts/test/pretrain/nano/provenance.json")
+    path.chmod(0o644)
     write_json(path, {**json.loads(path.read_text()), "overrides": {"seed": 3}})
     notes = [finding.message for finding in audit.verify(project) if finding.kind == "note"]
     assert notes == ["override seed = 3 of profile test, named by the stages that it changes"]
 
 
-def test_settings_that_an_artifact_was_not_made_with_are_named(project: Path) -> None:
-    path = FOLDER / "pretrain/nano/provenance.json"
-    path.write_text(path.read_text().replace("32", "64"))
-    made, locked = "{'rate': 3e-06, 'width': 64}", "{'rate': 3e-06, 'width': 32}"
-    message = f"pretrain@nano: {path} was made with points.nano = {made}, dvc.lock says {locked}"
-    assert message in wrong(project)
+# ---- what is not here, and what git alone proves ----
 
 
-def test_a_fresh_clone_is_checked_as_far_as_git_goes(project: Path) -> None:
-    subprocess.run(["rm", "-rf", "artifacts", "data", ".dvc/cache"], check=True)
-    findings = audit.verify(project)
+def test_a_fresh_clone_is_checked_as_far_as_git_goes(clone: Path, flip: Flip, wrong: Wrong) -> None:
+    findings = audit.verify(clone)
     assert {finding.kind for finding in findings} == {"not checked"}
-    assert "artifacts/test/pretrain/nano" in findings[0].message
-    path = Path("reports/built/metrics.json")
-    path.write_text(path.read_text().replace("0.25", "0.2"))
-    assert wrong(project) == ["reports/built/metrics.json: val_loss nano = 0.2, the table says 0.25"]
+    absent = "8 files and folders that it names are not here (artifacts/test/clips, artifacts/test/pretrain/mini, "
+    assert any(finding.message.startswith(absent) for finding in findings)  # not data: git has it
+    flip("reports/built/metrics.json", '"nano": 0.25', '"nano": 0.35')
+    assert "reports/built/metrics.json: val_loss nano = 0.35 is no number of nano in the tables" in wrong()
 
 
-def test_a_stage_that_never_ran_is_named(project: Path) -> None:
-    changed = {**SETTINGS, "points": {"nano": {"width": 32, "rate": 3e-06}, "mini": {"width": 64}}}
-    Path("experiments/profile/test.yaml").write_text("# @package _global_\n" + yaml.safe_dump(changed))
-    config.PARAMS.write_text(yaml.safe_dump(changed))
-    assert wrong(project) == ["pretrain@mini: not in dvc.lock, so it was never run: run `dvc repro`"]
+def test_results_without_the_checkpoints_that_they_were_read_from_are_not_called_wrong(project: Path, wrong: Wrong) -> None:
+    shutil.rmtree("artifacts/test/pretrain/nano")
+    found = wrong()
+    assert found.count("wrong") == 1 and "wrong       artifacts/test: report read it as md5 " in found
+    messages = [finding.message for finding in audit.verify(project) if finding.kind == "not checked"]
+    assert "names the weights artifacts/test/pretrain/nano/model.safetensors, which are not here" in messages
 
 
-@pytest.mark.parametrize("clone", [False, True])
-def test_a_number_is_walked_back_to_the_videos(project: Path, clone: bool) -> None:
-    if clone:
-        subprocess.run(["rm", "-rf", "artifacts", "data", ".dvc/cache"], check=True)
-    text = audit.explain(project, "nano/actions/frozen")
-    steps = [
-        "reports/built/results.csv line 2: top1 = 0.5",
-        "<- readout",
-        "<- pretrain@nano",
-        "data/videos  md5 ",
-        "dvc repro readout",
-    ]
-    places = [text.index(step) for step in steps]
-    assert places == sorted(places)
-    assert 'setting  points.nano = {"rate": 3e-06, "width": 32}' in text
-    assert ("checkpoint  artifacts" in text) is not clone
+def test_a_fresh_clone_checks_the_data_in_git(clone: Path, flip: Flip, wrong: Wrong) -> None:
+    flip("experiments/pocket/videos/b.mp4", "as it was", "as it is ")
+    found = wrong()
+    assert "wrong       data/videos: clips read it as md5 " in found
+    assert "wrong       experiments/pocket: data.dvc read it as md5 " in found and "(differs: videos/b.mp4)" in found
 
 
-def test_an_unknown_number_lists_those_that_are(project: Path) -> None:
-    with pytest.raises(UserError) as caught:
-        audit.explain(project, "nano/actions")
-    wanted = "no number 'nano/actions' in dvc.lock; needed encoder/task/protocol, one of: nano/actions/frozen"
-    assert str(caught.value) == wanted
+def test_a_stage_that_never_ran_is_named(project: Path, compose: Callable[[dict], None], wrong: Wrong) -> None:
+    points = yaml.safe_load(config.PARAMS.read_text())["points"]
+    compose({"points": {**points, "tiny": points["nano"]}})
+    assert "pretrain@tiny and 1 more: not in dvc.lock, so it was never run: run `dvc repro`" in wrong()
+
+
+def test_a_kept_run_is_proven_by_the_commit_that_holds_its_code(
+    project: Path, flip: Flip, commit: Callable, wrong: Wrong
+) -> None:
+    flip("src/scaling4d/readout/train.py", "VALUE = 1", "VALUE = 2")
+    commit("the code moves on")
+    assert "reports/kept" not in wrong()  # its commit is found in the history
+    flip("reports/kept/dvc.lock", "frames: 4", "frames: 6")
+    found = wrong()
+    assert "reports/kept/dvc.lock: it says clips.Curation.frames = 6, commit " in found
+    assert (
+        "reports/kept/dvc.lock clips.Curation.frames -> clips -> pretrain -> readout -> reports/kept: mini/actions/frozen"
+        in found
+    )
+    flip("reports/kept/results.csv", "top1,0.75,", "top1,0.95,")
+    assert "wrong       reports/kept/results.csv: report wrote it as md5 " in wrong()
+
+
+def test_data_that_lies_elsewhere_today_does_not_unsettle_a_kept_run(project: Path, wrong: Wrong) -> None:
+    shutil.copytree("experiments/pocket", "elsewhere")
+    text = Path("data.dvc").read_text()
+    Path("data.dvc").write_text(text.replace("path: experiments/pocket", "path: elsewhere"))
+    assert "reports/kept" not in wrong()
+
+
+def test_a_kept_run_whose_code_no_commit_holds_is_not_checked(project: Path, flip: Flip) -> None:
+    text = Path("reports/kept/dvc.lock").read_text()
+    md5 = runs()[0].stages["code"].deps[0].md5
+    Path("reports/kept/dvc.lock").write_text(text.replace(md5, "0" * 32 + ".dir"))
+    messages = [finding.message for finding in audit.verify(project) if finding.kind == "not checked"]
+    assert any(message.startswith("no commit of this clone holds the src/scaling4d that it names (000") for message in messages)
+
+
+def test_two_questions_at_once_are_refused() -> None:
+    with pytest.raises(UserError, match="^--explain, --crate and --reproduced answer three questions; needed one at a time$"):
+        cli.audit(explain="nano/actions/frozen", form="text", crate=None, reproduced=True)
+
+
+# ---- cost ----
+
+
+def test_every_file_is_opened_once_however_many_stages_name_it(project: Path) -> None:
+    opened: list[str] = []
+    watching = [True]
+
+    def note(event: str, args: tuple) -> None:
+        if watching[0] and event == "open" and isinstance(args[0], str):
+            opened.append(args[0])
+
+    sys.addaudithook(note)
+    run = runs()[0]
+    opened.clear()
+    run.disk.read()
+    for path in {file.path for stage in run.stages.values() for file in (*stage.deps, *stage.outs)}:
+        assert run.disk.md5(path) and run.disk.sha256(path)
+    assert run.json(NANO)["value"] == 0.5
+    watching[0] = False
+    times = Counter(path for path in opened if path.startswith(("artifacts/", "data/", "reports/", "src/", "experiments/")))
+    assert set(times.values()) == {1} and len(times) > 30
+
+
+def test_folders_are_hashed_the_way_dvc_and_the_stages_do(project: Path) -> None:
+    from scaling4d import artifacts
+
+    disk = runs()[0].disk
+    for stage in lock.read(Path("dvc.lock")).values():
+        for file in (*stage.deps, *stage.outs):
+            assert (disk.md5(file.path), disk.size(file.path)) == (file.md5, file.size)
+            assert disk.sha256(file.path) == artifacts.sha256(Path(file.path))

@@ -1,33 +1,35 @@
-"""dvc.lock as data, and DVC's hashes computed anew from the bytes on disk, whatever DVC's own caches believe."""
+"""dvc.lock as data: what every stage ran, read and wrote, and what dvc.yaml says that it should."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML, YAMLError
 
+from scaling4d import config
 from scaling4d.records import UserError
 
-CACHE = Path(".dvc/cache/files/md5")
+LOCK = Path("dvc.lock")
+MISSING = "missing"
 
 
 @dataclass(frozen=True)
 class File:
-    """A file or folder that a stage reads or writes. md5: as DVC writes it, with `.dir` at the end for a folder."""
+    """A file or folder that a stage reads or writes. md5: as DVC writes it, with `.dir` at the end for a folder; size: bytes."""
 
     path: str
     md5: str
+    size: int
+    nfiles: int | None
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A locked stage: what it ran, read and wrote."""
+    """A locked stage: what it ran, read and wrote, by dvc.lock or a .dvc file."""
 
     name: str
     command: str
@@ -35,80 +37,131 @@ class Stage:
     outs: tuple[File, ...]
     params: Mapping[str, Any]
 
+    @property
+    def kind(self) -> str:
+        """The stage as dvc.yaml has it: `readout_frozen` of `readout_frozen@nano-depth`."""
+        return self.name.split("@")[0]
 
-def stages(root: Path) -> tuple[dict[str, Stage], list[str]]:
-    """The locked stages that dvc.yaml still has (data.dvc among them), and the names of stages that were never run.
+
+def read(path: Path) -> dict[str, Stage]:
+    """Every stage of a lock file; raises UserError where it is damaged."""
+    return parse(path.read_text(), path)
+
+
+def parse(text: str, path: Path) -> dict[str, Stage]:
+    """Every stage of a lock's text. path: for messages.
 
     Raises:
-        UserError: no DVC repository, or a dvc.yaml that does not resolve.
+        UserError: it is damaged.
+    """
+    with _damage(path):
+        content = _load(text)
+        if content.get("schema") != "2.0":
+            raise ValueError(f"schema {content.get('schema')!r}, needed '2.0'")
+        return {name: _stage(name, stage) for name, stage in content["stages"].items()}
+
+
+def imported(name: str, text: str) -> dict[str, Stage]:
+    """What a .dvc file brings, as a stage; `dvc update` runs it.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    with _damage(Path(name)):
+        return {name: _stage(name, {"cmd": f"dvc update {name}", **_load(text)})}
+
+
+def pipeline() -> tuple[dict[str, Stage], list[tuple[str, str]]]:
+    """The stages of dvc.lock and the .dvc files here, and every contradiction to dvc.yaml: (name, what differs).
+
+    A stage of dvc.lock that dvc.yaml no longer has is left out, as DVC does; one that never ran is a contradiction.
+
+    Raises:
+        UserError: no DVC repository, a dvc.yaml that does not resolve, or a damaged lock.
     """
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
+    locked = read(LOCK) if LOCK.is_file() else {}
+    settings = _load(config.PARAMS.read_text())
+    stages, differ = {}, []
     try:
-        with Repo(str(root)) as repo:
-            known = [stage.addressing for stage in repo.index.stages if stage.path_in_repo == "dvc.yaml"]
+        with Repo(".") as repo:
+            for stage in repo.index.stages:
+                name = stage.addressing
+                if "/" in stage.path_in_repo:  # of a crate or a copy that lies in here: another pipeline
+                    continue
+                if stage.path_in_repo != "dvc.yaml":
+                    stages |= imported(name, Path(name).read_text())
+                    if stage.md5 != stage.compute_md5():
+                        differ.append(
+                            (name, "its own md5 is not that of its content: it was edited by hand; take it from git again")
+                        )
+                elif name not in locked:
+                    differ.append((name, "not in dvc.lock, so it was never run: run `dvc repro`"))
+                else:
+                    stages[name] = locked[name]
+                    differ += [(name, what) for what in _differs(locked[name], stage, settings)]
     except DvcException as error:
-        raise UserError(f"{root}: DVC cannot read the pipeline: {error}") from error
-    path = root / "dvc.lock"
-    try:
-        locked = _load(path)["stages"] if path.is_file() else {}
-        found = {name: _stage(name, locked[name]) for name in known if name in locked}
-        for imported in sorted(root.glob("*.dvc")):
-            if imported.is_file():
-                found[imported.name] = _stage(imported.name, _load(imported))
-    except (YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} or a .dvc file is damaged: {str(error).splitlines()[0]}; take it from git again") from error
-    return found, [name for name in known if name not in locked]
+        raise UserError(f"DVC cannot read the pipeline: {' '.join(str(error).split())}") from error
+    return stages, differ
 
 
-def md5(path: Path, ignored: frozenset[str]) -> str:
-    """Of a file's bytes; of a folder as DVC does it: md5 over the sorted list of its files' md5s, and `.dir`."""
-    if path.is_file():
-        return _file(path)
-    return hashlib.md5(json.dumps(_listing(path, ignored), sort_keys=True).encode()).hexdigest() + ".dir"
+def _differs(locked: Stage, wanted: Any, settings: Mapping[str, Any]) -> Iterator[str]:
+    """wanted: DVC's own stage, from dvc.yaml. settings: params.yaml."""
+    if locked.command != wanted.cmd:
+        yield f"dvc.lock says that it ran `{locked.command}`, dvc.yaml says `{wanted.cmd}`: run `dvc repro`"
+    declared = config.declared(settings, [key for dep in wanted.deps for key in getattr(dep, "params", ())])
+    for key, was, is_ in unequal(locked.params, declared):
+        yield f"dvc.lock says {key} = {was!r}, params.yaml says {is_!r}: run `dvc repro`"
+    deps = {dep.def_path for dep in wanted.deps if not hasattr(dep, "params")}
+    for word, mine, theirs in (
+        ("reads", {dep.path for dep in locked.deps}, deps),
+        ("writes", {out.path for out in locked.outs}, {out.def_path for out in wanted.outs}),
+    ):
+        if mine != theirs:
+            extra, missing = ", ".join(sorted(mine - theirs)) or "nothing", ", ".join(sorted(theirs - mine)) or "nothing"
+            yield f"dvc.lock says that it {word} {extra} where dvc.yaml says {missing}: run `dvc repro`"
 
 
-def changed(root: Path, file: File, ignored: frozenset[str]) -> list[str]:
-    """Which files inside a changed folder differ from its listing in DVC's cache; empty where the cache does not hold it."""
-    listing = root / CACHE / file.md5[:2] / file.md5[2:]
-    if not file.md5.endswith(".dir") or not listing.is_file():
-        return []
-    was = {entry["relpath"]: entry["md5"] for entry in json.loads(listing.read_text())}
-    now = {entry["relpath"]: entry["md5"] for entry in _listing(root / file.path, ignored)}
-    return sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
-
-
-def ignored_names(root: Path) -> frozenset[str]:
-    """The patterns of .dvcignore; plain names of files and folders, the only kind that this project has there."""
-    path = root / ".dvcignore"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return frozenset(line.strip().rstrip("/") for line in lines if line.strip() and not line.startswith("#"))
-
-
-def _load(path: Path) -> Any:
-    """As DVC writes it, YAML 1.2, in which 3e-06 is a number."""
-    return YAML(typ="safe", pure=True).load(path.read_text())
+def unequal(some: Mapping[str, Any], others: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, value, other value) wherever two groups of settings differ; `missing` where one has no such key."""
+    for key in sorted(some.keys() | others.keys()):
+        one, other = some.get(key, MISSING), others.get(key, MISSING)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            yield from ((f"{key}.{inner}", *values) for inner, *values in unequal(one, other))
+        elif one != other:
+            yield key, one, other
 
 
 def _stage(name: str, content: Mapping[str, Any]) -> Stage:
     params = content.get("params") or {}
+    if params.keys() - {"params.yaml"}:
+        raise ValueError(f"{name} has settings of {', '.join(params)}, needed params.yaml")
     return Stage(
         name=name,
-        command=content.get("cmd", f"dvc update {name}" if name.endswith(".dvc") else ""),
-        deps=tuple(File(entry["path"], entry["md5"]) for entry in content.get("deps") or () if "md5" in entry),
-        outs=tuple(File(entry["path"], entry["md5"]) for entry in content.get("outs") or () if "md5" in entry),
-        params=params.get("params.yaml", {}) if isinstance(params, Mapping) else {},
+        command=content["cmd"],
+        deps=tuple(map(_file, content.get("deps") or ())),
+        outs=tuple(map(_file, content.get("outs") or ())),
+        params=params.get("params.yaml", {}),
     )
 
 
-def _listing(folder: Path, ignored: frozenset[str]) -> list[dict[str, str]]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    kept = (path for path in files if not any(fnmatch(part, p) for part in path.relative_to(folder).parts for p in ignored))
-    entries = ({"md5": _file(path), "relpath": path.relative_to(folder).as_posix()} for path in kept)
-    return sorted(entries, key=lambda entry: entry["relpath"])
+def _file(entry: Mapping[str, Any]) -> File:
+    if entry.get("hash") != "md5":
+        raise ValueError(f"{entry['path']} has a hash of kind {entry.get('hash')!r}, needed md5")
+    return File(entry["path"], entry["md5"], entry["size"], entry.get("nfiles"))
 
 
-def _file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()
+def _load(text: str) -> Any:
+    """As DVC writes it, YAML 1.2, in which 3e-06 is a number."""
+    return YAML(typ="safe", pure=True).load(text)
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Turns what a damaged lock file raises into one line."""
+    try:
+        yield
+    except (YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: {' '.join(str(error).split())}; take it from git again") from error

@@ -2,191 +2,409 @@
 
 from __future__ import annotations
 
-import csv
+import ast
+import hashlib
 import json
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scaling4d import artifacts, config
-from scaling4d.audit import lock
-from scaling4d.audit.explain import explain as explain_number
-from scaling4d.checkpoint import WEIGHTS
-from scaling4d.records import Result, UserError
+from scaling4d import code, config
+from scaling4d.audit import history, lock, numbers
+from scaling4d.audit.run import Run, runs, touch
+from scaling4d.records import UserError
 
 WRONG, NOTE, UNCHECKED = "wrong", "note", "not checked"
+CACHE = Path(".dvc/cache/files/md5")
+SOURCE, ROOMS = "src/scaling4d", "artifacts/code"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """kind: `wrong` (something differs), `note` (differs and is declared), `not checked` (the bytes are not here)."""
+    """kind: `wrong` (something differs), `note` (differs and is declared), `not checked` (what it takes is not here).
+
+    taints: the ways from what differs to the numbers that it can have changed, one a line.
+    """
 
     kind: str
     where: str
     message: str
+    taints: tuple[str, ...] = ()
 
-
-def run(explain: str | None) -> int:
-    """The `audit` command in the current folder; 0 when nothing is wrong."""
-    if explain is not None:
-        print(explain_number(Path(), explain))
-        return 0
-    findings = verify(Path())
-    for finding in findings:
-        print(f"{finding.kind:<12}{finding.where}: {finding.message}")
-    wrong = sum(finding.kind == WRONG for finding in findings)
-    unchecked = any(finding.kind == UNCHECKED for finding in findings)
-    print(f"{wrong} wrong; " + ("what is not here was not checked; " if unchecked else "") + "everything else agrees")
-    return 1 if wrong else 0
+    def __str__(self) -> str:
+        lines = "".join(f"\n{'':<12}  {line}" for line in self.taints)
+        return f"{self.kind:<12}{self.where}: {self.message}{lines}"
 
 
 def verify(root: Path) -> list[Finding]:
-    """Every disagreement, and what could not be checked, in a fixed order.
+    """Every disagreement in a project, and what could not be checked.
 
     Raises:
-        UserError: no project here, or its pipeline does not resolve.
+        UserError: no project here, its pipeline does not resolve, or a file that it needs is damaged.
     """
     with chdir(root):
-        settings = config.read()
-        stages, missing = lock.stages(Path())
-        findings = [Finding(WRONG, name, "not in dvc.lock, so it was never run: run `dvc repro`") for name in missing]
-        return [*findings, *_hashes(stages), *_settings(settings), *_provenances(stages), *_numbers(settings)]
+        return findings(runs())
 
 
-def _hashes(stages: dict[str, lock.Stage]) -> Iterator[Finding]:
-    """Recompute the hash of everything that a stage read or wrote."""
-    ignored = lock.ignored_names(Path())
-    now: dict[str, str] = {}
-    absent: dict[str, None] = {}
-    for stage in stages.values():
-        for role, files in (("wrote", stage.outs), ("read", stage.deps)):
-            for file in files:
-                path = Path(file.path)
-                if not path.exists():
-                    absent[file.path] = None
-                    continue
-                found = now.setdefault(file.path, lock.md5(path, ignored))
-                if found != file.md5:
-                    inside = lock.changed(Path(), file, ignored)
-                    detail = f" (differs: {', '.join(inside[:5])}{' ...' if inside[5:] else ''})" if inside else ""
-                    yield Finding(WRONG, stage.name, f"{role} {file.path} as md5 {file.md5}, on disk it is {found}{detail}")
+def findings(runs: list[Run]) -> list[Finding]:
+    """In a fixed order: of the checkout's run, then of those kept beside their reports. Reads every byte that they name."""
+    mine, *kept = runs
+    mine.disk.read()
+    return [*_checkout(mine), *(finding for run in kept for finding in _beside(run))]
+
+
+def _checkout(run: Run) -> Iterator[Finding]:
+    together: dict[str, list[str]] = {}
+    for name, what in run.differ:
+        together.setdefault(what, []).append(name)
+    for what, names in together.items():
+        outs = [(out.path, (run.stages[name].kind,)) for name in names if name in run.stages for out in run.stages[name].outs]
+        yield Finding(WRONG, _and_more(names), what, run.taints(run.lock, outs))
+    rooms = _rooms(run)
+    changed = _changed(run, set(_claimed(run)))
+    yield from _claims(run)
+    yield from _bytes(run, changed, rooms)
+    yield from _settings(run)
+    yield from _inside(run, changed)
+    absent = [path for path in _claimed(run) if not run.disk.here(path) and not path.startswith(f"{ROOMS}/")]
     if absent:
-        names = ", ".join(list(absent)[:4]) + (" ..." if len(absent) > 4 else "")
+        names = ", ".join(absent[:4]) + (" ..." if len(absent) > 4 else "")
         yield Finding(
-            UNCHECKED, "dvc.lock", f"{len(absent)} files and folders that it names are not here ({names}): run `dvc repro`"
+            UNCHECKED, run.lock, f"{len(absent)} files and folders that it names are not here ({names}): run `dvc repro`"
         )
 
 
-def _settings(settings: dict[str, Any]) -> Iterator[Finding]:
-    """params.yaml is the composition of its profile, or the stages name what differs."""
+def _beside(run: Run) -> Iterator[Finding]:
+    """A run kept beside its report: its inputs are those of a commit, its artifacts may be here or not."""
+    own = {path for path in _claimed(run) if path.startswith((f"{run.home}/", f"{run.folder}/")) or path == run.home}
+    changed = _changed(run, own)
+    yield from _claims(run)
+    yield from _bytes(run, changed, {})
+    yield from _commit(run)
+    yield from _inside(run, changed)
+    absent = [path for path in own if not run.disk.here(path)]
+    if absent:
+        again = f"`scaling4d compose profile={Path(run.home).name} && dvc repro` makes them"
+        yield Finding(
+            UNCHECKED, run.lock, f"{len(absent)} files and folders below {run.home} that it names are not here: {again}"
+        )
+
+
+# ---- dvc.lock ----
+
+
+def _claimed(run: Run) -> dict[str, dict[tuple[str, int, int | None], list[str]]]:
+    """Path -> (md5, size, number of files) -> which stages say so, and whether they wrote or read it."""
+    found: dict[str, dict[tuple[str, int, int | None], list[str]]] = {}
+    for stage in run.stages.values():
+        for role, files in (("wrote", stage.outs), ("read", stage.deps)):
+            for file in files:
+                said = found.setdefault(file.path, {}).setdefault((file.md5, file.size, file.nfiles), [])
+                said.append(f"{stage.name} {role} it")
+    return found
+
+
+def _claims(run: Run) -> Iterator[Finding]:
+    """What one stage wrote is what the next one read, and what is not here is as committed; git alone proves this."""
+    for path, said in _claimed(run).items():
+        if len(said) > 1:
+            words = "; ".join(f"{_and_more(who)} as md5 {md5}, {size} bytes" for (md5, size, _), who in said.items())
+            yield Finding(WRONG, run.lock, f"it contradicts itself about {path}: {words}", run.taints(path, [(path, ())]))
+    text = history.committed(run.lock)
+    before = {} if text in (None, Path(run.lock).read_text()) else lock.parse(text, Path(run.lock))
+    for name in run.stages.keys() & before.keys():
+        was = {file.path: file.md5 for file in (*before[name].deps, *before[name].outs)}
+        for file in (*run.stages[name].deps, *run.stages[name].outs):
+            if not run.disk.here(file.path) and file.path in was and was[file.path] != file.md5:
+                message = (
+                    f"{name}: {file.path} is md5 {file.md5}, the last commit has {was[file.path]}, and it is not here to tell"
+                )
+                yield Finding(WRONG, run.lock, message, run.taints(file.path, [(file.path, ())]))
+
+
+def _changed(run: Run, paths: set[str]) -> dict[str, list[str]]:
+    """The innermost paths that are not as the lock says -> which files inside differ, where that is known.
+
+    A folder around one counts too if more than that differs in it, as far as a listing of its files is at hand to tell.
+    """
+    found: dict[str, list[str]] = {}
+    claimed = _claimed(run)
+    for path in sorted(paths, key=lambda path: (-path.count("/"), path)):
+        said = {md5 for md5, _, _ in claimed[path]}
+        if not run.disk.here(path) or run.disk.md5(path) in said:
+            continue
+        within = [other for other in found if other.startswith(f"{path}/")]
+        names = _names(run, path, next(iter(claimed[path]))[0])
+        further = [name for name in names if not any(touch(f"{path}/{name}", other) for other in within)]
+        if further or not within:
+            found[path] = further
+    return found
+
+
+def _bytes(run: Run, changed: Mapping[str, list[str]], rooms: Mapping[str, str]) -> Iterator[Finding]:
+    """What is on disk is what the stages wrote and read."""
+    claimed = _claimed(run)
+    for path, names in changed.items():
+        (md5, _, _), who = next(iter(claimed[path].items()))
+        around = next((p for p in map(str, Path(path).parents) if p in claimed and p not in changed and run.disk.here(p)), None)
+        if around is not None and run.disk.md5(around) in {md5 for md5, _, _ in claimed[around]}:
+            message = f"{_and_more(who)}, {path}, as md5 {md5}; it is {run.disk.md5(path)}, and {around} around it is as locked"
+            yield Finding(WRONG, run.lock, f"changed itself: {message}", run.taints(path, [(path, ())]))
+            continue
+        detail = f" (differs: {', '.join(names[:5])}{' ...' if names[5:] else ''})" if names else ""
+        message = f"{_and_more(who)} as md5 {md5}, on disk it is {run.disk.md5(path)}{detail}"
+        inner = f"{path}/{names[0]}" if len(names) == 1 else path
+        if path == SOURCE:
+            reached = run.taints(inner, [(room, ("code",)) for room in rooms])
+            yield Finding(WRONG, path, message + ("" if rooms else "; its meaning is as before, so no number changes"), reached)
+        else:
+            yield Finding(WRONG, path, message, run.taints(inner, [(inner, ())]))
+    for path in (path for path in claimed if path not in changed):
+        now = (run.disk.md5(path), run.disk.size(path), len(run.disk.files(path)))
+        for (md5, size, nfiles), who in claimed[path].items():
+            if md5 == now[0] and (size, nfiles or 1) != (now[1], now[2] if nfiles else 1):
+                message = f"{_and_more(who)}, {path}, as {size} bytes in {nfiles or 1} files; it is {now[1]} in {now[2]}"
+                yield Finding(WRONG, run.lock, message)
+    for room, why in rooms.items():
+        if SOURCE not in changed:
+            yield Finding(WRONG, room, f"{why}: run `dvc repro`", run.taints(room, [(room, ())]))
+
+
+def _names(run: Run, path: str, md5: str) -> list[str]:
+    """Which files inside a folder differ, by what is at hand: DVC's listing of it, git's copy, its own description, git."""
+    now = {name: file.md5 for name, file in run.disk.files(path).items()}
+    listing = CACHE / md5[:2] / md5[2:]
+    if "" in now:
+        return []
+    if md5.endswith(".dir") and listing.is_file():
+        was = {entry["relpath"]: entry["md5"] for entry in json.loads(listing.read_text())}
+    elif (source := run.disk.source(path)) is not None:
+        was = {name: file.md5 for name, file in run.disk.files(source).items()}
+    elif said := run.described(path):
+        return sorted(name for name, sha in said.items() if run.disk.sha256(f"{path}/{name}") != sha)
+    else:
+        return history.edited(path)
+    return sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
+
+
+def _rooms(run: Run) -> dict[str, str]:
+    """artifacts/code/<room>.json -> how the meaning of the checkout's code differs from it; also where no artifact is here."""
+    said = {out.path: out.md5 for stage in run.stages.values() for out in stage.outs if out.path.startswith(f"{ROOMS}/")}
+    if not said or not Path(SOURCE).is_dir():
+        return {}
+    with tempfile.TemporaryDirectory() as fresh:
+        code.write_hashes(Path(SOURCE), Path(fresh))
+        now = {path: (Path(fresh) / Path(path).name).read_text() for path in said if (Path(fresh) / Path(path).name).is_file()}
+    found = {}
+    for path, md5 in said.items():
+        if path not in now or hashlib.md5(now[path].encode()).hexdigest() != md5:
+            was, is_ = run.json(path) or {"modules": {}}, json.loads(now.get(path, '{"modules": {}}'))
+            names = (
+                [name for name in is_["modules"] if was["modules"].get(name) != is_["modules"][name]] if was["modules"] else []
+            )
+            found[path] = (
+                f"the code means something else than when it was run ({', '.join(names) or 'which module is not known here'})"
+            )
+    return found
+
+
+# ---- settings ----
+
+
+def _settings(run: Run) -> Iterator[Finding]:
+    """params.yaml is the composition of its profile, or the stages and the page name what differs."""
+    assert run.settings is not None
     try:
-        overrides = config.overrides(settings)
+        overrides = config.overrides(run.settings)
     except UserError as error:
         yield Finding(WRONG, "params.yaml", str(error))
         return
-    files = sorted(artifacts.home(settings).rglob("provenance.json"))
-    named = {key for path in files for key in (_json(path).get("overrides") or {})}
+    page = run.disk.text(f"{run.folder}/report.html") or ""
+    named = {key for path in _provenances(run).values() for key in (run.json(path).get("overrides") or {})}
     for key, value in overrides.items():
-        profile = settings["profile"]
-        if key in named:
+        profile = run.settings["profile"]
+        if key in named or f">{key}<" in page:
             yield Finding(
                 NOTE, "params.yaml", f"override {key} = {value!r} of profile {profile}, named by the stages that it changes"
             )
         else:
             hint = f"undo it with `scaling4d compose profile={profile}`, or run `dvc repro`"
-            yield Finding(
-                WRONG, "params.yaml", f"{key} = {value!r} is not the value of profile {profile}, and no stage names it: {hint}"
-            )
+            message = f"{key} = {value!r} is not the value of profile {profile}, and no stage names it: {hint}"
+            yield Finding(WRONG, "params.yaml", message, run.taints(f"params.yaml {key}", run.of_setting(key)))
 
 
-def _provenances(stages: dict[str, lock.Stage]) -> Iterator[Finding]:
-    """The settings that an artifact names are those that dvc.lock names for its stage."""
-    for stage in stages.values():
-        for out in stage.outs:
-            path = Path(out.path) / "provenance.json"
-            if not path.is_file():
-                continue
-            named = _json(path).get("settings") or {}
-            for key, value in stage.params.items():
-                if key not in named:
-                    yield Finding(WRONG, stage.name, f"{path} does not name the setting {key} that dvc.lock names")
-                elif named[key] != value:
-                    yield Finding(WRONG, stage.name, f"{path} was made with {key} = {named[key]!r}, dvc.lock says {value!r}")
-
-
-def _numbers(settings: dict[str, Any]) -> Iterator[Finding]:
-    """Weights are those that a Result names; every number in the tables is one of a Result, a summary and metrics.json."""
-    home, folder = artifacts.home(settings), Path(config.section(settings, "report.folder"))
-    yield from _weights(home)
-    results, points = _rows(folder / "results.csv"), _rows(folder / "pretrain.csv")
-    for path, rows in ((folder / "results.csv", results), (folder / "pretrain.csv", points)):
-        if rows is None:
-            yield Finding(UNCHECKED, str(path), "not here: run `dvc repro`")
-    absent = 0
-    for row in results or ():
-        where = home / "readout" / row["encoder"] / row["task"] / row["protocol"] / "result.json"
-        if not where.is_file():
-            absent += 1
-            continue
-        result = Result.read(where)
-        value = result.value if row["metric"] == result.metric else result.others.get(row["metric"])
-        if repr(value) != row["value"] or result.checkpoint_sha256 != row["checkpoint_sha256"]:
-            yield Finding(WRONG, f"{folder}/results.csv", f"{row['metric']} = {row['value']} is not the {value!r} of {where}")
-    for row in points or ():
-        where = home / "pretrain" / row["point"] / "summary.json"
-        if not where.is_file():
-            absent += 1
-            continue
-        summary = _json(where)
-        for key, text in row.items():
-            if str(summary.get(key)) != text:
-                yield Finding(
-                    WRONG, f"{folder}/pretrain.csv", f"{row['point']} {key} = {text} is not the {summary.get(key)!r} of {where}"
-                )
-    if absent:
-        yield Finding(UNCHECKED, str(folder), f"{absent} rows of its tables, because {home} does not hold their results")
-    yield from _summary(folder, results or [], points or [])
-
-
-def _weights(home: Path) -> Iterator[Finding]:
-    now: dict[Path, str] = {}
-    for path in sorted((home / "readout").glob("*/*/*/result.json")):
-        result = Result.read(path)
-        weights = home / "pretrain" / result.encoder / WEIGHTS
-        if not weights.is_file():
-            yield Finding(UNCHECKED, str(path), f"names the weights {weights}, which are not here")
-        elif now.setdefault(weights, artifacts.sha256(weights)) != result.checkpoint_sha256:
-            yield Finding(WRONG, str(path), f"was measured on weights {result.checkpoint_sha256}, {weights} is {now[weights]}")
-
-
-def _summary(folder: Path, results: list[dict[str, str]], points: list[dict[str, str]]) -> Iterator[Finding]:
-    """metrics.json says the same as the tables; git alone proves this."""
-    path = folder / "metrics.json"
-    if not path.is_file():
-        yield Finding(UNCHECKED, str(path), "not here: run `dvc repro`")
+def _commit(run: Run) -> Iterator[Finding]:
+    """A kept run's code, data and settings are those of one commit of this clone; git alone proves this."""
+    inputs = {dep.path: dep.md5 for stage in run.stages.values() for dep in stage.deps if run.maker(dep.path) is None}
+    inputs = {path: md5 for path, md5 in inputs.items() if not path.startswith("artifacts/")}
+    source = inputs.get(SOURCE)
+    commit = next((commit for commit in history.commits(SOURCE) if history.md5(commit, SOURCE) == source), None)
+    if source is None or commit is None:
+        yield Finding(
+            UNCHECKED,
+            run.lock,
+            f"no commit of this clone holds the {SOURCE} that it names ({source}), so neither settings nor data",
+        )
         return
-    said = _json(path)
-    expected = {(row["task"], row["protocol"], row["encoder"]): row["value"] for row in results if row["low"]}
-    expected |= {("val_loss", row["point"]): row["val_loss"] for row in points}
-    for keys, text in expected.items():
-        value: Any = said
-        for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
-        if repr(value) != text:
-            yield Finding(WRONG, str(path), f"{' '.join(keys)} = {value!r}, the table says {text}")
+    for path, md5 in inputs.items():
+        found = history.md5(commit, _place(commit, path))
+        if found is None:
+            yield Finding(UNCHECKED, run.lock, f"{path}: commit {commit[:7]}, which holds its code, does not hold it")
+        elif found != md5:
+            message = f"{path} was md5 {md5}; in commit {commit[:7]}, which holds its code, it is {found}"
+            yield Finding(WRONG, run.lock, message, run.taints(path, [(path, ())]))
+    with tempfile.TemporaryDirectory() as folder:
+        history.write(commit, config.EXPERIMENTS.as_posix(), Path(folder))
+        with chdir(folder):
+            composed = config.compose([f"profile={Path(run.home).name}"])
+    page = run.disk.text(f"{run.folder}/report.html") or ""
+    said = {key: value for stage in run.stages.values() for key, value in stage.params.items()}
+    for key, value, wanted in lock.unequal(said, config.declared(composed, list(said))):
+        if f">{key}<" not in page:
+            message = f"it says {key} = {value!r}, commit {commit[:7]}, which holds its code, {wanted!r}, and no page names it"
+            yield Finding(WRONG, run.lock, message, run.taints(f"{run.lock} {key}", run.of_setting(key)))
+    for stage in run.stages.values():
+        for key, value, other in lock.unequal(stage.params, {key: said[key] for key in stage.params}):
+            message = f"{stage.name} ran with {key} = {value!r}, other stages with {other!r}"
+            yield Finding(WRONG, run.lock, message, run.taints(stage.name, [(out.path, ()) for out in stage.outs]))
 
 
-def _rows(path: Path) -> list[dict[str, str]] | None:
-    if not path.is_file():
-        return None
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+def _place(commit: str, path: str) -> str:
+    """Where a commit keeps a path: itself, or what its .dvc file imports."""
+    name = f"{path.split('/')[0]}.dvc"
+    text = history.file(commit, name)
+    if text is None:
+        return path
+    stage = lock.imported(name, text)[name]
+    return stage.deps[0].path + path.removeprefix(stage.outs[0].path)
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}; remove it and run `dvc repro`") from error
+# ---- what the artifacts say of themselves ----
+
+
+def _inside(run: Run, changed: Mapping[str, list[str]]) -> Iterator[Finding]:
+    """changed: what differs and was named; what must differ because of it is not named again."""
+    yield from _said(run, changed)
+    yield from _weights(run, changed)
+    yield from _facts(run, changed)
+    for check in (numbers.files, numbers.tables, numbers.metrics, numbers.page):
+        yield from (Finding(WRONG, where, message) for where, message in check(run))
+    missing = [name for name in ("results.csv", "pretrain.csv", "metrics.json") if run.disk.text(f"{run.folder}/{name}") is None]
+    for name in missing:
+        yield Finding(UNCHECKED, f"{run.folder}/{name}", "not here: run `dvc repro`")
+    if absent := numbers.absent(run):
+        yield Finding(UNCHECKED, run.folder, f"{absent} rows of its tables, because {run.home} does not hold their results")
+
+
+def _provenances(run: Run) -> dict[str, str]:
+    """Stage -> its provenance.json, those that are here."""
+    found = {stage.name: f"{out.path}/provenance.json" for stage in run.stages.values() for out in stage.outs}
+    return {name: path for name, path in found.items() if run.disk.text(path) is not None}
+
+
+def _said(run: Run, changed: Mapping[str, list[str]]) -> Iterator[Finding]:
+    """The settings, code and inputs that an artifact names are those that the lock names for its stage."""
+    for name, path in _provenances(run).items():
+        wrong = [*_provenance(run, name, path, changed), *_operative(run, name, path)]
+        reached = run.taints(path, [(out.path, ()) for out in run.stages[name].outs]) if wrong else ()
+        yield from (Finding(WRONG, name, message, reached) for message in wrong)
+
+
+def _provenance(run: Run, name: str, path: str, changed: Mapping[str, list[str]]) -> Iterator[str]:
+    stage, said = run.stages[name], run.json(path) or {}
+    named = {key: value for key, value in (said.get("settings") or {}).items() if key in stage.params}
+    for key, found, locked in lock.unequal(named, stage.params):
+        yield f"{path} was made with {key} = {found!r}, {run.lock} says {locked!r}"
+    rooms = {dep.md5 for dep in stage.deps if dep.path.startswith(f"{ROOMS}/")}
+    text = json.dumps(said.get("code"), indent=2, sort_keys=True) + "\n"
+    if rooms and hashlib.md5(text.encode()).hexdigest() not in rooms:
+        yield f"{path} names other code than the {ROOMS} that {run.lock} says it read"
+    if not all(run.disk.here(dep.path) and not any(touch(dep.path, other) for other in changed) for dep in stage.deps):
+        return
+    known = _read(run, name)
+    for word, sha in (said.get("inputs") or {}).items():
+        if word != "videos" and sha not in known:  # those may be members of archives; the lock holds the hash of their folder
+            yield f"{path} names {word} {sha}, which is nothing that {run.lock} says it read"
+
+
+def _read(run: Run, name: str) -> set[str]:
+    """sha256 of everything that a stage read, and of what lies directly inside."""
+    found = set()
+    for dep in run.stages[name].deps:
+        inner = {f"{dep.path}/{file.split('/')[0]}" for file in run.disk.files(dep.path) if file}
+        found |= {run.disk.sha256(path) for path in (dep.path, *inner)}
+    return found
+
+
+def _operative(run: Run, name: str, provenance: str) -> Iterator[str]:
+    """operative_config.gin holds the settings of dvc.lock, and besides them defaults of constructors, which no setting names."""
+    path = f"{Path(provenance).parent}/operative_config.gin"
+    text = run.disk.text(path)
+    if text is None:
+        yield f"{path} is not there"
+        return
+    said = _gin(text)
+    used = {key.split(".")[0] for key in said}
+    for constructor, values in _constructors(run.stages[name].params):
+        for key in values if constructor in used else ():
+            found = said.get(f"{constructor}.{key}", "nothing")
+            if found != values[key]:
+                yield f"{path} says {constructor}.{key} = {found!r}, {run.lock} says {values[key]!r}"
+
+
+def _constructors(values: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every mapping of a capitalised name, however deep: constructors as gin knows them."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            if key[:1].isupper():
+                yield key, value
+            yield from _constructors(value)
+
+
+def _gin(text: str) -> dict[str, Any]:
+    """`Constructor.parameter` -> value; tuples as lists, the way YAML has them; what is no literal stays text."""
+    found = {}
+    for line in text.replace("\\\n", " ").splitlines():
+        if "=" in line and not line.startswith("#"):
+            key, _, value = (part.strip() for part in line.partition("="))
+            try:
+                found[".".join(key.split(".")[-2:])] = _lists(ast.literal_eval(value))
+            except (SyntaxError, ValueError):
+                found[".".join(key.split(".")[-2:])] = value
+    return found
+
+
+def _lists(value: Any) -> Any:
+    return [_lists(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _weights(run: Run, changed: Mapping[str, list[str]]) -> Iterator[Finding]:
+    """A Result was measured on the weights that are here."""
+    for key, path in run.numbers.items():
+        content = run.json(path) or {}
+        weights = run.weights(key.split("/")[0])
+        if "checkpoint_sha256" not in content:
+            continue
+        found = run.disk.sha256(weights)
+        if found is None:
+            yield Finding(UNCHECKED, path, f"names the weights {weights}, which are not here")
+        elif found != content["checkpoint_sha256"] and not any(touch(weights, other) for other in changed):
+            message = f"was measured on weights {content['checkpoint_sha256']}, {weights} is {found}"
+            yield Finding(WRONG, path, message, run.taints(path, [(path, ())]))
+
+
+def _facts(run: Run, changed: Mapping[str, list[str]]) -> Iterator[Finding]:
+    """Time and machine in runs.json are those of the artifacts that are here."""
+    path = f"{run.folder}/runs.json"
+    for stage in run.stages.values():
+        facts, here = run.facts(stage), {run.disk.sha256(out.path) for out in stage.outs}
+        told = any(touch(out.path, other) for out in stage.outs for other in changed)
+        if facts is not None and not told and None not in here and facts["out_sha256"] not in here:
+            yield Finding(WRONG, path, f"{facts['stage']} made {facts['out_sha256']}, which is not what is here")
+
+
+def _and_more(names: list[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if names[1:] else "")
