@@ -16,6 +16,7 @@ from scaling4d import artifacts, benchmarks, config, seeds, video
 from scaling4d.mae.arrays import new
 from scaling4d.readout import draw, trained
 from scaling4d.readout.features import at_depth
+from scaling4d.readout.tasks.points import Points
 from scaling4d.readout.trained import Trained
 from scaling4d.records import Result, Sample, UserError
 
@@ -72,7 +73,7 @@ def show(folders: Sequence[Path], out: Path | None, *, clips: int, ids: Sequence
         spoken = {name: _speak(readout, samples) for name, readout in zip(names, readouts, strict=True)}
         partial.mkdir()
         _write(partial, samples, spoken, frames)
-        inputs = {"benchmark": artifacts.sha256(benchmarks.folder(first.result.task, Path(first.evaluation.data)))}
+        inputs = {"benchmark": artifacts.sha256(benchmarks.folder(first.result.task, Path(first.evaluation.data), "val"))}
         for name, readout in zip(names, readouts, strict=True):
             inputs |= {f"readout/{name}/{first.result.task}/frozen": artifacts.sha256(readout.folder)}
             inputs |= {f"pretrain/{name}": artifacts.sha256(readout.checkpoint)}
@@ -84,16 +85,17 @@ def show(folders: Sequence[Path], out: Path | None, *, clips: int, ids: Sequence
 def _chosen(readout: Trained, frames: int, side_px: int, clips: int, ids: Sequence[str]) -> list[Sample]:
     """Samples of the validation split."""
     task, data = readout.result.task, Path(readout.evaluation.data)
-    clip = {"frames": frames, "rate_hz": readout.asked.rate_hz, "side_px": side_px}
+    where = {"frames": frames, "rate_hz": readout.asked.rate_hz, "side_px": side_px, "skipped": [], "max_bad_share": 1.0}
+    if isinstance(readout.asked, Points):
+        where["queries"] = readout.asked.queries
     if ids:
-        return _named(task, benchmarks.read(task, data, "val", **clip, skipped=[], max_bad_share=1.0), ids)
+        return _named(task, benchmarks.read(task, data, "val", **where), ids)
     found: list[Sample] = []
     order = seeds.numpy(readout.result.seed, "show", task).permutation(readout.result.examples)
     for at in order.tolist():
         if len(found) == clips:
             break
-        samples = benchmarks.read(task, data, "val", **clip, part=slice(at, at + 1), skipped=[], max_bad_share=1.0)
-        found += islice(samples, 1)
+        found += islice(benchmarks.read(task, data, "val", **where, part=slice(at, at + 1)), 1)
     if not found:
         raise UserError(f"{data}: no clip of {task} val can be read; look with `scaling4d data check`")
     return found
