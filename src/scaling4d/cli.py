@@ -309,7 +309,10 @@ def features(
 @app.command()
 def audit(
     explain: Annotated[
-        str, typer.Option(help="Walk one number back: ENCODER/TASK/PROTOCOL, POINT/pretrain, POINT/reconstruct.")
+        str,
+        typer.Option(
+            help="Walk a number back: ENCODER/TASK/PROTOCOL, POINT/pretrain, POINT/reconstruct; desk/... of a kept run."
+        ),
     ] = "",
     form: Annotated[str, typer.Option("--as", help="Of --explain: text, json, or svg.")] = "text",
     crate: Annotated[Path | None, typer.Option(help="Write the verified run to this new folder as an RO-Crate.")] = None,
