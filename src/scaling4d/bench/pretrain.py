@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from scaling4d import config
 from scaling4d.bench import device as devices
 from scaling4d.bench import measure, parts, peers, steps
 from scaling4d.bench.measure import Contestant
@@ -112,7 +111,7 @@ def _official(folder: Path | None, *, clips: int, precision: str, device: torch.
         raise ImportError("no checkout of facebookresearch/mae_st was given: --mae-st FOLDER")
     if precision != "fp32":
         raise ImportError("its pretraining computes in fp32")
-    settings = config.section(steps.settings_of("mae_st_B"), "MAEST")
+    _, settings = steps.settings_of("mae_st_B")
     theirs = peers.official_mae_st(folder, settings)
     difference = peers.loss_difference(
         steps.model("mae_st_B", {}, device=torch.device("cpu"), seed=seed), theirs, settings, seed=seed
