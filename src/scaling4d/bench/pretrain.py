@@ -85,7 +85,8 @@ def bench(
                 raw[f"{name}, {precision}"], one, gone = race(group, given, repeats=repeats)
                 found[f"{name}, {precision}"] = one
                 missing |= gone
-                _show(f"{name}, {precision}", one)
+                if one["rows"]:
+                    _show(f"{name}, {precision}", one)
         settings = devices.settings(device)
     measure.show_missing(missing)
     settings |= {"clips": clips, "repeats": repeats, "precisions": list(precisions), "seed": seed, "load_before": load}
