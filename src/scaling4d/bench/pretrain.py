@@ -107,7 +107,7 @@ def standard(mae_st: Path | None, device: torch.device) -> dict[str, Group]:
 
 
 def _official(folder: Path | None, *, clips: int, precision: str, device: torch.device, seed: int) -> Step:
-    """Its own model with the very weights of ours, after both have said the same loss."""
+    """Its own model, after ours has said the same loss with its weights."""
     if folder is None:
         raise ImportError("no checkout of facebookresearch/mae_st was given: --mae-st FOLDER")
     if precision != "fp32":
@@ -117,6 +117,7 @@ def _official(folder: Path | None, *, clips: int, precision: str, device: torch.
     difference = peers.loss_difference(
         steps.model("mae_st_B", {}, device=torch.device("cpu"), seed=seed), theirs, settings, seed=seed
     )
+    print(f"{OFFICIAL}: its loss of one clip and ours differ by {difference:.0e} of it")
     if difference > peers.SAME_LOSS:
         raise RuntimeError(f"its loss differs from ours by {difference:.1e} of it")
     return peers.official_step(theirs, clips=clips, clip=settings["clip"], mask_ratio=settings["mask_ratio"], device=device)
