@@ -211,11 +211,13 @@ def compose(overrides: Annotated[list[str] | None, typer.Argument(help="profile=
 
 
 @app.command()
-def render(out: Path) -> None:
-    """Render the labelled 4D worlds of the pocket data set to a new folder OUT."""
+def render(
+    out: Path, overrides: Annotated[list[str] | None, typer.Argument(help="profile=NAME key=value ...; else pocket's.")] = None
+) -> None:
+    """Render labelled 4D worlds, those of the pocket data set unless told otherwise, to a new folder OUT."""
     from scaling4d.scenes.stage import render as draw
 
-    print(f"wrote {draw(out, config.compose([]))}")
+    print(f"wrote {draw(out, config.compose(overrides or []))}")
 
 
 @app.command()
@@ -309,7 +311,10 @@ def features(
 @app.command()
 def audit(
     explain: Annotated[
-        str, typer.Option(help="Walk one number back: ENCODER/TASK/PROTOCOL, POINT/pretrain, POINT/reconstruct.")
+        str,
+        typer.Option(
+            help="Walk a number back: ENCODER/TASK/PROTOCOL, POINT/pretrain, POINT/reconstruct; desk/... of a kept run."
+        ),
     ] = "",
     form: Annotated[str, typer.Option("--as", help="Of --explain: text, json, or svg.")] = "text",
     crate: Annotated[Path | None, typer.Option(help="Write the verified run to this new folder as an RO-Crate.")] = None,

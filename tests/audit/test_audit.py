@@ -128,6 +128,13 @@ def test_a_changed_comment_is_named_and_taints_nothing(project: Path, flip: Flip
     assert "(differs: readout/train.py); its meaning is as before, so no number changes" in found and "->" not in found
 
 
+def test_code_that_is_no_python_any_more_is_named(project: Path, flip: Flip, wrong: Wrong) -> None:
+    flip("src/scaling4d/readout/train.py", "VALUE = 1", "VALUE = )")
+    found = wrong()
+    assert "(differs: readout/train.py); the code is no Python any more: unmatched ')' " in found
+    assert "src/scaling4d/readout/train.py -> code -> readout -> reports/built: mini/actions/frozen" in found
+
+
 def test_code_that_means_something_else_is_named_by_module_where_its_hash_in_the_lock_was_made_to_fit(
     project: Path, flip: Flip, wrong: Wrong
 ) -> None:
@@ -273,6 +280,22 @@ def test_an_override_that_stages_name_is_a_note(project: Path, wrong: Wrong) -> 
     write_json(path, {**json.loads(path.read_text()), "overrides": {"seed": 3}})
     notes = [finding.message for finding in audit.verify(project) if finding.kind == "note"]
     assert notes == ["override seed = 3 of profile test, named by the stages that it changes"]
+
+
+def test_versions_that_are_not_the_pinned_ones_are_a_note(project: Path) -> None:
+    Path("requirements.lock").write_text("# pins\ntorch==2.12.0\ndvc==3.67.1\n")
+    notes = [str(finding) for finding in audit.verify(project) if finding.kind == "note"]
+    assert notes == ["note        requirements.lock: it pins torch 2.12.0; reports/built/runs.json tells of 2.13.0"]
+
+
+def test_a_file_that_cannot_be_read_is_one_line(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str, *args: object) -> None:
+        raise PermissionError(13, "Permission denied", name)
+
+    found = runs()[0].disk
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(UserError, match=r"^artifacts/code/clips.json cannot be read: Permission denied$"):
+        found.md5("artifacts/code/clips.json")
 
 
 # ---- what is not here, and what git alone proves ----

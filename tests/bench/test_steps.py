@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scaling4d import config, seeds
+from scaling4d import seeds
 from scaling4d.bench import attention, costs, device, masking, measure, parts, peers, pretrain, steps
 from scaling4d.bench.costs import Axis, Case
 from scaling4d.bench.pretrain import Group, Row
@@ -108,7 +108,7 @@ def test_videomae_has_its_own_base_size_and_hides_as_many_tokens_as_ours(monkeyp
 
 
 def test_the_official_mae_st_is_measured_only_from_a_checkout(tmp_path: Path) -> None:
-    settings = config.section(steps.settings_of("mae_st_B"), "MAEST")
+    _, settings = steps.settings_of("mae_st_B")
     with pytest.raises(ImportError, match="no checkout of facebookresearch/mae_st: it has no models_mae.py"):
         peers.official_mae_st(tmp_path, settings)
     with pytest.raises(ImportError, match="no checkout of facebookresearch/mae_st was given: --mae-st FOLDER"):
@@ -121,7 +121,7 @@ def test_a_checkout_in_a_folder_of_any_name_is_built_with_the_points_settings(tm
     (tmp_path / "models_mae.py").write_text("from mae_st.util.names import NAME\n\nMaskedAutoencoderViT = dict\n")
     before = set(sys.modules)
     try:
-        made = peers.official_mae_st(tmp_path, config.section(steps.settings_of("mae_st_L"), "MAEST"))
+        made = peers.official_mae_st(tmp_path, steps.settings_of("mae_st_L")[1])
         assert sys.modules["mae_st.models_mae"].NAME == "inner"
     finally:
         for name in set(sys.modules) - before:

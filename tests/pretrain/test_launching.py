@@ -99,12 +99,13 @@ def test_two_nodes_on_loopback_give_the_same_bytes(small: Callable, monkeypatch:
 @pytest.mark.slow
 def test_submitits_job_gives_the_same_bytes_and_is_requeued_when_it_is_preempted(small: Callable) -> None:
     pytest.importorskip("submitit")
-    forked = written(pretrain("nano", small(steps=40)))
-    settings = small(steps=40, where="slurm", cluster="local")
+    forked = written(pretrain("nano", small(steps=80)))
+    settings = small(steps=80, where="slurm", cluster="local")
     process = subprocess.Popen(command(), stderr=subprocess.DEVNULL)
     after_steps(process, 8)
     (controller,) = below(process.pid)
-    os.kill(controller, signal.SIGUSR2)  # as submitit's local executor is told to preempt
+    (task,) = below(controller)
+    os.kill(task, signal.SIGUSR2)  # what Slurm sends before it preempts
     assert process.wait() == 0
     assert written(NANO) == forked
     steps = [json.loads(line)["step"] for line in TIMINGS.read_text().splitlines()]
@@ -183,3 +184,17 @@ def test_a_batch_that_does_not_fit_is_refused_with_one_that_does(project: Path) 
     parts = int(str(refused.value).split("accumulate=")[1].split(",")[0])
     settings["points"]["nano"]["Sharding"]["accumulate"] = parts
     fits(prepare("nano", settings), 10**9)
+
+
+@pytest.mark.usefixtures("in_the_project")
+@pytest.mark.parametrize("profile", ["h100", "paper"])
+def test_every_point_of_the_large_profiles_fits_its_mesh_and_has_its_script(
+    profile: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("scaling4d.clips.loader.count", lambda folder, split: 1)  # there are no clips here
+    monkeypatch.setattr(launch, "_gpu_bytes", lambda: 80 * 10**9)
+    settings = config.compose([f"profile={profile}"])
+    for point in settings["points"]:
+        assert launch.launch(point, settings, dry=True) == 0
+        printed = capsys.readouterr().out
+        assert ("#SBATCH --gpus-per-node=8" in printed and "#SBATCH --nodes=32" in printed) == (profile == "paper"), point

@@ -13,6 +13,8 @@ from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 
+from scaling4d.records import UserError
+
 KEPT = (".json", ".jsonl", ".gin", ".csv", ".html", ".py", ".md", ".yaml")  # read as text later on, so kept at their one reading
 BLOCK = 1 << 20
 IGNORED = Path(".dvcignore")
@@ -128,12 +130,15 @@ def _ignored() -> tuple[str, ...]:
 
 def _digest(name: str) -> Digest:
     md5, sha256, size, kept = hashlib.md5(), hashlib.sha256(), 0, []
-    with open(name, "rb") as file:
-        while block := file.read(BLOCK):
-            md5.update(block)
-            sha256.update(block)
-            size += len(block)
-            if name.endswith(KEPT):
-                kept.append(block)
+    try:
+        with open(name, "rb") as file:
+            while block := file.read(BLOCK):
+                md5.update(block)
+                sha256.update(block)
+                size += len(block)
+                if name.endswith(KEPT):
+                    kept.append(block)
+    except OSError as error:
+        raise UserError(f"{name} cannot be read: {error.strerror}") from error
     text = b"".join(kept).decode(errors="replace") if name.endswith(KEPT) else None
     return Digest(md5.hexdigest(), sha256.hexdigest(), size, text)

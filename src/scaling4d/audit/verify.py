@@ -19,6 +19,7 @@ from scaling4d.records import UserError
 
 WRONG, NOTE, UNCHECKED = "wrong", "note", "not checked"
 CACHE = Path(".dvc/cache/files/md5")
+PINS = Path("requirements.lock")
 SOURCE, ROOMS = "src/scaling4d", "artifacts/code"
 
 
@@ -68,6 +69,7 @@ def _checkout(run: Run) -> Iterator[Finding]:
     yield from _claims(run)
     yield from _bytes(run, changed, rooms)
     yield from _settings(run)
+    yield from _environment(run)
     yield from _inside(run, changed)
     absent = [path for path in _claimed(run) if not run.disk.here(path) and not path.startswith(f"{ROOMS}/")]
     if absent:
@@ -159,7 +161,8 @@ def _bytes(run: Run, changed: Mapping[str, list[str]], rooms: Mapping[str, str])
         inner = f"{path}/{names[0]}" if len(names) == 1 else path
         if path == SOURCE:
             reached = run.taints(inner, [(room, ("code",)) for room in rooms])
-            yield Finding(WRONG, path, message + ("" if rooms else "; its meaning is as before, so no number changes"), reached)
+            meaning = next(iter(rooms.values()), "its meaning is as before, so no number changes")
+            yield Finding(WRONG, path, f"{message}; {meaning}", reached)
         else:
             yield Finding(WRONG, path, message, run.taints(inner, [(inner, ())]))
     for path in (path for path in claimed if path not in changed):
@@ -196,18 +199,16 @@ def _rooms(run: Run) -> dict[str, str]:
     if not said or not Path(SOURCE).is_dir():
         return {}
     with tempfile.TemporaryDirectory() as fresh:
-        code.write_hashes(Path(SOURCE), Path(fresh))
-        now = {path: (Path(fresh) / Path(path).name).read_text() for path in said if (Path(fresh) / Path(path).name).is_file()}
+        try:
+            code.write_hashes(Path(SOURCE), Path(fresh))
+        except (SyntaxError, ValueError) as error:
+            return dict.fromkeys(said, f"the code is no Python any more: {error}")
+        now = {path: (Path(fresh) / Path(path).name).read_text() for path in said}
     found = {}
-    for path, md5 in said.items():
-        if path not in now or hashlib.md5(now[path].encode()).hexdigest() != md5:
-            was, is_ = run.json(path) or {"modules": {}}, json.loads(now.get(path, '{"modules": {}}'))
-            names = (
-                [name for name in is_["modules"] if was["modules"].get(name) != is_["modules"][name]] if was["modules"] else []
-            )
-            found[path] = (
-                f"the code means something else than when it was run ({', '.join(names) or 'which module is not known here'})"
-            )
+    for path in (path for path, md5 in said.items() if hashlib.md5(now[path].encode()).hexdigest() != md5):
+        was, modules = (run.json(path) or {}).get("modules", {}), json.loads(now[path])["modules"]
+        names = ", ".join(name for name in modules if was.get(name) != modules[name]) if was else "which module is not known here"
+        found[path] = f"the code means something else than when it was run ({names})"
     return found
 
 
@@ -234,6 +235,17 @@ def _settings(run: Run) -> Iterator[Finding]:
             hint = f"undo it with `scaling4d compose profile={profile}`, or run `dvc repro`"
             message = f"{key} = {value!r} is not the value of profile {profile}, and no stage names it: {hint}"
             yield Finding(WRONG, "params.yaml", message, run.taints(f"params.yaml {key}", run.of_setting(key)))
+
+
+def _environment(run: Run) -> Iterator[Finding]:
+    """The stages ran with the versions that requirements.lock pins."""
+    lines = PINS.read_text().splitlines() if PINS.is_file() else []
+    pinned = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+    facts = [facts for stage in run.stages.values() if (facts := run.facts(stage))]
+    ran = {(name, version.split("+")[0]) for fact in facts for name, version in fact["versions"].items()}
+    for name, version in sorted(ran):
+        if pinned.get(name, version) != version:
+            yield Finding(NOTE, str(PINS), f"it pins {name} {pinned[name]}; {run.folder}/runs.json tells of {version}")
 
 
 def _commit(run: Run) -> Iterator[Finding]:

@@ -38,7 +38,7 @@ def bench(
     heads: int = HEADS,
     seed: int = 0,
 ) -> Path:
-    """Measure, print a table a token count, write `<out>/attention.json` (on a GPU with its name).
+    """Measure, print a table a token count, write `<out>/attention-<precision>.json` (on a GPU with its name).
 
     Args:
         total: tokens of all clips together, about. tokens: of a clip.
@@ -57,7 +57,7 @@ def bench(
     measure.show_missing(missing)
     settings |= {"total": total, "repeats": repeats, "precision": precision, "heads": heads, "head_width": WIDTH}
     settings |= {"seed": seed, "load_before": load, "same_below": SAME_BELOW[precision]}
-    name, libraries = devices.file_name("attention", device), measure.versions(LIBRARIES)
+    name, libraries = devices.file_name(f"attention-{precision}", device), measure.versions(LIBRARIES)
     return measure.write(name, out, settings=settings, libraries=libraries, raw=raw, found=found, not_measured=missing)
 
 

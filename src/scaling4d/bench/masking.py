@@ -50,7 +50,7 @@ def bench(
     ratios: Sequence[float] = RATIOS,
     seed: int = 0,
 ) -> Path:
-    """Measure, print a table a size, write `<out>/masking.json` (on a GPU with its name).
+    """Measure, print a table a size, write `<out>/masking-<precision>.json` (on a GPU with its name).
 
     Args:
         clips: a step. workers: processes that load. shards: a `clips` folder to load from, made up where there is none.
@@ -78,7 +78,7 @@ def bench(
         settings = devices.settings(device)
     settings |= {"clips": clips, "repeats": repeats, "precision": precision, "workers": workers, "seed": seed}
     settings |= {"load_before": load, "shards": "given" if shards else f"made up: {FILES} x {SECONDS:g} s of {SIZE_PX} px"}
-    name, libraries = devices.file_name("masking", device), measure.versions(LIBRARIES)
+    name, libraries = devices.file_name(f"masking-{precision}", device), measure.versions(LIBRARIES)
     return measure.write(name, out, settings=settings, libraries=libraries, raw=raw, found=found, not_measured={})
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from scaling4d import config
 from scaling4d.bench import device as devices
 from scaling4d.bench import measure, parts, peers, steps
 from scaling4d.bench.measure import Contestant
@@ -86,7 +85,8 @@ def bench(
                 raw[f"{name}, {precision}"], one, gone = race(group, given, repeats=repeats)
                 found[f"{name}, {precision}"] = one
                 missing |= gone
-                _show(f"{name}, {precision}", one)
+                if one["rows"]:
+                    _show(f"{name}, {precision}", one)
         settings = devices.settings(device)
     measure.show_missing(missing)
     settings |= {"clips": clips, "repeats": repeats, "precisions": list(precisions), "seed": seed, "load_before": load}
@@ -107,16 +107,17 @@ def standard(mae_st: Path | None, device: torch.device) -> dict[str, Group]:
 
 
 def _official(folder: Path | None, *, clips: int, precision: str, device: torch.device, seed: int) -> Step:
-    """Its own model with the very weights of ours, after both have said the same loss."""
+    """Its own model, after ours has said the same loss with its weights."""
     if folder is None:
         raise ImportError("no checkout of facebookresearch/mae_st was given: --mae-st FOLDER")
     if precision != "fp32":
         raise ImportError("its pretraining computes in fp32")
-    settings = config.section(steps.settings_of("mae_st_B"), "MAEST")
+    _, settings = steps.settings_of("mae_st_B")
     theirs = peers.official_mae_st(folder, settings)
     difference = peers.loss_difference(
         steps.model("mae_st_B", {}, device=torch.device("cpu"), seed=seed), theirs, settings, seed=seed
     )
+    print(f"{OFFICIAL}: its loss of one clip and ours differ by {difference:.0e} of it")
     if difference > peers.SAME_LOSS:
         raise RuntimeError(f"its loss differs from ours by {difference:.1e} of it")
     return peers.official_step(theirs, clips=clips, clip=settings["clip"], mask_ratio=settings["mask_ratio"], device=device)

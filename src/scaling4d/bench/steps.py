@@ -38,12 +38,14 @@ class Step:
     run: Callable[[], None]
 
 
-def settings_of(point: str) -> dict[str, dict[str, Any]]:
-    """Of a file of experiments/point, at the clip size of profile paper: method -> settings."""
+def settings_of(point: str) -> tuple[str, dict[str, Any]]:
+    """Method of a file of experiments/point, and its settings at the clip size of profile paper."""
     settings = config.compose(["profile=paper"])
     if point not in settings["points"]:
         settings = config.compose(["profile=paper", f"+point@points.{point}={point}"])
-    return settings["points"][point]
+    section = settings["points"][point]
+    (method,) = section.keys() & METHODS.keys()
+    return method, section[method]
 
 
 def model(point: str, changes: Mapping[str, Any], *, device: torch.device, seed: int) -> nn.Module:
@@ -52,7 +54,7 @@ def model(point: str, changes: Mapping[str, Any], *, device: torch.device, seed:
     Args:
         changes: of its settings, by name.
     """
-    ((method, settings),) = settings_of(point).items()
+    method, settings = settings_of(point)
     config.bind({method: settings | changes})
     made = config.build(METHODS[method])
     made.initialise(seed)

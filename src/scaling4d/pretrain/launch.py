@@ -207,16 +207,22 @@ class Job:
         os.chdir(self.folder)
         first = submitit.JobEnvironment().hostnames[0]
         self.torchrun = _start([word.replace(MEETING, f"{first}:{PORT}") for word in self.command])
-        return self.torchrun.wait()
+        try:
+            return self.torchrun.wait()
+        finally:  # cancelled
+            self._stop()
 
     def checkpoint(self) -> Any:
         """The job is to be preempted or its time is over: the ranks save their state and the job is queued again."""
         import submitit
 
-        if self.torchrun is not None:
+        self._stop()
+        return submitit.helpers.DelayedSubmission(Job(self.command, self.folder))
+
+    def _stop(self) -> None:
+        if self.torchrun is not None and self.torchrun.poll() is None:
             self.torchrun.send_signal(signal.SIGTERM)
             self.torchrun.wait()
-        return submitit.helpers.DelayedSubmission(Job(self.command, self.folder))
 
 
 MEETING = "MEETING"
@@ -259,7 +265,10 @@ def _follow(job: Any, run: Run) -> int:
 
     print(f"job {job.job_id}, log {job.paths.stdout}", file=sys.stderr)
 
+    asked: list[int] = []
+
     def cancel(number: int, _: FrameType | None) -> None:
+        asked.append(number)
         job.cancel()
 
     before = {number: signal.signal(number, cancel) for number in STOP}
@@ -272,6 +281,8 @@ def _follow(job: Any, run: Run) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if asked:
+        return AGAIN
     if job.exception() is not None:
         print(job.stderr(), file=sys.stderr)
         return 1

@@ -37,7 +37,9 @@ class Delta:
 
     @property
     def verdict(self) -> str:
-        """`better` or `worse` where the interval of the difference excludes 0, else `same`: within what chance does."""
+        """`equal` to the last digit; `better` or `worse` where the interval excludes 0; else `same`, within what chance does."""
+        if self.change == 0:
+            return "equal"
         if self.low <= 0 <= self.high:
             return "same"
         return "better" if (self.change > 0) == self.higher_is_better else "worse"
@@ -84,10 +86,12 @@ def differences(a: Built, b: Built) -> list[Delta]:
 
 def summary(deltas: list[Delta]) -> str:
     """How many numbers moved, and how many would by chance."""
-    counts = {verdict: sum(d.verdict == verdict for d in deltas) for verdict in ("better", "worse", "same")}
+    counts = Counter(d.verdict for d in deltas)
+    moved = len(deltas) - counts["equal"]
     return (
-        f"Of {len(deltas)} numbers in both, {counts['better']} are better, {counts['worse']} worse and {counts['same']} within"
-        f" chance; by chance alone about {0.05 * len(deltas):.1f} would lie outside."
+        f"Of {len(deltas)} numbers in both, {counts['equal']} are equal to the last digit; of the other {moved},"
+        f" {counts['better']} are better, {counts['worse']} worse and {counts['same']} within chance, which alone puts about"
+        f" {0.05 * moved:.1f} outside."
     )
 
 

@@ -15,6 +15,7 @@ from scaling4d.benchmarks import perception_test, realestate10k, scannet, ssv2, 
 from scaling4d.records import Sample, UserError
 from scaling4d.scenes import defects, rays, worlds
 
+SIDE = 64  # of clips for which the videos' sizes are given
 SIZES = ((64, 64), (64, 96), (80, 64), (72, 88), (64, 80), (96, 64))  # height, width of the videos, in turn
 PLACES = ("phone/IMG_{:04d}", "camera/clip{:03d}", "archive/1998/tape_{:03d}", "misc/untitled {}")
 CLIPS_PER_YOUTUBE_VIDEO = 2
@@ -194,7 +195,8 @@ def corpus_pixels(task: Task) -> np.ndarray:
     rng = seeds.numpy(task.seed, "world", task.kind, task.index)
     kind = worlds.KINDS[task.index % len(worlds.KINDS)]
     s = task.settings
-    world = worlds.draw(rng, kind, frames=s.video_frames, height_px=height, width_px=width, contrast=s.contrast[kind])
+    height_px, width_px = (2 * round(px * s.side_px / SIDE / 2) for px in (height, width))  # even, as H.264 wants them
+    world = worlds.draw(rng, kind, frames=s.video_frames, height_px=height_px, width_px=width_px, contrast=s.contrast[kind])
     return rays.pixels(world)
 
 
