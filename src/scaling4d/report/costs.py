@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from scaling4d.report.figures import Svg, _svg
+from scaling4d.report.figures import Svg, svg
 
 GIB = 2**30
 ROWS = (  # what was measured, its unit, what the axis says, the formula, what the legend calls it
@@ -40,7 +40,7 @@ def costs(path: Path) -> Svg:
             f"{settings['threads']} thread(s); median and quartiles of {settings['repeats']} turns"
         )
 
-    return _svg(draw, (2.1 * len(told["found"]) + 0.6, 5.2))
+    return svg(draw, (2.1 * len(told["found"]) + 0.6, 5.2))
 
 
 def _panel(axes: Axes, axis: Mapping[str, Any], what: str, unit: float, formula: str, called: str) -> None:
