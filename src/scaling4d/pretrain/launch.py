@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -32,6 +33,8 @@ from scaling4d.records import AGAIN, UserError
 PORT = 29500  # where the machines of a Slurm job meet; torchrun's own
 NEW_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 IN_FLOAT32 = Sizes(compute=4)
+PORTS = 1_000  # two jobs on one machine should not meet
+REQUEUE_S = 60  # left of a job's time to queue it again, once its ranks had theirs to save
 REQUEUES = 10_000
 POLL_S = 2.0
 
@@ -45,11 +48,11 @@ def launch(point: str, settings: Mapping[str, Any], *, dry: bool) -> int | None:
         UserError: settings that cannot be, nobody at the rendezvous, no Slurm here.
     """
     run = prepare(point, settings)
-    if run.training.device == "cuda":
+    how = config.build(Launch)
+    if run.training.device == "cuda" and (started() or how.where != "slurm"):  # where one submits is another machine
         fits(run, _gpu_bytes())
     if started():
         return None
-    how = config.build(Launch)
     if run.training.ranks % how.nodes:
         raise UserError(f"{run.training.ranks} ranks do not divide among {how.nodes} nodes; set points.{point}.Launch.nodes")
     if how.where not in STARTERS:
@@ -206,7 +209,8 @@ class Job:
 
         os.chdir(self.folder)
         first = submitit.JobEnvironment().hostnames[0]
-        self.torchrun = _start([word.replace(MEETING, f"{first}:{PORT}") for word in self.command])
+        port = PORT + int(os.environ.get("SLURM_JOB_ID", "0")) % PORTS
+        self.torchrun = _start([word.replace(MEETING, f"{first}:{port}") for word in self.command])
         try:
             return self.torchrun.wait()
         finally:  # cancelled
@@ -220,9 +224,12 @@ class Job:
         return submitit.helpers.DelayedSubmission(Job(self.command, self.folder))
 
     def _stop(self) -> None:
-        if self.torchrun is not None and self.torchrun.poll() is None:
-            self.torchrun.send_signal(signal.SIGTERM)
-            self.torchrun.wait()
+        """Also called by a signal's handler while `__call__` waits: Popen's own `wait` would then wait for itself."""
+        if self.torchrun is None or self.torchrun.returncode is not None:
+            return
+        with suppress(ProcessLookupError, ChildProcessError):  # it has ended
+            os.kill(self.torchrun.pid, signal.SIGTERM)
+            os.waitid(os.P_PID, self.torchrun.pid, os.WEXITED | os.WNOWAIT)
 
 
 MEETING = "MEETING"
@@ -236,9 +243,11 @@ def _slurm(run: Run, how: Launch, dry: bool) -> int:
     meeting = ["--standalone"] if how.nodes == 1 else _meeting(how, MEETING, run.point)
     job = Job(_command(run, how, meeting), os.getcwd())
     wanted = {"nodes": how.nodes, "tasks_per_node": 1, "timeout_min": 60 * how.hours, "name": f"pretrain-{run.point}"}
+    ranks = run.training.ranks // how.nodes
+    wanted |= {"cpus_per_task": ranks * (1 + run.training.workers), "slurm_mem": "0"}  # all of a machine's
     if run.training.device == "cuda":
-        wanted["gpus_per_node"] = run.training.ranks // how.nodes
-    wanted |= {"slurm_signal_delay_s": how.wait_s} | ({"slurm_partition": how.partition} if how.partition else {})
+        wanted["gpus_per_node"] = ranks
+    wanted |= {"slurm_signal_delay_s": how.wait_s + REQUEUE_S} | ({"slurm_partition": how.partition} if how.partition else {})
     if dry:
         print(_script(submitit, wanted, job))
         return 0
@@ -271,7 +280,7 @@ def _follow(job: Any, run: Run) -> int:
         asked.append(number)
         job.cancel()
 
-    before = {number: signal.signal(number, cancel) for number in STOP}
+    before = {number: signal.signal(number, cancel) for number in (*STOP, signal.SIGINT, signal.SIGHUP)}
     try:
         with Progress() as bar:
             task = bar.add_task(f"pretrain {run.point}", total=run.training.steps)
@@ -286,13 +295,15 @@ def _follow(job: Any, run: Run) -> int:
     if job.exception() is not None:
         print(job.stderr(), file=sys.stderr)
         return 1
-    return job.result()
+    return max(job.results(), key=abs)  # one of each machine
 
 
 def _steps(run: Run) -> int:
     timings = artifacts.RUNS / f"pretrain-{run.point}" / "timings.jsonl"
-    lines = timings.read_text().splitlines() if timings.is_file() else []
-    return json.loads(lines[-1])["step"] if lines else 0
+    for line in reversed(timings.read_text().splitlines() if timings.is_file() else []):
+        with suppress(ValueError):  # it is being written
+            return json.loads(line)["step"]
+    return 0
 
 
 STARTERS = {"here": _here, "torchrun": _torchrun, "nodes": _nodes, "slurm": _slurm}

@@ -52,7 +52,8 @@ def plan(
 ) -> dict[str, Any]:
     """Everything about a point, units in the names; keys as `scaling4d plan --json` prints them.
 
-    The point is sought in params.yaml, then in every profile in turn, which gives steps, and mesh and batch unless told.
+    The point is sought in params.yaml, then in profile paper, then in the others in turn; steps are those of where it is found,
+    mesh and batch, too, unless told.
 
     Args:
         mesh: SHARDSxREPLICAS. recompute: none, or block (every block's activations are made again in the backward pass).
@@ -249,7 +250,8 @@ def _model(point: str, settings: Mapping[str, Any]) -> nn.Module:
 
 
 def _settings(point: str) -> dict[str, Any]:
-    profiles = sorted(path.stem for path in (config.EXPERIMENTS / "profile").glob("*.yaml"))
+    profiles = [path.stem for path in (config.EXPERIMENTS / "profile").glob("*.yaml")]
+    profiles.sort(key=lambda profile: (profile != "paper", profile))
     known: set[str] = set()
     for profile in (None, *profiles):
         settings = config.read() if profile is None else config.compose([f"profile={profile}"])
