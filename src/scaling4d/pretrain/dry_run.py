@@ -3,6 +3,8 @@
 Tensors are torch's fake ones: shapes without bytes. The model is sharded on meta, outside fake mode, and emptied and stepped
 inside it; the first step, in which AdamW makes its state, is not counted. Fake tensors stand for a CPU: a build of torch without
 CUDA refuses fake CUDA ones.
+
+For a process that starts no ranks later: torch remembers where rank 0 of a mesh is, and forked ranks would take that over.
 """
 
 from __future__ import annotations
