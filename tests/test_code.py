@@ -5,7 +5,9 @@ import json
 from pathlib import Path
 
 from scaling4d import cli
-from scaling4d.code import STAGES, write_hashes
+from scaling4d.code import STAGES, imported, write_hashes
+
+ROOT = Path(__file__).parents[1]
 
 FILES = {
     "records.py": '"""Doc."""\nX = 1\n',
@@ -66,3 +68,13 @@ def test_every_stage_is_hashed_from_the_module_that_its_command_calls() -> None:
     expected["readout"].add(STAGES["classifier"])  # a protocol of the same command
     expected["baseline"].add("scaling4d.pretrain.point")  # the untrained ones and pixels
     assert called == expected
+
+
+def test_the_report_is_hashed_with_every_module_that_its_notebook_calls(tmp_path: Path) -> None:
+    cells = json.loads((ROOT / "reports/scaling.ipynb").read_text())["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    source = ROOT / "src/scaling4d"
+    known = {".".join(path.relative_to(source.parent).with_suffix("").parts) for path in source.rglob("*.py")}
+    called = imported(ast.parse(code), known)
+    write_hashes(source, tmp_path)
+    assert called and called <= set(json.loads((tmp_path / "report.json").read_text())["modules"])

@@ -240,7 +240,7 @@ def test_what_is_ours_is_listed_with_the_value_of_this_run(pocket: dict) -> None
 
 def test_every_setting_that_is_marked_ours_is_in_the_list_and_every_one_of_the_list_exists() -> None:
     """The mark is a comment in experiments/config.yaml, on the line of a key or of the mapping above it."""
-    settings = dict(readouts._leaves(yaml.safe_load((ROOT / "params.yaml").read_text()), ""))
+    settings = dict(story_of.leaves(yaml.safe_load((ROOT / "params.yaml").read_text())))
     listed = [key for choice in readouts._choices() for key in choice.get("settings", ())]
     for key in listed:
         assert readouts._in_force(key, settings), key

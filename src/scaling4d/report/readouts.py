@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from importlib import resources
 from typing import Any
 
-from scaling4d.report.story import Story, published
+from scaling4d.report.story import Story, leaves, published
 from scaling4d.report.tables import NOTHING, Html, cell, html_table
 
 
@@ -69,15 +69,7 @@ def _choices() -> list[dict[str, Any]]:
 def _given(story: Story) -> Iterator[tuple[str, Any]]:
     """Dotted key and value of every setting that a stage of this run was given."""
     for provenance in story.provenances.values():
-        yield from _leaves(provenance["settings"], "")
-
-
-def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+        yield from leaves(provenance["settings"])
 
 
 def _in_force(pattern: str, given: Mapping[str, Any]) -> str:
