@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -76,7 +76,7 @@ def shard(
     fully_shard(model, **given)
 
 
-def blocks(model: nn.Module) -> Iterable[nn.Module]:
+def blocks(model: nn.Module) -> tuple[nn.Module, ...]:
     """In the order of the forward pass."""
     return (*model.encoder.blocks, *getattr(model, "decoder_blocks", ()))
 

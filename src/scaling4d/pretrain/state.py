@@ -128,8 +128,9 @@ class State:
         self.finish()
         partial = self._partial(progress.step)
         if self.rank == 0:
-            partial.mkdir(parents=True)
-            write_json(partial / PROGRESS, asdict(progress))
+            with self._written(progress.step):
+                partial.mkdir(parents=True)
+                write_json(partial / PROGRESS, asdict(progress))
         dist.barrier(self.group)
         with self._written(progress.step):
             if self.asynchronous:
@@ -170,7 +171,7 @@ class State:
     def _written(self, step: int) -> Iterator[None]:
         try:
             yield
-        except (CheckpointException, OSError, RuntimeError) as error:
+        except (CheckpointException, OSError) as error:
             first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
             why = " ".join(str(first).split())[:200]
             raise UserError(
