@@ -7,6 +7,7 @@ that process is the rank.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -36,6 +37,7 @@ T = TypeVar("T")
 STARTED = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # what torchrun sets
 STOP = (signal.SIGTERM, signal.SIGUSR1)  # what asks a run to save its state and stop
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 BEATS = 10  # how often a rank says where it is, until it counts as hanging
 
 
@@ -206,6 +208,7 @@ def _enter(
     store: dist.Store, rank: int, ranks: int, local: int, device: str, hang_s: float | None, tell: Callable[[str], None]
 ) -> None:
     torch.set_num_threads(1)
+    _keep_freed_memory()
     if device == "cuda":
         if local >= torch.cuda.device_count():
             raise UserError(
@@ -218,6 +221,17 @@ def _enter(
         threading.Thread(target=_watch, args=watched, daemon=True).start()
     patience = {} if hang_s is None else {"timeout": timedelta(seconds=4 * hang_s)}  # later than the watch, which knows more
     dist.init_process_group(BACKENDS[device], store=dist.PrefixStore("group", store), rank=rank, world_size=ranks, **patience)
+
+
+def _keep_freed_memory() -> None:
+    """What this process frees stays its own: handing pages back and forth took a quarter of a small model's step.
+
+    Where the C library is not glibc, nothing changes.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 64 << 20)):
+            mallopt(parameter, value)
 
 
 _place: tuple[int, str] | None = (0, "the start")  # of this process, for its watch

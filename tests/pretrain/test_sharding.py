@@ -13,10 +13,10 @@ from scaling4d.checkpoint import weights
 from scaling4d.mae.attention import attention
 from scaling4d.pretrain.loop import _tensors, pretrain
 from scaling4d.pretrain.point import build, start
-from scaling4d.pretrain.shard import Sharding, spread, whole
 from scaling4d.pretrain.state import Progress, State
 from scaling4d.ranks import run
 from scaling4d.records import MaskedTokens, UserError
+from scaling4d.shard import Sharding, spread, whole
 
 PLAIN = {"shards": 1, "recompute": "none", "recompute_every": 1, "compile": False, "packed": False, "accumulate": 1}
 

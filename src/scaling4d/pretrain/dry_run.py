@@ -28,9 +28,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from scaling4d import optimizer
 from scaling4d.pretrain.closed_form import KINDS
-from scaling4d.pretrain.shard import recomputing, shard
 from scaling4d.pretrain.work import kept_of
 from scaling4d.records import MaskedTokens
+from scaling4d.shard import recomputing, shard
 
 STATUS = Path("/proc/self/status")
 KIND_OF = {  # the tracker's words -> ours

@@ -23,12 +23,12 @@ from scaling4d.clips import loader
 from scaling4d.pretrain.observe import Observer, peak_flops
 from scaling4d.pretrain.point import build, describe, key_of, teacher_of
 from scaling4d.pretrain.settings import Running, Training
-from scaling4d.pretrain.shard import TYPES, Sharding, mine, reduce_now, spread, whole
 from scaling4d.pretrain.state import Progress, State, claim
 from scaling4d.pretrain.validate import picture, validate
 from scaling4d.ranks import STOP, at, unwatched
 from scaling4d.ranks import run as in_ranks
 from scaling4d.records import ClipBatch, MaskedTokens, Preempted, UserError, write_json
+from scaling4d.shard import TYPES, Sharding, mine, reduce_now, spread, whole
 
 MASKED_TOGETHER = 8  # clips whose masks are one draw: a rank's part of the pocket's batch
 ELSEWHERE = ("ranks", "workers", "kept_clips")  # of Training: a run may go on with others

@@ -16,8 +16,8 @@ from scaling4d.mae.build import METHODS, encoder_of, load
 from scaling4d.mae.distilled import Distilled
 from scaling4d.mae.encoder import PixelTokens
 from scaling4d.pretrain.settings import Launch
-from scaling4d.pretrain.shard import Sharding
 from scaling4d.records import UserError
+from scaling4d.shard import Sharding
 
 UNTRAINED = "untrained_"
 

@@ -1,4 +1,4 @@
-"""How points are trained, how a run is watched, and where it runs. How it lies on the ranks: pretrain.shard."""
+"""How points are trained, how a run is watched, and where it runs. How it lies on the ranks: shard."""
 
 from __future__ import annotations
 
