@@ -184,6 +184,32 @@ def test_a_file_that_kills_every_worker_is_rejected(videos, monkeypatch):
     assert findings[0].clips
 
 
+def cutter(videos, item, clips, curation, parts):
+    if item.path == "good3.mp4":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return examine.cut(videos, item, clips, curation, parts)
+
+
+def test_a_file_whose_clips_cannot_be_cut_is_rejected_and_the_rest_is_used(videos, tmp_path, monkeypatch):
+    corpus = few(videos, tmp_path / "corpus", 5)
+    monkeypatch.setattr(curate, "cut", cutter)
+    curate.curate(corpus, fresh(tmp_path / "out"), CURATION)
+    assert [(row["path"], row["reason"]) for row in table(tmp_path / "out" / "rejected.parquet")] == [
+        ("good3.mp4", "cutting crashes")
+    ]
+    assert {row["source"] for row in table(tmp_path / "out" / "clips.parquet")} == {f"good{seed}.mp4" for seed in (0, 1, 2, 4)}
+
+
+def full(videos, item, clips, curation, parts):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_while_clips_are_cut_is_one_line(videos, tmp_path, monkeypatch):
+    monkeypatch.setattr(curate, "cut", full)
+    with pytest.raises(UserError, match=r"^cutting good.\.mp4: .*No space left on device; run again when this is mended"):
+        curate.curate(few(videos, tmp_path / "corpus", 3), fresh(tmp_path / "out"), replace(CURATION, workers=1))
+
+
 def test_an_empty_or_missing_folder_says_what_to_do(tmp_path):
     with pytest.raises(
         UserError, match=r"^.*/videos holds no files; put videos there, or name your own data with `scaling4d data use PATH`$"
@@ -318,6 +344,18 @@ def test_a_damaged_memory_is_named_and_begun_anew(tmp_path):
             known.put("one", [2])
     with remembered(tmp_path, "looked", {}) as known:
         assert known.get("one") == [2]
+
+
+def test_a_memory_that_another_run_holds_is_not_taken_for_damaged(tmp_path, monkeypatch):
+    monkeypatch.setattr("scaling4d.clips.remembered.PATIENCE_S", 0.1)
+    with remembered(tmp_path, "looked", {}) as known:
+        known.put("one", [1])
+        known.database.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(UserError, match="database is locked; needed a folder on a disk with room, and no other run at work"):
+            with remembered(tmp_path, "looked", {}):
+                pass
+    with remembered(tmp_path, "looked", {}) as known:
+        assert known.get("one") == [1]
 
 
 def fresh(folder):

@@ -77,7 +77,10 @@ def curate(videos: Path, out: Path, curation: Curation, *, before: Path | None =
         _usable(chosen, videos, rejected)
         found = {item.path: item for item in items}
         if curation.encode:
-            _cut_all(client, videos.resolve(), found, chosen, curation, parts, before, memory)
+            crashed = _cut_all(client, videos.resolve(), found, chosen, curation, parts, before, memory)
+            chosen = [item for item in chosen if item.source.path not in crashed]
+            rejected = sorted([*rejected, *crashed.items()], key=_order)
+            _usable(chosen, videos, rejected)
     (out / "shards").mkdir()
     shards = _encoded if curation.encode else _whole
     rows = shards(chosen, {path: item.source(videos) for path, item in found.items()}, parts, out / "shards", curation)
@@ -110,12 +113,7 @@ def dry(videos: Path, curation: Curation, *, memory: Path | None = None) -> None
 def _examine_all(client: Any, videos: Path, items: list[Input], curation: Curation, memory: Path | None) -> list[Finding]:
     """In the order of `items`. An input that ends its worker process again and again is rejected, not fatal."""
     hashes = _hash_all(client, videos, items)
-    circumstances = {
-        "settings": {name: value for name, value in asdict(curation).items() if name not in LATER},
-        "code": _code(),
-        "ffmpeg": video.VERSIONS,
-        "libraries": {name: metadata.version(name) for name in LIBRARIES},
-    }
+    circumstances = _circumstances({name: value for name, value in asdict(curation).items() if name not in LATER})
     with remembered(memory, "looked", circumstances) as known:
         unknown: dict[str, tuple[Input, str]] = {}
         for item, sha256 in zip(items, hashes, strict=True):
@@ -126,8 +124,7 @@ def _examine_all(client: Any, videos: Path, items: list[Input], curation: Curati
         for index, future in finish(client, examine, jobs, "looking at videos", total=len(names)):
             error = future.exception()
             if error is not None:
-                why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                fleeting[names[index]] = (Rejection("decoding crashes", why),)
+                fleeting[names[index]] = (Rejection("decoding crashes", _told(error)),)
             elif any(why.reason == UNREADABLE for why in future.result().rejected):
                 fleeting[names[index]] = future.result().rejected
             else:
@@ -165,10 +162,14 @@ def _cut_all(
     parts: Path,
     before: Path | None,
     memory: Path | None,
-) -> None:
-    """Every chosen clip as `parts/<id>.mp4`, from what an earlier run wrote where that is the very same."""
-    circumstances = {"settings": {name: value for name, value in asdict(curation).items() if name in CUT}, "code": _code()}
-    circumstances |= {"ffmpeg": video.VERSIONS}
+) -> dict[str, Rejection]:
+    """Every chosen clip as `parts/<id>.mp4`, from what an earlier run wrote where that is the very same.
+
+    Returns:
+        why not, by path: of inputs that end their worker process again and again.
+    """
+    circumstances = _circumstances({name: value for name, value in asdict(curation).items() if name in CUT})
+    crashed: dict[str, Rejection] = {}
     with remembered(memory, "cut", circumstances) as known:
         old = dict(_old_clips(before)) if before is not None else {}
         by_source: dict[str, dict[str, Chosen]] = {}
@@ -181,8 +182,27 @@ def _cut_all(
             for path in paths
         )
         for number, future in finish(client, cut, jobs, "cutting clips", total=len(paths)):
+            path, error = paths[number], future.exception()
+            if isinstance(error, OSError):
+                raise UserError(f"cutting {_text(path)}: {error}; run again when this is mended, finished work is kept")
+            if isinstance(error, UserError):
+                raise error
+            if error is not None:
+                crashed[path] = Rejection("cutting crashes", _told(error))
+                continue
             for name, sha256 in future.result().items():
-                known.put(_frames_of(by_source[paths[number]][name]), sha256)
+                known.put(_frames_of(by_source[path][name]), sha256)
+    return crashed
+
+
+def _circumstances(settings: dict[str, Any]) -> dict[str, Any]:
+    """All that a result about a video depends on, beside its bytes."""
+    libraries = {name: metadata.version(name) for name in LIBRARIES}
+    return {"settings": settings, "code": _code(), "ffmpeg": video.VERSIONS, "libraries": libraries}
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _frames_of(item: Chosen) -> str:
@@ -263,10 +283,16 @@ def choose(findings: list[Finding], curation: Curation) -> tuple[list[Chosen], l
     alone = {path for path in unused if len(spans[path]) == 1}  # said once, of the file
     rejected = [(path, why) for path, why in rejected if path not in alone]
     rejected += [(path, _overall(spans[path])) for path in unused]
-    rejected.sort(key=lambda row: (row[0], row[1].start_s is not None, row[1].start_s or 0.0, row[1].reason))
+    rejected.sort(key=_order)
     whole_files = {path for path, why in rejected if why.start_s is None}
     assert used.isdisjoint(whole_files) and used | whole_files == {finding.path for finding in findings}
     return sorted(chosen, key=lambda item: item.id), rejected
+
+
+def _order(row: tuple[str, Rejection]) -> tuple[str, bool, float, str]:
+    """By path, the whole file before its spans."""
+    path, why = row
+    return path, why.start_s is not None, why.start_s or 0.0, why.reason
 
 
 def _overall(spans: list[Rejection]) -> Rejection:

@@ -18,7 +18,9 @@ from typing import Any
 
 from scaling4d.clips.examine import Clip, Finding
 from scaling4d.clips.inputs import Input, Rejection
-from scaling4d.records import Video
+from scaling4d.records import UserError, Video
+
+PATIENCE_S = 60.0  # while another run writes into the same file
 
 
 class Remembered:
@@ -41,7 +43,11 @@ class Remembered:
 
 @contextmanager
 def remembered(folder: Path | None, kind: str, depends_on: Any) -> Iterator[Remembered]:
-    """The table of `kind` for these circumstances; a damaged one is begun anew. Without a folder nothing is kept."""
+    """The table of `kind` for these circumstances; a damaged one is begun anew. Without a folder nothing is kept.
+
+    Raises:
+        UserError: it cannot be read or written at all.
+    """
     if folder is None:
         path = ""  # of a database that is gone when it is closed
     else:
@@ -50,18 +56,30 @@ def remembered(folder: Path | None, kind: str, depends_on: Any) -> Iterator[Reme
         path = folder / f"{kind}-{key}.sqlite"
     try:
         database = _opened(path)
+    except sqlite3.OperationalError as error:
+        raise _unusable(path, error) from error
     except sqlite3.DatabaseError as error:
         why = " ".join(str(error).split())
         warnings.warn(f"{path} is damaged ({why}); what it held is found out anew", stacklevel=3)
         Path(path).unlink()
         database = _opened(path)
     with closing(database):
-        yield Remembered(database)
+        try:
+            yield Remembered(database)
+        except sqlite3.OperationalError as error:
+            raise _unusable(path, error) from error
+
+
+def _unusable(path: Path | str, error: sqlite3.OperationalError) -> UserError:
+    """Of a file that is not damaged: another process holds it, the disk is full, or its filesystem cannot lock files."""
+    return UserError(
+        f"{path or 'a temporary database'}: {error}; needed a folder on a disk with room, and no other run at work there"
+    )
 
 
 def _opened(path: Path | str) -> sqlite3.Connection:
     """Raises sqlite3.DatabaseError: damaged."""
-    database = sqlite3.connect(path)
+    database = sqlite3.connect(path, timeout=PATIENCE_S)
     try:
         found = database.execute("PRAGMA quick_check(1)").fetchone()[0]
         if found != "ok":
