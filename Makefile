@@ -5,7 +5,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install repro test lint wheels gpu measured-on-gpu
+.PHONY: install repro ahead test lint wheels gpu measured-on-gpu
 
 install: .venv/installed
 
@@ -16,8 +16,18 @@ install: .venv/installed
 	touch .venv/installed
 
 repro: install
+	dvc status --quiet || $(MAKE) --no-print-directory ahead
 	dvc repro
 	scaling4d table
+
+# Two stages at a time: while one starts, reads and waits, the other computes. `dvc repro` gives the same bytes, one after the other.
+two_at_a_time = dvc stage list --name-only | grep -E '^$(1)@' | xargs -r -P 2 -n $(2) dvc --wait-for-lock repro --single-item
+
+ahead:
+	dvc repro clips baseline_pixels
+	$(call two_at_a_time,(pretrain|baseline_untrained),1)
+	$(call two_at_a_time,readout_frozen,5)
+	$(call two_at_a_time,readout_finetune,5)
 
 test: install
 	ruff check . && ruff format --check .

@@ -6,7 +6,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 
 from scaling4d import seeds
@@ -87,8 +86,8 @@ class Encoder(nn.Module):
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 0..255 or float 0..1 -> what the model computes with."""
-        x = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
-        return (x - self.pixel_mean) * self.pixel_scale
+        x = pixels.float().div_(255) if pixels.dtype == torch.uint8 else pixels.clone()
+        return x.sub_(self.pixel_mean).mul_(self.pixel_scale)
 
     def tokens(self, pixels: Tensor, masked: MaskedTokens | None = None) -> Tensor:
         """`B T H W C` -> `B K D`: the kept tokens (all without a mask), projected, with their positions."""
@@ -189,7 +188,9 @@ def initialise(module: nn.Module, *, seed: int) -> None:
 @torch.no_grad()
 def put(weight: Tensor, value: Tensor) -> None:
     """Give a parameter, which may be sharded, its value; every rank has the whole value and keeps its part."""
-    if isinstance(weight, DTensor):
+    if hasattr(weight, "placements"):
+        from torch.distributed.tensor import distribute_tensor  # half a second to import, which only sharded models need
+
         value = distribute_tensor(value.to(weight.device), weight.device_mesh, weight.placements, src_data_rank=None)
     weight.copy_(value)
 
