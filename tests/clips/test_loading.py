@@ -294,7 +294,7 @@ def test_a_killed_worker_ends_the_run_with_one_line(made):
     next(batches)
     for worker in multiprocessing.active_children():
         os.kill(worker.pid, signal.SIGKILL)
-    wanted = r"^step \d+: a process that decodes clips ended \(.+\); lower pretrain.Training.workers if memory ran out$"
+    wanted = r"^step \d+: a process that decodes clips ended \(.+\); lower pretrain.Running.workers if memory ran out$"
     with pytest.raises(UserError, match=wanted):
         list(batches)
 
@@ -408,7 +408,7 @@ def test_settings_out_of_range_are_named(made):
     for change, why in (
         ({"crop": (0.0, 1.0)}, r"crop is \[0.0, 1.0\], needed 0 < smallest <= largest <= 1; set pretrain.Training.crop"),
         ({"crop": (0.9, 0.5)}, r"crop is \[0.9, 0.5\], needed .*"),
-        ({"workers": -1}, "workers is -1, needed 0 or more; set pretrain.Training.workers"),
+        ({"workers": -1}, "workers is -1, needed 0 or more; set pretrain.Running.workers"),
         ({"window_shards": -1}, "window_shards is -1, needed 0 or more; set pretrain.Training.window_shards"),
     ):
         with pytest.raises(UserError, match=f"^{why}$"):

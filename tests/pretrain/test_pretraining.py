@@ -12,7 +12,7 @@ from scaling4d.checkpoint import Checkpoint
 from scaling4d.clips import loader
 from scaling4d.mae.build import encoder_of, load
 from scaling4d.pretrain.loop import pretrain
-from scaling4d.pretrain.point import baseline, start
+from scaling4d.pretrain.point import baseline, sections, start
 from scaling4d.pretrain.settings import Training
 from scaling4d.pretrain.validate import validate
 from scaling4d.ranks import run
@@ -20,7 +20,7 @@ from scaling4d.records import UserError
 
 
 def val_loss(*, rank: int, ranks: int, settings: dict) -> float:
-    config.bind(settings["pretrain"], settings["points"]["nano"])
+    config.bind({"Training": settings["pretrain"]["Training"]}, sections("nano", settings))
     model = start("nano", settings, settings["seed"])
     return validate(model, Path("artifacts/smoke/clips"), config.build(Training), seed=0, rank=rank, ranks=ranks)
 
@@ -55,7 +55,7 @@ def test_a_student_learns_its_teachers_features_and_keeps_no_teacher(changed: Ca
     losses = [json.loads(line)["loss"] for line in (folder / "losses.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.8 * losses[0]
     student = load(folder)
-    config.bind(config.read()["distilled"]["nano_distilled"])
+    config.bind(sections("nano_distilled", config.read()))
     with torch.no_grad():
         taught = start("nano_distilled", config.read(), 0)  # with its teacher, which a loaded student has not
         batch = next(loader.every(Path("artifacts/smoke/clips"), split="val", batch=16, rank=0, ranks=1))
@@ -74,7 +74,7 @@ def test_a_student_learns_its_teachers_features_and_keeps_no_teacher(changed: Ca
 def test_the_target_is_the_teachers_feature_of_the_same_token_in_sight_of_the_whole_clip(changed: Callable) -> None:
     teacher = encoder_of(load(pretrain("nano", changed("pretrain.Training.steps", 4))))
     settings = config.read()
-    config.bind(settings["distilled"]["nano_distilled"])
+    config.bind(sections("nano_distilled", settings))
     model = start("nano_distilled", settings, 0)
     clip = torch.randint(0, 256, (2, 16, 64, 64, 3), dtype=torch.uint8)
     masked = model.choose(2, seeds.stream(0, "m"))
@@ -99,7 +99,7 @@ def test_a_teacher_that_is_missing_or_does_not_fit_is_refused(project: Path, cha
 def test_the_untrained_baseline_is_the_point_before_its_first_step(project: Path) -> None:
     settings = config.read()
     folder = baseline("untrained_nano", settings)
-    config.bind(settings["points"]["nano"])
+    config.bind(sections("nano", settings))
     first = start("nano", settings, settings["seed"]).state_dict()
     for name, value in load(folder).state_dict().items():
         assert torch.equal(value, first[name]), name

@@ -170,10 +170,10 @@ def test_a_killed_process_that_decodes_is_one_clear_line_and_the_next_run_goes_o
     short: Callable, capfd: pytest.CaptureFixture
 ) -> None:
     undisturbed = written(pretrain("nano", short(60)))
-    settings = short(60, **{"Training.workers": 1, "Training.kept_clips": 0})
+    settings = short(60, **{"Running.workers": 1, "Running.kept_clips": 0})
     assert attempt(settings, interrupt=a_worker, after=4) == 1
     assert re.search(
-        r"error: step \d+: a process that decodes clips ended .+ lower pretrain.Training.workers", capfd.readouterr().err
+        r"error: step \d+: a process that decodes clips ended .+ lower pretrain.Running.workers", capfd.readouterr().err
     )
     assert attempt(settings) == 0 and written(NANO) == undisturbed
 

@@ -12,7 +12,7 @@ from scaling4d import config, optimizer, seeds
 from scaling4d.checkpoint import weights
 from scaling4d.mae.attention import attention
 from scaling4d.pretrain.loop import _tensors, pretrain
-from scaling4d.pretrain.point import build, start
+from scaling4d.pretrain.point import build, sections, start
 from scaling4d.pretrain.state import Progress, State
 from scaling4d.ranks import run
 from scaling4d.records import MaskedTokens, UserError
@@ -23,7 +23,7 @@ PLAIN = {"shards": 1, "recompute": "none", "recompute_every": 1, "compile": Fals
 
 def settled(*, ranks: int, compute: str, point: str, settings: dict, sharding: dict) -> tuple:
     """A point's model in its place with first weights, and what computes its loss."""
-    config.bind(settings["points"][point])
+    config.bind(sections(point, settings))
     model = build(point, settings)
     step_loss = spread(
         model,
@@ -79,7 +79,7 @@ def test_sharded_first_weights_are_those_of_one_rank_and_gradients_nearly(
     settings = config.read()
     first, grads = run(gradients, ranks=ranks, point=point, settings=settings, sharding={"shards": shards})
     _, wanted = run(gradients, ranks=1, point=point, settings=settings, sharding={})
-    config.bind(settings["points"][point])
+    config.bind(sections(point, settings))
     for name, p in start(point, settings, 0).named_parameters():
         assert torch.equal(first[name], p), name
         assert torch.allclose(grads[name], wanted[name], rtol=1e-3, atol=1e-6), name
@@ -110,7 +110,7 @@ def test_recomputed_blocks_are_called_twice_and_every_other_one_is_where_so_set(
 
 
 def calls_by_block(*, rank: int, ranks: int, settings: dict, sharding: dict) -> list[int]:
-    config.bind(settings["points"]["nano"])
+    config.bind(sections("nano", settings))
     model = build("nano", settings)
     calls = [0] * len(model.encoder.blocks)
     for i, block in enumerate(model.encoder.blocks):
@@ -159,7 +159,7 @@ WAYS = {
     "two": {"pretrain__Training__ranks": 2},
     "four": {"pretrain__Training__ranks": 4},
     "fsdp": {"pretrain__Training__ranks": 4, "points__nano__Sharding__shards": 4},
-    "hsdp": {"pretrain__Training__ranks": 4, "points__nano__Sharding__shards": 2},
+    "hsdp": {"pretrain__Training__ranks": 4, "points__nano__Sharding__shards": 2, "points__nano__Sharding__accumulate": 2},
     "parts": {"pretrain__Training__ranks": 2, "points__nano__Sharding__accumulate": 4},
 }
 
@@ -182,7 +182,7 @@ def test_a_running_mean_of_the_weights_is_what_is_saved(changed: Callable) -> No
     _, last = curve(changed, **short)
     _, mean = curve(changed, **short | {"pretrain__Training__ema": 0.75})
     settings = config.read()
-    config.bind(settings["points"]["nano"])
+    config.bind(sections("nano", settings))
     for name, p in start("nano", settings, settings["seed"]).named_parameters():
         assert torch.allclose(mean[name], 0.75 * p + 0.25 * last[name], atol=1e-7), name
 
