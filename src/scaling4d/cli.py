@@ -78,24 +78,23 @@ def pretrain(
     snapshot: Annotated[Path | None, typer.Option(hidden=True, help="What a launcher says to its ranks.")] = None,
 ) -> None:
     """Pretrain one scaling point on the clips (a DVC stage), where its Launch settings say; exit code 75: run it again."""
-    folder = _as_told(point, snapshot) if snapshot else _pretrained(point, dry)
+    if snapshot:
+        folder = _train_rank(point, snapshot)
+    else:
+        settings = _settings()
+        config.section(settings, f"distilled.{point}" if point in settings["distilled"] else f"points.{point}")
+        _launch(point, settings, dry)
+        from scaling4d.pretrain.loop import pretrain as train
+
+        folder = train(point, settings)
     if folder and _speaks():
         print(f"wrote {folder}")
 
 
-def _as_told(point: str, snapshot: Path) -> Path | None:
+def _train_rank(point: str, snapshot: Path) -> Path | None:
     from scaling4d.pretrain.launch import train_rank
 
     return train_rank(point, snapshot)
-
-
-def _pretrained(point: str, dry: bool) -> Path:
-    settings = _settings()
-    config.section(settings, f"distilled.{point}" if point in settings["distilled"] else f"points.{point}")
-    _launch(point, settings, dry)
-    from scaling4d.pretrain.loop import pretrain as train
-
-    return train(point, settings)
 
 
 def _launch(point: str, settings: dict, dry: bool) -> None:

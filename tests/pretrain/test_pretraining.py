@@ -1,6 +1,8 @@
 """Pretraining a point, and the encoders that it is compared with."""
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from scaling4d import artifacts, checkpoint, config, seeds
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.clips import loader
 from scaling4d.mae.build import encoder_of, load
+from scaling4d.pretrain import loop
 from scaling4d.pretrain.loop import pretrain
 from scaling4d.pretrain.point import baseline, sections, start
 from scaling4d.pretrain.settings import Training
@@ -119,6 +122,25 @@ def test_validation_loss_does_not_depend_on_the_ranks(project: Path) -> None:
     assert abs(one - three) < 1e-5 * one
 
 
+def test_a_capped_validation_does_not_depend_on_the_ranks_and_is_of_fewer_clips(project: Path, changed: Callable) -> None:
+    every = run(val_loss, ranks=1, settings=config.read())
+    settings = changed("pretrain.Training.val_clips", 5)
+    one, three = (run(val_loss, ranks=ranks, settings=settings) for ranks in (1, 3))
+    assert abs(one - three) < 1e-5 * one and one != every
+
+
+def test_a_teacher_computes_in_the_type_of_the_run(changed: Callable) -> None:
+    pretrain("nano", changed("pretrain.Training.steps", 4))
+    assert run(teachers_type, ranks=1, settings=changed("pretrain.Training.compute", "bfloat16")) == {"torch.bfloat16"}
+    folder = pretrain("nano_distilled", config.read())
+    assert json.loads((folder / "summary.json").read_text())["val_loss"] < 2
+
+
+def teachers_type(*, rank: int, ranks: int, settings: dict) -> set[str]:
+    model, _ = loop._model(loop.prepare("nano_distilled", settings), ranks)
+    return {str(p.dtype) for teacher in model.taught_by for p in teacher.parameters()}
+
+
 def test_a_batch_that_does_not_divide_is_refused_and_nothing_is_written(project: Path, changed: Callable) -> None:
     settings = changed("pretrain.Training.batch", 6)
     with pytest.raises(
@@ -139,3 +161,30 @@ def test_a_point_with_two_methods_is_refused(project: Path) -> None:
     with pytest.raises(UserError, match=r"^points.nano has SimpleMAE, MAEST; needed exactly one of SimpleMAE, MAEST$"):
         config.bind({"SimpleMAE": settings["points"]["nano"]["SimpleMAE"]})
         start("nano", settings, 0)
+
+
+def test_a_method_that_is_not_the_one_that_is_declared_is_refused(changed: Callable) -> None:
+    wanted = r"^points.nano is for SimpleMAE, and points.nano.method is 'MAEST'; set it to SimpleMAE$"
+    with pytest.raises(UserError, match=wanted):
+        pretrain("nano", changed("points.nano.method", "MAEST"))
+
+
+def test_a_result_is_named_on_another_file_system_too(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = Path.rename
+
+    def apart(path: Path, new: Path) -> Path:
+        if path.parts[0] != new.parts[0]:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(path))
+        return rename(path, new)
+
+    wanted = checkpoint.weights_sha256(baseline("untrained_nano", config.read()))
+    monkeypatch.setattr(Path, "rename", apart)
+    folder = baseline("untrained_nano", config.read())
+    assert checkpoint.weights_sha256(folder) == wanted
+    assert not [path for path in folder.parent.iterdir() if path.name.startswith(".")]
+    assert not list(artifacts.PARTIAL.glob("partial-*"))
+
+
+def test_weights_that_find_no_room_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^.+model.safetensors cannot be written: .+; free space there, and run the same .+$"):
+        checkpoint.save_tensors(tmp_path / "nowhere/model.safetensors", {"a": torch.ones(1)})

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -400,6 +401,7 @@ def _signals() -> Iterator[None]:
     also where they are sent to all processes of a job, as Slurm does; and torch's handler, which raises wherever a rank is when
     a worker has ended, does not stay: `next` finds that out by itself, within 5 s."""
     handler = signal.getsignal(signal.SIGCHLD)
+    resource_tracker.ensure_running()  # Python's, which the first worker would start: that unblocks signals
     waiting = signal.pthread_sigmask(signal.SIG_BLOCK, WAITING)
     try:
         yield

@@ -57,9 +57,9 @@ def launch(point: str, settings: Mapping[str, Any], *, dry: bool) -> int | None:
     Raises:
         UserError: settings that cannot be, nobody at the rendezvous, no Slurm here.
     """
-    run, section = prepare(point, settings), f"{key_of(point, settings)}.{Launch.__name__}"
-    config.bind({Launch.__name__: config.section(settings, section)})
+    config.bind({Launch.__name__: config.section(settings, f"{key_of(point, settings)}.{Launch.__name__}")})
     how = config.build(Launch)
+    run = prepare(point, settings)
     if run.training.device == "cuda" and (started() or how.where != "slurm"):  # where one submits is another machine
         fits(run, _gpu_bytes())
     if started():
@@ -70,16 +70,21 @@ def launch(point: str, settings: Mapping[str, Any], *, dry: bool) -> int | None:
         raise UserError(f"points.{point}.Launch.where is {how.where!r}; needed one of here, {', '.join(STARTERS)}")
     if how.where == "here":
         return _here(run, dry)
-    snapshot = artifacts.PARTIAL / "snapshot" if dry else _snapshot(run)
-    code = STARTERS[how.where](run, how, snapshot, dry)
     if dry:
+        return STARTERS[how.where](run, how, artifacts.PARTIAL / "snapshot", dry)
+    made = made_of(run)
+    shared = how.where == "nodes"
+    snapshot, code = _snapshot(run, made, "" if shared else f"-{socket.gethostname()}-{os.getpid()}"), None
+    try:
+        code = STARTERS[how.where](run, how, snapshot, dry)
+        if code and (snapshot / REFUSED).is_file():
+            raise UserError((snapshot / REFUSED).read_text())
+        if code == 0:
+            remove(state_of(run, made))
         return code
-    if code and (snapshot / REFUSED).is_file():
-        raise UserError((snapshot / REFUSED).read_text())
-    if code == 0:
-        remove(state_of(run, _read(snapshot)["made"]))
-        shutil.rmtree(snapshot, ignore_errors=True)
-    return code
+    finally:
+        if code == 0 or not shared:
+            shutil.rmtree(snapshot, ignore_errors=True)
 
 
 def train_rank(point: str, snapshot: Path) -> Path | None:
@@ -98,11 +103,11 @@ def train_rank(point: str, snapshot: Path) -> Path | None:
         raise SystemExit(1) from error
 
 
-def _snapshot(run: Run) -> Path:
-    """The folder for a run's ranks; that of the same run is taken again."""
-    told = {"point": run.point, "settings": run.settings, "made": made_of(run)}
+def _snapshot(run: Run, made: Mapping[str, Any], whose: str) -> Path:
+    """The folder for a run's ranks; launchers on several machines share one, that of the first."""
+    told = {"point": run.point, "settings": run.settings, "made": made}
     digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-    folder = artifacts.PARTIAL / f"snapshot-{digest[:16]}"
+    folder = artifacts.PARTIAL / f"snapshot-{digest[:16]}{whose}"
     (folder / REFUSED).unlink(missing_ok=True)
     if not folder.is_dir():
         partial = folder.with_name(f"partial-{folder.name}-{socket.gethostname()}-{os.getpid()}")

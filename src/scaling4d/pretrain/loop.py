@@ -210,9 +210,9 @@ def _train(*, rank: int, ranks: int, run: Run, made: Mapping[str, Any]) -> None:
                 state.save(progress, tensors)
             if stop:
                 state.finish()
-                raise Preempted(
-                    f"stopped after step {step + 1} of {training.steps}, as asked; the same command goes on from there"
-                )
+                raise Preempted(_stopped(step + 1, training.steps))
+    if _any(wanted):  # since the last step was saved; from now on a request ends this process at once
+        raise Preempted(_stopped(training.steps, training.steps))
 
     with torch.no_grad():
         for name, p in model.named_parameters() if average else ():
@@ -318,6 +318,10 @@ def _stop_wanted() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _stopped(step: int, steps: int) -> str:
+    return f"stopped after step {step} of {steps}, as asked; the same command goes on from there"
 
 
 def _any(wanted: list[int]) -> bool:
