@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from scaling4d import cli
-from scaling4d.code import STAGES, imported, write_hashes
+from scaling4d.code import STAGES, imported, running, write_hashes
 
 ROOT = Path(__file__).parents[1]
 
@@ -78,3 +78,8 @@ def test_the_report_is_hashed_with_every_module_that_its_notebook_calls(tmp_path
     called = imported(ast.parse(code), known)
     write_hashes(source, tmp_path)
     assert called and called <= set(json.loads((tmp_path / "report.json").read_text())["modules"])
+
+
+def test_a_process_names_the_code_that_it_runs(tmp_path: Path) -> None:
+    write_hashes(ROOT / "src/scaling4d", tmp_path)
+    assert running("pretrain") == json.loads((tmp_path / "pretrain.json").read_text())

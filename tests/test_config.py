@@ -60,6 +60,17 @@ def test_the_paper_profile_reads_out_by_the_published_recipe_whatever_pocket_doe
         assert (recipe["learning_rate"], recipe["weight_decay"], recipe["warmup_steps"]) == (3e-4, 1e-4, 1000)
 
 
+def test_dvc_trains_nothing_anew_for_where_and_how_a_run_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    import dvc.api
+
+    monkeypatch.chdir(ROOT)
+    points = config.read()["points"]
+    for point in points:
+        declared = dvc.api.params_show(stages=f"pretrain@{point}")
+        assert declared["pretrain"].keys() == {"Training"}
+        assert declared["points"][point].keys() == {points[point]["method"], "Sharding"}
+
+
 def test_a_changed_value_is_listed_as_an_override(project: Path, changed: Callable) -> None:
     changed("pretrain.Training.steps", 7)
     assert config.overrides(config.read()) == {"pretrain.Training.steps": 7}

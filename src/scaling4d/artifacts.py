@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -45,9 +46,22 @@ def folder(final: Path) -> Iterator[Path]:
         yield partial
         final.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        _rename(partial, final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _rename(partial: Path, final: Path) -> None:
+    """Also from one file system to another: then it is copied beside its place first."""
+    try:
+        partial.rename(final)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        beside = final.with_name(f".{partial.name}")
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.copytree(partial, beside)
+        beside.rename(final)
 
 
 def write_provenance(

@@ -49,9 +49,14 @@ class Checkpoint:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises UserError: no room, or no right to write there."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    save_file({key: value.detach().contiguous() for key, value in tensors.items()}, path)
+    try:
+        save_file({key: value.detach().contiguous() for key, value in tensors.items()}, path)
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be written: {error}; free space there, and run the same command again") from error
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from scaling4d import config
+from scaling4d.pretrain.gpus import UTILISATION, WRITE_GB_PER_S
 from scaling4d.records import AGAIN, Preempted, UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -74,16 +75,26 @@ def clips(
 def pretrain(
     point: str,
     dry: Annotated[bool, typer.Option("--dry", help="Print how it would be started, and start nothing.")] = False,
+    snapshot: Annotated[Path | None, typer.Option(hidden=True, help="What a launcher says to its ranks.")] = None,
 ) -> None:
     """Pretrain one scaling point on the clips (a DVC stage), where its Launch settings say; exit code 75: run it again."""
-    settings = _settings()
-    config.section(settings, f"distilled.{point}" if point in settings["distilled"] else f"points.{point}")
-    _launch(point, settings, dry)
-    from scaling4d.pretrain.loop import pretrain as train
+    if snapshot:
+        folder = _train_rank(point, snapshot)
+    else:
+        settings = _settings()
+        config.section(settings, f"distilled.{point}" if point in settings["distilled"] else f"points.{point}")
+        _launch(point, settings, dry)
+        from scaling4d.pretrain.loop import pretrain as train
 
-    folder = train(point, settings)
-    if _speaks():
+        folder = train(point, settings)
+    if folder and _speaks():
         print(f"wrote {folder}")
+
+
+def _train_rank(point: str, snapshot: Path) -> Path | None:
+    from scaling4d.pretrain.launch import train_rank
+
+    return train_rank(point, snapshot)
 
 
 def _launch(point: str, settings: dict, dry: bool) -> None:
@@ -227,8 +238,8 @@ def plan(
     batch: Annotated[int | None, typer.Option(min=1, help="Clips a step over all GPUs; as the profile unless told.")] = None,
     recompute: Annotated[str, typer.Option(help="none, or block: make activations again in the backward pass.")] = "none",
     gpu: Annotated[str, typer.Option(help="h100, h200, a100 or a100_40.")] = "h100",
-    utilisation: Annotated[float, typer.Option(help="Share of the GPU's peak that is reached; ours.")] = 0.4,
-    write_gb_per_s: Annotated[float, typer.Option(help="How fast the file system writes checkpoints; ours.")] = 5.0,
+    utilisation: Annotated[float, typer.Option(help="Share of the GPU's peak that is reached; ours.")] = UTILISATION,
+    write_gb_per_s: Annotated[float, typer.Option(help="How fast the file system writes checkpoints; ours.")] = WRITE_GB_PER_S,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Also step the real model, sharded, without numbers.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:

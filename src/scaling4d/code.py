@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ast
 import hashlib
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from scaling4d.records import write_json
 
@@ -31,15 +33,28 @@ def write_hashes(source: Path, out: Path) -> None:
     Args:
         source: folder of the package. out: folder to write to; a file whose content stays is not touched.
     """
-    trees = {_module(path, source): ast.parse(path.read_text()) for path in sorted(source.rglob("*.py"))}
-    hashes = {name: hashlib.sha256(_meaning(tree).encode()).hexdigest() for name, tree in trees.items()}
-    imports = {name: imported(tree, set(trees)) for name, tree in trees.items()}
     out.mkdir(parents=True, exist_ok=True)
+    for room, content in hashes(source).items():
+        write_json(out / f"{room}.json", content)
+
+
+@cache
+def running(stage: str) -> dict[str, Any]:
+    """The hash of a stage's code as this process runs it: as it was when this was first asked."""
+    return hashes(Path(__file__).parent)[stage]
+
+
+def hashes(source: Path) -> dict[str, dict[str, Any]]:
+    """Of every stage what `write_hashes` writes."""
+    trees = {_module(path, source): ast.parse(path.read_text()) for path in sorted(source.rglob("*.py"))}
+    meanings = {name: hashlib.sha256(_meaning(tree).encode()).hexdigest() for name, tree in trees.items()}
+    imports = {name: imported(tree, set(trees)) for name, tree in trees.items()}
+    found = {}
     for room, entry in STAGES.items():
-        reached = _reach({entry}, imports)
-        modules = {name: hashes[name] for name in sorted(reached)}
+        modules = {name: meanings[name] for name in sorted(_reach({entry}, imports))}
         whole = hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in modules.items()).encode()).hexdigest()
-        write_json(out / f"{room}.json", {"room": room, "sha256": whole, "modules": modules})
+        found[room] = {"room": room, "sha256": whole, "modules": modules}
+    return found
 
 
 def imported(tree: ast.Module, known: set[str]) -> set[str]:

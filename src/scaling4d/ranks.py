@@ -142,7 +142,7 @@ def _handed_on(children: list) -> Iterator[None]:
         yield
     except RuntimeError as error:
         if asked:
-            raise Preempted("stopped, before there was anything to save") from error
+            raise Preempted("stopped between two states; the same command goes on from the last one, or begins") from error
         raise
     finally:
         for number, handler in before.items():

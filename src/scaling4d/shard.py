@@ -122,11 +122,15 @@ def spread(
 
 
 def reduce_now(step_loss: nn.Module, now: bool) -> None:
-    """Whether the next backward pass sums gradients over ranks: only that of a batch's last part does."""
+    """Whether the next backward pass is that of a batch's last part, after which gradients are summed over all ranks.
+
+    Where weights lie in shards, gradients of every part go to their shards at once, so that none stay whole; what waits for the
+    last part is the sum over copies.
+    """
     if isinstance(step_loss, nn.parallel.DistributedDataParallel):
         step_loss.require_backward_grad_sync = now
     else:
-        step_loss.set_requires_gradient_sync(now)
+        step_loss.set_requires_all_reduce(now)
 
 
 def whole(value: Tensor) -> Tensor:

@@ -282,6 +282,15 @@ def test_an_override_that_stages_name_is_a_note(project: Path, wrong: Wrong) -> 
     assert notes == ["override seed = 3 of profile test, named by the stages that it changes"]
 
 
+def test_an_override_on_which_no_stage_depends_is_a_note(project: Path, wrong: Wrong) -> None:
+    profile = Path("experiments/profile/test.yaml")
+    profile.write_text(profile.read_text() + "watch: {keep: 2}\n")
+    config.PARAMS.write_text(config.PARAMS.read_text() + "watch: {keep: 3}\n")
+    notes = [finding.message for finding in audit.verify(project) if finding.kind == "note"]
+    assert notes == ["override watch.keep = 3 of profile test, on which no stage depends"]
+    assert wrong() == ""
+
+
 def test_versions_that_are_not_the_pinned_ones_are_a_note(project: Path) -> None:
     Path("requirements.lock").write_text("# pins\ntorch==2.12.0\ndvc==3.67.1\n")
     notes = [str(finding) for finding in audit.verify(project) if finding.kind == "note"]

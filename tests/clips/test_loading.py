@@ -289,12 +289,29 @@ def test_workers_stay_over_epochs_and_leave_an_interrupt_to_their_rank(made):
     assert same(whole, first + rest + list(batches))
 
 
+def test_only_its_rank_ends_a_worker(made):
+    whole = list(start(made, steps=12))
+    batches = start(made, workers=2, steps=12)
+    first = [next(batches)]
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)  # of another process, as Slurm's to a whole job
+    assert same(whole, first + list(batches))
+    assert {worker.exitcode for worker in workers} <= {None, 0}
+    batches = start(made, workers=1, steps=1000)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    worker.terminate()
+    worker.join(5)
+    assert worker.exitcode == 0
+
+
 def test_a_killed_worker_ends_the_run_with_one_line(made):
     batches = start(made, workers=2, steps=1000)
     next(batches)
     for worker in multiprocessing.active_children():
         os.kill(worker.pid, signal.SIGKILL)
-    wanted = r"^step \d+: a process that decodes clips ended \(.+\); lower pretrain.Training.workers if memory ran out$"
+    wanted = r"^step \d+: a process that decodes clips ended \(.+\); lower pretrain.Running.workers if memory ran out$"
     with pytest.raises(UserError, match=wanted):
         list(batches)
 
@@ -372,6 +389,14 @@ def test_validation_shows_every_clip_once_over_the_ranks(made, ranks):
     assert all(part == whole[rank::ranks] for rank, part in enumerate(parts))
 
 
+@pytest.mark.parametrize("most", [1, 2, 3, 1000])
+def test_some_of_the_validation_clips_are_spread_evenly_over_all(made, most):
+    every = [clip for batch in loader.every(made, split="val", batch=3, rank=0, ranks=1) for clip in batch.ids]
+    found = [clip for batch in loader.every(made, split="val", batch=3, rank=0, ranks=1, most=most) for clip in batch.ids]
+    wanted = min(most, len(every))
+    assert found == [every[-(-number * len(every) // wanted)] for number in range(wanted)]
+
+
 def test_global_random_states_neither_matter_nor_change(made):
     torch.manual_seed(1)
     before = torch.get_rng_state()
@@ -408,7 +433,7 @@ def test_settings_out_of_range_are_named(made):
     for change, why in (
         ({"crop": (0.0, 1.0)}, r"crop is \[0.0, 1.0\], needed 0 < smallest <= largest <= 1; set pretrain.Training.crop"),
         ({"crop": (0.9, 0.5)}, r"crop is \[0.9, 0.5\], needed .*"),
-        ({"workers": -1}, "workers is -1, needed 0 or more; set pretrain.Training.workers"),
+        ({"workers": -1}, "workers is -1, needed 0 or more; set pretrain.Running.workers"),
         ({"window_shards": -1}, "window_shards is -1, needed 0 or more; set pretrain.Training.window_shards"),
     ):
         with pytest.raises(UserError, match=f"^{why}$"):

@@ -11,9 +11,9 @@ ROOT = Path(__file__).parents[2]
 CODE = """
 import json, sys
 from scaling4d import config
-from scaling4d.pretrain.point import start
+from scaling4d.pretrain.point import sections, start
 settings = config.compose(["profile=paper"])
-config.bind(settings["points"][sys.argv[1]])
+config.bind(sections(sys.argv[1], settings))
 
 def held(what):  # VmRSS: now, VmHWM: at most so far
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(what)) * 1024

@@ -76,3 +76,14 @@ def test_the_loss_is_over_hidden_tokens_alone() -> None:
         total = sum(error[b, token].item() for b in range(2) for token in range(32) if token not in masked.kept[b])
         assert abs(model(x, masked).item() - total / (2 * (32 - masked.kept.shape[1]))) < 1e-6
     assert torch.equal(unpatchify(patchify(x, (2, 8, 8)), (16, 16, 16), (2, 8, 8)), x)
+
+
+def test_it_computes_in_bfloat16_under_autocast() -> None:
+    model = MAEST(**SETTINGS)
+    model.initialise(0)
+    pixels = torch.randint(0, 256, (2, 16, 16, 16, 3), dtype=torch.uint8, generator=seeds.stream(0, "p"))
+    masked = model.choose(2, seeds.stream(0, "m"))
+    exact = model(pixels, masked)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(pixels, masked)
+    assert found.item() == pytest.approx(exact.item(), rel=0.05) and found.item() != exact.item()

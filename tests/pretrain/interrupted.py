@@ -87,6 +87,13 @@ def politely_for_slurm(pid: int) -> None:
     os.kill(pid, signal.SIGUSR1)
 
 
+def politely_to_all(pid: int) -> None:
+    """To every process of the job, as Slurm does, once all of them are there."""
+    while not any(b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes() for child in _children(pid)):
+        time.sleep(0.01)
+    os.killpg(pid, signal.SIGTERM)
+
+
 def _children(group: int) -> list[int]:
     """Processes of a group, without its leader."""
     found = []

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from scaling4d.pretrain.closed_form import MIXED, clips_that_fit, flops, memory, traffic
+from scaling4d.pretrain.closed_form import MIXED, clips_that_fit, flops, memory, moments, traffic
 from scaling4d.pretrain.work import BlockWork, LinearWork, Work
 
 ROOT = Path(__file__).parents[2]
@@ -87,6 +87,14 @@ def test_more_shards_fewer_clips_and_recompute_each_lower_memory() -> None:
     assert memory(WORK, clips=64, shards=8, recompute=False)["total"] < whole
     assert memory(WORK, clips=63, shards=1, recompute=False)["total"] < whole
     assert memory(WORK, clips=64, shards=1, recompute=True)["total"] < whole
+
+
+def test_gradients_of_earlier_parts_are_held_in_shards_all_along() -> None:
+    one, two = (moments(WORK, clips=4, shards=2, recompute=False, parts=parts) for parts in (1, 2))
+    held = MIXED.reduced * (WORK.parameters + 8) // 2  # a first axis of 5 over 2 GPUs is 6
+    assert one[0]["gradients"] == 0 and two[0]["gradients"] == held
+    assert all(later["gradients"] >= held for later in two)
+    assert memory(WORK, clips=4, shards=2, recompute=False, parts=2) == memory(WORK, clips=4, shards=2, recompute=False, parts=9)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

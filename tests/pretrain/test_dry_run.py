@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from scaling4d.pretrain import plan as planning
 from scaling4d.pretrain.plan import plan
 
 ROOT = Path(__file__).parents[2]
@@ -17,29 +18,35 @@ TOTAL = 0.02  # what a block holds at once is a bound, not a trace; measured: at
 
 @pytest.mark.usefixtures("in_the_project")
 @pytest.mark.parametrize(
-    ("point", "mesh", "clips", "recompute"),
+    ("point", "mesh", "clips", "recompute", "parts"),
     [
-        ("S", "8x1", 8, "none"),
-        ("B", "8x1", 2, "block"),
-        ("nano", "4x2", 2, "block"),
-        ("nano", "1024x1", 1, "none"),
-        ("mae_st_tiny", "8x1", 2, "block"),
-        ("nano_distilled", "2x1", 8, "none"),
-        pytest.param("S", "8x1", 8, "block", marks=pytest.mark.slow),
-        pytest.param("B", "8x1", 2, "none", marks=pytest.mark.slow),
-        pytest.param("L", "4x2", 1, "block", marks=pytest.mark.slow),
-        pytest.param("e", "64x1", 4, "block", marks=pytest.mark.slow),
-        pytest.param("j", "256x1", 8, "block", marks=pytest.mark.slow),
+        ("S", "8x1", 8, "none", 1),
+        ("S", "8x1", 2, "none", 2),
+        ("nano", "4x2", 2, "block", 3),
+        ("B", "8x1", 2, "block", 1),
+        ("nano", "4x2", 2, "block", 1),
+        ("nano", "1024x1", 1, "none", 1),
+        ("mae_st_tiny", "8x1", 2, "block", 1),
+        ("nano_distilled", "2x1", 8, "none", 1),
+        pytest.param("S", "8x1", 8, "block", 1, marks=pytest.mark.slow),
+        pytest.param("B", "8x1", 2, "none", 1, marks=pytest.mark.slow),
+        pytest.param("L", "4x2", 1, "block", 1, marks=pytest.mark.slow),
+        pytest.param("e", "64x1", 4, "block", 1, marks=pytest.mark.slow),
+        pytest.param("j", "256x1", 8, "block", 1, marks=pytest.mark.slow),
     ],
 )
-def test_closed_form_and_dry_run_agree(point: str, mesh: str, clips: int, recompute: str) -> None:
+def test_closed_form_and_dry_run_agree(
+    point: str, mesh: str, clips: int, recompute: str, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shards, replicas = map(int, mesh.split("x"))
+    sharding = planning._sharding
+    monkeypatch.setattr(planning, "_sharding", lambda *of: {**sharding(*of), "accumulate": parts})
     # in a process of its own: torch remembers where rank 0 of a mesh is, and ranks that are forked later would take over that
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as apart:
-        given = {"mesh": mesh, "batch": clips * shards * replicas, "recompute": recompute, "dry": True}
+        given = {"mesh": mesh, "batch": parts * clips * shards * replicas, "recompute": recompute, "dry": True}
         found = apart.submit(plan, point, **given).result()
     formula, ran = found["mesh"]["memory_bytes"], found["dry_run"]["memory_bytes"]
-    assert found["flops_per_clip"]["total"] * clips == found["dry_run"]["flops"]
+    assert found["flops_per_clip"]["total"] * clips * parts == found["dry_run"]["flops"]
     assert formula["parameters"] == ran["parameters"]
     assert ran["optimizer"] - formula["optimizer"] in range(4096 * 4)  # AdamW counts its steps in each parameter
     assert formula["communication"] == ran["communication"]

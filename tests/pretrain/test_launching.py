@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,9 +15,10 @@ import pytest
 from interrupted import TIMINGS, written
 
 from scaling4d import config
+from scaling4d.code import hashes, running
 from scaling4d.pretrain import launch
 from scaling4d.pretrain.launch import fits
-from scaling4d.pretrain.loop import prepare, pretrain
+from scaling4d.pretrain.loop import made_of, prepare, pretrain
 from scaling4d.records import AGAIN, UserError
 
 NANO = Path("artifacts/smoke/pretrain/nano")
@@ -68,6 +70,7 @@ def test_torchrun_gives_the_same_bytes_as_forked_ranks(small: Callable) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["wrote artifacts/smoke/pretrain/nano"]  # once, not by every rank
     assert written(NANO) == forked
+    assert not [path for kind in ("pretrain", "snapshot", "removed") for path in Path(".resume").glob(f"{kind}-*")]
 
 
 @pytest.mark.slow
@@ -76,14 +79,56 @@ def test_a_lost_rank_is_started_again_and_a_request_to_stop_is_answered(small: C
     small(steps=60, where="torchrun")
     process = subprocess.Popen(command(), stderr=subprocess.DEVNULL)
     after_steps(process, 8)
+    before = config.PARAMS.read_text()
+    config.PARAMS.write_text("other: 1")  # ranks that start again are those of the same run
     (torchrun,) = below(process.pid)
     os.kill(below(torchrun)[-1], signal.SIGKILL)
     after_steps(process, 20)
+    config.PARAMS.write_text(before)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == AGAIN
     assert list(Path(".resume").glob("pretrain-*/step-*"))
     assert subprocess.run(command(), stderr=subprocess.DEVNULL, check=False).returncode == 0
     assert written(NANO) == forked
+
+
+def test_a_refused_run_is_not_started_again_and_says_why_once(small: Callable, changed: Callable) -> None:
+    small(where="torchrun")
+    changed("pretrain.Training.rate_times_width", 1e9)
+    done = subprocess.run(command(), capture_output=True, text=True, check=False)
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and len(said) == 1 and "the gradient is" in said[0]
+    assert done.stdout == ""
+    steps = [json.loads(line)["step"] for line in TIMINGS.read_text().splitlines()]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+@pytest.mark.parametrize(
+    ("script", "refused", "code"),
+    [("exit 0", False, 0), ("exit 1", False, AGAIN), ("exit 0", True, 1), ("exit 1", True, 1)],
+)
+def test_asked_to_stop_it_says_run_me_again_only_where_that_is_of_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, refused: bool, code: int
+) -> None:
+    """A run that had ended, or was refused, is not run again."""
+    if refused:
+        (tmp_path / launch.REFUSED).write_text("the disk is full")
+    waiting = f"trap '{script}' TERM; touch {tmp_path}/ready; while :; do sleep 0.01; done"
+    asking = f"while [ ! -e {tmp_path}/ready ]; do sleep 0.01; done; kill -TERM {os.getpid()}"
+    with subprocess.Popen(["sh", "-c", asking]):
+        assert launch._run(["sh", "-c", waiting], tmp_path, False) == code
+
+
+def test_a_launcher_keeps_settings_and_code_for_its_ranks(small: Callable) -> None:
+    settings = small(where="torchrun")
+    run = prepare("nano", settings)
+    snapshot = launch._snapshot(run, made_of(run), "")
+    told = launch._read(snapshot)
+    assert told["settings"] == settings and told["made"]["code"] == running("pretrain")
+    assert hashes(snapshot / launch.CODE / "scaling4d")["pretrain"] == told["made"]["code"]
+    (snapshot / launch.REFUSED).write_text("once")
+    assert launch._snapshot(run, made_of(run), "") == snapshot and not (snapshot / launch.REFUSED).exists()
+    shutil.rmtree(snapshot)
 
 
 @pytest.mark.slow

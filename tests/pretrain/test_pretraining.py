@@ -1,6 +1,8 @@
 """Pretraining a point, and the encoders that it is compared with."""
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +13,9 @@ from scaling4d import artifacts, checkpoint, config, seeds
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.clips import loader
 from scaling4d.mae.build import encoder_of, load
+from scaling4d.pretrain import loop
 from scaling4d.pretrain.loop import pretrain
-from scaling4d.pretrain.point import baseline, start
+from scaling4d.pretrain.point import baseline, sections, start
 from scaling4d.pretrain.settings import Training
 from scaling4d.pretrain.validate import validate
 from scaling4d.ranks import run
@@ -20,7 +23,7 @@ from scaling4d.records import UserError
 
 
 def val_loss(*, rank: int, ranks: int, settings: dict) -> float:
-    config.bind(settings["pretrain"], settings["points"]["nano"])
+    config.bind({"Training": settings["pretrain"]["Training"]}, sections("nano", settings))
     model = start("nano", settings, settings["seed"])
     return validate(model, Path("artifacts/smoke/clips"), config.build(Training), seed=0, rank=rank, ranks=ranks)
 
@@ -55,7 +58,7 @@ def test_a_student_learns_its_teachers_features_and_keeps_no_teacher(changed: Ca
     losses = [json.loads(line)["loss"] for line in (folder / "losses.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.8 * losses[0]
     student = load(folder)
-    config.bind(config.read()["distilled"]["nano_distilled"])
+    config.bind(sections("nano_distilled", config.read()))
     with torch.no_grad():
         taught = start("nano_distilled", config.read(), 0)  # with its teacher, which a loaded student has not
         batch = next(loader.every(Path("artifacts/smoke/clips"), split="val", batch=16, rank=0, ranks=1))
@@ -74,7 +77,7 @@ def test_a_student_learns_its_teachers_features_and_keeps_no_teacher(changed: Ca
 def test_the_target_is_the_teachers_feature_of_the_same_token_in_sight_of_the_whole_clip(changed: Callable) -> None:
     teacher = encoder_of(load(pretrain("nano", changed("pretrain.Training.steps", 4))))
     settings = config.read()
-    config.bind(settings["distilled"]["nano_distilled"])
+    config.bind(sections("nano_distilled", settings))
     model = start("nano_distilled", settings, 0)
     clip = torch.randint(0, 256, (2, 16, 64, 64, 3), dtype=torch.uint8)
     masked = model.choose(2, seeds.stream(0, "m"))
@@ -99,7 +102,7 @@ def test_a_teacher_that_is_missing_or_does_not_fit_is_refused(project: Path, cha
 def test_the_untrained_baseline_is_the_point_before_its_first_step(project: Path) -> None:
     settings = config.read()
     folder = baseline("untrained_nano", settings)
-    config.bind(settings["points"]["nano"])
+    config.bind(sections("nano", settings))
     first = start("nano", settings, settings["seed"]).state_dict()
     for name, value in load(folder).state_dict().items():
         assert torch.equal(value, first[name]), name
@@ -117,6 +120,25 @@ def test_validation_loss_does_not_depend_on_the_ranks(project: Path) -> None:
     settings = config.read()
     one, three = (run(val_loss, ranks=ranks, settings=settings) for ranks in (1, 3))
     assert abs(one - three) < 1e-5 * one
+
+
+def test_a_capped_validation_does_not_depend_on_the_ranks_and_is_of_fewer_clips(project: Path, changed: Callable) -> None:
+    every = run(val_loss, ranks=1, settings=config.read())
+    settings = changed("pretrain.Training.val_clips", 5)
+    one, three = (run(val_loss, ranks=ranks, settings=settings) for ranks in (1, 3))
+    assert abs(one - three) < 1e-5 * one and one != every
+
+
+def test_a_teacher_computes_in_the_type_of_the_run(changed: Callable) -> None:
+    pretrain("nano", changed("pretrain.Training.steps", 4))
+    assert run(teachers_type, ranks=1, settings=changed("pretrain.Training.compute", "bfloat16")) == {"torch.bfloat16"}
+    folder = pretrain("nano_distilled", config.read())
+    assert json.loads((folder / "summary.json").read_text())["val_loss"] < 2
+
+
+def teachers_type(*, rank: int, ranks: int, settings: dict) -> set[str]:
+    model, _ = loop._model(loop.prepare("nano_distilled", settings), ranks)
+    return {str(p.dtype) for teacher in model.taught_by for p in teacher.parameters()}
 
 
 def test_a_batch_that_does_not_divide_is_refused_and_nothing_is_written(project: Path, changed: Callable) -> None:
@@ -139,3 +161,30 @@ def test_a_point_with_two_methods_is_refused(project: Path) -> None:
     with pytest.raises(UserError, match=r"^points.nano has SimpleMAE, MAEST; needed exactly one of SimpleMAE, MAEST$"):
         config.bind({"SimpleMAE": settings["points"]["nano"]["SimpleMAE"]})
         start("nano", settings, 0)
+
+
+def test_a_method_that_is_not_the_one_that_is_declared_is_refused(changed: Callable) -> None:
+    wanted = r"^points.nano is for SimpleMAE, and points.nano.method is 'MAEST'; set it to SimpleMAE$"
+    with pytest.raises(UserError, match=wanted):
+        pretrain("nano", changed("points.nano.method", "MAEST"))
+
+
+def test_a_result_is_named_on_another_file_system_too(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = Path.rename
+
+    def apart(path: Path, new: Path) -> Path:
+        if path.parts[0] != new.parts[0]:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(path))
+        return rename(path, new)
+
+    wanted = checkpoint.weights_sha256(baseline("untrained_nano", config.read()))
+    monkeypatch.setattr(Path, "rename", apart)
+    folder = baseline("untrained_nano", config.read())
+    assert checkpoint.weights_sha256(folder) == wanted
+    assert not [path for path in folder.parent.iterdir() if path.name.startswith(".")]
+    assert not list(artifacts.PARTIAL.glob("partial-*"))
+
+
+def test_weights_that_find_no_room_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^.+model.safetensors cannot be written: .+; free space there, and run the same .+$"):
+        checkpoint.save_tensors(tmp_path / "nowhere/model.safetensors", {"a": torch.ones(1)})

@@ -1,16 +1,34 @@
 """A run that was interrupted ends as one that was not, to the bit."""
 
+import errno
 import json
+import os
 import random
 import re
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from interrupted import a_rank, a_worker, all_at_once, attempt, politely, politely_for_slurm, the_parent, written
+from interrupted import (
+    a_rank,
+    a_worker,
+    all_at_once,
+    attempt,
+    politely,
+    politely_for_slurm,
+    politely_to_all,
+    steps_shown,
+    the_parent,
+    written,
+)
 
-from scaling4d.pretrain.loop import pretrain
+from scaling4d import artifacts, config
+from scaling4d.pretrain import loop
+from scaling4d.pretrain import state as states_of
+from scaling4d.pretrain.loop import made_of, prepare, pretrain, train
+from scaling4d.ranks import run as in_ranks
 from scaling4d.records import AGAIN, UserError
 
 NANO = Path("artifacts/smoke/pretrain/nano")
@@ -170,10 +188,10 @@ def test_a_killed_process_that_decodes_is_one_clear_line_and_the_next_run_goes_o
     short: Callable, capfd: pytest.CaptureFixture
 ) -> None:
     undisturbed = written(pretrain("nano", short(60)))
-    settings = short(60, **{"Training.workers": 1, "Training.kept_clips": 0})
+    settings = short(60, **{"Running.workers": 1, "Running.kept_clips": 0})
     assert attempt(settings, interrupt=a_worker, after=4) == 1
     assert re.search(
-        r"error: step \d+: a process that decodes clips ended .+ lower pretrain.Training.workers", capfd.readouterr().err
+        r"error: step \d+: a process that decodes clips ended .+ lower pretrain.Running.workers", capfd.readouterr().err
     )
     assert attempt(settings) == 0 and written(NANO) == undisturbed
 
@@ -183,3 +201,226 @@ def test_as_many_states_stay_as_are_to_be_kept(short: Callable) -> None:
     assert attempt(settings, interrupt=politely, after=8) == AGAIN
     kept = [int(path.name.removeprefix("step-")) for path in states()]
     assert kept == [kept[-1] - 2, kept[-1] - 1, kept[-1]]
+
+
+@pytest.mark.parametrize(("shards", "settled"), [(1, [2, 2]), (2, [])])
+def test_a_run_in_parts_goes_on_with_the_same_bytes_and_never_holds_more_than_a_part(
+    short: Callable, changed: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shards: int, settled: list[int]
+) -> None:
+    def make() -> dict:
+        short(6)
+        changed("points.nano.Sharding.shards", shards)
+        return changed("points.nano.Sharding.accumulate", 2)
+
+    undisturbed = written(pretrain("nano", make()))
+    settings = make()
+    assert attempt(settings, interrupt=politely, after=2) == AGAIN
+    settle = loop._settle
+
+    def noted(model: object, step_loss: Callable, masked: object, parts: int) -> None:
+        def seen(pixels: object, some: object) -> object:
+            with (tmp_path / "settled").open("a") as file:
+                file.write(f"{len(pixels)} ")
+            return step_loss(pixels, some)
+
+        monkeypatch.setattr(loop, "reduce_now", lambda _, now: reduce_now(step_loss, now))
+        settle(model, seen, masked, parts)
+        monkeypatch.setattr(loop, "reduce_now", reduce_now)
+
+    reduce_now = loop.reduce_now
+    monkeypatch.setattr(loop, "_settle", noted)
+    assert attempt(settings) == 0
+    found = (tmp_path / "settled").read_text().split() if settled else []
+    assert [int(clips) for clips in found] == settled * 2  # of each of two ranks, a quarter of a batch of 8 at a time
+    assert written(NANO) == undisturbed
+
+
+def killed(*_: object, **__: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("where", ["validate", "_weights", "_write", "artifacts.write_run", "remove"])
+def test_killed_at_its_end_it_ends_with_the_same_bytes_and_no_step_again(
+    short: Callable, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    settings = short(4)
+    undisturbed = written(pretrain("nano", settings))
+    settings = short(4, **{"Running.save_every": 1000})
+    with monkeypatch.context() as patch:
+        patch.setattr(f"scaling4d.pretrain.loop.{where}", killed)
+        assert attempt(settings) in (-9, 1)
+    shutil.rmtree(NANO)  # as dvc does before it runs a stage again
+    assert attempt(settings) == 0
+    assert steps_shown() == 4 and written(NANO) == undisturbed
+    assert not list(Path(".resume").glob("*pretrain-*"))
+
+
+def test_asked_to_stop_at_its_end_it_ends_with_the_same_bytes_and_no_step_again(
+    short: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = short(4)
+    undisturbed = written(pretrain("nano", settings))
+    settings = short(4, **{"Running.save_every": 1000})
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "validate", lambda *_, **__: signal.pause())
+        assert attempt(settings, interrupt=politely, after=4) == AGAIN
+    assert attempt(settings) == 0
+    assert steps_shown() == 4 and written(NANO) == undisturbed
+
+
+def test_a_state_is_gone_at_one_stroke_and_what_is_left_of_it_goes_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "pretrain-0"
+    states_of.claim(folder, {"point": "nano", "profile": "smoke"}).close()
+    with monkeypatch.context() as patch:
+        patch.setattr(states_of.shutil, "rmtree", lambda path, ignore_errors=False: None)  # as if it were killed before
+        states_of.remove(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["removed-pretrain-0"]
+    states_of.claim(folder, {"point": "nano", "profile": "smoke"}).close()
+    assert [path.name for path in tmp_path.iterdir()] == ["pretrain-0"]
+
+
+def test_a_run_that_another_process_is_at_is_refused(short: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = short(2)
+    run = prepare("nano", settings)
+    folder = loop.state_of(run, made_of(run))
+    monkeypatch.setattr(states_of, "PATIENCE_S", 0.0)
+    with states_of._locked(folder):
+        with pytest.raises(UserError, match=rf"^{folder} is in use by another process that trains the same; wait until .+$"):
+            pretrain("nano", settings)
+        states_of.remove(folder)
+        assert folder.is_dir()
+    pretrain("nano", settings)
+    assert not folder.is_dir()
+
+
+def test_a_damaged_description_of_a_state_blocks_no_run(short: Callable, capfd: pytest.CaptureFixture) -> None:
+    settings = short(6)
+    undisturbed = written(pretrain("nano", settings))
+    settings = short(6)
+    assert attempt(settings, interrupt=politely, after=3) == AGAIN
+    (mine,) = Path(".resume").glob("pretrain-*")
+    done = steps_shown()
+    other = Path(".resume/pretrain-0123456789abcdef")
+    other.mkdir()
+    for folder in (mine, other):
+        (folder / "about.json").write_text('{"point": ')
+    capfd.readouterr()
+    assert attempt(settings) == 0
+    said = capfd.readouterr().err
+    assert all(f"warning: {folder}/about.json is damaged and passed over" in said for folder in (mine, other))
+    assert steps_shown() == 6 and done < 6 and written(NANO) == undisturbed
+
+
+def loaded_elsewhere(*, rank: int, ranks: int, folder: Path) -> list[Path]:
+    """Which states the ranks look at, where a folder has not appeared yet on the machine of rank 1."""
+    state = states_of.State(folder if rank == 0 else folder / "late", keep=1, asynchronous=False, rank=rank, ranks=ranks)
+    found: list = [None] * ranks
+    states_of.dist.all_gather_object(found, state._newest_first())
+    assert found[0] == found[1]
+    return found[0]
+
+
+def test_all_ranks_go_on_from_the_state_that_the_first_one_sees(tmp_path: Path) -> None:
+    for step in (2, 4):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    assert in_ranks(loaded_elsewhere, ranks=2, folder=tmp_path) == [tmp_path / "step-00000004", tmp_path / "step-00000002"]
+
+
+def test_a_state_that_may_not_be_read_is_no_damaged_one(short: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = short(6)
+    assert attempt(settings, interrupt=politely, after=3) == AGAIN
+    before, sha256 = states(), artifacts.sha256
+
+    def refused(path: Path) -> str:
+        if path.name.startswith("__1_"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return sha256(path)
+
+    monkeypatch.setattr(artifacts, "sha256", refused)
+    with pytest.raises(
+        UserError, match=r"^the training state .+ cannot be read: .*Permission denied.+; mend that, or remove .+$"
+    ):
+        pretrain("nano", settings)
+    assert states() == before
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_what_cannot_be_written_elsewhere_is_one_clear_line_too(
+    short: Callable, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(number, os.strerror(number), "artifacts/out")
+
+    settings = short(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_write", full)
+        with pytest.raises(
+            UserError, match=rf"^artifacts/out cannot be written: {os.strerror(number)}; mend that, and the same .+"
+        ):
+            pretrain("nano", settings)
+    before = steps_shown()
+    assert attempt(settings) == 0 and steps_shown() == before
+
+
+def flushed(*, rank: int, ranks: int, folder: Path) -> tuple[list[str], list[str]]:
+    """What was on the disk when a state got its name, and what it holds."""
+    synced, when = [], []
+    fsync, rename = os.fsync, Path.rename
+
+    def noted(opened: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{opened}")).name)
+        fsync(opened)
+
+    def renamed(path: Path, new: Path) -> Path:
+        when.extend(synced if new.name.startswith("step-") else [])
+        return rename(path, new)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", noted)
+        patch.setattr(Path, "rename", renamed)
+        state = states_of.State(folder, keep=1, asynchronous=False, rank=rank, ranks=ranks)
+        progress = states_of.Progress(step=1, loader={}, lines=[], validations=[], recent=[], ranks=[])
+        state.save(progress, {"weight.a": states_of.torch.ones(3)})
+    return when, [path.name for path in (folder / "step-00000001").iterdir()]
+
+
+def test_a_state_is_on_the_disk_before_it_has_its_name(tmp_path: Path) -> None:
+    when, files = in_ranks(flushed, ranks=1, folder=tmp_path)
+    assert len(files) == 4 and {*files, "partial-00000001"} <= set(when)
+
+
+def test_how_a_run_is_fed_watched_and_launched_changes_neither_its_state_nor_its_result(
+    short: Callable, changed: Callable
+) -> None:
+    folder = pretrain("nano", short(6))
+    undisturbed = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert attempt(short(6), interrupt=politely, after=3) == AGAIN
+    changed("points.nano.Launch.hours", 7)
+    changed("pretrain.Running.kept_clips", 1)
+    assert attempt(changed("pretrain.Running.keep", 1)) == 0
+    assert steps_shown() == 6
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == undisturbed
+    (told, *_) = sorted(Path(".runs").glob("pretrain-nano-*.json"), key=lambda path: -path.stat().st_mtime)
+    found = json.loads(told.read_text())
+    assert (found["running"]["kept_clips"], found["launch"]["hours"]) == (1, 7)
+
+
+def test_a_run_is_what_it_was_when_it_began_whatever_happens_to_the_files_of_its_settings(short: Callable) -> None:
+    settings = short(2)
+    run = prepare("nano", settings)
+    made = made_of(run)
+    config.PARAMS.unlink()  # the project's fixture puts it back
+    folder = train(run, made)
+    assert json.loads((folder / "provenance.json").read_text()) == json.loads(json.dumps(made))
+    assert made["inputs"]["clips"] == artifacts.sha256(Path("artifacts/smoke/clips/croissant.json"))
+
+
+@pytest.mark.slow
+def test_a_request_to_stop_sent_to_every_process_leaves_those_that_decode_to_their_rank(
+    short: Callable, capfd: pytest.CaptureFixture
+) -> None:
+    undisturbed = written(pretrain("nano", short(60)))
+    settings = short(60, **{"Running.workers": 1, "Running.kept_clips": 0})
+    assert attempt(settings, interrupt=politely_to_all, after=4) == AGAIN
+    assert "error" not in capfd.readouterr().err
+    assert attempt(settings) == 0 and written(NANO) == undisturbed

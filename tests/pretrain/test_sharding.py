@@ -12,18 +12,18 @@ from scaling4d import config, optimizer, seeds
 from scaling4d.checkpoint import weights
 from scaling4d.mae.attention import attention
 from scaling4d.pretrain.loop import _tensors, pretrain
-from scaling4d.pretrain.point import build, start
+from scaling4d.pretrain.point import build, sections, start
 from scaling4d.pretrain.state import Progress, State
 from scaling4d.ranks import run
 from scaling4d.records import MaskedTokens, UserError
-from scaling4d.shard import Sharding, spread, whole
+from scaling4d.shard import Sharding, mine, reduce_now, spread, whole
 
 PLAIN = {"shards": 1, "recompute": "none", "recompute_every": 1, "compile": False, "packed": False, "accumulate": 1}
 
 
 def settled(*, ranks: int, compute: str, point: str, settings: dict, sharding: dict) -> tuple:
     """A point's model in its place with first weights, and what computes its loss."""
-    config.bind(settings["points"][point])
+    config.bind(sections(point, settings))
     model = build(point, settings)
     step_loss = spread(
         model,
@@ -79,10 +79,37 @@ def test_sharded_first_weights_are_those_of_one_rank_and_gradients_nearly(
     settings = config.read()
     first, grads = run(gradients, ranks=ranks, point=point, settings=settings, sharding={"shards": shards})
     _, wanted = run(gradients, ranks=1, point=point, settings=settings, sharding={})
-    config.bind(settings["points"][point])
+    config.bind(sections(point, settings))
     for name, p in start(point, settings, 0).named_parameters():
         assert torch.equal(first[name], p), name
         assert torch.allclose(grads[name], wanted[name], rtol=1e-3, atol=1e-6), name
+
+
+def kept_between_parts(*, rank: int, ranks: int, **given: object) -> tuple[int, int]:
+    """Numbers of whole gradients that a rank holds after a part that is not the last, and of those in its shards."""
+    model, step_loss = settled(ranks=ranks, compute="float32", **given)
+    masked = model.choose(2, seeds.stream(0, "m"))
+    reduce_now(step_loss, False)
+    step_loss(torch.zeros(2, *model.encoder.clip, 3, dtype=torch.uint8), masked).backward()
+    groups = [
+        group
+        for part in model.modules()
+        if hasattr(part, "_get_fsdp_state")
+        for group in part._get_fsdp_state()._fsdp_param_groups
+    ]
+    whole_ones = sum(param.unsharded_accumulated_grad is not None for group in groups for param in group.fsdp_params)
+    reduced = sum(mine(p.grad).numel() for p in model.parameters() if p.grad is not None)
+    waiting = sum(group._partial_reduce_output.numel() for group in groups if group._partial_reduce_output is not None)
+    return whole_ones, reduced + waiting
+
+
+@pytest.mark.parametrize("shards", [4, 2])
+def test_between_the_parts_of_a_batch_gradients_lie_in_shards(project: Path, shards: int) -> None:
+    given = {"point": "nano", "settings": config.read(), "sharding": {"shards": shards}}
+    whole_ones, values = run(kept_between_parts, ranks=4, **given)
+    parameters = sum(p.numel() for p in start("nano", config.read(), 0).parameters())
+    assert whole_ones == 0
+    assert parameters // shards <= values < 1.1 * parameters / shards  # first axes are rounded up
 
 
 @pytest.mark.parametrize(
@@ -110,7 +137,7 @@ def test_recomputed_blocks_are_called_twice_and_every_other_one_is_where_so_set(
 
 
 def calls_by_block(*, rank: int, ranks: int, settings: dict, sharding: dict) -> list[int]:
-    config.bind(settings["points"]["nano"])
+    config.bind(sections("nano", settings))
     model = build("nano", settings)
     calls = [0] * len(model.encoder.blocks)
     for i, block in enumerate(model.encoder.blocks):
@@ -159,7 +186,7 @@ WAYS = {
     "two": {"pretrain__Training__ranks": 2},
     "four": {"pretrain__Training__ranks": 4},
     "fsdp": {"pretrain__Training__ranks": 4, "points__nano__Sharding__shards": 4},
-    "hsdp": {"pretrain__Training__ranks": 4, "points__nano__Sharding__shards": 2},
+    "hsdp": {"pretrain__Training__ranks": 4, "points__nano__Sharding__shards": 2, "points__nano__Sharding__accumulate": 2},
     "parts": {"pretrain__Training__ranks": 2, "points__nano__Sharding__accumulate": 4},
 }
 
@@ -182,7 +209,7 @@ def test_a_running_mean_of_the_weights_is_what_is_saved(changed: Callable) -> No
     _, last = curve(changed, **short)
     _, mean = curve(changed, **short | {"pretrain__Training__ema": 0.75})
     settings = config.read()
-    config.bind(settings["points"]["nano"])
+    config.bind(sections("nano", settings))
     for name, p in start("nano", settings, settings["seed"]).named_parameters():
         assert torch.allclose(mean[name], 0.75 * p + 0.25 * last[name], atol=1e-7), name
 
@@ -210,6 +237,15 @@ def test_rates_grow_with_the_batch(changed: Callable) -> None:
             "cuda",
             r"rank \d needs a GPU of its own, and this machine has 0; set pretrain.Training.device to cpu, .+",
         ),
+        ("pretrain.Training.repeats", 3, "a batch of 32 clips does not divide among 4 ranks, each clip 3 times; set batch to .+"),
+        (
+            "pretrain.Training.crop",
+            [0.5, 0.1],
+            r"crop is \[0.5, 0.1\], needed 0 < smallest <= largest <= 1; set pretrain.Training.+",
+        ),
+        ("pretrain.Training.log_every", 0, "pretrain.Training.log_every is 0; needed 1 or more"),
+        ("pretrain.Training.val_clips", -1, "pretrain.Training.val_clips is -1; needed 0 or more"),
+        ("pretrain.Running.workers", -1, "workers is -1, needed 0 or more; set pretrain.Running.workers"),
         ("pretrain.Running.keep", 0, "pretrain.Running.keep is 0; needed 1 or more"),
         ("pretrain.Training.ema", 1.0, r"pretrain.Training.ema = 1.0; needed 0 \(none\) or a share below 1, such as 0.999"),
     ],
@@ -217,3 +253,10 @@ def test_rates_grow_with_the_batch(changed: Callable) -> None:
 def test_what_cannot_be_is_refused_in_one_line(changed: Callable, key: str, value: object, message: str) -> None:
     with pytest.raises(UserError, match=f"^{message}$"):
         pretrain("nano", changed(key, value))
+
+
+@pytest.mark.parametrize("key", ["repeats", "crop", "log_every"])
+def test_what_can_be_refused_before_a_rank_is_started_is(changed: Callable, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setattr("scaling4d.pretrain.loop.in_ranks", lambda *_, **__: pytest.fail("a rank was started"))
+    with pytest.raises(UserError):
+        pretrain("nano", changed(f"pretrain.Training.{key}", {"repeats": 0, "crop": [0.0, 1.0], "log_every": 0}[key]))

@@ -231,6 +231,8 @@ def _settings(run: Run) -> Iterator[Finding]:
             yield Finding(
                 NOTE, "params.yaml", f"override {key} = {value!r} of profile {profile}, named by the stages that it changes"
             )
+        elif not run.of_setting(key):
+            yield Finding(NOTE, "params.yaml", f"override {key} = {value!r} of profile {profile}, on which no stage depends")
         else:
             hint = f"undo it with `scaling4d compose profile={profile}`, or run `dvc repro`"
             message = f"{key} = {value!r} is not the value of profile {profile}, and no stage names it: {hint}"

@@ -11,11 +11,13 @@ import math
 import multiprocessing
 import os
 import signal
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +43,7 @@ NUMBERS = {
 }
 ROWS = 2**16  # of the table that are decoded at a time
 PREFETCH = 2  # batches that a worker is ahead
+WAITING = {signal.SIGINT, signal.SIGUSR1, signal.SIGTERM}  # signals that a worker leaves to its rank
 LOST = (EOFError, ConnectionError, FileNotFoundError)  # raised by torch where a worker ended a moment ago
 
 
@@ -64,14 +67,24 @@ class Row:
 class Clips(Sequence):
     """The table of one split, a `Row` a clip, kept as columns: about 60 bytes a clip."""
 
-    def __init__(self, folder: Path, split: str) -> None:
-        """Raises UserError: `folder` is not what the clips stage writes, or holds no clip of this split."""
+    def __init__(self, folder: Path, split: str, *, most: int = 0) -> None:
+        """
+        Args:
+            most: clips to take, spread evenly over the split; 0: all.
+        Raises:
+            UserError: `folder` is not what the clips stage writes, or holds no clip of this split.
+        """
         import pyarrow as pa
 
-        columns = {name: np.empty(count(folder, split), kind) for name, kind in {"shard": np.int32, **NUMBERS}.items()}
-        ids, shards, end = [], {}, 0
+        total = count(folder, split)
+        most = min(most or total, total)
+        columns = {name: np.empty(most, kind) for name, kind in {"shard": np.int32, **NUMBERS}.items()}
+        ids, shards, seen, end = [], {}, 0, 0
         for rows in _rows(folder, ["split", "id", "shard", *NUMBERS]):
             mine = _is(rows["split"], split)
+            places = np.flatnonzero(mine)
+            mine[places[(seen + np.arange(len(places))) * most % total >= most]] = False
+            seen += len(places)
             ids.append(rows["id"].filter(pa.array(mine)))
             start, end = end, end + len(ids[-1])
             columns["shard"][start:end] = _numbered(rows["shard"], mine, shards)
@@ -333,7 +346,7 @@ class Batches(Iterator[ClipBatch]):
                 raise
             why = f"{type(error).__name__}: {error}".strip(": ")
             raise UserError(
-                f"step {step}: a process that decodes clips ended ({why}); lower pretrain.Training.workers if memory ran out"
+                f"step {step}: a process that decodes clips ended ({why}); lower pretrain.Running.workers if memory ran out"
             ) from error
         if isinstance(batch, UserError):
             raise batch
@@ -353,7 +366,7 @@ def _started(steps: Steps, views: Views, workers: int) -> Iterator[ClipBatch | U
             num_workers=workers,
             prefetch_factor=PREFETCH if workers else None,
             multiprocessing_context="spawn" if workers else None,
-            worker_init_fn=_leave_at_once,
+            worker_init_fn=_serve,
             collate_fn=_as_it_is,
             generator=seeds.stream(steps.order.seed, "loader"),
             snapshot_every_n_steps=0,
@@ -365,13 +378,31 @@ def _started(steps: Steps, views: Views, workers: int) -> Iterator[ClipBatch | U
         return iter(loader)
 
 
+def check(*, batch: int, ranks: int, repeats: int, crop: tuple[float, float], window_shards: int, workers: int) -> None:
+    """What of `batches` can be refused before there are clips.
+
+    Raises:
+        UserError: batch does not divide by ranks and repeats; crop, window_shards or workers out of range.
+    """
+    if repeats < 1 or batch % (ranks * repeats):
+        raise UserError(
+            f"a batch of {batch} clips does not divide among {ranks} ranks, each clip {repeats} times; set batch to a multiple"
+        )
+    if not 0 < crop[0] <= crop[1] <= 1:
+        raise UserError(f"crop is {list(crop)}, needed 0 < smallest <= largest <= 1; set pretrain.Training.crop")
+    for name, value, setting in (("workers", workers, "Running"), ("window_shards", window_shards, "Training")):
+        if value < 0:
+            raise UserError(f"{name} is {value}, needed 0 or more; set pretrain.{setting}.{name}")
+
+
 @contextmanager
 def _signals() -> Iterator[None]:
-    """While workers start: interrupts and requests to save and stop wait, which workers inherit and so leave them to their rank;
-    and torch's handler, which raises wherever a rank is when a worker has ended, does not stay: `next` finds that out by itself,
-    within 5 s."""
+    """While workers start: interrupts and requests to save and stop wait, which workers inherit and so leave them to their rank,
+    also where they are sent to all processes of a job, as Slurm does; and torch's handler, which raises wherever a rank is when
+    a worker has ended, does not stay: `next` finds that out by itself, within 5 s."""
     handler = signal.getsignal(signal.SIGCHLD)
-    waiting = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGUSR1})
+    resource_tracker.ensure_running()  # Python's, which the first worker would start: that unblocks signals
+    waiting = signal.pthread_sigmask(signal.SIG_BLOCK, WAITING)
     try:
         yield
     finally:
@@ -409,26 +440,21 @@ def batches(
         kept: how many decoded clips stay in the memory of each process that decodes; the batches do not depend on it.
         workers: processes that decode for this rank, 0: itself; the batches do not depend on it.
     Raises:
-        UserError: batch does not divide by ranks and repeats; crop, window_shards or workers out of range; no clips.
+        UserError: as `check`; no clips.
     """
-    if repeats < 1 or batch % (ranks * repeats):
-        raise UserError(
-            f"a batch of {batch} clips does not divide among {ranks} ranks, each clip {repeats} times; set batch to a multiple"
-        )
-    if not 0 < crop[0] <= crop[1] <= 1:
-        raise UserError(f"crop is {list(crop)}, needed 0 < smallest <= largest <= 1; set pretrain.Training.crop")
-    for name, value in (("workers", workers), ("window_shards", window_shards)):
-        if value < 0:
-            raise UserError(f"{name} is {value}, needed 0 or more; set pretrain.Training.{name}")
+    check(batch=batch, ranks=ranks, repeats=repeats, crop=crop, window_shards=window_shards, workers=workers)
     clips = Clips(folder, split)
     order = Order(clips, seed=seed, window_shards=window_shards)
     drawn = Steps(clips, order, batch=batch, repeats=repeats, start=start, steps=steps, rank=rank, ranks=ranks)
     return Batches(drawn, Views(folder, kept=kept, seed=seed, flip=flip, crop=tuple(crop)), workers=workers)
 
 
-def every(folder: Path, *, split: str, batch: int, rank: int, ranks: int) -> Iterator[ClipBatch]:
-    """Every clip of a split once over all ranks, in a fixed order: clip i goes to rank i % ranks. The last batch may be small."""
-    clips, reader = Clips(folder, split), Reader(folder, kept=0)
+def every(folder: Path, *, split: str, batch: int, rank: int, ranks: int, most: int = 0) -> Iterator[ClipBatch]:
+    """Every clip of a split once over all ranks, in a fixed order: clip i goes to rank i % ranks. The last batch may be small.
+
+    most: as of `Clips`.
+    """
+    clips, reader = Clips(folder, split, most=most), Reader(folder, kept=0)
     mine = range(rank, len(clips), ranks)
     for first in range(0, len(mine), batch):
         rows = [clips[index] for index in mine[first : first + batch]]
@@ -456,9 +482,17 @@ def _together(rows: list[Row], views: Iterable[Tensor]) -> ClipBatch:
     return ClipBatch(pixels, tuple(row.id for row in rows), tuple(row.start_s for row in rows))
 
 
-def _leave_at_once(worker: int) -> None:
-    """In a worker: when it ends, nothing is taken down first; that aborts, with a message, where a batch is still on its way."""
+def _serve(worker: int) -> None:
+    """In a worker: only its rank ends it. Then nothing is taken down first; that aborts, with a message, where a batch is still
+    on its way."""
     atexit.register(os._exit, 0)
+    threading.Thread(target=_leave_when_the_rank_says_so, daemon=True).start()
+
+
+def _leave_when_the_rank_says_so() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _as_it_is(batch: ClipBatch | UserError) -> ClipBatch | UserError:

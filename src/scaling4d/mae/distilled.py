@@ -104,7 +104,7 @@ class Distilled(nn.Module):
         (teacher,) = self.taught_by
         x = teacher.features(pixels, self.teacher_layer + 1)[self.teacher_layer]  # B N D
         x = x.gather(1, masked.kept[..., None].expand(-1, -1, x.shape[-1]))  # B K D
-        return F.layer_norm(x, x.shape[-1:])
+        return F.layer_norm(x.float(), x.shape[-1:])
 
     def forward(self, pixels: Tensor, masked: MaskedTokens) -> Tensor:
         """Mean squared error of the predicted features (a scalar)."""

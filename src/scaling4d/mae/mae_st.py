@@ -235,7 +235,7 @@ class MAEST(nn.Module):
         x = self.decoder_embedding(self.encode(pixels, masked)[:, first:])  # B K D
         B, _, D = x.shape
         at = masked.kept[..., None].expand(-1, -1, D)
-        x = self.mask_token.expand(B, masked.tokens, D).scatter(1, at, x) + self.decoder_positions.table()  # B N D
+        x = self.mask_token.to(x.dtype).expand(B, masked.tokens, D).scatter(1, at, x) + self.decoder_positions.table()  # B N D
         if first:
             x = torch.cat([(self.decoder_class_token + self.decoder_positions.class_token).expand(B, 1, D), x], dim=1)
         for block in self.decoder_blocks:

@@ -11,8 +11,8 @@ FLOPs of a clip (a multiply and an add are two)
 
 Memory of a GPU, in bytes
   parameters         m pad(W) / S
-  gradients          r pad(W) / S of the blocks that are done; c W, not yet reduced, of the block at work and of what follows
-                     the blocks
+  gradients          r pad(W) / S of the blocks that are done, or, where a batch is worked off in parts, of all since the first
+                     part; c W, not yet reduced, of the block at work and of what follows the blocks
   optimizer          2 m pad(W) / S: AdamW's two moments
   activations        B times: pixels; of a block c K (8 D + 2 M) + 4 K (4 + h): its input, two normed inputs, queries, keys,
                      values, attention's output, the sum after it, the mlp before and after its GELU, and fp32 statistics;
@@ -69,12 +69,13 @@ def _scores(block: BlockWork) -> int:
     return 4 * block.tokens**2 * block.width
 
 
-def memory(work: Work, *, clips: int, shards: int, recompute: bool, sizes: Sizes = MIXED) -> Memory:
-    """Bytes on a GPU by kind, and their total, at the peak of a step; `clips` on each GPU."""
-    return max(moments(work, clips=clips, shards=shards, recompute=recompute, sizes=sizes), key=lambda at: at["total"])
+def memory(work: Work, *, clips: int, shards: int, recompute: bool, parts: int = 1, sizes: Sizes = MIXED) -> Memory:
+    """Bytes on a GPU by kind, and their total, at the peak of a step; `clips` at once on each GPU, `parts` one after another."""
+    found = moments(work, clips=clips, parts=parts, shards=shards, recompute=recompute, sizes=sizes)
+    return max(found, key=lambda at: at["total"])
 
 
-def moments(work: Work, *, clips: int, shards: int, recompute: bool, sizes: Sizes = MIXED) -> list[Memory]:
+def moments(work: Work, *, clips: int, shards: int, recompute: bool, parts: int = 1, sizes: Sizes = MIXED) -> list[Memory]:
     """Memory at every place of a step where its peak can be."""
     c, blocks = sizes.compute, work.blocks
     saved = [clips * _saved(block, c) for block in blocks]
@@ -97,10 +98,11 @@ def moments(work: Work, *, clips: int, shards: int, recompute: bool, sizes: Size
 
     after = sum(kept) + clips * c * work.head_saved_values
     loss = clips * c * (work.loss_saved_values + work.loss_temporary_values)
-    at(gradients=0, activations=after + loss, communication=root + whole[-1])
+    done = owned if parts > 1 else 0  # values whose gradients are there
+    at(gradients=sizes.reduced * done, activations=after + loss, communication=root + whole[-1])
     if work.teacher:
-        at(gradients=0, activations=after + clips * c * _taught(work), communication=root + whole[-1])
-    done = 0
+        taught = clips * c * _taught(work)
+        at(gradients=sizes.reduced * done, activations=after + taught, communication=root + whole[-1])
     for i in reversed(range(len(blocks))):
         block, earlier = blocks[i], sum(kept[:i])
         ahead, behind = whole[i - 1] if i else 0, reduced[i + 1] if i + 1 < len(blocks) else 0
@@ -116,7 +118,7 @@ def moments(work: Work, *, clips: int, shards: int, recompute: bool, sizes: Size
             activations=earlier + tokens * 3 * block.width,
             communication=root + whole[i] + ahead + behind,
         )
-        done += _shard(block.rows, shards)
+        done += _shard(block.rows, shards) if parts == 1 else 0
         at(  # its gradients are copied to be reduced; its weights are gone
             gradients=ready + mine,
             activations=earlier + tokens * block.width,
@@ -145,9 +147,10 @@ def _shard(rows: Rows, shards: int) -> int:
     return sum(-(-first // shards) * rest for first, rest in rows)
 
 
-def clips_that_fit(work: Work, *, room_bytes: float, shards: int, recompute: bool) -> int:
-    """The most clips on a GPU that stay within `room_bytes`; 0: not one."""
-    fits = lambda clips: memory(work, clips=clips, shards=shards, recompute=recompute)["total"] <= room_bytes  # noqa: E731
+def clips_that_fit(work: Work, *, room_bytes: float, shards: int, recompute: bool, parts: int = 1) -> int:
+    """The most clips at once on a GPU that stay within `room_bytes`; 0: not one."""
+    given = {"parts": parts, "shards": shards, "recompute": recompute}
+    fits = lambda clips: memory(work, clips=clips, **given)["total"] <= room_bytes  # noqa: E731
     low, high = 0, 1
     while fits(high):
         low, high = high, 2 * high
@@ -157,12 +160,13 @@ def clips_that_fit(work: Work, *, room_bytes: float, shards: int, recompute: boo
     return low
 
 
-def traffic(work: Work, *, shards: int, replicas: int) -> dict[str, float]:
-    """Bytes that a GPU sends in a step: within its shards (gathered for both passes, reduced once), and between replicas."""
+def traffic(work: Work, *, shards: int, replicas: int, parts: int = 1) -> dict[str, float]:
+    """Bytes that a GPU sends in a step: within its shards (of every part gathered for both passes, reduced once), and between
+    replicas."""
     blocks, root = sum(_shard(block.rows, shards) for block in work.blocks), _shard(work.rows, shards)
     gathered = (shards - 1) * MIXED.compute * (2 * blocks + root)
     scattered = (shards - 1) * MIXED.reduced * (blocks + root)
     return {
-        "shards_bytes": gathered + scattered,
+        "shards_bytes": parts * (gathered + scattered),
         "replicas_bytes": 2 * (replicas - 1) / replicas * MIXED.reduced * (blocks + root),
     }

@@ -30,7 +30,7 @@ from scaling4d import optimizer
 from scaling4d.pretrain.closed_form import KINDS
 from scaling4d.pretrain.work import kept_of
 from scaling4d.records import MaskedTokens
-from scaling4d.shard import recomputing, shard
+from scaling4d.shard import recomputing, reduce_now, shard
 
 STATUS = Path("/proc/self/status")
 KIND_OF = {  # the tracker's words -> ours
@@ -54,11 +54,11 @@ CPU_ATTENTION = {  # torch counts attention on CUDA alone
 }
 
 
-def dry_run(model: nn.Module, *, shards: int, replicas: int, clips: int, recompute: bool) -> dict[str, Any]:
+def dry_run(model: nn.Module, *, shards: int, replicas: int, clips: int, recompute: bool, parts: int = 1) -> dict[str, Any]:
     """`{"memory_bytes", "flops", "wall_s", "rss_bytes"}` of one GPU's step in the steady state.
 
     Args:
-        model: one of mae.build.METHODS on meta; it is used up. clips: on each GPU.
+        model: one of mae.build.METHODS on meta; it is used up. clips: at once on each GPU. parts: of a batch, one after another.
     """
     started = time.time()
     with _fake_group(shards * replicas):
@@ -68,12 +68,12 @@ def dry_run(model: nn.Module, *, shards: int, replicas: int, clips: int, recompu
             teacher.to(torch.bfloat16)
         with FakeTensorMode(allow_non_fake_inputs=True):
             taught = _empty(model)
-            step, inputs, adamw = _step(model, clips)
+            step, inputs, adamw = _step(model, clips, parts)
             step()
             tracker = FSDPMemTracker(model, adamw)
             tracker.track_inputs((*inputs, *taught))
             with tracker:
-                step()
+                step(tracker.reset_mod_stats)
             counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
             with counter:
                 step()
@@ -112,13 +112,16 @@ def _teachers(model: nn.Module) -> list[nn.Module]:
     return [teacher for teacher in getattr(model, "taught_by", ()) if teacher is not None]
 
 
-def _step(model: nn.Module, clips: int) -> tuple[Callable[[], None], tuple[torch.Tensor, ...], torch.optim.AdamW]:
+def _step(model: nn.Module, clips: int, parts: int) -> tuple[Callable[..., None], tuple[torch.Tensor, ...], torch.optim.AdamW]:
     adamw, _ = optimizer.adamw({"all": (list(model.named_parameters()), 0.0)}, betas=(0.9, 0.95), weight_decay=0.05)
     pixels = torch.empty(clips, *model.encoder.clip, 3, dtype=torch.bfloat16)
     masked = MaskedTokens(torch.zeros(clips, kept_of(model), dtype=torch.int64), model.encoder.grid)
 
-    def step() -> None:
-        model(pixels, masked).backward()
+    def step(before_part: Callable[[], None] = lambda: None) -> None:
+        for part in range(parts):
+            before_part()
+            reduce_now(model, part + 1 == parts)
+            model(pixels, masked).backward()
         adamw.step()
         adamw.zero_grad()
 

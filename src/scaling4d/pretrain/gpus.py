@@ -1,8 +1,11 @@
-"""What GPUs can do, as their makers say it; a plan takes nothing else about them for granted."""
+"""What GPUs can do, as their makers say it; a plan takes little else for granted."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+UTILISATION = 0.4  # ours: share of a GPU's peak that a plan takes to be reached
+WRITE_GB_PER_S = 5.0  # ours: how fast it takes the file system to be that checkpoints go to
 
 
 @dataclass(frozen=True)

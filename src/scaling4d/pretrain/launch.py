@@ -1,10 +1,16 @@
 """Start a point's ranks where its Launch settings say: torchrun here, torchrun on several machines, or a Slurm job.
 
-Each of them runs the same command, `scaling4d pretrain POINT`, in every rank.
+Each of them runs the same command in every rank, `scaling4d pretrain POINT --snapshot FOLDER`: the folder holds settings, code
+and names of the inputs as the launcher found them, so that ranks that start again days later are the same run.
+
+    .resume/snapshot-<sha>/run.json    point, settings, made
+                           code/       this package
+                           refused     why a rank refused to go on; torchrun starts ranks again, and those then leave at once
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
@@ -17,19 +23,23 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import scaling4d
 from scaling4d import artifacts, config
 from scaling4d.pretrain.closed_form import MIXED, Sizes, memory
-from scaling4d.pretrain.loop import Run, prepare
+from scaling4d.pretrain.loop import Run, made_of, prepare, state_of, train
 from scaling4d.pretrain.plan import GIB, USABLE
-from scaling4d.pretrain.point import build
+from scaling4d.pretrain.point import build, key_of
 from scaling4d.pretrain.settings import Launch
+from scaling4d.pretrain.state import remove
 from scaling4d.pretrain.work import work_of
 from scaling4d.ranks import STOP, started
-from scaling4d.records import AGAIN, UserError
+from scaling4d.records import AGAIN, UserError, write_json
 
+TOLD, CODE, REFUSED = "run.json", "code", "refused"
 PORT = 29500  # where the machines of a Slurm job meet; torchrun's own
 NEW_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 IN_FLOAT32 = Sizes(compute=4)
@@ -47,17 +57,75 @@ def launch(point: str, settings: Mapping[str, Any], *, dry: bool) -> int | None:
     Raises:
         UserError: settings that cannot be, nobody at the rendezvous, no Slurm here.
     """
-    run = prepare(point, settings)
+    config.bind({Launch.__name__: config.section(settings, f"{key_of(point, settings)}.{Launch.__name__}")})
     how = config.build(Launch)
+    run = prepare(point, settings)
     if run.training.device == "cuda" and (started() or how.where != "slurm"):  # where one submits is another machine
         fits(run, _gpu_bytes())
     if started():
         return None
     if run.training.ranks % how.nodes:
         raise UserError(f"{run.training.ranks} ranks do not divide among {how.nodes} nodes; set points.{point}.Launch.nodes")
-    if how.where not in STARTERS:
-        raise UserError(f"points.{point}.Launch.where is {how.where!r}; needed one of {', '.join(STARTERS)}")
-    return STARTERS[how.where](run, how, dry)
+    if how.where not in ("here", *STARTERS):
+        raise UserError(f"points.{point}.Launch.where is {how.where!r}; needed one of here, {', '.join(STARTERS)}")
+    if how.where == "here":
+        return _here(run, dry)
+    if dry:
+        return STARTERS[how.where](run, how, artifacts.PARTIAL / "snapshot", dry)
+    made = made_of(run)
+    shared = how.where == "nodes"
+    snapshot, code = _snapshot(run, made, "" if shared else f"-{socket.gethostname()}-{os.getpid()}"), None
+    try:
+        code = STARTERS[how.where](run, how, snapshot, dry)
+        if code and (snapshot / REFUSED).is_file():
+            raise UserError((snapshot / REFUSED).read_text())
+        if code == 0:
+            remove(state_of(run, made))
+        return code
+    finally:
+        if code == 0 or not shared:
+            shutil.rmtree(snapshot, ignore_errors=True)
+
+
+def train_rank(point: str, snapshot: Path) -> Path | None:
+    """In a rank that a launcher started: train by its snapshot; None: it was refused before. Why, the launcher says."""
+    if (snapshot / REFUSED).is_file():
+        return None
+    told = _read(snapshot)
+    try:
+        run = prepare(point, told["settings"])
+        if run.training.device == "cuda":
+            fits(run, _gpu_bytes())
+        return train(run, told["made"])
+    except UserError as error:
+        with suppress(FileExistsError), (snapshot / REFUSED).open("x") as file:
+            file.write(str(error))
+        raise SystemExit(1) from error
+
+
+def _snapshot(run: Run, made: Mapping[str, Any], whose: str) -> Path:
+    """The folder for a run's ranks; launchers on several machines share one, that of the first."""
+    told = {"point": run.point, "settings": run.settings, "made": made}
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    folder = artifacts.PARTIAL / f"snapshot-{digest[:16]}{whose}"
+    (folder / REFUSED).unlink(missing_ok=True)
+    if not folder.is_dir():
+        partial = folder.with_name(f"partial-{folder.name}-{socket.gethostname()}-{os.getpid()}")
+        shutil.copytree(
+            Path(scaling4d.__file__).parent, partial / CODE / "scaling4d", ignore=shutil.ignore_patterns("__pycache__")
+        )
+        write_json(partial / TOLD, told)
+        try:
+            partial.rename(folder)
+        except OSError:  # another machine was first
+            if not folder.is_dir():
+                raise
+            shutil.rmtree(partial)
+    return folder
+
+
+def _read(snapshot: Path) -> dict[str, Any]:
+    return json.loads((snapshot / TOLD).read_text())
 
 
 def fits(run: Run, gpu_bytes: int | None) -> None:
@@ -72,9 +140,13 @@ def fits(run: Run, gpu_bytes: int | None) -> None:
     }
     work = work_of(build(run.point, run.settings))
     clips = training.batch // training.ranks // sharding.accumulate
-    needed = memory(work, clips=clips, **given)["total"]
+    needed = memory(work, clips=clips, parts=sharding.accumulate, **given)["total"]
     if needed > USABLE * gpu_bytes:
-        fewer = [n for n in range(1, clips) if clips % n == 0 and memory(work, clips=n, **given)["total"] <= USABLE * gpu_bytes]
+        fewer = [
+            n
+            for n in range(1, clips)
+            if clips % n == 0 and memory(work, clips=n, parts=2, **given)["total"] <= USABLE * gpu_bytes
+        ]
         change = f"Sharding.accumulate={training.batch // training.ranks // fewer[-1]}" if fewer else "more Sharding.shards"
         raise UserError(
             f"a step of {run.point} with {clips} clips a GPU needs {needed / GIB:.1f} GiB, and {USABLE:.0%} of a GPU here is "
@@ -91,24 +163,24 @@ def _gpu_bytes() -> int | None:
     return int(found[0]) * 2**20 if found and found[0].isdigit() else None
 
 
-def _here(run: Run, how: Launch, dry: bool) -> int | None:
+def _here(run: Run, dry: bool) -> int | None:
     if not dry:
         return None
     print(f"{run.training.ranks} forked ranks of this process")
     return 0
 
 
-def _torchrun(run: Run, how: Launch, dry: bool) -> int:
-    return _run(_command(run, how, ["--standalone"]), dry)
+def _torchrun(run: Run, how: Launch, snapshot: Path, dry: bool) -> int:
+    return _run(_command(run, how, snapshot, ["--standalone"]), snapshot, dry)
 
 
-def _nodes(run: Run, how: Launch, dry: bool) -> int:
+def _nodes(run: Run, how: Launch, snapshot: Path, dry: bool) -> int:
     host, _, port = how.rendezvous.rpartition(":")
     if not host or not port.isdigit():
         raise UserError(f"points.{run.point}.Launch.rendezvous is {how.rendezvous!r}; needed HOST:PORT of one of the nodes")
     if not dry:
         _reach(run, how, host, int(port))
-    return _run(_command(run, how, _meeting(how, how.rendezvous, run.point)), dry)
+    return _run(_command(run, how, snapshot, _meeting(how, how.rendezvous, run.point)), snapshot, dry)
 
 
 def _meeting(how: Launch, address: str, name: str) -> list[str]:
@@ -118,21 +190,21 @@ def _meeting(how: Launch, address: str, name: str) -> list[str]:
     ]
 
 
-def _command(run: Run, how: Launch, where: list[str]) -> list[str]:
+def _command(run: Run, how: Launch, snapshot: Path, where: list[str]) -> list[str]:
     """Of one machine. torchrun hands requests to stop on, and gives ranks the time to save."""
     return [
         *(sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", str(run.training.ranks // how.nodes)),
         *("--max-restarts", str(how.restarts), "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"),
-        *("--shutdown-timeout", str(how.wait_s), "-m", "scaling4d", "pretrain", run.point),
+        *("--shutdown-timeout", str(how.wait_s), "-m", "scaling4d", "pretrain", run.point, "--snapshot", str(snapshot)),
     ]
 
 
-def _run(command: list[str], dry: bool) -> int:
-    """Exit code of a command; AGAIN if it was asked to stop."""
+def _run(command: list[str], snapshot: Path, dry: bool) -> int:
+    """Exit code of a command, as `_said`; AGAIN if it was asked to stop and did."""
     if dry:
         print(shlex.join(command))
         return 0
-    torchrun = _start(command)
+    torchrun = _start(command, snapshot)
     asked: list[int] = []
 
     def hand_on(number: int, _: FrameType | None) -> None:
@@ -145,17 +217,25 @@ def _run(command: list[str], dry: bool) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return AGAIN if asked else code
+    code = _said(code, snapshot)
+    return AGAIN if asked and code and not (snapshot / REFUSED).is_file() else code
 
 
-def _start(command: list[str]) -> subprocess.Popen:
+def _said(code: int, snapshot: Path) -> int:
+    """Of torchrun, whose ranks were refused: those that it started after them left as if all were well."""
+    return 1 if (snapshot / REFUSED).is_file() else code
+
+
+def _start(command: list[str], snapshot: Path) -> subprocess.Popen:
     """Slurm's signal for submitit reaches every process of a job; it waits in these, which so leave it to submitit.
 
     Where ranks are started again, they meet in a new store: of several machines only some count that they were started again.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
     try:
-        return subprocess.Popen(command, env=os.environ | (NEW_STORE if "--nnodes" in command else {}))
+        code = os.pathsep.join(path for path in (str((snapshot / CODE).resolve()), os.environ.get("PYTHONPATH")) if path)
+        given = {"PYTHONPATH": code} | (NEW_STORE if "--nnodes" in command else {})
+        return subprocess.Popen(command, env=os.environ | given)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -201,6 +281,7 @@ class Job:
     """What runs on each machine of a Slurm job, by submitit; it is pickled."""
 
     command: list[str]  # MEETING stands for the address
+    snapshot: Path
     folder: str
     torchrun: subprocess.Popen | None = None
 
@@ -210,9 +291,9 @@ class Job:
         os.chdir(self.folder)
         first = submitit.JobEnvironment().hostnames[0]
         port = PORT + int(os.environ.get("SLURM_JOB_ID", "0")) % PORTS
-        self.torchrun = _start([word.replace(MEETING, f"{first}:{port}") for word in self.command])
+        self.torchrun = _start([word.replace(MEETING, f"{first}:{port}") for word in self.command], self.snapshot)
         try:
-            return self.torchrun.wait()
+            return _said(self.torchrun.wait(), self.snapshot)
         finally:  # cancelled
             self._stop()
 
@@ -221,7 +302,7 @@ class Job:
         import submitit
 
         self._stop()
-        return submitit.helpers.DelayedSubmission(Job(self.command, self.folder))
+        return submitit.helpers.DelayedSubmission(Job(self.command, self.snapshot, self.folder))
 
     def _stop(self) -> None:
         """Also called by a signal's handler while `__call__` waits: Popen's own `wait` would then wait for itself."""
@@ -235,16 +316,16 @@ class Job:
 MEETING = "MEETING"
 
 
-def _slurm(run: Run, how: Launch, dry: bool) -> int:
+def _slurm(run: Run, how: Launch, snapshot: Path, dry: bool) -> int:
     try:
         import submitit
     except ModuleNotFoundError as error:
         raise UserError("Launch.where is slurm and submitit is not installed; run pip install 'scaling4d[cluster]'") from error
     meeting = ["--standalone"] if how.nodes == 1 else _meeting(how, MEETING, run.point)
-    job = Job(_command(run, how, meeting), os.getcwd())
+    job = Job(_command(run, how, snapshot, meeting), snapshot, os.getcwd())
     wanted = {"nodes": how.nodes, "tasks_per_node": 1, "timeout_min": 60 * how.hours, "name": f"pretrain-{run.point}"}
     ranks = run.training.ranks // how.nodes
-    wanted |= {"cpus_per_task": ranks * (1 + run.training.workers), "slurm_mem": "0"}  # all of a machine's
+    wanted |= {"cpus_per_task": ranks * (1 + run.running.workers), "slurm_mem": "0"}  # all of a machine's
     if run.training.device == "cuda":
         wanted["gpus_per_node"] = ranks
     wanted |= {"slurm_signal_delay_s": how.wait_s + REQUEUE_S} | ({"slurm_partition": how.partition} if how.partition else {})
@@ -290,12 +371,12 @@ def _follow(job: Any, run: Run) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if job.exception() is None:
+        return max(job.results(), key=abs)  # one of each machine
     if asked:
         return AGAIN
-    if job.exception() is not None:
-        print(job.stderr(), file=sys.stderr)
-        return 1
-    return max(job.results(), key=abs)  # one of each machine
+    print(job.stderr(), file=sys.stderr)
+    return 1
 
 
 def _steps(run: Run) -> int:
@@ -306,4 +387,4 @@ def _steps(run: Run) -> int:
     return 0
 
 
-STARTERS = {"here": _here, "torchrun": _torchrun, "nodes": _nodes, "slurm": _slurm}
+STARTERS = {"torchrun": _torchrun, "nodes": _nodes, "slurm": _slurm}

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
-import shutil
+import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from scaling4d import artifacts, config, optimizer, seeds
+from scaling4d import artifacts, code, config, optimizer, seeds
 from scaling4d.clips import loader
 from scaling4d.pretrain.observe import Observer, peak_flops
-from scaling4d.pretrain.point import build, describe, key_of, teacher_of
+from scaling4d.pretrain.point import build, describe, key_of, keys_of, sections, teacher_of
 from scaling4d.pretrain.settings import Running, Training
-from scaling4d.pretrain.state import Progress, State, claim
+from scaling4d.pretrain.state import Progress, State, claim, refusals, remove
 from scaling4d.pretrain.validate import picture, validate
 from scaling4d.ranks import STOP, at, unwatched
 from scaling4d.ranks import run as in_ranks
 from scaling4d.records import ClipBatch, MaskedTokens, Preempted, UserError, write_json
 from scaling4d.shard import TYPES, Sharding, mine, reduce_now, spread, whole
 
+SHARDS = "croissant.json"  # of a clips folder: the sha256 of its table and of every shard
 MASKED_TOGETHER = 8  # clips whose masks are one draw: a rank's part of the pocket's batch
-ELSEWHERE = ("ranks", "workers", "kept_clips")  # of Training: a run may go on with others
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,8 @@ class Run:
 
     @property
     def keys(self) -> list[str]:
-        """The settings that the stage declares."""
-        return ["profile", "seed", "pretrain", key_of(self.point, self.settings)]
+        """The settings that the stage declares: those on which its result depends."""
+        return ["profile", "seed", "pretrain.Training", *keys_of(self.point, self.settings)]
 
     @property
     def home(self) -> Path:
@@ -70,8 +69,54 @@ def pretrain(point: str, settings: Mapping[str, Any]) -> Path:
         Preempted: it was asked to stop, and the next call goes on where it stopped.
     """
     run = prepare(point, settings)
-    in_ranks(_train, ranks=run.training.ranks, device=run.training.device, hang_s=run.running.hang_s, run=run)
-    return run.home / "pretrain" / point
+    made = made_of(run)
+    folder = train(run, made)
+    if os.environ.get("RANK", "0") == "0":
+        remove(state_of(run, made))
+    return folder
+
+
+def train(run: Run, made: Mapping[str, Any]) -> Path:
+    """The same of a run that was prepared. Its last state stays; whoever calls removes it when nothing can go wrong any more.
+
+    Args:
+        made: as `made_of` says; settings, code and data may change while the run goes on, and this does not.
+    """
+    in_ranks(_train, ranks=run.training.ranks, device=run.training.device, hang_s=run.running.hang_s, run=run, made=made)
+    return run.home / "pretrain" / run.point
+
+
+def made_of(run: Run) -> dict[str, Any]:
+    """What the result is made of, as provenance.json says it: settings and the code of this process as they are now, and inputs.
+
+    The clips are named by the sha256 of the list of their shards' sha256: audit verifies the bytes.
+    """
+    return {
+        "stage": "pretrain",
+        "settings": config.declared(run.settings, run.keys),
+        "overrides": config.overrides(run.settings, run.keys),
+        "code": code.running("pretrain"),
+        "inputs": {"clips": artifacts.sha256(run.clips / SHARDS)} | _teacher_sha(run),
+    }
+
+
+def state_of(run: Run, made: Mapping[str, Any]) -> Path:
+    """The folder of a run's state: its name is the sha256 of all that the result should depend on."""
+    digest = hashlib.sha256(json.dumps(_about(run, made), sort_keys=True).encode()).hexdigest()
+    return artifacts.PARTIAL / f"pretrain-{digest[:16]}"
+
+
+def _about(run: Run, made: Mapping[str, Any]) -> dict[str, Any]:
+    """A run may go on with another number of ranks, on which its weights lie in another way."""
+    settings = {key: dict(value) if isinstance(value, Mapping) else value for key, value in made["settings"].items()}
+    del settings["pretrain.Training"]["ranks"], settings[f"{key_of(run.point, run.settings)}.{Sharding.__name__}"]
+    return {
+        "point": run.point,
+        "profile": run.settings["profile"],
+        "settings": settings,
+        "inputs": made["inputs"],
+        "code": made["code"]["sha256"],
+    }
 
 
 def prepare(point: str, settings: Mapping[str, Any]) -> Run:
@@ -80,16 +125,26 @@ def prepare(point: str, settings: Mapping[str, Any]) -> Run:
     Raises:
         UserError: unknown point or setting, a mesh or a batch that does not divide, no such device, no clips.
     """
-    declared = config.declared(settings, ["pretrain", key_of(point, settings)])
-    config.bind(*declared.values())
-    training, running, sharding = (config.build(part) for part in (Training, Running, Sharding))
+    how = {name: config.section(settings, f"pretrain.{name}") for name in ("Running", "Training")}
+    config.bind({"Running": how.pop("Running")})
+    running = config.build(Running)
+    config.bind(how, sections(point, settings))  # and so what is written as in force is what the result depends on
+    training, sharding = config.build(Training), config.build(Sharding)
     sharding.check(ranks=training.ranks, batch=training.batch)
+    loader.check(
+        batch=training.batch,
+        ranks=training.ranks,
+        repeats=training.repeats,
+        crop=training.crop,
+        window_shards=training.window_shards,
+        workers=running.workers,
+    )
     for name, value, known in (("device", training.device, ("cpu", "cuda")), ("compute", training.compute, tuple(TYPES))):
         if value not in known:
             raise UserError(f"pretrain.Training.{name} = {value!r}; needed {' or '.join(known)}")
-    for name, value in (("Running.save_every", running.save_every), ("Running.keep", running.keep)):
-        if value < 1:
-            raise UserError(f"pretrain.{name} is {value}; needed 1 or more")
+    least = dict.fromkeys(("steps", "log_every", "masks_per_clip"), 1) | dict.fromkeys(("val_clips", "validate_every"), 0)
+    _least("Training", training, least)
+    _least("Running", running, {"save_every": 1, "keep": 1, "kept_clips": 0})
     if not 0 <= training.ema < 1:
         raise UserError(f"pretrain.Training.ema = {training.ema}; needed 0 (none) or a share below 1, such as 0.999")
     run = Run(point, settings, training, running, sharding)
@@ -97,7 +152,14 @@ def prepare(point: str, settings: Mapping[str, Any]) -> Run:
     return run
 
 
-def _train(*, rank: int, ranks: int, run: Run) -> None:
+def _least(section: str, found: Training | Running, least: Mapping[str, int]) -> None:
+    for name, value in least.items():
+        if getattr(found, name) < value:
+            raise UserError(f"pretrain.{section}.{name} is {getattr(found, name)}; needed {value} or more")
+
+
+@refusals()
+def _train(*, rank: int, ranks: int, run: Run, made: Mapping[str, Any]) -> None:
     started, training, running = time.time(), run.training, run.running
     model, step_loss = _model(run, ranks)
     adamw, peaks = optimizer.adamw(_parts(model, training), betas=training.betas, weight_decay=training.weight_decay)
@@ -106,13 +168,15 @@ def _train(*, rank: int, ranks: int, run: Run) -> None:
     tensors = _tensors(model, adamw, average)
     batches = _batches(run, rank, ranks)
 
-    folder = _claimed(run, rank)
+    folder = state_of(run, made)
+    lock = claim(folder, _about(run, made)) if rank == 0 else None
+    dist.barrier()
     state = State(folder, keep=running.keep, asynchronous=running.asynchronous, rank=rank, ranks=ranks)
     done = state.load(tensors) or Progress(step=0, loader=batches.state_dict(), lines=[], validations=[], recent=[], ranks=[])
     optimizer.count_steps(adamw, done.step)
     batches.load_state_dict(done.loader)
-    if done.step:
-        _settle(model, step_loss, _masks(run, model, 0, rank, ranks))
+    if 0 < done.step < training.steps and isinstance(step_loss, nn.parallel.DistributedDataParallel):
+        _settle(model, step_loss, _masks(run, model, 0, rank, ranks), run.sharding.accumulate)
     lines, validations, recent = done.lines, done.validations, _mine(done.recent, rank, ranks, training.device)
     worlds = done.ranks if done.ranks and done.ranks[-1][1] == ranks else [*done.ranks, [done.step, ranks]]
     observer = _observer(run, model, start=done.step, rank=rank, ranks=ranks)
@@ -139,16 +203,16 @@ def _train(*, rank: int, ranks: int, run: Run) -> None:
                 val_loss = validate(model, run.clips, training, seed=run.seed, rank=rank, ranks=ranks)
                 validations.append({"step": step + 1, "val_loss": val_loss})
                 observer.validation(step + 1, val_loss, picture(model, run.clips, seed=run.seed))
-            stop = _any(wanted) and not last
-            if stop or ((step + 1) % running.save_every == 0 and not last):
+            stop = _any(wanted)
+            if stop or last or (step + 1) % running.save_every == 0:
                 at(f"step {step}, saving")
                 progress = Progress(step + 1, batches.state_dict(), lines, validations, _of_all(recent, ranks), worlds)
                 state.save(progress, tensors)
             if stop:
                 state.finish()
-                raise Preempted(
-                    f"stopped after step {step + 1} of {training.steps}, as asked; the same command goes on from there"
-                )
+                raise Preempted(_stopped(step + 1, training.steps))
+    if _any(wanted):  # since the last step was saved; from now on a request ends this process at once
+        raise Preempted(_stopped(training.steps, training.steps))
 
     with torch.no_grad():
         for name, p in model.named_parameters() if average else ():
@@ -156,12 +220,20 @@ def _train(*, rank: int, ranks: int, run: Run) -> None:
     val_loss = validate(model, run.clips, training, seed=run.seed, rank=rank, ranks=ranks)
     weights = _weights(model, rank)
     unwatched()
-    if rank == 0:
-        _write(run, model, weights, lines, validations, val_loss, worlds)
+    if lock:
+        _write(run, made, model, weights, lines, validations, val_loss, worlds)
+        how = {
+            "running": asdict(running),
+            "launch": dict(config.section(run.settings, f"{key_of(run.point, run.settings)}.Launch")),
+        }
         artifacts.write_run(
-            f"pretrain-{run.point}", artifacts.sha256(run.home / "pretrain" / run.point), started=started, **observer.close()
+            f"pretrain-{run.point}",
+            artifacts.sha256(run.home / "pretrain" / run.point),
+            started=started,
+            **how,
+            **observer.close(),
         )
-        shutil.rmtree(folder)
+        lock.close()
 
 
 def _model(run: Run, ranks: int) -> tuple[nn.Module, nn.Module]:
@@ -169,7 +241,7 @@ def _model(run: Run, ranks: int) -> tuple[nn.Module, nn.Module]:
     device = run.training.device
     model = build(run.point, run.settings)
     for teacher in getattr(model, "taught_by", ()):
-        teacher.to(device)
+        teacher.to(device, TYPES[run.training.compute])
     first = {"initialise": lambda: model.initialise(run.seed)}
     return model, spread(model, run.sharding, ranks=ranks, device=device, compute=run.training.compute, **first)
 
@@ -213,36 +285,9 @@ def _batches(run: Run, rank: int, ranks: int) -> loader.Batches:
         window_shards=training.window_shards,
         rank=rank,
         ranks=ranks,
-        kept=training.kept_clips,
-        workers=training.workers,
+        kept=run.running.kept_clips,
+        workers=run.running.workers,
     )
-
-
-def _claimed(run: Run, rank: int) -> Path:
-    """The folder of this run's state: its name is the sha256 of all that the result should depend on."""
-    found = [None]
-    if rank == 0:
-        settings = copy.deepcopy(config.declared(run.settings, run.keys))
-        for name in ELSEWHERE:
-            del settings["pretrain"]["Training"][name]
-        del settings["pretrain"]["Running"]
-        for section in ("Launch", "Sharding"):
-            del settings[run.keys[-1]][section]
-        code = Path("artifacts/code/pretrain.json")
-        inputs = {name: artifacts.sha256(run.clips / name) for name in ("clips.parquet", "provenance.json")}
-        about = {
-            "point": run.point,
-            "profile": run.settings["profile"],
-            "settings": settings,
-            "inputs": inputs | _teacher_sha(run),
-            "code": json.loads(code.read_text())["sha256"] if code.is_file() else None,
-        }
-        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-        folder = artifacts.PARTIAL / f"pretrain-{digest[:16]}"
-        claim(folder, about)
-        found = [str(folder)]
-    dist.broadcast_object_list(found, device=torch.device("cpu"))
-    return Path(found[0])
 
 
 def _teacher_sha(run: Run) -> dict[str, str]:
@@ -275,6 +320,10 @@ def _stop_wanted() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def _stopped(step: int, steps: int) -> str:
+    return f"stopped after step {step} of {steps}, as asked; the same command goes on from there"
+
+
 def _any(wanted: list[int]) -> bool:
     """Whether someone asked any rank: all ranks stop after the same step."""
     flag = torch.tensor([float(bool(wanted))])
@@ -295,21 +344,21 @@ def _masks(run: Run, model: nn.Module, step: int, rank: int, ranks: int) -> Mask
 def _gradients(model: nn.Module, step_loss: nn.Module, batch: ClipBatch, masked: MaskedTokens, parts: int) -> Tensor:
     """Sum the gradients of this rank's clips, part by part, and over the ranks; the mean loss of this rank's clips."""
     device = next(model.parameters()).device
-    pixels, kept = batch.pixels.to(device, non_blocking=True), masked.kept.to(device, non_blocking=True)
     mean = torch.zeros((), device=device)
-    for part, (some, of_them) in enumerate(zip(pixels.chunk(parts), kept.chunk(parts), strict=True)):
+    for part, (some, kept) in enumerate(zip(batch.pixels.chunk(parts), masked.kept.chunk(parts), strict=True)):
         reduce_now(step_loss, part + 1 == parts)
-        loss = step_loss(some, MaskedTokens(of_them, masked.grid)) / parts
+        pixels, of_them = some.to(device, non_blocking=True), MaskedTokens(kept.to(device, non_blocking=True), masked.grid)
+        loss = step_loss(pixels, of_them) / parts
         loss.backward()
         mean += loss.detach()
     return mean
 
 
-def _settle(model: nn.Module, step_loss: nn.Module, masked: MaskedTokens) -> None:
+def _settle(model: nn.Module, step_loss: nn.Module, masked: MaskedTokens, parts: int) -> None:
     """A step that counts for nothing: after its first one DDP lays gradients out anew, and the bits of sums depend on that; so
     the first step of a run that goes on would differ from the same step of a run that was not interrupted."""
     pixels = torch.zeros(len(masked.kept), *model.encoder.clip, 3, dtype=torch.uint8)
-    _gradients(model, step_loss, ClipBatch(pixels, ("",) * len(pixels), (0.0,) * len(pixels)), masked, parts=1)
+    _gradients(model, step_loss, ClipBatch(pixels, ("",) * len(pixels), (0.0,) * len(pixels)), masked, parts)
     model.zero_grad()
 
 
@@ -377,6 +426,7 @@ def _mine(recent: list[list[float]], rank: int, ranks: int, device: str) -> list
 
 def _write(
     run: Run,
+    made: Mapping[str, Any],
     model: nn.Module,
     weights: Mapping[str, Tensor],
     lines: list[dict],
@@ -409,5 +459,5 @@ def _write(
                 "ranks": worlds,
             },
         )
-        inputs = {"clips": artifacts.sha256(run.clips)} | _teacher_sha(run)
-        artifacts.write_provenance(out, stage="pretrain", settings=run.settings, keys=run.keys, room="pretrain", inputs=inputs)
+        write_json(out / "provenance.json", made)
+        (out / "operative_config.gin").write_text(config.operative())

@@ -105,6 +105,8 @@ class Observer:
         """How fast the training of this process was, up to the last line."""
         if self.events:
             self.events.close()
+        if self.shown == self.start:  # all steps were done before
+            return {"from_step": self.start}
         speed = self._speed(self.shown - self.start, self.since - self.began, self.waited_before_s)
         return {name: speed[name] for name in ("clips_per_s", "mfu", "data_wait")} | {"from_step": self.start}
 

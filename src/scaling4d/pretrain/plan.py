@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from torch import nn
 from scaling4d import config
 from scaling4d.mae.build import METHODS, encoder_of
 from scaling4d.pretrain.closed_form import MIXED, clips_that_fit, flops, memory, traffic
-from scaling4d.pretrain.gpus import GPUS, NODE, Gpu
-from scaling4d.pretrain.point import key_of, method_of
+from scaling4d.pretrain.gpus import GPUS, NODE, UTILISATION, WRITE_GB_PER_S, Gpu
+from scaling4d.pretrain.point import key_of, method_of, sections
 from scaling4d.pretrain.work import Work, work_of
 from scaling4d.records import UserError
 
@@ -29,11 +29,13 @@ GIB = 2**30
 class Wish:
     """What a plan is made for.
 
-    batch: clips a step, over all GPUs. utilisation: share of the GPU's peak that all executed FLOPs, recomputed ones too, reach.
+    batch: clips a step, over all GPUs. parts: in which each GPU works off its clips, one after another. utilisation: share of the
+    GPU's peak that all executed FLOPs, recomputed ones too, reach.
     """
 
     steps: int
     batch: int
+    parts: int
     recompute: bool
     gpu: Gpu
     utilisation: float
@@ -46,14 +48,14 @@ def plan(
     batch: int | None = None,
     recompute: str = "none",
     gpu: str = "h100",
-    utilisation: float = 0.4,
-    write_gb_per_s: float = 5.0,
+    utilisation: float = UTILISATION,
+    write_gb_per_s: float = WRITE_GB_PER_S,
     dry: bool = False,
 ) -> dict[str, Any]:
     """Everything about a point, units in the names; keys as `scaling4d plan --json` prints them.
 
-    The point is sought in params.yaml, then in profile paper, then in the others in turn; steps are those of where it is found,
-    mesh and batch, too, unless told.
+    The point is sought in params.yaml, then in profile paper, then in the others in turn; steps and parts of a batch are those of
+    where it is found, mesh and batch, too, unless told.
 
     Args:
         mesh: SHARDSxREPLICAS. recompute: none, or block (every block's activations are made again in the backward pass).
@@ -68,8 +70,9 @@ def plan(
     settings = _settings(point)
     training = config.section(settings, "pretrain.Training")
     shards, replicas = asked or _pinned(point, settings)
-    wish = Wish(steps=training["steps"], batch=batch or training["batch"], **given)
-    if problem := _misfit(wish.batch, shards * replicas):
+    parts = _sharding(point, settings)["accumulate"]
+    wish = Wish(steps=training["steps"], batch=batch or training["batch"], parts=parts, **given)
+    if problem := _misfit(wish, shards * replicas):
         raise UserError(problem)
     model = _model(point, settings)
     work = work_of(model)
@@ -84,6 +87,7 @@ def plan(
         "gpu": asdict(wish.gpu),
         "utilisation": utilisation,
         "recompute": recompute,
+        "accumulate": parts,
         "storage": _storage(parameters["total"], write_gb_per_s * 1e9),
         "mesh": _explained(work, wish, shards, replicas),
         "meshes": [_fastest(work, wish, gpus) for gpus in COUNTS],
@@ -95,8 +99,12 @@ def plan(
 
 def _pinned(point: str, settings: Mapping[str, Any]) -> tuple[int, int]:
     """Shards and replicas as the profile has them."""
-    shards = config.section(settings, key_of(point, settings))["Sharding"]["shards"]
+    shards = _sharding(point, settings)["shards"]
     return shards, config.section(settings, "pretrain.Training.ranks") // shards
+
+
+def _sharding(point: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    return config.section(settings, f"{key_of(point, settings)}.Sharding")
 
 
 def _parameters(model: nn.Module) -> dict[str, int]:
@@ -133,9 +141,9 @@ def _on(work: Work, wish: Wish, shards: int, replicas: int) -> dict[str, Any]:
     """The plan on one mesh. Sending runs at the link's full speed behind the computing; the slower of the two sets the pace."""
     gpus, gpu = shards * replicas, wish.gpu
     clips = wish.batch // gpus
-    held = memory(work, clips=clips, shards=shards, recompute=wish.recompute)
+    held = memory(work, clips=clips // wish.parts, parts=wish.parts, shards=shards, recompute=wish.recompute)
     room = USABLE * gpu.memory_bytes
-    sent = traffic(work, shards=shards, replicas=replicas)
+    sent = traffic(work, parts=wish.parts, shards=shards, replicas=replicas)
     compute = clips * flops(work, recompute=wish.recompute)["total"] / (gpu.bf16_flop_per_s * wish.utilisation)
     speed = {
         at: gpu.node_bytes_per_s if size <= NODE else gpu.network_bytes_per_s for at, size in (("in", shards), ("all", gpus))
@@ -150,7 +158,7 @@ def _on(work: Work, wish: Wish, shards: int, replicas: int) -> dict[str, Any]:
         "memory_bytes": held,
         "usable_bytes": room,
         "fits": held["total"] <= room,
-        "most_clips_per_gpu": clips_that_fit(work, room_bytes=room, shards=shards, recompute=wish.recompute),
+        "most_clips_per_gpu": _most(work, wish, shards),
         **sent,
         "compute_s": compute,
         "sending_s": sending,
@@ -176,31 +184,34 @@ def _explained(work: Work, wish: Wish, shards: int, replicas: int) -> dict[str, 
 
 def _changes(work: Work, wish: Wish, shards: int, replicas: int) -> list[str]:
     """One change each that makes it fit; two together only where no single one does."""
-    room, gpus = USABLE * wish.gpu.memory_bytes, shards * replicas
-    single = _single_changes(work, wish, shards, replicas, room)
+    gpus, together = shards * replicas, replace(wish, recompute=True)
+    single = _single_changes(work, wish, shards, replicas)
     if not wish.recompute:
-        if clips_that_fit(work, room_bytes=room, shards=shards, recompute=True) >= wish.batch // gpus:
+        if _most(work, together, shards) >= wish.batch // gpus:
             return ["--recompute block", *single]
         if not single:
-            together = Wish(wish.steps, wish.batch, True, wish.gpu, wish.utilisation)
-            return [f"--recompute block {change}" for change in _single_changes(work, together, shards, replicas, room)]
+            return [f"--recompute block {change}" for change in _single_changes(work, together, shards, replicas)]
     return single
 
 
-def _single_changes(work: Work, wish: Wish, shards: int, replicas: int, room: float) -> list[str]:
+def _most(work: Work, wish: Wish, shards: int) -> int:
+    """Clips of a batch that a GPU can take, in the wish's parts."""
+    given = {"parts": wish.parts, "shards": shards, "recompute": wish.recompute}
+    return wish.parts * clips_that_fit(work, room_bytes=USABLE * wish.gpu.memory_bytes, **given)
+
+
+def _single_changes(work: Work, wish: Wish, shards: int, replicas: int) -> list[str]:
     gpus, found = shards * replicas, []
-    fits: Callable[[int], int] = lambda parts: clips_that_fit(  # noqa: E731
-        work, room_bytes=room, shards=parts, recompute=wish.recompute
-    )
+    fits: Callable[[int], int] = lambda n: _most(work, wish, n)  # noqa: E731
     clips = wish.batch // gpus
-    parts = next((n for n in range(2 * shards, gpus + 1) if gpus % n == 0 and n % shards == 0 and fits(n) >= clips), None)
-    if parts:
-        found.append(f"--mesh {parts}x{gpus // parts} (more shards of the same GPUs)")
+    more = next((n for n in range(2 * shards, gpus + 1) if gpus % n == 0 and n % shards == 0 and fits(n) >= clips), None)
+    if more:
+        found.append(f"--mesh {more}x{gpus // more} (more shards of the same GPUs)")
     most = fits(shards)
     if most:
         found.append(f"--batch {most * gpus} ({most} clips a GPU, largest batch that fits)")
     more = 2 * shards
-    while more <= MOST_GPUS and wish.batch % (more * replicas) == 0:
+    while more <= MOST_GPUS and wish.batch % (more * replicas * wish.parts) == 0:
         if fits(more) >= wish.batch // (more * replicas):
             found.append(f"--mesh {more}x{replicas} (more GPUs)")
             break
@@ -210,8 +221,9 @@ def _single_changes(work: Work, wish: Wish, shards: int, replicas: int, room: fl
 
 def _fastest(work: Work, wish: Wish, gpus: int) -> dict[str, Any]:
     """Of the meshes of so many GPUs, the fastest that fits; where none does, all of them as shards, and why not."""
-    if problem := _misfit(wish.batch, gpus):
-        return {"gpus": gpus, "fits": False, "why": problem, "changes": [f"--batch {-(-wish.batch // gpus) * gpus}"]}
+    if problem := _misfit(wish, gpus):
+        whole = gpus * wish.parts
+        return {"gpus": gpus, "fits": False, "why": problem, "changes": [f"--batch {-(-wish.batch // whole) * whole}"]}
     rows = [_on(work, wish, shards, gpus // shards) for shards in COUNTS if gpus % shards == 0]
     fitting = [row for row in rows if row["fits"]]
     if not fitting:
@@ -225,7 +237,8 @@ def _dry(model: nn.Module, found: dict[str, Any], wish: Wish) -> dict[str, Any]:
 
     mesh = found["mesh"]
     clips = mesh["clips_per_gpu"]
-    ran = dry_run(model, shards=mesh["shards"], replicas=mesh["replicas"], clips=clips, recompute=wish.recompute)
+    given = {"clips": clips // wish.parts, "parts": wish.parts, "recompute": wish.recompute}
+    ran = dry_run(model, shards=mesh["shards"], replicas=mesh["replicas"], **given)
     return ran | {
         "closed_form_to_dry_run": {
             "memory": mesh["memory_bytes"]["total"] / ran["memory_bytes"]["total"],
@@ -244,7 +257,7 @@ def _model(point: str, settings: Mapping[str, Any]) -> nn.Module:
         if teacher not in settings["points"]:
             raise UserError(f"{point} has teacher {teacher!r}, which profile {settings['profile']} has not; add it to points")
         given = {"taught_by": encoder_of(_model(teacher, settings))}
-    config.bind(section)
+    config.bind(sections(point, settings))
     with torch.device("meta"):
         return config.build(METHODS[method], **given)
 
@@ -269,11 +282,12 @@ def _mesh(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _misfit(batch: int, gpus: int) -> str:
-    if batch % gpus == 0:
+def _misfit(wish: Wish, gpus: int) -> str:
+    whole, mesh = gpus * wish.parts, f"the {gpus} GPUs of the mesh" + (f", {wish.parts} parts each" if wish.parts > 1 else "")
+    if wish.batch % whole == 0:
         return ""
-    wrong = "is smaller than" if batch < gpus else "does not divide by"
-    return f"a batch of {batch} clips {wrong} the {gpus} GPUs of the mesh; set --batch to a multiple of {gpus}, or --mesh"
+    wrong = "is smaller than" if wish.batch < whole else "does not divide by"
+    return f"a batch of {wish.batch} clips {wrong} {mesh}; set --batch to a multiple of {whole}, or --mesh"
 
 
 def _recompute(text: str) -> bool:

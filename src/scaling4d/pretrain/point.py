@@ -20,6 +20,7 @@ from scaling4d.records import UserError
 from scaling4d.shard import Sharding
 
 UNTRAINED = "untrained_"
+METHOD = "method"  # of a point's settings: dvc.yaml declares by it what the point's result depends on
 
 config.configurable(PixelTokens)
 
@@ -33,14 +34,27 @@ def method_of(key: str, settings: Mapping[str, Any]) -> str:
     """Name of the method that a point's settings are for.
 
     Raises:
-        UserError: no such point, or not exactly one method.
+        UserError: no such point, not exactly one method, or another one than `method` says.
     """
     section, taught = config.section(settings, key), key.startswith("distilled.")
     known = [name for name in METHODS if (name == "Distilled") == taught]
-    named = [name for name in section if name not in (Sharding.__name__, Launch.__name__)]
+    named = [name for name in section if name not in (Sharding.__name__, Launch.__name__, METHOD)]
     if len(named) != 1 or named[0] not in known:
         raise UserError(f"{key} has {', '.join(named) or 'nothing'}; needed exactly one of {', '.join(known)}")
+    if section.get(METHOD) != named[0]:
+        raise UserError(f"{key} is for {named[0]}, and {key}.{METHOD} is {section.get(METHOD)!r}; set it to {named[0]}")
     return named[0]
+
+
+def keys_of(point: str, settings: Mapping[str, Any]) -> list[str]:
+    """Those of a point's settings on which its result depends; where it is trained is not among them."""
+    key = key_of(point, settings)
+    return [f"{key}.{method_of(key, settings)}", f"{key}.{Sharding.__name__}"]
+
+
+def sections(point: str, settings: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """These settings by the name of their constructor."""
+    return {key.split(".")[-1]: value for key, value in config.declared(settings, keys_of(point, settings)).items()}
 
 
 def build(point: str, settings: Mapping[str, Any]) -> nn.Module:
@@ -84,9 +98,9 @@ def baseline(encoder: str, settings: Mapping[str, Any]) -> Path:
     point = encoder.removeprefix(UNTRAINED)
     if encoder != "pixels" and point == encoder:
         raise UserError(f"unknown baseline {encoder!r}; needed pixels or {UNTRAINED}<point>")
-    keys = ["profile", "pixels"] if encoder == "pixels" else ["profile", "seed", f"points.{point}"]
+    keys = ["profile", "pixels"] if encoder == "pixels" else ["profile", "seed", *keys_of(point, settings)]
     mine = config.declared(settings, keys)
-    config.bind(mine[keys[-1]])
+    config.bind(mine["pixels"] if encoder == "pixels" else sections(point, settings))
     final = artifacts.home(settings) / "pretrain" / encoder
     with artifacts.folder(final) as out:
         if encoder == "pixels":

@@ -20,10 +20,9 @@ class Training:
     ema: what is saved and measured at the end is a running mean of the weights, of which a step keeps this share; 0: the weights.
     flip: mirror and time-reverse clips at random. crop: smallest and largest share of the picture's area that a random square
     keeps. repeats: copies of a clip in a batch, each cropped, flipped and masked on its own (MAE-ST's repeated sampling: 4).
-    window_shards: shards whose clips are shuffled together, 0: all. masks_per_clip: masks a validation clip is measured with.
-    validate_every: steps, to measure it in between too; 0: at the end alone. workers: processes that decode for a rank, 0:
-    itself; results do not depend on it. kept_clips: decoded clips that stay in the memory of each process that decodes; nor on
-    this.
+    window_shards: shards whose clips are shuffled together, 0: all. val_clips: of the validation split that are measured, evenly
+    spread over it, 0: all. masks_per_clip: masks a validation clip is measured with. validate_every: steps, to measure it in
+    between too; 0: at the end alone. log_every: steps, of which losses.jsonl has one line.
     """
 
     ranks: int
@@ -43,23 +42,26 @@ class Training:
     crop: tuple[float, float]
     repeats: int
     window_shards: int
+    val_clips: int
     masks_per_clip: int
     validate_every: int
-    workers: int
-    kept_clips: int
     log_every: int
 
 
 @config.configurable
 @dataclass(frozen=True)
 class Running:
-    """How a run is kept safe and watched; results do not depend on it.
+    """How a run is fed, kept safe and watched; results do not depend on it.
 
+    workers: processes that decode for a rank, 0: itself. kept_clips: decoded clips that stay in the memory of each process that
+    decodes.
     save_every: steps, after which the training state is written. keep: how many of them stay. asynchronous: write behind the
     computing. hang_s: when no rank has moved for so long, the run ends and says who hangs. tensorboard: write events to `.runs/`.
     profile: `[first step, how many]` of a torch profiler's trace in `.runs/`, or nothing.
     """
 
+    workers: int
+    kept_clips: int
     save_every: int
     keep: int
     asynchronous: bool

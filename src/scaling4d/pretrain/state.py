@@ -5,19 +5,25 @@
 
 A step's folder is written under another name and renamed when every rank's files are there with their sha256; nothing else in it
 is trusted. DCP's metadata is a pickle: only the run's own folder is ever read, never one that came from elsewhere.
+The last step's state stays until all that is made of it is written and every rank has ended.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -26,7 +32,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from scaling4d import artifacts
 from scaling4d.records import UserError, write_json
 
-ABOUT, PROGRESS, SHAS = "about.json", "progress.json", "sha256.json"
+ABOUT, PROGRESS, SHAS, LOCK = "about.json", "progress.json", "sha256.json", "lock"
+PATIENCE_S = 5.0  # for a process that was killed a moment ago and is not gone yet
+REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}  # of what cannot be written
 
 
 @dataclass(frozen=True)
@@ -45,37 +53,88 @@ class Progress:
     ranks: list[list[int]]
 
 
-def claim(folder: Path, about: Mapping[str, Any]) -> None:
-    """Make `folder` the place of this run's state, or find that it is.
+def claim(folder: Path, about: Mapping[str, Any]) -> IO[str]:
+    """Make `folder` the place of this run's state, or find that it is; it is this process's until the returned file is closed.
 
     Args:
         about: all that the result depends on: point, profile, settings, inputs, code.
     Raises:
-        UserError: the state there is another run's.
+        UserError: the state there is another run's, or another process of this run is at it.
     """
-    if (folder / ABOUT).is_file():
-        found = _about(folder / ABOUT)
-        if found != about:
-            raise UserError(
-                f"{folder} holds the training state of {found.get('point')} of profile {found.get('profile')}, needed that of "
-                f"{about['point']} of {about['profile']} with these settings ({_difference(found, about)}); remove the folder"
-            )
-    else:
+    lock = _locked(folder)
+    found = _about(folder / ABOUT)
+    if found is None:
         for other in sorted(folder.parent.glob(f"{folder.name.split('-')[0]}-*/{ABOUT}")):
-            found = _about(other)
-            if all(found.get(name) == about[name] for name in ("point", "profile")):
-                print(f"{other.parent} is not gone on from: {_difference(found, about)}", file=sys.stderr)
+            theirs = _about(other)
+            if theirs and all(theirs.get(name) == about[name] for name in ("point", "profile")):
+                print(f"{other.parent} is not gone on from: {_difference(theirs, about)}", file=sys.stderr)
+        partial = folder / f"{ABOUT}.partial"
+        write_json(partial, about)
+        partial.rename(folder / ABOUT)
+    elif found != about:
+        raise UserError(
+            f"{folder} holds the training state of {found.get('point')} of profile {found.get('profile')}, needed that of "
+            f"{about['point']} of {about['profile']} with these settings ({_difference(found, about)}); remove the folder"
+        )
+    for left in (*folder.glob("partial-*"), _away(folder)):
+        shutil.rmtree(left, ignore_errors=True)
+    return lock
+
+
+def remove(folder: Path) -> None:
+    """Once its result is written: the state goes, at one stroke. Where another process is at it, it stays."""
+    if folder.is_dir():
+        try:
+            lock = _locked(folder)
+        except UserError:
+            return
+        shutil.rmtree(_away(folder), ignore_errors=True)
+        folder.rename(_away(folder))
+        shutil.rmtree(_away(folder))
+        lock.close()
+
+
+def _away(folder: Path) -> Path:
+    return folder.with_name(f"removed-{folder.name}")
+
+
+def _locked(folder: Path) -> IO[str]:
+    """Raises UserError: another process of this run holds the lock, and keeps it."""
+    until = time.monotonic() + PATIENCE_S
+    while True:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / ABOUT, about)
-    for partial in folder.glob("partial-*"):
-        shutil.rmtree(partial)
+        try:
+            file = (folder / LOCK).open("a")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), (folder / LOCK).stat()):
+                return file
+        except FileNotFoundError:  # it was removed meanwhile
+            continue
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise UserError(
+                    f"{folder} is in use by another process that trains the same; wait until it has ended, or end it"
+                ) from None
+            time.sleep(0.1)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            print(f"warning: {folder} lies where nothing can be locked; start no second process of this run", file=sys.stderr)
+            return file
 
 
-def _about(path: Path) -> dict[str, Any]:
+def _about(path: Path) -> dict[str, Any] | None:
+    """None: there is none that can be read; the folder's own name says as much."""
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}; remove the folder {path.parent}") from error
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        print(f"warning: {path} is damaged and passed over", file=sys.stderr)
+        return None
+    return found
 
 
 def _difference(found: Any, needed: Any, key: str = "") -> str:
@@ -98,7 +157,7 @@ class State:
 
     def load(self, tensors: Mapping[str, Tensor]) -> Progress | None:
         """Fill the tensors, by name and in place, from the newest whole step; None: there is none, and nothing was touched."""
-        for path in sorted(self.folder.glob("step-????????"), reverse=True):
+        for path in self._newest_first():
             if damage := self._damage(path):
                 if self.rank == 0:
                     print(f"warning: {path} is damaged ({damage}) and passed over", file=sys.stderr)
@@ -110,14 +169,31 @@ class State:
             return Progress(**json.loads((path / PROGRESS).read_text()))
         return None
 
+    def _newest_first(self) -> list[Path]:
+        """As rank 0 sees them: on other machines a folder may appear later."""
+        found = [sorted(self.folder.glob("step-????????"), reverse=True) if self.rank == 0 else None]
+        dist.broadcast_object_list(found, group=self.group, device=torch.device("cpu"))
+        return found[0]
+
     def _damage(self, path: Path) -> str:
-        """What is wrong with a step's files; every rank looks at its share of them."""
+        """What is wrong with a step's files; every rank looks at its share of them.
+
+        Raises:
+            UserError: they cannot be read, which is no damage.
+        """
+        wrong, unread = [], []
         try:
-            shas = json.loads((path / SHAS).read_text())
-            found = [name for name in sorted(shas)[self.rank :: self.ranks] if artifacts.sha256(path / name) != shas[name]]
-        except (OSError, ValueError) as error:
-            found = [str(error)]
-        return ", ".join(dict.fromkeys(name for names in self._gather(found) for name in names))
+            shas = dict(json.loads((path / SHAS).read_text()))
+            wrong = [name for name in sorted(shas)[self.rank :: self.ranks] if artifacts.sha256(path / name) != shas[name]]
+        except (FileNotFoundError, ValueError, TypeError) as error:
+            wrong = [str(error)]
+        except OSError as error:
+            unread = [str(error)]
+        if unread := [why for whys in self._gather(unread) for why in whys]:
+            raise UserError(
+                f"the training state {path} cannot be read: {unread[0]}; mend that, or remove {path} to do without it"
+            )
+        return ", ".join(dict.fromkeys(name for names in self._gather(wrong) for name in names))
 
     def save(self, progress: Progress, tensors: Mapping[str, Tensor]) -> None:
         """Write a step; it counts from `finish` on, which any later save calls.
@@ -155,11 +231,17 @@ class State:
             if future is not None:
                 future.result()
         mine = [*partial.glob(f"__{self.rank}_*")] + ([partial / PROGRESS, partial / ".metadata"] if self.rank == 0 else [])
+        with self._written(step):
+            for path in mine:
+                _to_the_disk(path)
         shas = self._gather({path.name: artifacts.sha256(path) for path in mine})
         if self.rank == 0:
             with self._written(step):
                 write_json(partial / SHAS, {name: sha for some in shas for name, sha in some.items()})
-            partial.rename(self.folder / f"step-{step:08d}")
+                for path in (partial / SHAS, partial):
+                    _to_the_disk(path)
+                partial.rename(self.folder / f"step-{step:08d}")
+                _to_the_disk(self.folder)
             for old in sorted(self.folder.glob("step-????????"))[: -self.keep]:
                 shutil.rmtree(old)
         dist.barrier(self.group)
@@ -183,3 +265,30 @@ class State:
         found = [None] * self.ranks
         dist.all_gather_object(found, value, group=self.group)
         return found
+
+
+def _to_the_disk(path: Path) -> None:
+    """Of a file its content, of a folder the names in it: a rename must not be there before what it names."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """What a file system refuses, a full disk above all, in one line.
+
+    Raises:
+        UserError: so it does.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        raise UserError(
+            f"{error.filename or 'a file'} cannot be written: {error.strerror}; mend that, and the same command goes on from the "
+            "last training state"
+        ) from error

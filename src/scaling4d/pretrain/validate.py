@@ -22,13 +22,14 @@ SHOWN = 4  # frames of a picture
 
 @torch.no_grad()
 def validate(model: nn.Module, clips: Path, training: Training, *, seed: int, rank: int, ranks: int) -> float:
-    """Mean loss over every validation clip, each hidden by the same masks whatever the ranks and the model.
+    """Mean loss over `val_clips` validation clips, each hidden by the same masks whatever the ranks and the model.
 
     A rank that has no clips left takes part for the sake of those whose weights it holds, and counts for nothing.
     """
     device, total = next(model.parameters()).device, torch.zeros(2, dtype=torch.float64)
-    found = loader.every(clips, split="val", batch=BATCH, rank=rank, ranks=ranks)
-    for number in range(-(-loader.count(clips, "val") // (BATCH * ranks))):
+    found = loader.every(clips, split="val", batch=BATCH, rank=rank, ranks=ranks, most=training.val_clips)
+    seen = loader.count(clips, "val")
+    for number in range(-(-min(training.val_clips or seen, seen) // (BATCH * ranks))):
         at(f"validation, batch {number}")
         batch = next(found, None)
         ids = batch.ids if batch else ("",)
@@ -52,7 +53,7 @@ def picture(model: nn.Module, clips: Path, *, seed: int) -> Tensor | None:
     if isinstance(model, FSDPModule):
         register_fsdp_forward_method(model, "reconstruct")
     device = next(model.parameters()).device
-    batch = next(loader.every(clips, split="val", batch=1, rank=0, ranks=1))
+    batch = next(loader.every(clips, split="val", batch=1, rank=0, ranks=1, most=1))
     masked = model.choose(1, seeds.stream(seed, "val_mask", batch.ids[0], 0))
     pixels = batch.pixels.to(device)
     filled = model.reconstruct(pixels, MaskedTokens(masked.kept.to(device), masked.grid)).float().cpu()

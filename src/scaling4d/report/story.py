@@ -200,7 +200,7 @@ def deviations() -> str:
 
 def _recipe(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     """A point's settings are its constructor's name with the arguments below it, and how and where it is trained."""
-    (arguments,) = (section for name, section in settings.items() if name not in ("Sharding", "Launch"))
+    (arguments,) = (section for name, section in settings.items() if name not in ("method", "Sharding", "Launch"))
     return arguments
 
 
