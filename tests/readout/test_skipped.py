@@ -1,6 +1,8 @@
 """What a readout does with damaged and missing samples."""
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,13 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from scaling4d import config
 from scaling4d.benchmarks import perception_test, ssv2
 from scaling4d.benchmarks.skipped import Skipped
+from scaling4d.pretrain.point import baseline
 from scaling4d.ranks import gather, run
 from scaling4d.readout.features import Pixels
 from scaling4d.readout.split import Share, judged, reread, write_skipped
 from scaling4d.readout.tasks.actions import Actions
 from scaling4d.readout.tasks.points import Points
+from scaling4d.readout.train import readout
 from scaling4d.records import Sample, UserError
 
 ASKED = Actions(classes=2, rate_hz=8.0, views=("plain", "mirrored"), test_views=(1, 1))
@@ -107,3 +112,13 @@ def test_points_are_measured_where_the_setting_asks_and_trained_in_frame_0(tmp_p
 def test_a_video_that_gives_several_clips_is_one_when_bad_ones_are_counted(tmp_path):
     with pytest.raises(UserError, match="points val: 1 of 4 samples are damaged or missing"):
         run(judged_points, ranks=2, queries="first", data=point_videos(tmp_path), share=0.2)
+
+
+def test_a_rank_that_hangs_in_a_readout_is_named(
+    project: Path, changed: Callable, actions: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    baseline("untrained_nano", config.read())
+    changed("readout.shared.Evaluation.ranks", 2)
+    monkeypatch.setattr(ssv2, "_sample", lambda *_, **__: time.sleep(600))
+    with pytest.raises(UserError, match="ranks? .* of 2 .* the start"):
+        readout("untrained_nano", "actions", "frozen", changed("readout.shared.Evaluation.hang_s", 0.5))

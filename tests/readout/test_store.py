@@ -1,5 +1,6 @@
 """Features that stay on disk."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,11 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from scaling4d import seeds
+from scaling4d import artifacts, config, seeds
 from scaling4d.mae.encoder import Encoder, initialise
+from scaling4d.pretrain.point import baseline
 from scaling4d.readout import store
+from scaling4d.readout.classifier import classify
 from scaling4d.readout.features import Features, layer_index, together
 from scaling4d.readout.store import Store, opened
+from scaling4d.readout.train import readout
 from scaling4d.records import UserError
 
 LAYER = layer_index(depth=6, fraction=0.95)
@@ -206,3 +210,43 @@ def test_features_are_looked_up_when_they_are_used_wherever_they_lie(
     assert list(tmp_path.iterdir()) == [] and all(map(torch.equal, stored, wanted))  # not on disk yet
     here.flush()
     assert len(list(tmp_path.iterdir())) == 1 and here.new == {} and all(map(torch.equal, stored, wanted))
+
+
+def test_a_readout_is_the_same_whether_its_store_is_new_full_damaged_or_gone(
+    project: Path, changed: Callable, actions: None
+) -> None:
+    baseline("untrained_nano", config.read())
+
+    def trained(folder: str) -> list[str]:
+        changed("readout.shared.Evaluation.ranks", 2)
+        readout("untrained_nano", "actions", "frozen", changed("readout.shared.Evaluation.feature_store", folder))
+        out = project / "artifacts/smoke/readout/untrained_nano/actions/frozen"
+        return [artifacts.sha256(out / name) for name in ("head.safetensors", "result.json")]
+
+    def shards() -> list[Path]:
+        return sorted((project / "store").rglob("*.safetensors"))
+
+    wanted = trained("")
+    assert not (project / "store").exists()
+    assert trained("store") == wanted
+    full = shards()
+    assert full and trained("store") == wanted and shards() == full
+    for path in full[::2]:
+        path.unlink()
+    assert trained("store") == wanted and shards() == full
+    shutil.rmtree(project / "store")
+    assert trained("store") == wanted and shards() == full
+    shutil.rmtree(project / "store")
+
+
+def test_a_readout_of_other_classes_than_the_benchmarks_is_refused_in_one_line(
+    project: Path, changed: Callable, actions: None
+) -> None:
+    baseline("untrained_nano", config.read())
+    changed("readout.tasks.actions.Actions.classes", 3)
+    settings = changed("readout.shared.Evaluation.ranks", 2)
+    expected = "^data/benchmarks/ssv2 has 8 classes; set readout.tasks.actions.Actions.classes = 3 to that$"
+    with pytest.raises(UserError, match=expected):
+        readout("untrained_nano", "actions", "frozen", settings)
+    with pytest.raises(UserError, match=expected):
+        classify("untrained_nano", settings)

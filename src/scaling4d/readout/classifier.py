@@ -119,7 +119,6 @@ def classify(encoder: str, settings: Mapping[str, Any]) -> Result:
     config.bind(mine["readout.shared"], mine[f"readout.tasks.{TASK}"], mine[f"readout.{PROTOCOL}"])
     evaluation, recipe, asked = config.build(Evaluation), config.build(Classifier), config.build(Actions)
     views.check(TASK, asked.views, asked.test_views)
-    actions.check(asked, Path(evaluation.data))
     home = artifacts.home(settings)
     folder = home / "pretrain" / encoder
     saved = Checkpoint.read(folder)
@@ -161,6 +160,7 @@ def _work(
             f"classifier batch {recipe.batch} leaves one clip to each of {ranks} ranks, with nothing to mix it with; set "
             "Classifier.batch to more, or Classifier.mixup and Classifier.cutmix to 0"
         )
+    actions.check(asked, Path(evaluation.data))
     encoder = encoder_of(load(folder))
     for number, block in enumerate(encoder.blocks):
         block.drop_path = recipe.drop_path * number / max(len(encoder.blocks) - 1, 1)

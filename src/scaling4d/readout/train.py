@@ -66,8 +66,6 @@ def readout(encoder: str, task: str, protocol: str, settings: Mapping[str, Any])
     config.bind(mine["readout.shared"], mine[f"readout.tasks.{task}"], mine[f"readout.{protocol}.{task}"])
     evaluation, recipe, asked = config.build(Evaluation), config.build(Recipe), config.build(TASKS[task])
     views.check(task, asked.views, asked.test_views)
-    if isinstance(asked, Actions):
-        actions.check(asked, Path(evaluation.data))
     home = artifacts.home(settings)
     folder = home / "pretrain" / encoder
     saved = Checkpoint.read(folder)
@@ -93,10 +91,10 @@ def readout(encoder: str, task: str, protocol: str, settings: Mapping[str, Any])
         )
         result = result_of(saved, folder, task, protocol, asked, videos, sums, mine["seed"], evaluation.bootstrap_draws)
         result.write(out / "result.json")
-        learned, judged = (benchmarks.folder(task, Path(evaluation.data), split) for split in benchmarks.SPLITS)
-        inputs = {"checkpoint": artifacts.sha256(folder), "benchmark": artifacts.sha256(learned)}
-        if judged != learned:
-            inputs["benchmark_val"] = artifacts.sha256(judged)
+        train, val = (benchmarks.folder(task, Path(evaluation.data), split) for split in benchmarks.SPLITS)
+        inputs = {"checkpoint": artifacts.sha256(folder), "benchmark": artifacts.sha256(train)}
+        if val != train:
+            inputs["benchmark_val"] = artifacts.sha256(val)
         if start is not None:
             inputs["head"] = artifacts.sha256(start)
         asked.head(features_width=1, clip=(16, 16, 16))  # so that gin counts the head's settings as operative here too
@@ -123,6 +121,8 @@ def _work(
     encoder = load_encoder(folder)
     if recipe.batch % ranks:
         raise UserError(f"readout batch {recipe.batch} does not divide over {ranks} ranks; set Recipe.batch to a multiple")
+    if isinstance(asked, Actions):
+        actions.check(asked, Path(evaluation.data))
     tuned = recipe.encoder_learning_rate > 0
     encoder.requires_grad_(tuned)
     frozen = Features(encoder, evaluation.depth_fraction)
