@@ -377,11 +377,13 @@ def use(path: Path) -> None:
 
 @data.command()
 def check(path: Path) -> None:
-    """Look at the videos and benchmarks below PATH: what is found, and the first problems."""
+    """Look at the videos and benchmarks below PATH: what is found, and the first problems.
+
+    Exit code 1: a benchmark cannot be used. Videos that do not open are only listed, since curation goes on without them.
+    """
     from scaling4d.clips.source import check_videos
 
-    problems = list(check_videos(path))
-    unusable = bool(problems)
+    problems, unusable = list(check_videos(path)), False
     for finding in _benchmarks(path):
         unusable |= not finding.usable
         name = f"{finding.benchmark} {finding.split}"

@@ -1,5 +1,6 @@
 import json
 import shutil
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from scaling4d import audit, cli, config
+from scaling4d import artifacts, audit, cli, config
 from scaling4d.audit import lock
 from scaling4d.audit.run import runs
 from scaling4d.records import UserError, write_json
@@ -408,3 +409,41 @@ def test_folders_are_hashed_the_way_dvc_and_the_stages_do(project: Path) -> None
         for file in (*stage.deps, *stage.outs):
             assert (disk.md5(file.path), disk.size(file.path)) == (file.md5, file.size)
             assert disk.sha256(file.path) == artifacts.sha256(Path(file.path))
+
+
+@pytest.fixture
+def published(project: Path, compose: Callable[[dict], None], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an encoder that others published, which a stage took over."""
+    folder = tmp_path_factory.mktemp("published")
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_text("their weights")
+    key = "encoders.pretrained.theirs"
+    compose({"encoders": {"pretrained": {"theirs": {"Pretrained": {"source": str(folder), "revision": "", "clip": [4, 8, 8]}}}}})
+    out = Path("artifacts/test/pretrain/theirs")
+    out.mkdir()
+    (out / "model.safetensors").write_text("their weights, as features need them")
+    inputs = {path.name: artifacts.sha256(path) for path in folder.iterdir()}
+    made = {"stage": "baseline", "settings": config.read(), "keys": ["profile", key], "room": "baseline", "inputs": inputs}
+    artifacts.write_provenance(out, **made)
+    (out / "operative_config.gin").write_text("")
+    stages = yaml.safe_load(Path("dvc.yaml").read_text())
+    params, deps = ["profile", key], ["artifacts/code/baseline.json"]
+    stages["stages"]["baseline"] = {"cmd": "true baseline", "params": params, "deps": deps, "outs": [str(out)]}
+    Path("dvc.yaml").write_text(yaml.safe_dump(stages))
+    subprocess.run([sys.executable, "-m", "dvc", "commit", "-q", "--force", "baseline"], check=True)
+    return folder
+
+
+def test_a_folder_of_a_published_encoder_that_changed_since_is_named(published: Path, wrong: Wrong) -> None:
+    assert "baseline" not in wrong()
+    (published / "model.safetensors").write_text("other weights")
+    found = wrong()
+    assert f"wrong       baseline: took over model.safetensors of {published} as " in found
+    assert "run `dvc repro --force --single-item baseline`, then `dvc repro`" in found
+    assert found.count("took over") == 1
+
+
+def test_a_folder_of_a_published_encoder_that_is_not_here_is_not_checked(project: Path, published: Path) -> None:
+    shutil.rmtree(published)
+    said = [str(finding) for finding in audit.verify(project) if finding.where == "baseline"]
+    assert said == [f"not checked baseline: the folder {published}, from which the encoder was taken over, is not here"]

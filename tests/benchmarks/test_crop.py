@@ -28,3 +28,28 @@ def test_sources_undo_points():
 def test_boxes_are_clipped_to_the_square():
     assert Crop(32, 64, 32).boxes(np.array([0.0, 0.25, 0.5, 0.75])).tolist() == [0.0, 0.25, 0.5, 0.75]
     assert Crop(32, 64, 32).boxes(np.array([0.9, 0.25, 1.0, 0.75])).tolist() == [1.0, 0.25, 1.0, 0.75]
+
+
+@pytest.mark.parametrize("place", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(("height", "width"), [(48, 96), (96, 48), (50, 71)])
+def test_points_and_boxes_stay_on_their_spot_wherever_the_square_is_cut_out(height, width, place):
+    """A white box in what every square shows; its corners, and its middle as a point."""
+    crop = Crop(height, width, 32, place)
+    low = np.maximum(0, np.array([width, height]) - min(height, width)) * place / [width, height]
+    box = np.concatenate(
+        [low + 0.3 * min(height, width) / np.array([width, height]), low + 0.7 * min(height, width) / np.array([width, height])]
+    )
+    x1, y1, x2, y2 = np.rint(box * [width, height, width, height]).astype(int)
+    picture = np.zeros((height, width, 3), np.uint8)
+    picture[y1:y2, x1:x2] = 255
+    small = crop.pixels([picture])[0, ..., 0] > 127
+    v, u = np.nonzero(small)
+    true = np.array([x1, y1, x2, y2]) / [width, height, width, height]
+    assert np.allclose(crop.boxes(true) * 32, [u.min(), v.min(), u.max() + 1, v.max() + 1], atol=1.0)
+    assert np.allclose(crop.points((true[:2] + true[2:]) / 2) * 32, [u.mean() + 0.5, v.mean() + 0.5], atol=0.6)
+
+
+def test_squares_at_the_ends_show_what_the_middle_does_not():
+    left, right = (Crop(32, 96, 32, place) for place in (0.0, 1.0))
+    assert left.points(np.array([0.0, 0.5])).tolist() == [0.0, 0.5] and right.points(np.array([1.0, 0.5])).tolist() == [1.0, 0.5]
+    assert left.boxes(np.array([0.5, 0.2, 0.6, 0.4]))[0] == 1.0 and right.boxes(np.array([0.5, 0.2, 0.6, 0.4]))[2] == 0.0

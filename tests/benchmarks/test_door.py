@@ -4,12 +4,13 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import typer
 
-from scaling4d import benchmarks, cli
+from scaling4d import benchmarks, cli, video
 from scaling4d.benchmarks import kinetics, perception_test_objects, ssv2, waymo
 from scaling4d.benchmarks.skipped import Skipped
 from scaling4d.records import Sample, UserError, write_json
@@ -263,3 +264,46 @@ def test_check_names_the_file_and_the_place_in_it(tmp_path, name, spoil, expecte
     write_json(path, entries)
     found = [one for one in benchmarks.check(tmp_path, max_bad_share=0.0) if one.split == "train"]
     assert any(expected in problem and path.name in problem for one in found for problem in one.problems), found
+
+
+def test_data_check_lists_videos_that_do_not_open_and_does_not_fail_for_them(tmp_path, capsys, monkeypatch):
+    """Curation rejects them; a folder of a hundred thousand always has some."""
+    write_kinetics(tmp_path / "benchmarks")
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos/broken.mp4").write_bytes(b"no video")
+    monkeypatch.chdir(tmp_path)
+    cli.check(tmp_path)
+    out = capsys.readouterr().out
+    assert "videos: 1 files, 0 open as videos" in out and "problem: videos/broken.mp4: not a " in out
+
+
+def test_listed_counts_what_is_missing_too(tmp_path):
+    write_kinetics(tmp_path)
+    assert benchmarks.listed("actions", tmp_path, "val") == 2
+    next((tmp_path / "kinetics/val").iterdir()).unlink()
+    assert benchmarks.listed("actions", tmp_path, "val") == 2
+
+
+@pytest.mark.parametrize("name", ["ssv2", "kinetics"])
+def test_test_views_go_through_a_video_whose_container_has_no_duration(tmp_path, name):
+    """As a browser or a stream writes it."""
+    shade = (20 + 8 * np.arange(24))[:, None, None, None] * np.ones((1, 32, 32, 3))
+    sample = Sample("ABCDEFGHIJ1", "ABCDEFGHIJ1", shade.astype(np.uint8), {"action": np.int64(0)})
+    if name == "ssv2":
+        ssv2.write(tmp_path / name, "val", [sample], templates=["Holding [something]"], rate_hz=8.0, crf=10, gop=4)
+    else:
+        for split in ("train", "val"):
+            kinetics.write(tmp_path / name, split, [sample], labels=["hold"], rate_hz=8.0, crf=10, gop=4)
+
+    def views() -> list[np.ndarray]:
+        return [one.pixels for one in benchmarks.read("actions", tmp_path, "val", **CLIP, views=(3, 1))]
+
+    said, parts = views(), []
+    (path,) = [path for path in (tmp_path / name).rglob("ABC*") if "train" not in path.parts]
+    pipe = SimpleNamespace(write=lambda some: parts.append(bytes(some)) or len(some))  # has no place to go back to
+    video.write(pipe, sample.pixels, rate_hz=8.0, codec="libvpx-vp9", crf=10, gop=4, container="webm")
+    path.write_bytes(b"".join(parts))
+    assert video.probe(path, sha256="").duration_s == 0
+    found = views()
+    for one, wanted, start in zip(found, said, (0, 10, 20), strict=True):
+        assert np.abs(one.astype(int) - wanted).mean() < 3 and abs(one[0].mean() - 20 - 8 * start) < 5

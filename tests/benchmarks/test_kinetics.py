@@ -88,3 +88,21 @@ def test_kinetics_missing_videos_are_counted_and_a_test_list_is_refused(tmp_path
         kinetics.count(tmp_path, "train")
     with pytest.raises(UserError, match=r"laid out in another way: needed val.csv \(the official list"):
         kinetics.count(tmp_path, "val")
+
+
+def test_kinetics_another_stretch_of_the_same_video_is_not_what_is_listed(tmp_path):
+    write_kinetics(tmp_path)
+    (tmp_path / "train" / f"{IDS[1]}_000000_000001.mp4").rename(tmp_path / "train" / f"{IDS[1]}_000010_000020.mp4")
+    with pytest.raises(UserError, match="train lacks 1 of 4 videos of train, the first is _bcdefghijk_000000_000001.mp4"):
+        kinetics.count(tmp_path, "train")
+    skipped = []
+    assert [sample.video for sample in kinetics.read(tmp_path, "train", **CLIP, skipped=skipped)] == [IDS[0], *IDS[2:]]
+    assert [(item.id, item.bad) for item in skipped] == [("_bcdefghijk_000000_000001", True)]
+
+
+@pytest.mark.parametrize(("name", "shown"), [(IDS[0], 15), (f"{IDS[0]}_000010_000020", 0)])
+def test_kinetics_a_replacement_may_have_a_bare_id_but_no_other_stretch(tmp_path, name, shown):
+    write_kinetics(tmp_path)
+    (tmp_path / "replacement").mkdir()
+    (tmp_path / "replacement" / f"{name}.mp4").write_bytes((tmp_path / "train" / f"{IDS[3]}_000000_000001.mp4").read_bytes())
+    assert numbers(next(kinetics.read(tmp_path, "train", **CLIP)).pixels)[0] == shown

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numbered import SIDE, numbers, pictures
 
-from scaling4d import benchmarks, seeds
+from scaling4d import benchmarks, seeds, video
 from scaling4d.benchmarks import perception_test, tapvid
 from scaling4d.benchmarks.queries import asked
 from scaling4d.records import Sample, UserError
@@ -131,3 +131,11 @@ def test_tap_vid_is_measured_on_where_perception_test_is_there_to_train_on(tmp_p
         ("tapvid", "val", False),
     ]
     assert all(one.usable for one in found)
+
+
+@pytest.mark.parametrize("how", ["first", "strided"])
+def test_a_video_is_decoded_once_however_often_it_is_asked_about(tmp_path, monkeypatch, how):
+    write(tmp_path, "perception_test")
+    opened, frames = [], video.frames
+    monkeypatch.setattr(video, "frames", lambda source: opened.append(source) or frames(source))
+    assert len(read(tmp_path, how)) > 2 and len(opened) == 1

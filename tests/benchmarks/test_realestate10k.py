@@ -7,7 +7,9 @@ import pytest
 from numbered import CLIP, H264, INTRINSICS, SIDE, T, numbers, pictures, poses
 from PIL import Image
 
+from scaling4d import seeds, video
 from scaling4d.benchmarks import realestate10k
+from scaling4d.benchmarks.frames import at_times
 from scaling4d.records import Sample, UserError
 
 
@@ -15,7 +17,7 @@ def write_realestate10k(root: Path, *, clips: int = 1) -> list[Sample]:
     samples = []
     for n in range(clips):
         labels = {"camera_to_world": poses(T, seed=n), "intrinsics": INTRINSICS}
-        samples.append(Sample(f"{n:016x}", "abc-DEF_123", pictures() + np.uint8(100 * n), labels))
+        samples.append(Sample(f"{n:016x}", "abc-DEF_123", pictures() + np.uint8(100 * n % 256), labels))
     realestate10k.write(root, "val", samples, **H264)
     return samples
 
@@ -154,3 +156,31 @@ def test_realestate10k_frames_that_are_no_pictures_are_refused(tmp_path):
         path.unlink()
     with pytest.raises(UserError, match=r"holds no <time stamp>.png or .jpg of a time that 0{16}.txt lists"):
         list(realestate10k.read(tmp_path, "val", **CLIP))
+
+
+def test_realestate10k_a_clip_late_in_a_video_is_not_decoded_from_its_start(tmp_path, monkeypatch):
+    write_realestate10k(tmp_path, clips=20)
+    path, decoded, frames = tmp_path / "videos/abc-DEF_123.mp4", [], video.frames
+    wanted = [at_times(path, (n * T + np.arange(T)) / 8.0) for n in range(20)]
+    monkeypatch.setattr(video, "frames", lambda source: map(lambda frame: decoded.append(frame[0]) or frame, frames(source)))
+    found = [sample.pixels for sample in realestate10k.read(tmp_path, "val", **CLIP)]
+    assert len(found) == 20 and all(map(np.array_equal, found, wanted))
+    assert decoded == [0.0] * 20  # of each, the first frame, whose time counts as 0; the others come from near them
+
+
+def test_realestate10k_a_video_that_ends_before_a_clip_or_is_damaged_there_gives_the_others(tmp_path):
+    write_realestate10k(tmp_path, clips=4)
+    path = tmp_path / "videos/abc-DEF_123.mp4"
+    noise = seeds.numpy(0, "noise").integers(0, 256, (4 * T, SIDE, SIDE, 3), dtype=np.uint8)
+    video.write(path, noise[: 2 * T], codec="libx264", **H264)
+    with pytest.raises(UserError, match=r"abc-DEF_123.mp4 ends at 1.50 s, needed 2.12 s; lower clip.frames or raise rate_hz"):
+        list(realestate10k.read(tmp_path, "val", **CLIP))
+    video.write(path, noise, codec="libx264", **H264)
+    damaged = bytearray(path.read_bytes())
+    pictures_at, header_at = damaged.index(b"mdat"), damaged.index(b"moov")
+    late = pictures_at + (header_at - pictures_at) * 5 // 8
+    damaged[late : header_at - 4] = bytes(header_at - 4 - late)
+    path.write_bytes(damaged)
+    skipped = []
+    assert [sample.id for sample in realestate10k.read(tmp_path, "val", **CLIP, skipped=skipped)] == ["0" * 16, "0" * 15 + "1"]
+    assert [(item.id[-1], item.bad) for item in skipped] == [("2", True), ("3", True)]

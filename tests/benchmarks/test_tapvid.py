@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -172,3 +173,18 @@ def test_tapvid_refuses_what_does_not_fit(tmp_path):
     (tmp_path / "tapvid_rgb_stacking.pkl").write_bytes(pickle.dumps([]))
     with pytest.raises(UserError, match="several of TAP-Vid's sets: tapvid_davis.pkl, tapvid_rgb_stacking.pkl; keep one"):
         tapvid.count(tmp_path, "val")
+
+
+def test_tapvid_one_pickle_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    tapvid.write_kinetics(tmp_path, "val", [tap_sample(f"v{n}") for n in range(6)], shards=3, jpeg_quality=95)
+    arrays, alive, load = [], [], tapvid.load
+
+    def watched(path):
+        alive.append(sum(array() is not None for array in arrays))
+        content = load(path)
+        arrays.extend(weakref.ref(video["points"]) for video in content)
+        return content
+
+    monkeypatch.setattr(tapvid, "load", watched)
+    assert len(list(tapvid.read(tmp_path, "val", **TAP_CLIP))) == 6
+    assert len(alive) == 3 and max(alive) <= 1  # the video that was read last

@@ -1,5 +1,6 @@
 """Waymo Open: what is written is read back, and the traps of the real download, v1 and v2."""
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -194,3 +195,23 @@ def test_waymo_a_box_outside_the_picture_is_not_there(tmp_path):
     (read,) = waymo.read(tmp_path, "val", frames=T, rate_hz=10.0, side_px=SIDE)
     assert read.valid["boxes"].tolist() == [[True, True, False, False, False, False]]
     assert (read.labels["boxes"][0, 2:] == 0).all()
+
+
+@pytest.mark.parametrize("front", [1, "FRONT"])
+def test_waymo_pictures_of_other_cameras_are_not_taken_into_memory(tmp_path, front):
+    write_waymo(tmp_path)
+
+    def more(rows):
+        for row in rows:
+            row[waymo.KEYS[2]] = front
+        others = [2, 3, 4, 5] if front == 1 else ["FRONT_LEFT", "FRONT_RIGHT", "SIDE_LEFT", "SIDE_RIGHT"]
+        large = bytes(2_000_000)
+        rows.extend([{**row, waymo.KEYS[2]: other, waymo.IMAGE: large} for row in rows[:2] for other in others])
+
+    edit_rows(tmp_path / IMAGES, more)
+    edit_rows(tmp_path / LABELS, lambda rows: [row.update({waymo.KEYS[2]: front}) for row in rows])
+    tracemalloc.start()
+    (read,) = waymo.read(tmp_path, "val", frames=T, rate_hz=10.0, side_px=SIDE)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert numbers(read.pixels) == list(range(T)) and peak < 2_000_000

@@ -1,6 +1,7 @@
 """Several views of a validation video, judged together."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ from scaling4d import benchmarks
 from scaling4d.benchmarks import kinetics, ssv2
 from scaling4d.ranks import run
 from scaling4d.readout.features import Pixels
+from scaling4d.readout.split import Share, judged, measured, reread
 from scaling4d.readout.tasks.actions import Actions
-from scaling4d.readout.train import measured, share_of
 from scaling4d.records import Sample
 
 RATE_HZ = 8.0
@@ -58,23 +59,42 @@ def test_one_view_is_the_first_clip_and_the_middle_square(data: Path) -> None:
 def test_a_video_counts_once_by_the_mean_of_its_views_probabilities() -> None:
     asked = Actions(classes=3, rate_hz=RATE_HZ, views=("plain",), test_views=(2, 1))
     sure, unsure = np.array([0.0, 5.0, 0.0]), np.array([1.0, 0.0, 0.9])
-    targets = {"action": torch.tensor([1, 1, 2, 2])}
-    assert measured(asked, [sure, unsure, sure, unsure], targets) == [{"top1": (1.0, 1.0)}, {"top1": (0.0, 1.0)}]
+    targets = [{"action": np.int64(n)} for n in (1, 1, 2, 2)]
+    assert measured(asked, list(zip([sure, unsure, sure, unsure], targets, strict=True))) == [
+        {"top1": (1.0, 1.0)},
+        {"top1": (0.0, 1.0)},
+    ]
     loud = np.array([30.0, 0.0, 0.0])  # logits would be outvoted by it; probabilities are not
     two = [np.log([0.45, 0.55, 1e-9]), np.log([0.4, 0.6, 1e-9])]
-    assert measured(asked, [loud, *two, two[0]], targets)[1] == {"top1": (0.0, 1.0)}
+    assert measured(asked, list(zip([loud, *two, two[0]], targets, strict=True)))[1] == {"top1": (0.0, 1.0)}
     assert asked.pooled(np.stack(two)) == pytest.approx([0.425, 0.575, 0.0], abs=1e-6)
 
 
-def shared(*, rank: int, ranks: int, data: Path, split: str) -> list[str]:
-    from types import SimpleNamespace
-
+def shared(*, rank: int, ranks: int, data: Path, split: str) -> Share:
     asked = Actions(classes=2, rate_hz=RATE_HZ, views=("plain",), test_views=(2, 3))
-    evaluation = SimpleNamespace(data=data, max_bad_share=0.0)
-    part = {"clip": (FRAMES, 32, 32), "rank": rank, "ranks": ranks}
-    return share_of(asked, "actions", split, evaluation, Pixels(), **part)[2]
+    return Share(
+        "actions", split, asked, SimpleNamespace(data=data, max_bad_share=0.0, kept_clips=9), (FRAMES, 32, 32), rank, ranks
+    )
+
+
+def learned(**where: object) -> int:
+    return len(reread(shared(split="train", **where)))
+
+
+def passes(**where: object) -> tuple[int, list[str], list[dict]]:
+    """How many clips a readout sees of a rank's validation videos, in batches that do not hold whole numbers of videos."""
+    seen = []
+
+    def says(pixels: torch.Tensor, target: dict[str, torch.Tensor]) -> torch.Tensor:
+        seen.append(len(pixels))
+        return torch.eye(2)[target["action"]]
+
+    videos, sums, _ = judged(shared(split="val", **where), Pixels(), says, size=4)
+    return sum(seen), videos, sums
 
 
 def test_only_validation_videos_come_in_test_views(data: Path) -> None:
-    assert len(run(shared, ranks=1, data=data, split="train")) == 3
-    assert len(run(shared, ranks=2, data=data, split="val")) == 12  # two of three videos on the first rank
+    assert run(learned, ranks=1, data=data) == 3
+    clips, videos, sums = run(passes, ranks=2, data=data)
+    assert clips == 12 and videos == ["ABCDEFGHIJ1", "ABCDEFGHIJ3"]  # two of three videos on the first rank
+    assert sums == [{"top1": (1.0, 1.0)}] * 2

@@ -2,9 +2,8 @@
 
 import json
 import re
-import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from scaling4d import artifacts, config, seeds, vision_operators
-from scaling4d.benchmarks import ssv2
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.mae.patches import patchify
 from scaling4d.readout.classifier import classify
@@ -22,7 +20,7 @@ from scaling4d.readout.extract import features
 from scaling4d.readout.features import at_depth
 from scaling4d.readout.pretrained import FAMILIES, baseline, load_encoder, take_over
 from scaling4d.readout.train import readout
-from scaling4d.records import Sample, UserError
+from scaling4d.records import UserError
 
 vision_operators.declare()
 import transformers as tf  # noqa: E402  after the declaration, without which it cannot be imported
@@ -323,18 +321,6 @@ def test_a_python_caller_loads_it_like_any_other(published, listed, no_rules):
     assert encoder.features(clips(64, 1))[0].shape == (1, 2 * 4 * 4, 24)
     with pytest.raises(UserError, match=r"^clip T H W = \(8, 32, 32\) does not suit a videomae; needed 4 frames, height = width"):
         encoder.resize((8, 32, 32))
-
-
-@pytest.fixture
-def actions(project: Path) -> Iterator[None]:
-    """Something-Something in small: eight videos to train on and eight to measure, brighter or darker as time goes by."""
-    templates = [f"Doing {letter} to [something]" for letter in "abcdefgh"]
-    ramp = np.linspace(0, 255, 20).astype(np.uint8)[:, None, None, None] * np.ones((1, 64, 64, 3), np.uint8)
-    for split in ("train", "val"):
-        samples = [Sample(f"{split}{n}", f"{split}{n}", ramp[:: 1 - n % 2 * 2], {"action": np.int64(n % 8)}) for n in range(8)]
-        ssv2.write(project / "data/benchmarks/ssv2", split, samples, templates=templates, rate_hz=8.0, crf=30, gop=8)
-    yield
-    shutil.rmtree(project / "data/benchmarks")
 
 
 @pytest.mark.parametrize("kind", ["siglip", "vjepa2"])

@@ -1,5 +1,6 @@
 """Heads, losses and metrics of the readouts."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from scaling4d.ranks import run
 from scaling4d.readout import metrics
 from scaling4d.readout.features import Standard, stretch
 from scaling4d.readout.heads import AttentionReadout, Head, cells, fourier
+from scaling4d.readout.split import one_by_one, stacked
 from scaling4d.readout.tasks.boxes import Boxes
 from scaling4d.readout.tasks.depth import Depth
 from scaling4d.readout.tasks.points import Points
@@ -287,9 +289,51 @@ def test_fourier_is_sines_then_cosines_of_doubling_frequency() -> None:
     assert torch.allclose(found[0], torch.cat([wanted.sin(), wanted.cos()]), atol=1e-6)
 
 
-def test_padding_cuts_and_fills() -> None:
-    assert pad(np.array([1, 2, 3]), 2).tolist() == [1, 2]
+def test_padding_fills_and_never_cuts() -> None:
+    assert pad(np.array([1, 2, 3]), 2).tolist() == [1, 2, 3]
     assert pad(np.array([1]), 3).tolist() == [1, 0, 0]
+
+
+FEW = {"points": (replace(TASK["points"], tracks=2), "asked", 5), "boxes": (replace(TASK["boxes"], objects=2), "present", 3)}
+
+
+@pytest.mark.parametrize("task", list(FEW))
+def test_more_is_judged_than_is_learned_and_each_thing_by_itself(task: str) -> None:
+    bind_head()
+    few, mask, things = FEW[task]
+    head = few.head(features_width=24, clip=CLIP)
+    head.initialise(0)
+    features = torch.randn(1, 2, 4, 24, generator=seeds.stream(0, "features"))
+    whole = few.target(sample())
+    assert whole[mask].reshape(things, -1).any(1).all() and len(few.lesson(whole)[mask]) == 2
+    said = few.predict(head, features, stacked([whole]))
+    assert said.shape[1] == things
+    at_once = TASK[task].predict(head, features, batch(task, range(1)))[:, :things]
+    assert torch.allclose(said, at_once, atol=1e-6)
+    found, wanted = (few.measure(raw[0].detach().numpy(), whole) for raw in (said, at_once))
+    only_learned = few.measure(said[0, :2].detach().numpy(), few.lesson(whole))
+    for metric, (_, count) in found.items():
+        assert found[metric] == pytest.approx(wanted[metric], abs=1e-5)
+        assert count >= only_learned[metric][1]
+    assert found != only_learned
+
+
+def test_a_batch_of_clips_with_few_and_many_things_measures_each_as_if_it_were_alone() -> None:
+    bind_head()
+    few, _, _ = FEW["points"]
+    head = few.head(features_width=24, clip=CLIP)
+    head.initialise(0)
+    features = torch.randn(2, 2, 4, 24, generator=seeds.stream(0, "features"))
+    plain = sample(1)
+    one = replace(
+        plain, labels=plain.labels | {"points": plain.labels["points"][:1]}, valid={"points": plain.valid["points"][:1]}
+    )
+    both = stacked([few.target(sample()), few.target(one)])
+    said = few.predict(head, features, both)
+    for n, (target, alone) in enumerate(zip(one_by_one(both), (sample(), one), strict=True)):
+        single = few.predict(head, features[n : n + 1], stacked([few.target(alone)]))[0].detach().numpy()
+        found, wanted = few.measure(said[n].detach().numpy(), target), few.measure(single, few.target(alone))
+        assert found.keys() == wanted.keys() and all(np.allclose(found[name], wanted[name], atol=1e-5) for name in found)
 
 
 def test_a_given_query_is_answered_whatever_the_others_ask() -> None:

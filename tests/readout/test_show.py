@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -369,3 +369,12 @@ def test_readouts_that_answer_different_questions_are_not_shown_together(project
     for other in (readout("pose"), readout("depth")):
         with pytest.raises(UserError, match="show them one by one$|name each once$"):
             show.show([readout("depth"), other], Path("out"), clips=1, ids=[], frames=2)
+
+
+def test_every_listed_clip_may_be_drawn_whatever_a_result_counts(project: Path) -> None:
+    """A video in which points are asked about in several frames counts as several examples; damaged ones as none."""
+    one = trained.read(readout("depth"))
+    for examples in (1, 5000):
+        counted = replace(one, result=replace(one.result, examples=examples))
+        assert len(show._chosen(counted, 8, SIDE, 28, [])) == 28
+        assert [s.id for s in show._chosen(counted, 8, SIDE, 3, [])] == [s.id for s in show._chosen(one, 8, SIDE, 3, [])]

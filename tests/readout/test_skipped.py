@@ -1,19 +1,26 @@
 """What a readout does with damaged and missing samples."""
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
+from scaling4d import config
 from scaling4d.benchmarks import perception_test, ssv2
 from scaling4d.benchmarks.skipped import Skipped
+from scaling4d.pretrain.point import baseline
 from scaling4d.ranks import gather, run
 from scaling4d.readout.features import Pixels
+from scaling4d.readout.split import Share, judged, reread, write_skipped
 from scaling4d.readout.tasks.actions import Actions
 from scaling4d.readout.tasks.points import Points
-from scaling4d.readout.train import share_of, write_skipped
+from scaling4d.readout.train import readout
 from scaling4d.records import Sample, UserError
 
 ASKED = Actions(classes=2, rate_hz=8.0, views=("plain", "mirrored"), test_views=(1, 1))
@@ -32,10 +39,10 @@ def data(tmp_path: Path) -> Path:
 
 
 def shared(*, rank: int, ranks: int, data: Path, share: float) -> tuple[int, list[str], list[Skipped]]:
-    evaluation = SimpleNamespace(data=data, max_bad_share=share, depth_fraction=0.95)
-    part = {"clip": (6, 32, 32), "rank": rank, "ranks": ranks}
-    inputs, _, videos, skipped = share_of(ASKED, "actions", "train", evaluation, Pixels(), **part)
-    return len(inputs), videos, skipped
+    evaluation = SimpleNamespace(data=data, max_bad_share=share, kept_clips=3)
+    part = Share("actions", "train", ASKED, evaluation, (6, 32, 32), rank, ranks)
+    lessons = reread(part)
+    return len(lessons), [lessons.samples.items[place.item]["id"] for place in lessons.places], part.all_skipped()
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -70,27 +77,48 @@ def point_videos(root: Path) -> Path:
     return root
 
 
-def points_of(
-    *, rank: int, ranks: int, split: str, queries: str, data: Path, share: float
-) -> tuple[list[int], list[str], list[Skipped]]:
+def points_of(*, rank: int, ranks: int, split: str, queries: str, data: Path, share: float) -> Share:
     asked = Points(tracks=4, tiles=1, rate_hz=8.0, views=("plain", "mirrored"), certain=True, relative=False, queries=queries)
-    evaluation = SimpleNamespace(data=data, max_bad_share=share, depth_fraction=0.95)
-    part = {"clip": (6, 32, 32), "rank": rank, "ranks": ranks}
-    inputs, targets, videos, skipped = share_of(asked, "points", split, evaluation, Pixels(), **part)
-    assert len(inputs) == len(videos)
-    return targets["asked"].sum(1).tolist(), gather(videos), skipped
+    evaluation = SimpleNamespace(data=data, max_bad_share=share, kept_clips=3)
+    return Share("points", split, asked, evaluation, (6, 32, 32), rank, ranks)
+
+
+def learned_points(**where: object) -> int:
+    return sum(gather([len(reread(points_of(split="train", **where)))]))
+
+
+def judged_points(**where: object) -> tuple[list[int], list[str], list[Skipped]]:
+    part, asked = points_of(split="val", **where), []
+
+    def says(pixels: Tensor, target: dict[str, Tensor]) -> Tensor:
+        asked.extend(target["asked"].sum(1).tolist())
+        return torch.zeros(*target["visible"].shape, 4)
+
+    videos, sums, _ = judged(part, Pixels(), says, size=2)
+    assert len(sums) == len(videos)
+    return asked, gather(videos), part.all_skipped()
 
 
 def test_points_are_measured_where_the_setting_asks_and_trained_in_frame_0(tmp_path):
     where = {"data": point_videos(tmp_path), "share": 0.25, "ranks": 2}
-    asked, videos, skipped = run(points_of, split="val", queries="first", **where)
+    asked, videos, skipped = run(judged_points, queries="first", **where)
     assert sorted(videos) == [f"video_{n}" for n in range(3) for _ in range(3)]
     assert asked == [1] * 6  # of the first rank: two videos with a clip a track
     assert [item.id for item in skipped] == ["video_3"]
-    assert len(run(points_of, split="val", queries="frame_0", **where)[1]) == 3
-    assert len(run(points_of, split="train", queries="first", **where)[1]) == 6  # three videos in two views
+    assert len(run(judged_points, queries="frame_0", **where)[1]) == 3
+    assert run(learned_points, queries="first", **where) == 6  # three videos in two views
 
 
 def test_a_video_that_gives_several_clips_is_one_when_bad_ones_are_counted(tmp_path):
     with pytest.raises(UserError, match="points val: 1 of 4 samples are damaged or missing"):
-        run(points_of, ranks=2, split="val", queries="first", data=point_videos(tmp_path), share=0.2)
+        run(judged_points, ranks=2, queries="first", data=point_videos(tmp_path), share=0.2)
+
+
+def test_a_rank_that_hangs_in_a_readout_is_named(
+    project: Path, changed: Callable, actions: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    baseline("untrained_nano", config.read())
+    changed("readout.shared.Evaluation.ranks", 2)
+    monkeypatch.setattr(ssv2, "_sample", lambda *_, **__: time.sleep(600))
+    with pytest.raises(UserError, match="ranks? .* of 2 .* the start"):
+        readout("untrained_nano", "actions", "frozen", changed("readout.shared.Evaluation.hang_s", 0.5))

@@ -1,5 +1,6 @@
 """Features that stay on disk."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,11 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from scaling4d import seeds
+from scaling4d import artifacts, config, seeds
 from scaling4d.mae.encoder import Encoder, initialise
+from scaling4d.pretrain.point import baseline
 from scaling4d.readout import store
+from scaling4d.readout.classifier import classify
 from scaling4d.readout.features import Features, layer_index, together
 from scaling4d.readout.store import Store, opened
+from scaling4d.readout.train import readout
 from scaling4d.records import UserError
 
 LAYER = layer_index(depth=6, fraction=0.95)
@@ -50,7 +54,9 @@ def kept(encoder: Encoder, folder: Path, *, layers: tuple[int, ...] = (), dtype:
 
 
 def through(inputs: Store | Features, clips: list[Tensor]) -> list[Tensor]:
-    return inputs.ready([inputs.add(clip) for clip in clips])
+    added = [inputs.add(clip) for clip in clips]
+    inputs.flush()
+    return inputs.ready(added)
 
 
 def test_stored_features_are_those_of_the_encoder_bit_for_bit_and_the_next_readout_needs_no_pass(
@@ -132,6 +138,10 @@ def test_other_weights_other_models_and_other_numbers_have_folders_of_their_own(
     code.write_text('{"modules": {"scaling4d.mae.encoder": "d"}}')
     second = folder()
     assert second != first
+    with monkeypatch.context() as patch:
+        patch.setattr(store.metadata, "version", lambda name: f"another {name}")
+        assert folder() not in (first, second)
+    assert folder() == second
     with torch.no_grad():
         encoder.patch_embedding.bias += 1
     assert folder() not in (first, second)
@@ -149,3 +159,94 @@ def checkpointed() -> Callable[[Encoder, Path], Path]:
         return folder
 
     return write
+
+
+def test_a_shard_is_hashed_when_it_is_first_used_and_not_before(
+    encoder: Encoder, clips: list[Tensor], passes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for clip in clips[:3]:
+        through(kept(encoder, tmp_path), [clip])
+    hashed, sha256 = [], store.artifacts.sha256
+    monkeypatch.setattr(store.artifacts, "sha256", lambda path: hashed.append(path) or sha256(path))
+    again = kept(encoder, tmp_path)
+    assert hashed == []
+    for _ in range(2):
+        assert torch.equal(again.of(again.add(clips[1])), through(Features(encoder, 0.95), clips[1:2])[0])
+        assert len(hashed) == 1
+
+
+def test_an_interrupted_write_leaves_nothing_and_the_next_readout_starts_anew(
+    encoder: Encoder, clips: list[Tensor], passes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(path: Path, tensors: dict[str, Tensor]) -> None:
+        path.write_bytes(b"half of a sha")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "save_tensors", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            through(kept(encoder, tmp_path), clips)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "partial-killed").mkdir()  # what a kill leaves
+    (tmp_path / "partial-killed/shard").write_bytes(b"half of a sha")
+    del passes[:]
+    assert all(map(torch.equal, through(kept(encoder, tmp_path), clips), through(Features(encoder, 0.95), clips)))
+    assert len(passes) == 2 * len(clips)
+
+
+def test_a_shard_that_is_no_shard_is_named_and_passed_over(encoder: Encoder, clips: list[Tensor], tmp_path: Path) -> None:
+    (tmp_path / f"{'0' * 64}.safetensors").write_bytes(b"half of a sha")
+    with pytest.warns(UserWarning, match="0.safetensors is damaged; its clips are computed again"):
+        found = through(kept(encoder, tmp_path), clips)
+    assert all(map(torch.equal, found, through(Features(encoder, 0.95), clips)))
+
+
+def test_features_are_looked_up_when_they_are_used_wherever_they_lie(
+    encoder: Encoder, clips: list[Tensor], tmp_path: Path
+) -> None:
+    here = kept(encoder, tmp_path)
+    stored = here.ready([here.add(clip) for clip in clips])
+    wanted = through(Features(encoder, 0.95), clips)
+    assert list(tmp_path.iterdir()) == [] and all(map(torch.equal, stored, wanted))  # not on disk yet
+    here.flush()
+    assert len(list(tmp_path.iterdir())) == 1 and here.new == {} and all(map(torch.equal, stored, wanted))
+
+
+def test_a_readout_is_the_same_whether_its_store_is_new_full_damaged_or_gone(
+    project: Path, changed: Callable, actions: None
+) -> None:
+    baseline("untrained_nano", config.read())
+
+    def trained(folder: str) -> list[str]:
+        changed("readout.shared.Evaluation.ranks", 2)
+        readout("untrained_nano", "actions", "frozen", changed("readout.shared.Evaluation.feature_store", folder))
+        out = project / "artifacts/smoke/readout/untrained_nano/actions/frozen"
+        return [artifacts.sha256(out / name) for name in ("head.safetensors", "result.json")]
+
+    def shards() -> list[Path]:
+        return sorted((project / "store").rglob("*.safetensors"))
+
+    wanted = trained("")
+    assert not (project / "store").exists()
+    assert trained("store") == wanted
+    full = shards()
+    assert full and trained("store") == wanted and shards() == full
+    for path in full[::2]:
+        path.unlink()
+    assert trained("store") == wanted and shards() == full
+    shutil.rmtree(project / "store")
+    assert trained("store") == wanted and shards() == full
+    shutil.rmtree(project / "store")
+
+
+def test_a_readout_of_other_classes_than_the_benchmarks_is_refused_in_one_line(
+    project: Path, changed: Callable, actions: None
+) -> None:
+    baseline("untrained_nano", config.read())
+    changed("readout.tasks.actions.Actions.classes", 3)
+    settings = changed("readout.shared.Evaluation.ranks", 2)
+    expected = "^data/benchmarks/ssv2 has 8 classes; set readout.tasks.actions.Actions.classes = 3 to that$"
+    with pytest.raises(UserError, match=expected):
+        readout("untrained_nano", "actions", "frozen", settings)
+    with pytest.raises(UserError, match=expected):
+        classify("untrained_nano", settings)

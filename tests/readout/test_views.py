@@ -1,5 +1,7 @@
 """Clips mirrored and run backwards: the labels still say what the picture shows."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -85,5 +87,13 @@ def test_a_mirrored_action_is_another() -> None:
 )
 def test_a_view_that_a_task_cannot_have_is_refused(task: str, names: tuple[str, ...], needed: str) -> None:
     with pytest.raises(UserError) as error:
-        check(task, names)
+        check(task, names, (1, 1))
     assert str(error.value) == f"readout.tasks.{task}: views = {list(names)}; needed some of {needed}"
+
+
+@pytest.mark.parametrize("test_views", [(1, 0), (-1, 1), (2,), (1, 1.5)])
+def test_test_views_are_two_numbers_above_0(test_views: tuple) -> None:
+    check("actions", ("plain",), (2, 3))
+    found = re.escape(str(list(test_views)))
+    with pytest.raises(UserError, match=f"^readout.tasks.actions: test_views = {found}; needed two whole numbers of at least 1"):
+        check("actions", ("plain",), test_views)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scaling4d import code, config
+from scaling4d import artifacts, code, config
 from scaling4d.audit import history, lock, numbers
 from scaling4d.audit.run import Run, runs, touch
 from scaling4d.records import UserError
@@ -302,6 +302,7 @@ def _place(commit: str, path: str) -> str:
 def _inside(run: Run, changed: Mapping[str, list[str]]) -> Iterator[Finding]:
     """changed: what differs and was named; what must differ because of it is not named again."""
     yield from _said(run, changed)
+    yield from _published(run)
     yield from _weights(run, changed)
     yield from _facts(run, changed)
     for check in (numbers.files, numbers.tables, numbers.metrics, numbers.page):
@@ -339,9 +340,33 @@ def _provenance(run: Run, name: str, path: str, changed: Mapping[str, list[str]]
     if not all(run.disk.here(dep.path) and not any(touch(dep.path, other) for other in changed) for dep in stage.deps):
         return
     known = _read(run, name)
-    for word, sha in (said.get("inputs") or {}).items():
+    for word, sha in () if _source(stage) else (said.get("inputs") or {}).items():
         if word != "videos" and sha not in known:  # those may be members of archives; the lock holds the hash of their folder
             yield f"{path} names {word} {sha}, which is nothing that {run.lock} says it read"
+
+
+def _source(stage: lock.Stage) -> Mapping[str, Any] | None:
+    """Where the published encoder comes from that a stage took over: Pretrained's settings. DVC does not know of it."""
+    return next((value["Pretrained"] for key, value in stage.params.items() if key.startswith("encoders.pretrained.")), None)
+
+
+def _published(run: Run) -> Iterator[Finding]:
+    """What published encoders were taken over from is still that, where it is a folder; a commit of the hub cannot change."""
+    for name, path in _provenances(run).items():
+        asked = _source(run.stages[name])
+        if asked is None or asked["revision"]:
+            continue
+        folder = Path(asked["source"])
+        if not folder.is_dir():
+            yield Finding(UNCHECKED, name, f"the folder {folder}, from which the encoder was taken over, is not here")
+            continue
+        said = (run.json(path) or {}).get("inputs") or {}
+        for word, sha in said.items():
+            found = artifacts.sha256(folder / word) if (folder / word).is_file() else "not there"
+            if found != sha:
+                again = f"run `dvc repro --force --single-item {name}`, then `dvc repro`"
+                message = f"took over {word} of {folder} as {sha}; now it is {found}: {again}"
+                yield Finding(WRONG, name, message, run.taints(path, [(out.path, ()) for out in run.stages[name].outs]))
 
 
 def _read(run: Run, name: str) -> set[str]:

@@ -6,15 +6,19 @@ in later frames, clips start there (`queries`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from scaling4d.benchmarks.queries import check as check_queries
 from scaling4d.benchmarks.skipped import Missing, Skipped
-from scaling4d.records import Sample, UserError
+from scaling4d.records import UserError
+
+if TYPE_CHECKING:
+    from scaling4d.benchmarks.frames import Samples
 
 TASKS = {  # of several benchmarks, the one whose folder is there is read
     "actions": ("ssv2", "kinetics"),
@@ -55,7 +59,7 @@ def read(
     max_bad_share: float = 0.0,
     views: tuple[int, int] = (1, 1),
     queries: str | None = None,
-) -> Iterator[Sample]:
+) -> Samples:
     """The samples of a task's benchmark, in the order of its own lists; the layout is checked before the first one.
 
     Args:
@@ -82,6 +86,15 @@ def read(
     more = {} if views == (1, 1) else {"views": views}
     more |= {} if queries is None else {"queries": queries}
     return benchmark.read(root, split, frames=frames, rate_hz=rate_hz, side_px=side_px, part=part, skipped=skipped, **more)
+
+
+def listed(task: str, benchmarks_root: Path, split: str) -> int:
+    """How many items of a task's benchmark its split lists, missing ones included. Raises UserError: as read."""
+    name, root = _source(task, benchmarks_root, split)
+    try:
+        return _module(name).count(root, split)
+    except Missing as missing:
+        return missing.listed
 
 
 def judge(skipped: Sequence[Skipped], listed: int, max_bad_share: float, what: str) -> None:

@@ -31,26 +31,45 @@ def needed(root: Path, path: Path, what: str) -> Path:
     return path
 
 
-def each(items: Iterable[T], one: Callable[[T], Sample], skipped: list[Skipped] | None, name: Callable = str) -> Iterator[Sample]:
-    """One sample an item. What gives none is noted in `skipped`; without such a list, what is damaged raises."""
-    return each_of(items, lambda item: [one(item)], skipped, name)
+class Samples(Iterator[Sample]):
+    """Samples in the order of what is listed, or those of one item by its place, as often as they are wanted.
+
+    items: what is listed; some: the samples of an item; name: of an item. What gives none is noted in `skipped`; without such a
+    list, what is damaged raises.
+    """
+
+    def __init__(
+        self, items: Iterable[T], some: Callable[[T], list[Sample]], skipped: list[Skipped] | None, name: Callable = str
+    ) -> None:
+        self.items, self.some, self.skipped, self.name = items, some, skipped, name
+        self._in_turn = (sample for _, samples in self.by_place() for sample in samples)
+
+    def __next__(self) -> Sample:
+        return next(self._in_turn)
+
+    def by_place(self) -> Iterator[tuple[int, list[Sample]]]:
+        """Place in `items` and samples of every item that gives any."""
+        for place, item in enumerate(self.items):
+            try:
+                samples = self.some(item)
+            except UserError as error:
+                bad = not isinstance(error, LeftOut)
+                if self.skipped is not None:
+                    self.skipped.append(Skipped(self.name(item), str(error), bad))
+                elif bad:
+                    raise
+            else:
+                yield place, samples
+
+    def at(self, place: int) -> list[Sample]:
+        """Raises UserError: the item gives none."""
+        assert isinstance(self.items, Sequence)  # all benchmarks that are trained on have lists
+        return self.some(self.items[place])
 
 
-def each_of(
-    items: Iterable[T], some: Callable[[T], list[Sample]], skipped: list[Skipped] | None, name: Callable
-) -> Iterator[Sample]:
-    """The same for items that give several samples."""
-    for item in items:
-        try:
-            samples = some(item)
-        except UserError as error:
-            bad = not isinstance(error, LeftOut)
-            if skipped is not None:
-                skipped.append(Skipped(name(item), str(error), bad))
-            elif bad:
-                raise
-        else:
-            yield from samples
+def each(items: Iterable[T], one: Callable[[T], Sample], skipped: list[Skipped] | None, name: Callable = str) -> Samples:
+    """One sample an item."""
+    return Samples(items, lambda item: [one(item)], skipped, name)
 
 
 def all_there(folder: Path, names: Sequence[str], what: str) -> int:
@@ -76,16 +95,15 @@ def load_json(path: Path, kind: type) -> Any:
     return content
 
 
-def at_times(path: Path, times_s: Sequence[float] | np.ndarray, *, repeat_last: bool) -> np.ndarray:
+def at_times(path: Path, times_s: Sequence[float] | np.ndarray) -> np.ndarray:
     """uint8 `T H W 3`: the frame on show at each ascending time since the first frame; decoding stops after the last one.
 
-    repeat_last: a video that ends early goes on with its last frame.
-
+    A video that ends early goes on with its last frame.
     Raises:
-        UserError: it cannot be decoded, or ends early and `repeat_last` is off.
+        UserError: it cannot be decoded.
     """
     pictures: list[np.ndarray] = []
-    first_s, shown, shown_s, gap_s = None, None, 0.0, 0.0
+    first_s = shown = None
     try:
         for clock_s, picture in video.frames(path):
             first_s = clock_s if first_s is None else first_s
@@ -94,16 +112,37 @@ def at_times(path: Path, times_s: Sequence[float] | np.ndarray, *, repeat_last: 
                 pictures.append(shown)
             if len(pictures) == len(times_s):
                 break
-            gap_s, shown, shown_s = time_s - shown_s, picture, time_s
+            shown = picture
     except video.VideoError as error:
         raise UserError(f"{path}: {error}") from error
     if shown is None:
         raise UserError(f"{path}: no frame can be decoded")
-    for wanted_s in times_s[len(pictures) :]:
-        if wanted_s > shown_s + gap_s + TOLERANCE_S and not repeat_last:
-            raise UserError(f"{path} ends at {shown_s:.2f} s, needed {wanted_s:.2f} s; lower clip.frames or raise rate_hz")
-        pictures.append(shown)
-    return np.stack(pictures)
+    return np.stack([*pictures, *[shown] * (len(times_s) - len(pictures))])
+
+
+def far_in(path: Path, times_s: np.ndarray) -> np.ndarray:
+    """The same of a video that goes on for long before the first time: decoded from the key frame before it.
+
+    Raises:
+        UserError: it cannot be decoded, or ends early.
+    """
+    try:
+        first_s, _ = next(video.frames(path), (0.0, None))
+        end_s = _duration_s(path)
+        if times_s[-1] > end_s + TOLERANCE_S:
+            raise UserError(f"{path} ends at {end_s:.2f} s, needed {times_s[-1]:.2f} s; lower clip.frames or raise rate_hz")
+        return video.at(path, first_s + times_s)
+    except video.VideoError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _duration_s(path: Path) -> float:
+    """As the file says; where it does not, its frames are counted."""
+    said_s = video.probe(path, sha256="").duration_s
+    if said_s > 0:
+        return said_s
+    times_s = [time_s for time_s, _ in video.frames(path)]
+    return (times_s[-1] - times_s[0]) * len(times_s) / max(len(times_s) - 1, 1)  # the last frame is shown as long as the others
 
 
 def clips_of(path: Path, *, frames: int, rate_hz: float, clips: int) -> list[np.ndarray]:
@@ -115,33 +154,34 @@ def clips_of(path: Path, *, frames: int, rate_hz: float, clips: int) -> list[np.
     """
     times_s = np.arange(frames) / rate_hz
     if clips == 1:
-        return [at_times(path, times_s, repeat_last=True)]
+        return [at_times(path, times_s)]
     try:
-        last_s = max(video.probe(path, sha256="").duration_s - frames / rate_hz, 0.0)
+        last_s = max(_duration_s(path) - frames / rate_hz, 0.0)
     except video.VideoError as error:
         raise UserError(f"{path}: {error}") from error
     each_s = [start_s + times_s for start_s in np.linspace(0.0, last_s, clips)]
     every_s = np.unique(np.concatenate(each_s))
-    pictures = at_times(path, every_s, repeat_last=True)
+    pictures = at_times(path, every_s)
     return [pictures[np.searchsorted(every_s, of_one_s)] for of_one_s in each_s]
 
 
-def at_numbers(path: Path, numbers: Sequence[int]) -> np.ndarray:
-    """uint8 `T H W 3`: frames by their ascending number in the video.
+def at_numbers(path: Path, numbers: Sequence[int]) -> Iterator[np.ndarray]:
+    """uint8 `H W 3` each: frames by their ascending number in the video, one at a time; decoding stops after the last one.
 
     Raises:
         UserError: it cannot be decoded, or has too few frames.
     """
-    pictures: list[np.ndarray] = []
+    shown, left = -1, iter(video.frames(path))
     try:
-        for number, (_, picture) in enumerate(video.frames(path)):
-            while len(pictures) < len(numbers) and numbers[len(pictures)] == number:
-                pictures.append(picture)
-            if len(pictures) == len(numbers):
-                return np.stack(pictures)
+        for number in numbers:
+            while shown < number:
+                _, picture = next(left)
+                shown += 1
+            yield picture
+    except StopIteration:
+        raise UserError(f"{path} ends before frame {number}; lower clip.frames or raise rate_hz") from None
     except video.VideoError as error:
         raise UserError(f"{path}: {error}") from error
-    raise UserError(f"{path} ends before frame {numbers[len(pictures)]}; lower clip.frames or raise rate_hz")
 
 
 @dataclass(frozen=True)

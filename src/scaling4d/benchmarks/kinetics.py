@@ -2,14 +2,15 @@
 `{train,val}/<youtube id>_<start:06d>_<end:06d>.mp4`, right there or in a folder a class.
 
 A list's columns: label, youtube_id, time_start, time_end, split. A YouTube id has 11 characters and may hold `_` and start with
-`-`. What lies below `replacement/` goes before the file of the same id (CVDF's mends for broken files). A class is the place of
-its label among the sorted labels of the training list. Facts: cvdfoundation/kinetics-dataset and its arrange_by_classes.py.
+`-`. What lies below `replacement/` (CVDF's mends for broken files) goes before the file of the same stretch, also by a bare id. A
+class is the place of its label among the sorted labels of the training list. Facts: cvdfoundation/kinetics-dataset and its
+arrange_by_classes.py.
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from scaling4d import video
-from scaling4d.benchmarks.frames import each_of, needed, views_of
+from scaling4d.benchmarks.frames import Samples, needed, views_of
 from scaling4d.benchmarks.skipped import Missing, Skipped
 from scaling4d.records import Sample, UserError
 
@@ -48,7 +49,7 @@ def read(
     part: slice = slice(None),
     skipped: list[Skipped] | None = None,
     views: tuple[int, int] = (1, 1),
-) -> Iterator[Sample]:
+) -> Samples:
     """labels action `()`, and action_mirrored `()`, which is the same. A short video goes on with its last frame.
 
     views: clips over the time of a video, and squares cut out of each; so many samples follow one another.
@@ -56,7 +57,7 @@ def read(
     numbers = {name: number for number, name in enumerate(classes(root))}
     asked = {"frames": frames, "rate_hz": rate_hz, "side_px": side_px, "views": views}
     one = partial(_sample, root, split, numbers, _files(root, split), **asked)
-    return each_of(_entries(root, split)[part], one, skipped, lambda entry: entry.name)
+    return Samples(_entries(root, split)[part], one, skipped, lambda entry: entry.name)
 
 
 def classes(root: Path) -> list[str]:
@@ -71,13 +72,13 @@ def count(root: Path, split: str) -> int:
         UserError: another layout, no entries, or listed videos that are not there.
     """
     entries, files = _entries(root, split), _files(root, split)
-    if missing := [f"{entry.name}.mp4" for entry in entries if _file(root, files, entry) is None]:
+    if missing := [f"{entry.name}.mp4" for entry in entries if _file(files, entry) is None]:
         raise Missing(_folder(root, split), missing, listed=len(entries), what=f"videos of {split}")
     return len(entries)
 
 
 def layout(root: Path, split: str) -> str:
-    in_classes = any(path.parent.parent == _folder(root, split) for paths in _files(root, split).values() for path in paths)
+    in_classes = any(path.parent.parent == _folder(root, split) for path in _files(root, split).values())
     return f"{_list(root, split).relative_to(root)}, videos in {'a folder a class' if in_classes else 'one folder'}"
 
 
@@ -101,7 +102,7 @@ def _sample(
     root: Path,
     split: str,
     numbers: dict[str, int],
-    files: dict[str, list[Path]],
+    files: dict[str, Path],
     entry: Entry,
     *,
     frames: int,
@@ -112,7 +113,7 @@ def _sample(
     where = f"{_list(root, split)}, line {entry.line}"
     if entry.label not in numbers:
         raise UserError(f"{where}: {entry.label!r} is no label of the training list")
-    path = _file(root, files, entry)
+    path = _file(files, entry)
     if path is None:
         raise UserError(f"{where}: no file {entry.name}.mp4 below {_folder(root, split)}")
     action = np.int64(numbers[entry.label])
@@ -140,22 +141,19 @@ def _folder(root: Path, split: str) -> Path:
     return needed(root, root / NAMES[split][0], "videos <youtube id>_<start>_<end>.mp4")
 
 
-def _files(root: Path, split: str) -> dict[str, list[Path]]:
-    """By YouTube id: replacements, then the split's own files."""
-    files: dict[str, list[Path]] = {}
+def _files(root: Path, split: str) -> dict[str, Path]:
+    """By name, which says the stretch of a video; replacements, which may have a bare id, go before the split's own files."""
+    files: dict[str, Path] = {}
     for folder in (root / REPLACEMENT, _folder(root, split)):
         for path in sorted(folder.rglob("*")):
-            if path.suffix in VIDEOS:
-                files.setdefault(path.stem[:ID], []).append(path)
+            if path.suffix in VIDEOS and (folder == root / REPLACEMENT or len(path.stem) > ID):
+                files.setdefault(path.stem, path)
     return files
 
 
-def _file(root: Path, files: dict[str, list[Path]], entry: Entry) -> Path | None:
-    """The replacement, which comes first, else the file of exactly this stretch, else any of this video."""
-    found = files.get(entry.youtube, [])
-    if found and found[0].is_relative_to(root / REPLACEMENT):
-        return found[0]
-    return min(found, key=lambda path: path.stem != entry.name, default=None)
+def _file(files: dict[str, Path], entry: Entry) -> Path | None:
+    """Of the listed stretch, and of no other one of the same video."""
+    return files.get(entry.youtube) or files.get(entry.name)
 
 
 def _entries(root: Path, split: str) -> list[Entry]:

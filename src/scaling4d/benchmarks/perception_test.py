@@ -7,14 +7,15 @@ In the file, a track's `points` are `[2][N]`, y then x, in 0..1 of the height an
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from scaling4d import video
-from scaling4d.benchmarks.frames import Crop, all_there, at_numbers, each_of, load_json, needed
+from scaling4d.benchmarks.frames import Crop, Samples, all_there, at_numbers, load_json, needed
 from scaling4d.benchmarks.queries import asked
 from scaling4d.benchmarks.skipped import LeftOut, Skipped
 from scaling4d.records import Sample, UserError
@@ -35,11 +36,11 @@ def read(
     part: slice = slice(None),
     skipped: list[Skipped] | None = None,
     queries: str = "frame_0",
-) -> Iterator[Sample]:
+) -> Samples:
     """label points `Q T 2` with valid (visible): the tracks that are asked about in the clip's first frame; without any, no
     sample. queries: see `queries.asked`."""
     some = partial(_samples, root, list_of(root, split, KIND), frames=frames, rate_hz=rate_hz, side_px=side_px, how=queries)
-    return each_of(list(tracked(root, split, KIND).items())[part], some, skipped, lambda item: item[0])
+    return Samples(list(tracked(root, split, KIND).items())[part], some, skipped, lambda item: item[0])
 
 
 def count(root: Path, split: str) -> int:
@@ -83,11 +84,13 @@ def _samples(
     clips = asked(name, points, visible & ((points >= 0) & (points < 1)).all(-1), after, how)
     if not clips:
         raise LeftOut(f"{listed}: no track of {name} is visible in the square where queries = {how!r} asks")
+    shown_in_any = np.unique([clip.numbers for clip in clips])
+    seen = pixels(root, name, shown_in_any, side_px=side_px)
     return [
         Sample(
             id=clip.id,
             video=name,
-            pixels=pixels(root, name, clip.numbers, side_px=side_px),
+            pixels=seen[np.searchsorted(shown_in_any, clip.numbers)],
             labels={"points": clip.points},
             valid={"points": clip.visible},
         )
@@ -142,10 +145,10 @@ def shown(listed: Path, name: str, entry: dict, *, frames: int, rate_hz: float, 
 
 
 def pixels(root: Path, name: str, numbers: np.ndarray, *, side_px: int) -> np.ndarray:
-    """numbers: `T`, rising or falling."""
-    path = needed(root, root / "videos" / f"{name}.mp4", "listed in the tracks")
-    pictures = at_numbers(path, np.sort(numbers))[np.argsort(np.argsort(numbers))]
-    return Crop(*pictures.shape[1:3], side_px).pixels(pictures)
+    """uint8 `T side side 3`: the frames of these ascending numbers."""
+    pictures = at_numbers(needed(root, root / "videos" / f"{name}.mp4", "listed in the tracks"), numbers)
+    first = next(pictures)
+    return Crop(*first.shape[:2], side_px).pixels(chain([first], pictures))
 
 
 def metadata(sample: Sample, split: str, *, rate_hz: float) -> dict:

@@ -8,7 +8,7 @@ Facts: the official README and baseline notebook, which ignores `is_masked` and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from scaling4d import video
 from scaling4d.benchmarks import perception_test
-from scaling4d.benchmarks.frames import Crop, each
+from scaling4d.benchmarks.frames import Crop, Samples, each
 from scaling4d.benchmarks.skipped import LeftOut, Skipped
 from scaling4d.records import Sample, UserError
 
@@ -39,7 +39,7 @@ def read(
     side_px: int,
     part: slice = slice(None),
     skipped: list[Skipped] | None = None,
-) -> Iterator[Sample]:
+) -> Samples:
     """label boxes `Q T 4` with valid (the object is labelled in that very frame): those whose tracking starts in frame 0.
 
     Without any, or without a label in a later frame, no sample. At most rates only a few of a clip's frames are labelled.

@@ -8,7 +8,7 @@ scale of the file. Facts: the official download page and CameraCtrl's reader. Th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from scaling4d import video
-from scaling4d.benchmarks.frames import Crop, at_times, each, needed
+from scaling4d.benchmarks.frames import Crop, Samples, each, far_in, needed
 from scaling4d.benchmarks.skipped import Missing, Skipped
 from scaling4d.records import Sample, UserError
 
@@ -35,7 +35,7 @@ def read(
     side_px: int,
     part: slice = slice(None),
     skipped: list[Skipped] | None = None,
-) -> Iterator[Sample]:
+) -> Samples:
     """label camera_to_world `T 4 4` with valid (always true). Each row is shown with the frame of its own time stamp."""
     one = partial(_sample, root, frames=frames, rate_hz=rate_hz, side_px=side_px)
     return each(_clips(root, split)[part], one, skipped, lambda path: path.stem)
@@ -128,7 +128,7 @@ def _sample(root: Path, path: Path, *, frames: int, rate_hz: float, side_px: int
         pictures = _opened(source, [stored[int(time_us)] for time_us in times_us[rows]])
     else:  # a file of the clip alone starts with its first row
         offset_us = times_us[0] if source.stem == path.stem else 0
-        pictures = at_times(source, (times_us[rows] - offset_us) / 1e6, repeat_last=False)
+        pictures = far_in(source, (times_us[rows] - offset_us) / 1e6)
     return Sample(
         id=path.stem,
         video=youtube,

@@ -24,7 +24,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from scaling4d.benchmarks.frames import TOLERANCE_S, Crop, each, needed
+from scaling4d.benchmarks.frames import TOLERANCE_S, Crop, Samples, each, needed
 from scaling4d.benchmarks.skipped import LeftOut, Missing, Skipped
 from scaling4d.records import Sample, UserError
 
@@ -79,7 +79,7 @@ def read(
     side_px: int,
     part: slice = slice(None),
     skipped: list[Skipped] | None = None,
-) -> Iterator[Sample]:
+) -> Samples:
     """labels depth_m `T H W` with valid (measured and within RANGE_M), camera_to_world `T 4 4` with valid (finite).
 
     Depth takes the nearest measurement along the ray of each pixel's centre.

@@ -6,14 +6,14 @@ Also read under the older names `something-something-v2-<...>.json`. Facts: the 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from scaling4d import video
-from scaling4d.benchmarks.frames import all_there, each_of, load_json, needed, views_of
+from scaling4d.benchmarks.frames import Samples, all_there, load_json, needed, views_of
 from scaling4d.benchmarks.skipped import Skipped
 from scaling4d.records import Sample, UserError, write_json
 
@@ -33,14 +33,14 @@ def read(
     part: slice = slice(None),
     skipped: list[Skipped] | None = None,
     views: tuple[int, int] = (1, 1),
-) -> Iterator[Sample]:
+) -> Samples:
     """labels action `()`, and action_mirrored `()`: what it is in a mirror. A short video goes on with its last frame.
 
     views: clips over the time of a video, and squares cut out of each; so many samples follow one another.
     """
     asked = {"frames": frames, "rate_hz": rate_hz, "side_px": side_px, "views": views}
     one = partial(_sample, root, _list(root, LISTS[split]), _labels(root), **asked)
-    return each_of(_entries(root, split)[part], one, skipped, lambda entry: entry["id"])
+    return Samples(_entries(root, split)[part], one, skipped, lambda entry: entry["id"])
 
 
 def classes(root: Path) -> list[str]:

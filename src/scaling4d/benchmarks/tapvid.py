@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from scaling4d.benchmarks.frames import Crop, each_of
+from scaling4d.benchmarks.frames import Crop, Samples
 from scaling4d.benchmarks.queries import asked
 from scaling4d.benchmarks.skipped import LeftOut, Skipped
 from scaling4d.records import Sample, UserError
@@ -147,12 +147,12 @@ def read(
     part: slice = slice(None),
     skipped: list[Skipped] | None = None,
     queries: str = "frame_0",
-) -> Iterator[Sample]:
+) -> Samples:
     """label points `Q T 2` with valid (not occluded): the tracks that are asked about in the clip's first frame; without any, no
     sample. queries: see `queries.asked`."""
     some = partial(_samples, frames=frames, rate_hz=rate_hz, side_px=side_px, how=queries)
     videos = islice(_videos(_pickles(root, split)), part.start, part.stop, part.step)
-    return each_of(videos, some, skipped, lambda named: named[0])
+    return Samples(videos, some, skipped, lambda named: named[0])
 
 
 def count(root: Path, split: str) -> int:
@@ -212,15 +212,15 @@ def _pickles(root: Path, split: str) -> list[Path]:
 def _videos(paths: list[Path]) -> Iterator[tuple[str, Path, dict]]:
     """Name, file and content of every video; one pickle in memory at a time."""
     for path in paths:
-        content = load(path)
-        if isinstance(content, dict):
-            named = list(content.items())
-        elif isinstance(content, list):
-            named = [(f"{path.stem}-{number:04d}", video) for number, video in enumerate(content)]
-        else:
-            raise UserError(f"{path} holds a {type(content).__name__}; needed a dict or a list of videos")
-        del content
-        yield from ((str(name), path, video) for name, video in named)
+        yield from _named(path)
+
+
+def _named(path: Path) -> Iterator[tuple[str, Path, dict]]:
+    content = load(path)
+    if not isinstance(content, dict | list):
+        raise UserError(f"{path} holds a {type(content).__name__}; needed a dict or a list of videos")
+    named = content.items() if isinstance(content, dict) else ((f"{path.stem}-{n:04d}", one) for n, one in enumerate(content))
+    yield from ((str(name), path, video) for name, video in named)
 
 
 def _samples(named: tuple[str, Path, dict], *, frames: int, rate_hz: float, side_px: int, how: str) -> list[Sample]:

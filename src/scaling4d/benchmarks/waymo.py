@@ -11,7 +11,7 @@ and its column types; dataset.proto, label.proto and the v1 tutorial.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from scaling4d.benchmarks import tfrecord
-from scaling4d.benchmarks.frames import Crop, all_there, each, needed
+from scaling4d.benchmarks.frames import Crop, Samples, all_there, each, needed
 from scaling4d.benchmarks.skipped import LeftOut, Skipped
 from scaling4d.records import Sample, UserError
 
@@ -61,7 +61,7 @@ def read(
     side_px: int,
     part: slice = slice(None),
     skipped: list[Skipped] | None = None,
-) -> Iterator[Sample]:
+) -> Samples:
     """label boxes `Q T 4` with valid (the object is labelled there): the objects of frame 0; without any, no sample."""
     one = partial(_sample, root / FOLDERS[split], frames=frames, rate_hz=rate_hz, side_px=side_px)
     return each(_contexts(root, split)[part], one, skipped)
@@ -259,12 +259,13 @@ def _front(path: Path, columns: list[str]) -> list[dict]:
     if not path.is_file():
         raise UserError(f"no {path}; needed one beside the segment's pictures")
     try:
-        rows = pq.ParquetFile(path).read(columns=columns).to_pylist()
+        schema = pq.read_schema(path)
+        if lacking := sorted(set(columns) - set(schema.names)):
+            raise UserError(f"{path} lacks the columns {', '.join(lacking)}")
+        front = FRONT[not pa.types.is_integer(schema.field(KEYS[2]).type)]
+        return pq.read_table(path, columns=columns, filters=[(KEYS[2], "==", front)], partitioning=None).to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
-    if rows and set(rows[0]) != set(columns):
-        raise UserError(f"{path} lacks the columns {', '.join(sorted(set(columns) - set(rows[0])))}")
-    return [row for row in rows if row[KEYS[2]] in FRONT]
 
 
 def _decode(path: Path, jpeg: bytes) -> np.ndarray:

@@ -7,7 +7,6 @@ benchmark is read once, at one place).
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,14 +22,17 @@ from scaling4d import artifacts, benchmarks, checkpoint, config, log, optimizer,
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.mae.build import ENCODERS, METHODS, encoder_of, load
 from scaling4d.mae.encoder import LAYER_NORM_EPS, initialise
-from scaling4d.ranks import gather, parallel, run
+from scaling4d.ranks import at, gather, parallel, run
 from scaling4d.readout import views
-from scaling4d.readout.features import Pixels, together
+from scaling4d.readout.features import Pixels
+from scaling4d.readout.split import Evaluation, Lessons, Share, Sums, judged, reread, write_skipped
+from scaling4d.readout.tasks import actions
 from scaling4d.readout.tasks.actions import Actions
-from scaling4d.readout.train import HEAD, Evaluation, batch_of, measured, result_of, share_of, write_skipped
+from scaling4d.readout.train import HEAD, batch_of, result_of
 from scaling4d.records import Result, UserError
 
 TASK, PROTOCOL = "actions", "classifier"
+JUDGED = 8  # clips at a time
 
 
 @config.configurable
@@ -116,7 +118,7 @@ def classify(encoder: str, settings: Mapping[str, Any]) -> Result:
     mine = config.declared(settings, keys)
     config.bind(mine["readout.shared"], mine[f"readout.tasks.{TASK}"], mine[f"readout.{PROTOCOL}"])
     evaluation, recipe, asked = config.build(Evaluation), config.build(Classifier), config.build(Actions)
-    views.check(TASK, asked.views)
+    views.check(TASK, asked.views, asked.test_views)
     home = artifacts.home(settings)
     folder = home / "pretrain" / encoder
     saved = Checkpoint.read(folder)
@@ -129,6 +131,7 @@ def classify(encoder: str, settings: Mapping[str, Any]) -> Result:
         videos, sums = run(
             _work,
             ranks=evaluation.ranks,
+            hang_s=evaluation.hang_s,
             folder=folder,
             asked=asked,
             evaluation=evaluation,
@@ -149,7 +152,7 @@ def classify(encoder: str, settings: Mapping[str, Any]) -> Result:
 
 def _work(
     *, rank: int, ranks: int, folder: Path, asked: Actions, evaluation: Evaluation, recipe: Classifier, seed: int, out: Path
-) -> tuple[list[str], list[dict[str, tuple[float, float]]]]:
+) -> tuple[list[str], list[Sums]]:
     if recipe.batch % ranks:
         raise UserError(f"classifier batch {recipe.batch} does not divide over {ranks} ranks; set Classifier.batch to a multiple")
     if recipe.batch == ranks and (recipe.mixup > 0 or recipe.cutmix > 0):
@@ -157,34 +160,32 @@ def _work(
             f"classifier batch {recipe.batch} leaves one clip to each of {ranks} ranks, with nothing to mix it with; set "
             "Classifier.batch to more, or Classifier.mixup and Classifier.cutmix to 0"
         )
+    actions.check(asked, Path(evaluation.data))
     encoder = encoder_of(load(folder))
     for number, block in enumerate(encoder.blocks):
         block.drop_path = recipe.drop_path * number / max(len(encoder.blocks) - 1, 1)
     head = Classes(width=encoder.width, classes=asked.classes, dropout=recipe.dropout)
     head.initialise(encoder, seed)
     tuned = Tuned(encoder, head)
-    part = {"inputs": Pixels(), "clip": encoder.clip, "rank": rank, "ranks": ranks}
-    pixels, targets, _, left_out = share_of(asked, TASK, "train", evaluation, **part)
-    _train(tuned.train(), pixels, targets["action"], recipe, asked.classes, rank=rank, ranks=ranks, seed=seed)
-    pixels, targets, videos, also = share_of(asked, TASK, "val", evaluation, **part)
-    sums = _measure(tuned.eval(), pixels, targets, asked)
+    learned, seen = (Share(TASK, split, asked, evaluation, encoder.clip, rank, ranks) for split in benchmarks.SPLITS)
+    _train(tuned.train(), reread(learned), recipe, asked.classes, rank=rank, ranks=ranks, seed=seed)
+    tuned.eval()
+    videos, sums, _ = judged(seen, Pixels(), lambda pixels, _: tuned.scores(pixels), size=JUDGED)
+    left_out, also = learned.all_skipped(), seen.all_skipped()
     if rank == 0:
         checkpoint.save_tensors(out / HEAD, head.state_dict())
         write_skipped(out, train=left_out, val=also)
-    return gather(videos[:: math.prod(asked.test_views)]), gather(sums)
+    return gather(videos), gather(sums)
 
 
-def _train(
-    tuned: Tuned, pixels: list[Tensor], actions: Tensor, recipe: Classifier, classes: int, *, rank: int, ranks: int, seed: int
-) -> None:
+def _train(tuned: Tuned, lessons: Lessons, recipe: Classifier, classes: int, *, rank: int, ranks: int, seed: int) -> None:
     adamw, peaks = optimizer.adamw(layers(tuned, recipe), betas=recipe.betas, weight_decay=recipe.weight_decay)
     step_loss = parallel(tuned, some_unused=True)  # a final norm that this protocol replaces
     lines = log.Steps(recipe.steps)
     for step in range(recipe.steps):
-        chosen = batch_of(step, recipe.batch // ranks, len(pixels), seed, rank)
-        x, shares = mixed(
-            together(pixels, chosen.tolist()), actions[chosen], recipe, classes, seeds.numpy(seed, "mix", rank, step)
-        )
+        at(f"classifier step {step}")
+        pixels, target = lessons.batch(batch_of(step, recipe.batch // ranks, len(lessons), seed, rank))
+        x, shares = mixed(pixels, target["action"], recipe, classes, seeds.numpy(seed, "mix", rank, step))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(seeds.numpy(seed, "drop", rank, step).integers(2**31)))  # dropout and stochastic depth
             loss = step_loss(x, shares)
@@ -248,13 +249,3 @@ def rectangle(height: int, width: int, area: float, rng: np.random.Generator) ->
     low = np.clip(centre - size / 2, 0, [height, width]).round().astype(int)
     high = np.clip(centre + size / 2, 0, [height, width]).round().astype(int)
     return tuple(low.tolist()), tuple(high.tolist())
-
-
-@torch.no_grad()
-def _measure(
-    tuned: Tuned, pixels: list[Tensor], targets: dict[str, Tensor], asked: Actions
-) -> list[dict[str, tuple[float, float]]]:
-    predicted: list[np.ndarray] = []
-    for at in range(0, len(pixels), 8):
-        predicted += list(tuned.scores(together(pixels, range(at, min(at + 8, len(pixels))))).numpy())
-    return measured(asked, predicted, targets)

@@ -42,19 +42,25 @@ class Inputs(Protocol):
         """Take one clip, uint8 `T H W C`; returns something that stands for it."""
         ...
 
-    def ready(self, added: list[Any]) -> list[Tensor]:
+    def ready(self, added: list[Any]) -> Sequence[Tensor]:
         """One tensor for each that was added."""
+        ...
+
+    def flush(self) -> None:
+        """No more will be added for now."""
         ...
 
 
 class Pixels:
-    """The clips as they are, in memory: the encoder is trained, too."""
+    """The clips as they are."""
 
     def add(self, pixels: Tensor) -> Tensor:
         return pixels
 
     def ready(self, added: list[Tensor]) -> list[Tensor]:
         return added
+
+    def flush(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,8 @@ class Features:
 
     def ready(self, added: list[Tensor]) -> list[Tensor]:
         return added
+
+    def flush(self) -> None: ...
 
 
 def together(inputs: Sequence[Tensor], chosen: Iterable[int]) -> Tensor:

@@ -91,7 +91,7 @@ def _chosen(readout: Trained, frames: int, side_px: int, clips: int, ids: Sequen
     if ids:
         return _named(task, benchmarks.read(task, data, "val", **where), ids)
     found: list[Sample] = []
-    order = seeds.numpy(readout.result.seed, "show", task).permutation(readout.result.examples)
+    order = seeds.numpy(readout.result.seed, "show", task).permutation(benchmarks.listed(task, data, "val"))
     for at in order.tolist():
         if len(found) == clips:
             break

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,50 +13,26 @@ import torch
 from torch import Tensor, nn
 
 from scaling4d import artifacts, benchmarks, checkpoint, config, log, optimizer, seeds
-from scaling4d.benchmarks.skipped import Skipped
 from scaling4d.checkpoint import Checkpoint
-from scaling4d.ranks import gather, parallel, run
+from scaling4d.ranks import at, gather, parallel, run
 from scaling4d.readout import metrics, views
-from scaling4d.readout.features import Features, Inputs, Pixels, Standard, at_depth, layer_index, together
+from scaling4d.readout.features import Features, Standard, at_depth, layer_index
 from scaling4d.readout.pretrained import load_encoder
+from scaling4d.readout.split import Evaluation, Held, Lessons, Share, Sums, held, judged, reread, write_skipped
 from scaling4d.readout.store import Store, opened
+from scaling4d.readout.tasks import actions
 from scaling4d.readout.tasks.actions import Actions
 from scaling4d.readout.tasks.boxes import Boxes
 from scaling4d.readout.tasks.depth import Depth
 from scaling4d.readout.tasks.points import Points
 from scaling4d.readout.tasks.pose import Pose
 from scaling4d.readout.tasks.task import Task
-from scaling4d.records import Result, UserError, write_json
+from scaling4d.records import Result, UserError
 
 TASKS: dict[str, type[Task]] = {"actions": Actions, "boxes": Boxes, "depth": Depth, "points": Points, "pose": Pose}
 PROTOCOLS = ("frozen", "finetune")
 HEAD = "head.safetensors"
-
-
-@config.configurable
-@dataclass(frozen=True)
-class Evaluation:
-    """What all readouts share. ranks: one-thread processes; results depend on it. depth_fraction: 0.95 in 4DS.
-
-    standardise: whiten features over the training clips before the readout (ours; released: false), see Standard.of;
-    place_deviation: what a token's place then adds to all clips alike.
-    data: folder of benchmarks. bootstrap_draws: resamplings of the validation videos for the interval.
-    max_bad_share: of a split's samples may be damaged or missing, and are then left out (ours).
-    feature_store: folder in which a frozen encoder's features stay, for all readouts to share; "": in memory, for this one alone.
-    feature_dtype: of features in the store: float32 (changes no result), float16 or bfloat16. stored_depths: fractions of the
-    depth that the store keeps beside depth_fraction, so that a sweep over them costs no second pass.
-    """
-
-    ranks: int
-    depth_fraction: float
-    standardise: bool
-    place_deviation: float
-    data: str
-    bootstrap_draws: int
-    max_bad_share: float
-    feature_store: str
-    feature_dtype: str
-    stored_depths: tuple[float, ...]
+JUDGED = 16  # clips at a time
 
 
 @config.configurable
@@ -90,7 +65,7 @@ def readout(encoder: str, task: str, protocol: str, settings: Mapping[str, Any])
     mine = config.declared(settings, keys)
     config.bind(mine["readout.shared"], mine[f"readout.tasks.{task}"], mine[f"readout.{protocol}.{task}"])
     evaluation, recipe, asked = config.build(Evaluation), config.build(Recipe), config.build(TASKS[task])
-    views.check(task, asked.views)
+    views.check(task, asked.views, asked.test_views)
     home = artifacts.home(settings)
     folder = home / "pretrain" / encoder
     saved = Checkpoint.read(folder)
@@ -104,6 +79,7 @@ def readout(encoder: str, task: str, protocol: str, settings: Mapping[str, Any])
         videos, sums, took = run(
             _work,
             ranks=evaluation.ranks,
+            hang_s=evaluation.hang_s,
             folder=folder,
             task=task,
             asked=asked,
@@ -115,10 +91,10 @@ def readout(encoder: str, task: str, protocol: str, settings: Mapping[str, Any])
         )
         result = result_of(saved, folder, task, protocol, asked, videos, sums, mine["seed"], evaluation.bootstrap_draws)
         result.write(out / "result.json")
-        learned, judged = (benchmarks.folder(task, Path(evaluation.data), split) for split in benchmarks.SPLITS)
-        inputs = {"checkpoint": artifacts.sha256(folder), "benchmark": artifacts.sha256(learned)}
-        if judged != learned:
-            inputs["benchmark_val"] = artifacts.sha256(judged)
+        train, val = (benchmarks.folder(task, Path(evaluation.data), split) for split in benchmarks.SPLITS)
+        inputs = {"checkpoint": artifacts.sha256(folder), "benchmark": artifacts.sha256(train)}
+        if val != train:
+            inputs["benchmark_val"] = artifacts.sha256(val)
         if start is not None:
             inputs["head"] = artifacts.sha256(start)
         asked.head(features_width=1, clip=(16, 16, 16))  # so that gin counts the head's settings as operative here too
@@ -139,42 +115,44 @@ def _work(
     start: Path | None,
     seed: int,
     out: Path,
-) -> tuple[list[str], list[dict[str, tuple[float, float]]], dict[str, float]]:
+) -> tuple[list[str], list[Sums], dict[str, float]]:
     """Names of validation videos, their sums, and seconds: for what goes into the readout, and for the readout itself."""
     started = time.monotonic()
     encoder = load_encoder(folder)
     if recipe.batch % ranks:
         raise UserError(f"readout batch {recipe.batch} does not divide over {ranks} ranks; set Recipe.batch to a multiple")
+    if isinstance(asked, Actions):
+        actions.check(asked, Path(evaluation.data))
     tuned = recipe.encoder_learning_rate > 0
     encoder.requires_grad_(tuned)
     frozen = Features(encoder, evaluation.depth_fraction)
     if evaluation.feature_store and not tuned:
         frozen = stored(folder, encoder, evaluation)
-    part = {"clip": encoder.clip, "rank": rank, "ranks": ranks}
-    features, targets, _, left_out = share_of(asked, task, "train", evaluation, Pixels() if tuned else frozen, **part)
+    learned, seen = (Share(task, split, asked, evaluation, encoder.clip, rank, ranks) for split in benchmarks.SPLITS)
+    lessons = reread(learned) if tuned else held(learned, frozen)
     inputs_s = time.monotonic() - started
     head = asked.head(features_width=encoder.width, clip=encoder.clip)
     head.initialise(seed)
     standard = Standard.none(encoder.width)
-    if evaluation.standardise and not tuned:
-        standard = Standard.of(features, flattening=recipe.flattening, place_deviation=evaluation.place_deviation)
+    if evaluation.standardise and isinstance(lessons, Held):
+        standard = Standard.of(lessons.inputs, flattening=recipe.flattening, place_deviation=evaluation.place_deviation)
     if start is not None:
         tensors = checkpoint.load_tensors(start)
         standard = Standard(tensors.pop("standard.matrix"), tensors.pop("standard.offset"))
         head.load_state_dict(tensors)
     probe = Probe(encoder if tuned else None, standard, head, asked, evaluation.depth_fraction)
-    _train(probe, features, targets, recipe, rank=rank, ranks=ranks, seed=seed)
+    _train(probe, lessons, recipe, rank=rank, ranks=ranks, seed=seed)
     trained = time.monotonic()
-    features, targets, videos, also = share_of(asked, task, "val", evaluation, frozen, **part)
-    inputs_s += time.monotonic() - trained
-    sums = _measure(probe, features, targets)
+    videos, sums, judging_s = judged(seen, frozen, probe.predict, size=JUDGED)
+    inputs_s += time.monotonic() - trained - judging_s
+    left_out, also = learned.all_skipped(), seen.all_skipped()
     if rank == 0:
         tensors = head.state_dict() | {"standard.matrix": standard.matrix, "standard.offset": standard.offset}
         checkpoint.save_tensors(out / HEAD, tensors)
         write_skipped(out, train=left_out, val=also)
     readout_s = time.monotonic() - started - inputs_s
     took = {"inputs_s": round(inputs_s, 2), "readout_s": round(readout_s, 2)}
-    return gather(videos[:: math.prod(asked.test_views)]), gather(sums), took
+    return gather(videos), gather(sums), took
 
 
 def stored(folder: Path, encoder: nn.Module, evaluation: Evaluation) -> Store:
@@ -183,55 +161,6 @@ def stored(folder: Path, encoder: nn.Module, evaluation: Evaluation) -> Store:
     layers = [layer_index(depth=encoder.depth, fraction=fraction) for fraction in depths]
     store = Path(evaluation.feature_store)
     return opened(store, folder, encoder, layers=layers, wanted=layers[0], dtype=evaluation.feature_dtype)
-
-
-def share_of(
-    asked: Task,
-    task: str,
-    split: str,
-    evaluation: Evaluation,
-    inputs: Inputs,
-    *,
-    clip: tuple[int, int, int],
-    rank: int,
-    ranks: int,
-) -> tuple[list[Tensor], dict[str, Tensor], list[str], list[Skipped]]:
-    """This rank's part of a split: what `inputs` makes of its clips, stacked targets, video names; and what all ranks together
-    skipped.
-
-    For training every sample comes in all the task's views, one after the other; for validation in its test views.
-    Raises:
-        UserError: too few samples, or too large a share of them is damaged or missing.
-    """
-    T, side, _ = clip
-    mine = slice(rank, None, ranks)
-    bad_share = evaluation.max_bad_share
-    skipped: list[Skipped] = []
-    size = {"frames": T, "rate_hz": asked.rate_hz, "side_px": side}
-    where = {"part": mine, "skipped": skipped, "max_bad_share": bad_share}
-    seen = (1, 1) if split == "train" else tuple(asked.test_views)
-    queries = asked.queries if isinstance(asked, Points) and split == "val" else None
-    samples = benchmarks.read(task, Path(evaluation.data), split, **size, **where, views=seen, queries=queries)
-    added, targets, videos = [], [], []
-    wanted = asked.views if split == "train" else ("plain",)
-    for sample in (view for plain in samples for view in views.views(plain, wanted)):
-        added.append(inputs.add(torch.from_numpy(sample.pixels)))
-        targets.append(asked.target(sample))
-        videos.append(sample.video)
-    items = len(set(videos)) if queries else len(videos) // (len(wanted) * math.prod(seen))  # a video may give several clips
-    skipped, read = gather(skipped), sum(gather([items]))
-    benchmarks.judge(skipped, len(skipped) + read, bad_share, f"{task} {split}")
-    if not added:
-        raise UserError(f"{task}: too few samples in split {split} for {ranks} ranks; lower readout.shared.Evaluation.ranks")
-    stacked = {name: torch.from_numpy(np.stack([target[name] for target in targets])) for name in targets[0]}
-    return inputs.ready(added), stacked, videos, skipped
-
-
-def write_skipped(out: Path, **splits: list[Skipped]) -> None:
-    """`skipped.json`, if anything was: what the splits list and the result does not rest on."""
-    listed = [{"split": split, **asdict(item)} for split, skipped in splits.items() for item in skipped]
-    if listed:
-        write_json(out / "skipped.json", listed)
 
 
 class Probe(nn.Module):
@@ -250,9 +179,7 @@ class Probe(nn.Module):
         return self.asked.predict(self.head, self.standard(features), target)
 
 
-def _train(
-    probe: Probe, inputs: list[Tensor], targets: dict[str, Tensor], recipe: Recipe, *, rank: int, ranks: int, seed: int
-) -> None:
+def _train(probe: Probe, lessons: Lessons, recipe: Recipe, *, rank: int, ranks: int, seed: int) -> None:
     parts = {"head": (list(probe.head.named_parameters()), recipe.learning_rate)}
     if probe.encoder is not None:
         parts["encoder"] = (list(probe.encoder.named_parameters()), recipe.encoder_learning_rate)
@@ -260,8 +187,8 @@ def _train(
     step_loss = parallel(probe, some_unused=probe.encoder is not None)  # the blocks above the readout's depth
     steps = log.Steps(recipe.steps)
     for step in range(recipe.steps):
-        chosen = batch_of(step, recipe.batch // ranks, len(inputs), seed, rank)
-        loss = step_loss(together(inputs, chosen.tolist()), {name: value[chosen] for name, value in targets.items()})
+        at(f"readout step {step}")
+        loss = step_loss(*lessons.batch(batch_of(step, recipe.batch // ranks, len(lessons), seed, rank)))
         loss.backward()
         grad = nn.utils.clip_grad_norm_(probe.parameters(), recipe.clip_norm)
         if not torch.isfinite(grad):
@@ -274,31 +201,13 @@ def _train(
             steps.line(step + 1, loss=loss.item(), lr=lr, grad=grad.item(), clips=(step + 1) * recipe.batch)
 
 
-def batch_of(step: int, size: int, length: int, seed: int, rank: int) -> Tensor:
+def batch_of(step: int, size: int, length: int, seed: int, rank: int) -> list[int]:
     """`size` positions of an endless sequence of shuffled passes over `length` samples, a pure function of (seed, step)."""
     positions = range(step * size, (step + 1) * size)
     orders = {p // length: None for p in positions}
     for epoch in orders:
         orders[epoch] = seeds.numpy(seed, "readout_order", rank, epoch).permutation(length)
-    return torch.tensor([int(orders[p // length][p % length]) for p in positions])
-
-
-@torch.no_grad()
-def _measure(probe: Probe, features: list[Tensor], targets: dict[str, Tensor]) -> list[dict[str, tuple[float, float]]]:
-    predicted: list[np.ndarray] = []
-    for at in range(0, len(features), 16):
-        target = {name: value[at : at + 16] for name, value in targets.items()}
-        predicted += list(probe.predict(together(features, range(at, min(at + 16, len(features)))), target).numpy())
-    return measured(probe.asked, predicted, targets)
-
-
-def measured(asked: Task, predicted: list[np.ndarray], targets: dict[str, Tensor]) -> list[dict[str, tuple[float, float]]]:
-    """The metric's sums of every video: its test views, which follow one another, are judged together."""
-    count, found = math.prod(asked.test_views), []
-    for at in range(0, len(predicted), count):
-        one = predicted[at] if count == 1 else asked.pooled(np.stack(predicted[at : at + count]))
-        found.append(asked.measure(one, {name: value[at].numpy() for name, value in targets.items()}))
-    return found
+    return [int(orders[p // length][p % length]) for p in positions]
 
 
 def result_of(
@@ -308,7 +217,7 @@ def result_of(
     protocol: str,
     asked: Task,
     videos: list[str],
-    found: list[dict[str, tuple[float, float]]],
+    found: list[Sums],
     seed: int,
     draws: int,
 ) -> Result:

@@ -13,8 +13,9 @@ from torch import nn
 from scaling4d import checkpoint, config
 from scaling4d.readout.features import Standard
 from scaling4d.readout.pretrained import load_encoder
+from scaling4d.readout.split import Evaluation
 from scaling4d.readout.tasks.task import Task
-from scaling4d.readout.train import HEAD, TASKS, Evaluation, Probe
+from scaling4d.readout.train import HEAD, TASKS, Probe
 from scaling4d.records import Result, UserError
 
 

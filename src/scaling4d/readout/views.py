@@ -51,11 +51,16 @@ VIEWS: dict[str, Callable[[Sample], Sample]] = {
 }
 
 
-def check(task: str, names: tuple[str, ...]) -> None:
-    """Raises UserError: a view that there is not, or that a task cannot have."""
+def check(task: str, names: tuple[str, ...], test_views: tuple[int, ...]) -> None:
+    """Raises UserError: a view that there is not, or that a task cannot have; test views that are not two numbers above 0."""
     known = [name for name in VIEWS if (task, name) != ("actions", "backwards")]
     if not names or not set(names) <= set(known):
         raise UserError(f"readout.tasks.{task}: views = {list(names)}; needed some of {', '.join(known)}")
+    if len(test_views) != 2 or any(not isinstance(count, int) or count < 1 for count in test_views):
+        raise UserError(
+            f"readout.tasks.{task}: test_views = {list(test_views)}; needed two whole numbers of at least 1: clips over "
+            "the time of a video, and squares cut out of each"
+        )
 
 
 def views(sample: Sample, names: tuple[str, ...]) -> Iterator[Sample]:

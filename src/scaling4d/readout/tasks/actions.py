@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -10,11 +11,11 @@ from scipy.special import softmax
 from torch import Tensor
 from torch.nn import functional as F
 
-from scaling4d import config
+from scaling4d import benchmarks, config
 from scaling4d.readout import metrics
 from scaling4d.readout.heads import Head
 from scaling4d.readout.tasks.task import Measure
-from scaling4d.records import Sample
+from scaling4d.records import Sample, UserError
 
 
 @config.configurable
@@ -37,6 +38,9 @@ class Actions:
     def target(self, sample: Sample) -> dict[str, np.ndarray]:
         return {"action": sample.labels["action"]}
 
+    def lesson(self, target: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return target
+
     def predict(self, head: Head, features: Tensor, target: dict[str, Tensor]) -> Tensor:
         """`B classes` logits."""
         return head(features)[:, 0]
@@ -50,3 +54,11 @@ class Actions:
 
     def measure(self, predicted: np.ndarray, target: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
         return {"top1": metrics.top1(predicted[None], target["action"][None])}
+
+
+def check(asked: Actions, benchmarks_root: Path) -> None:
+    """Raises UserError: the benchmark has another number of classes."""
+    found = benchmarks.classes(benchmarks_root)
+    if len(found) != asked.classes:
+        folder = benchmarks.folder("actions", benchmarks_root)
+        raise UserError(f"{folder} has {len(found)} classes; set readout.tasks.actions.Actions.classes = {asked.classes} to that")

@@ -12,14 +12,16 @@ from torch.nn import functional as F
 from scaling4d import config
 from scaling4d.readout import metrics
 from scaling4d.readout.heads import Head
-from scaling4d.readout.tasks.task import Measure, pad
+from scaling4d.readout.tasks.task import Measure, first, in_parts, pad
 from scaling4d.records import Sample
 
 
 @config.configurable
 @dataclass(frozen=True)
 class Boxes:
-    """objects: at most so many a clip. rate_hz: of the clip's frames. beta: where the smooth L1 loss bends (our choice).
+    """objects: at most so many a clip are learned, and so many are asked about at a time.
+
+    rate_hz: of the clip's frames. beta: where the smooth L1 loss bends (our choice).
 
     relative: predict what is added to the given box (ours), not the box itself (released).
     """
@@ -43,10 +45,13 @@ class Boxes:
         present[:, 0] = False  # given, so neither learned nor measured
         return {"boxes": pad(sample.labels["boxes"], self.objects), "present": pad(present, self.objects)}
 
+    def lesson(self, target: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return first(target, self.objects)
+
     def predict(self, head: Head, features: Tensor, target: dict[str, Tensor]) -> Tensor:
         """`B Q T 4`."""
         given = target["boxes"][:, :, 0]
-        boxes = head(features, given)
+        boxes = in_parts(head, features, given, self.objects)
         return boxes + given[:, :, None] if self.relative else boxes
 
     def loss(self, predicted: Tensor, target: dict[str, Tensor]) -> Tensor:

@@ -46,6 +46,9 @@ class Depth:
     def target(self, sample: Sample) -> dict[str, np.ndarray]:
         return {"depth_m": sample.labels["depth_m"], "valid": sample.valid["depth_m"]}
 
+    def lesson(self, target: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return target
+
     def predict(self, head: Head, features: Tensor, target: dict[str, Tensor]) -> Tensor:
         """`B T H W` metres."""
         clip = tuple(target["depth_m"].shape[1:])

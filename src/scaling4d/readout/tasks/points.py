@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from scaling4d import config
 from scaling4d.readout import metrics
 from scaling4d.readout.heads import Head
-from scaling4d.readout.tasks.task import Measure, pad
+from scaling4d.readout.tasks.task import Measure, first, in_parts, pad
 from scaling4d.records import Sample
 
 VALUES = 4  # x, y, visible, certain
@@ -23,7 +23,9 @@ CERTAIN_PX = 6  # a prediction within 6 of RASTER_PX pixels counts as certain
 @config.configurable
 @dataclass(frozen=True)
 class Points:
-    """tracks: at most so many a clip. tiles: a query is asked so often, each time for frames / tiles frames (released: 8).
+    """tracks: at most so many a clip are learned, and so many are asked about at a time.
+
+    tiles: a query is asked so often, each time for frames / tiles frames (released: 8).
 
     certain: a point counts as shown if it is likely to be visible and (released) certain to be near; false: visible alone (ours),
     for readouts so coarse that they are never certain. relative: predict what is added to the given point (ours), not the point.
@@ -55,13 +57,16 @@ class Points:
             "points": pad(sample.labels["points"], self.tracks),
             "visible": pad(visible, self.tracks),
             "asked": pad(np.ones(len(visible), bool), self.tracks),
-            "side_px": np.float32(max(sample.pixels.shape[1:3])),
+            "side_px": np.array(max(sample.pixels.shape[1:3]), np.float32),
         }
+
+    def lesson(self, target: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return first(target, self.tracks)
 
     def predict(self, head: Head, features: Tensor, target: dict[str, Tensor]) -> Tensor:
         """`B Q T 4`: x, y in 0..1, logits of visible and certain."""
         given = target["points"][:, :, 0]
-        raw = head(features, given)
+        raw = in_parts(head, features, given, self.tracks)
         points = raw[..., :2] + given[:, :, None] if self.relative else raw[..., :2].sigmoid()
         return torch.cat([points, raw[..., 2:]], dim=-1)
 

@@ -37,6 +37,9 @@ class Pose:
         relative = metrics.relative_pose(sample.labels["camera_to_world"], source=0, target=-1)
         return {"pose": (metrics.unit_translation(relative) if self.unit_translation else relative).astype(np.float32)}
 
+    def lesson(self, target: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return target
+
     def predict(self, head: Head, features: Tensor, target: dict[str, Tensor]) -> Tensor:
         """`B 3 4`."""
         return head(features)[:, 0].unflatten(-1, (3, 4))

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from scaling4d.readout.heads import Head
 from scaling4d.records import Sample
@@ -36,7 +38,11 @@ class Task(Protocol):
     def head(self, *, features_width: int, clip: tuple[int, int, int]) -> Head: ...
 
     def target(self, sample: Sample) -> dict[str, np.ndarray]:
-        """Arrays of one shape for all samples; a batch stacks them."""
+        """What the sample is judged by: arrays of one shape for all samples, but for how many things are followed."""
+        ...
+
+    def lesson(self, target: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What of it is learned: arrays of one shape for all samples."""
         ...
 
     def predict(self, head: Head, features: Tensor, target: dict[str, Tensor]) -> Tensor: ...
@@ -53,6 +59,19 @@ class Task(Protocol):
 
 
 def pad(values: np.ndarray, length: int) -> np.ndarray:
-    """`Q ...` -> `length ...`, zeros behind; what is over is cut off."""
-    values = values[:length]
-    return np.concatenate([values, np.zeros((length - len(values), *values.shape[1:]), values.dtype)])
+    """`Q ...` -> at least `length ...`, zeros behind."""
+    return np.concatenate([values, np.zeros((max(length - len(values), 0), *values.shape[1:]), values.dtype)])
+
+
+def first(target: dict[str, np.ndarray], things: int) -> dict[str, np.ndarray]:
+    """The target of so many of the things that are followed; numbers that all of them share stay."""
+    return {name: value[:things] if value.ndim else value for name, value in target.items()}
+
+
+def in_parts(head: Head, features: Tensor, given: Tensor, size: int) -> Tensor:
+    """What a head says of given queries `B Q n`, asked `size` of them at a time, as it was trained."""
+    said = []
+    for part in given.split(size, 1):
+        asked = F.pad(part, (0, 0, 0, size - part.shape[1]))
+        said.append(head(features, asked)[:, : part.shape[1]])
+    return torch.cat(said, 1)
