@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from scaling4d import ranks
-from scaling4d.ranks import at, gather, parallel, unwatched
+from scaling4d.ranks import at, average_gradients, gather, unwatched
 from scaling4d.records import UserError
 
 
@@ -20,8 +20,10 @@ def a_tensor(*, rank: int, ranks: int) -> torch.Tensor:
 
 def averaged(*, rank: int, ranks: int) -> list[float]:
     linear = torch.nn.Linear(2, 1, bias=False)
-    together = parallel(linear)
-    together(torch.tensor([[float(rank), 1.0]])).sum().backward()
+    linear(torch.tensor([[float(rank), 1.0]])).sum().backward()
+    unused = torch.nn.Parameter(torch.zeros(1))
+    average_gradients([unused, *linear.parameters()])
+    assert unused.grad is None
     return linear.weight.grad[0].tolist()
 
 

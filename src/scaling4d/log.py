@@ -9,9 +9,9 @@ import time
 class Steps:
     """Prints a step line at most every `interval_s` seconds, and always the last one."""
 
-    def __init__(self, total: int, *, start: int = 0, interval_s: float = 10.0, out=sys.stderr) -> None:
-        """start: steps that were done before."""
-        self.total, self.start, self.interval_s, self.out = total, start, interval_s, out
+    def __init__(self, name: str, total: int, *, start: int = 0, interval_s: float = 10.0, out=sys.stderr) -> None:
+        """name: of what is trained, for several may run side by side. start: steps that were done before."""
+        self.name, self.total, self.start, self.interval_s, self.out = name, total, start, interval_s, out
         self.started = self.printed = time.monotonic()
 
     def line(self, step: int, *, loss: float, lr: float, grad: float, clips: int, more: str = "") -> None:
@@ -23,7 +23,7 @@ class Steps:
         spent = now - self.started
         eta = spent / (step - self.start) * (self.total - step)
         print(
-            f"step {step:05d}/{self.total}  loss {loss:.4f}  lr {lr:.2e}  grad {grad:.2e}  "
+            f"{self.name}  step {step:05d}/{self.total}  loss {loss:.4f}  lr {lr:.2e}  grad {grad:.2e}  "
             f"{clips / spent:.0f} clips/s  {more}eta {int(eta // 60)}m{int(eta % 60):02d}",
             file=self.out,
             flush=True,

@@ -18,17 +18,16 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from itertools import count, zip_longest
+from itertools import accumulate, count, groupby, zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from scaling4d.records import Preempted, UserError
 
@@ -38,6 +37,7 @@ STARTED = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # what torchrun 
 STOP = (signal.SIGTERM, signal.SIGUSR1)  # what asks a run to save its state and stop
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
+TOGETHER = 2**23  # numbers that ranks sum in one message
 BEATS = 10  # how often a rank says where it is, until it counts as hanging
 
 
@@ -286,12 +286,23 @@ def behind(before: list[tuple[int, int, str]], after: list[tuple[int, int, str]]
     return f"rank{'s' * (len(found) > 1)} {', '.join(map(str, found))} of {len(after)} {does} {after[found[0]][2]}"
 
 
-def parallel(module: nn.Module, *, some_unused: bool = False) -> nn.Module:
-    """The module, called alike in every rank; its gradients become their mean over the ranks.
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Every gradient becomes its mean over the ranks, which all call this after the same backward pass.
 
-    some_unused: parameters exist that do not reach the loss.
+    Source: what torch's DistributedDataParallel does; it takes a second to import, and its sums after the first step depend on
+    when that was, so that a resumed run would have other bits.
     """
-    return DistributedDataParallel(module, gradient_as_bucket_view=True, find_unused_parameters=some_unused)
+    if dist.get_world_size() == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    first = list(accumulate((g.numel() for g in gradients), initial=0))
+    for _, group in groupby(zip(gradients, first, strict=False), lambda item: item[1] // TOGETHER):
+        some = [gradient for gradient, _ in group]
+        flat = torch.cat([gradient.flatten() for gradient in some])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for gradient, mean in zip(some, flat.split([gradient.numel() for gradient in some]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
 
 def gather(values: list) -> list:

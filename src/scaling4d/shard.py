@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from scaling4d import config
-from scaling4d.ranks import parallel
+from scaling4d.ranks import average_gradients
 from scaling4d.records import UserError
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -94,8 +94,8 @@ def _policy(_: Any, operator: Any, *arguments: Any, **named: Any) -> CheckpointP
 
 def spread(
     model: nn.Module, sharding: Sharding, *, ranks: int, device: str, compute: str, initialise: Callable[[], None]
-) -> Callable[..., Tensor]:
-    """Give a model on meta its place on the ranks and its first weights; returns what computes the loss of a step.
+) -> None:
+    """Give a model on meta its place on the ranks and its first weights.
 
     In float32 and one shard every rank holds a plain model; else the model is split, if need be in one piece, which also
     computes in `compute` with weights that stay float32.
@@ -118,19 +118,22 @@ def spread(
         shard(model, **shape, device=device, compute=TYPES[compute], prepare=prepare)
     model.to_empty(device=device)
     initialise()
-    return parallel(model) if plain else model
 
 
-def reduce_now(step_loss: nn.Module, now: bool) -> None:
-    """Whether the next backward pass is that of a batch's last part, after which gradients are summed over all ranks.
+def last_part(model: nn.Module, last: bool) -> None:
+    """Whether the next backward pass is that of a batch's last part.
 
     Where weights lie in shards, gradients of every part go to their shards at once, so that none stay whole; what waits for the
     last part is the sum over copies.
     """
-    if isinstance(step_loss, nn.parallel.DistributedDataParallel):
-        step_loss.require_backward_grad_sync = now
-    else:
-        step_loss.set_requires_all_reduce(now)
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(last)
+
+
+def reduce(model: nn.Module) -> None:
+    """After a batch's last backward pass every rank has the mean gradients: sharded models saw to it, others do it now."""
+    if not isinstance(model, FSDPModule):
+        average_gradients(model.parameters())
 
 
 def whole(value: Tensor) -> Tensor:

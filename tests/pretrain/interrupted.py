@@ -10,8 +10,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch._dynamo  # noqa: F401  what torch's data parallel imports: here once, and not in every rank
-
 from scaling4d.pretrain.loop import pretrain
 from scaling4d.records import AGAIN, Preempted, UserError
 

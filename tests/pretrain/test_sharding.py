@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch._dynamo  # noqa: F401  what torch's data parallel imports: here once, and not in every rank
+from torch import nn
 
 from scaling4d import config, optimizer, seeds
 from scaling4d.checkpoint import weights
@@ -16,16 +16,16 @@ from scaling4d.pretrain.point import build, sections, start
 from scaling4d.pretrain.state import Progress, State
 from scaling4d.ranks import run
 from scaling4d.records import MaskedTokens, UserError
-from scaling4d.shard import Sharding, mine, reduce_now, spread, whole
+from scaling4d.shard import Sharding, last_part, mine, reduce, spread, whole
 
 PLAIN = {"shards": 1, "recompute": "none", "recompute_every": 1, "compile": False, "packed": False, "accumulate": 1}
 
 
-def settled(*, ranks: int, compute: str, point: str, settings: dict, sharding: dict) -> tuple:
-    """A point's model in its place with first weights, and what computes its loss."""
+def settled(*, ranks: int, compute: str, point: str, settings: dict, sharding: dict) -> nn.Module:
+    """A point's model in its place with first weights."""
     config.bind(sections(point, settings))
     model = build(point, settings)
-    step_loss = spread(
+    spread(
         model,
         Sharding(**PLAIN | sharding),
         ranks=ranks,
@@ -33,17 +33,18 @@ def settled(*, ranks: int, compute: str, point: str, settings: dict, sharding: d
         compute=compute,
         initialise=lambda: model.initialise(0),
     )
-    return model, step_loss
+    return model
 
 
 def gradients(*, rank: int, ranks: int, compute: str = "float32", **given: object) -> tuple[dict, dict]:
     """First weights and a step's gradients, whole, by name."""
-    model, step_loss = settled(ranks=ranks, compute=compute, **given)
+    model = settled(ranks=ranks, compute=compute, **given)
     first = {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
     pixels = torch.randint(0, 256, (4, *model.encoder.clip, 3), dtype=torch.uint8, generator=seeds.stream(0, "p"))
     masked = model.choose(4, seeds.stream(0, "m"))
     mine = slice(rank * 4 // ranks, (rank + 1) * 4 // ranks)
-    step_loss(pixels[mine], MaskedTokens(masked.kept[mine], masked.grid)).backward()
+    model(pixels[mine], MaskedTokens(masked.kept[mine], masked.grid)).backward()
+    reduce(model)
     assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}
     return first, {name: whole(p.grad) for name, p in model.named_parameters()}
 
@@ -87,10 +88,10 @@ def test_sharded_first_weights_are_those_of_one_rank_and_gradients_nearly(
 
 def kept_between_parts(*, rank: int, ranks: int, **given: object) -> tuple[int, int]:
     """Numbers of whole gradients that a rank holds after a part that is not the last, and of those in its shards."""
-    model, step_loss = settled(ranks=ranks, compute="float32", **given)
+    model = settled(ranks=ranks, compute="float32", **given)
     masked = model.choose(2, seeds.stream(0, "m"))
-    reduce_now(step_loss, False)
-    step_loss(torch.zeros(2, *model.encoder.clip, 3, dtype=torch.uint8), masked).backward()
+    last_part(model, False)
+    model(torch.zeros(2, *model.encoder.clip, 3, dtype=torch.uint8), masked).backward()
     groups = [
         group
         for part in model.modules()
@@ -143,8 +144,8 @@ def calls_by_block(*, rank: int, ranks: int, settings: dict, sharding: dict) -> 
     for i, block in enumerate(model.encoder.blocks):
         block.mlp_in.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
     place = {"ranks": 1, "device": "cpu", "compute": "float32", "initialise": lambda: model.initialise(0)}
-    step_loss = spread(model, Sharding(**PLAIN | sharding), **place)
-    step_loss(torch.zeros(1, *model.encoder.clip, 3, dtype=torch.uint8), model.choose(1, seeds.stream(0, "m"))).backward()
+    spread(model, Sharding(**PLAIN | sharding), **place)
+    model(torch.zeros(1, *model.encoder.clip, 3, dtype=torch.uint8), model.choose(1, seeds.stream(0, "m"))).backward()
     return calls
 
 

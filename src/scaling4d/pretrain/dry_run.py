@@ -30,7 +30,7 @@ from scaling4d import optimizer
 from scaling4d.pretrain.closed_form import KINDS
 from scaling4d.pretrain.work import kept_of
 from scaling4d.records import MaskedTokens
-from scaling4d.shard import recomputing, reduce_now, shard
+from scaling4d.shard import last_part, recomputing, shard
 
 STATUS = Path("/proc/self/status")
 KIND_OF = {  # the tracker's words -> ours
@@ -120,7 +120,7 @@ def _step(model: nn.Module, clips: int, parts: int) -> tuple[Callable[..., None]
     def step(before_part: Callable[[], None] = lambda: None) -> None:
         for part in range(parts):
             before_part()
-            reduce_now(model, part + 1 == parts)
+            last_part(model, part + 1 == parts)
             model(pixels, masked).backward()
         adamw.step()
         adamw.zero_grad()

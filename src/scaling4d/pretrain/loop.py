@@ -27,7 +27,7 @@ from scaling4d.pretrain.validate import picture, validate
 from scaling4d.ranks import STOP, at, unwatched
 from scaling4d.ranks import run as in_ranks
 from scaling4d.records import ClipBatch, MaskedTokens, Preempted, UserError, write_json
-from scaling4d.shard import TYPES, Sharding, mine, reduce_now, spread, whole
+from scaling4d.shard import TYPES, Sharding, last_part, mine, reduce, spread, whole
 
 SHARDS = "croissant.json"  # of a clips folder: the sha256 of its table and of every shard
 MASKED_TOGETHER = 8  # clips whose masks are one draw: a rank's part of the pocket's batch
@@ -161,7 +161,7 @@ def _least(section: str, found: Training | Running, least: Mapping[str, int]) ->
 @refusals()
 def _train(*, rank: int, ranks: int, run: Run, made: Mapping[str, Any]) -> None:
     started, training, running = time.time(), run.training, run.running
-    model, step_loss = _model(run, ranks)
+    model = _model(run, ranks)
     adamw, peaks = optimizer.adamw(_parts(model, training), betas=training.betas, weight_decay=training.weight_decay)
     optimizer.moments(adamw)
     average = {name: p.detach().clone() for name, p in model.named_parameters()} if training.ema else {}
@@ -175,8 +175,6 @@ def _train(*, rank: int, ranks: int, run: Run, made: Mapping[str, Any]) -> None:
     done = state.load(tensors) or Progress(step=0, loader=batches.state_dict(), lines=[], validations=[], recent=[], ranks=[])
     optimizer.count_steps(adamw, done.step)
     batches.load_state_dict(done.loader)
-    if 0 < done.step < training.steps and isinstance(step_loss, nn.parallel.DistributedDataParallel):
-        _settle(model, step_loss, _masks(run, model, 0, rank, ranks), run.sharding.accumulate)
     lines, validations, recent = done.lines, done.validations, _mine(done.recent, rank, ranks, training.device)
     worlds = done.ranks if done.ranks and done.ranks[-1][1] == ranks else [*done.ranks, [done.step, ranks]]
     observer = _observer(run, model, start=done.step, rank=rank, ranks=ranks)
@@ -189,7 +187,7 @@ def _train(*, rank: int, ranks: int, run: Run, made: Mapping[str, Any]) -> None:
             with observer.waiting():
                 batch = next(batches)
             at(f"step {step}, computing", 2 * step + 1)
-            loss = _gradients(model, step_loss, batch, _masks(run, model, step, rank, ranks), run.sharding.accumulate)
+            loss = _gradients(model, batch, _masks(run, model, step, rank, ranks), run.sharding.accumulate)
             grad = _update(run, model, adamw, peaks, step, batch, loss)
             for name, p in model.named_parameters() if average else ():
                 mine(average[name]).lerp_(mine(p.detach()), 1 - training.ema)
@@ -236,14 +234,15 @@ def _train(*, rank: int, ranks: int, run: Run, made: Mapping[str, Any]) -> None:
         lock.close()
 
 
-def _model(run: Run, ranks: int) -> tuple[nn.Module, nn.Module]:
-    """The point's model in its place with its first weights, and what computes a step's loss with it."""
+def _model(run: Run, ranks: int) -> nn.Module:
+    """The point's model in its place with its first weights."""
     device = run.training.device
     model = build(run.point, run.settings)
     for teacher in getattr(model, "taught_by", ()):
         teacher.to(device, TYPES[run.training.compute])
     first = {"initialise": lambda: model.initialise(run.seed)}
-    return model, spread(model, run.sharding, ranks=ranks, device=device, compute=run.training.compute, **first)
+    spread(model, run.sharding, ranks=ranks, device=device, compute=run.training.compute, **first)
+    return model
 
 
 def _parts(model: nn.Module, training: Training) -> dict[str, tuple[list[tuple[str, nn.Parameter]], float]]:
@@ -341,25 +340,18 @@ def _masks(run: Run, model: nn.Module, step: int, rank: int, ranks: int) -> Mask
     return MaskedTokens(torch.cat([masked.kept for masked in drawn])[skipped : skipped + clips], drawn[0].grid)
 
 
-def _gradients(model: nn.Module, step_loss: nn.Module, batch: ClipBatch, masked: MaskedTokens, parts: int) -> Tensor:
+def _gradients(model: nn.Module, batch: ClipBatch, masked: MaskedTokens, parts: int) -> Tensor:
     """Sum the gradients of this rank's clips, part by part, and over the ranks; the mean loss of this rank's clips."""
     device = next(model.parameters()).device
     mean = torch.zeros((), device=device)
     for part, (some, kept) in enumerate(zip(batch.pixels.chunk(parts), masked.kept.chunk(parts), strict=True)):
-        reduce_now(step_loss, part + 1 == parts)
+        last_part(model, part + 1 == parts)
         pixels, of_them = some.to(device, non_blocking=True), MaskedTokens(kept.to(device, non_blocking=True), masked.grid)
-        loss = step_loss(pixels, of_them) / parts
+        loss = model(pixels, of_them) / parts
         loss.backward()
         mean += loss.detach()
+    reduce(model)
     return mean
-
-
-def _settle(model: nn.Module, step_loss: nn.Module, masked: MaskedTokens, parts: int) -> None:
-    """A step that counts for nothing: after its first one DDP lays gradients out anew, and the bits of sums depend on that; so
-    the first step of a run that goes on would differ from the same step of a run that was not interrupted."""
-    pixels = torch.zeros(len(masked.kept), *model.encoder.clip, 3, dtype=torch.uint8)
-    _gradients(model, step_loss, ClipBatch(pixels, ("",) * len(pixels), (0.0,) * len(pixels)), masked, parts)
-    model.zero_grad()
 
 
 def _update(

@@ -50,7 +50,7 @@ class Observer:
         self.profile, self.profiler, self.events = profile if folder else (), None, None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            self.lines = log.Steps(steps, start=start)
+            self.lines = log.Steps(folder.name.removeprefix("pretrain-"), steps, start=start)
             self.events = _events(folder, start) if tensorboard else None
 
     @contextmanager

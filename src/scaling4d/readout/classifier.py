@@ -22,7 +22,7 @@ from scaling4d import artifacts, benchmarks, checkpoint, config, log, optimizer,
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.mae.build import ENCODERS, METHODS, encoder_of, load
 from scaling4d.mae.encoder import LAYER_NORM_EPS, initialise
-from scaling4d.ranks import at, gather, parallel, run
+from scaling4d.ranks import at, average_gradients, gather, run
 from scaling4d.readout import views
 from scaling4d.readout.features import Pixels
 from scaling4d.readout.split import Evaluation, Lessons, Share, Sums, judged, reread, write_skipped
@@ -168,7 +168,8 @@ def _work(
     head.initialise(encoder, seed)
     tuned = Tuned(encoder, head)
     learned, seen = (Share(TASK, split, asked, evaluation, encoder.clip, rank, ranks) for split in benchmarks.SPLITS)
-    _train(tuned.train(), reread(learned), recipe, asked.classes, rank=rank, ranks=ranks, seed=seed)
+    lines = log.Steps(f"{folder.name} {PROTOCOL}", recipe.steps)
+    _train(tuned.train(), reread(learned), recipe, asked.classes, lines, rank=rank, ranks=ranks, seed=seed)
     tuned.eval()
     videos, sums, _ = judged(seen, Pixels(), lambda pixels, _: tuned.scores(pixels), size=JUDGED)
     left_out, also = learned.all_skipped(), seen.all_skipped()
@@ -178,18 +179,27 @@ def _work(
     return gather(videos), gather(sums)
 
 
-def _train(tuned: Tuned, lessons: Lessons, recipe: Classifier, classes: int, *, rank: int, ranks: int, seed: int) -> None:
+def _train(
+    tuned: Tuned,
+    lessons: Lessons,
+    recipe: Classifier,
+    classes: int,
+    lines: log.Steps,
+    *,
+    rank: int,
+    ranks: int,
+    seed: int,
+) -> None:
     adamw, peaks = optimizer.adamw(layers(tuned, recipe), betas=recipe.betas, weight_decay=recipe.weight_decay)
-    step_loss = parallel(tuned, some_unused=True)  # a final norm that this protocol replaces
-    lines = log.Steps(recipe.steps)
     for step in range(recipe.steps):
         at(f"classifier step {step}")
         pixels, target = lessons.batch(batch_of(step, recipe.batch // ranks, len(lessons), seed, rank))
         x, shares = mixed(pixels, target["action"], recipe, classes, seeds.numpy(seed, "mix", rank, step))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(seeds.numpy(seed, "drop", rank, step).integers(2**31)))  # dropout and stochastic depth
-            loss = step_loss(x, shares)
+            loss = tuned(x, shares)
         loss.backward()
+        average_gradients(tuned.parameters())
         grad = nn.utils.clip_grad_norm_(tuned.parameters(), recipe.clip_norm)
         if not torch.isfinite(grad):
             raise UserError(f"classifier step {step}: the gradient is {grad.item()}; lower Classifier.learning_rate")

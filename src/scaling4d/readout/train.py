@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from scaling4d import artifacts, benchmarks, checkpoint, config, log, optimizer, seeds
 from scaling4d.checkpoint import Checkpoint
-from scaling4d.ranks import at, gather, parallel, run
+from scaling4d.ranks import at, average_gradients, gather, run
 from scaling4d.readout import metrics, views
 from scaling4d.readout.features import Features, Standard, at_depth, layer_index
 from scaling4d.readout.pretrained import load_encoder
@@ -141,7 +141,8 @@ def _work(
         standard = Standard(tensors.pop("standard.matrix"), tensors.pop("standard.offset"))
         head.load_state_dict(tensors)
     probe = Probe(encoder if tuned else None, standard, head, asked, evaluation.depth_fraction)
-    _train(probe, lessons, recipe, rank=rank, ranks=ranks, seed=seed)
+    lines = log.Steps(f"{folder.name} {task}", recipe.steps)
+    _train(probe, lessons, recipe, lines, rank=rank, ranks=ranks, seed=seed)
     trained = time.monotonic()
     videos, sums, judging_s = judged(seen, frozen, probe.predict, size=JUDGED)
     inputs_s += time.monotonic() - trained - judging_s
@@ -164,7 +165,7 @@ def stored(folder: Path, encoder: nn.Module, evaluation: Evaluation) -> Store:
 
 
 class Probe(nn.Module):
-    """Encoder (or none, where features are ready) and readout together, so that ranks average the gradients of both."""
+    """Encoder (or none, where features are ready) and readout together: what a step of training changes."""
 
     def __init__(self, encoder: nn.Module | None, standard: Standard, head: nn.Module, asked: Task, fraction: float) -> None:
         super().__init__()
@@ -179,17 +180,16 @@ class Probe(nn.Module):
         return self.asked.predict(self.head, self.standard(features), target)
 
 
-def _train(probe: Probe, lessons: Lessons, recipe: Recipe, *, rank: int, ranks: int, seed: int) -> None:
+def _train(probe: Probe, lessons: Lessons, recipe: Recipe, lines: log.Steps, *, rank: int, ranks: int, seed: int) -> None:
     parts = {"head": (list(probe.head.named_parameters()), recipe.learning_rate)}
     if probe.encoder is not None:
         parts["encoder"] = (list(probe.encoder.named_parameters()), recipe.encoder_learning_rate)
     adamw, peaks = optimizer.adamw(parts, betas=recipe.betas, weight_decay=recipe.weight_decay)
-    step_loss = parallel(probe, some_unused=probe.encoder is not None)  # the blocks above the readout's depth
-    steps = log.Steps(recipe.steps)
     for step in range(recipe.steps):
         at(f"readout step {step}")
-        loss = step_loss(*lessons.batch(batch_of(step, recipe.batch // ranks, len(lessons), seed, rank)))
+        loss = probe(*lessons.batch(batch_of(step, recipe.batch // ranks, len(lessons), seed, rank)))
         loss.backward()
+        average_gradients(probe.parameters())
         grad = nn.utils.clip_grad_norm_(probe.parameters(), recipe.clip_norm)
         if not torch.isfinite(grad):
             raise UserError(f"readout step {step}: the gradient is {grad.item()}; lower Recipe.learning_rate")
@@ -198,7 +198,7 @@ def _train(probe: Probe, lessons: Lessons, recipe: Recipe, *, rank: int, ranks: 
         adamw.zero_grad()
         if rank == 0:
             lr = adamw.param_groups[0]["lr"]
-            steps.line(step + 1, loss=loss.item(), lr=lr, grad=grad.item(), clips=(step + 1) * recipe.batch)
+            lines.line(step + 1, loss=loss.item(), lr=lr, grad=grad.item(), clips=(step + 1) * recipe.batch)
 
 
 def batch_of(step: int, size: int, length: int, seed: int, rank: int) -> list[int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-from scipy.special import softmax
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -50,7 +50,7 @@ class Actions:
 
     def pooled(self, predicted: np.ndarray) -> np.ndarray:
         """`V classes` logits -> `classes`: probabilities, averaged. Source: num_test_clips of the released evaluation."""
-        return softmax(predicted, axis=-1).mean(0)
+        return torch.from_numpy(predicted).softmax(-1).mean(0).numpy()
 
     def measure(self, predicted: np.ndarray, target: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
         return {"top1": metrics.top1(predicted[None], target["action"][None])}
