@@ -224,6 +224,11 @@ def test_no_letter_or_digit_of_the_lock_can_change_unnoticed(project: Path, wron
             assert "\n" not in str(error)
 
 
+def test_a_room_that_there_is_not_is_wrong_and_no_crash(project: Path, flip: Flip, wrong: Wrong) -> None:
+    flip("dvc.lock", "artifacts/code/baseline.json", "artifacts/code/bzseline.json")
+    assert "bzseline" in wrong()
+
+
 def test_one_byte_of_the_import_of_the_data_is_named(project: Path, flip: Flip, wrong: Wrong) -> None:
     text = Path("data.dvc").read_text()
     flip("data.dvc", text[:6], "md5: " + ("0" if text[5] != "0" else "1"))

@@ -195,7 +195,8 @@ def _names(run: Run, path: str, md5: str) -> list[str]:
 
 def _rooms(run: Run) -> dict[str, str]:
     """artifacts/code/<room>.json -> how the meaning of the checkout's code differs from it; also where no artifact is here."""
-    said = {out.path: out.md5 for stage in run.stages.values() for out in stage.outs if out.path.startswith(f"{ROOMS}/")}
+    known = {f"{ROOMS}/{room}.json" for room in code.STAGES}  # of another name, it contradicts dvc.yaml
+    said = {out.path: out.md5 for stage in run.stages.values() for out in stage.outs if out.path in known}
     if not said or not Path(SOURCE).is_dir():
         return {}
     with tempfile.TemporaryDirectory() as fresh:
