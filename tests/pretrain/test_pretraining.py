@@ -137,7 +137,7 @@ def test_a_teacher_computes_in_the_type_of_the_run(changed: Callable) -> None:
 
 
 def teachers_type(*, rank: int, ranks: int, settings: dict) -> set[str]:
-    model, _ = loop._model(loop.prepare("nano_distilled", settings), ranks)
+    model = loop._model(loop.prepare("nano_distilled", settings), ranks)
     return {str(p.dtype) for teacher in model.taught_by for p in teacher.parameters()}
 
 

@@ -64,7 +64,7 @@ def loaded(*, rank: int, ranks: int, folder: Path, **given: object) -> dict:
 
 
 def _all(*, ranks: int, filled: bool, **given: object) -> dict:
-    model, _ = settled(ranks=ranks, compute="float32", **given)
+    model = settled(ranks=ranks, compute="float32", **given)
     adamw, _ = optimizer.adamw({"all": (list(model.named_parameters()), 0.0)}, betas=(0.9, 0.95), weight_decay=0.05)
     optimizer.moments(adamw)
     tensors = _tensors(model, adamw, {})
