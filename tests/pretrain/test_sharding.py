@@ -106,9 +106,10 @@ def kept_between_parts(*, rank: int, ranks: int, **given: object) -> tuple[int, 
 
 @pytest.mark.parametrize("shards", [4, 2])
 def test_between_the_parts_of_a_batch_gradients_lie_in_shards(project: Path, shards: int) -> None:
-    given = {"point": "nano", "settings": config.read(), "sharding": {"shards": shards}}
-    whole_ones, values = run(kept_between_parts, ranks=4, **given)
-    parameters = sum(p.numel() for p in start("nano", config.read(), 0).parameters())
+    settings = config.read()
+    whole_ones, values = run(kept_between_parts, ranks=4, point="nano", settings=settings, sharding={"shards": shards})
+    config.bind(sections("nano", settings))
+    parameters = sum(p.numel() for p in start("nano", settings, 0).parameters())
     assert whole_ones == 0
     assert parameters // shards <= values < 1.1 * parameters / shards  # first axes are rounded up
 

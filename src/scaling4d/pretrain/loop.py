@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from scaling4d import artifacts, code, config, optimizer, seeds
+from scaling4d.checkpoint import Checkpoint
 from scaling4d.clips import loader
 from scaling4d.pretrain.observe import Observer, peak_flops
 from scaling4d.pretrain.point import build, describe, key_of, keys_of, sections, teacher_of
@@ -123,7 +124,7 @@ def prepare(point: str, settings: Mapping[str, Any]) -> Run:
     """Everything that can be refused before a rank is started or a clip is read.
 
     Raises:
-        UserError: unknown point or setting, a mesh or a batch that does not divide, no such device, no clips.
+        UserError: unknown point or setting, a mesh or a batch that does not divide, no such device, no teacher, no clips.
     """
     how = {name: config.section(settings, f"pretrain.{name}") for name in ("Running", "Training")}
     config.bind({"Running": how.pop("Running")})
@@ -147,6 +148,8 @@ def prepare(point: str, settings: Mapping[str, Any]) -> Run:
     _least("Running", running, {"save_every": 1, "keep": 1, "kept_clips": 0})
     if not 0 <= training.ema < 1:
         raise UserError(f"pretrain.Training.ema = {training.ema}; needed 0 (none) or a share below 1, such as 0.999")
+    if point in settings["distilled"]:
+        Checkpoint.read(teacher_of(point, settings))
     run = Run(point, settings, training, running, sharding)
     loader.count(run.clips, "train")
     return run

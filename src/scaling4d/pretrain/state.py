@@ -206,7 +206,7 @@ class State:
         if self.rank == 0:
             with self._written(progress.step):
                 partial.mkdir(parents=True)
-                write_json(partial / PROGRESS, asdict(progress))
+                (partial / PROGRESS).write_text(json.dumps(asdict(progress)))  # lines keep the order of their keys
         dist.barrier(self.group)
         with self._written(progress.step):
             if self.asynchronous:
