@@ -203,7 +203,7 @@ def test_as_many_states_stay_as_are_to_be_kept(short: Callable) -> None:
     assert kept == [kept[-1] - 2, kept[-1] - 1, kept[-1]]
 
 
-@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("shards", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_in_parts_goes_on_with_the_same_bytes(short: Callable, changed: Callable, shards: int) -> None:
     def make() -> dict:
         short(6)
@@ -221,7 +221,16 @@ def killed(*_: object, **__: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("where", ["validate", "_weights", "_write", "artifacts.write_run", "remove"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        pytest.param("validate", marks=pytest.mark.slow),
+        pytest.param("_weights", marks=pytest.mark.slow),
+        "_write",
+        pytest.param("artifacts.write_run", marks=pytest.mark.slow),
+        "remove",
+    ],
+)
 def test_killed_at_its_end_it_ends_with_the_same_bytes_and_no_step_again(
     short: Callable, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -336,9 +345,7 @@ def test_what_cannot_be_written_elsewhere_is_one_clear_line_too(
     settings = short(2)
     with monkeypatch.context() as patch:
         patch.setattr(loop, "_write", full)
-        with pytest.raises(
-            UserError, match=rf"^artifacts/out cannot be written: {os.strerror(number)}; mend that, and the same .+"
-        ):
+        with pytest.raises(UserError, match=rf"^artifacts/out: {os.strerror(number)}; mend that, and the same .+"):
             pretrain("nano", settings)
     before = steps_shown()
     assert attempt(settings) == 0 and steps_shown() == before

@@ -34,7 +34,7 @@ from scaling4d.records import UserError, write_json
 
 ABOUT, PROGRESS, SHAS, LOCK = "about.json", "progress.json", "sha256.json", "lock"
 PATIENCE_S = 5.0  # for a process that was killed a moment ago and is not gone yet
-REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}  # of what cannot be written
+REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}  # no room, or no right
 
 
 @dataclass(frozen=True)
@@ -289,6 +289,5 @@ def refusals() -> Iterator[None]:
         if error.errno not in REFUSED:
             raise
         raise UserError(
-            f"{error.filename or 'a file'} cannot be written: {error.strerror}; mend that, and the same command goes on from the "
-            "last training state"
+            f"{error.filename or 'a file'}: {error.strerror}; mend that, and the same command goes on from the last state"
         ) from error
