@@ -251,7 +251,7 @@ def test_asked_to_stop_at_its_end_it_ends_with_the_same_bytes_and_no_step_again(
 ) -> None:
     settings = short(4)
     undisturbed = written(pretrain("nano", settings))
-    settings = short(4, **{"Running.save_every": 1000})
+    settings = short(4, **{"Running.save_every": 1000, "Running.asynchronous": True})
     with monkeypatch.context() as patch:
         patch.setattr(loop, "validate", lambda *_, **__: signal.pause())
         assert attempt(settings, interrupt=politely, after=4) == AGAIN

@@ -209,8 +209,9 @@ def _train(*, rank: int, ranks: int, run: Run, made: Mapping[str, Any]) -> None:
                 at(f"step {step}, saving")
                 progress = Progress(step + 1, batches.state_dict(), lines, validations, _of_all(recent, ranks), worlds)
                 state.save(progress, tensors)
-            if stop:
+            if stop or last:
                 state.finish()
+            if stop:
                 raise Preempted(_stopped(step + 1, training.steps))
     if _any(wanted):  # since the last step was saved; from now on a request ends this process at once
         raise Preempted(_stopped(training.steps, training.steps))
