@@ -99,7 +99,7 @@ def test_a_killed_rank_is_named_and_ends_the_others() -> None:
     ("work", "who"), [(hanging, "1 of 3 hangs at step 7, reading clips"), (stopped, "2 of 3 said nothing after")]
 )
 def test_a_rank_that_hangs_is_named_and_ends_the_others(work, who: str) -> None:
-    with pytest.raises(UserError, match=f"^rank {who}.*; if it is only slow, raise pretrain.Running.hang_s, 1 s$"):
+    with pytest.raises(UserError, match=f"^rank {who}.*; if it is only slow, raise hang_s, 1 s, in its settings$"):
         ranks.run(work, ranks=3, hang_s=1.0)
 
 

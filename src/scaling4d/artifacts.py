@@ -100,12 +100,19 @@ def write_run(stage: str, out_sha256: str, *, started: float, **facts: Any) -> N
         "finished_unix_s": round(time.time()),
         "git": revision,
         "python": platform.python_version(),
-        "machine": platform.machine(),
+        "machine": f"{platform.machine()} {processor()}".strip(),
         "cpus": os.cpu_count(),
         "versions": {name: metadata.version(name) for name in packages},
         **facts,
     }
     write_json(RUNS / f"{stage}-{out_sha256[:16]}.json", content)
+
+
+def processor() -> str:
+    """The model of this machine's processor, as far as the system says it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def home(settings: Mapping[str, Any]) -> Path:

@@ -263,7 +263,7 @@ def _watch(store: dist.Store, rank: int, ranks: int, hang_s: float, tell: Callab
             elif time.monotonic() - since > hang_s:
                 seen.append(_places(store, ranks))
             if len(seen) > 3:  # time enough for everyone who lives to say so
-                verdict = f"{behind(seen[0], seen[-1])}; if it is only slow, raise pretrain.Running.hang_s, {hang_s:g} s"
+                verdict = f"{behind(seen[0], seen[-1])}; if it is only slow, raise hang_s, {hang_s:g} s, in its settings"
                 tell(store.compare_set("verdict", "", verdict).decode())  # that of the first: who has ended says nothing
                 os._exit(1)
         except dist.DistError as error:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from scaling4d.artifacts import processor
 from scaling4d.records import write_json
 
 WIDTH = 130  # of tables that do not go to a terminal
@@ -99,11 +100,7 @@ def available(makers: Mapping[str, Callable[[], Any]]) -> tuple[dict[str, Any], 
 
 def machine() -> dict[str, Any]:
     """What the numbers depend on; not whose machine it is."""
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
-    return {"cpu": model, "cores": cores(), "system": f"{platform.system()} {platform.machine()}"}
+    return {"cpu": processor() or platform.machine(), "cores": cores(), "system": f"{platform.system()} {platform.machine()}"}
 
 
 @contextmanager
