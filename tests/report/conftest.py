@@ -89,7 +89,8 @@ def draw_run(
 def _recipe(name: str) -> dict:
     """A point is of MAE-ST or hides tubes where its name says so."""
     masking = {"masking": "tube" if "tube" in name else "random", "mask_ratio": 0.95}
-    return {"MAEST" if "mae_st" in name else "SimpleMAE": {"width": 32, **masking}}
+    method = "MAEST" if "mae_st" in name else "SimpleMAE"
+    return {"method": method, method: {"width": 32, **masking}}
 
 
 def _provenance(folder: Path, stage: str, inputs: dict[str, str]) -> None:

@@ -94,9 +94,10 @@ def _model(settings: Mapping[str, Any], encoder: str) -> Iterator[tuple[str, Any
     for prefix in (f"points.{point}.", f"distilled.{point}.", "pixels." if encoder == "pixels" else "-"):
         for key, value in settings.items():
             if key.startswith(prefix):
-                method, argument = key.removeprefix(prefix).split(".", 1)
-                yield "method", method
-                yield argument, value
+                method, _, argument = key.removeprefix(prefix).partition(".")
+                if argument:
+                    yield "method", method
+                    yield argument, value
 
 
 def _json(content: Any) -> str:
