@@ -31,7 +31,7 @@ ahead:
 
 test: install
 	ruff check . && ruff format --check .
-	python -m pytest
+	python -m pytest -n 2 --dist loadfile
 
 lint: install
 	ruff check --fix . && ruff format .

@@ -69,6 +69,8 @@ def test_dvc_trains_nothing_anew_for_where_and_how_a_run_is_watched(monkeypatch:
         declared = dvc.api.params_show(stages=f"pretrain@{point}")
         assert declared["pretrain"].keys() == {"Training"}
         assert declared["points"][point].keys() == {points[point]["method"], "Sharding"}
+    untrained = dvc.api.params_show(stages="baseline_untrained@mini")
+    assert untrained["points"]["mini"].keys() == {points["mini"]["method"], "Sharding"}
 
 
 def test_a_changed_value_is_listed_as_an_override(project: Path, changed: Callable) -> None:

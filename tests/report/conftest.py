@@ -49,7 +49,7 @@ def draw_run(
         "distilled": {name: {"Distilled": {"teacher": "mini", "width": 32}} for name in students},
         "encoders": {
             "pretrained": {name: {} for name in published},
-            "untrained": [],
+            "untrained": {},
             "frozen": frozen,
             "finetune": finetune,
             "classifier": list(classifier),

@@ -39,8 +39,9 @@ class Evaluation:
     feature_store: folder in which a frozen encoder's features stay, for all readouts to share; "": in memory, for this one alone.
     feature_dtype: of features in the store: float32 (changes no result), float16 or bfloat16. stored_depths: fractions of the
     depth that the store keeps beside depth_fraction, so that a sweep over them costs no second pass.
-    kept_clips: so many clips a rank stay in memory where the encoder is trained too; the others are read again (ours).
-    hang_s: when a rank has stood still for so long, be it in a wait for slower ones, the readout is ended and says so (ours).
+    kept_clips: so many clips a rank stay in memory where the encoder is trained too; the others are read again.
+    hang_s: when a rank has stood still for so long, be it in a wait for slower ones, the readout is ended and says so. Neither
+    changes a result.
     """
 
     ranks: int
