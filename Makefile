@@ -31,7 +31,7 @@ ahead:
 
 test: install
 	ruff check . && ruff format --check .
-	python -m pytest -n 2 --dist loadfile
+	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	ruff check --fix . && ruff format .

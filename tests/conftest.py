@@ -12,6 +12,11 @@ from scaling4d import config
 ROOT = Path(__file__).parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The story, which takes longest, comes first: the other process then does the rest meanwhile."""
+    items.sort(key=lambda item: item.path.name != "test_story.py")
+
+
 @pytest.fixture(scope="session")
 def curated_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with experiments/, params.yaml of profile smoke, and artifacts/smoke/clips of two dozen videos."""

@@ -217,8 +217,8 @@ def test_a_killed_stage_leaves_nothing_under_its_final_name(story: Path) -> None
     child = subprocess.Popen([sys.executable, "-m", "scaling4d", "pretrain", "nano"], cwd=story, env=env, start_new_session=True)
     try:
         deadline = time.monotonic() + 60
-        while not list((story / ".resume").glob("partial-*")) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        while not list((story / ".resume").glob("pretrain-*")) and time.monotonic() < deadline:  # it trains
+            time.sleep(0.01)
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
         assert not final.exists()

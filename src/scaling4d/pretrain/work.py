@@ -112,7 +112,7 @@ def _simple_mae(model: nn.Module) -> Work:
         saved_values=kept * encoder.patch_embedding.in_features,
         head_saved_values=coarse * width,
         loss_saved_values=2 * predicted,  # of loss_on all: what is predicted, and what is there
-        loss_temporary_values=2 * predicted,
+        loss_temporary_values=predicted,
         teacher=None,
     )
 
