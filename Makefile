@@ -25,7 +25,8 @@ two_at_a_time = dvc stage list --name-only | grep -E '^$(1)@' | xargs -r -P 2 -n
 
 ahead:
 	dvc repro clips baseline_pixels
-	$(call two_at_a_time,(pretrain|baseline_untrained),1)
+	$(call two_at_a_time,(pretrain|baseline_untrained|baseline_pretrained),1)
+	$(call two_at_a_time,distill,1)
 	$(call two_at_a_time,readout_frozen,5)
 	$(call two_at_a_time,readout_finetune,5)
 

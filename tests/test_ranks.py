@@ -75,6 +75,21 @@ def test_gradients_become_their_mean() -> None:
     assert ranks.run(averaged, ranks=3) == [1.0, 1.0]
 
 
+def several(*, rank: int, ranks: int) -> list[list[float]]:
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in (3, 1, 2, 5)]
+    for number, parameter in enumerate(parameters):
+        parameter.grad = torch.arange(float(parameter.numel())) + 10 * number + rank
+    average_gradients(parameters)
+    return [parameter.grad.tolist() for parameter in parameters]
+
+
+@pytest.mark.parametrize("together", [1, 4, 100])
+def test_gradients_sent_in_several_messages_each_find_their_place(monkeypatch: pytest.MonkeyPatch, together: int) -> None:
+    monkeypatch.setattr(ranks, "TOGETHER", together)
+    found = ranks.run(several, ranks=2)
+    assert found == [[10 * number + i + 0.5 for i in range(size)] for number, size in enumerate((3, 1, 2, 5))]
+
+
 def test_a_tensor_outlives_the_rank_that_made_it(monkeypatch) -> None:
     wait = multiprocessing.connection.wait
     monkeypatch.setattr(multiprocessing.connection, "wait", lambda pipes: time.sleep(1) or wait(pipes))

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -207,6 +208,16 @@ def test_an_experiment_lists_its_override_everywhere(story: Path) -> None:
     (story / "page.html").unlink()
     run(story, "git", "checkout", "-q", ".")
     run(story, "dvc", "checkout", "-q")
+
+
+def test_make_repro_trains_every_kind_of_encoder_before_it_reads_them_out() -> None:
+    ahead = (ROOT / "Makefile").read_text().split("\nahead:\n")[1].split("\n\n")[0]
+    before, _, _ = ahead.partition("readout_frozen")
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    makes = {name: str(stage.get("do", stage)["outs"]) for name, stage in stages.items()}
+    encoders = {name for name, outs in makes.items() if "/pretrain/" in outs}
+    assert encoders >= {"pretrain", "distill", "baseline_pixels"}
+    assert encoders <= set(re.findall(r"\w+", before))
 
 
 def test_a_killed_stage_leaves_nothing_under_its_final_name(story: Path) -> None:
