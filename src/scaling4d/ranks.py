@@ -81,6 +81,11 @@ def started() -> bool:
     return os.environ.keys() >= STARTED
 
 
+def leads() -> bool:
+    """Whether this process writes what the ranks made: the one that forks them, or rank 0 of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _collect(children: list, receivers: list) -> Any:
     first = None
     waiting = dict(zip(receivers, range(len(receivers)), strict=True))
@@ -190,7 +195,10 @@ def _send(sender: Any, kind: str, value: Any) -> None:
 def _join(work: Callable[..., T], ranks: int, device: str, hang_s: float | None, arguments: dict) -> T:
     rank, world, here = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if world != ranks:
-        raise UserError(f"torchrun started {world} ranks, and the settings are for {ranks}; set pretrain.Training.ranks={world}")
+        raise UserError(
+            f"torchrun started {world} ranks, and the settings are for {ranks}; set pretrain.Training.ranks={world}, or "
+            f"readout.shared.Evaluation.ranks={world}"
+        )
     if world == here and Path("/sys/class/net/lo").exists():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store, _, _ = next(dist.rendezvous("env://"))
@@ -213,7 +221,7 @@ def _enter(
         if local >= torch.cuda.device_count():
             raise UserError(
                 f"rank {rank} needs a GPU of its own, and this machine has {torch.cuda.device_count()}; set "
-                "pretrain.Training.device to cpu, or fewer ranks a machine"
+                "pretrain.Training.device to cpu, or readout.tuning.Tuning.device, or fewer ranks a machine"
             )
         torch.cuda.set_device(local)
     if hang_s is not None:
@@ -303,6 +311,30 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         flat /= dist.get_world_size()
         for gradient, mean in zip(some, flat.split([gradient.numel() for gradient in some]), strict=True):
             gradient.copy_(mean.view_as(gradient))
+
+
+@contextmanager
+def stop_wanted() -> Iterator[list[int]]:
+    """A list that stays empty until someone asks this process to save its state and stop."""
+    asked: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in STOP}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def anyone(wanted: list[int]) -> bool:
+    """Whether someone asked any rank: all ranks stop after the same step."""
+    flag = torch.tensor([float(bool(wanted))])
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def stopped(step: int, steps: int) -> str:
+    """What a run says that saved its state and stops."""
+    return f"stopped after step {step} of {steps}, as asked; the same command goes on from there"
 
 
 def gather(values: list) -> list:

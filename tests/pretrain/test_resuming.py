@@ -25,8 +25,8 @@ from interrupted import (
 )
 
 from scaling4d import artifacts, config
+from scaling4d import state as states_of
 from scaling4d.pretrain import loop
-from scaling4d.pretrain import state as states_of
 from scaling4d.pretrain.loop import made_of, prepare, pretrain, train
 from scaling4d.ranks import run as in_ranks
 from scaling4d.records import AGAIN, UserError
@@ -157,7 +157,7 @@ def test_the_state_of_another_point_is_refused(short: Callable) -> None:
     assert attempt(settings, interrupt=politely, after=3) == AGAIN
     (folder,) = Path(".resume").glob("pretrain-*")
     about = json.loads((folder / "about.json").read_text())
-    (folder / "about.json").write_text(json.dumps(about | {"point": "mini"}))
+    (folder / "about.json").write_text(json.dumps(about | {"run": "mini"}))
     with pytest.raises(
         UserError, match=r"holds the training state of mini of profile smoke, needed that of nano of smoke .*remove"
     ):
@@ -261,12 +261,12 @@ def test_asked_to_stop_at_its_end_it_ends_with_the_same_bytes_and_no_step_again(
 
 def test_a_state_is_gone_at_one_stroke_and_what_is_left_of_it_goes_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "pretrain-0"
-    states_of.claim(folder, {"point": "nano", "profile": "smoke"}).close()
+    states_of.claim(folder, {"run": "nano", "profile": "smoke"}).close()
     with monkeypatch.context() as patch:
         patch.setattr(states_of.shutil, "rmtree", lambda path, ignore_errors=False: None)  # as if it were killed before
         states_of.remove(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["removed-pretrain-0"]
-    states_of.claim(folder, {"point": "nano", "profile": "smoke"}).close()
+    states_of.claim(folder, {"run": "nano", "profile": "smoke"}).close()
     assert [path.name for path in tmp_path.iterdir()] == ["pretrain-0"]
 
 
@@ -294,7 +294,7 @@ def test_a_damaged_description_of_a_state_blocks_no_run(short: Callable, capfd: 
     other = Path(".resume/pretrain-0123456789abcdef")
     other.mkdir()
     for folder in (mine, other):
-        (folder / "about.json").write_text('{"point": ')
+        (folder / "about.json").write_text('{"run": ')
     capfd.readouterr()
     assert attempt(settings) == 0
     said = capfd.readouterr().err
@@ -368,8 +368,7 @@ def flushed(*, rank: int, ranks: int, folder: Path) -> tuple[list[str], list[str
         patch.setattr(os, "fsync", noted)
         patch.setattr(Path, "rename", renamed)
         state = states_of.State(folder, keep=1, asynchronous=False, rank=rank, ranks=ranks)
-        progress = states_of.Progress(step=1, loader={}, lines=[], validations=[], recent=[], ranks=[])
-        state.save(progress, {"weight.a": states_of.torch.ones(3)})
+        state.save(1, {"step": 1}, {"weight.a": states_of.torch.ones(3)})
     return when, [path.name for path in (folder / "step-00000001").iterdir()]
 
 

@@ -11,12 +11,12 @@ from torch import nn
 from scaling4d import config, optimizer, seeds
 from scaling4d.checkpoint import weights
 from scaling4d.mae.attention import attention
-from scaling4d.pretrain.loop import _tensors, pretrain
+from scaling4d.pretrain.loop import pretrain
 from scaling4d.pretrain.point import build, sections, start
-from scaling4d.pretrain.state import Progress, State
 from scaling4d.ranks import run
 from scaling4d.records import MaskedTokens, UserError
 from scaling4d.shard import Sharding, last_part, mine, reduce, spread, whole
+from scaling4d.state import State, tensors_of
 
 PLAIN = {"shards": 1, "recompute": "none", "recompute_every": 1, "compile": False, "packed": False, "accumulate": 1}
 
@@ -53,13 +53,13 @@ def saved(*, rank: int, ranks: int, folder: Path, **given: object) -> dict:
     """All tensors of a run, moments too, whole; written as the state of step 5."""
     tensors = _all(ranks=ranks, filled=True, **given)
     state = State(folder, keep=1, asynchronous=False, rank=rank, ranks=ranks)
-    state.save(Progress(step=5, loader={}, lines=[], validations=[], recent=[], ranks=[]), tensors)
+    state.save(5, {"step": 5}, tensors)
     return {name: whole(value).clone() for name, value in tensors.items()}
 
 
 def loaded(*, rank: int, ranks: int, folder: Path, **given: object) -> dict:
     tensors = _all(ranks=ranks, filled=False, **given)
-    assert State(folder, keep=1, asynchronous=False, rank=rank, ranks=ranks).load(tensors).step == 5
+    assert State(folder, keep=1, asynchronous=False, rank=rank, ranks=ranks).load(tensors) == {"step": 5}
     return {name: whole(value).clone() for name, value in tensors.items()}
 
 
@@ -67,7 +67,7 @@ def _all(*, ranks: int, filled: bool, **given: object) -> dict:
     model = settled(ranks=ranks, compute="float32", **given)
     adamw, _ = optimizer.adamw({"all": (list(model.named_parameters()), 0.0)}, betas=(0.9, 0.95), weight_decay=0.05)
     optimizer.moments(adamw)
-    tensors = _tensors(model, adamw, {})
+    tensors = tensors_of(model, adamw)
     for number, value in enumerate(tensors.values() if filled else ()):
         value.mul_(1 + number).add_(number)  # what no initial value is
     return tensors

@@ -34,10 +34,10 @@ from scaling4d.pretrain.loop import Run, made_of, prepare, state_of, train
 from scaling4d.pretrain.plan import GIB, USABLE
 from scaling4d.pretrain.point import build, key_of
 from scaling4d.pretrain.settings import Launch
-from scaling4d.pretrain.state import remove
 from scaling4d.pretrain.work import work_of
 from scaling4d.ranks import STOP, started
 from scaling4d.records import AGAIN, UserError, write_json
+from scaling4d.state import remove
 
 TOLD, CODE, REFUSED = "run.json", "code", "refused"
 PORT = 29500  # where the machines of a Slurm job meet; torchrun's own

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import signal
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,15 +19,31 @@ from scaling4d.clips import loader
 from scaling4d.pretrain.observe import Observer, peak_flops
 from scaling4d.pretrain.point import build, describe, key_of, keys_of, sections, teacher_of
 from scaling4d.pretrain.settings import Running, Training
-from scaling4d.pretrain.state import Progress, State, claim, refusals, remove
 from scaling4d.pretrain.validate import picture, validate
-from scaling4d.ranks import STOP, at, unwatched
+from scaling4d.ranks import anyone, at, leads, stop_wanted, stopped, unwatched
 from scaling4d.ranks import run as in_ranks
 from scaling4d.records import ClipBatch, MaskedTokens, Preempted, UserError, write_json
 from scaling4d.shard import TYPES, Sharding, last_part, mine, reduce, spread, whole
+from scaling4d.state import State, claim, folder_of, refusals, remove, tensors_of
 
 SHARDS = "croissant.json"  # of a clips folder: the sha256 of its table and of every shard
 MASKED_TOGETHER = 8  # clips whose masks are one draw: a rank's part of the pocket's batch
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is.
+
+    step: steps done. loader: state of the clips' order. lines: of losses.jsonl and validations of validation.jsonl, so far.
+    recent: of every rank, the losses since the last line. ranks: `[from_step, ranks]`, one more whenever their number changed.
+    """
+
+    step: int
+    loader: dict[str, int]
+    lines: list[dict]
+    validations: list[dict]
+    recent: list[list[float]]
+    ranks: list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -72,7 +84,7 @@ def pretrain(point: str, settings: Mapping[str, Any]) -> Path:
     run = prepare(point, settings)
     made = made_of(run)
     folder = train(run, made)
-    if os.environ.get("RANK", "0") == "0":
+    if leads():
         remove(state_of(run, made))
     return folder
 
@@ -102,9 +114,8 @@ def made_of(run: Run) -> dict[str, Any]:
 
 
 def state_of(run: Run, made: Mapping[str, Any]) -> Path:
-    """The folder of a run's state: its name is the sha256 of all that the result should depend on."""
-    digest = hashlib.sha256(json.dumps(_about(run, made), sort_keys=True).encode()).hexdigest()
-    return artifacts.PARTIAL / f"pretrain-{digest[:16]}"
+    """The folder of a run's state."""
+    return folder_of("pretrain", _about(run, made))
 
 
 def _about(run: Run, made: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,7 +123,7 @@ def _about(run: Run, made: Mapping[str, Any]) -> dict[str, Any]:
     settings = {key: dict(value) if isinstance(value, Mapping) else value for key, value in made["settings"].items()}
     del settings["pretrain.Training"]["ranks"], settings[f"{key_of(run.point, run.settings)}.{Sharding.__name__}"]
     return {
-        "point": run.point,
+        "run": run.point,
         "profile": run.settings["profile"],
         "settings": settings,
         "inputs": made["inputs"],
@@ -168,21 +179,23 @@ def _train(*, rank: int, ranks: int, run: Run, made: Mapping[str, Any]) -> None:
     adamw, peaks = optimizer.adamw(_parts(model, training), betas=training.betas, weight_decay=training.weight_decay)
     optimizer.moments(adamw)
     average = {name: p.detach().clone() for name, p in model.named_parameters()} if training.ema else {}
-    tensors = _tensors(model, adamw, average)
+    tensors = tensors_of(model, adamw) | {f"average.{name}": value for name, value in average.items()}
     batches = _batches(run, rank, ranks)
 
     folder = state_of(run, made)
     lock = claim(folder, _about(run, made)) if rank == 0 else None
     dist.barrier()
     state = State(folder, keep=running.keep, asynchronous=running.asynchronous, rank=rank, ranks=ranks)
-    done = state.load(tensors) or Progress(step=0, loader=batches.state_dict(), lines=[], validations=[], recent=[], ranks=[])
+    found = state.load(tensors)
+    first = Progress(step=0, loader=batches.state_dict(), lines=[], validations=[], recent=[], ranks=[])
+    done = Progress(**found) if found else first
     optimizer.count_steps(adamw, done.step)
     batches.load_state_dict(done.loader)
     lines, validations, recent = done.lines, done.validations, _mine(done.recent, rank, ranks, training.device)
     worlds = done.ranks if done.ranks and done.ranks[-1][1] == ranks else [*done.ranks, [done.step, ranks]]
     observer = _observer(run, model, start=done.step, rank=rank, ranks=ranks)
 
-    with _stop_wanted() as wanted:
+    with stop_wanted() as wanted:
         for step in range(done.step, training.steps):
             last = step + 1 == training.steps
             observer.step(step)
@@ -204,17 +217,17 @@ def _train(*, rank: int, ranks: int, run: Run, made: Mapping[str, Any]) -> None:
                 val_loss = validate(model, run.clips, training, seed=run.seed, rank=rank, ranks=ranks)
                 validations.append({"step": step + 1, "val_loss": val_loss})
                 observer.validation(step + 1, val_loss, picture(model, run.clips, seed=run.seed))
-            stop = _any(wanted)
+            stop = anyone(wanted)
             if stop or last or (step + 1) % running.save_every == 0:
                 at(f"step {step}, saving")
                 progress = Progress(step + 1, batches.state_dict(), lines, validations, _of_all(recent, ranks), worlds)
-                state.save(progress, tensors)
+                state.save(step + 1, asdict(progress), tensors)
             if stop or last:
                 state.finish()
             if stop:
-                raise Preempted(_stopped(step + 1, training.steps))
-    if _any(wanted):  # since the last step was saved; from now on a request ends this process at once
-        raise Preempted(_stopped(training.steps, training.steps))
+                raise Preempted(stopped(step + 1, training.steps))
+    if anyone(wanted):  # since the last step was saved; from now on a request ends this process at once
+        raise Preempted(stopped(training.steps, training.steps))
 
     with torch.no_grad():
         for name, p in model.named_parameters() if average else ():
@@ -264,15 +277,6 @@ def _parts(model: nn.Module, training: Training) -> dict[str, tuple[list[tuple[s
     }
 
 
-def _tensors(model: nn.Module, adamw: torch.optim.AdamW, average: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All that a run must find again, by name, in place."""
-    found = {f"average.{name}": value for name, value in average.items()}
-    for name, p in model.named_parameters():
-        moments = adamw.state[p]
-        found |= {f"weight.{name}": p.detach(), f"first.{name}": moments["exp_avg"], f"second.{name}": moments["exp_avg_sq"]}
-    return found
-
-
 def _batches(run: Run, rank: int, ranks: int) -> loader.Batches:
     training = run.training
     return loader.batches(
@@ -309,29 +313,6 @@ def _observer(run: Run, model: nn.Module, *, start: int, rank: int, ranks: int) 
         tensorboard=running.tensorboard,
         profile=running.profile,
     )
-
-
-@contextmanager
-def _stop_wanted() -> Iterator[list[int]]:
-    """A list that stays empty until someone asks this process to save its state and stop."""
-    asked: list[int] = []
-    before = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in STOP}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _stopped(step: int, steps: int) -> str:
-    return f"stopped after step {step} of {steps}, as asked; the same command goes on from there"
-
-
-def _any(wanted: list[int]) -> bool:
-    """Whether someone asked any rank: all ranks stop after the same step."""
-    flag = torch.tensor([float(bool(wanted))])
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag)
 
 
 def _masks(run: Run, model: nn.Module, step: int, rank: int, ranks: int) -> MaskedTokens:

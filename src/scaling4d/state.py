@@ -1,7 +1,7 @@
-"""What a run that was killed goes on from: weights, moments and the position among the clips, beside the run.
+"""What a training that was killed goes on from: weights, moments and how far it was, beside the run.
 
-    .resume/pretrain-<sha of what the result depends on>/about.json           whose state this is
-                                                         step-00000400/       DCP shards, progress.json, sha256.json
+    .resume/<stage>-<sha of what the result depends on>/about.json           whose state this is
+                                                        step-00000400/       DCP shards, progress.json, sha256.json
 
 A step's folder is written under another name and renamed when every rank's files are there with their sha256; nothing else in it
 is trusted. DCP's metadata is a pickle: only the run's own folder is ever read, never one that came from elsewhere.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -19,14 +20,13 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from scaling4d import artifacts
@@ -37,27 +37,26 @@ PATIENCE_S = 5.0  # for a process that was killed a moment ago and is not gone y
 REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}  # no room, or no right
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is.
+def folder_of(stage: str, about: Mapping[str, Any]) -> Path:
+    """Where the state of a stage's run lies: the name is the sha256 of all that the result should depend on."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    return artifacts.PARTIAL / f"{stage}-{digest[:16]}"
 
-    step: steps done. loader: state of the clips' order. lines: of losses.jsonl and validations of validation.jsonl, so far.
-    recent: of every rank, the losses since the last line. ranks: `[from_step, ranks]`, one more whenever their number changed.
-    """
 
-    step: int
-    loader: dict[str, int]
-    lines: list[dict]
-    validations: list[dict]
-    recent: list[list[float]]
-    ranks: list[list[int]]
+def tensors_of(model: nn.Module, adamw: torch.optim.AdamW) -> dict[str, Tensor]:
+    """Weights and moments by name, in place; every parameter must have its moments."""
+    found = {}
+    for name, p in model.named_parameters():
+        moments = adamw.state[p]
+        found |= {f"weight.{name}": p.detach(), f"first.{name}": moments["exp_avg"], f"second.{name}": moments["exp_avg_sq"]}
+    return found
 
 
 def claim(folder: Path, about: Mapping[str, Any]) -> IO[str]:
     """Make `folder` the place of this run's state, or find that it is; it is this process's until the returned file is closed.
 
     Args:
-        about: all that the result depends on: point, profile, settings, inputs, code.
+        about: all that the result depends on: run (its name), profile, settings, inputs, code.
     Raises:
         UserError: the state there is another run's, or another process of this run is at it.
     """
@@ -66,15 +65,15 @@ def claim(folder: Path, about: Mapping[str, Any]) -> IO[str]:
     if found is None:
         for other in sorted(folder.parent.glob(f"{folder.name.split('-')[0]}-*/{ABOUT}")):
             theirs = _about(other)
-            if theirs and all(theirs.get(name) == about[name] for name in ("point", "profile")):
+            if theirs and all(theirs.get(name) == about[name] for name in ("run", "profile")):
                 print(f"{other.parent} is not gone on from: {_difference(theirs, about)}", file=sys.stderr)
         partial = folder / f"{ABOUT}.partial"
         write_json(partial, about)
         partial.rename(folder / ABOUT)
     elif found != about:
         raise UserError(
-            f"{folder} holds the training state of {found.get('point')} of profile {found.get('profile')}, needed that of "
-            f"{about['point']} of {about['profile']} with these settings ({_difference(found, about)}); remove the folder"
+            f"{folder} holds the training state of {found.get('run')} of profile {found.get('profile')}, needed that of "
+            f"{about['run']} of {about['profile']} with these settings ({_difference(found, about)}); remove the folder"
         )
     for left in (*folder.glob("partial-*"), _away(folder)):
         shutil.rmtree(left, ignore_errors=True)
@@ -155,8 +154,9 @@ class State:
         self.group = dist.new_group(backend="gloo")  # writing behind the computing must not mix with it
         self.behind: tuple[int, Any] | None = None
 
-    def load(self, tensors: Mapping[str, Tensor]) -> Progress | None:
-        """Fill the tensors, by name and in place, from the newest whole step; None: there is none, and nothing was touched."""
+    def load(self, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        """Fill the tensors, by name and in place, from the newest whole step, and return its progress; None: there is none, and
+        nothing was touched."""
         for path in self._newest_first():
             if damage := self._damage(path):
                 if self.rank == 0:
@@ -166,7 +166,7 @@ class State:
                     path.rename(aside)
                 continue
             dcp.load(dict(tensors), checkpoint_id=path, process_group=self.group)
-            return Progress(**json.loads((path / PROGRESS).read_text()))
+            return json.loads((path / PROGRESS).read_text())
         return None
 
     def _newest_first(self) -> list[Path]:
@@ -195,25 +195,27 @@ class State:
             )
         return ", ".join(dict.fromkeys(name for names in self._gather(wrong) for name in names))
 
-    def save(self, progress: Progress, tensors: Mapping[str, Tensor]) -> None:
+    def save(self, step: int, progress: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Write a step; it counts from `finish` on, which any later save calls.
 
+        Args:
+            step: steps done. progress: what else is to be found again, as JSON.
         Raises:
             UserError: it cannot be written; what was kept before stays.
         """
         self.finish()
-        partial = self._partial(progress.step)
+        partial = self._partial(step)
         if self.rank == 0:
-            with self._written(progress.step):
+            with self._written(step):
                 partial.mkdir(parents=True)
-                (partial / PROGRESS).write_text(json.dumps(asdict(progress)))  # lines keep the order of their keys
+                (partial / PROGRESS).write_text(json.dumps(progress))  # lines keep the order of their keys
         dist.barrier(self.group)
-        with self._written(progress.step):
+        with self._written(step):
             if self.asynchronous:
                 future = dcp.async_save(dict(tensors), checkpoint_id=partial, process_group=self.group)
             else:
                 future = dcp.save(dict(tensors), checkpoint_id=partial, process_group=self.group)
-        self.behind = (progress.step, future if self.asynchronous else None)
+        self.behind = (step, future if self.asynchronous else None)
         if not self.asynchronous:
             self.finish()
 
@@ -258,7 +260,7 @@ class State:
             why = " ".join(str(first).split())[:200]
             raise UserError(
                 f"the training state of step {step} cannot be written to {self.folder}: {why}; free space there, or lower "
-                "pretrain.Running.keep (the state before it is whole, and the next run goes on from it)"
+                "keep, in pretrain.Running or readout.Saving (the state before it is whole, and the next run goes on from it)"
             ) from error
 
     def _gather(self, value: Any) -> list:
