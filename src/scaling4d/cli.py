@@ -131,9 +131,9 @@ def readout(encoder: str, task: str, protocol: str) -> None:
         from scaling4d.readout.train import readout as run
 
         result = run(encoder, task, protocol, settings)
-    print(
-        f"{encoder} {task} {protocol}: {result.metric} {result.value:.4f} ({result.low:.4f} to {result.high:.4f}) {result.unit}"
-    )
+    if _speaks():
+        span = f"{result.low:.4f} to {result.high:.4f}"
+        print(f"{encoder} {task} {protocol}: {result.metric} {result.value:.4f} ({span}) {result.unit}")
 
 
 @app.command()

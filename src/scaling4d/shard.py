@@ -1,9 +1,10 @@
-"""How one model lies on many ranks: whole on each, or every block in shards; a training run and `plan`'s dry run share it."""
+"""How one model lies on many ranks: whole on each, or every block in shards; pretraining, fine-tuning and `plan`'s dry run
+share it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,7 @@ DEAR = ("aten.mm.", "aten.addmm.", "attention", "flash")  # what `selective` kee
 @config.configurable
 @dataclass(frozen=True)
 class Sharding:
-    """How a point lies on the ranks; results depend on it only as they depend on the order in which numbers are added.
+    """How a model lies on the ranks; results depend on it only as they depend on the order in which numbers are added.
 
     shards: ranks that share one copy of the weights, gradients and moments, block by block; copies are as many as fit the ranks.
       1: every rank holds all of them (plain data parallel); all ranks: FSDP; between: HSDP.
@@ -49,7 +50,7 @@ class Sharding:
         if self.accumulate < 1 or batch % (ranks * self.accumulate):
             raise UserError(
                 f"a batch of {batch} clips does not divide among {ranks} ranks in {self.accumulate} parts each; set "
-                "pretrain.Training.batch to a multiple, or Sharding.accumulate"
+                "batch to a multiple, or Sharding.accumulate"
             )
         if self.recompute not in ("none", "block", "selective") or self.recompute_every < 1:
             raise UserError(
@@ -61,19 +62,20 @@ class Sharding:
 def shard(
     model: nn.Module, *, shards: int, replicas: int, device: str, compute: torch.dtype, prepare: Callable[[nn.Module], None]
 ) -> None:
-    """Split a model on meta over a mesh: each block is gathered on its own, all else together.
+    """Split a model over a mesh: each block is gathered on its own, all else together, but for a readout's head.
 
-    Weights, gradients and moments stay float32, and are reduced in it. prepare: changes a block before it is split.
+    Weights, gradients and moments stay float32, and are reduced in it; a head computes in it, too. What the model is given keeps
+    its type. prepare: changes a block before it is split.
     """
     shape, names = ((replicas, shards), ("replicas", "shards")) if replicas > 1 else ((shards,), ("shards",))
-    given = {
-        "mesh": init_device_mesh(device, shape, mesh_dim_names=names),
-        "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
-    }
+    mesh = init_device_mesh(device, shape, mesh_dim_names=names)
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     for block in blocks(model):
         prepare(block)
-        fully_shard(block, **given)
-    fully_shard(model, **given)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    if hasattr(model, "head"):
+        fully_shard(model.head, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float32))
+    fully_shard(model, mesh=mesh, mp_policy=replace(policy, cast_forward_inputs=False))
 
 
 def blocks(model: nn.Module) -> tuple[nn.Module, ...]:
@@ -84,7 +86,8 @@ def blocks(model: nn.Module) -> tuple[nn.Module, ...]:
 def recomputing(block: nn.Module, how: str) -> None:
     """Let a block keep less for its backward pass: `block`, its input alone; `selective`, what is dear to make."""
     contexts = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if how == "selective" else {}
-    block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **contexts)
+    draws = getattr(block, "drop_path", 0) != 0  # what is drawn at random is to be drawn alike again
+    block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=draws, **contexts)
 
 
 def _policy(_: Any, operator: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
@@ -95,7 +98,14 @@ def _policy(_: Any, operator: Any, *arguments: Any, **named: Any) -> CheckpointP
 def spread(
     model: nn.Module, sharding: Sharding, *, ranks: int, device: str, compute: str, initialise: Callable[[], None]
 ) -> None:
-    """Give a model on meta its place on the ranks and its first weights.
+    """Give a model on meta its place on the ranks and its first weights, see settle."""
+    settle(model, sharding, ranks=ranks, device=device, compute=compute)
+    model.to_empty(device=device)
+    initialise()
+
+
+def settle(model: nn.Module, sharding: Sharding, *, ranks: int, device: str, compute: str) -> None:
+    """Give a model its place on the ranks; weights that it has stay, or go to their shards on `device`.
 
     In float32 and one shard every rank holds a plain model; else the model is split, if need be in one piece, which also
     computes in `compute` with weights that stay float32.
@@ -116,8 +126,6 @@ def spread(
     else:
         shape = {"shards": sharding.shards, "replicas": ranks // sharding.shards}
         shard(model, **shape, device=device, compute=TYPES[compute], prepare=prepare)
-    model.to_empty(device=device)
-    initialise()
 
 
 def last_part(model: nn.Module, last: bool) -> None:
@@ -134,6 +142,24 @@ def reduce(model: nn.Module) -> None:
     """After a batch's last backward pass every rank has the mean gradients: sharded models saw to it, others do it now."""
     if not isinstance(model, FSDPModule):
         average_gradients(model.parameters())
+
+
+def gathered(model: nn.Module, again: Callable[[], nn.Module], *, compute: str, device: str) -> nn.Module:
+    """A model that a rank can use without the others, its encoder in `compute`; every rank takes part.
+
+    Args:
+        again: makes the same model anew, to be filled; where `model` itself is plain, it is returned instead.
+    """
+    if not isinstance(model, FSDPModule):
+        return model
+    found = {}
+    for name, value in model.state_dict().items():
+        found[name] = whole(value)
+        if name.startswith("encoder.") and value.is_floating_point():
+            found[name] = found[name].to(TYPES[compute])
+    plain = again()
+    plain.load_state_dict(found, assign=True)
+    return plain.to(device)
 
 
 def whole(value: Tensor) -> Tensor:

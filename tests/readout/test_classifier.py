@@ -153,7 +153,7 @@ def test_a_classifier_learns_a_few_clips_by_heart() -> None:
     model, x = tuned(), clips()
     adam = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(60):
-        loss = model(x / 255, torch.nn.functional.one_hot(ACTIONS, 5).float())
+        loss = model(x / 255, {"shares": torch.nn.functional.one_hot(ACTIONS, 5).float()})
         adam.zero_grad()
         loss.backward()
         adam.step()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scaling4d import artifacts, benchmarks, checkpoint, config, log, optimizer, seeds
+from scaling4d import artifacts, benchmarks, config, log, seeds
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.mae.build import ENCODERS, METHODS, encoder_of, load
 from scaling4d.mae.encoder import LAYER_NORM_EPS, initialise
-from scaling4d.ranks import at, average_gradients, gather, run
+from scaling4d.ranks import gather, leads, run
 from scaling4d.readout import views
 from scaling4d.readout.features import Pixels
-from scaling4d.readout.split import Evaluation, Lessons, Share, Sums, judged, reread, write_skipped
+from scaling4d.readout.split import Evaluation, Lessons, Share, judged, reread
 from scaling4d.readout.tasks import actions
 from scaling4d.readout.tasks.actions import Actions
-from scaling4d.readout.train import HEAD, batch_of, result_of
+from scaling4d.readout.train import Found, batch_of, result_of, write
+from scaling4d.readout.tune import KEYS, Means, Parts, Target, about, fit, means_of, placed, saving_of, state_of
 from scaling4d.records import Result, UserError
+from scaling4d.shard import gathered, whole
 
 TASK, PROTOCOL = "actions", "classifier"
 JUDGED = 8  # clips at a time
@@ -89,14 +91,14 @@ class Tuned(nn.Module):
         super().__init__()
         self.encoder, self.head = encoder, head
 
-    def forward(self, pixels: Tensor, target: Tensor) -> Tensor:
-        """Pixels `B T H W C`, shares of the classes `B classes` -> cross entropy."""
-        return F.cross_entropy(self.scores(pixels), target)
+    def forward(self, pixels: Tensor, target: Target) -> Tensor:
+        """Pixels `B T H W C`, `shares` of the classes `B classes` -> cross entropy."""
+        return F.cross_entropy(self.scores(pixels), target["shares"])
 
     def scores(self, pixels: Tensor) -> Tensor:
         """`B classes`."""
         first = getattr(self.encoder, "first", 0)  # after the class token, if there is one
-        return self.head(last_tokens(self.encoder, pixels)[:, first:])
+        return self.head(last_tokens(self.encoder, pixels)[:, first:].float())
 
 
 def last_tokens(encoder: nn.Module, pixels: Tensor) -> Tensor:
@@ -111,14 +113,19 @@ def classify(encoder: str, settings: Mapping[str, Any]) -> Result:
     """The `classifier` protocol of the `readout` stage: Checkpoint in, `result.json` and the trained head out.
 
     Raises:
-        UserError: unknown encoder, a baseline without blocks, a missing checkpoint, or a benchmark that cannot be read.
+        UserError: unknown encoder, a baseline without blocks, a missing checkpoint, a benchmark that cannot be read, or settings
+            that cannot be.
+        Preempted: it was asked to stop, and the next call goes on where it stopped.
     """
     started = time.time()
-    keys = ["profile", "seed", "readout.shared", f"readout.tasks.{TASK}", f"readout.{PROTOCOL}"]
+    keys = ["profile", "seed", "readout.shared", f"readout.tasks.{TASK}", f"readout.{PROTOCOL}", *KEYS]
     mine = config.declared(settings, keys)
-    config.bind(mine["readout.shared"], mine[f"readout.tasks.{TASK}"], mine[f"readout.{PROTOCOL}"])
+    saving = saving_of(settings)
+    config.bind(*(mine[key] for key in keys[2:]))
     evaluation, recipe, asked = config.build(Evaluation), config.build(Classifier), config.build(Actions)
     views.check(TASK, asked.views, asked.test_views)
+    _check(recipe, evaluation.ranks)
+    means = means_of(saving, ranks=evaluation.ranks, batch=recipe.batch)
     home = artifacts.home(settings)
     folder = home / "pretrain" / encoder
     saved = Checkpoint.read(folder)
@@ -127,32 +134,32 @@ def classify(encoder: str, settings: Mapping[str, Any]) -> Result:
     if saved.model not in METHODS | ENCODERS:
         raise UserError(f"{encoder} is no encoder of this project, as this protocol needs; take it out of encoders.classifier")
     final = home / "readout" / encoder / TASK / PROTOCOL
-    with artifacts.folder(final) as out:
-        videos, sums = run(
-            _work,
-            ranks=evaluation.ranks,
-            hang_s=evaluation.hang_s,
-            folder=folder,
-            asked=asked,
-            evaluation=evaluation,
-            recipe=recipe,
-            seed=mine["seed"],
-            out=out,
-        )
-        result = result_of(saved, folder, TASK, PROTOCOL, asked, videos, sums, mine["seed"], evaluation.bootstrap_draws)
-        result.write(out / "result.json")
-        inputs = {
-            "checkpoint": artifacts.sha256(folder),
-            "benchmark": artifacts.sha256(benchmarks.folder(TASK, Path(evaluation.data))),
-        }
-        artifacts.write_provenance(out, stage="readout", settings=settings, keys=keys, room=PROTOCOL, inputs=inputs)
-    artifacts.write_run(f"readout-{encoder}-{TASK}-{PROTOCOL}", artifacts.sha256(final), started=started)
+    inputs = {}
+    if leads():
+        benchmark = benchmarks.folder(TASK, Path(evaluation.data))
+        inputs = {"checkpoint": artifacts.sha256(folder), "benchmark": artifacts.sha256(benchmark)}
+        if saving.every:
+            means = replace(means, about=about(f"{encoder}/{TASK}/{PROTOCOL}", PROTOCOL, mine, inputs))
+    found = run(
+        _work,
+        ranks=evaluation.ranks,
+        device=means.tuning.device,
+        hang_s=evaluation.hang_s,
+        folder=folder,
+        asked=asked,
+        evaluation=evaluation,
+        recipe=recipe,
+        means=means,
+        seed=mine["seed"],
+    )
+    result = result_of(saved, folder, TASK, PROTOCOL, asked, found, mine["seed"], evaluation.bootstrap_draws)
+    if leads():
+        made = {"settings": settings, "keys": keys, "room": PROTOCOL, "inputs": inputs}
+        write(final, result, found, made, state=state_of(means), started=started)
     return result
 
 
-def _work(
-    *, rank: int, ranks: int, folder: Path, asked: Actions, evaluation: Evaluation, recipe: Classifier, seed: int, out: Path
-) -> tuple[list[str], list[Sums]]:
+def _check(recipe: Classifier, ranks: int) -> None:
     if recipe.batch % ranks:
         raise UserError(f"classifier batch {recipe.batch} does not divide over {ranks} ranks; set Classifier.batch to a multiple")
     if recipe.batch == ranks and (recipe.mixup > 0 or recipe.cutmix > 0):
@@ -160,63 +167,55 @@ def _work(
             f"classifier batch {recipe.batch} leaves one clip to each of {ranks} ranks, with nothing to mix it with; set "
             "Classifier.batch to more, or Classifier.mixup and Classifier.cutmix to 0"
         )
+
+
+def _work(
+    *, rank: int, ranks: int, folder: Path, asked: Actions, evaluation: Evaluation, recipe: Classifier, means: Means, seed: int
+) -> Found:
     actions.check(asked, Path(evaluation.data))
+    tuned = _tuned(folder, asked, recipe)
+    for number, block in enumerate(tuned.encoder.blocks):
+        block.drop_path = recipe.drop_path * number / max(len(tuned.encoder.blocks) - 1, 1)
+    tuned.head.initialise(tuned.encoder, seed)
+    learned, seen = (Share(TASK, split, asked, evaluation, tuned.encoder.clip, rank, ranks) for split in benchmarks.SPLITS)
+    lessons = reread(learned)
+    tuned = placed(tuned.train(), means, ranks)
+    fit(
+        tuned,
+        layers(tuned, recipe),
+        lambda step: _lesson(lessons, recipe, asked.classes, step, rank=rank, ranks=ranks, seed=seed),
+        recipe,
+        means,
+        log.Steps(f"{folder.name} {PROTOCOL}", recipe.steps),
+        what=PROTOCOL,
+        rank=rank,
+        ranks=ranks,
+        seed=seed,
+    )
+    tensors = {name: whole(value).cpu() for name, value in tuned.head.state_dict().items()}
+    device = means.tuning.device
+    tuned = gathered(tuned, lambda: _tuned(folder, asked, recipe), compute=means.tuning.compute, device=device).eval()
+    videos, sums, _ = judged(seen, Pixels(), lambda pixels, _: tuned.scores(pixels.to(device)), size=JUDGED)
+    return Found(gather(videos), gather(sums), tensors, {"train": learned.all_skipped(), "val": seen.all_skipped()})
+
+
+def _tuned(folder: Path, asked: Actions, recipe: Classifier) -> Tuned:
     encoder = encoder_of(load(folder))
-    for number, block in enumerate(encoder.blocks):
-        block.drop_path = recipe.drop_path * number / max(len(encoder.blocks) - 1, 1)
-    head = Classes(width=encoder.width, classes=asked.classes, dropout=recipe.dropout)
-    head.initialise(encoder, seed)
-    tuned = Tuned(encoder, head)
-    learned, seen = (Share(TASK, split, asked, evaluation, encoder.clip, rank, ranks) for split in benchmarks.SPLITS)
-    lines = log.Steps(f"{folder.name} {PROTOCOL}", recipe.steps)
-    _train(tuned.train(), reread(learned), recipe, asked.classes, lines, rank=rank, ranks=ranks, seed=seed)
-    tuned.eval()
-    videos, sums, _ = judged(seen, Pixels(), lambda pixels, _: tuned.scores(pixels), size=JUDGED)
-    left_out, also = learned.all_skipped(), seen.all_skipped()
-    if rank == 0:
-        checkpoint.save_tensors(out / HEAD, head.state_dict())
-        write_skipped(out, train=left_out, val=also)
-    return gather(videos), gather(sums)
+    return Tuned(encoder, Classes(width=encoder.width, classes=asked.classes, dropout=recipe.dropout))
 
 
-def _train(
-    tuned: Tuned,
-    lessons: Lessons,
-    recipe: Classifier,
-    classes: int,
-    lines: log.Steps,
-    *,
-    rank: int,
-    ranks: int,
-    seed: int,
-) -> None:
-    adamw, peaks = optimizer.adamw(layers(tuned, recipe), betas=recipe.betas, weight_decay=recipe.weight_decay)
-    for step in range(recipe.steps):
-        at(f"classifier step {step}")
-        pixels, target = lessons.batch(batch_of(step, recipe.batch // ranks, len(lessons), seed, rank))
-        x, shares = mixed(pixels, target["action"], recipe, classes, seeds.numpy(seed, "mix", rank, step))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(seeds.numpy(seed, "drop", rank, step).integers(2**31)))  # dropout and stochastic depth
-            loss = tuned(x, shares)
-        loss.backward()
-        average_gradients(tuned.parameters())
-        grad = nn.utils.clip_grad_norm_(tuned.parameters(), recipe.clip_norm)
-        if not torch.isfinite(grad):
-            raise UserError(f"classifier step {step}: the gradient is {grad.item()}; lower Classifier.learning_rate")
-        optimizer.set_rate(adamw, peaks, optimizer.warmup_cosine(step, steps=recipe.steps, warmup=recipe.warmup_steps))
-        adamw.step()
-        adamw.zero_grad()
-        if rank == 0:
-            lr = adamw.param_groups[0]["lr"]
-            lines.line(step + 1, loss=loss.item(), lr=lr, grad=grad.item(), clips=(step + 1) * recipe.batch)
+def _lesson(
+    lessons: Lessons, recipe: Classifier, classes: int, step: int, *, rank: int, ranks: int, seed: int
+) -> tuple[Tensor, Target]:
+    pixels, target = lessons.batch(batch_of(step, recipe.batch // ranks, len(lessons), seed, rank))
+    x, shares = mixed(pixels, target["action"], recipe, classes, seeds.numpy(seed, "mix", rank, step))
+    return x, {"shares": shares}
 
 
-def layers(tuned: Tuned, recipe: Classifier) -> dict[str, tuple[list[tuple[str, nn.Parameter]], float]]:
+def layers(tuned: Tuned, recipe: Classifier) -> Parts:
     """Parameters by learning rate: the head's, then each block's from the last to the first, then what comes before them."""
     depth = len(tuned.encoder.blocks)
-    parts: dict[str, tuple[list[tuple[str, nn.Parameter]], float]] = {
-        "head": (list(tuned.head.named_parameters()), recipe.learning_rate)
-    }
+    parts: Parts = {"head": (list(tuned.head.named_parameters()), recipe.learning_rate)}
     for number in reversed(range(depth)):
         rate = recipe.learning_rate * recipe.layer_decay ** (depth - number)
         parts[f"block_{number}"] = (

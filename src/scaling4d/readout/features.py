@@ -24,9 +24,9 @@ def layer_index(*, depth: int, fraction: float) -> int:
 
 
 def at_depth(encoder: nn.Module, pixels: Tensor, fraction: float) -> Tensor:
-    """uint8 `B T H W C` -> features `B t h*w D` at a fraction of the encoder's depth."""
+    """uint8 `B T H W C` -> features `B t h*w D` at a fraction of the encoder's depth, float32 whatever it computes in."""
     index = layer_index(depth=encoder.depth, fraction=fraction)
-    return in_time(encoder.features(pixels, index + 1)[index], encoder.grid)
+    return in_time(encoder.features(pixels, index + 1)[index], encoder.grid).float()
 
 
 def in_time(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
@@ -65,14 +65,15 @@ class Pixels:
 
 @dataclass(frozen=True)
 class Features:
-    """Features `t n D` at a fraction of an encoder's depth, in memory."""
+    """Features `t n D` at a fraction of an encoder's depth, in memory. device: cpu or cuda, where the encoder is."""
 
     encoder: nn.Module
     fraction: float
+    device: str = "cpu"
 
     @torch.no_grad()
     def add(self, pixels: Tensor) -> Tensor:
-        return at_depth(self.encoder, pixels[None], self.fraction)[0]
+        return at_depth(self.encoder, pixels[None].to(self.device), self.fraction)[0]
 
     def ready(self, added: list[Tensor]) -> list[Tensor]:
         return added
@@ -134,6 +135,9 @@ class Standard:
     def none(cls, width: int) -> Standard:
         """Changes nothing."""
         return cls(torch.eye(width), torch.zeros(width))
+
+    def to(self, device: str) -> Standard:
+        return Standard(self.matrix.to(device), self.offset.to(device))
 
     def __call__(self, features: Tensor) -> Tensor:
         return features @ self.matrix + self.offset

@@ -212,12 +212,18 @@ class PretrainedEncoder(nn.Module):
         x = x.float() / 255 if x.dtype == torch.uint8 else x
         return (x - self.mean) / self.std
 
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """In the order of the forward pass."""
+        lists = [part for part in self.network.modules() if isinstance(part, nn.ModuleList)]
+        return tuple(block for blocks in lists for block in blocks)
+
     def features(self, pixels: Tensor, layers: int | None = None) -> list[Tensor]:
         """The tokens, then what leaves each block, before any last norm, each `B N D`; `layers` stops after so many.
 
         As transformers counts hidden states; class and register tokens, which come before the patches', are left out.
         """
-        family, x = FAMILIES[self.kind], self.seen(pixels)
+        family, x = FAMILIES[self.kind], self.seen(pixels).to(next(self.network.parameters()).dtype)
         states = family.states(self.network, x if family.video else x.flatten(0, 1))
         tokens = math.prod(self.grid if family.video else self.grid[1:])
         return [state[:, -tokens:].reshape(len(pixels), -1, self.width) for state in islice(states, layers)]

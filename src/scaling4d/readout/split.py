@@ -240,7 +240,7 @@ def judged(
         videos += [sample.video for sample in some]
         batch = stacked([share.asked.target(sample) for sample in some])
         started = time.monotonic()
-        said += zip(says(together(ready, range(len(some))), batch).numpy(), one_by_one(batch), strict=True)
+        said += zip(says(together(ready, range(len(some))), batch).cpu().numpy(), one_by_one(batch), strict=True)
         whole = len(said) - len(said) % views_of_one
         sums += measured(share.asked, said[:whole])
         judging_s += time.monotonic() - started

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from scaling4d import artifacts, benchmarks, checkpoint, config, log, optimizer, seeds
+from scaling4d import artifacts, benchmarks, checkpoint, config, log, seeds
+from scaling4d.benchmarks.skipped import Skipped
 from scaling4d.checkpoint import Checkpoint
-from scaling4d.ranks import at, average_gradients, gather, run
+from scaling4d.ranks import gather, leads, run
 from scaling4d.readout import metrics, views
 from scaling4d.readout.features import Features, Standard, at_depth, layer_index
 from scaling4d.readout.pretrained import load_encoder
-from scaling4d.readout.split import Evaluation, Held, Lessons, Share, Sums, held, judged, reread, write_skipped
+from scaling4d.readout.split import Evaluation, Held, Share, Sums, held, judged, reread, write_skipped
 from scaling4d.readout.store import Store, opened
 from scaling4d.readout.tasks import actions
 from scaling4d.readout.tasks.actions import Actions
@@ -27,7 +27,10 @@ from scaling4d.readout.tasks.depth import Depth
 from scaling4d.readout.tasks.points import Points
 from scaling4d.readout.tasks.pose import Pose
 from scaling4d.readout.tasks.task import Task
+from scaling4d.readout.tune import KEYS, Means, Parts, about, fit, means_of, on, placed, saving_of, state_of
 from scaling4d.records import Result, UserError
+from scaling4d.shard import gathered, whole
+from scaling4d.state import remove
 
 TASKS: dict[str, type[Task]] = {"actions": Actions, "boxes": Boxes, "depth": Depth, "points": Points, "pose": Pose}
 PROTOCOLS = ("frozen", "finetune")
@@ -51,56 +54,109 @@ class Recipe:
     flattening: float
 
 
+@dataclass(frozen=True)
+class Found:
+    """What the ranks made: of every validation clip its video and the metric's sums, the head, and what the splits left out.
+
+    took: seconds, for what goes into the readout and for the readout itself.
+    """
+
+    videos: list[str]
+    sums: list[Sums]
+    head: dict[str, Tensor]
+    skipped: dict[str, list[Skipped]]
+    took: dict[str, float] = field(default_factory=dict)
+
+
 def readout(encoder: str, task: str, protocol: str, settings: Mapping[str, Any]) -> Result:
     """The `readout` stage: Checkpoint in, `result.json` and the trained head out.
 
     Fine-tuning starts from the head that the frozen protocol trained (our choice; it saves most of the steps).
     Raises:
-        UserError: unknown encoder, task or protocol, a missing checkpoint, or a benchmark that cannot be read.
+        UserError: unknown encoder, task or protocol, a missing checkpoint, a benchmark that cannot be read, or settings of a
+            fine-tuning that cannot be.
+        Preempted: a fine-tuning was asked to stop, and the next call goes on where it stopped.
     """
     started = time.time()
     if task not in TASKS or protocol not in PROTOCOLS:
         raise UserError(f"unknown readout {task!r} {protocol!r}; tasks: {', '.join(TASKS)}; protocols: {', '.join(PROTOCOLS)}")
-    keys = ["profile", "seed", "readout.shared", f"readout.tasks.{task}", f"readout.{protocol}.{task}"]
+    tuned = protocol == "finetune"
+    keys = ["profile", "seed", "readout.shared", f"readout.tasks.{task}", f"readout.{protocol}.{task}", *(KEYS if tuned else [])]
     mine = config.declared(settings, keys)
-    config.bind(mine["readout.shared"], mine[f"readout.tasks.{task}"], mine[f"readout.{protocol}.{task}"])
+    saving = saving_of(settings)
+    config.bind(*(mine[key] for key in keys[2:]))
     evaluation, recipe, asked = config.build(Evaluation), config.build(Recipe), config.build(TASKS[task])
     views.check(task, asked.views, asked.test_views)
+    if tuned != (recipe.encoder_learning_rate > 0):
+        needed = "more than 0, or the protocol frozen" if tuned else "0, or the protocol finetune"
+        raise UserError(
+            f"readout.{protocol}.{task}.Recipe.encoder_learning_rate is {recipe.encoder_learning_rate}; needed {needed}"
+        )
+    if recipe.batch % evaluation.ranks:
+        raise UserError(
+            f"readout batch {recipe.batch} does not divide over {evaluation.ranks} ranks; set Recipe.batch to a multiple"
+        )
+    means = means_of(saving, ranks=evaluation.ranks, batch=recipe.batch) if tuned else None
     home = artifacts.home(settings)
     folder = home / "pretrain" / encoder
     saved = Checkpoint.read(folder)
     final = home / "readout" / encoder / task / protocol
-    start = final.with_name("frozen") / HEAD if protocol == "finetune" else None
+    start = final.with_name("frozen") / HEAD if tuned else None
     if start is not None and not start.is_file():
         raise UserError(
             f"no {start}; fine-tuning starts from the frozen readout: run `scaling4d readout {encoder} {task} frozen`"
         )
-    with artifacts.folder(final) as out:
-        videos, sums, took = run(
-            _work,
-            ranks=evaluation.ranks,
-            hang_s=evaluation.hang_s,
-            folder=folder,
-            task=task,
-            asked=asked,
-            evaluation=evaluation,
-            recipe=recipe,
-            start=start,
-            seed=mine["seed"],
-            out=out,
-        )
-        result = result_of(saved, folder, task, protocol, asked, videos, sums, mine["seed"], evaluation.bootstrap_draws)
-        result.write(out / "result.json")
-        train, val = (benchmarks.folder(task, Path(evaluation.data), split) for split in benchmarks.SPLITS)
-        inputs = {"checkpoint": artifacts.sha256(folder), "benchmark": artifacts.sha256(train)}
-        if val != train:
-            inputs["benchmark_val"] = artifacts.sha256(val)
-        if start is not None:
-            inputs["head"] = artifacts.sha256(start)
+    inputs = _inputs(folder, task, Path(evaluation.data), start) if leads() else {}
+    if means and saving.every and leads():
+        means = replace(means, about=about(f"{encoder}/{task}/{protocol}", "readout", mine, inputs))
+    found = run(
+        _work,
+        ranks=evaluation.ranks,
+        device=means.tuning.device if means else "cpu",
+        hang_s=evaluation.hang_s,
+        folder=folder,
+        task=task,
+        asked=asked,
+        evaluation=evaluation,
+        recipe=recipe,
+        means=means,
+        start=start,
+        seed=mine["seed"],
+    )
+    result = result_of(saved, folder, task, protocol, asked, found, mine["seed"], evaluation.bootstrap_draws)
+    if leads():
         asked.head(features_width=1, clip=(16, 16, 16))  # so that gin counts the head's settings as operative here too
-        artifacts.write_provenance(out, stage="readout", settings=settings, keys=keys, room="readout", inputs=inputs)
-    artifacts.write_run(f"readout-{encoder}-{task}-{protocol}", artifacts.sha256(final), started=started, **took)
+        made = {"settings": settings, "keys": keys, "room": "readout", "inputs": inputs}
+        write(final, result, found, made, state=state_of(means), started=started)
     return result
+
+
+def _inputs(folder: Path, task: str, data: Path, start: Path | None) -> dict[str, str]:
+    """sha256 of what is read, by name."""
+    train, val = (benchmarks.folder(task, data, split) for split in benchmarks.SPLITS)
+    inputs = {"checkpoint": artifacts.sha256(folder), "benchmark": artifacts.sha256(train)}
+    if val != train:
+        inputs["benchmark_val"] = artifacts.sha256(val)
+    if start is not None:
+        inputs["head"] = artifacts.sha256(start)
+    return inputs
+
+
+def write(final: Path, result: Result, found: Found, made: Mapping[str, Any], *, state: Path | None, started: float) -> None:
+    """A readout's folder, complete or not at all; what it could have gone on from is no longer needed then.
+
+    Args:
+        made: what provenance.json says of it, see artifacts.write_provenance.
+    """
+    with artifacts.folder(final) as out:
+        checkpoint.save_tensors(out / HEAD, found.head)
+        write_skipped(out, **found.skipped)
+        result.write(out / "result.json")
+        artifacts.write_provenance(out, stage="readout", **made)
+    name = f"readout-{result.encoder}-{result.task}-{result.protocol}"
+    artifacts.write_run(name, artifacts.sha256(final), started=started, **found.took)
+    if state is not None:
+        remove(state)
 
 
 def _work(
@@ -112,24 +168,20 @@ def _work(
     asked: Task,
     evaluation: Evaluation,
     recipe: Recipe,
+    means: Means | None,
     start: Path | None,
     seed: int,
-    out: Path,
-) -> tuple[list[str], list[Sums], dict[str, float]]:
-    """Names of validation videos, their sums, and seconds: for what goes into the readout, and for the readout itself."""
+) -> Found:
     started = time.monotonic()
     encoder = load_encoder(folder)
-    if recipe.batch % ranks:
-        raise UserError(f"readout batch {recipe.batch} does not divide over {ranks} ranks; set Recipe.batch to a multiple")
     if isinstance(asked, Actions):
         actions.check(asked, Path(evaluation.data))
-    tuned = recipe.encoder_learning_rate > 0
-    encoder.requires_grad_(tuned)
+    encoder.requires_grad_(means is not None)
     frozen = Features(encoder, evaluation.depth_fraction)
-    if evaluation.feature_store and not tuned:
+    if evaluation.feature_store and means is None:
         frozen = stored(folder, encoder, evaluation)
     learned, seen = (Share(task, split, asked, evaluation, encoder.clip, rank, ranks) for split in benchmarks.SPLITS)
-    lessons = reread(learned) if tuned else held(learned, frozen)
+    lessons = reread(learned) if means else held(learned, frozen)
     inputs_s = time.monotonic() - started
     head = asked.head(features_width=encoder.width, clip=encoder.clip)
     head.initialise(seed)
@@ -140,20 +192,38 @@ def _work(
         tensors = checkpoint.load_tensors(start)
         standard = Standard(tensors.pop("standard.matrix"), tensors.pop("standard.offset"))
         head.load_state_dict(tensors)
-    probe = Probe(encoder if tuned else None, standard, head, asked, evaluation.depth_fraction)
-    lines = log.Steps(f"{folder.name} {task}", recipe.steps)
-    _train(probe, lessons, recipe, lines, rank=rank, ranks=ranks, seed=seed)
+    device = means.tuning.device if means else "cpu"
+    given = {"standard": standard.to(device), "asked": asked, "fraction": evaluation.depth_fraction}
+    probe = Probe(encoder if means else None, head=head, **given)
+    if means:
+        probe = placed(probe, means, ranks)
+    fit(
+        probe,
+        _parts(probe, recipe),
+        lambda step: lessons.batch(batch_of(step, recipe.batch // ranks, len(lessons), seed, rank)),
+        recipe,
+        means,
+        log.Steps(f"{folder.name} {task}", recipe.steps),
+        what="readout",
+        rank=rank,
+        ranks=ranks,
+        seed=seed,
+    )
+    tensors = {name: whole(value).cpu() for name, value in probe.head.state_dict().items()}
+    if means:
+        again = asked.head(features_width=encoder.width, clip=encoder.clip)
+        probe = gathered(
+            probe, lambda: Probe(load_encoder(folder), head=again, **given), compute=means.tuning.compute, device=device
+        )
+        frozen = Features(probe.encoder, evaluation.depth_fraction, device)
     trained = time.monotonic()
-    videos, sums, judging_s = judged(seen, frozen, probe.predict, size=JUDGED)
+    videos, sums, judging_s = judged(seen, frozen, lambda x, target: probe.predict(x, on(target, device)), size=JUDGED)
     inputs_s += time.monotonic() - trained - judging_s
-    left_out, also = learned.all_skipped(), seen.all_skipped()
-    if rank == 0:
-        tensors = head.state_dict() | {"standard.matrix": standard.matrix, "standard.offset": standard.offset}
-        checkpoint.save_tensors(out / HEAD, tensors)
-        write_skipped(out, train=left_out, val=also)
+    skipped = {"train": learned.all_skipped(), "val": seen.all_skipped()}
     readout_s = time.monotonic() - started - inputs_s
     took = {"inputs_s": round(inputs_s, 2), "readout_s": round(readout_s, 2)}
-    return gather(videos), gather(sums), took
+    tensors |= {"standard.matrix": standard.matrix, "standard.offset": standard.offset}
+    return Found(gather(videos), gather(sums), tensors, skipped, took)
 
 
 def stored(folder: Path, encoder: nn.Module, evaluation: Evaluation) -> Store:
@@ -180,25 +250,11 @@ class Probe(nn.Module):
         return self.asked.predict(self.head, self.standard(features), target)
 
 
-def _train(probe: Probe, lessons: Lessons, recipe: Recipe, lines: log.Steps, *, rank: int, ranks: int, seed: int) -> None:
+def _parts(probe: Probe, recipe: Recipe) -> Parts:
     parts = {"head": (list(probe.head.named_parameters()), recipe.learning_rate)}
     if probe.encoder is not None:
         parts["encoder"] = (list(probe.encoder.named_parameters()), recipe.encoder_learning_rate)
-    adamw, peaks = optimizer.adamw(parts, betas=recipe.betas, weight_decay=recipe.weight_decay)
-    for step in range(recipe.steps):
-        at(f"readout step {step}")
-        loss = probe(*lessons.batch(batch_of(step, recipe.batch // ranks, len(lessons), seed, rank)))
-        loss.backward()
-        average_gradients(probe.parameters())
-        grad = nn.utils.clip_grad_norm_(probe.parameters(), recipe.clip_norm)
-        if not torch.isfinite(grad):
-            raise UserError(f"readout step {step}: the gradient is {grad.item()}; lower Recipe.learning_rate")
-        optimizer.set_rate(adamw, peaks, optimizer.warmup_cosine(step, steps=recipe.steps, warmup=recipe.warmup_steps))
-        adamw.step()
-        adamw.zero_grad()
-        if rank == 0:
-            lr = adamw.param_groups[0]["lr"]
-            lines.line(step + 1, loss=loss.item(), lr=lr, grad=grad.item(), clips=(step + 1) * recipe.batch)
+    return parts
 
 
 def batch_of(step: int, size: int, length: int, seed: int, rank: int) -> list[int]:
@@ -216,15 +272,14 @@ def result_of(
     task: str,
     protocol: str,
     asked: Task,
-    videos: list[str],
-    found: list[Sums],
+    found: Found,
     seed: int,
     draws: int,
 ) -> Result:
-    names = sorted(set(videos))
+    names = sorted(set(found.videos))
     row = {name: index for index, name in enumerate(names)}
-    table = {metric: np.zeros((len(names), 2)) for metric in found[0]}
-    for video, sums in zip(videos, found, strict=True):
+    table = {metric: np.zeros((len(names), 2)) for metric in found.sums[0]}
+    for video, sums in zip(found.videos, found.sums, strict=True):
         for metric, pair in sums.items():
             table[metric][row[video]] += pair
     table = metrics.tracks_by_video(table)
@@ -246,7 +301,7 @@ def result_of(
         high=high,
         unit=primary.unit,
         higher_is_better=primary.higher_is_better,
-        examples=len(found),
+        examples=len(found.sums),
         seed=seed,
         checkpoint_sha256=checkpoint.weights_sha256(folder),
         others=value,
