@@ -14,13 +14,16 @@ from torch import Tensor, nn
 
 from scaling4d import artifacts, config, seeds, vision_operators
 from scaling4d.checkpoint import Checkpoint
+from scaling4d.mae.encoder import initialise
 from scaling4d.mae.patches import patchify
+from scaling4d.ranks import run
 from scaling4d.readout.classifier import classify
 from scaling4d.readout.extract import features
 from scaling4d.readout.features import at_depth
 from scaling4d.readout.pretrained import FAMILIES, baseline, load_encoder, take_over
 from scaling4d.readout.train import readout
 from scaling4d.records import UserError
+from scaling4d.shard import Sharding, reduce, settle, whole
 
 vision_operators.declare()
 import transformers as tf  # noqa: E402  after the declaration, without which it cannot be imported
@@ -201,6 +204,43 @@ def test_pictures_of_another_size_are_resized_as_the_models_own_preprocessor_doe
         (ours.reshape(theirs.shape) - theirs).abs().max(),
         1e-6,
     )
+
+
+class Read(nn.Module):
+    """An encoder and the least of heads."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        _, self.encoder = take_over(folder, (FRAMES, 32, 32))
+        self.head = nn.Linear(self.encoder.width, 3)
+        initialise(self.head, seed=0)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.head(at_depth(self.encoder, pixels, 1.0).mean((1, 2))).square().mean()
+
+
+def gradients(*, rank: int, ranks: int, folder: Path, compute: str, **sharding: object) -> dict[str, Tensor]:
+    """Of a step, whole, by name."""
+    model = Read(folder)
+    plain = {"shards": 1, "recompute": "none", "recompute_every": 1, "compile": False, "packed": False, "accumulate": 1}
+    settle(model, Sharding(**plain | sharding), ranks=ranks, device="cpu", compute=compute)
+    model(clips(32, 2)[rank * 2 // ranks : (rank + 1) * 2 // ranks]).backward()
+    reduce(model)
+    assert len(model.encoder.blocks) == model.encoder.depth
+    return {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+
+
+@every_kind
+def test_in_shards_a_published_encoder_learns_as_it_does_whole(published, kind):
+    folder, *_ = published(kind)
+    wanted = run(gradients, ranks=1, folder=folder, compute="float32")
+    found = run(gradients, ranks=2, folder=folder, compute="float32", shards=2, recompute="block")
+    rough = run(gradients, ranks=2, folder=folder, compute="bfloat16", shards=2)
+    assert found.keys() == wanted.keys() == rough.keys() and len(wanted) > 30
+    size = max(grad.norm() for grad in wanted.values())
+    for name, grad in wanted.items():
+        assert (found[name] - grad).norm() < 1e-4 * grad.norm() + 1e-6 * size, name
+        assert (rough[name] - grad).norm() < 0.2 * grad.norm() + 0.02 * size, name
 
 
 @pytest.mark.parametrize("kind", [kind for kind in MODELS if kind not in VIDEO])
