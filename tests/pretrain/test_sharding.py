@@ -10,7 +10,7 @@ from torch import nn
 
 from scaling4d import config, optimizer, seeds
 from scaling4d.checkpoint import weights
-from scaling4d.mae.attention import attention
+from scaling4d.mae.attention import aligned, attention
 from scaling4d.pretrain.loop import pretrain
 from scaling4d.pretrain.point import build, sections, start
 from scaling4d.ranks import run
@@ -162,6 +162,14 @@ def test_bfloat16_computes_nearly_the_same_with_float32_weights(project: Path) -
 def test_packed_clips_do_not_see_each_other() -> None:
     q, k, v = (torch.randn(3, n, 2, 4, generator=seeds.stream(0, str(n))) for n in (5, 7, 7))
     assert torch.allclose(attention(q, k, v, packed=True), attention(q, k, v), atol=1e-6)
+
+
+def test_queries_of_any_width_are_laid_out_as_a_gpus_kernels_need_them() -> None:
+    q, k, v = (torch.randn(2, n, 3, 19, generator=seeds.stream(0, str(n))) for n in (5, 7, 7))
+    longer = aligned(q, k, v)
+    assert {x.shape[-1] for x in longer} == {24}
+    assert torch.allclose(attention(*longer, scale=19**-0.5)[..., :19], attention(q, k, v), atol=1e-6)
+    assert aligned(k[..., :16])[0].shape[-1] == 16
 
 
 @pytest.mark.parametrize(("ranks", "shards"), [(2, 2), (1, 1), (4, 2)])

@@ -54,7 +54,7 @@ def small(project: Path, changed: Callable, actions: None, monkeypatch: pytest.M
         return settings
 
     yield make
-    for left in (HOME, LINES, *Path(".resume").glob("*readout-*")):
+    for left in (*(HOME / protocol for protocol in RUN), LINES, *Path(".resume").glob("*readout-*")):
         shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
@@ -149,7 +149,8 @@ def test_recomputed_blocks_drop_the_same_branches(small: Callable) -> None:
     assert found == wanted and all(torch.equal(tensors[name], head[name]) for name in head)
 
 
-@pytest.mark.parametrize("protocol", ["finetune", pytest.param("classifier", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("protocol", RUN)
 def test_bfloat16_is_near_and_its_readout_stays_float32(small: Callable, protocol: str) -> None:
     wanted, _, _ = trained(small(), protocol)
     found, _, tensors = trained(small(**{"tuning.Tuning.compute": "bfloat16"}), protocol)

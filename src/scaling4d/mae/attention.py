@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+ALIGNED = 8  # values
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, packed: bool = False) -> Tensor:
     """`B Q heads d`, `B N heads d`, `B N heads d` -> `B Q heads d`.
@@ -17,9 +19,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, pa
     if q.is_cuda:
         from xformers.ops import memory_efficient_attention
 
-        return memory_efficient_attention(q, k, v, scale=scale)
+        return memory_efficient_attention(*aligned(q, k, v), scale=scale or q.shape[-1] ** -0.5)[..., : v.shape[-1]]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # B heads N d
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+
+
+def aligned(*tensors: Tensor) -> list[Tensor]:
+    """With zeros behind the last axis, up to a multiple of what xformers' kernels need; they change no score and no sum."""
+    return [F.pad(x, (0, -x.shape[-1] % ALIGNED)) if x.shape[-1] % ALIGNED else x for x in tensors]
 
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
