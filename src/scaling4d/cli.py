@@ -121,7 +121,7 @@ def baseline(encoder: str) -> None:
 @app.command()
 def readout(encoder: str, task: str, protocol: str) -> None:
     """Train and measure a readout: TASK actions|boxes|depth|points|pose, PROTOCOL frozen|finetune, and classifier for actions
-    (a DVC stage)."""
+    (a DVC stage), here or in each rank that torchrun started; exit code 75: run it again."""
     settings = _settings()
     if (task, protocol) == ("actions", "classifier"):
         from scaling4d.readout.classifier import classify

@@ -83,7 +83,7 @@ def readout(encoder: str, task: str, protocol: str, settings: Mapping[str, Any])
     tuned = protocol == "finetune"
     keys = ["profile", "seed", "readout.shared", f"readout.tasks.{task}", f"readout.{protocol}.{task}", *(KEYS if tuned else [])]
     mine = config.declared(settings, keys)
-    saving = saving_of(settings)
+    saving = saving_of(settings) if tuned else None
     config.bind(*(mine[key] for key in keys[2:]))
     evaluation, recipe, asked = config.build(Evaluation), config.build(Recipe), config.build(TASKS[task])
     views.check(task, asked.views, asked.test_views)
@@ -96,7 +96,7 @@ def readout(encoder: str, task: str, protocol: str, settings: Mapping[str, Any])
         raise UserError(
             f"readout batch {recipe.batch} does not divide over {evaluation.ranks} ranks; set Recipe.batch to a multiple"
         )
-    means = means_of(saving, ranks=evaluation.ranks, batch=recipe.batch) if tuned else None
+    means = means_of(saving, ranks=evaluation.ranks, batch=recipe.batch) if saving else None
     home = artifacts.home(settings)
     folder = home / "pretrain" / encoder
     saved = Checkpoint.read(folder)
@@ -107,7 +107,7 @@ def readout(encoder: str, task: str, protocol: str, settings: Mapping[str, Any])
             f"no {start}; fine-tuning starts from the frozen readout: run `scaling4d readout {encoder} {task} frozen`"
         )
     inputs = _inputs(folder, task, Path(evaluation.data), start) if leads() else {}
-    if means and saving.every and leads():
+    if means and means.saving.every and leads():
         means = replace(means, about=about(f"{encoder}/{task}/{protocol}", "readout", mine, inputs))
     found = run(
         _work,
