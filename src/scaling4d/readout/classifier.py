@@ -152,7 +152,8 @@ def classify(encoder: str, settings: Mapping[str, Any]) -> Result:
         means=means,
         seed=mine["seed"],
     )
-    result = result_of(saved, folder, TASK, PROTOCOL, asked, found, mine["seed"], evaluation.bootstrap_draws)
+    draws = evaluation.bootstrap_draws
+    result = result_of(saved, folder, TASK, PROTOCOL, asked, found.videos, found.sums, mine["seed"], draws)
     if leads():
         made = {"settings": settings, "keys": keys, "room": PROTOCOL, "inputs": inputs}
         write(final, result, found, made, state=state_of(means), started=started)

@@ -123,7 +123,8 @@ def readout(encoder: str, task: str, protocol: str, settings: Mapping[str, Any])
         start=start,
         seed=mine["seed"],
     )
-    result = result_of(saved, folder, task, protocol, asked, found, mine["seed"], evaluation.bootstrap_draws)
+    draws = evaluation.bootstrap_draws
+    result = result_of(saved, folder, task, protocol, asked, found.videos, found.sums, mine["seed"], draws)
     if leads():
         asked.head(features_width=1, clip=(16, 16, 16))  # so that gin counts the head's settings as operative here too
         made = {"settings": settings, "keys": keys, "room": "readout", "inputs": inputs}
@@ -272,14 +273,15 @@ def result_of(
     task: str,
     protocol: str,
     asked: Task,
-    found: Found,
+    videos: list[str],
+    found: list[Sums],
     seed: int,
     draws: int,
 ) -> Result:
-    names = sorted(set(found.videos))
+    names = sorted(set(videos))
     row = {name: index for index, name in enumerate(names)}
-    table = {metric: np.zeros((len(names), 2)) for metric in found.sums[0]}
-    for video, sums in zip(found.videos, found.sums, strict=True):
+    table = {metric: np.zeros((len(names), 2)) for metric in found[0]}
+    for video, sums in zip(videos, found, strict=True):
         for metric, pair in sums.items():
             table[metric][row[video]] += pair
     table = metrics.tracks_by_video(table)
@@ -301,7 +303,7 @@ def result_of(
         high=high,
         unit=primary.unit,
         higher_is_better=primary.higher_is_better,
-        examples=len(found.sums),
+        examples=len(found),
         seed=seed,
         checkpoint_sha256=checkpoint.weights_sha256(folder),
         others=value,
