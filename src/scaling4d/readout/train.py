@@ -154,7 +154,7 @@ def write(final: Path, result: Result, found: Found, made: Mapping[str, Any], *,
         write_skipped(out, **found.skipped)
         result.write(out / "result.json")
         artifacts.write_provenance(out, stage="readout", **made)
-    name = f"readout-{result.encoder}-{result.task}-{result.protocol}"
+    name = "-".join(("readout", *final.parts[-3:]))  # encoder, task, protocol
     artifacts.write_run(name, artifacts.sha256(final), started=started, **found.took)
     if state is not None:
         remove(state)
