@@ -20,8 +20,8 @@ repro: install
 	dvc repro
 	scaling4d table
 
-# Two stages at a time: while one starts, reads and waits, the other computes. `dvc repro` gives the same bytes, one after the other.
-two_at_a_time = dvc stage list --name-only | grep -E '^$(1)@' | xargs -r -P 2 -n $(2) dvc --wait-for-lock repro --single-item
+# Two stages at a time, each on its ranks, the last and largest first. `dvc repro` gives the same bytes, one after the other.
+two_at_a_time = dvc stage list --name-only | grep -E '^$(1)@' | tac | xargs -r -P 2 -n $(2) dvc --wait-for-lock repro --single-item
 
 ahead:
 	dvc repro clips baseline_pixels

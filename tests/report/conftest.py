@@ -64,6 +64,8 @@ def draw_run(
     Path("experiments/profile/test.yaml").write_text("# @package _global_\n" + yaml.safe_dump(settings, sort_keys=False))
     Path("reports").mkdir()
     shutil.copy(NOTEBOOK, "reports/scaling.ipynb")
+    Path("reports/bench").mkdir()
+    shutil.copy(NOTEBOOK.parent / "bench/costs.json", "reports/bench/costs.json")
     config.PARAMS.write_text(yaml.safe_dump(settings, sort_keys=False))
     home = Path("artifacts/test")
     _provenance(home / "clips", "clips", {})

@@ -22,7 +22,7 @@ TASKS = ("actions", "boxes", "depth", "points", "pose")
 OUTS = {
     *("results.csv", "pretrain.csv", "reconstruct.csv", "curves.csv", "metrics.json", "stages.json", "report.html"),
     *("scaling.ipynb", "site/index.html", "site/report.html"),
-    *("headline.svg", "pretraining.svg", "training_curves.svg", "methods.svg", "reconstructions.svg"),
+    *("headline.svg", "pretraining.svg", "training_curves.svg", "methods.svg", "reconstructions.svg", "costs.svg"),
 }
 
 
@@ -51,7 +51,7 @@ def test_the_report_is_the_same_bytes_twice_and_needs_no_network(pocket: dict, c
     page = first["report.html"].decode()
     assert not re.findall(r"""(?:src|href|from|import)\s*[=(]?\s*["']?(?:https?:)?//""", page)
     assert str(Path.cwd()) not in page + first["scaling.ipynb"].decode()
-    assert page.count("<svg") >= 5
+    assert page.count("<svg") >= 6
     assert re.search(r"pretrain\.Training\.steps</td><td>77</td><td>pretrain/nano", page)
     shown = capsys.readouterr().out
     assert "untrained_mini" in shown and "average_jaccard ↑" in shown
@@ -153,9 +153,9 @@ def test_a_failing_notebook_says_which_cell(pocket: dict) -> None:
 def test_the_notebook_is_short_and_only_calls_the_report() -> None:
     cells = json.loads(NOTEBOOK.read_text())["cells"]
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    assert len(cells) <= 15
+    assert len(cells) <= 17
     assert not [cell for cell in cells if cell.get("outputs")]
-    assert set(re.findall(r"import (.+)", code)) == {"Path", "config, report", "figures, readouts, tables"}
+    assert set(re.findall(r"import (.+)", code)) == {"Path", "config, report", "costs, figures, readouts, tables"}
     assert not re.search(r"\b(for|if|def|lambda)\b", code)
 
 

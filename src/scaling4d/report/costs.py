@@ -14,6 +14,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullForma
 
 from scaling4d.report.figures import Svg, svg
 
+MEASURED = Path("reports/bench/costs.json")
 GIB = 2**30
 ROWS = (  # what was measured, its unit, what the axis says, the formula, what the legend calls it
     ("seconds", 1.0, "seconds", "flops", "FLOPs at one speed"),
@@ -21,7 +22,7 @@ ROWS = (  # what was measured, its unit, what the axis says, the formula, what t
 )
 
 
-def costs(path: Path) -> Svg:
+def costs(path: Path = MEASURED) -> Svg:
     """A column for each thing that grows; time with its quartiles above, memory below, dashed what the formulas say."""
     told = json.loads(path.read_text())
 

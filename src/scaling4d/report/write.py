@@ -78,10 +78,12 @@ def _write_tables(story: Story, out: Path) -> None:
 
 
 def _write_figures(story: Story, out: Path) -> None:
+    from scaling4d.report.costs import costs
     from scaling4d.report.figures import FIGURES
 
     for figure in FIGURES:
         (out / f"{figure.__name__}.svg").write_text(figure(story))
+    (out / "costs.svg").write_text(costs())
 
 
 def _write_site(out: Path) -> None:
