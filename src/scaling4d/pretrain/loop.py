@@ -27,7 +27,7 @@ from scaling4d.shard import TYPES, Sharding, last_part, mine, reduce, spread, wh
 from scaling4d.state import State, claim, folder_of, refusals, remove, tensors_of
 
 SHARDS = "croissant.json"  # of a clips folder: the sha256 of its table and of every shard
-MASKED_TOGETHER = 8  # clips whose masks are one draw: a rank's part of the pocket's batch
+MASKED_TOGETHER = 8  # clips whose masks are one draw, however many ranks share them
 
 
 @dataclass(frozen=True)
