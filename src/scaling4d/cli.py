@@ -215,6 +215,57 @@ def serve(
 
 
 @app.command()
+def study(
+    name: Annotated[str, typer.Argument(help="A file of experiments/study; none of that name lists them.")],
+    jobs: Annotated[int, typer.Option(min=1, help="Experiments side by side, each of `ranks` processes.")] = 2,
+    seeds: Annotated[str, typer.Option(help="Such as 0,1,2; as the study unless told.")] = "",
+    dry: Annotated[bool, typer.Option("--dry", help="Print the experiments, and which are there already; run nothing.")] = False,
+    collect: Annotated[bool, typer.Option("--collect", help="Run nothing: make table, figures and page again.")] = False,
+) -> None:
+    """Run every arm of a study with every seed as DVC experiments, and write what came of them to reports/studies/NAME.
+
+    What ran before is not run again; a study that was stopped or failed in part goes on with the same command.
+    """
+    from scaling4d import study as studies
+
+    chosen = studies.read(name)
+    if seeds:
+        chosen = studies.with_seeds(chosen, seeds)
+    if collect:
+        _collect(chosen, {})
+        return
+    from scaling4d import experiments
+
+    runs, known = experiments.wanted(chosen), experiments.there()
+    if dry:
+        for one in runs:
+            settings = " ".join(f"-S {value}" for value in one.arm.settings(one.seed))
+            there = "there already" if one.name in known else f"dvc exp run {settings} {' '.join(one.arm.targets)}"
+            print(f"{one.name}: {there}")
+        return
+    failed = experiments.run(runs, jobs=jobs, say=lambda line: print(line, flush=True))
+    if failed:
+        raise UserError(f"{len(failed)} of {len(runs)} runs failed, run it again for those: {', '.join(failed)}")
+    known, told = experiments.there(), {}
+    for one in runs:
+        lock = chosen.lock(one.arm.name, one.seed)
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        lock.write_text(experiments.lock_of(known[one.name]))
+        told[f"{one.arm.name}-{one.seed}"] = {"experiment": one.name} | (experiments.facts(one.name) or {})
+    _collect(chosen, told)
+
+
+def _collect(chosen, told: dict) -> None:
+    from scaling4d import experiments
+    from scaling4d.report import studies
+
+    wrong = studies.collect(chosen, experiments.cache(), told)
+    print(f"wrote {chosen.folder}")
+    if wrong:
+        raise UserError(f"{chosen.folder}/findings.md: {wrong[0]}" + (f" (and {len(wrong) - 1} more)" if wrong[1:] else ""))
+
+
+@app.command()
 def compose(overrides: Annotated[list[str] | None, typer.Argument(help="profile=NAME key=value ...")] = None) -> None:
     """Write params.yaml from experiments/, as `dvc exp run -S` does."""
     config.write(overrides or [])
