@@ -119,3 +119,29 @@ def test_what_is_not_committed_is_not_run(clone: Path) -> None:
         )
     finally:
         path.write_text(text)
+
+
+@pytest.mark.slow
+def test_the_audit_finds_a_changed_number_a_changed_setting_and_a_sentence_about_nothing(clone: Path) -> None:
+    def wrong() -> list[str]:
+        code = "from scaling4d.audit import studies\nfor f in studies.findings(): print(f'{f.kind}: {f.where}: {f.message}')"
+        return run(clone, "python", "-c", code).stdout.splitlines()
+
+    out = clone / "reports/studies/steps"
+    commit(clone)
+    assert wrong() == []
+    before = content(out)
+    try:
+        (out / "findings.md").write_text("Hiding half of it makes epe 9.99 worse [table: masked_50 pose].\n")
+        assert wrong() == [f"wrong: {out.relative_to(clone)}/findings.md: 9.99 is in no row of [table: masked_50 pose]"]
+        (out / "findings.md").unlink()
+        text = (out / "runs.csv").read_text()
+        (out / "runs.csv").write_text(text.replace(",640,", ",641,", 1))
+        assert any("the rows of as_it_is, seed 0, are not what" in line for line in wrong())
+        (out / "runs.csv").write_text(text)
+        lock = out / "locks/masked_50-1.lock"
+        lock.write_text(lock.read_text().replace("mask_ratio: 0.5", "mask_ratio: 0.6"))
+        assert any("pretrain@nano ran with points.nano.SimpleMAE.mask_ratio = 0.6" in line for line in wrong())
+    finally:
+        for name, bytes_ in before.items():
+            (out / name).write_bytes(bytes_)

@@ -29,7 +29,7 @@ from scaling4d.records import UserError, write_json
 from scaling4d.study import Arm, Study, load_lock, needed
 
 COPIES = Path(".dvc/tmp/studies")
-REFS = "refs/exps/"
+REFS, STASH = "refs/exps/", "refs/exps/stash"  # DVC runs what it finds stashed, also by a run that was killed
 INPUTS = ("src", "experiments", "dvc.yaml", "dvc.lock", "data.dvc", ".dvc/config")  # what a run is made of, as git has it
 LISTED = config.EXPERIMENTS / "listed"  # videos for clips.Curation.listed, whose content DVC does not know of
 NOT_MEASURED = ("show", "report")  # rooms whose code no number of a study comes from
@@ -121,6 +121,7 @@ def run(runs: Sequence[Wanted], *, jobs: int, say: Callable[[str], None]) -> dic
                 done.append(one)
                 say(f"[{len(done)}/{len(todo)}] {one}: {why or _took(one.name)}")
 
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with ThreadPoolExecutor(jobs) as threads:
         workers = [threads.submit(work, number) for number in range(jobs)]
         try:
@@ -131,6 +132,7 @@ def run(runs: Sequence[Wanted], *, jobs: int, say: Callable[[str], None]) -> dic
             for process in list(running):
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGTERM)
+            signal.signal(signal.SIGTERM, before)
     return failed
 
 
@@ -177,6 +179,8 @@ class Copy:
         env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
         log = COPIES / f"{one.name}.log"
+        ref = f"{REFS}{self.commit[:2]}/{self.commit[2:]}/{one.name}"
+        self._git("update-ref", "-d", ref)  # of a run that was not fetched
         started = time.monotonic()
         with log.open("w") as out:
             process = subprocess.Popen(
@@ -189,7 +193,6 @@ class Copy:
         if process.returncode:
             return _why(log)
         with self._fetching:
-            ref = f"{REFS}{self.commit[:2]}/{self.commit[2:]}/{one.name}"
             _git("fetch", "-q", str(self.folder), f"+{ref}:{ref}")
         log.unlink()
         artifacts.RUNS.mkdir(exist_ok=True)
@@ -198,6 +201,7 @@ class Copy:
         return None
 
     def _reset(self) -> None:
+        self._git("update-ref", "-d", STASH)
         self._git("checkout", "-q", "--force", "--detach", self.commit)
 
     def _git(self, *words: str) -> str:

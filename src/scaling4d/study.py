@@ -220,7 +220,7 @@ def numbers(
         if found is None:
             return None
         if kind == "reconstruct":
-            rows.append(_row(about, kind, "", "masked_mse", found["masked_mse"], "(0..1)^2", False, found["checkpoint_sha256"]))
+            rows.append(_row(about, kind, "", "masked_mse", found["masked_mse"], "", False, found["checkpoint_sha256"]))
             continue
         mine = {"parameters": found["parameters"]} | about
         of = (found[key] for key in ("task", "protocol", "metric", "value", "unit", "higher_is_better", "checkpoint_sha256"))

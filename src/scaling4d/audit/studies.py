@@ -83,7 +83,7 @@ def _settings(mine: Study, arm: Arm) -> Iterator[Finding]:
                 UNCHECKED, str(where), f"no commit of this clone holds the {SOURCE} that it names, so neither settings nor data"
             )
             return
-        composed = {**_composed(commit, arm.settings(mine.seeds[0])), "seed": seed}
+        composed = _composed(commit, arm.profile, arm.overrides) | {"seed": seed}
         for stage in stages.values():
             for key, value, wanted in lock.unequal(stage.params, config.declared(composed, list(stage.params))):
                 message = f"{stage.name} ran with {key} = {value!r}; by the arm and commit {commit[:7]}, its code's, {wanted!r}"
@@ -106,9 +106,10 @@ def _data(commit: str, path: str) -> str | None:
     return history.md5(commit, committed_place(commit, path))
 
 
-def _composed(commit: str, overrides: list[str]) -> dict[str, Any]:
+@cache
+def _composed(commit: str, profile: str, overrides: tuple[str, ...]) -> dict[str, Any]:
     with chdir(_experiments(commit).name):
-        return config.compose(overrides)
+        return config.compose([f"profile={profile}", *overrides])
 
 
 @cache

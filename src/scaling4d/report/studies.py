@@ -180,18 +180,17 @@ def ranks(study: Study, rows: Sequence[Mapping[str, str]]) -> Iterator[dict[str,
             yield row | {"lowest_of_a_seed": min(known, default=None), "highest_of_a_seed": max(known, default=None)}
 
 
-def _ladder(
-    study: Study, rows: Sequence[Mapping[str, str]], x: str
-) -> Iterator[tuple[str, str, bool, list[tuple[float, float, tuple]]]]:
+def _ladder(study: Study, rows: Sequence[Mapping[str, str]], name: str) -> Iterator[tuple[str, str, bool, list[Point]]]:
     """Of every task: metric, whether more is better, and (x, value, (arm, seed)) of every run on a ladder."""
-    mine = [row for row in rows if row["arm"] in study.ladders[x]]
+    x, arms = study.ladders[name]
+    mine = [row for row in rows if row["arm"] in arms]
     for task in dict.fromkeys(row["task"] for row in mine):
         of = [row for row in mine if row["task"] == task]
         points = [(float(row[x]), float(row["value"]), (row["arm"], int(row["seed"]))) for row in of]
         yield task, of[0]["metric"], of[0]["higher_is_better"] == "True", points
 
 
-def _by_arm(points: Sequence[tuple[float, float, tuple]], arms: Sequence[str]) -> dict[str, dict[int, float]]:
+def _by_arm(points: Sequence[Point], arms: Sequence[str]) -> dict[str, dict[int, float]]:
     return {arm: {seed: value for _, value, (of, seed) in points if of == arm} for arm in arms}
 
 
