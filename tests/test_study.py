@@ -89,7 +89,7 @@ def folder(tmp_path: Path) -> Path:
     ("text", "wrong"),
     [
         (
-            "# Findings\n\nIt is 1.10 worse [table: one pose].\nSo 2.15, not 1.05 [table: one pose; base pose]. Look [figure: runs].\n",
+            "# Findings\n\nIt is 1.10 worse [table: one pose].\nSo 2.15 now [table: one pose]. Look [figure: runs].\n",
             [],
         ),
         ("It is −1.1 apart [table: one pose].", []),

@@ -9,6 +9,7 @@ run cache brings every stage that ran before.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,11 +102,11 @@ def run(runs: Sequence[Wanted], *, jobs: int, say: Callable[[str], None]) -> dic
         arms.put([one for one in todo if one.arm == arm])  # one after another in one copy: they share data and clips
     failed: dict[str, str] = {}
     done, stop = [], threading.Event()
-    cache = _dvc_cache()
+    commit, cache = _git("rev-parse", "HEAD").strip(), _dvc_cache()
     running: set[subprocess.Popen] = set()
 
     def work(number: int) -> None:
-        copy = Copy(number, _git("rev-parse", "HEAD").strip(), cache)
+        copy = Copy(number, commit, cache)
         while not stop.is_set():
             try:
                 mine = arms.get_nowait()
@@ -122,7 +123,7 @@ def run(runs: Sequence[Wanted], *, jobs: int, say: Callable[[str], None]) -> dic
                 say(f"[{len(done)}/{len(todo)}] {one}: {why or _took(one.name)}")
 
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    with ThreadPoolExecutor(jobs) as threads:
+    with _alone(), ThreadPoolExecutor(jobs) as threads:
         workers = [threads.submit(work, number) for number in range(jobs)]
         try:
             for worker in workers:
@@ -134,6 +135,22 @@ def run(runs: Sequence[Wanted], *, jobs: int, say: Callable[[str], None]) -> dic
                     os.killpg(process.pid, signal.SIGTERM)
             signal.signal(signal.SIGTERM, before)
     return failed
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """The copies belong to one process.
+
+    Raises:
+        UserError: another one has them.
+    """
+    COPIES.mkdir(parents=True, exist_ok=True)
+    with (COPIES / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError("another study runs here; wait for it, or stop it") from None
+        yield
 
 
 def _took(name: str) -> str:
@@ -155,7 +172,6 @@ class Copy:
     def __init__(self, number: int, commit: str, cache: str) -> None:
         self.folder, self.commit = COPIES / str(number), commit
         if not (self.folder / ".git").is_dir():
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
             _git("clone", "-q", "--shared", "--no-checkout", ".", str(self.folder))
         for key in ("user.name", "user.email"):
             self._git("config", key, _git("config", "--default", "scaling4d", "--get", key).strip())

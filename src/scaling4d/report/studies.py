@@ -324,12 +324,13 @@ def _grey(found: Any) -> str:
 
 
 def write_index() -> None:
-    """reports/studies/index.html: every study that was run."""
-    rows = []
+    """reports/studies/index.html: every study that was run, and what all took; an experiment that several share counts once."""
+    lines, taken = [], {}
     for path in sorted(REPORTS.glob(f"*/{studies.FACTS}")):
-        said = json.loads(path.read_text())
-        runs, name = len(said["runs"]), path.parent.name
+        said, name = json.loads(path.read_text()), path.parent.name
+        taken |= {run["experiment"]: run["cpu_seconds"] for run in said["runs"].values() if "cpu_seconds" in run}
         link = f"<a href='{name}/study.html'>{name.replace('_', ' ')}</a>"
-        rows.append(f"<li>{link}: {html.escape(said['question'])} ({runs} runs)</li>")
-    body = f"<h1>Studies</h1><ul>{''.join(rows)}</ul><p>Each is one command: <code>scaling4d study NAME</code>.</p>"
+        lines.append(f"<li>{link}: {html.escape(said['question'])} ({len(said['runs'])} runs)</li>")
+    hours = f"{len(taken)} experiments, {sum(taken.values()) / 3600:.2f} CPU hours, without what was there before them."
+    body = f"<h1>Studies</h1><ul>{''.join(lines)}</ul><p>Each is one command: <code>scaling4d study NAME</code>. {hours}</p>"
     (REPORTS / "index.html").write_text(PAGE.format(title="studies", body=body))
