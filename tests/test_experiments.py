@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from scaling4d import experiments
+from scaling4d.study import Arm, Study
+
 ROOT = Path(__file__).parents[1]
 STUDY = """
 question: Do more steps help?
@@ -35,7 +38,7 @@ def run(clone: Path, *command: str, check: bool = True) -> subprocess.CompletedP
     return done
 
 
-def study(clone: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
+def cli(clone: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
     return run(clone, "python", "-m", "scaling4d", "study", *arguments, check=check)
 
 
@@ -63,8 +66,31 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for key, value in (("user.name", "reader"), ("user.email", "reader@example.org")):
         run(folder, "git", "config", key, value)
     commit(folder)
-    study(folder, "steps")
+    cli(folder, "steps")
     return folder
+
+
+def one(name: str, *overrides: str) -> Study:
+    arm = Arm(name, "pocket", overrides, "nano", ("reconstruct@nano",))
+    return Study("any", "?", name, (0, 1), (arm,), {})
+
+
+def test_the_same_arm_is_the_same_experiment_in_every_study(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    first, again, other = (experiments.wanted(one(*given)) for given in (("a",), ("b",), ("a", "ablation=mask_50")))
+    assert [wanted.name for wanted in first] == [wanted.name for wanted in again]
+    assert len({wanted.name for wanted in (*first, *other)}) == 4
+    assert [wanted.name.rpartition("-")[0] for wanted in other] == ["pocket-nano-mask_50-0", "pocket-nano-mask_50-1"]
+
+
+def test_a_failed_run_says_the_line_of_the_stage(tmp_path: Path) -> None:
+    log = tmp_path / "run.log"
+    log.write_text("error: loss_on = 'some'\nERROR: failed to reproduce 'pretrain@nano'\n")
+    assert experiments._why(log) == f"loss_on = 'some' ({log})"
+    log.write_text("Reproducing\nERROR: unexpected error\nbye\n")
+    assert experiments._why(log) == f"unexpected error ({log})"
+    log.write_text("")
+    assert experiments._why(log) == f"it said nothing ({log})"
 
 
 @pytest.mark.slow
@@ -86,10 +112,10 @@ def test_a_study_is_experiments_a_table_and_a_page(clone: Path) -> None:
 @pytest.mark.slow
 def test_the_same_command_again_runs_nothing_and_gives_the_same_bytes(clone: Path) -> None:
     before = content(clone / "reports/studies")
-    again = study(clone, "steps")
+    again = cli(clone, "steps")
     assert again.stdout.splitlines() == ["wrote reports/studies/steps"]
     assert content(clone / "reports/studies") == before
-    study(clone, "steps", "--collect")
+    cli(clone, "steps", "--collect")
     assert content(clone / "reports/studies") == before
 
 
@@ -99,7 +125,7 @@ def test_a_run_that_fails_is_named_with_its_reason_and_the_others_stay(clone: Pa
         STUDY.replace("[ablation=mask_50]", "[points.nano.SimpleMAE.loss_on=some]")
     )
     commit(clone)
-    done = study(clone, "broken", "--seeds", "0", check=False)
+    done = cli(clone, "broken", "--seeds", "0", check=False)
     assert done.returncode == 1
     assert "loss_on = 'some'; needed 'all' or 'masked'" in done.stdout
     assert done.stderr.startswith("error: 1 of 2 runs failed, run it again for those: masked_50-0-")
@@ -112,7 +138,7 @@ def test_what_is_not_committed_is_not_run(clone: Path) -> None:
     text = path.read_text()
     try:
         path.write_text(text.replace("0.50", "0.60"))
-        done = study(clone, "steps", check=False)
+        done = cli(clone, "steps", check=False)
         assert done.stderr == (
             "error: experiments/ablation/mask_50.yaml differs from the last commit, and a study runs what is committed; "
             "commit it first\n"
