@@ -216,53 +216,52 @@ def serve(
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(help="A file of experiments/study; none of that name lists them.")],
+    names: Annotated[list[str] | None, typer.Argument(help="Files of experiments/study; without any, they are listed.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Experiments side by side, each of `ranks` processes.")] = 2,
     seeds: Annotated[str, typer.Option(help="Such as 0,1,2; as the study unless told.")] = "",
     dry: Annotated[bool, typer.Option("--dry", help="Print the experiments, and which are there already; run nothing.")] = False,
     collect: Annotated[bool, typer.Option("--collect", help="Run nothing: make table, figures and page again.")] = False,
 ) -> None:
-    """Run every arm of a study with every seed as DVC experiments, and write what came of them to reports/studies/NAME.
+    """Run every arm of studies with every seed as DVC experiments, and write what came of them to reports/studies/NAME.
 
     What ran before is not run again; a study that was stopped or failed in part goes on with the same command.
     """
     from scaling4d import study as studies
 
-    chosen = studies.read(name)
-    if seeds:
-        chosen = studies.with_seeds(chosen, seeds)
+    if not names:
+        for name in studies.names():
+            print(f"{name}: {studies.read(name).question}")
+        return
+    chosen = [studies.with_seeds(read, seeds) if seeds else read for read in map(studies.read, names)]
     if collect:
-        _collect(chosen, {})
+        _collect(chosen, {one.name: {} for one in chosen})
         return
     from scaling4d import experiments
 
-    runs, known = experiments.wanted(chosen), experiments.there()
+    wanted = {one.name: experiments.wanted(one) for one in chosen}
+    runs = list({run.name: run for some in wanted.values() for run in some}.values())
     if dry:
-        for one in runs:
-            settings = " ".join(f"-S {value}" for value in one.arm.settings(one.seed))
-            there = "there already" if one.name in known else f"dvc exp run {settings} {' '.join(one.arm.targets)}"
-            print(f"{one.name}: {there}")
+        known = experiments.there()
+        for run in runs:
+            print(f"{run.name}: {'there already' if run.name in known else run.command()}")
         return
     failed = experiments.run(runs, jobs=jobs, say=lambda line: print(line, flush=True))
+    whole = [one for one in chosen if not any(run.name in failed for run in wanted[one.name])]
+    _collect(whole, {one.name: experiments.keep(one, wanted[one.name]) for one in whole})
     if failed:
         raise UserError(f"{len(failed)} of {len(runs)} runs failed, run it again for those: {', '.join(failed)}")
-    known, told = experiments.there(), {}
-    for one in runs:
-        lock = chosen.lock(one.arm.name, one.seed)
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        lock.write_text(experiments.lock_of(known[one.name]))
-        told[f"{one.arm.name}-{one.seed}"] = {"experiment": one.name} | (experiments.facts(one.name) or {})
-    _collect(chosen, told)
 
 
-def _collect(chosen, told: dict) -> None:
+def _collect(chosen: list, told: dict[str, dict]) -> None:
     from scaling4d import experiments
     from scaling4d.report import studies
 
-    wrong = studies.collect(chosen, experiments.cache(), told)
-    print(f"wrote {chosen.folder}")
+    cache, wrong = experiments.dvc_cache(), []
+    for one in chosen:
+        wrong += [f"{one.folder}/findings.md: {what}" for what in studies.collect(one, cache, told[one.name])]
+        print(f"wrote {one.folder}")
     if wrong:
-        raise UserError(f"{chosen.folder}/findings.md: {wrong[0]}" + (f" (and {len(wrong) - 1} more)" if wrong[1:] else ""))
+        raise UserError(wrong[0] + (f" (and {len(wrong) - 1} more)" if wrong[1:] else ""))
 
 
 @app.command()

@@ -23,7 +23,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from scaling4d import artifacts, code, config
 from scaling4d.records import UserError, write_json
@@ -47,6 +49,20 @@ class Wanted:
     def __str__(self) -> str:
         return f"{self.arm.name} seed {self.seed}"
 
+    def command(self) -> str:
+        """What `run` does, in a copy."""
+        return " ".join(["dvc", *self.words])
+
+    @property
+    def words(self) -> list[str]:
+        settings = [word for value in self.arm.settings(self.seed) for word in ("-S", value)]
+        return ["exp", "run", "--name", self.name, *settings, *self.arm.targets]
+
+    @property
+    def changes(self) -> tuple[object, ...]:
+        """Equal for the seeds of an arm, whatever a study calls it."""
+        return self.arm.profile, self.arm.overrides, self.arm.targets
+
 
 def wanted(study: Study) -> list[Wanted]:
     """Every arm and seed, with the name of its experiment.
@@ -57,12 +73,17 @@ def wanted(study: Study) -> list[Wanted]:
     common = _inputs()
     found = []
     for arm in study.arms:
-        composed = config.compose(arm.settings(study.seeds[0]))
+        composed = _composed(arm.profile, arm.overrides)
         for seed in study.seeds:
             content = json.dumps([composed | {"seed": seed}, arm.targets, common], sort_keys=True)
             digest = hashlib.sha256(content.encode()).hexdigest()
             found.append(Wanted(arm, seed, f"{_label(arm)}-{seed}-{digest[:8]}"))
     return found
+
+
+@cache
+def _composed(profile: str, overrides: tuple[str, ...]) -> dict[str, Any]:
+    return config.compose([f"profile={profile}", *overrides])
 
 
 def _label(arm: Arm) -> str:
@@ -77,9 +98,15 @@ def there() -> dict[str, str]:
     return {ref.rpartition("/")[2]: ref for ref in refs if ref.count("/") == 4}
 
 
-def lock_of(reference: str) -> str:
-    """The dvc.lock of an experiment."""
-    return _git("show", f"{reference}:dvc.lock")
+def keep(study: Study, runs: Sequence[Wanted]) -> dict[str, dict[str, Any]]:
+    """Copy the lock of every run to the study's folder; `arm-seed` -> its experiment, and what it took if it ran in this clone."""
+    known, told = there(), {}
+    for one in runs:
+        path = study.lock(one.arm.name, one.seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(_git("show", f"{known[one.name]}:dvc.lock"))
+        told[f"{one.arm.name}-{one.seed}"] = {"experiment": one.name} | (facts(one.name) or {})
+    return told
 
 
 def run(runs: Sequence[Wanted], *, jobs: int, say: Callable[[str], None]) -> dict[str, str]:
@@ -98,15 +125,15 @@ def run(runs: Sequence[Wanted], *, jobs: int, say: Callable[[str], None]) -> dic
     if changed:
         raise UserError(f"{changed[0][3:]} differs from the last commit, and a study runs what is committed; commit it first")
     arms: queue.SimpleQueue[list[Wanted]] = queue.SimpleQueue()
-    for arm in dict.fromkeys(one.arm for one in todo):
-        arms.put([one for one in todo if one.arm == arm])  # one after another in one copy: they share data and clips
+    for changes in dict.fromkeys(one.changes for one in todo):
+        arms.put([one for one in todo if one.changes == changes])  # one after another in one copy
     failed: dict[str, str] = {}
     done, stop = [], threading.Event()
-    commit, cache = _git("rev-parse", "HEAD").strip(), _dvc_cache()
+    commit, kept = _git("rev-parse", "HEAD").strip(), dvc_cache()
     running: set[subprocess.Popen] = set()
 
     def work(number: int) -> None:
-        copy = Copy(number, commit, cache)
+        copy = Copy(number, commit, kept)
         while not stop.is_set():
             try:
                 mine = arms.get_nowait()
@@ -165,18 +192,18 @@ def facts(name: str) -> dict[str, float] | None:
 
 
 class Copy:
-    """A clone of the last commit in which experiments run one after another."""
+    """A clone of a commit in which experiments run one after another. kept: DVC's cache, for all copies."""
 
     _fetching = threading.Lock()
 
-    def __init__(self, number: int, commit: str, cache: str) -> None:
+    def __init__(self, number: int, commit: str, kept: Path) -> None:
         self.folder, self.commit = COPIES / str(number), commit
         if not (self.folder / ".git").is_dir():
             _git("clone", "-q", "--shared", "--no-checkout", ".", str(self.folder))
         for key in ("user.name", "user.email"):
             self._git("config", key, _git("config", "--default", "scaling4d", "--get", key).strip())
         self._reset()
-        (self.folder / ".dvc/config.local").write_text(f"[cache]\n    dir = {cache}\n")
+        (self.folder / ".dvc/config.local").write_text(f"[cache]\n    dir = {kept}\n")
 
     def prepare(self, arm: Arm) -> None:
         """The commit as it is; of its lock only what the arm needs, because DVC reads the whole lock again and again."""
@@ -190,8 +217,7 @@ class Copy:
 
     def run(self, one: Wanted, running: set[subprocess.Popen]) -> str | None:
         """None, or why it failed; what it took is written to .runs/."""
-        settings = [word for value in one.arm.settings(one.seed) for word in ("-S", value)]
-        command = [sys.executable, "-m", "dvc", "exp", "run", "--name", one.name, *settings, *one.arm.targets]
+        command = [sys.executable, "-m", "dvc", *one.words]
         env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
         log = COPIES / f"{one.name}.log"
@@ -245,16 +271,16 @@ def _facts(name: str) -> Path:
     return artifacts.RUNS / f"study-{name}.json"
 
 
-def _dvc_cache() -> str:
+def dvc_cache() -> Path:
+    """Where DVC keeps the bytes of this repository.
+
+    Raises:
+        UserError: DVC does not say it.
+    """
     done = subprocess.run([sys.executable, "-m", "dvc", "cache", "dir"], capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"DVC does not say where its cache is: {' '.join(done.stderr.split())}")
-    return str(Path(done.stdout.strip()).resolve())
-
-
-def cache() -> Path:
-    """DVC's cache of this repository."""
-    return Path(_dvc_cache())
+    return Path(done.stdout.strip()).resolve()
 
 
 def _git(*words: str) -> str:
