@@ -99,7 +99,7 @@ def there() -> dict[str, str]:
 
 
 def keep(study: Study, runs: Sequence[Wanted]) -> dict[str, dict[str, Any]]:
-    """Copy the lock of every run to the study's folder; `arm-seed` -> its experiment, and what it took if it ran in this clone."""
+    """Copy the lock of every run to the study's folder; `arm-seed` -> its experiment, and what it took if it ran here."""
     known, told = there(), {}
     for one in runs:
         path = study.lock(one.arm.name, one.seed)
