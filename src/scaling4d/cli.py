@@ -215,6 +215,56 @@ def serve(
 
 
 @app.command()
+def study(
+    names: Annotated[list[str] | None, typer.Argument(help="Files of experiments/study; without any, they are listed.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Experiments side by side, each of `ranks` processes.")] = 2,
+    seeds: Annotated[str, typer.Option(help="Such as 0,1,2; as the study unless told.")] = "",
+    dry: Annotated[bool, typer.Option("--dry", help="Print the experiments, and which are there already; run nothing.")] = False,
+    collect: Annotated[bool, typer.Option("--collect", help="Run nothing: make table, figures and page again.")] = False,
+) -> None:
+    """Run every arm of studies with every seed as DVC experiments, and write what came of them to reports/studies/NAME.
+
+    What ran before is not run again; a study that was stopped or failed in part goes on with the same command.
+    """
+    from scaling4d import study as studies
+
+    if not names:
+        for name in studies.names():
+            print(f"{name}: {studies.read(name).question}")
+        return
+    chosen = [studies.with_seeds(read, seeds) if seeds else read for read in map(studies.read, names)]
+    if collect:
+        _collect(chosen, {one.name: {} for one in chosen})
+        return
+    from scaling4d import experiments
+
+    wanted = {one.name: experiments.wanted(one) for one in chosen}
+    runs = list({run.name: run for some in wanted.values() for run in some}.values())
+    if dry:
+        known = experiments.there()
+        for run in runs:
+            print(f"{run.name}: {'there already' if run.name in known else run.command()}")
+        return
+    failed = experiments.run(runs, jobs=jobs, say=lambda line: print(line, flush=True))
+    whole = [one for one in chosen if not any(run.name in failed for run in wanted[one.name])]
+    _collect(whole, {one.name: experiments.keep(one, wanted[one.name]) for one in whole})
+    if failed:
+        raise UserError(f"{len(failed)} of {len(runs)} runs failed, run it again for those: {', '.join(failed)}")
+
+
+def _collect(chosen: list, told: dict[str, dict]) -> None:
+    from scaling4d import experiments
+    from scaling4d.report import studies
+
+    cache, wrong = experiments.dvc_cache(), []
+    for one in chosen:
+        wrong += [f"{one.folder}/findings.md: {what}" for what in studies.collect(one, cache, told[one.name])]
+        print(f"wrote {one.folder}")
+    if wrong:
+        raise UserError(wrong[0] + (f" (and {len(wrong) - 1} more)" if wrong[1:] else ""))
+
+
+@app.command()
 def compose(overrides: Annotated[list[str] | None, typer.Argument(help="profile=NAME key=value ...")] = None) -> None:
     """Write params.yaml from experiments/, as `dvc exp run -S` does."""
     config.write(overrides or [])

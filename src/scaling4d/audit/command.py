@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from scaling4d.audit import crate, explain, picture, reproduced, verify
+from scaling4d.audit import crate, explain, picture, reproduced, studies, verify
 from scaling4d.audit.run import runs
 from scaling4d.records import UserError
 
@@ -15,7 +15,7 @@ FORMS = {"text": explain.text, "json": lambda found: json.dumps(found, indent=2,
 
 def check() -> int:
     """Every hash, setting and number."""
-    findings = verify.verify(Path())
+    findings = [*verify.verify(Path()), *studies.findings()]
     for finding in findings:
         print(finding)
     wrong = sum(finding.kind == verify.WRONG for finding in findings)

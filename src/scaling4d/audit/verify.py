@@ -265,7 +265,7 @@ def _commit(run: Run) -> Iterator[Finding]:
         )
         return
     for path, md5 in inputs.items():
-        found = history.md5(commit, _place(commit, path))
+        found = history.md5(commit, committed_place(commit, path))
         if found is None:
             yield Finding(UNCHECKED, run.lock, f"{path}: commit {commit[:7]}, which holds its code, does not hold it")
         elif found != md5:
@@ -287,7 +287,7 @@ def _commit(run: Run) -> Iterator[Finding]:
             yield Finding(WRONG, run.lock, message, run.taints(stage.name, [(out.path, ()) for out in stage.outs]))
 
 
-def _place(commit: str, path: str) -> str:
+def committed_place(commit: str, path: str) -> str:
     """Where a commit keeps a path: itself, or what its .dvc file imports."""
     name = f"{path.split('/')[0]}.dvc"
     text = history.file(commit, name)

@@ -89,16 +89,18 @@ def trend(x: Sequence[float], y: Sequence[float]) -> Trend | None:
 
 
 def held_out(x: Sequence[float], y: Sequence[float]) -> HeldOut | None:
-    """Fit without the largest point and predict it; None where four smaller points do not give a law."""
+    """Fit without the largest size and predict the mean of what was measured at it; None where what is smaller gives no law."""
     order = np.argsort(x, kind="stable")
     x, y = np.asarray(x, dtype=float)[order], np.asarray(y, dtype=float)[order]
-    smaller = trend(x[:-1], y[:-1])
+    left = int((x < x[-1]).sum())
+    smaller = trend(x[:left], y[:left])
     if smaller is None:
         return None
     floor, scale, exponent = smaller.draws.T
     curves = floor + scale * (x[-1] / smaller.law.unit) ** -exponent
-    low, high = np.quantile(curves + _scattered(smaller.law, x[:-1], y[:-1])[:, -1], QUANTILES).tolist()
-    return HeldOut(float(x[-1]), float(y[-1]), float(smaller.law(x[-1])), low, high)
+    scatter = _scattered(smaller.law, x[:left], y[:left])[:, -1] / np.sqrt(len(x) - left)
+    low, high = np.quantile(curves + scatter, QUANTILES).tolist()
+    return HeldOut(float(x[-1]), float(y[left:].mean()), float(smaller.law(x[-1])), low, high)
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:

@@ -89,7 +89,8 @@ def _write_figures(story: Story, out: Path) -> None:
 def _write_site(out: Path) -> None:
     """The page that `scaling4d serve` opens; it holds a copy of the report, so that the folder can be moved as a whole."""
     (out / site.FOLDER).mkdir()
-    shutil.copy(out / "report.html", out / site.FOLDER / "report.html")
+    copy = (out / "report.html").read_text().replace('href="../studies/', 'href="../../studies/')
+    (out / site.FOLDER / "report.html").write_text(copy)
     report = replace(built.read(folder=out.as_posix()), name="this report")
     (out / site.FOLDER / site.PAGE).write_text(site.page(report))
 

@@ -1,0 +1,290 @@
+"""Runs the arms of a study as DVC experiments, in copies of the last commit, so that the folder one works in is left alone.
+
+A copy (a git clone in .dvc/tmp/studies/, with the objects and the DVC cache of this repository) stays for the next study: data
+and clips are checked out once, a killed training goes on, and times stay in its .runs/. An experiment is named after its arm,
+its seed and a hash of settings, code, data and pipeline: what is there already is not run again, and of what is not, DVC's own
+run cache brings every stage that ran before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from scaling4d import artifacts, code, config
+from scaling4d.records import UserError, write_json
+from scaling4d.study import Arm, Study, load_lock, needed
+
+COPIES = Path(".dvc/tmp/studies")
+REFS, STASH = "refs/exps/", "refs/exps/stash"  # DVC runs what it finds stashed, also by a run that was killed
+INPUTS = ("src", "experiments", "dvc.yaml", "dvc.lock", "data.dvc", ".dvc/config")  # what a run is made of, as git has it
+LISTED = config.EXPERIMENTS / "listed"  # videos for clips.Curation.listed, whose content DVC does not know of
+NOT_MEASURED = ("show", "report")  # rooms whose code no number of a study comes from
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One run of a study and the experiment that holds it."""
+
+    arm: Arm
+    seed: int
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.arm.name} seed {self.seed}"
+
+    def command(self) -> str:
+        """What `run` does, in a copy."""
+        return " ".join(["dvc", *self.words])
+
+    @property
+    def words(self) -> list[str]:
+        settings = [word for value in self.arm.settings(self.seed) for word in ("-S", value)]
+        return ["exp", "run", "--name", self.name, *settings, *self.arm.targets]
+
+    @property
+    def changes(self) -> tuple[object, ...]:
+        """Equal for the seeds of an arm, whatever a study calls it."""
+        return self.arm.profile, self.arm.overrides, self.arm.targets
+
+
+def wanted(study: Study) -> list[Wanted]:
+    """Every arm and seed, with the name of its experiment.
+
+    Raises:
+        UserError: settings that do not compose.
+    """
+    common = _inputs()
+    found = []
+    for arm in study.arms:
+        composed = _composed(arm.profile, arm.overrides)
+        for seed in study.seeds:
+            content = json.dumps([composed | {"seed": seed}, arm.targets, common], sort_keys=True)
+            digest = hashlib.sha256(content.encode()).hexdigest()
+            found.append(Wanted(arm, seed, f"{_label(arm)}-{seed}-{digest[:8]}"))
+    return found
+
+
+@cache
+def _composed(profile: str, overrides: tuple[str, ...]) -> dict[str, Any]:
+    return config.compose([f"profile={profile}", *overrides])
+
+
+def _label(arm: Arm) -> str:
+    """The same in every study that has such an arm."""
+    words = [arm.profile, arm.encoder, *(override.rpartition("=")[2] for override in arm.overrides)]
+    return re.sub(r"[^\w-]", "", "-".join(words))
+
+
+def there() -> dict[str, str]:
+    """Name of an experiment -> its git reference."""
+    refs = _git("for-each-ref", "--format=%(refname)", REFS).split()
+    return {ref.rpartition("/")[2]: ref for ref in refs if ref.count("/") == 4}
+
+
+def keep(study: Study, runs: Sequence[Wanted]) -> dict[str, dict[str, Any]]:
+    """Copy the lock of every run to the study's folder; `arm-seed` -> its experiment, and what it took if it ran here."""
+    known, told = there(), {}
+    for one in runs:
+        path = study.lock(one.arm.name, one.seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(_git("show", f"{known[one.name]}:dvc.lock"))
+        told[f"{one.arm.name}-{one.seed}"] = {"experiment": one.name} | (facts(one.name) or {})
+    return told
+
+
+def run(runs: Sequence[Wanted], *, jobs: int, say: Callable[[str], None]) -> dict[str, str]:
+    """Run what is not there yet; returns, of every run that failed, its name and why, in one line.
+
+    Args:
+        jobs: experiments side by side. say: is told of each one as it ends.
+    Raises:
+        UserError: what a run is made of differs from the last commit.
+    """
+    known = there()
+    todo = [one for one in runs if one.name not in known]
+    if not todo:
+        return {}
+    changed = _git("status", "--porcelain", "--", *INPUTS).splitlines()
+    if changed:
+        raise UserError(f"{changed[0][3:]} differs from the last commit, and a study runs what is committed; commit it first")
+    arms: queue.SimpleQueue[list[Wanted]] = queue.SimpleQueue()
+    for changes in dict.fromkeys(one.changes for one in todo):
+        arms.put([one for one in todo if one.changes == changes])  # one after another in one copy
+    failed: dict[str, str] = {}
+    done, stop = [], threading.Event()
+    commit, kept = _git("rev-parse", "HEAD").strip(), dvc_cache()
+    running: set[subprocess.Popen] = set()
+
+    def work(number: int) -> None:
+        copy = Copy(number, commit, kept)
+        while not stop.is_set():
+            try:
+                mine = arms.get_nowait()
+            except queue.Empty:
+                return
+            copy.prepare(mine[0].arm)
+            for one in mine:
+                if stop.is_set():
+                    return
+                why = copy.run(one, running)
+                if why is not None:
+                    failed[one.name] = why
+                done.append(one)
+                say(f"[{len(done)}/{len(todo)}] {one}: {why or _took(one.name)}")
+
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with _alone(), ThreadPoolExecutor(jobs) as threads:
+        workers = [threads.submit(work, number) for number in range(jobs)]
+        try:
+            for worker in workers:
+                worker.result()
+        finally:
+            stop.set()
+            for process in list(running):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGTERM)
+            signal.signal(signal.SIGTERM, before)
+    return failed
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """The copies belong to one process.
+
+    Raises:
+        UserError: another one has them.
+    """
+    COPIES.mkdir(parents=True, exist_ok=True)
+    with (COPIES / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError("another study runs here; wait for it, or stop it") from None
+        yield
+
+
+def _took(name: str) -> str:
+    found = facts(name)
+    return f"{found['seconds']:.0f} s, {found['cpu_seconds']:.0f} CPU seconds" if found else "done"
+
+
+def facts(name: str) -> dict[str, float] | None:
+    """What an experiment took where it ran in this clone: `seconds` and `cpu_seconds`, of the whole `dvc exp run`."""
+    path = _facts(name)
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+class Copy:
+    """A clone of a commit in which experiments run one after another. kept: DVC's cache, for all copies."""
+
+    _fetching = threading.Lock()
+
+    def __init__(self, number: int, commit: str, kept: Path) -> None:
+        self.folder, self.commit = COPIES / str(number), commit
+        if not (self.folder / ".git").is_dir():
+            _git("clone", "-q", "--shared", "--no-checkout", ".", str(self.folder))
+        for key in ("user.name", "user.email"):
+            self._git("config", key, _git("config", "--default", "scaling4d", "--get", key).strip())
+        self._reset()
+        (self.folder / ".dvc/config.local").write_text(f"[cache]\n    dir = {kept}\n")
+
+    def prepare(self, arm: Arm) -> None:
+        """The commit as it is; of its lock only what the arm needs, because DVC reads the whole lock again and again."""
+        from ruamel.yaml import YAML
+
+        self._reset()
+        path = self.folder / "dvc.lock"
+        stages = load_lock(path.read_text())
+        with path.open("w") as file:
+            YAML(typ="safe", pure=True).dump({"schema": "2.0", "stages": dict(needed(stages, arm.targets))}, file)
+
+    def run(self, one: Wanted, running: set[subprocess.Popen]) -> str | None:
+        """None, or why it failed; what it took is written to .runs/."""
+        command = [sys.executable, "-m", "dvc", *one.words]
+        env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+        log = COPIES / f"{one.name}.log"
+        ref = f"{REFS}{self.commit[:2]}/{self.commit[2:]}/{one.name}"
+        self._git("update-ref", "-d", ref)  # of a run that was not fetched
+        started = time.monotonic()
+        with log.open("w") as out:
+            process = subprocess.Popen(
+                command, cwd=self.folder, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            running.add(process)
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            running.discard(process)
+        if process.returncode:
+            return _why(log)
+        with self._fetching:
+            _git("fetch", "-q", str(self.folder), f"+{ref}:{ref}")
+        log.unlink()
+        artifacts.RUNS.mkdir(exist_ok=True)
+        taken = {"seconds": round(time.monotonic() - started, 1), "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1)}
+        write_json(_facts(one.name), taken)
+        return None
+
+    def _reset(self) -> None:
+        self._git("update-ref", "-d", STASH)
+        self._git("checkout", "-q", "--force", "--detach", self.commit)
+
+    def _git(self, *words: str) -> str:
+        return _git("-C", str(self.folder), *words)
+
+
+def _why(log: Path) -> str:
+    """The line of a failed run that says most: a stage's own error, else DVC's, else the last."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    for start in ("error: ", "ERROR: "):
+        if said := [line for line in lines if line.startswith(start)]:
+            return f"{said[0].removeprefix(start)} ({log})"
+    return f"{lines[-1] if lines else 'it said nothing'} ({log})"
+
+
+def _inputs() -> list[object]:
+    """Hashes of what every run is made of, beside its settings."""
+    rooms = code.hashes(Path(code.__file__).parent)
+    meant = {room: found["sha256"] for room, found in rooms.items() if room not in NOT_MEASURED}
+    files = [Path("dvc.yaml"), Path("data.dvc"), *sorted(LISTED.glob("*.csv"))]
+    return [meant, *(path.read_text() for path in files)]
+
+
+def _facts(name: str) -> Path:
+    return artifacts.RUNS / f"study-{name}.json"
+
+
+def dvc_cache() -> Path:
+    """Where DVC keeps the bytes of this repository.
+
+    Raises:
+        UserError: DVC does not say it.
+    """
+    done = subprocess.run([sys.executable, "-m", "dvc", "cache", "dir"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"DVC does not say where its cache is: {' '.join(done.stderr.split())}")
+    return Path(done.stdout.strip()).resolve()
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"git {' '.join(words[:6])}: {' '.join(done.stderr.split()) or 'failed'}")
+    return done.stdout

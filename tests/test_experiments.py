@@ -1,0 +1,173 @@
+"""A study through real DVC experiments, in a temporary clone with few videos and one benchmark."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scaling4d import experiments
+from scaling4d.study import Arm, Study
+
+ROOT = Path(__file__).parents[1]
+STUDY = """
+question: Do more steps help?
+profile: smoke
+targets: ["readout_frozen@{encoder}-pose", "reconstruct@{encoder}"]
+seeds: [0, 1]
+base: as_it_is
+arms:
+  as_it_is: []
+  masked_50: [ablation=mask_50]
+"""
+KEPT = (
+    "experiments/pocket/benchmarks/realestate10k/",
+    "experiments/pocket/videos/phone/IMG_000",
+    "experiments/pocket/videos/camera/",
+)
+
+
+def run(clone: Path, *command: str, check: bool = True) -> subprocess.CompletedProcess:
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": "src"}
+    done = subprocess.run(command, cwd=clone, env=env, capture_output=True, text=True, check=False)
+    assert not check or done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done
+
+
+def cli(clone: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
+    return run(clone, "python", "-m", "scaling4d", "study", *arguments, check=check)
+
+
+def commit(clone: Path) -> None:
+    run(clone, "git", "add", "-A")
+    run(clone, "git", "commit", "-qm", "state")
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's files, the data cut down, in a repository of their own, with a small study run."""
+    folder = tmp_path_factory.mktemp("study") / "scaling4d"
+    files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in files.stdout.splitlines():
+        wanted = name.startswith(KEPT) if name.startswith("experiments/pocket/") else not name.startswith("reports/studies/")
+        if wanted and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    (folder / "experiments/study/steps.yaml").write_text(STUDY)
+    run(folder, "git", "init", "-q")
+    for key, value in (("user.name", "reader"), ("user.email", "reader@example.org")):
+        run(folder, "git", "config", key, value)
+    commit(folder)
+    cli(folder, "steps")
+    return folder
+
+
+def one(name: str, *overrides: str) -> Study:
+    arm = Arm(name, "pocket", overrides, "nano", ("reconstruct@nano",))
+    return Study("any", "?", name, (0, 1), (arm,), {})
+
+
+def test_the_same_arm_is_the_same_experiment_in_every_study(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    first, again, other = (experiments.wanted(one(*given)) for given in (("a",), ("b",), ("a", "ablation=mask_50")))
+    assert [wanted.name for wanted in first] == [wanted.name for wanted in again]
+    assert len({wanted.name for wanted in (*first, *other)}) == 4
+    assert [wanted.name.rpartition("-")[0] for wanted in other] == ["pocket-nano-mask_50-0", "pocket-nano-mask_50-1"]
+
+
+def test_a_failed_run_says_the_line_of_the_stage(tmp_path: Path) -> None:
+    log = tmp_path / "run.log"
+    log.write_text("error: loss_on = 'some'\nERROR: failed to reproduce 'pretrain@nano'\n")
+    assert experiments._why(log) == f"loss_on = 'some' ({log})"
+    log.write_text("Reproducing\nERROR: unexpected error\nbye\n")
+    assert experiments._why(log) == f"unexpected error ({log})"
+    log.write_text("")
+    assert experiments._why(log) == f"it said nothing ({log})"
+
+
+@pytest.mark.slow
+def test_a_study_is_experiments_a_table_and_a_page(clone: Path) -> None:
+    out = clone / "reports/studies/steps"
+    rows = list(csv.DictReader((out / "runs.csv").open()))
+    assert {(row["arm"], row["seed"]) for row in rows} == {(arm, seed) for arm in ("as_it_is", "masked_50") for seed in "01"}
+    assert {row["task"] for row in rows} == {"pretrain", "pose", "reconstruct"}
+    assert len({row["checkpoint_sha256"] for row in rows if row["task"] == "pose"}) == 4
+    listed = run(clone, "dvc", "exp", "list", "--name-only").stdout.split()
+    assert {row["experiment"] for row in rows} == set(listed)
+    facts = json.loads((out / "study.json").read_text())
+    assert facts["arms"]["masked_50"]["settings"] == {"points.nano.SimpleMAE.mask_ratio": 0.5}
+    assert all(run["cpu_seconds"] > 1 for run in facts["runs"].values())
+    assert "<svg" in (out / "study.html").read_text()
+    assert run(clone, "git", "status", "--porcelain").stdout.splitlines() == ["?? reports/studies/"]
+
+
+@pytest.mark.slow
+def test_the_same_command_again_runs_nothing_and_gives_the_same_bytes(clone: Path) -> None:
+    before = content(clone / "reports/studies")
+    again = cli(clone, "steps")
+    assert again.stdout.splitlines() == ["wrote reports/studies/steps"]
+    assert content(clone / "reports/studies") == before
+    cli(clone, "steps", "--collect")
+    assert content(clone / "reports/studies") == before
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_named_with_its_reason_and_the_others_stay(clone: Path) -> None:
+    (clone / "experiments/study/broken.yaml").write_text(
+        STUDY.replace("[ablation=mask_50]", "[points.nano.SimpleMAE.loss_on=some]")
+    )
+    commit(clone)
+    done = cli(clone, "broken", "--seeds", "0", check=False)
+    assert done.returncode == 1
+    assert "loss_on = 'some'; needed 'all' or 'masked'" in done.stdout
+    assert done.stderr.startswith("error: 1 of 2 runs failed, run it again for those: masked_50-0-")
+    assert not (clone / "reports/studies/broken").exists()
+
+
+@pytest.mark.slow
+def test_what_is_not_committed_is_not_run(clone: Path) -> None:
+    path = clone / "experiments/ablation/mask_50.yaml"
+    text = path.read_text()
+    try:
+        path.write_text(text.replace("0.50", "0.60"))
+        done = cli(clone, "steps", check=False)
+        assert done.stderr == (
+            "error: experiments/ablation/mask_50.yaml differs from the last commit, and a study runs what is committed; "
+            "commit it first\n"
+        )
+    finally:
+        path.write_text(text)
+
+
+@pytest.mark.slow
+def test_the_audit_finds_a_changed_number_a_changed_setting_and_a_sentence_about_nothing(clone: Path) -> None:
+    def wrong() -> list[str]:
+        code = "from scaling4d.audit import studies\nfor f in studies.findings(): print(f'{f.kind}: {f.where}: {f.message}')"
+        return run(clone, "python", "-c", code).stdout.splitlines()
+
+    out = clone / "reports/studies/steps"
+    commit(clone)
+    assert wrong() == []
+    before = content(out)
+    try:
+        (out / "findings.md").write_text("Hiding half of it makes epe 9.99 worse [table: masked_50 pose].\n")
+        assert wrong() == [f"wrong: {out.relative_to(clone)}/findings.md: 9.99 is in no row of [table: masked_50 pose]"]
+        (out / "findings.md").unlink()
+        text = (out / "runs.csv").read_text()
+        (out / "runs.csv").write_text(text.replace(",640,", ",641,", 1))
+        assert any("the rows of as_it_is, seed 0, are not what" in line for line in wrong())
+        (out / "runs.csv").write_text(text)
+        lock = out / "locks/masked_50-1.lock"
+        lock.write_text(lock.read_text().replace("mask_ratio: 0.5", "mask_ratio: 0.6"))
+        assert any("pretrain@nano ran with points.nano.SimpleMAE.mask_ratio = 0.6" in line for line in wrong())
+    finally:
+        for name, bytes_ in before.items():
+            (out / name).write_bytes(bytes_)
