@@ -20,15 +20,15 @@ repro: install
 	dvc repro
 	scaling4d table
 
-# Two stages at a time, each on its ranks, the last and largest first. `dvc repro` gives the same bytes, one after the other.
-two_at_a_time = dvc stage list --name-only | grep -E '^$(1)@' | tac | xargs -r -P 2 -n $(2) dvc --wait-for-lock repro --single-item
+# Three stages at a time, each on its ranks, the last and largest first. `dvc repro` gives the same bytes, one after the other.
+three_at_a_time = dvc stage list --name-only | grep -E '^$(1)@' | tac | xargs -r -P 3 -n $(2) dvc --wait-for-lock repro --single-item
 
 ahead:
 	dvc repro clips baseline_pixels
-	$(call two_at_a_time,(pretrain|baseline_untrained|baseline_pretrained),1)
-	$(call two_at_a_time,distill,1)
-	$(call two_at_a_time,readout_frozen,5)
-	$(call two_at_a_time,readout_finetune,5)
+	$(call three_at_a_time,(pretrain|baseline_untrained|baseline_pretrained),1)
+	$(call three_at_a_time,distill,1)
+	$(call three_at_a_time,readout_frozen,5)
+	$(call three_at_a_time,readout_finetune,1)
 
 test: install
 	ruff check . && ruff format --check .
