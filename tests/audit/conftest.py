@@ -21,8 +21,10 @@ SETTINGS = {
     "seed": 0,
     "clips": {"Curation": {"frames": 4}},
     "points": {name: {"SimpleMAE": {"width": 32, "rate": 3e-06, "clip": [4, 8, 8]}} for name in POINTS},
+    "readout": {"shared": {"Head": {"width": 4, "heads": 8}}, "tasks": {"actions": {"Head": {"heads": 2}}}},
     "report": {"folder": "reports/built"},
 }
+READOUT = ["readout.shared", "readout.tasks.actions"]
 STAGES = {
     "code": {"cmd": "true", "deps": ["src/scaling4d"], "outs": [f"artifacts/code/{room}.json" for room in code.STAGES]},
     "clips": {
@@ -41,7 +43,7 @@ STAGES = {
     "readout": {
         "matrix": {"encoder": "${points}"},
         "cmd": "true readout ${item.encoder}",
-        "params": ["profile", "seed"],
+        "params": ["profile", "seed", *READOUT],
         "deps": ["artifacts/${profile}/pretrain/${item.encoder}", "data/benchmarks", "artifacts/code/readout.json"],
         "outs": ["artifacts/${profile}/readout/${item.encoder}/actions/frozen"],
     },
@@ -128,7 +130,7 @@ def _write_artifacts() -> None:
         result = Result(point, parameters, "actions", "frozen", "top1", *values, "share", True, 10, 0, sha, {"top5": 0.875})
         result.write(readout / "result.json")
         inputs = {"checkpoint": str(weights), "benchmark": "data/benchmarks/list.json"}
-        _say(readout, room="readout", keys=["profile", "seed"], gin="", inputs=inputs)
+        _say(readout, room="readout", keys=["profile", "seed", *READOUT], gin="Head.heads = 2\nHead.width = 4\n", inputs=inputs)
 
 
 def _say(folder: Path, *, room: str, keys: list[str], gin: str, inputs: dict[str, str]) -> None:

@@ -260,6 +260,12 @@ def test_a_setting_that_was_not_in_force_is_named_and_a_default_that_no_setting_
     assert f"pretrain@nano: {path} is not there" in wrong()
 
 
+def test_what_a_task_sets_for_itself_counts_instead_of_what_all_tasks_share(project: Path, flip: Flip, wrong: Wrong) -> None:
+    path = "artifacts/test/readout/nano/actions/frozen/operative_config.gin"
+    flip(path, "heads = 2", "heads = 8")
+    assert f"readout@nano: {path} says Head.heads = 8, dvc.lock says 2" in wrong()
+
+
 def test_code_and_inputs_that_the_stage_did_not_read_are_named(project: Path, wrong: Wrong) -> None:
     path = Path("artifacts/test/readout/nano/actions/frozen/provenance.json")
     said = json.loads(path.read_text())

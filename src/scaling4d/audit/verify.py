@@ -388,11 +388,12 @@ def _operative(run: Run, name: str, provenance: str) -> Iterator[str]:
         return
     said = _gin(text)
     used = {key.split(".")[0] for key in said}
-    for constructor, values in _constructors(run.stages[name].params):
-        for key in values if constructor in used else ():
-            found = said.get(f"{constructor}.{key}", "nothing")
-            if found != values[key]:
-                yield f"{path} says {constructor}.{key} = {found!r}, {run.lock} says {values[key]!r}"
+    in_force = {}  # what a task sets for itself, readout.tasks, comes after what all of them share, readout.shared
+    for constructor, values in _constructors(dict(sorted(run.stages[name].params.items()))):
+        in_force |= {f"{constructor}.{key}": value for key, value in values.items() if constructor in used}
+    for key, value in in_force.items():
+        if said.get(key, "nothing") != value:
+            yield f"{path} says {key} = {said.get(key, 'nothing')!r}, {run.lock} says {value!r}"
 
 
 def _constructors(values: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -1,0 +1,18 @@
+import re
+from importlib.metadata import distributions
+from pathlib import Path
+
+from packaging.specifiers import SpecifierSet
+
+LOCK = Path(__file__).parents[1] / "requirements.lock"
+
+
+def plain(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_what_is_pinned_installs_on_the_oldest_python_that_the_readme_names() -> None:
+    pinned = {plain(line.split("==")[0]) for line in LOCK.read_text().splitlines() if "==" in line}
+    needs = {plain(found.name): found.metadata["Requires-Python"] for found in distributions()}
+    assert pinned & needs.keys()
+    assert not {one: needs[one] for one in pinned & needs.keys() if needs[one] and "3.11.0" not in SpecifierSet(needs[one])}
