@@ -108,7 +108,7 @@ def with_seeds(study: Study, seeds: str) -> Study:
         UserError: something else.
     """
     try:
-        return replace(study, seeds=tuple(int(seed) for seed in seeds.split(",")))
+        return replace(study, seeds=tuple(dict.fromkeys(int(seed) for seed in seeds.split(","))))
     except ValueError:
         raise UserError(f"--seeds {seeds!r}; needed numbers such as 0,1,2") from None
 
@@ -239,11 +239,12 @@ def _row(about: Mapping[str, Any], *rest: Any) -> dict[str, Any]:
 def table(rows: Sequence[Mapping[str, Any]], base: str) -> list[dict[str, Any]]:
     """A row an arm and task: mean and standard deviation over seeds, and how it differs from the base arm.
 
-    rows: of runs.csv. difference: the mean over the seeds that both have of (arm - base). noise: how far from 0 such a
-    difference lies by chance in 95 % of the cases if there is none: t * s / sqrt(seeds), where s is the standard deviation of
-    single differences about their own arm's mean, of all arms together (so many arms know it better than one), and t is
-    Student's for its degrees of freedom. None where one seed alone was run. It counts what differs from seed to seed, not which
-    validation clips were drawn, and makes nothing of how many arms are compared.
+    rows: of runs.csv. difference: the mean over seeds of (arm - base), over the seeds that all arms have. noise: how far from 0
+    such a difference lies by chance in 95 % of the cases if there is none: t * s * sqrt(2 / seeds), as in an experiment in
+    blocks. s is the deviation of single values that is left when the mean of every arm and of every seed is taken away, of all
+    arms together, as if they were equally noisy (so many arms know it better than two), and t is Student's for its
+    (arms - 1) (seeds - 1) degrees of freedom. None where one seed alone was run. It counts what differs from seed to seed, not which validation clips were drawn, and
+    makes nothing of how many arms are compared.
     """
     found = []
     for task in dict.fromkeys(row["task"] for row in rows):
@@ -252,14 +253,13 @@ def table(rows: Sequence[Mapping[str, Any]], base: str) -> list[dict[str, Any]]:
             if row["task"] == task:
                 values.setdefault(row["arm"], {})[int(row["seed"])] = float(row["value"])
         metric = next(row["metric"] for row in rows if row["task"] == task)
-        apart = {arm: _apart(of, values[base]) for arm, of in values.items() if arm != base and base in values}
-        spread = _pooled(apart.values())
+        shared = sorted(set.intersection(*(set(of) for of in values.values())))
+        compared = shared and base in values
+        noise = _noise([[of[seed] for seed in shared] for of in values.values()]) if compared else None
         for arm, of in values.items():
             several = list(of.values())
-            difference = noise = None
-            if apart.get(arm):
-                difference = fmean(apart[arm])
-                noise = spread / math.sqrt(len(apart[arm])) if spread is not None else None
+            difference = fmean(of[seed] - values[base][seed] for seed in shared) if compared and arm != base else None
+            mine = None if difference is None else noise
             found.append(
                 {
                     "arm": arm,
@@ -269,28 +269,25 @@ def table(rows: Sequence[Mapping[str, Any]], base: str) -> list[dict[str, Any]]:
                     "mean": fmean(several),
                     "deviation": stdev(several) if several[1:] else None,
                     "difference": difference,
-                    "noise": noise,
-                    "beyond_noise": None if noise is None else abs(difference) > noise,
+                    "noise": mine,
+                    "beyond_noise": None if mine is None else abs(difference) > mine,
                 }
             )
     order = {arm: place for place, arm in enumerate(dict.fromkeys(row["arm"] for row in rows))}
     return sorted(found, key=lambda row: order[row["arm"]])
 
 
-def _apart(of: Mapping[int, float], base: Mapping[int, float]) -> list[float]:
-    return [of[seed] - base[seed] for seed in of if seed in base]
-
-
-def _pooled(groups: Iterable[Sequence[float]]) -> float | None:
-    """t * s of `table`; None without a group of two."""
+def _noise(values: Sequence[Sequence[float]]) -> float | None:
+    """t * s * sqrt(2 / seeds) of `table`, from arms x seeds; None with fewer than two of either."""
     from scipy.stats import t
 
-    several = [group for group in groups if len(group) > 1]
-    freedom = sum(len(group) - 1 for group in several)
+    arms, seeds = [fmean(arm) for arm in values], [fmean(seed) for seed in zip(*values, strict=True)]
+    freedom = (len(arms) - 1) * (len(seeds) - 1)
     if not freedom:
         return None
-    squares = sum((value - fmean(group)) ** 2 for group in several for value in group)
-    return float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(squares / freedom)
+    left = [value - arms[a] - seeds[s] + fmean(arms) for a, of in enumerate(values) for s, value in enumerate(of)]
+    deviation = math.sqrt(sum(value**2 for value in left) / freedom)
+    return float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * deviation * math.sqrt(2 / len(seeds))
 
 
 def to_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
