@@ -243,8 +243,8 @@ def table(rows: Sequence[Mapping[str, Any]], base: str) -> list[dict[str, Any]]:
     such a difference lies by chance in 95 % of the cases if there is none: t * s * sqrt(2 / seeds), as in an experiment in
     blocks. s is the deviation of single values that is left when the mean of every arm and of every seed is taken away, of all
     arms together, as if they were equally noisy (so many arms know it better than two), and t is Student's for its
-    (arms - 1) (seeds - 1) degrees of freedom. None where one seed alone was run. It counts what differs from seed to seed, not which validation clips were drawn, and
-    makes nothing of how many arms are compared.
+    (arms - 1) (seeds - 1) degrees of freedom. None where one seed alone was run. It counts what differs from seed to seed, not
+    which validation clips were drawn, and makes nothing of how many arms are compared.
     """
     found = []
     for task in dict.fromkeys(row["task"] for row in rows):
@@ -297,6 +297,47 @@ def to_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def described(study: Study, locks: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """study.json without `files`, the sha256 of all others in the folder. locks, runs: by `arm-seed`.
+
+    settings: what the stages of an arm ran with where those of the base arm ran with something else.
+    """
+    base = dict(_settings(locks[f"{study.base}-{study.seeds[0]}"]))
+    arms = {}
+    for arm in study.arms:
+        mine = dict(_settings(locks[f"{arm.name}-{study.seeds[0]}"]))
+        differ = {key: value for key, value in sorted(mine.items()) if base.get(key) != value}
+        about = {"overrides": arm.overrides, "encoder": arm.encoder, "targets": arm.targets, "settings": differ}
+        arms[arm.name] = {"profile": arm.profile, **about}
+    code = {out["path"]: out["md5"] for lock in locks.values() for out in lock["code"]["outs"]}
+    timed = [run for run in runs.values() if "cpu_seconds" in run]
+    return {
+        "study": study.name,
+        "question": study.question,
+        "base": study.base,
+        "seeds": study.seeds,
+        "arms": arms,
+        "code": code,
+        "runs": runs,
+        "seconds": round(sum(run["seconds"] for run in timed), 1),
+        "cpu_seconds": round(sum(run["cpu_seconds"] for run in timed), 1),
+    }
+
+
+def _settings(lock: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for stage in lock.values():
+        for key, value in (stage.get("params") or {}).get("params.yaml", {}).items():
+            yield from _leaves(key, value)
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for word, inner in value.items():
+            yield from _leaves(f"{key}.{word}", inner)
+    else:
+        yield key, value
 
 
 # ---- what people say of it ----
