@@ -4,8 +4,10 @@ import csv
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -130,6 +132,30 @@ def test_a_run_that_fails_is_named_with_its_reason_and_the_others_stay(clone: Pa
     assert "loss_on = 'some'; needed 'all' or 'masked'" in done.stdout
     assert done.stderr.startswith("error: 1 of 2 runs failed, run it again for those: masked_50-0-")
     assert not (clone / "reports/studies/broken").exists()
+
+
+@pytest.mark.slow
+def test_a_study_that_is_stopped_goes_on_in_the_middle_of_its_training(clone: Path) -> None:
+    changes = "[pretrain.Training.steps=600, pretrain.Running.save_every=20]"
+    text = STUDY.replace("[ablation=mask_50]", "[pretrain.Training.steps=600]").replace("as_it_is: []", f"as_it_is: {changes}")
+    (clone / "experiments/study/long.yaml").write_text(text)
+    commit(clone)
+    command = [sys.executable, "-m", "scaling4d", "study", "long", "--seeds", "0", "--jobs", "1"]
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": "src"}
+    with subprocess.Popen(command, cwd=clone, env=env, stdout=subprocess.PIPE, text=True) as process:
+        end = time.monotonic() + 300
+        while not (states := list((clone / ".dvc/tmp/studies/0/.resume").glob("pretrain-*/step-*"))):
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(90) == 128 + signal.SIGTERM
+        assert process.stdout.read() == ""
+    assert any(state.parent.is_dir() for state in states) and not (clone / "reports/studies/long").exists()
+    (clone / ".dvc/tmp/studies/0/.git/index.lock").touch()  # as after kill -9
+    cli(clone, "long", "--seeds", "0")
+    facts = [json.loads(path.read_text()) for path in (clone / ".dvc/tmp/studies/0/.runs").glob("pretrain-nano-*.json")]
+    assert any(fact["from_step"] >= 20 for fact in facts)
+    assert len(list(csv.DictReader((clone / "reports/studies/long/runs.csv").open()))) == 6
 
 
 @pytest.mark.slow

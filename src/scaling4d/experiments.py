@@ -171,6 +171,16 @@ def _end(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGTERM)
 
 
+def _ended(group: int) -> None:
+    """Wait, a minute at most, for stages that save their state after DVC is gone: the next run is refused as long as they do."""
+    for _ in range(600):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+
+
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
     """The copies belong to one process.
@@ -243,6 +253,8 @@ class Copy:
                 _end(process)
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
+            if stop.is_set():
+                _ended(process.pid)
             running.discard(process)
         if process.returncode:
             return _why(log)
