@@ -113,6 +113,10 @@ def folder(tmp_path: Path) -> Path:
         ("It is better [table: two pose].", ["[table: two pose]: there is no such row"]),
         ("It is better [fits: pose size].", ["[fits: pose size]: there is no such row"]),
         ("It shows [figure: law].", ["[figure: law]: there is no figure law.svg"]),
+        (
+            "Everybody knows that. 2 of 3 are better [table: one pose].",
+            ["a sentence without a reference: Everybody knows that."],
+        ),
         ("It shows [figure: runs]. Everybody knows.", ["a sentence without a reference: Everybody knows"]),
     ],
 )

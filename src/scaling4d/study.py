@@ -34,6 +34,7 @@ RUN_COLUMNS = (
 TABLE_COLUMNS = ("arm", "task", "metric", "seeds", "mean", "deviation", "difference", "noise", "beyond_noise")
 CONFIDENCE = 0.95
 REFERENCE = re.compile(r"\[([^\]:]+): ([^\]]+)\]")
+SENTENCE = re.compile(r"(?<=[.!?])\s+(?=\W?[A-Z0-9])")  # between two
 DECIMAL = re.compile(r"(?<![\w.])[-+\u2212]?\d*\.\d+(?:e[-+]?\d+)?(?![\w.]*\w)")
 
 
@@ -353,7 +354,9 @@ def unfounded(text: str, folder: Path) -> Iterator[str]:
     body = " ".join(line for line in text.splitlines() if line.strip() and not line.startswith("#"))
     place = 0
     for found in REFERENCE.finditer(body):
-        sentence, place = body[place : found.start()].strip(" ."), found.end()
+        *bare, sentence = SENTENCE.split(body[place : found.start()].strip(" ."))
+        place = found.end()
+        yield from (f"a sentence without a reference: {one[:80]}" for one in bare)
         known: list[float] = []
         for key in found[2].split("; "):
             if found[1] == "figure":

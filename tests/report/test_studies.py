@@ -130,6 +130,7 @@ def test_the_page_shows_question_findings_table_and_figures(wanted: Study) -> No
     wanted.folder.joinpath("findings.md").write_text("# Findings\n\nBigger is better [table: mini pose].\n\nNo doubt.\n")
     assert studies.collect(wanted, Path("cache"), {}) == ["a sentence without a reference: No doubt"]
     page = (wanted.folder / "study.html").read_text()
+    assert "<td>size</td><td>val_loss</td><td>15</td>" in page and re.search(r"<br>\(-0\.02\d\d ± 0\.000\d+\) \*<", page)
     assert page.count("<svg") == 2 and "Does it scale?" in page
     assert '<p>Bigger is better <span class="reference">[table: mini pose]</span>.</p>' in page
 

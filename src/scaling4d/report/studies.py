@@ -245,15 +245,18 @@ def page(study: Study, table: Sequence[Mapping[str, Any]], drawn: Mapping[str, s
     if said:
         parts.append(f"<h2>Findings</h2>{_paragraphs(said)}")
     parts.append(f"<h2>Table</h2>{html_table(head, body)}<p>{EXPLAINED.format(base=study.base, seeds=len(study.seeds))}</p>")
-    for name in (FITS, RANKS) if study.ladders else ():
-        rows = list(csv.reader((folder / name).read_text().splitlines()))
-        parts.append(html_table(rows[0], [[_rounded(text) for text in row] for row in rows[1:]]))
+    for name, heading in ((FITS, LAWS), (RANKS, RANKED)) if study.ladders else ():
+        head, *rows = csv.reader((folder / name).read_text().splitlines())
+        shown = html_table([word.replace("_", " ") for word in head], [[_rounded(text) for text in row] for row in rows])
+        parts.append(f"<h2>{heading}</h2>{shown}")
     parts += [f"<figure>{drawing}</figure>" for drawing in drawn.values()]
     parts.append(f"<h2>Arms</h2>{html_table(('arm', 'encoder', 'settings'), settings)}")
     parts.append(f"<p>Again: <code>scaling4d study {study.name}</code>. <a href='../index.html'>All studies</a></p>")
     return PAGE.format(title=f"study {study.name}", body="\n".join(parts))
 
 
+LAWS = "Power laws over all seeds; and of all but the largest, what they say of it"
+RANKED = "Does the loss rank the arms as a task does"
 EXPLAINED = (
     "Mean over {seeds} seeds ± their standard deviation; in brackets the difference to {base}, seed by seed, and the seed noise "
     "of such a difference at 95 %; * where the difference is larger. The noise is of training and readout seeds alone. "
@@ -266,13 +269,14 @@ def _cell(row: Mapping[str, Any] | None) -> str:
         return "-"
     text = cell(row["mean"]) + ("" if row["deviation"] is None else f" ± {cell(row['deviation'])}")
     if row["noise"] is not None:
-        text += f"\n({row['difference']:+.4f} ± {row['noise']:.4f}){' *' if row['beyond_noise'] else ''}"
+        sign = "+" if row["difference"] > 0 else ""
+        text += f"\n({sign}{cell(row['difference'])} ± {cell(row['noise'])}){' *' if row['beyond_noise'] else ''}"
     return text
 
 
 def _rounded(text: str) -> str:
     try:
-        return cell(float(text)) if math.isfinite(float(text)) else text
+        return cell(int(text) if text.isdigit() else float(text)) if math.isfinite(float(text)) else text
     except ValueError:
         return text
 
