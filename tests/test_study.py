@@ -1,5 +1,6 @@
 """What a study's runs come to, and which findings they carry."""
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -43,10 +44,12 @@ def test_every_arm_composes_and_names_stages_that_its_profile_has(monkeypatch: p
             assert item.split("-")[0] in known, f"{arm.name}: {target}"
 
 
-def test_every_list_names_videos_that_are_there() -> None:
+def test_every_list_names_videos_that_are_there_and_is_named_after_its_content() -> None:
+    """DVC takes clips for made by the same list as long as its name stays."""
     for path in (ROOT / "experiments/listed").glob("*.csv"):
         names = path.read_text().splitlines()[1:]
         assert len(names) == len(set(names)) > 60
+        assert path.stem.rpartition("-")[2] == hashlib.sha256(path.read_bytes()).hexdigest()[:8]
         assert all((ROOT / "experiments/pocket/videos" / name).is_file() for name in names), path
 
 

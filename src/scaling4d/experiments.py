@@ -35,7 +35,7 @@ from scaling4d.study import Arm, Study, load_lock, needed
 COPIES = Path(".dvc/tmp/studies")
 REFS, STASH = "refs/exps/", "refs/exps/stash"  # DVC runs what it finds stashed, also by a run that was killed
 INPUTS = ("src", "experiments", "dvc.yaml", "dvc.lock", "data.dvc", ".dvc/config", ":(exclude)*.md")  # what runs are made of
-LISTED = config.EXPERIMENTS / "listed"  # videos for clips.Curation.listed, whose content DVC does not know of
+LISTED = config.EXPERIMENTS / "listed"  # videos for clips.Curation.listed; DVC knows their names, so these have a hash in them
 NOT_MEASURED = ("show", "report")  # rooms whose code no number of a study comes from
 
 
