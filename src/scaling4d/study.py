@@ -71,9 +71,6 @@ class Study:
     def folder(self) -> Path:
         return REPORTS / self.name
 
-    def arm(self, name: str) -> Arm:
-        return next(arm for arm in self.arms if arm.name == name)
-
     def lock(self, arm: str, seed: int) -> Path:
         return self.folder / LOCKS / f"{arm}-{seed}.lock"
 

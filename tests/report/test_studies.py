@@ -126,6 +126,15 @@ def test_laws_ranks_and_what_the_smaller_say_of_the_largest(wanted: Study) -> No
     assert {row["spearman"] for row in ranks.values()} <= {"1.0", "0.9999999999999999", "1.0000000000000002"}
 
 
+def test_an_arm_without_the_size_of_its_ladder_is_named(wanted: Study) -> None:
+    studies.collect(replace(wanted, ladders={}), Path("cache"), {})
+    rows = [row | {"flops": ""} if row["arm"] == "tiny" else row for row in studies.read_runs(wanted.folder)]
+    of_compute = replace(wanted, ladders={"compute": ("flops", tuple(SIZES))})
+    wanted = "ladder compute of study scaling has arm tiny, which has no flops; take it from the ladder"
+    with pytest.raises(UserError, match=f"^{wanted}$"):
+        list(studies.fits(of_compute, rows))
+
+
 def test_the_page_shows_question_findings_table_and_figures(wanted: Study) -> None:
     wanted.folder.joinpath("findings.md").write_text("# Findings\n\nBigger is better [table: mini pose].\n\nNo doubt.\n")
     assert studies.collect(wanted, Path("cache"), {}) == ["a sentence without a reference: No doubt"]

@@ -58,19 +58,18 @@ def _study(path: Path) -> Iterator[Finding]:
     rows = list(csv.DictReader((folder / study.RUNS).read_text().splitlines()))
     if study.to_csv(study.TABLE_COLUMNS, study.table(rows, mine.base)) != (folder / study.TABLE).read_text():
         yield Finding(WRONG, f"{folder}/{study.TABLE}", f"it does not follow from {study.RUNS}")
-    yield from _numbers(mine, rows, said["runs"])
+    yield from _numbers(mine, rows, said["runs"], locks)
     for arm in mine.arms:
         yield from _settings(mine, arm)
 
 
-def _numbers(mine: Study, rows: list[dict[str, str]], runs: Mapping[str, Any]) -> Iterator[Finding]:
+def _numbers(mine: Study, rows: list[dict[str, str]], runs: Mapping[str, Any], locks: Mapping[str, Any]) -> Iterator[Finding]:
     """runs.csv, row by row, from the locks and the cache."""
     absent, where = 0, f"{mine.folder}/{study.RUNS}"
     for arm in mine.arms:
         for seed in mine.seeds:
-            place = mine.lock(arm.name, seed)
-            stages = study.load_lock(place.read_text())
-            found = study.numbers(arm, seed, stages, CACHE, runs[f"{arm.name}-{seed}"]["experiment"])
+            key, place = f"{arm.name}-{seed}", mine.lock(arm.name, seed)
+            found = study.numbers(arm, seed, locks[key], CACHE, runs[key]["experiment"])
             here = [row for row in rows if (row["arm"], row["seed"]) == (arm.name, str(seed))]
             if found is None:
                 absent += 1

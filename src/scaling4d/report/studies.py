@@ -134,6 +134,8 @@ def ranks(study: Study, rows: Sequence[Mapping[str, str]]) -> Iterator[dict[str,
     """
     for ladder, (_, arms) in study.ladders.items():
         tasks = {task: (higher, points) for task, _, higher, points in _ladder(study, rows, ladder)}
+        if "pretrain" not in tasks:
+            continue
         losses = _by_arm(tasks.pop("pretrain")[1], arms)
         for task, (higher, points) in tasks.items():
             values = _by_arm(points, arms)
@@ -146,9 +148,15 @@ def ranks(study: Study, rows: Sequence[Mapping[str, str]]) -> Iterator[dict[str,
 
 
 def _ladder(study: Study, rows: Sequence[Mapping[str, str]], name: str) -> Iterator[tuple[str, str, bool, list[Point]]]:
-    """Of every task: metric, whether more is better, and (x, value, (arm, seed)) of every run on a ladder."""
+    """Of every task: metric, whether more is better, and (x, value, (arm, seed)) of every run on a ladder.
+
+    Raises:
+        UserError: a run without that size, such as one of an encoder that was not trained.
+    """
     x, arms = study.ladders[name]
     mine = [row for row in rows if row["arm"] in arms]
+    if lacking := next((row["arm"] for row in mine if not row[x]), None):
+        raise UserError(f"ladder {name} of study {study.name} has arm {lacking}, which has no {x}; take it from the ladder")
     for task in dict.fromkeys(row["task"] for row in mine):
         of = [row for row in mine if row["task"] == task]
         points = [(float(row[x]), float(row["value"]), (row["arm"], int(row["seed"]))) for row in of]
