@@ -3,9 +3,12 @@
 import csv
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -110,6 +113,18 @@ def test_a_study_is_experiments_a_table_and_a_page(clone: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_study_leaves_its_experiments_and_two_copies_and_nothing_else(clone: Path) -> None:
+    refs = run(clone, "git", "for-each-ref", "--format=%(refname)", "refs/exps").stdout.split()
+    assert len(refs) == 4 and all(ref.count("/") == 4 for ref in refs)
+    assert sorted(path.name for path in (clone / ".dvc/tmp/studies").iterdir()) == ["0", "1", "lock"]
+    for copy in ("0", "1"):
+        left = run(clone / ".dvc/tmp/studies" / copy, "git", "for-each-ref", "--format=%(refname)", "refs/exps").stdout.split()
+        assert all(ref in refs or ref.startswith(("refs/exps/exec/", "refs/exps/apply/")) for ref in left), left
+        resume = clone / ".dvc/tmp/studies" / copy / ".resume"
+        assert not list(resume.glob("pretrain-*"))
+
+
+@pytest.mark.slow
 def test_the_same_command_again_runs_nothing_and_gives_the_same_bytes(clone: Path) -> None:
     before = content(clone / "reports/studies")
     again = cli(clone, "steps")
@@ -125,11 +140,35 @@ def test_a_run_that_fails_is_named_with_its_reason_and_the_others_stay(clone: Pa
         STUDY.replace("[ablation=mask_50]", "[points.nano.SimpleMAE.loss_on=some]")
     )
     commit(clone)
-    done = cli(clone, "broken", "--seeds", "0", check=False)
+    done = cli(clone, "broken", check=False)
     assert done.returncode == 1
-    assert "loss_on = 'some'; needed 'all' or 'masked'" in done.stdout
-    assert done.stderr.startswith("error: 1 of 2 runs failed, run it again for those: masked_50-0-")
+    assert done.stdout.count("loss_on = 'some'; needed 'all' or 'masked'") == 2
+    assert re.match("error: 2 of 4 runs failed, run it again for those: smoke-nano-some-0-.{8}, smoke-nano-some-1-", done.stderr)
     assert not (clone / "reports/studies/broken").exists()
+
+
+@pytest.mark.slow
+def test_a_study_that_is_stopped_goes_on_in_the_middle_of_its_training(clone: Path) -> None:
+    changes = "[pretrain.Training.steps=600, pretrain.Running.save_every=20]"
+    text = STUDY.replace("[ablation=mask_50]", "[pretrain.Training.steps=600]").replace("as_it_is: []", f"as_it_is: {changes}")
+    (clone / "experiments/study/long.yaml").write_text(text)
+    commit(clone)
+    command = [sys.executable, "-m", "scaling4d", "study", "long", "--seeds", "0", "--jobs", "1"]
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": "src"}
+    with subprocess.Popen(command, cwd=clone, env=env, stdout=subprocess.PIPE, text=True) as process:
+        end = time.monotonic() + 300
+        while not (states := list((clone / ".dvc/tmp/studies/0/.resume").glob("pretrain-*/step-*"))):
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(90) == 128 + signal.SIGTERM
+        assert process.stdout.read() == ""
+    assert any(state.parent.is_dir() for state in states) and not (clone / "reports/studies/long").exists()
+    (clone / ".dvc/tmp/studies/0/.git/index.lock").touch()  # as after kill -9
+    cli(clone, "long", "--seeds", "0")
+    facts = [json.loads(path.read_text()) for path in (clone / ".dvc/tmp/studies/0/.runs").glob("pretrain-nano-*.json")]
+    assert any(fact["from_step"] >= 20 for fact in facts)
+    assert len(list(csv.DictReader((clone / "reports/studies/long/runs.csv").open()))) == 6
 
 
 @pytest.mark.slow
@@ -159,10 +198,15 @@ def test_the_audit_finds_a_changed_number_a_changed_setting_and_a_sentence_about
     before = content(out)
     try:
         (out / "findings.md").write_text("Hiding half of it makes epe 9.99 worse [table: masked_50 pose].\n")
-        assert wrong() == [f"wrong: {out.relative_to(clone)}/findings.md: 9.99 is in no row of [table: masked_50 pose]"]
+        listed, said = wrong()
+        assert listed.startswith(f"wrong: {out.relative_to(clone)}/findings.md: {out.relative_to(clone)}/study.json says sha256")
+        assert said == f"wrong: {out.relative_to(clone)}/findings.md: 9.99 is in no row of [table: masked_50 pose]"
         (out / "findings.md").unlink()
         text = (out / "runs.csv").read_text()
-        (out / "runs.csv").write_text(text.replace(",640,", ",641,", 1))
+        (changed := next(csv.DictReader(text.splitlines())))["clips_seen"] += "1"
+        (out / "runs.csv").write_text(
+            text.replace(",".join(next(csv.reader(text.splitlines()[1:]))), ",".join(changed.values()), 1)
+        )
         assert any("the rows of as_it_is, seed 0, are not what" in line for line in wrong())
         (out / "runs.csv").write_text(text)
         lock = out / "locks/masked_50-1.lock"

@@ -1,5 +1,6 @@
 """What a study's runs come to, and which findings they carry."""
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -43,33 +44,50 @@ def test_every_arm_composes_and_names_stages_that_its_profile_has(monkeypatch: p
             assert item.split("-")[0] in known, f"{arm.name}: {target}"
 
 
-def test_every_list_names_videos_that_are_there() -> None:
+def test_every_list_names_videos_that_are_there_and_is_named_after_its_content() -> None:
+    """DVC takes clips for made by the same list as long as its name stays."""
     for path in (ROOT / "experiments/listed").glob("*.csv"):
         names = path.read_text().splitlines()[1:]
         assert len(names) == len(set(names)) > 60
+        assert path.stem.rpartition("-")[2] == hashlib.sha256(path.read_bytes()).hexdigest()[:8]
         assert all((ROOT / "experiments/pocket/videos" / name).is_file() for name in names), path
 
 
 def test_an_arm_is_compared_with_the_base_seed_by_seed() -> None:
-    """Against the textbook: a paired t interval, its deviation pooled over the arms."""
+    """Against the textbook: an experiment in blocks, here seeds; with two arms it is the paired t interval."""
     base, one, two = [1.0, 1.3, 0.9], [1.2, 1.4, 1.2], [3.0, 3.4, 3.1]
     found = {row["arm"]: row for row in study.table(rows({"base": base, "one": one, "two": two}), "base")}
     differences = np.array([np.subtract(one, base), np.subtract(two, base)])
-    pooled = np.sqrt(differences.var(axis=1, ddof=1).mean())
-    noise = t.ppf(0.975, 4) * pooled / np.sqrt(3)
+    values = np.array([base, one, two])
+    left = values - values.mean(1, keepdims=True) - values.mean(0) + values.mean()
+    noise = t.ppf(0.975, 4) * np.sqrt((left**2).sum() / 4) * np.sqrt(2 / 3)
     assert found["one"]["difference"] == pytest.approx(differences[0].mean())
     assert found["one"]["noise"] == pytest.approx(noise) == found["two"]["noise"]
     assert (found["one"]["beyond_noise"], found["two"]["beyond_noise"]) == (differences[0].mean() > noise, True)
+    pair = study.table(rows({"base": base, "one": one}), "base")[1]
+    assert pair["noise"] == pytest.approx(t.ppf(0.975, 2) * differences[0].std(ddof=1) / np.sqrt(3))
     assert found["base"]["difference"] is None and found["base"]["deviation"] == pytest.approx(np.std(base, ddof=1))
 
 
 def test_arms_that_are_alike_are_called_different_in_five_of_a_hundred() -> None:
+    """Though all are compared with one base, whose noise they share."""
     rng = np.random.default_rng(0)
     beyond = []
-    for _ in range(400):
-        drawn = rows({arm: list(rng.normal(size=3)) for arm in ("base", "one", "two", "three")})
+    for _ in range(1500):
+        seeds = rng.normal(size=3)
+        drawn = rows({arm: list(seeds + rng.normal(size=3)) for arm in ("base", "one", "two", "three", "four")})
         beyond += [row["beyond_noise"] for row in study.table(drawn, "base") if row["arm"] == "one"]
-    assert 0.02 < np.mean(beyond) < 0.09
+    assert 0.035 < np.mean(beyond) < 0.06
+
+
+def test_an_arm_without_a_task_does_not_keep_the_others_from_being_compared_at_it() -> None:
+    """An untrained encoder has no loss."""
+    some = [row | {"task": "pretrain"} for row in rows({"base": [1.0, 1.2], "one": [2.0, 2.1]})]
+    all_ = rows({"base": [1.0, 1.2], "one": [2.0, 2.1], "untrained": [3.0, 3.3]})
+    found = {(row["arm"], row["task"]): row for row in study.table([*some, *all_], "base")}
+    assert ("untrained", "pretrain") not in found and found["one", "pretrain"]["difference"] == pytest.approx(0.95)
+    without = study.table([*some, *all_], "untrained")
+    assert {row["difference"] for row in without if row["task"] == "pretrain"} == {None}
 
 
 def test_one_seed_alone_claims_nothing() -> None:
@@ -98,6 +116,10 @@ def folder(tmp_path: Path) -> Path:
         ("It is better [table: two pose].", ["[table: two pose]: there is no such row"]),
         ("It is better [fits: pose size].", ["[fits: pose size]: there is no such row"]),
         ("It shows [figure: law].", ["[figure: law]: there is no figure law.svg"]),
+        (
+            "Everybody knows that. 2 of 3 are better [table: one pose].",
+            ["a sentence without a reference: Everybody knows that."],
+        ),
         ("It shows [figure: runs]. Everybody knows.", ["a sentence without a reference: Everybody knows"]),
     ],
 )

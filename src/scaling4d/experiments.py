@@ -15,13 +15,14 @@ import json
 import os
 import queue
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -33,8 +34,8 @@ from scaling4d.study import Arm, Study, load_lock, needed
 
 COPIES = Path(".dvc/tmp/studies")
 REFS, STASH = "refs/exps/", "refs/exps/stash"  # DVC runs what it finds stashed, also by a run that was killed
-INPUTS = ("src", "experiments", "dvc.yaml", "dvc.lock", "data.dvc", ".dvc/config")  # what a run is made of, as git has it
-LISTED = config.EXPERIMENTS / "listed"  # videos for clips.Curation.listed, whose content DVC does not know of
+INPUTS = ("src", "experiments", "dvc.yaml", "dvc.lock", "data.dvc", ".dvc/config", ":(exclude)*.md")  # what runs are made of
+LISTED = config.EXPERIMENTS / "listed"  # videos for clips.Curation.listed; DVC knows their names, so these have a hash in them
 NOT_MEASURED = ("show", "report")  # rooms whose code no number of a study comes from
 
 
@@ -141,27 +142,43 @@ def run(runs: Sequence[Wanted], *, jobs: int, say: Callable[[str], None]) -> dic
                 return
             copy.prepare(mine[0].arm)
             for one in mine:
+                why = copy.run(one, running, stop)
                 if stop.is_set():
                     return
-                why = copy.run(one, running)
                 if why is not None:
                     failed[one.name] = why
+                    copy.prepare(one.arm)
                 done.append(one)
                 say(f"[{len(done)}/{len(todo)}] {one}: {why or _took(one.name)}")
 
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with _alone(), ThreadPoolExecutor(jobs) as threads:
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         workers = [threads.submit(work, number) for number in range(jobs)]
         try:
-            for worker in workers:
+            for worker in as_completed(workers):
                 worker.result()
         finally:
             stop.set()
             for process in list(running):
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGTERM)
+                _end(process)
             signal.signal(signal.SIGTERM, before)
     return failed
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Ask an experiment and its stages to stop; a training saves its state."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+
+
+def _ended(group: int) -> None:
+    """Wait, a minute at most, for stages that save their state after DVC is gone: the next run is refused as long as they do."""
+    for _ in range(600):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
 
 
 @contextlib.contextmanager
@@ -199,7 +216,10 @@ class Copy:
     def __init__(self, number: int, commit: str, kept: Path) -> None:
         self.folder, self.commit = COPIES / str(number), commit
         if not (self.folder / ".git").is_dir():
-            _git("clone", "-q", "--shared", "--no-checkout", ".", str(self.folder))
+            fresh = self.folder.with_name(f"{number}-fresh")  # what is killed while it is cloned, is cloned anew
+            shutil.rmtree(fresh, ignore_errors=True)
+            _git("clone", "-q", "--shared", "--no-checkout", ".", str(fresh))
+            fresh.rename(self.folder)
         for key in ("user.name", "user.email"):
             self._git("config", key, _git("config", "--default", "scaling4d", "--get", key).strip())
         self._reset()
@@ -215,8 +235,8 @@ class Copy:
         with path.open("w") as file:
             YAML(typ="safe", pure=True).dump({"schema": "2.0", "stages": dict(needed(stages, arm.targets))}, file)
 
-    def run(self, one: Wanted, running: set[subprocess.Popen]) -> str | None:
-        """None, or why it failed; what it took is written to .runs/."""
+    def run(self, one: Wanted, running: set[subprocess.Popen], stop: threading.Event) -> str | None:
+        """None, or why it failed; what it took is written to .runs/. Who sets `stop` also ends those that are `running`."""
         command = [sys.executable, "-m", "dvc", *one.words]
         env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
@@ -229,8 +249,12 @@ class Copy:
                 command, cwd=self.folder, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
             )
             running.add(process)
+            if stop.is_set():  # since before it was among them
+                _end(process)
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
+            if stop.is_set():
+                _ended(process.pid)
             running.discard(process)
         if process.returncode:
             return _why(log)
@@ -243,6 +267,8 @@ class Copy:
         return None
 
     def _reset(self) -> None:
+        """Also after a kill in the middle of anything: nobody else works here."""
+        (self.folder / ".git/index.lock").unlink(missing_ok=True)
         self._git("update-ref", "-d", STASH)
         self._git("checkout", "-q", "--force", "--detach", self.commit)
 

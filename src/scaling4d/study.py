@@ -34,6 +34,7 @@ RUN_COLUMNS = (
 TABLE_COLUMNS = ("arm", "task", "metric", "seeds", "mean", "deviation", "difference", "noise", "beyond_noise")
 CONFIDENCE = 0.95
 REFERENCE = re.compile(r"\[([^\]:]+): ([^\]]+)\]")
+SENTENCE = re.compile(r"(?<=[.!?])\s+(?=\W?[A-Z0-9])")  # between two
 DECIMAL = re.compile(r"(?<![\w.])[-+\u2212]?\d*\.\d+(?:e[-+]?\d+)?(?![\w.]*\w)")
 
 
@@ -70,9 +71,6 @@ class Study:
     def folder(self) -> Path:
         return REPORTS / self.name
 
-    def arm(self, name: str) -> Arm:
-        return next(arm for arm in self.arms if arm.name == name)
-
     def lock(self, arm: str, seed: int) -> Path:
         return self.folder / LOCKS / f"{arm}-{seed}.lock"
 
@@ -108,7 +106,7 @@ def with_seeds(study: Study, seeds: str) -> Study:
         UserError: something else.
     """
     try:
-        return replace(study, seeds=tuple(int(seed) for seed in seeds.split(",")))
+        return replace(study, seeds=tuple(dict.fromkeys(int(seed) for seed in seeds.split(","))))
     except ValueError:
         raise UserError(f"--seeds {seeds!r}; needed numbers such as 0,1,2") from None
 
@@ -239,11 +237,12 @@ def _row(about: Mapping[str, Any], *rest: Any) -> dict[str, Any]:
 def table(rows: Sequence[Mapping[str, Any]], base: str) -> list[dict[str, Any]]:
     """A row an arm and task: mean and standard deviation over seeds, and how it differs from the base arm.
 
-    rows: of runs.csv. difference: the mean over the seeds that both have of (arm - base). noise: how far from 0 such a
-    difference lies by chance in 95 % of the cases if there is none: t * s / sqrt(seeds), where s is the standard deviation of
-    single differences about their own arm's mean, of all arms together (so many arms know it better than one), and t is
-    Student's for its degrees of freedom. None where one seed alone was run. It counts what differs from seed to seed, not which
-    validation clips were drawn, and makes nothing of how many arms are compared.
+    rows: of runs.csv. difference: the mean over seeds of (arm - base), over the seeds that all arms have. noise: how far from 0
+    such a difference lies by chance in 95 % of the cases if there is none: t * s * sqrt(2 / seeds), as in an experiment in
+    blocks. s is the deviation of single values that is left when the mean of every arm and of every seed is taken away, of all
+    arms together, as if they were equally noisy (so many arms know it better than two), and t is Student's for its
+    (arms - 1) (seeds - 1) degrees of freedom. None where one seed alone was run. It counts what differs from seed to seed, not
+    which validation clips were drawn, and makes nothing of how many arms are compared.
     """
     found = []
     for task in dict.fromkeys(row["task"] for row in rows):
@@ -252,14 +251,13 @@ def table(rows: Sequence[Mapping[str, Any]], base: str) -> list[dict[str, Any]]:
             if row["task"] == task:
                 values.setdefault(row["arm"], {})[int(row["seed"])] = float(row["value"])
         metric = next(row["metric"] for row in rows if row["task"] == task)
-        apart = {arm: _apart(of, values[base]) for arm, of in values.items() if arm != base and base in values}
-        spread = _pooled(apart.values())
+        shared = sorted(set.intersection(*(set(of) for of in values.values())))
+        compared = shared and base in values
+        noise = _noise([[of[seed] for seed in shared] for of in values.values()]) if compared else None
         for arm, of in values.items():
             several = list(of.values())
-            difference = noise = None
-            if apart.get(arm):
-                difference = fmean(apart[arm])
-                noise = spread / math.sqrt(len(apart[arm])) if spread is not None else None
+            difference = fmean(of[seed] - values[base][seed] for seed in shared) if compared and arm != base else None
+            mine = None if difference is None else noise
             found.append(
                 {
                     "arm": arm,
@@ -269,28 +267,25 @@ def table(rows: Sequence[Mapping[str, Any]], base: str) -> list[dict[str, Any]]:
                     "mean": fmean(several),
                     "deviation": stdev(several) if several[1:] else None,
                     "difference": difference,
-                    "noise": noise,
-                    "beyond_noise": None if noise is None else abs(difference) > noise,
+                    "noise": mine,
+                    "beyond_noise": None if mine is None else abs(difference) > mine,
                 }
             )
     order = {arm: place for place, arm in enumerate(dict.fromkeys(row["arm"] for row in rows))}
     return sorted(found, key=lambda row: order[row["arm"]])
 
 
-def _apart(of: Mapping[int, float], base: Mapping[int, float]) -> list[float]:
-    return [of[seed] - base[seed] for seed in of if seed in base]
-
-
-def _pooled(groups: Iterable[Sequence[float]]) -> float | None:
-    """t * s of `table`; None without a group of two."""
+def _noise(values: Sequence[Sequence[float]]) -> float | None:
+    """t * s * sqrt(2 / seeds) of `table`, from arms x seeds; None with fewer than two of either."""
     from scipy.stats import t
 
-    several = [group for group in groups if len(group) > 1]
-    freedom = sum(len(group) - 1 for group in several)
+    arms, seeds = [fmean(arm) for arm in values], [fmean(seed) for seed in zip(*values, strict=True)]
+    freedom = (len(arms) - 1) * (len(seeds) - 1)
     if not freedom:
         return None
-    squares = sum((value - fmean(group)) ** 2 for group in several for value in group)
-    return float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(squares / freedom)
+    left = [value - arms[a] - seeds[s] + fmean(arms) for a, of in enumerate(values) for s, value in enumerate(of)]
+    deviation = math.sqrt(sum(value**2 for value in left) / freedom)
+    return float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * deviation * math.sqrt(2 / len(seeds))
 
 
 def to_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
@@ -300,6 +295,47 @@ def to_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def described(study: Study, locks: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """study.json without `files`, the sha256 of all others in the folder. locks, runs: by `arm-seed`.
+
+    settings: what the stages of an arm ran with where those of the base arm ran with something else.
+    """
+    base = dict(_settings(locks[f"{study.base}-{study.seeds[0]}"]))
+    arms = {}
+    for arm in study.arms:
+        mine = dict(_settings(locks[f"{arm.name}-{study.seeds[0]}"]))
+        differ = {key: value for key, value in sorted(mine.items()) if base.get(key) != value}
+        about = {"overrides": arm.overrides, "encoder": arm.encoder, "targets": arm.targets, "settings": differ}
+        arms[arm.name] = {"profile": arm.profile, **about}
+    code = {out["path"]: out["md5"] for lock in locks.values() for out in lock["code"]["outs"]}
+    timed = [run for run in runs.values() if "cpu_seconds" in run]
+    return {
+        "study": study.name,
+        "question": study.question,
+        "base": study.base,
+        "seeds": study.seeds,
+        "arms": arms,
+        "code": code,
+        "runs": runs,
+        "seconds": round(sum(run["seconds"] for run in timed), 1),
+        "cpu_seconds": round(sum(run["cpu_seconds"] for run in timed), 1),
+    }
+
+
+def _settings(lock: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for stage in lock.values():
+        for key, value in (stage.get("params") or {}).get("params.yaml", {}).items():
+            yield from _leaves(key, value)
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for word, inner in value.items():
+            yield from _leaves(f"{key}.{word}", inner)
+    else:
+        yield key, value
 
 
 # ---- what people say of it ----
@@ -315,7 +351,9 @@ def unfounded(text: str, folder: Path) -> Iterator[str]:
     body = " ".join(line for line in text.splitlines() if line.strip() and not line.startswith("#"))
     place = 0
     for found in REFERENCE.finditer(body):
-        sentence, place = body[place : found.start()].strip(" ."), found.end()
+        *bare, sentence = SENTENCE.split(body[place : found.start()].strip(" ."))
+        place = found.end()
+        yield from (f"a sentence without a reference: {one[:80]}" for one in bare)
         known: list[float] = []
         for key in found[2].split("; "):
             if found[1] == "figure":

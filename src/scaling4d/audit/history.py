@@ -30,9 +30,15 @@ def file(commit: str, path: str) -> str | None:
     return None if found is None else found.decode()
 
 
-def commits(path: str) -> list[str]:
-    """The commits that changed a path, newest first."""
-    return (_git("log", "--format=%H", "--", path) or b"").decode().split()
+def commits(*paths: str) -> list[str]:
+    """The commits that changed one of some paths, newest first."""
+    return (_git("log", "--format=%H", "--", *paths) or b"").decode().split()
+
+
+def tree(commit: str, path: str) -> str | None:
+    """git's own name for a folder's content in a commit; None where it was not there."""
+    found = _git("rev-parse", "--verify", "-q", f"{commit}:./{path}")
+    return None if found is None else found.decode().strip()
 
 
 def md5(commit: str, path: str) -> str | None:

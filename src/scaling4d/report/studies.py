@@ -44,21 +44,21 @@ def collect(study: Study, cache: Path, told: Mapping[str, Mapping[str, Any]]) ->
     """Make everything in the study's folder but locks/ and findings.md from its locks; the same bytes for the same locks.
 
     Args:
-        cache: DVC's. Runs whose results it lacks keep their rows.
-        told: `arm-seed` -> experiment, seconds, cpu_seconds, of the runs that this clone knows; others stay as they were told.
+        cache: DVC's. Runs whose results it lacks keep their rows, if their lock is still the one that these came from.
+        told: `arm-seed` -> experiment and, where it ran here, seconds, cpu_seconds; of others, what was told before stays.
     Returns:
         what is wrong with findings.md.
     Raises:
         UserError: a run has no lock or its numbers are nowhere.
     """
     folder = study.folder
-    former = json.loads((folder / studies.FACTS).read_text())["runs"] if (folder / studies.FACTS).is_file() else {}
-    known = {key: dict(value) for key, value in former.items()} | {key: dict(value) for key, value in told.items()}
+    former = json.loads((folder / studies.FACTS).read_text()) if (folder / studies.FACTS).is_file() else {"runs": {}, "files": {}}
+    known = {key: dict(value) for key, value in former["runs"].items()}
+    for key, value in told.items():
+        same = known.get(key, {}).get("experiment") == value["experiment"]
+        known[key] = (known[key] if same else {}) | value
     before = read_runs(folder)
     rows, locks = [], {}
-    mine = {study.lock(arm.name, seed) for arm in study.arms for seed in study.seeds}
-    for path in set((folder / studies.LOCKS).glob("*.lock")) - mine:  # of an arm or seed that it no longer has
-        path.unlink()
     for arm in study.arms:
         for seed in study.seeds:
             path, key = study.lock(arm.name, seed), f"{arm.name}-{seed}"
@@ -66,12 +66,12 @@ def collect(study: Study, cache: Path, told: Mapping[str, Mapping[str, Any]]) ->
                 raise UserError(f"no {path}; run `scaling4d study {study.name}`")
             locks[key] = studies.load_lock(path.read_text())
             experiment = known.setdefault(key, {}).setdefault("experiment", "")
-            mine = studies.numbers(arm, seed, locks[key], cache, experiment)
-            if mine is None:
-                mine = [row for row in before if row["arm"] == arm.name and row["seed"] == str(seed)]
-            if not mine:
+            found = studies.numbers(arm, seed, locks[key], cache, experiment)
+            if found is None and former["files"].get(f"{studies.LOCKS}/{path.name}") == artifacts.sha256(path):
+                found = [row for row in before if row["arm"] == arm.name and row["seed"] == str(seed)]
+            if not found:
                 raise UserError(f"DVC's cache lacks results that {path} names; run `scaling4d study {study.name}`")
-            rows += mine
+            rows += found
     (folder / studies.RUNS).write_text(studies.to_csv(studies.RUN_COLUMNS, rows))
     rows = read_runs(folder)
     table = studies.table(rows, study.base)
@@ -83,11 +83,14 @@ def collect(study: Study, cache: Path, told: Mapping[str, Mapping[str, Any]]) ->
         drawn |= {f"laws_{ladder}": laws_figure(study, rows, ladder) for ladder in study.ladders}
     for name, drawing in drawn.items():
         (folder / f"{name}.svg").write_text(drawing)
+    made = {study.lock(arm.name, seed) for arm in study.arms for seed in study.seeds} | {folder / f"{name}.svg" for name in drawn}
+    for path in {*(folder / studies.LOCKS).glob("*.lock"), *folder.glob("*.svg")} - made:
+        path.unlink()  # of an arm, seed or ladder that it no longer has
     findings = folder / studies.FINDINGS
     said = findings.read_text() if findings.is_file() else ""
     (folder / "study.html").write_text(page(study, table, drawn, said, folder))
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (studies.FACTS, studies.FINDINGS))
-    facts = described(study, locks, {key: known[key] for key in locks})
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != studies.FACTS)
+    facts = studies.described(study, locks, {key: known[key] for key in locks})
     facts["files"] = {path.relative_to(folder).as_posix(): artifacts.sha256(path) for path in files}
     write_json(folder / studies.FACTS, facts)
     write_index()
@@ -98,44 +101,6 @@ def read_runs(folder: Path) -> list[dict[str, str]]:
     """runs.csv as text; none where there is none."""
     path = folder / studies.RUNS
     return list(csv.DictReader(path.read_text().splitlines())) if path.is_file() else []
-
-
-def described(study: Study, locks: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """study.json. settings: what the stages of an arm ran with where those of the base arm ran with something else."""
-    base = dict(_settings(locks[f"{study.base}-{study.seeds[0]}"]))
-    arms = {}
-    for arm in study.arms:
-        mine = dict(_settings(locks[f"{arm.name}-{study.seeds[0]}"]))
-        differ = {key: value for key, value in sorted(mine.items()) if base.get(key) != value}
-        about = {"overrides": arm.overrides, "encoder": arm.encoder, "targets": arm.targets, "settings": differ}
-        arms[arm.name] = {"profile": arm.profile, **about}
-    code = {out["path"]: out["md5"] for lock in locks.values() for out in lock["code"]["outs"]}
-    timed = [run for run in runs.values() if "cpu_seconds" in run]
-    return {
-        "study": study.name,
-        "question": study.question,
-        "base": study.base,
-        "seeds": study.seeds,
-        "arms": arms,
-        "code": code,
-        "runs": runs,
-        "seconds": round(sum(run["seconds"] for run in timed), 1),
-        "cpu_seconds": round(sum(run["cpu_seconds"] for run in timed), 1),
-    }
-
-
-def _settings(lock: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for stage in lock.values():
-        for key, value in (stage.get("params") or {}).get("params.yaml", {}).items():
-            yield from _leaves(key, value)
-
-
-def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping) and value:
-        for word, inner in value.items():
-            yield from _leaves(f"{key}.{word}", inner)
-    else:
-        yield key, value
 
 
 # ---- laws, for studies with ladders ----
@@ -169,6 +134,8 @@ def ranks(study: Study, rows: Sequence[Mapping[str, str]]) -> Iterator[dict[str,
     """
     for ladder, (_, arms) in study.ladders.items():
         tasks = {task: (higher, points) for task, _, higher, points in _ladder(study, rows, ladder)}
+        if "pretrain" not in tasks:
+            continue
         losses = _by_arm(tasks.pop("pretrain")[1], arms)
         for task, (higher, points) in tasks.items():
             values = _by_arm(points, arms)
@@ -181,9 +148,15 @@ def ranks(study: Study, rows: Sequence[Mapping[str, str]]) -> Iterator[dict[str,
 
 
 def _ladder(study: Study, rows: Sequence[Mapping[str, str]], name: str) -> Iterator[tuple[str, str, bool, list[Point]]]:
-    """Of every task: metric, whether more is better, and (x, value, (arm, seed)) of every run on a ladder."""
+    """Of every task: metric, whether more is better, and (x, value, (arm, seed)) of every run on a ladder.
+
+    Raises:
+        UserError: a run without that size, such as one of an encoder that was not trained.
+    """
     x, arms = study.ladders[name]
     mine = [row for row in rows if row["arm"] in arms]
+    if lacking := next((row["arm"] for row in mine if not row[x]), None):
+        raise UserError(f"ladder {name} of study {study.name} has arm {lacking}, which has no {x}; take it from the ladder")
     for task in dict.fromkeys(row["task"] for row in mine):
         of = [row for row in mine if row["task"] == task]
         points = [(float(row[x]), float(row["value"]), (row["arm"], int(row["seed"]))) for row in of]
@@ -280,15 +253,18 @@ def page(study: Study, table: Sequence[Mapping[str, Any]], drawn: Mapping[str, s
     if said:
         parts.append(f"<h2>Findings</h2>{_paragraphs(said)}")
     parts.append(f"<h2>Table</h2>{html_table(head, body)}<p>{EXPLAINED.format(base=study.base, seeds=len(study.seeds))}</p>")
-    for name in (FITS, RANKS) if study.ladders else ():
-        rows = list(csv.reader((folder / name).read_text().splitlines()))
-        parts.append(html_table(rows[0], [[_rounded(text) for text in row] for row in rows[1:]]))
+    for name, heading in ((FITS, LAWS), (RANKS, RANKED)) if study.ladders else ():
+        head, *rows = csv.reader((folder / name).read_text().splitlines())
+        shown = html_table([word.replace("_", " ") for word in head], [[_rounded(text) for text in row] for row in rows])
+        parts.append(f"<h2>{heading}</h2>{shown}")
     parts += [f"<figure>{drawing}</figure>" for drawing in drawn.values()]
     parts.append(f"<h2>Arms</h2>{html_table(('arm', 'encoder', 'settings'), settings)}")
     parts.append(f"<p>Again: <code>scaling4d study {study.name}</code>. <a href='../index.html'>All studies</a></p>")
     return PAGE.format(title=f"study {study.name}", body="\n".join(parts))
 
 
+LAWS = "Power laws over all seeds; and of all but the largest, what they say of it"
+RANKED = "Does the loss rank the arms as a task does"
 EXPLAINED = (
     "Mean over {seeds} seeds ± their standard deviation; in brackets the difference to {base}, seed by seed, and the seed noise "
     "of such a difference at 95 %; * where the difference is larger. The noise is of training and readout seeds alone. "
@@ -301,13 +277,14 @@ def _cell(row: Mapping[str, Any] | None) -> str:
         return "-"
     text = cell(row["mean"]) + ("" if row["deviation"] is None else f" ± {cell(row['deviation'])}")
     if row["noise"] is not None:
-        text += f"\n({row['difference']:+.4f} ± {row['noise']:.4f}){' *' if row['beyond_noise'] else ''}"
+        sign = "+" if row["difference"] > 0 else ""
+        text += f"\n({sign}{cell(row['difference'])} ± {cell(row['noise'])}){' *' if row['beyond_noise'] else ''}"
     return text
 
 
 def _rounded(text: str) -> str:
     try:
-        return cell(float(text)) if math.isfinite(float(text)) else text
+        return cell(int(text) if text.isdigit() else float(text)) if math.isfinite(float(text)) else text
     except ValueError:
         return text
 
