@@ -53,6 +53,7 @@ def test_the_paper_profile_reads_out_by_the_published_recipe_whatever_pocket_doe
     readout = config.compose(["profile=paper"])["readout"]
     assert not readout["shared"]["Evaluation"]["standardise"] and readout["shared"]["Head"]["sharpness"] == []
     for task in readout["tasks"].values():
+        assert task.pop("Head", {"heads": 16}) == {"heads": readout["shared"]["Head"]["heads"]}
         assert [constructor["views"] for constructor in task.values()] == [["plain"]]
     for task in readout["frozen"].values():
         recipe = task["Recipe"]

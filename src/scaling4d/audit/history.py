@@ -56,7 +56,11 @@ def write(commit: str, path: str, out: Path) -> None:
     """Write the small files of a folder as it was in a commit: those with the endings of settings."""
     archive = _git("archive", commit, "--", f":(glob){path}/**/*.yaml", f":(glob){path}/*.yaml")
     with tarfile.open(fileobj=io.BytesIO(archive or b"")) as files:
-        files.extractall(out, filter="data")
+        for member in files:
+            if member.isfile():  # git has no path that leads elsewhere; `filter` of extractall is younger than Python 3.11.0
+                file = out / member.name
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(files.extractfile(member).read())
 
 
 @cache
