@@ -31,4 +31,4 @@ def test_building_a_point_holds_one_copy_of_its_weights(point: str) -> None:
     run = subprocess.run([sys.executable, "-c", CODE, point], capture_output=True, text=True, cwd=ROOT, check=True)
     peak, weights, largest = json.loads(run.stdout)
     print(f"{point}: {peak / 2**20:.0f} MiB held for {weights / 2**20:.0f} MiB of weights")
-    assert peak < weights + largest + 60 * 2**20  # no second copy: at most one tensor more, and a little for the code
+    assert peak < weights + largest + 90 * 2**20  # no second copy: at most one tensor more, and a little for the code

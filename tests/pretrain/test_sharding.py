@@ -238,8 +238,8 @@ def test_rates_grow_with_the_batch(changed: Callable) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("points.nano.Sharding.shards", 3, "4 ranks do not divide into copies of 3 shards; set Sharding.shards to a divisor"),
-        ("points.nano.Sharding.accumulate", 3, "a batch of 32 clips does not divide among 4 ranks in 3 parts each; set .+"),
+        ("points.nano.Sharding.shards", 3, "2 ranks do not divide into copies of 3 shards; set Sharding.shards to a divisor"),
+        ("points.nano.Sharding.accumulate", 3, "a batch of 8 clips does not divide among 2 ranks in 3 parts each; set .+"),
         ("points.nano.Sharding.recompute", "some", "Sharding.recompute 'some' of every 1 blocks; needed none, block or .+"),
         ("pretrain.Training.compute", "float8", "pretrain.Training.compute = 'float8'; needed float32 or bfloat16"),
         (
@@ -247,7 +247,7 @@ def test_rates_grow_with_the_batch(changed: Callable) -> None:
             "cuda",
             r"rank \d needs a GPU of its own, and this machine has 0; set pretrain.Training.device to cpu, .+",
         ),
-        ("pretrain.Training.repeats", 3, "a batch of 32 clips does not divide among 4 ranks, each clip 3 times; set batch to .+"),
+        ("pretrain.Training.repeats", 3, "a batch of 8 clips does not divide among 2 ranks, each clip 3 times; set batch to .+"),
         (
             "pretrain.Training.crop",
             [0.5, 0.1],

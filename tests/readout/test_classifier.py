@@ -129,8 +129,8 @@ def test_the_classifier_starts_from_the_encoders_last_norm_and_from_no_opinion()
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("readout.classifier.Classifier.batch", 6, "classifier batch 6 does not divide over 4 ranks"),
-        ("readout.classifier.Classifier.batch", 4, "classifier batch 4 leaves one clip to each of 4 ranks, with nothing to mix"),
+        ("readout.classifier.Classifier.batch", 5, "classifier batch 5 does not divide over 2 ranks"),
+        ("readout.classifier.Classifier.batch", 2, "classifier batch 2 leaves one clip to each of 2 ranks, with nothing to mix"),
         ("readout.tasks.actions.Actions.views", ["backwards"], "readout.tasks.actions: views = ['backwards']"),
     ],
 )
