@@ -2,9 +2,7 @@
 
 import csv
 import json
-import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import ENVIRONMENT, ROOT, cloned, commit, run
 
 from scaling4d import experiments
 from scaling4d.study import Arm, Study
 
-ROOT = Path(__file__).parents[1]
 STUDY = """
 question: Do more steps help?
 profile: smoke
@@ -34,20 +32,8 @@ KEPT = (
 )
 
 
-def run(clone: Path, *command: str, check: bool = True) -> subprocess.CompletedProcess:
-    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": "src"}
-    done = subprocess.run(command, cwd=clone, env=env, capture_output=True, text=True, check=False)
-    assert not check or done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done
-
-
 def cli(clone: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
     return run(clone, "python", "-m", "scaling4d", "study", *arguments, check=check)
-
-
-def commit(clone: Path) -> None:
-    run(clone, "git", "add", "-A")
-    run(clone, "git", "commit", "-qm", "state")
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -57,17 +43,12 @@ def content(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project's files, the data cut down, in a repository of their own, with a small study run."""
-    folder = tmp_path_factory.mktemp("study") / "scaling4d"
-    files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
-    for name in files.stdout.splitlines():
-        wanted = name.startswith(KEPT) if name.startswith("experiments/pocket/") else not name.startswith("reports/studies/")
-        if wanted and (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
+
+    def wanted(name: str) -> bool:
+        return name.startswith(KEPT) if name.startswith("experiments/pocket/") else not name.startswith("reports/studies/")
+
+    folder = cloned(tmp_path_factory.mktemp("study") / "scaling4d", wanted)
     (folder / "experiments/study/steps.yaml").write_text(STUDY)
-    run(folder, "git", "init", "-q")
-    for key, value in (("user.name", "reader"), ("user.email", "reader@example.org")):
-        run(folder, "git", "config", key, value)
     commit(folder)
     cli(folder, "steps")
     return folder
@@ -154,8 +135,7 @@ def test_a_study_that_is_stopped_goes_on_in_the_middle_of_its_training(clone: Pa
     (clone / "experiments/study/long.yaml").write_text(text)
     commit(clone)
     command = [sys.executable, "-m", "scaling4d", "study", "long", "--seeds", "0", "--jobs", "1"]
-    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": "src"}
-    with subprocess.Popen(command, cwd=clone, env=env, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, cwd=clone, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as process:
         end = time.monotonic() + 300
         while not (states := list((clone / ".dvc/tmp/studies/0/.resume").glob("pretrain-*/step-*"))):
             assert process.poll() is None and time.monotonic() < end

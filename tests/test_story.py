@@ -14,18 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from commands import ENVIRONMENT, ROOT, cloned, commit, run
 
-ROOT = Path(__file__).parents[1]
 NUMBERS = {"value", "low", "high"}
 # code clips, pretrain, distill, baselines, frozen, finetune, classifier, show, reconstruct, report
 STAGES = 2 + 2 + 1 + 2 + 3 * 5 + 5 + 1 + 2 + 2 + 1
-
-
-def run(clone: Path, *command: str, check: bool = True) -> subprocess.CompletedProcess:
-    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": "src"}
-    done = subprocess.run(command, cwd=clone, env=env, capture_output=True, text=True, check=False)
-    assert not check or done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done
 
 
 def cli(clone: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
@@ -51,22 +44,9 @@ def md5s(clone: Path, stage: str) -> list[str]:
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project's files in a repository of their own."""
-    folder = tmp_path_factory.mktemp("story") / "scaling4d"
-    files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
-    for name in files.stdout.splitlines():
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
-    run(folder, "git", "init", "-q")
-    run(folder, "git", "config", "user.name", "reader")
-    run(folder, "git", "config", "user.email", "reader@example.org")
+    folder = cloned(tmp_path_factory.mktemp("story") / "scaling4d")
     commit(folder)
     return folder
-
-
-def commit(folder: Path) -> None:
-    run(folder, "git", "add", "-A")
-    run(folder, "git", "commit", "-qm", "state")
 
 
 @pytest.fixture(scope="module")
@@ -224,8 +204,8 @@ def test_a_killed_stage_leaves_nothing_under_its_final_name(story: Path) -> None
     final = story / "artifacts/smoke/pretrain/nano"
     kept = story / "kept"
     final.rename(kept)
-    env = os.environ | {"PYTHONPATH": "src"}
-    child = subprocess.Popen([sys.executable, "-m", "scaling4d", "pretrain", "nano"], cwd=story, env=env, start_new_session=True)
+    command = [sys.executable, "-m", "scaling4d", "pretrain", "nano"]
+    child = subprocess.Popen(command, cwd=story, env=ENVIRONMENT, start_new_session=True)
     try:
         deadline = time.monotonic() + 60
         while not list((story / ".resume").glob("pretrain-*")) and time.monotonic() < deadline:  # it trains

@@ -1,0 +1,36 @@
+"""The project in a temporary clone, and commands as a user types them there."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": "src"}
+
+
+def cloned(folder: Path, wanted: Callable[[str], bool] = lambda _: True) -> Path:
+    """The project's files, those that are wanted, in a repository of their own; nothing is committed yet."""
+    files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in files.stdout.splitlines():
+        if wanted(name) and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    run(folder, "git", "init", "-q")
+    for key, value in (("user.name", "reader"), ("user.email", "reader@example.org")):
+        run(folder, "git", "config", key, value)
+    return folder
+
+
+def commit(clone: Path) -> None:
+    run(clone, "git", "add", "-A")
+    run(clone, "git", "commit", "-qm", "state")
+
+
+def run(clone: Path, *command: str, check: bool = True) -> subprocess.CompletedProcess:
+    """With this Python's programs first and the clone's own code; a failure shows the end of what was printed."""
+    done = subprocess.run(command, cwd=clone, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert not check or done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done
