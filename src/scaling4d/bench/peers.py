@@ -23,8 +23,8 @@ from scaling4d.records import MaskedTokens
 SAME_LOSS = 1e-4  # relative, at most: one model, so the difference is rounding
 
 
-def _let_torchvision_load() -> None:
-    """Both peers import it, where it is installed."""
+def let_torchvision_load() -> None:
+    """Several peers import it, where it is installed; without its compiled part that fails."""
     if importlib.util.find_spec("torchvision"):
         vision_operators.declare()
 
@@ -35,7 +35,7 @@ def videomae(*, clips: int, mask_ratio: float, precision: str, device: torch.dev
     Args:
         config: of VideoMAEConfig, where it is not to be the default.
     """
-    _let_torchvision_load()
+    let_torchvision_load()
     from transformers import VideoMAEConfig, VideoMAEForPreTraining
 
     wanted = VideoMAEConfig(**config)
@@ -61,7 +61,7 @@ def official_mae_st(folder: Path, settings: Mapping[str, Any]) -> nn.Module:
     Raises:
         ImportError: no such folder, or a library that its code needs is missing.
     """
-    _let_torchvision_load()
+    let_torchvision_load()
     if not (folder / "models_mae.py").is_file():
         raise ImportError(f"{folder} is no checkout of facebookresearch/mae_st: it has no models_mae.py")
     package = ModuleType("mae_st")  # as its modules call their parent, whatever the folder's name is

@@ -31,6 +31,9 @@ def torchcodec(seek_mode: str) -> Reader:
     It needs FFmpeg's shared libraries: the system's, or PyAV's own (`av.libs`), found through links `libavcodec.so.62 ...` and
     LD_LIBRARY_PATH, which compares both on the same FFmpeg.
     """
+    from scaling4d.bench.peers import let_torchvision_load
+
+    let_torchvision_load()
     from torchcodec.decoders import VideoDecoder
     from torchcodec.transforms import CenterCrop, Resize
 
