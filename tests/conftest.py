@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The story, which takes longest, comes first: the other process then does the rest meanwhile."""
+    """The story, which takes longest, comes first: the other processes then do the rest meanwhile."""
     items.sort(key=lambda item: item.path.name != "test_story.py")
 
 
