@@ -88,7 +88,7 @@ def test_hiding_nothing_hides_one_token(ratio: float, kept: int) -> None:
 def test_videomae_has_its_own_base_size_and_hides_as_many_tokens_as_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(peers, "step", lambda loss, update, clips: seen.append(loss()))
-    peers._let_torchvision_load()
+    peers.let_torchvision_load()
     from transformers import VideoMAEConfig, VideoMAEForPreTraining
 
     forward = VideoMAEForPreTraining.forward
