@@ -27,6 +27,7 @@ ahead:
 	dvc repro clips baseline_pixels
 	$(call three_at_a_time,(pretrain|baseline_untrained|baseline_pretrained),1)
 	$(call three_at_a_time,distill,1)
+	$(call three_at_a_time,benchmarks,5)
 	$(call three_at_a_time,readout_frozen,5)
 	$(call three_at_a_time,readout_finetune,1)
 

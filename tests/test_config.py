@@ -37,12 +37,14 @@ def test_every_profile_composes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert config.compose([f"profile={path.stem}"])["profile"] == path.stem
 
 
-def test_every_profile_shows_readouts_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_profile_shows_readouts_that_it_has_and_hashes_what_they_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     for path in sorted((ROOT / "experiments/profile").glob("*.yaml")):
         composed = config.compose([f"profile={path.stem}"])
         shown = composed["show"]
         assert set(shown["tasks"]) <= set(composed["readout"]["tasks"]), path
+        read = any(composed["encoders"][protocol] for protocol in ("frozen", "finetune", "classifier"))
+        assert set(composed["benchmarks"]["tasks"]) == (set(composed["readout"]["tasks"]) if read else set()), path
         if shown["tasks"]:
             assert {shown["encoder"], shown["beside"]} <= set(composed["encoders"]["frozen"]), path
 

@@ -17,8 +17,9 @@ import yaml
 from commands import ENVIRONMENT, ROOT, cloned, commit, run
 
 NUMBERS = {"value", "low", "high"}
-# code clips, pretrain, distill, baselines, frozen, finetune, classifier, show, reconstruct, report
-STAGES = 2 + 2 + 1 + 2 + 3 * 5 + 5 + 1 + 2 + 2 + 1
+TASKS = ("actions", "boxes", "depth", "points", "pose")
+# code clips, benchmarks, pretrain, distill, baselines, frozen, finetune, classifier, show, reconstruct, report
+STAGES = 2 + 5 + 2 + 1 + 2 + 3 * 5 + 5 + 1 + 2 + 2 + 1
 
 
 def cli(clone: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
@@ -72,7 +73,7 @@ def test_every_number_of_the_report_is_a_result(story: Path) -> None:
     assert {(row["encoder"], row["task"], row["protocol"]) for row in rows} == {
         (encoder, task, protocol)
         for encoder, protocol in (("nano", "frozen"), ("nano", "finetune"), ("untrained_nano", "frozen"), ("pixels", "frozen"))
-        for task in ("actions", "boxes", "depth", "points", "pose")
+        for task in TASKS
     } | {("nano", "actions", "classifier")}
     for row in rows:
         result = json.loads(
@@ -168,6 +169,19 @@ def test_one_value_reruns_just_what_depends_on_it(story: Path) -> None:
         cli(story, "compose", "profile=smoke")
 
 
+def test_another_benchmark_reruns_the_readouts_of_its_task_alone(story: Path) -> None:
+    remark = story / "experiments/pocket/benchmarks/scannet/remark.txt"
+    remark.write_text("new")
+    try:
+        assert set(ran(run(story, "dvc", "repro", "benchmarks"))) == {f"benchmarks@{task}" for task in TASKS}
+        readouts = {f"readout_frozen@{encoder}-depth" for encoder in ("nano", "untrained_nano", "pixels")}
+        after = set(ran(run(story, "dvc", "repro", "--dry")))
+        assert readouts <= after <= readouts | {"readout_finetune@nano-depth", "show@depth", "report"}
+    finally:
+        remark.unlink()
+        run(story, "dvc", "repro", "benchmarks")
+
+
 def test_an_experiment_lists_its_override_everywhere(story: Path) -> None:
     commit(story)
     run(story, "dvc", "exp", "run", "--name", "longer", "-S", "profile=smoke", "-S", "readout.finetune.pose.Recipe.steps=3")
@@ -190,14 +204,14 @@ def test_an_experiment_lists_its_override_everywhere(story: Path) -> None:
     run(story, "dvc", "checkout", "-q")
 
 
-def test_make_repro_trains_every_kind_of_encoder_before_it_reads_them_out() -> None:
+def test_make_repro_makes_all_that_readouts_need_before_them() -> None:
     ahead = (ROOT / "Makefile").read_text().split("\nahead:\n")[1].split("\n\n")[0]
     before, _, _ = ahead.partition("readout_frozen")
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     makes = {name: str(stage.get("do", stage)["outs"]) for name, stage in stages.items()}
     encoders = {name for name, outs in makes.items() if "/pretrain/" in outs}
     assert encoders >= {"pretrain", "distill", "baseline_pixels"}
-    assert encoders <= set(re.findall(r"\w+", before))
+    assert encoders | {"benchmarks"} <= set(re.findall(r"\w+", before))
 
 
 def test_a_killed_stage_leaves_nothing_under_its_final_name(story: Path) -> None:

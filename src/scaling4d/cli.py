@@ -72,6 +72,14 @@ def clips(
 
 
 @app.command()
+def benchmarks(task: str) -> None:
+    """Hash the benchmark that a task is read out on, to artifacts/benchmarks/ (a DVC stage)."""
+    from scaling4d.readout.benchmark import benchmark
+
+    print(f"wrote {benchmark(task, _settings())}")
+
+
+@app.command()
 def pretrain(
     point: str,
     dry: Annotated[bool, typer.Option("--dry", help="Print how it would be started, and start nothing.")] = False,

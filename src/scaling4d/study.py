@@ -71,6 +71,11 @@ class Study:
     def folder(self) -> Path:
         return REPORTS / self.name
 
+    @property
+    def command(self) -> str:
+        """What makes this table again."""
+        return f"scaling4d study {self.name} --seeds {','.join(map(str, self.seeds))}"
+
     def lock(self, arm: str, seed: int) -> Path:
         return self.folder / LOCKS / f"{arm}-{seed}.lock"
 

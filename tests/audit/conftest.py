@@ -40,11 +40,19 @@ STAGES = {
         "deps": ["artifacts/${profile}/clips", "artifacts/code/pretrain.json"],
         "outs": ["artifacts/${profile}/pretrain/${item.point}"],
     },
+    "benchmarks": {
+        "cmd": "true benchmarks",
+        "deps": ["data/benchmarks", "artifacts/code/readout.json"],
+        "outs": ["artifacts/benchmarks/actions.json"],
+    },
     "readout": {
         "matrix": {"encoder": "${points}"},
         "cmd": "true readout ${item.encoder}",
         "params": ["profile", "seed", *READOUT],
-        "deps": ["artifacts/${profile}/pretrain/${item.encoder}", "data/benchmarks", "artifacts/code/readout.json"],
+        "deps": [
+            f"artifacts/{name}"
+            for name in ("${profile}/pretrain/${item.encoder}", "benchmarks/actions.json", "code/readout.json")
+        ],
         "outs": ["artifacts/${profile}/readout/${item.encoder}/actions/frozen"],
     },
     "report": {
@@ -94,7 +102,7 @@ def _write_sources() -> None:
     kept = {**SETTINGS, "profile": "kept", "report": {"folder": "reports/kept"}}
     Path("experiments/profile/kept.yaml").write_text("# @package _global_\n" + yaml.safe_dump(kept))
     config.PARAMS.write_text(yaml.safe_dump(SETTINGS))
-    for name in ("videos/a.mp4", "videos/b.mp4", "benchmarks/list.json"):
+    for name in ("videos/a.mp4", "videos/b.mp4", "benchmarks/ssv2/list.json"):
         path = Path("experiments/pocket") / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"{name} as it was")
@@ -115,6 +123,9 @@ def _write_artifacts() -> None:
     (clips / "shards").mkdir(parents=True)
     (clips / "shards/train-00000.tar").write_text("clips of a and b")
     _say(clips, room="clips", keys=["profile", "clips"], gin="Curation.frames = 4\n", inputs={"videos": "data/videos"})
+    benchmark = Path("data/benchmarks/ssv2")
+    Path("artifacts/benchmarks").mkdir()
+    write_json(Path("artifacts/benchmarks/actions.json"), {"folders": {str(benchmark): artifacts.sha256(benchmark)}})
     for point, (parameters, top1) in POINTS.items():
         weights, readout = HOME / "pretrain" / point, HOME / "readout" / point / "actions/frozen"
         weights.mkdir(parents=True)
@@ -129,7 +140,7 @@ def _write_artifacts() -> None:
         values = (top1, round(top1 - 0.1, 2), round(top1 + 0.1, 2))
         result = Result(point, parameters, "actions", "frozen", "top1", *values, "share", True, 10, 0, sha, {"top5": 0.875})
         result.write(readout / "result.json")
-        inputs = {"checkpoint": str(weights), "benchmark": "data/benchmarks/list.json"}
+        inputs = {"checkpoint": str(weights), "benchmark": str(benchmark)}
         _say(readout, room="readout", keys=["profile", "seed", *READOUT], gin="Head.heads = 2\nHead.width = 4\n", inputs=inputs)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from scaling4d import artifacts, audit, cli, config
+from scaling4d import artifacts, audit, cli, code, config
 from scaling4d.audit import lock
 from scaling4d.audit.run import runs
 from scaling4d.records import UserError, write_json
@@ -153,6 +153,31 @@ def test_one_byte_of_a_source_video_is_named_beside_git_s_copy(project: Path, fl
     assert "wrong       data/videos: clips read it as md5 " in found and "(differs: a.mp4)" in found
     assert "data/videos/a.mp4 -> clips -> pretrain -> readout -> reports/built: mini/actions/frozen" in found
     assert "wrong       data:" not in found
+
+
+def test_a_changed_benchmark_reaches_the_readouts_through_its_hash(project: Path, flip: Flip, wrong: Wrong) -> None:
+    flip("data/benchmarks/ssv2/list.json", "as it was", "as it is ")
+    found = wrong()
+    assert "wrong       data/benchmarks: benchmarks read it as md5 " in found and "(differs: ssv2/list.json)" in found
+    way = "data/benchmarks/ssv2/list.json -> benchmarks -> readout -> reports/built: mini/actions/frozen"
+    assert way in found and found.count("wrong ") == 1
+
+
+def test_a_changed_file_beside_a_task_s_benchmark_reaches_no_readout_of_it(project: Path, wrong: Wrong) -> None:
+    Path("data/benchmarks/remark.txt").write_text("new")
+    found = wrong()
+    assert "wrong       data/benchmarks: benchmarks read it as md5 " in found and "(differs: remark.txt)" in found
+    assert "->" not in found
+
+
+def test_a_benchmark_has_the_hash_by_which_readouts_depend_on_it(project: Path, flip: Flip, wrong: Wrong) -> None:
+    path, said = "artifacts/benchmarks/actions.json", artifacts.sha256(Path("data/benchmarks/ssv2"))
+    before = runs()[0].disk.md5(path)
+    flip(path, said, "0" * 64)
+    Path("dvc.lock").write_text(Path("dvc.lock").read_text().replace(before, runs()[0].disk.md5(path)))
+    found = wrong()
+    assert f"{path}: says that data/benchmarks/ssv2 has sha256 {'0' * 64}; it has {said}" in found
+    assert f"{path} -> readout -> reports/built: mini/actions/frozen" in found
 
 
 @pytest.mark.parametrize(
@@ -325,7 +350,7 @@ def test_a_file_that_cannot_be_read_is_one_line(project: Path, monkeypatch: pyte
 def test_a_fresh_clone_is_checked_as_far_as_git_goes(clone: Path, flip: Flip, wrong: Wrong) -> None:
     findings = audit.verify(clone)
     assert {finding.kind for finding in findings} == {"not checked"}
-    absent = "8 files and folders that it names are not here (artifacts/test/clips, artifacts/test/pretrain/mini, "
+    absent = "9 files and folders that it names are not here (artifacts/benchmarks/actions.json, artifacts/test/clips, "
     assert any(finding.message.startswith(absent) for finding in findings)  # not data: git has it
     flip("reports/built/metrics.json", '"nano": 0.25', '"nano": 0.35')
     assert "reports/built/metrics.json: val_loss nano = 0.35 is no number of nano in the tables" in wrong()
@@ -374,6 +399,37 @@ def test_data_that_lies_elsewhere_today_does_not_unsettle_a_kept_run(project: Pa
     text = Path("data.dvc").read_text()
     Path("data.dvc").write_text(text.replace("path: experiments/pocket", "path: elsewhere"))
     assert "reports/kept" not in wrong()
+
+
+def test_data_that_changed_since_does_not_unsettle_a_kept_run_whose_artifacts_are_here(project: Path, wrong: Wrong) -> None:
+    shutil.copytree("artifacts/test", "artifacts/kept")
+    benchmark, hashed = Path("data/benchmarks/ssv2"), Path("artifacts/benchmarks/actions.json")
+    for path in (benchmark / "list.json", hashed):
+        path.chmod(0o644)
+    (benchmark / "list.json").write_text("another one")
+    write_json(hashed, {"folders": {str(benchmark): artifacts.sha256(benchmark)}})
+    assert "artifacts/kept/readout/nano/actions/frozen/provenance.json names benchmark" not in wrong()
+
+
+def test_a_kept_run_is_looked_into_also_where_the_code_moved_on(project: Path, wrong: Wrong) -> None:
+    shutil.copytree("artifacts/test", "artifacts/kept")
+    Path("src/scaling4d/readout/train.py").write_text("VALUE = 2\n")
+    room = Path("artifacts/code/readout.json")
+    room.chmod(0o644)
+    write_json(room, code.hashes(Path("src/scaling4d"))["readout"])
+    path = Path("artifacts/kept/readout/nano/actions/frozen/provenance.json")
+    said = json.loads(path.read_text())
+    path.chmod(0o644)
+    write_json(path, said | {"inputs": said["inputs"] | {"checkpoint": "0" * 64}})
+    assert f"readout@nano: {path} names checkpoint {'0' * 64}, which is nothing that reports/kept/dvc.lock says" in wrong()
+
+
+@pytest.mark.parametrize("content", ["[1]", '"x"', '{"folders": []}', '{"folders": {"data": 1}}', "{", ""])
+def test_hashes_of_benchmarks_that_are_damaged_are_named(project: Path, wrong: Wrong, content: str) -> None:
+    path = Path("artifacts/benchmarks/actions.json")
+    path.chmod(0o644)
+    path.write_text(content)
+    assert f"wrong       {path}: benchmarks wrote it and 3 more as md5 " in wrong()
 
 
 def test_a_kept_run_whose_code_no_commit_holds_is_not_checked(project: Path, flip: Flip) -> None:

@@ -82,7 +82,7 @@ def test_a_run_that_does_not_verify_is_not_exported(project: Path, flip: Callabl
 
 def test_a_run_that_is_not_here_and_a_folder_that_is_are_refused(clone: Path) -> None:
     with pytest.raises(
-        UserError, match="^artifacts/code/clips.json is not here, and a crate names every file: run `dvc repro` first$"
+        UserError, match="^artifacts/code/readout.json is not here, and a crate names every file: run `dvc repro` first$"
     ):
         audit.export(Path("out"))
     with pytest.raises(UserError, match="^reports is there already; needed the name of a new folder$"):

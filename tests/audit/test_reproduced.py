@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from scaling4d import audit
+from scaling4d import artifacts, audit
 from scaling4d.audit import reproduced
 from scaling4d.audit.run import runs
 from scaling4d.records import UserError, write_json
@@ -27,7 +27,7 @@ def test_the_same_bytes_are_said_stage_by_stage(project: Path, capsys: pytest.Ca
     assert audit.again() == 0
     lines = capsys.readouterr().out.splitlines()
     assert "same bytes      readout@nano: artifacts/test/readout/nano/actions/frozen" in lines
-    assert lines[-1] == "10 same bytes"
+    assert lines[-1] == "11 same bytes"
 
 
 def test_other_bytes_with_numbers_inside_their_intervals_are_reproduced_and_the_machines_are_compared(project: Path) -> None:
@@ -88,6 +88,19 @@ def test_a_run_with_other_settings_is_another_run(project: Path, flip: Callable[
     message = outcomes()["readout@nano"].message
     assert message == "it was made with other inputs, so it is another run: `true readout NANO`, committed `true readout nano`"
     assert audit.again() == 1
+
+
+def test_a_run_with_another_benchmark_is_another_run(project: Path) -> None:
+    benchmark, hashed = Path("data/benchmarks/ssv2"), Path("artifacts/benchmarks/actions.json")
+    for path in (benchmark / "list.json", hashed):
+        path.chmod(0o644)
+    (benchmark / "list.json").write_text("another one")
+    write_json(hashed, {"folders": {str(benchmark): artifacts.sha256(benchmark)}})
+    change(NANO, value=0.5625)
+    found = outcomes()
+    for stage, read in (("benchmarks", "data/benchmarks"), ("readout@nano", "artifacts/benchmarks/actions.json")):
+        assert found[stage].kind == reproduced.FAILED
+        assert found[stage].message.startswith(f"it was made with other inputs, so it is another run: {read} is md5 ")
 
 
 def test_a_clone_in_which_nothing_was_run_has_reproduced_nothing(clone: Path) -> None:

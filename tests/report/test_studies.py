@@ -104,7 +104,9 @@ def test_where_the_cache_is_gone_what_was_collected_stays(wanted: Study) -> None
     studies.collect(wanted, Path("cache"), {})
     assert content(study.REPORTS) == before
     (wanted.folder / "runs.csv").unlink()
-    with pytest.raises(UserError, match="^DVC's cache lacks results that .*nano-0.lock names; run `scaling4d study scaling`$"):
+    with pytest.raises(
+        UserError, match="^DVC's cache lacks results that .*nano-0.lock names; run `scaling4d study scaling --seeds 0,1,2`$"
+    ):
         studies.collect(wanted, Path("cache"), {})
 
 
@@ -139,6 +141,7 @@ def test_the_page_shows_question_findings_table_and_figures(wanted: Study) -> No
     wanted.folder.joinpath("findings.md").write_text("# Findings\n\nBigger is better [table: mini pose].\n\nNo doubt.\n")
     assert studies.collect(wanted, Path("cache"), {}) == ["a sentence without a reference: No doubt"]
     page = (wanted.folder / "study.html").read_text()
+    assert "Again: <code>scaling4d study scaling --seeds 0,1,2</code>" in page
     assert "<td>size</td><td>val_loss</td><td>15</td>" in page and re.search(r"<br>\(-0\.02\d\d ± 0\.000\d+\) \*<", page)
     assert page.count("<svg") == 2 and "Does it scale?" in page
     assert '<p>Bigger is better <span class="reference">[table: mini pose]</span>.</p>' in page
@@ -237,7 +240,7 @@ def test_the_audit_names_a_run_that_the_definition_asks_for_and_that_is_not_ther
     path.write_text(path.read_text().replace("arms:\n", "arms:\n  giant: {encoder: mini}\n", 1))
     assert wrong() == [
         f"reports/studies/scaling/locks/giant-{seed}.lock: not there, though experiments/study/scaling.yaml asks for it: "
-        "run `scaling4d study scaling`"
+        "run `scaling4d study scaling --seeds 0,1,2`"
         for seed in (0, 1, 2)
     ]
 

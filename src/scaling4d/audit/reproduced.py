@@ -89,7 +89,7 @@ def _inputs(run: Run, stage: Stage, before: Stage) -> Iterator[str]:
     was = {dep.path: dep.md5 for dep in before.deps}
     for dep in stage.deps:
         maker = run.maker(dep.path)
-        outside = maker is None or maker.kind == "code" or maker.name.endswith(".dvc")
+        outside = maker is None or maker.kind in ("code", "benchmarks") or maker.name.endswith(".dvc")
         if outside and dep.path != run.home and run.disk.md5(dep.path) != was.get(dep.path):
             yield f"{dep.path} is md5 {run.disk.md5(dep.path)}, committed {was.get(dep.path)}"
 

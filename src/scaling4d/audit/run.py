@@ -16,6 +16,7 @@ from scaling4d.audit.disk import Disk
 from scaling4d.checkpoint import WEIGHTS
 from scaling4d.records import UserError
 
+BENCHMARKS = "artifacts/benchmarks"  # of each task, a file of hashes by which its readouts depend on data
 RECORDS = {"pretrain": "summary.json", "reconstruct": "result.json"}  # table and artifact folder -> what its rows are made of
 
 
@@ -45,8 +46,21 @@ class Run:
         return next((self.makers[p] for p in (path, *map(str, Path(path).parents)) if p in self.makers), None)
 
     def readers(self, path: str) -> list[lock.Stage]:
-        """The stages that read a path, a folder above it or something inside it."""
-        return [stage for stage in self.stages.values() if any(touch(dep.path, path) for dep in stage.deps)]
+        """The stages that read a path, a folder above it or something inside it, and depend on that."""
+        found = [stage for stage in self.stages.values() if any(touch(dep.path, path) for dep in stage.deps)]
+        return [stage for stage in found if not self._hashes_others(stage, path)]
+
+    def _hashes_others(self, stage: lock.Stage, path: str) -> bool:
+        """Whether it is a stage `benchmarks` that reads a path, but hashes others, as far as its file is here to tell."""
+        folders = [folder for out in stage.outs for folder in self.hashed(out.path)]
+        around = [dep.path for dep in stage.deps if any(touch(dep.path, folder) for folder in folders)]
+        return any(touch(dep, path) for dep in around) and not any(touch(folder, path) for folder in folders)
+
+    def hashed(self, path: str) -> dict[str, str]:
+        """Folder -> sha256, as a file of stage `benchmarks` says it; nothing of other files."""
+        said = self.json(path) if path.startswith(f"{BENCHMARKS}/") else None
+        folders = said.get("folders") if isinstance(said, dict) else None
+        return {name: sha for name, sha in folders.items() if isinstance(sha, str)} if isinstance(folders, dict) else {}
 
     @cached_property
     def numbers(self) -> dict[str, str]:

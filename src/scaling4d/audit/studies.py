@@ -32,7 +32,8 @@ def findings() -> Iterator[Finding]:
 
 def _study(path: Path) -> Iterator[Finding]:
     folder, said = path.parent, json.loads(path.read_text())
-    again = f"take it from git again, or run `scaling4d study {folder.name} --collect`"
+    seeds = ",".join(map(str, said["seeds"]))
+    again = f"take it from git again, or run `scaling4d study {folder.name} --seeds {seeds} --collect`"
     here = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file() and file != path}
     for name in sorted(here | said["files"].keys()):
         sha, found = said["files"].get(name, "nothing"), artifacts.sha256(folder / name) if name in here else "not there"
@@ -41,13 +42,13 @@ def _study(path: Path) -> Iterator[Finding]:
     if folder.name not in study.names():
         yield Finding(NOTE, str(path), f"{study.DEFINITIONS} no longer has this study")
         return
-    mine = study.with_seeds(study.read(folder.name), ",".join(map(str, said["seeds"])))
+    mine = study.with_seeds(study.read(folder.name), seeds)
     if (folder / study.FINDINGS).is_file():
         text = (folder / study.FINDINGS).read_text()
         yield from (Finding(WRONG, f"{folder}/{study.FINDINGS}", wrong) for wrong in study.unfounded(text, folder))
     places = {f"{arm.name}-{seed}": mine.lock(arm.name, seed) for arm in mine.arms for seed in mine.seeds}
     if absent := [place for place in (*places.values(), folder / study.RUNS, folder / study.TABLE) if not place.is_file()]:
-        message = f"not there, though {study.DEFINITIONS}/{folder.name}.yaml asks for it: run `scaling4d study {folder.name}`"
+        message = f"not there, though {study.DEFINITIONS}/{folder.name}.yaml asks for it: run `{mine.command}`"
         yield from (Finding(WRONG, str(place), message) for place in absent)
         return
     locks = {key: study.load_lock(place.read_text()) for key, place in places.items()}
@@ -79,7 +80,7 @@ def _numbers(mine: Study, rows: list[dict[str, str]], runs: Mapping[str, Any], l
     for arm, seed in sorted({(row["arm"], row["seed"]) for row in rows} - known):
         yield Finding(WRONG, where, f"it has rows of {arm}, seed {seed}, which is no run of this study")
     if absent:
-        again = f"`scaling4d study {mine.name}` makes them"
+        again = f"`{mine.command}` makes them"
         yield Finding(UNCHECKED, mine.folder.as_posix(), f"{absent} runs whose results DVC's cache does not hold: {again}")
 
 

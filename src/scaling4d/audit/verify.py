@@ -70,6 +70,7 @@ def _checkout(run: Run) -> Iterator[Finding]:
     yield from _bytes(run, changed, rooms)
     yield from _settings(run)
     yield from _environment(run)
+    yield from _benchmarks(run, changed)
     yield from _inside(run, changed)
     absent = [path for path in _claimed(run) if not run.disk.here(path) and not path.startswith(f"{ROOMS}/")]
     if absent:
@@ -302,7 +303,7 @@ def committed_place(commit: str, path: str) -> str:
 
 def _inside(run: Run, changed: Mapping[str, list[str]]) -> Iterator[Finding]:
     """changed: what differs and was named; what must differ because of it is not named again."""
-    yield from _said(run, changed)
+    yield from _said(run)
     yield from _published(run)
     yield from _weights(run, changed)
     yield from _facts(run, changed)
@@ -321,15 +322,15 @@ def _provenances(run: Run) -> dict[str, str]:
     return {name: path for name, path in found.items() if run.disk.text(path) is not None}
 
 
-def _said(run: Run, changed: Mapping[str, list[str]]) -> Iterator[Finding]:
+def _said(run: Run) -> Iterator[Finding]:
     """The settings, code and inputs that an artifact names are those that the lock names for its stage."""
     for name, path in _provenances(run).items():
-        wrong = [*_provenance(run, name, path, changed), *_operative(run, name, path)]
+        wrong = [*_provenance(run, name, path), *_operative(run, name, path)]
         reached = run.taints(path, [(out.path, ()) for out in run.stages[name].outs]) if wrong else ()
         yield from (Finding(WRONG, name, message, reached) for message in wrong)
 
 
-def _provenance(run: Run, name: str, path: str, changed: Mapping[str, list[str]]) -> Iterator[str]:
+def _provenance(run: Run, name: str, path: str) -> Iterator[str]:
     stage, said = run.stages[name], run.json(path) or {}
     named = {key: value for key, value in (said.get("settings") or {}).items() if key in stage.params}
     for key, found, locked in lock.unequal(named, stage.params):
@@ -338,7 +339,8 @@ def _provenance(run: Run, name: str, path: str, changed: Mapping[str, list[str]]
     text = json.dumps(said.get("code"), indent=2, sort_keys=True) + "\n"
     if rooms and hashlib.md5(text.encode()).hexdigest() not in rooms:
         yield f"{path} names other code than the {ROOMS} that {run.lock} says it read"
-    if not all(run.disk.here(dep.path) and not any(touch(dep.path, other) for other in changed) for dep in stage.deps):
+    data = [dep for dep in stage.deps if not dep.path.startswith(f"{ROOMS}/")]
+    if any(run.disk.md5(dep.path) != dep.md5 for dep in data):  # not here, or changed, which was named
         return
     known = _read(run, name)
     for word, sha in () if _source(stage) else (said.get("inputs") or {}).items():
@@ -370,10 +372,21 @@ def _published(run: Run) -> Iterator[Finding]:
                 yield Finding(WRONG, name, message, run.taints(path, [(out.path, ()) for out in run.stages[name].outs]))
 
 
+def _benchmarks(run: Run, changed: Mapping[str, list[str]]) -> Iterator[Finding]:
+    """The benchmarks have the hashes by which readouts depend on them."""
+    for path in (out.path for stage in run.stages.values() for out in stage.outs):
+        for folder, sha in run.hashed(path).items():
+            told = any(touch(place, other) for place in (path, folder) for other in changed)
+            if run.disk.here(folder) and run.disk.sha256(folder) != sha and not told:
+                message = f"says that {folder} has sha256 {sha}; it has {run.disk.sha256(folder)}"
+                yield Finding(WRONG, path, message, run.taints(path, [(path, ())]))
+
+
 def _read(run: Run, name: str) -> set[str]:
-    """sha256 of everything that a stage read, and of what lies directly inside."""
+    """sha256 of everything that a stage read, of what lies directly inside, and of the benchmark that it read by its hash."""
     found = set()
     for dep in run.stages[name].deps:
+        found |= set(run.hashed(dep.path).values())
         inner = {f"{dep.path}/{file.split('/')[0]}" for file in run.disk.files(dep.path) if file}
         found |= {run.disk.sha256(path) for path in (dep.path, *inner)}
     return found

@@ -18,7 +18,15 @@ from scaling4d.report.story import UNTRAINED
 
 FOLDER, PAGE, EXPERIMENTS = "site", "index.html", "experiments.js"
 HISTORY = 20  # earlier reports that `serve` looks back for
-NOT_COLUMNS = ("points", "distilled", "encoders", "recipes", "render", "report")  # settings that are no column of the table
+NOT_COLUMNS = (
+    "points",
+    "distilled",
+    "encoders",
+    "recipes",
+    "render",
+    "benchmarks",
+    "report",
+)  # settings that are no column of the table
 
 
 def page(report: Built) -> str:

@@ -63,14 +63,14 @@ def collect(study: Study, cache: Path, told: Mapping[str, Mapping[str, Any]]) ->
         for seed in study.seeds:
             path, key = study.lock(arm.name, seed), f"{arm.name}-{seed}"
             if not path.is_file():
-                raise UserError(f"no {path}; run `scaling4d study {study.name}`")
+                raise UserError(f"no {path}; run `{study.command}`")
             locks[key] = studies.load_lock(path.read_text())
             experiment = known.setdefault(key, {}).setdefault("experiment", "")
             found = studies.numbers(arm, seed, locks[key], cache, experiment)
             if found is None and former["files"].get(f"{studies.LOCKS}/{path.name}") == artifacts.sha256(path):
                 found = [row for row in before if row["arm"] == arm.name and row["seed"] == str(seed)]
             if not found:
-                raise UserError(f"DVC's cache lacks results that {path} names; run `scaling4d study {study.name}`")
+                raise UserError(f"DVC's cache lacks results that {path} names; run `{study.command}`")
             rows += found
     (folder / studies.RUNS).write_text(studies.to_csv(studies.RUN_COLUMNS, rows))
     rows = read_runs(folder)
@@ -259,7 +259,7 @@ def page(study: Study, table: Sequence[Mapping[str, Any]], drawn: Mapping[str, s
         parts.append(f"<h2>{heading}</h2>{shown}")
     parts += [f"<figure>{drawing}</figure>" for drawing in drawn.values()]
     parts.append(f"<h2>Arms</h2>{html_table(('arm', 'encoder', 'settings'), settings)}")
-    parts.append(f"<p>Again: <code>scaling4d study {study.name}</code>. <a href='../index.html'>All studies</a></p>")
+    parts.append(f"<p>Again: <code>{study.command}</code>. <a href='../index.html'>All studies</a></p>")
     return PAGE.format(title=f"study {study.name}", body="\n".join(parts))
 
 
