@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from scaling4d import artifacts, audit, code, config
+from scaling4d.readout.benchmark import benchmark
 from scaling4d.records import Result, write_json
 
 HOME, BUILT = Path("artifacts/test"), Path("reports/built")
@@ -24,6 +25,7 @@ SETTINGS = {
     "readout": {"shared": {"Head": {"width": 4, "heads": 8}}, "tasks": {"actions": {"Head": {"heads": 2}}}},
     "report": {"folder": "reports/built"},
 }
+EVALUATION = {"readout": {"shared": {"Evaluation": {"data": "data/benchmarks"}}}}  # what stage `benchmarks` reads
 READOUT = ["readout.shared", "readout.tasks.actions"]
 STAGES = {
     "code": {"cmd": "true", "deps": ["src/scaling4d"], "outs": [f"artifacts/code/{room}.json" for room in code.STAGES]},
@@ -123,9 +125,7 @@ def _write_artifacts() -> None:
     (clips / "shards").mkdir(parents=True)
     (clips / "shards/train-00000.tar").write_text("clips of a and b")
     _say(clips, room="clips", keys=["profile", "clips"], gin="Curation.frames = 4\n", inputs={"videos": "data/videos"})
-    benchmark = Path("data/benchmarks/ssv2")
-    Path("artifacts/benchmarks").mkdir()
-    write_json(Path("artifacts/benchmarks/actions.json"), {"folders": {str(benchmark): artifacts.sha256(benchmark)}})
+    benchmark("actions", EVALUATION)
     for point, (parameters, top1) in POINTS.items():
         weights, readout = HOME / "pretrain" / point, HOME / "readout" / point / "actions/frozen"
         weights.mkdir(parents=True)
@@ -140,7 +140,7 @@ def _write_artifacts() -> None:
         values = (top1, round(top1 - 0.1, 2), round(top1 + 0.1, 2))
         result = Result(point, parameters, "actions", "frozen", "top1", *values, "share", True, 10, 0, sha, {"top5": 0.875})
         result.write(readout / "result.json")
-        inputs = {"checkpoint": str(weights), "benchmark": str(benchmark)}
+        inputs = {"checkpoint": str(weights), "benchmark": "data/benchmarks/ssv2"}
         _say(readout, room="readout", keys=["profile", "seed", *READOUT], gin="Head.heads = 2\nHead.width = 4\n", inputs=inputs)
 
 
@@ -192,6 +192,15 @@ def project(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     subprocess.run(["cp", "-a", f"{made}/.", str(tmp_path)], check=True)
     monkeypatch.chdir(tmp_path)
     yield tmp_path
+
+
+@pytest.fixture
+def another_benchmark(project: Path) -> None:
+    """Another list of actions, and its hash as stage `benchmarks` writes it; nothing else ran since."""
+    for path in (Path("data/benchmarks/ssv2/list.json"), Path("artifacts/benchmarks/actions.json")):
+        path.chmod(0o644)
+    Path("data/benchmarks/ssv2/list.json").write_text("another one")
+    benchmark("actions", EVALUATION)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from scaling4d import artifacts, audit
+from scaling4d import audit
 from scaling4d.audit import reproduced
 from scaling4d.audit.run import runs
 from scaling4d.records import UserError, write_json
@@ -90,12 +90,8 @@ def test_a_run_with_other_settings_is_another_run(project: Path, flip: Callable[
     assert audit.again() == 1
 
 
-def test_a_run_with_another_benchmark_is_another_run(project: Path) -> None:
-    benchmark, hashed = Path("data/benchmarks/ssv2"), Path("artifacts/benchmarks/actions.json")
-    for path in (benchmark / "list.json", hashed):
-        path.chmod(0o644)
-    (benchmark / "list.json").write_text("another one")
-    write_json(hashed, {"folders": {str(benchmark): artifacts.sha256(benchmark)}})
+@pytest.mark.usefixtures("another_benchmark")
+def test_a_run_with_another_benchmark_is_another_run() -> None:
     change(NANO, value=0.5625)
     found = outcomes()
     for stage, read in (("benchmarks", "data/benchmarks"), ("readout@nano", "artifacts/benchmarks/actions.json")):
