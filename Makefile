@@ -20,16 +20,13 @@ repro: install
 	dvc repro
 	scaling4d table
 
-# Three stages at a time, each on its ranks, the last and largest first. `dvc repro` gives the same bytes, one after the other.
-three_at_a_time = dvc stage list --name-only | grep -E '^$(1)@' | tac | xargs -r -P 3 -n $(2) dvc --wait-for-lock repro --single-item
+# What `dvc repro` does, to the byte, with as many stages at a time as there are cores: make knows from `dvc dag` which wait for which.
+JOBS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
+rules = $$2 == "->" { print $$3 ": " $$1 } NF == 1 && $$1 != "}" { print "all: " $$1 "\n" $$1 ":\n\tdvc --wait-for-lock repro --single-item " $$1 }
 
 ahead:
-	dvc repro clips baseline_pixels
-	$(call three_at_a_time,(pretrain|baseline_untrained|baseline_pretrained),1)
-	$(call three_at_a_time,distill,1)
-	$(call three_at_a_time,benchmarks,5)
-	$(call three_at_a_time,readout_frozen,5)
-	$(call three_at_a_time,readout_finetune,1)
+	dvc repro clips
+	dvc dag --dot | tr -d '";' | grep -vE '^(data\.dvc|code|clips)( |$$)' | tac | awk '$(rules)' | $(MAKE) --no-print-directory -B -r -j $(JOBS) -f - all
 
 test: install
 	ruff check . && ruff format --check .

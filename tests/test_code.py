@@ -16,6 +16,7 @@ FILES = {
     "clips/curate.py": "def cut():\n    return 1\n",
     "clips/stage.py": "from scaling4d.clips import curate\n\n\ndef clips():\n    return curate.cut()\n",
     "clips/spare.py": "Z = 1\n",
+    "readout/benchmark.py": "",
     "readout/pretrained.py": "",
     "readout/train.py": "",
     "readout/classifier.py": "",

@@ -54,6 +54,7 @@ def test_the_paper_profile_reads_out_by_the_published_recipe_whatever_pocket_doe
     monkeypatch.chdir(ROOT)
     readout = config.compose(["profile=paper"])["readout"]
     assert not readout["shared"]["Evaluation"]["standardise"] and readout["shared"]["Head"]["sharpness"] == []
+    assert readout["shared"]["Head"]["stretched"]
     for task in readout["tasks"].values():
         assert task.pop("Head", {"heads": 16}) == {"heads": readout["shared"]["Head"]["heads"]}
         assert [constructor["views"] for constructor in task.values()] == [["plain"]]

@@ -225,7 +225,7 @@ def serve(
 @app.command()
 def study(
     names: Annotated[list[str] | None, typer.Argument(help="Files of experiments/study; without any, they are listed.")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Experiments side by side, each of `ranks` processes.")] = 2,
+    jobs: Annotated[int, typer.Option(min=1, help="Experiments side by side, each of `ranks` processes.")] = 4,
     seeds: Annotated[str, typer.Option(help="Such as 0,1,2; as the study unless told.")] = "",
     dry: Annotated[bool, typer.Option("--dry", help="Print the experiments, and which are there already; run nothing.")] = False,
     collect: Annotated[bool, typer.Option("--collect", help="Run nothing: make table, figures and page again.")] = False,

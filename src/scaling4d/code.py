@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from typing import Any
 from scaling4d.records import write_json
 
 PACKAGE = "scaling4d"
+DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 STAGES = {
     "clips": "scaling4d.clips.stage",
     "pretrain": "scaling4d.pretrain.loop",
     "baseline": "scaling4d.readout.pretrained",
+    "benchmarks": "scaling4d.readout.benchmark",
     "readout": "scaling4d.readout.train",
     "classifier": "scaling4d.readout.classifier",
     "show": "scaling4d.readout.show",
@@ -41,17 +44,18 @@ def write_hashes(source: Path, out: Path) -> None:
 @cache
 def running(stage: str) -> dict[str, Any]:
     """The hash of a stage's code as this process runs it: as it was when this was first asked."""
-    return hashes(Path(__file__).parent)[stage]
+    return hashes(Path(__file__).parent, [stage])[stage]
 
 
-def hashes(source: Path) -> dict[str, dict[str, Any]]:
-    """Of every stage what `write_hashes` writes."""
-    trees = {_module(path, source): ast.parse(path.read_text()) for path in sorted(source.rglob("*.py"))}
-    meanings = {name: hashlib.sha256(_meaning(tree).encode()).hexdigest() for name, tree in trees.items()}
-    imports = {name: imported(tree, set(trees)) for name, tree in trees.items()}
+def hashes(source: Path, stages: Iterable[str] = tuple(STAGES)) -> dict[str, dict[str, Any]]:
+    """Of every stage what `write_hashes` writes; only modules that they reach are read."""
+    paths = {_module(path, source): path for path in sorted(source.rglob("*.py"))}
+    tree = cache(lambda name: ast.parse(paths[name].read_text()))
+    meaning = cache(lambda name: hashlib.sha256(_meaning(tree(name)).encode()).hexdigest())
+    imports = cache(lambda name: imported(tree(name), set(paths)))
     found = {}
-    for room, entry in STAGES.items():
-        modules = {name: meanings[name] for name in sorted(_reach({entry}, imports))}
+    for room in stages:
+        modules = {name: meaning(name) for name in sorted(_reach({STAGES[room]}, imports))}
         whole = hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in modules.items()).encode()).hexdigest()
         found[room] = {"room": room, "sha256": whole, "modules": modules}
     return found
@@ -78,26 +82,44 @@ def _module(path: Path, source: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def _reach(start: set[str], imports: dict[str, set[str]]) -> set[str]:
+def _reach(start: set[str], imports: Callable[[str], set[str]]) -> set[str]:
     reached, waiting = set(), set(start)
     while waiting:
         name = waiting.pop()
         reached.add(name)
-        waiting |= imports[name] - reached
+        waiting |= imports(name) - reached
     return reached
 
 
-def _meaning(node: ast.AST | list | object) -> str:
+def _meaning(tree: ast.Module) -> str:
     """A tree as text: no docstrings, no positions, no empty fields (Python versions differ in those)."""
+    pieces: list[str] = []
+    _tell(tree, pieces.append)
+    return "".join(pieces)
+
+
+def _tell(node: ast.AST | list | object, add: Callable[[str], None]) -> None:
     if isinstance(node, list):
-        return "[" + ",".join(map(_meaning, node)) + "]"
+        add("[")
+        for number, item in enumerate(node):
+            if number:
+                add(",")
+            _tell(item, add)
+        add("]")
+        return
     if not isinstance(node, ast.AST):
-        return repr(node)
-    fields = dict(ast.iter_fields(node))
-    if (
-        isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        and ast.get_docstring(node) is not None
-    ):
-        fields["body"] = fields["body"][1:]
-    kept = {name: value for name, value in fields.items() if value not in (None, []) and name not in ("kind", "type_comment")}
-    return type(node).__name__ + "(" + ",".join(f"{name}={_meaning(value)}" for name, value in kept.items()) + ")"
+        add(repr(node))
+        return
+    documented = isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None
+    add(type(node).__name__ + "(")
+    before = ""
+    for name in node._fields:
+        value = getattr(node, name, None)
+        if documented and name == "body":
+            value = value[1:]
+        if value is None or value == [] or name in ("kind", "type_comment"):
+            continue
+        add(f"{before}{name}=")
+        _tell(value, add)
+        before = ","
+    add(")")

@@ -6,6 +6,7 @@ This is the only door to Hydra and to gin. A key or a type that no group knows i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -138,7 +139,7 @@ def overrides(settings: Mapping[str, Any], keys: list[str] | None = None) -> dic
     Raises:
         UserError: a key that no group knows, a key that is missing, or a value of another type.
     """
-    composed = dict(_leaves(compose([f"profile={section(settings, 'profile')}"])))
+    composed = _pinned(section(settings, "profile"), EXPERIMENTS.resolve())
     found = dict(_leaves(settings))
     if keys is not None:
         composed, found = ({k: v for k, v in leaves.items() if _below(k, keys)} for leaves in (composed, found))
@@ -151,6 +152,12 @@ def overrides(settings: Mapping[str, Any], keys: list[str] | None = None) -> dic
             kind, needed = type(value).__name__, type(composed[key]).__name__
             raise UserError(f"{key} = {value!r} is a {kind}; needed a {needed} such as {composed[key]!r}")
     return {key: value for key, value in sorted(found.items()) if value != composed[key]}
+
+
+@cache
+def _pinned(profile: str, experiments: Path) -> dict[str, Any]:
+    """What a profile says, by dotted key, as it was when this was first asked: `experiments` may be edited under way."""
+    return dict(_leaves(compose([f"profile={profile}"])))
 
 
 def _below(key: str, parents: list[str]) -> bool:

@@ -261,8 +261,8 @@ class Copy:
         with self._fetching:
             _git("fetch", "-q", str(self.folder), f"+{ref}:{ref}")
         log.unlink()
-        artifacts.RUNS.mkdir(exist_ok=True)
         taken = {"seconds": round(time.monotonic() - started, 1), "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1)}
+        _facts(one.name).parent.mkdir(parents=True, exist_ok=True)
         write_json(_facts(one.name), taken)
         return None
 
@@ -294,7 +294,7 @@ def _inputs() -> list[object]:
 
 
 def _facts(name: str) -> Path:
-    return artifacts.RUNS / f"study-{name}.json"
+    return artifacts.RUNS / "studies" / f"{name}.json"  # not beside the stages' own, all of which the report reads
 
 
 def dvc_cache() -> Path:

@@ -111,6 +111,7 @@ def test_stand_alone_readouts_equal_the_official_ones(name: str, agree: Compare)
             "query_std": 0.02,
             "time_init": "normal",
             "out_scale": 1.0,
+            "stretched": True,
             "sharpness": (),
         }
         module = loaded(head, Head(**settings), published.tracking_readout(settings, f"{head}/params/"))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from scaling4d import config, seeds
+from scaling4d import config, optimizer, seeds
 from scaling4d.ranks import run
 from scaling4d.readout import metrics
 from scaling4d.readout.features import Standard, stretch
@@ -19,7 +19,7 @@ from scaling4d.readout.tasks.depth import Depth
 from scaling4d.readout.tasks.points import Points
 from scaling4d.readout.tasks.pose import Pose
 from scaling4d.readout.tasks.task import pad
-from scaling4d.readout.train import TASKS, result_of
+from scaling4d.readout.train import TASKS, Probe, Recipe, _parts, result_of
 from scaling4d.readout.views import backwards
 from scaling4d.records import Sample, UserError
 
@@ -55,7 +55,7 @@ def sample(seed: int = 0) -> Sample:
 
 def bind_head() -> None:
     shape = {"width": 32, "heads": 4, "fourier_bases": 4, "query_width": 24}
-    start = {"query_std": 1.0, "time_init": "sincos", "out_scale": 1.0, "sharpness": [1.0, 100.0]}
+    start = {"query_std": 1.0, "time_init": "sincos", "out_scale": 1.0, "stretched": True, "sharpness": [1.0, 100.0]}
     config.bind({"Head": shape | start})
 
 
@@ -362,6 +362,42 @@ def test_attention_of_few_queries_is_that_of_many_in_another_order(given: bool) 
     x, q = stretch(features, 4), reader.query_in(queries) if given else reader.query.expand(2, -1, -1)
     places = torch.rand(2, 3, 2, generator=rng) if given else None
     assert torch.allclose(reader._read_by_few(x, q, places), reader._read(x, q, places), atol=1e-5)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_features_that_are_not_stretched_are_read_at_the_mean_position_of_their_frames(given: bool) -> None:
+    rng = seeds.stream(0, "own steps")
+    queries, places = (torch.randn(2, 3, 5, generator=rng), torch.rand(2, 3, 2, generator=rng)) if given else (None, None)
+    sizes = {"features_width": 24, "queries": 0 if given else 3, "query_width": 5, "width": 32, "heads": 4, "out": 6}
+    reader = AttentionReadout(**sizes, near=given, frames=4, stretched=False)
+    for weight in reader.parameters():
+        torch.nn.init.normal_(weight, std=0.3, generator=rng)
+    features = torch.randn(2, 2, 9, 24, generator=rng)
+    same = AttentionReadout(**sizes, near=given, frames=2)
+    positions = reader.temporal_positions.detach().unflatten(0, (2, 2)).mean(1)
+    same.load_state_dict(reader.state_dict() | {"temporal_positions": positions})
+    found = reader(features, queries, places)
+    assert torch.allclose(found, same(features, queries, places), atol=1e-6)
+    assert not torch.allclose(found, reader(features.flip(1), queries, places), atol=1e-3)
+
+
+@pytest.mark.parametrize(("width", "at_width", "share"), [(24, 24, 1), (96, 24, 1 / 4), (12, 24, 2), (96, 0, 1)])
+def test_keys_and_values_of_wider_features_learn_as_much_slower(width: int, at_width: int, share: float) -> None:
+    """AdamW's first step moves a weight by its learning rate, whatever the gradient."""
+    rates = {"learning_rate": 0.01, "rate_at_width": at_width, "encoder_learning_rate": 0.0, "weight_decay": 0.0}
+    recipe = Recipe(steps=1, batch=3, betas=(0.9, 0.999), warmup_steps=0, clip_norm=1.0, flattening=1.0, **rates)
+    bind_head()
+    head = TASK["actions"].head(features_width=width, clip=CLIP)
+    head.initialise(0)
+    before = {name: weight.detach().clone() for name, weight in head.named_parameters()}
+    probe = Probe(None, Standard.none(width), head, TASK["actions"], 0.95)
+    adamw, peaks = optimizer.adamw(_parts(probe, recipe), betas=recipe.betas, weight_decay=recipe.weight_decay)
+    optimizer.set_rate(adamw, peaks, 1.0)
+    probe(torch.randn(3, 2, 4, width, generator=seeds.stream(0, "rates")), batch("actions")).backward()
+    adamw.step()
+    moved = {name: (weight - before[name]).abs().median().item() for name, weight in head.named_parameters()}
+    for name, rate in {"key": 0.01 * share, "value": 0.01 * share, "project": 0.01, "mlp_in": 0.01}.items():
+        assert moved[f"readout.{name}.weight"] == pytest.approx(rate, rel=0.05), name
 
 
 def test_attention_falls_by_the_squared_distance() -> None:

@@ -24,6 +24,8 @@ class AttentionReadout(nn.Module):
     Args:
         queries: how many learned queries; or 0, and queries of `query_width` are given to forward.
         near: attention falls with the distance between a token and the place that a query asks about.
+        stretched: features are stretched to `frames` time steps, as released; else they are read at their own t steps, each at
+          the mean temporal position of its frames (ours: with t = frames / 2 at half the cost).
         plain: the released code's simpler variant, without norm, key and value biases, and the residual mlp.
     """
 
@@ -38,10 +40,11 @@ class AttentionReadout(nn.Module):
         heads: int,
         out: int,
         near: bool = False,
+        stretched: bool = True,
         plain: bool = False,
     ) -> None:
         super().__init__()
-        self.frames, self.heads, self.plain = frames, heads, plain
+        self.frames, self.heads, self.stretched, self.plain = frames, heads, stretched, plain
         self.features_norm = nn.Identity() if plain else nn.LayerNorm(features_width, LAYER_NORM_EPS)
         self.temporal_positions = nn.Parameter(torch.empty(frames, 1, features_width))
         if queries:
@@ -61,7 +64,7 @@ class AttentionReadout(nn.Module):
 
     def forward(self, features: Tensor, queries: Tensor | None = None, places: Tensor | None = None) -> Tensor:
         """features `B t n C`, queries `B Q Dq` or none, places `B Q 2` (x y in 0..1, for `near`) -> `B Q out`."""
-        x = stretch(features, self.frames)  # B T n C
+        x = stretch(features, self.frames) if self.stretched else features  # B T n C; the next two say T for t as well
         q = self.query.expand(x.shape[0], -1, -1) if queries is None else self.query_in(queries)  # B Q D
         if self.plain:
             return self.out(self._read(x, q, places))
@@ -76,7 +79,7 @@ class AttentionReadout(nn.Module):
         x `B T n C`, q `B Q D`, places `B Q 2` -> `B Q D`.
         """
         frames, tokens = x.shape[1:3]
-        x = (self.features_norm(x) + self.temporal_positions).flatten(1, 2)  # B T*n C
+        x = (self.features_norm(x) + self._positions(frames)).flatten(1, 2)  # B T*n C
         split = lambda y: y.unflatten(-1, (self.heads, -1))  # noqa: E731  B N D -> B N heads d
         q, k, v = split(q), split(self.key(x)), split(self.value(x))
         if places is None:
@@ -86,6 +89,12 @@ class AttentionReadout(nn.Module):
         k = torch.cat([k, where.repeat(frames, 1)[None, :, None].expand(*k.shape[:3], -1)], -1)
         q = torch.cat([q, math.sqrt(d) * at], -1)
         return attention(q, k, F.pad(v, (0, at.shape[-1])), scale=1 / math.sqrt(d))[..., :d].flatten(2)
+
+    def _positions(self, steps: int) -> Tensor:
+        """`steps 1 C`: temporal positions, each step's the mean of its frames'."""
+        if steps == self.frames:
+            return self.temporal_positions
+        return self.temporal_positions.unflatten(0, (steps, -1)).mean(1)
 
     def _near(self, places: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
         """places `B Q 2`, centres `n 2` -> `B Q heads 3` and `n 3`; their products are to be added to the scores.
@@ -104,7 +113,7 @@ class AttentionReadout(nn.Module):
         """
         norm, d = self.features_norm, q.shape[2] // self.heads
         x = F.layer_norm(x, (x.shape[-1],), eps=norm.eps)  # B T n C
-        added = norm.bias + self.temporal_positions[:, 0]  # T C
+        added = norm.bias + self._positions(x.shape[1])[:, 0]  # T C
         per_head = lambda linear: linear.weight.unflatten(0, (self.heads, d))  # noqa: E731  heads d C
         q = q.unflatten(-1, (self.heads, d)) / math.sqrt(d)  # B Q heads d
         asks = torch.einsum("bqhd,hdc->bqhc", q, per_head(self.key))
@@ -149,6 +158,7 @@ class Head(nn.Module):
         query_std: of learned queries at the start (released: 0.02, at which attention is the same everywhere for long).
         time_init: of the temporal positions, "normal" N(0, 0.02) as released, or "sincos" (ours: time is visible at once).
         out_scale: of the last layer's initial weights (released: 1; less starts closer to predicting nothing).
+        stretched: see AttentionReadout (released: true).
         sharpness: attention of given queries falls by so much times the squared distance to what is asked about (the picture's
           side is 1); learned, and at the start from the first to the second number over the heads (released: not at all, empty).
     """
@@ -169,6 +179,7 @@ class Head(nn.Module):
         query_std: float,
         time_init: str,
         out_scale: float,
+        stretched: bool = True,
         sharpness: tuple[float, ...],
     ) -> None:
         super().__init__()
@@ -192,6 +203,7 @@ class Head(nn.Module):
             heads=heads,
             out=out,
             near=bool(self.sharpness),
+            stretched=stretched,
         )
 
     @torch.no_grad()

@@ -35,17 +35,24 @@ from scaling4d.state import remove
 TASKS: dict[str, type[Task]] = {"actions": Actions, "boxes": Boxes, "depth": Depth, "points": Points, "pose": Pose}
 PROTOCOLS = ("frozen", "finetune")
 HEAD = "head.safetensors"
+READING = ("readout.key.weight", "readout.value.weight")
 JUDGED = 16  # clips at a time
 
 
 @config.configurable
 @dataclass(frozen=True)
 class Recipe:
-    """How a readout is trained. encoder_learning_rate: 0 leaves the encoder frozen. flattening: see Standard.of."""
+    """How a readout is trained.
+
+    encoder_learning_rate: 0 leaves the encoder frozen. rate_at_width: the matrices that read features, each of whose numbers is a
+    sum over all channels, have `learning_rate` at features of this width, and at others in inverse proportion (ours, after
+    Tensor Programs V, arXiv:2203.03466); 0: at any width (released). flattening: see Standard.of.
+    """
 
     steps: int
     batch: int
     learning_rate: float
+    rate_at_width: int
     encoder_learning_rate: float
     weight_decay: float
     betas: tuple[float, float]
@@ -252,7 +259,10 @@ class Probe(nn.Module):
 
 
 def _parts(probe: Probe, recipe: Recipe) -> Parts:
-    parts = {"head": (list(probe.head.named_parameters()), recipe.learning_rate)}
+    named, width = dict(probe.head.named_parameters()), probe.head.readout.key.in_features
+    reading = [(name, named.pop(name)) for name in READING]
+    share = recipe.rate_at_width / width if recipe.rate_at_width else 1.0
+    parts = {"head": (list(named.items()), recipe.learning_rate), "reading": (reading, share * recipe.learning_rate)}
     if probe.encoder is not None:
         parts["encoder"] = (list(probe.encoder.named_parameters()), recipe.encoder_learning_rate)
     return parts
