@@ -64,7 +64,7 @@ class AttentionReadout(nn.Module):
 
     def forward(self, features: Tensor, queries: Tensor | None = None, places: Tensor | None = None) -> Tensor:
         """features `B t n C`, queries `B Q Dq` or none, places `B Q 2` (x y in 0..1, for `near`) -> `B Q out`."""
-        x = stretch(features, self.frames) if self.stretched else features  # B T n C; the next two say T for t as well
+        x = stretch(features, self.frames) if self.stretched else features  # B T n C, or t for T
         q = self.query.expand(x.shape[0], -1, -1) if queries is None else self.query_in(queries)  # B Q D
         if self.plain:
             return self.out(self._read(x, q, places))
