@@ -62,6 +62,7 @@ def test_the_paper_profile_reads_out_by_the_published_recipe_whatever_pocket_doe
         recipe = task["Recipe"]
         assert recipe["steps"] * recipe["batch"] == 1_280_000 and recipe["batch"] == 32
         assert (recipe["learning_rate"], recipe["weight_decay"], recipe["warmup_steps"]) == (3e-4, 1e-4, 1000)
+        assert recipe["rate_at_width"] == 0
 
 
 def test_dvc_trains_nothing_anew_for_where_and_how_a_run_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -208,6 +208,11 @@ def facts(name: str) -> dict[str, float] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+def write_facts(name: str, taken: dict[str, float]) -> None:
+    _facts(name).parent.mkdir(parents=True, exist_ok=True)
+    write_json(_facts(name), taken)
+
+
 class Copy:
     """A clone of a commit in which experiments run one after another. kept: DVC's cache, for all copies."""
 
@@ -262,8 +267,7 @@ class Copy:
             _git("fetch", "-q", str(self.folder), f"+{ref}:{ref}")
         log.unlink()
         taken = {"seconds": round(time.monotonic() - started, 1), "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1)}
-        _facts(one.name).parent.mkdir(parents=True, exist_ok=True)
-        write_json(_facts(one.name), taken)
+        write_facts(one.name, taken)
         return None
 
     def _reset(self) -> None:

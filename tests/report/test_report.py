@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from scaling4d import artifacts, report
+from scaling4d import artifacts, experiments, report
 from scaling4d.records import UserError, write_json
 from scaling4d.report import figures, readouts, tables
 from scaling4d.report import story as story_of
@@ -43,6 +43,7 @@ def test_the_report_is_the_same_bytes_twice_and_needs_no_network(pocket: dict, c
     override("pretrain.Training.steps", 77, Path("artifacts/test/pretrain/nano"))
     artifacts.write_run("pretrain-nano", artifacts.sha256(Path("artifacts/test/reconstruct/nano")), started=0)
     artifacts.write_run("pretrain-nano", "0" * 64, started=0)
+    experiments.write_facts("pocket-nano-0", {"seconds": 1.0, "cpu_seconds": 1.0})
     report.build(pocket)
     first = outs()
     assert set(first) == OUTS
