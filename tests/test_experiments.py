@@ -50,7 +50,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = cloned(tmp_path_factory.mktemp("study") / "scaling4d", wanted)
     (folder / "experiments/study/steps.yaml").write_text(STUDY)
     commit(folder)
-    cli(folder, "steps")
+    cli(folder, "steps", "--jobs", "2")
     return folder
 
 

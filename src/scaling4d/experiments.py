@@ -59,11 +59,6 @@ class Wanted:
         settings = [word for value in self.arm.settings(self.seed) for word in ("-S", value)]
         return ["exp", "run", "--name", self.name, *settings, *self.arm.targets]
 
-    @property
-    def changes(self) -> tuple[object, ...]:
-        """Equal for the seeds of an arm, whatever a study calls it."""
-        return self.arm.profile, self.arm.overrides, self.arm.targets
-
 
 def wanted(study: Study) -> list[Wanted]:
     """Every arm and seed, with the name of its experiment.
@@ -125,9 +120,9 @@ def run(runs: Sequence[Wanted], *, jobs: int, say: Callable[[str], None]) -> dic
     changed = _git("status", "--porcelain", "--", *INPUTS).splitlines()
     if changed:
         raise UserError(f"{changed[0][3:]} differs from the last commit, and a study runs what is committed; commit it first")
-    arms: queue.SimpleQueue[list[Wanted]] = queue.SimpleQueue()
-    for changes in dict.fromkeys(one.changes for one in todo):
-        arms.put([one for one in todo if one.changes == changes])  # one after another in one copy
+    waiting: queue.SimpleQueue[Wanted] = queue.SimpleQueue()
+    for one in todo:
+        waiting.put(one)
     failed: dict[str, str] = {}
     done, stop = [], threading.Event()
     commit, kept = _git("rev-parse", "HEAD").strip(), dvc_cache()
@@ -137,20 +132,19 @@ def run(runs: Sequence[Wanted], *, jobs: int, say: Callable[[str], None]) -> dic
         copy = Copy(number, commit, kept)
         while not stop.is_set():
             try:
-                mine = arms.get_nowait()
+                one = waiting.get_nowait()
             except queue.Empty:
                 return
-            copy.prepare(mine[0].arm)
-            for one in mine:
-                why = copy.run(one, running, stop)
-                if stop.is_set():
-                    return
-                if why is not None:
-                    failed[one.name] = why
-                    copy.prepare(one.arm)
-                done.append(one)
-                say(f"[{len(done)}/{len(todo)}] {one}: {why or _took(one.name)}")
+            copy.prepare(one.arm)
+            why = copy.run(one, running, stop)
+            if stop.is_set():
+                return
+            if why is not None:
+                failed[one.name] = why
+            done.append(one)
+            say(f"[{len(done)}/{len(todo)}] {one}: {why or _took(one.name)}")
 
+    jobs = min(jobs, len(todo))
     with _alone(), ThreadPoolExecutor(jobs) as threads:
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         workers = [threads.submit(work, number) for number in range(jobs)]
