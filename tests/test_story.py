@@ -51,9 +51,9 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def story(clone: Path) -> Path:
-    """The clone after all stages of the smoke profile, as `make repro` runs them: two at a time, each by `dvc repro`."""
+    """The clone after all stages of the smoke profile, as `make repro` runs them: three at a time, each by `dvc repro`."""
     cli(clone, "compose", "profile=smoke")
-    done = ran(run(clone, "make", "ahead", "JOBS=2"))
+    done = ran(run(clone, "make", "ahead", "JOBS=3"))
     assert len(done) == len(set(done)) == STAGES
     return clone
 

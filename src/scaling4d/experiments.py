@@ -1,9 +1,9 @@
 """Runs the arms of a study as DVC experiments, in copies of the last commit, so that the folder one works in is left alone.
 
 A copy (a git clone in .dvc/tmp/studies/, with the objects and the DVC cache of this repository) stays for the next study: data
-and clips are checked out once, a killed training goes on, and times stay in its .runs/. An experiment is named after its arm,
-its seed and a hash of settings, code, data and pipeline: what is there already is not run again, and of what is not, DVC's own
-run cache brings every stage that ran before.
+are checked out once, a killed training goes on, and times stay in its .runs/. An experiment is named after its arm, its seed and
+a hash of settings, code, data and pipeline: what is there already is not run again, and of what is not, DVC's own run cache
+brings every stage that ran before but clips, which are taken over from run to run where they are alike.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import fcntl
 import hashlib
 import json
 import os
-import queue
 import re
 import shutil
 import signal
@@ -21,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -120,21 +120,24 @@ def run(runs: Sequence[Wanted], *, jobs: int, say: Callable[[str], None]) -> dic
     changed = _git("status", "--porcelain", "--", *INPUTS).splitlines()
     if changed:
         raise UserError(f"{changed[0][3:]} differs from the last commit, and a study runs what is committed; commit it first")
-    waiting: queue.SimpleQueue[Wanted] = queue.SimpleQueue()
-    for one in todo:
-        waiting.put(one)
+    begun = _begun()
+    copies = list(dict.fromkeys([*(begun[one.name] for one in todo if one.name in begun), *range(jobs)]))[: min(jobs, len(todo))]
+    waiting = {number: deque(one for one in todo if begun.get(one.name) == number) for number in copies}
+    others = deque(one for one in todo if begun.get(one.name) not in copies)
     failed: dict[str, str] = {}
     done, stop = [], threading.Event()
     commit, kept = _git("rev-parse", "HEAD").strip(), dvc_cache()
     running: set[subprocess.Popen] = set()
 
+    def following(number: int) -> Wanted | None:
+        for some in (waiting[number], others):
+            with contextlib.suppress(IndexError):
+                return some.popleft()
+        return None
+
     def work(number: int) -> None:
         copy = Copy(number, commit, kept)
-        while not stop.is_set():
-            try:
-                one = waiting.get_nowait()
-            except queue.Empty:
-                return
+        while not stop.is_set() and (one := following(number)):
             copy.prepare(one.arm)
             why = copy.run(one, running, stop)
             if stop.is_set():
@@ -144,10 +147,9 @@ def run(runs: Sequence[Wanted], *, jobs: int, say: Callable[[str], None]) -> dic
             done.append(one)
             say(f"[{len(done)}/{len(todo)}] {one}: {why or _took(one.name)}")
 
-    jobs = min(jobs, len(todo))
-    with _alone(), ThreadPoolExecutor(jobs) as threads:
+    with _alone(), ThreadPoolExecutor(len(copies)) as threads:
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        workers = [threads.submit(work, number) for number in range(jobs)]
+        workers = [threads.submit(work, number) for number in copies]
         try:
             for worker in as_completed(workers):
                 worker.result()
@@ -157,6 +159,11 @@ def run(runs: Sequence[Wanted], *, jobs: int, say: Callable[[str], None]) -> dic
                 _end(process)
             signal.signal(signal.SIGTERM, before)
     return failed
+
+
+def _begun() -> dict[str, int]:
+    """Name of every run that was stopped or failed -> the copy in which it began, where a training's state lies."""
+    return {path.stem.partition(".")[0]: int(path.stem.partition(".")[2]) for path in COPIES.glob("*.*.log")}
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -203,6 +210,7 @@ def facts(name: str) -> dict[str, float] | None:
 
 
 def write_facts(name: str, taken: dict[str, float]) -> None:
+    """For `facts`; not beside the stages' own times."""
     _facts(name).parent.mkdir(parents=True, exist_ok=True)
     write_json(_facts(name), taken)
 
@@ -213,7 +221,8 @@ class Copy:
     _fetching = threading.Lock()
 
     def __init__(self, number: int, commit: str, kept: Path) -> None:
-        self.folder, self.commit = COPIES / str(number), commit
+        self.number, self.folder, self.commit = number, COPIES / str(number), commit
+        self.cut: tuple[object, ...] | None = None  # profile and overrides of the clips that lie here
         if not (self.folder / ".git").is_dir():
             fresh = self.folder.with_name(f"{number}-fresh")  # what is killed while it is cloned, is cloned anew
             shutil.rmtree(fresh, ignore_errors=True)
@@ -225,21 +234,27 @@ class Copy:
         (self.folder / ".dvc/config.local").write_text(f"[cache]\n    dir = {kept}\n")
 
     def prepare(self, arm: Arm) -> None:
-        """The commit as it is; of its lock only what the arm needs, because DVC reads the whole lock again and again."""
+        """The commit as it is; of its lock only what the arm needs, because DVC reads the whole lock again and again.
+
+        Clips that a run before cut alike stay in it: DVC has no run cache for outs that persist.
+        """
         from ruamel.yaml import YAML
 
+        path, alike = self.folder / "dvc.lock", (arm.profile, arm.overrides)
+        former = load_lock(path.read_text()) if self.cut == alike else {}
         self._reset()
-        path = self.folder / "dvc.lock"
-        stages = load_lock(path.read_text())
+        stages = dict(needed(load_lock(path.read_text()), arm.targets))
+        stages |= {name: stage for name, stage in former.items() if name == "clips"}
+        self.cut = alike
         with path.open("w") as file:
-            YAML(typ="safe", pure=True).dump({"schema": "2.0", "stages": dict(needed(stages, arm.targets))}, file)
+            YAML(typ="safe", pure=True).dump({"schema": "2.0", "stages": stages}, file)
 
     def run(self, one: Wanted, running: set[subprocess.Popen], stop: threading.Event) -> str | None:
         """None, or why it failed; what it took is written to .runs/. Who sets `stop` also ends those that are `running`."""
         command = [sys.executable, "-m", "dvc", *one.words]
         env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
-        log = COPIES / f"{one.name}.log"
+        log = COPIES / f"{one.name}.{self.number}.log"
         ref = f"{REFS}{self.commit[:2]}/{self.commit[2:]}/{one.name}"
         self._git("update-ref", "-d", ref)  # of a run that was not fetched
         started = time.monotonic()

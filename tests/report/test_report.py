@@ -43,7 +43,6 @@ def test_the_report_is_the_same_bytes_twice_and_needs_no_network(pocket: dict, c
     override("pretrain.Training.steps", 77, Path("artifacts/test/pretrain/nano"))
     artifacts.write_run("pretrain-nano", artifacts.sha256(Path("artifacts/test/reconstruct/nano")), started=0)
     artifacts.write_run("pretrain-nano", "0" * 64, started=0)
-    experiments.write_facts("pocket-nano-0", {"seconds": 1.0, "cpu_seconds": 1.0})
     report.build(pocket)
     first = outs()
     assert set(first) == OUTS
@@ -59,6 +58,12 @@ def test_the_report_is_the_same_bytes_twice_and_needs_no_network(pocket: dict, c
     runs = json.loads((BUILT / "runs.json").read_text())["runs"]
     assert [run["stage"] for run in runs] == ["pretrain-nano", "report"]
     assert not list(artifacts.PARTIAL.iterdir())
+
+
+def test_what_experiments_took_is_not_among_the_times_of_stages(pocket: dict) -> None:
+    experiments.write_facts("pocket-nano-0", {"seconds": 1.0, "cpu_seconds": 1.0})
+    report.build(pocket)
+    assert [run["stage"] for run in json.loads((BUILT / "runs.json").read_text())["runs"]] == ["report"]
 
 
 def test_tables_hold_every_result_in_full(pocket: dict) -> None:
