@@ -53,10 +53,10 @@ def sample(seed: int = 0) -> Sample:
     )
 
 
-def bind_head() -> None:
+def bind_head(**changes: object) -> None:
     shape = {"width": 32, "heads": 4, "fourier_bases": 4, "query_width": 24}
     start = {"query_std": 1.0, "time_init": "sincos", "out_scale": 1.0, "stretched": True, "sharpness": [1.0, 100.0]}
-    config.bind({"Head": shape | start})
+    config.bind({"Head": shape | start | changes})
 
 
 TASK = {
@@ -349,9 +349,9 @@ def test_a_given_query_is_answered_whatever_the_others_ask() -> None:
     assert torch.allclose(whole[:, 1:2], head(features, queries[:, 1:2]), atol=1e-6)
 
 
-@pytest.mark.parametrize("given", [False, True])
-def test_attention_of_few_queries_is_that_of_many_in_another_order(given: bool) -> None:
-    rng = seeds.stream(0, "few")
+@pytest.mark.parametrize("coordinates", [0, 2, 3])
+def test_attention_of_few_queries_is_that_of_many_in_another_order(coordinates: int) -> None:
+    rng, given = seeds.stream(0, "few"), coordinates > 0
     reader = AttentionReadout(
         features_width=24, frames=4, queries=0 if given else 3, query_width=5, width=32, heads=4, out=6, near=given
     )
@@ -360,7 +360,7 @@ def test_attention_of_few_queries_is_that_of_many_in_another_order(given: bool) 
     features = torch.randn(2, 2, 9, 24, generator=rng)
     queries = torch.randn(2, 3, 5, generator=rng) if given else None
     x, q = stretch(features, 4), reader.query_in(queries) if given else reader.query.expand(2, -1, -1)
-    places = torch.rand(2, 3, 2, generator=rng) if given else None
+    places = torch.rand(2, 3, coordinates, generator=rng) if given else None
     assert torch.allclose(reader._read_by_few(x, q, places), reader._read(x, q, places), atol=1e-5)
 
 
@@ -400,21 +400,33 @@ def test_keys_and_values_of_wider_features_learn_as_much_slower(width: int, at_w
         assert moved[f"readout.{name}.weight"] == pytest.approx(rate, rel=0.05), name
 
 
-def test_attention_falls_by_the_squared_distance() -> None:
+@pytest.mark.parametrize("coordinates", [2, 3])
+def test_attention_falls_by_the_squared_distance(coordinates: int) -> None:
     reader = AttentionReadout(features_width=24, frames=1, queries=0, query_width=5, width=32, heads=4, out=6, near=True)
     torch.nn.init.normal_(reader.nearness_bias, generator=seeds.stream(0, "bias"))
-    places, centres = torch.rand(2, 5, 2, generator=seeds.stream(0, "places")), cells(9, torch.device("cpu"))
+    places, centres = torch.rand(2, 5, coordinates, generator=seeds.stream(0, "places")), cells(2, 9, torch.device("cpu"))
     at, where = reader._near(places, centres)
-    squared = (places[:, :, None] - centres).square().sum(-1)[:, :, None]  # B Q 1 n
+    squared = (places[:, :, None] - centres[:, :coordinates]).square().sum(-1)[:, :, None]  # B Q 1 n
     expected = -reader.nearness_bias.exp()[:, None] * squared
     assert torch.allclose((at @ where.T).softmax(-1), expected.softmax(-1), atol=1e-6)
+
+
+def test_a_query_of_depth_looks_at_the_part_of_the_clip_that_it_answers_for() -> None:
+    bind_head(stretched=False, sharpness=[1e4, 1e4])
+    head = TASK["depth"].head(features_width=24, clip=(4, 16, 16))  # two steps of 2 x 2 tokens, and as many queries
+    head.initialise(0)
+    features = torch.randn(1, 2, 4, 24, generator=seeds.stream(0, "clip"))
+    changed = features.clone()
+    changed[0, 1, 2] = -changed[0, 1, 2]
+    differs = (head(features) - head(changed)).abs().amax(-1)[0] > 1e-6
+    assert differs.tolist() == [False] * 6 + [True, False]
 
 
 def test_the_sharpest_head_reads_only_the_token_that_is_asked_about() -> None:
     reader = AttentionReadout(features_width=24, frames=1, queries=0, query_width=5, width=32, heads=4, out=6, near=True)
     torch.nn.init.constant_(reader.nearness_bias, 9.0)
     places = torch.tensor([[[0.5 / 3, 2.5 / 3], [0.6, 0.4]]])  # of a grid of 3 x 3: left below, the middle
-    at, where = reader._near(places, cells(9, places.device))
+    at, where = reader._near(places, cells(1, 9, places.device))
     shares = (at @ where.T).softmax(-1).transpose(1, 2)  # 1 heads 2 9
     assert shares.argmax(-1)[0].tolist() == [[6, 4]] * 4
     assert shares.amax(-1).min() > 0.99

@@ -23,7 +23,7 @@ class AttentionReadout(nn.Module):
 
     Args:
         queries: how many learned queries; or 0, and queries of `query_width` are given to forward.
-        near: attention falls with the distance between a token and the place that a query asks about.
+        near: attention falls with the distance between a token and the place, or place and time, that a query is about.
         stretched: features are stretched to `frames` time steps, as released; else they are read at their own t steps, each at
           the mean temporal position of its frames (ours: with t = frames / 2 at half the cost).
         plain: the released code's simpler variant, without norm, key and value biases, and the residual mlp.
@@ -63,7 +63,7 @@ class AttentionReadout(nn.Module):
         self.out = nn.Linear(width, out)
 
     def forward(self, features: Tensor, queries: Tensor | None = None, places: Tensor | None = None) -> Tensor:
-        """features `B t n C`, queries `B Q Dq` or none, places `B Q 2` (x y in 0..1, for `near`) -> `B Q out`."""
+        """features `B t n C`, queries `B Q Dq` or none -> `B Q out`. places, if near: `B Q 2` (x y in 0..1) or `B Q 3` (time)."""
         x = stretch(features, self.frames) if self.stretched else features  # B T n C, or t for T
         q = self.query.expand(x.shape[0], -1, -1) if queries is None else self.query_in(queries)  # B Q D
         if self.plain:
@@ -76,7 +76,7 @@ class AttentionReadout(nn.Module):
     def _read(self, x: Tensor, q: Tensor, places: Tensor | None) -> Tensor:
         """Attention as it is written in the papers: a key and a value for every token.
 
-        x `B T n C`, q `B Q D`, places `B Q 2` -> `B Q D`.
+        x `B T n C`, q `B Q D`, places `B Q 2` or `B Q 3` -> `B Q D`.
         """
         frames, tokens = x.shape[1:3]
         x = (self.features_norm(x) + self._positions(frames)).flatten(1, 2)  # B T*n C
@@ -85,8 +85,8 @@ class AttentionReadout(nn.Module):
         if places is None:
             return attention(q, k, v).flatten(2)
         d = q.shape[-1]
-        at, where = self._near(places, cells(tokens, places.device))
-        k = torch.cat([k, where.repeat(frames, 1)[None, :, None].expand(*k.shape[:3], -1)], -1)
+        at, where = self._near(places, cells(frames, tokens, places.device))
+        k = torch.cat([k, where[None, :, None].expand(*k.shape[:3], -1)], -1)
         q = torch.cat([q, math.sqrt(d) * at], -1)
         return attention(q, k, F.pad(v, (0, at.shape[-1])), scale=1 / math.sqrt(d))[..., :d].flatten(2)
 
@@ -97,13 +97,13 @@ class AttentionReadout(nn.Module):
         return self.temporal_positions.unflatten(0, (steps, -1)).mean(1)
 
     def _near(self, places: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-        """places `B Q 2`, centres `n 2` -> `B Q heads 3` and `n 3`; their products are to be added to the scores.
+        """places `B Q d`, centres `N 3` -> `B Q heads d+1` and `N d+1`; their products are to be added to the scores.
 
-        A score falls by a head's sharpness s times the squared distance: -s |p - c|^2 = 2 s p . c - s |c|^2 - s |p|^2, of which
-        softmax drops the last, since all tokens have it in common.
+        As many coordinates count as the places have. A score falls by a head's sharpness s times the squared distance:
+        -s |p - c|^2 = 2 s p . c - s |c|^2 - s |p|^2, of which softmax drops the last, since all tokens have it in common.
         """
-        p, c = places - 0.5, centres - 0.5
-        asks = torch.cat([2 * p, -torch.ones_like(p[..., :1])], -1)  # B Q 3
+        p, c = places - 0.5, centres[:, : places.shape[-1]] - 0.5
+        asks = torch.cat([2 * p, -torch.ones_like(p[..., :1])], -1)  # B Q d+1
         return asks[:, :, None] * self.nearness_bias.exp()[:, None], torch.cat([c, c.square().sum(-1, keepdim=True)], -1)
 
     def _read_by_few(self, x: Tensor, q: Tensor, places: Tensor | None) -> Tensor:
@@ -121,19 +121,19 @@ class AttentionReadout(nn.Module):
         at_time = torch.einsum("bqhc,tc->bqht", asks, added) + constant
         scores = torch.einsum("bqhc,btnc->bqhtn", asks * norm.weight, x) + at_time[..., None]
         if places is not None:
-            at, where = self._near(places, cells(x.shape[2], places.device))
-            scores = scores + (at @ where.T)[:, :, :, None]
+            at, where = self._near(places, cells(*x.shape[1:3], places.device))
+            scores = scores + (at @ where.T).unflatten(-1, x.shape[1:3])
         share = scores.flatten(-2).softmax(-1).unflatten(-1, scores.shape[-2:])  # B Q heads T n
         mean = torch.einsum("bqhtn,btnc->bqhc", share, x) * norm.weight + torch.einsum("bqht,tc->bqhc", share.sum(-1), added)
         values = torch.einsum("bqhc,hdc->bqhd", mean, per_head(self.value)).flatten(2)  # B Q D
         return values + self.value.bias
 
 
-def cells(tokens: int, device: torch.device) -> Tensor:
-    """Centres `n 2` (x y in 0..1) of the cells of a square grid, row by row."""
+def cells(steps: int, tokens: int, device: torch.device) -> Tensor:
+    """Centres `steps*n 3` (x y time in 0..1) of the cells of a square grid, row by row and step by step."""
     side = math.isqrt(tokens)  # clips are square
-    centre = (torch.arange(side, device=device) + 0.5) / side
-    return torch.stack([centre.repeat(side), centre.repeat_interleave(side)], -1)
+    x, time = ((torch.arange(count, device=device) + 0.5) / count for count in (side, steps))
+    return torch.stack([x.repeat(steps * side), x.repeat_interleave(side).repeat(steps), time.repeat_interleave(tokens)], -1)
 
 
 def fourier(coordinates: Tensor, bases: int) -> Tensor:
@@ -151,7 +151,8 @@ class Head(nn.Module):
     """An attention readout for a task: learned queries, or one query a tracked thing.
 
     Args:
-        features_width, frames: of what it reads. learned: number of learned queries, or 0.
+        features_width, frames: of what it reads. learned: number of learned queries, or 0; steps: into so many steps of time,
+          each of a square grid, they divide the clip to answer for a cell each; 0 if they are about the whole clip.
         coordinates: numbers that describe a given query (2 for a point, 4 for a box). tiles: each given query is repeated
           so often with a learned time embedding and answers for frames / tiles frames. values: numbers a frame.
         width, heads: of the readout. fourier_bases, query_width: of the embedding of given queries (released: 16 and 512).
@@ -159,8 +160,9 @@ class Head(nn.Module):
         time_init: of the temporal positions, "normal" N(0, 0.02) as released, or "sincos" (ours: time is visible at once).
         out_scale: of the last layer's initial weights (released: 1; less starts closer to predicting nothing).
         stretched: see AttentionReadout (released: true).
-        sharpness: attention of given queries falls by so much times the squared distance to what is asked about (the picture's
-          side is 1); learned, and at the start from the first to the second number over the heads (released: not at all, empty).
+        sharpness: attention falls by so much times the squared distance to what a given query asks about (the picture's side
+          is 1), or to the cell that a learned one answers for (the clip's length is 1 as well); learned, and at the start from
+          the first to the second number over the heads (released: not at all, empty).
     """
 
     def __init__(
@@ -181,13 +183,15 @@ class Head(nn.Module):
         out_scale: float,
         stretched: bool = True,
         sharpness: tuple[float, ...],
+        steps: int = 0,
     ) -> None:
         super().__init__()
         if time_init not in ("normal", "sincos"):
             raise UserError(f"Head.time_init = {time_init!r}; needed 'normal' or 'sincos'")
         if len(sharpness) not in (0, 2) or min(sharpness, default=1) <= 0:
             raise UserError(f"Head.sharpness = {list(sharpness)}; needed two numbers above 0, or none")
-        self.sharpness = sharpness if coordinates else ()
+        self.learned, self.steps = learned, steps
+        self.sharpness = sharpness if coordinates or steps else ()
         self.bases, self.tiles, self.frames = fourier_bases, tiles, frames
         self.query_std, self.time_init, self.out_scale = query_std, time_init, out_scale
         if not learned:
@@ -223,7 +227,8 @@ class Head(nn.Module):
     def forward(self, features: Tensor, queries: Tensor | None = None) -> Tensor:
         """features `B t n C` -> `B Q out`; with given queries `B Q coordinates` -> `B Q T values`."""
         if queries is None:
-            return self.readout(features)
+            places = cells(self.steps, self.learned // self.steps, features.device) if self.sharpness else None  # Q 3
+            return self.readout(features, None, places if places is None else places.expand(len(features), -1, -1))
         x = self.embed_mlp_out(F.gelu(self.embed_mlp_in(fourier(queries, self.bases)), approximate="tanh"))  # B Q D
         x = x[:, :, None] + self.tile_positions  # B Q k D
         places = queries.unflatten(-1, (-1, 2)).mean(-2).repeat_interleave(self.tiles, 1) if self.sharpness else None  # B Q*k 2

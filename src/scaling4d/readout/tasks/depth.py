@@ -38,6 +38,7 @@ class Depth:
             features_width=features_width,
             frames=clip[0],
             learned=math.prod(clip) // values,
+            steps=clip[0] // DECODING_PATCH[0],
             out=values,
             coordinates=0,
             tiles=1,
