@@ -20,15 +20,10 @@ repro: install
 	dvc repro
 	scaling4d table
 
-# What `dvc repro` does, to the byte, with as many stages at a time as there are cores: make knows from `dvc dag` which wait for which.
-# Readouts of actions take longest, so they begin first.
 JOBS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
-rules = $$2 == "->" { print $$3 ": " $$1 } NF == 1 && $$1 != "}" { print "all: " $$1 "\n" $$1 ":\n\tdvc --wait-for-lock repro --single-item " $$1 }
 
 ahead:
-	dvc repro clips
-	dvc dag --dot | tr -d '";' | grep -vE '^(data\.dvc|code|clips)( |$$)' | tac | awk '{ print !/actions/, $$0 }' | sort -sn | cut -d" " -f2- | \
-		awk '$(rules)' | $(MAKE) --no-print-directory -B -r -j $(JOBS) -f - all
+	python -m scaling4d.ahead $(JOBS)
 
 test: install
 	ruff check . && ruff format --check .
