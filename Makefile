@@ -23,7 +23,7 @@ repro: install
 JOBS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 
 ahead:
-	python -m scaling4d.ahead $(JOBS)
+	python -m scaling4d.ahead "$(JOBS)"
 
 test: install
 	ruff check . && ruff format --check .

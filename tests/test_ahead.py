@@ -1,8 +1,10 @@
 """Stages side by side."""
 
 import threading
+from pathlib import Path
 
 import pytest
+from commands import ENVIRONMENT
 
 from scaling4d import ahead
 
@@ -69,3 +71,16 @@ def test_nothing_begins_after_a_stage_that_failed_and_what_is_under_way_ends() -
         ahead.run(WAITS, 2, execute)
     assert sorted(began) == ["clips", "data.dvc", "pretrain@mini", "pretrain@nano"]
     assert ended == ["data.dvc", "clips", "pretrain@nano"]
+
+
+@pytest.mark.parametrize("jobs", ["0", "-1", "many", ""])
+def test_a_wrong_number_of_jobs_is_one_clear_line(jobs: str) -> None:
+    with pytest.raises(SystemExit, match=f"^error: JOBS is '{jobs}'; needed a whole number from 1 up$"):
+        ahead.main(jobs)
+
+
+def test_a_command_that_fails_is_named_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", ENVIRONMENT["PATH"])
+    monkeypatch.chdir(tmp_path)  # no DVC repository
+    with pytest.raises(SystemExit, match="^error: `dvc dag --dot` failed; why, it says above$"):
+        ahead.main("2")

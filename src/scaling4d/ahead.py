@@ -60,13 +60,15 @@ def repro(stage: str) -> None:
     subprocess.run(["dvc", "--wait-for-lock", "repro", "--single-item", stage], check=True)
 
 
-def main(jobs: int) -> None:
-    dot = subprocess.run(["dvc", "dag", "--dot"], check=True, stdout=subprocess.PIPE, text=True).stdout
+def main(jobs: str) -> None:
+    if not jobs.isdecimal() or int(jobs) < 1:
+        sys.exit(f"error: JOBS is {jobs!r}; needed a whole number from 1 up")
     try:
-        run(parse(dot), jobs, repro)
+        dot = subprocess.run(["dvc", "dag", "--dot"], check=True, stdout=subprocess.PIPE, text=True).stdout
+        run(parse(dot), int(jobs), repro)
     except subprocess.CalledProcessError as error:
-        sys.exit(f"error: stage {error.cmd[-1]} failed; why, it says above")
+        sys.exit(f"error: `{' '.join(error.cmd)}` failed; why, it says above")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(sys.argv[1])
