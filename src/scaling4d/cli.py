@@ -466,6 +466,11 @@ def _benchmarks(path: Path) -> list:
     return benchmarks.check(path / "benchmarks", max_bad_share=share)
 
 
+@bench.callback()
+def _before_any_measure() -> None:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler else reports on itself
+
+
 @bench.command(name="decode")
 def bench_decode(
     out: Reports = REPORTS,
@@ -528,7 +533,6 @@ def bench_pretrain(
 ) -> None:
     """Clips a second of whole training steps, and the share of the matmul peak: ours, transformers' VideoMAE, official MAE-ST."""
     _precisions(precision)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler else reports on itself
     from scaling4d.bench import pretrain
 
     print(f"wrote {pretrain.bench(out, clips=clips, repeats=repeats, precisions=precision, mae_st=mae_st)}")

@@ -5,21 +5,21 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity
 
 from scaling4d.bench import device as devices
 from scaling4d.bench import measure, steps
 from scaling4d.bench.measure import Contestant
 from scaling4d.pretrain.closed_form import PLAIN, flops, memory
 from scaling4d.pretrain.work import work_of
-from scaling4d.records import UserError, write_json
 
 POINT, BATCH = "S", 2
 HEAD_WIDTH = 64
@@ -122,21 +122,21 @@ def _training(model: nn.Module, case: Case, device: torch.device, seed: int) -> 
 
 
 def peak_bytes(point: str, case: Case, device: torch.device, *, seed: int) -> int:
-    """What training holds at most, twice through: of a GPU, or of a process of its own beyond what torch itself takes."""
+    """What tensors hold at most while training twice through, as torch's allocator of the device counts it."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         _train_twice(point, case, device, seed)
         return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        _train_twice(point, case, device, seed)
     with tempfile.TemporaryDirectory() as folder:
-        told = Path(folder, "bytes.json")
-        process = get_context("spawn").Process(target=_child, args=(point, asdict(case), seed, torch.get_num_threads(), told))
-        process.start()
-        process.join()
-        if process.exitcode:
-            raise UserError(f"training {point} with {case} ended with exit code {process.exitcode}; is there memory enough?")
-        return json.loads(told.read_text())
+        trace = Path(folder, "trace.json")
+        seen.export_chrome_trace(str(trace))
+        changes = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "[memory]"]
+    changes.sort(key=lambda event: event["ts"])
+    return max(accumulate(event["args"]["Bytes"] for event in changes))
 
 
 def _train_twice(point: str, case: Case, device: torch.device, seed: int) -> None:
@@ -144,15 +144,6 @@ def _train_twice(point: str, case: Case, device: torch.device, seed: int) -> Non
     run = _training(model, case, device, seed)
     run()
     run()
-
-
-def _child(point: str, case: dict[str, Any], seed: int, threads: int, told: Path) -> None:
-    with measure.threads(threads):
-        steps.settings_of(point)  # what this and a first product load is not training's
-        steps.forward_flops(lambda: torch.ones(64, 64) @ torch.ones(64, 64))
-        before = measure.held()
-        _train_twice(point, Case(**case), torch.device("cpu"), seed)
-        write_json(told, measure.held_at_most() - before)
 
 
 def _show(found: Mapping[str, Any]) -> None:

@@ -233,16 +233,6 @@ def memory(pid: int, *, every_s: float) -> Iterator[list[Memory]]:
         thread.join()
 
 
-def held() -> int:
-    """Bytes of memory of this process now. Linux only."""
-    return _fields(os.getpid(), "status")["VmRSS"]
-
-
-def held_at_most() -> int:
-    """Bytes of memory of this process at its peak. Linux only."""
-    return _fields(os.getpid(), "status")["VmHWM"]
-
-
 def slope_per_minute(samples: Sequence[Memory]) -> float:
     """Bytes a minute by which the total grows: a straight line by least squares through the samples."""
     times = np.array([sample.time_s for sample in samples]) / 60
