@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from scaling4d.report.figures import Svg, svg
+from scaling4d.report.figures import Svg, named, svg
 
 MEASURED = Path("reports/bench/costs.json")
 GIB = 2**30
@@ -22,6 +22,7 @@ ROWS = (  # what was measured, its unit, what the axis says, the formula, what t
 )
 
 
+@named
 def costs(path: Path = MEASURED) -> Svg:
     """A column for each thing that grows; time with its quartiles above, memory below, dashed what the formulas say."""
     told = json.loads(path.read_text())

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
 from itertools import cycle
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -35,15 +38,35 @@ STYLE = {
 
 
 class Svg(str):
-    """A drawing that a notebook shows as it is."""
+    """A drawing that a notebook shows as it is; `name`: of its file, see named."""
+
+    name = ""
 
     def __repr__(self) -> str:
         return "a figure"
 
     def _repr_html_(self) -> str:
-        return f'<div class="scaling4d">{self!s}</div>'
+        return f'<div class="scaling4d" id="{self.name}">{self!s}</div>'
 
 
+def named(figure: Callable[..., Svg]) -> Callable[..., Svg]:
+    """Lets what a function draws carry the function's name, under which it is taken from the notebook, see drawn."""
+
+    @wraps(figure)
+    def under_its_name(*arguments: Any) -> Svg:
+        picture = figure(*arguments)
+        picture.name = figure.__name__
+        return picture
+
+    return under_its_name
+
+
+def drawn(html: str) -> dict[str, str]:
+    """The named figures of a page, as svg."""
+    return dict(re.findall(r'<div class="scaling4d" id="(\w+)">(<svg.*?</svg>\n)</div>', html, re.DOTALL))
+
+
+@named
 def headline(story: Story) -> Svg:
     """A panel a task: our points against encoder parameters (above), 4DS as published (below, on its own axes)."""
     if not story.results:
@@ -62,6 +85,7 @@ def headline(story: Story) -> Svg:
     return svg(draw, (2.5 * len(story.tasks) + 0.6, 6.6))
 
 
+@named
 def pretraining(story: Story) -> Svg:
     """Validation loss of the ladder against parameters and training FLOPs, with a power law and its band where one fits."""
     ladder = [story.summaries[point] for point in story.ladder]
@@ -82,6 +106,7 @@ def pretraining(story: Story) -> Svg:
     return svg(draw, (9.5, 4.4))
 
 
+@named
 def training_curves(story: Story) -> Svg:
     """Training loss against clips seen; a panel a method, whose losses measure different things."""
 
@@ -105,6 +130,7 @@ def training_curves(story: Story) -> Svg:
     return svg(draw, (9.5, 4))
 
 
+@named
 def methods(story: Story) -> Svg:
     """Each point of another method or masking beside the ladder's point nearest in size: readouts and filled-in pixels."""
     others = [point for method in story.methods for point in story.of_method(method) if point not in story.ladder]
@@ -134,6 +160,7 @@ def methods(story: Story) -> Svg:
     return svg(draw, (max(2.2, 0.55 * len(names) + 1.1) * (len(story.tasks) + 1), 3.9))
 
 
+@named
 def reconstructions(story: Story) -> Svg:
     """For each clip three rows: input, masked, filled in; the points side by side."""
     columns = min(6, len(story.points))
@@ -153,9 +180,6 @@ def reconstructions(story: Story) -> Svg:
     heights = {imread(path).shape[:2] for path in story.pictures.values()}
     ratio = max(height / width for height, width in heights)
     return svg(draw, (2.1 * columns, rows * (2.1 * ratio + 0.6) + 0.3))
-
-
-FIGURES = (headline, pretraining, training_curves, methods, reconstructions)  # each is written as <name>.svg
 
 
 def _ours(axes: Axes, story: Story, task: str) -> None:
@@ -302,5 +326,5 @@ def svg(draw: Callable[[Figure], None], inches: tuple[float, float]) -> Svg:
         draw(figure)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    drawn = text.getvalue()
-    return Svg(drawn[drawn.index("<svg") :])
+    whole = text.getvalue()
+    return Svg(whole[whole.index("<svg") :])

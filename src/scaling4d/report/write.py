@@ -36,8 +36,8 @@ def build(settings: Mapping[str, Any]) -> None:
     ready = artifacts.PARTIAL / "report"
     with artifacts.folder(ready) as out:
         _write_tables(story, out)
-        _write_figures(story, out)
         _execute(out / NOTEBOOK.name)
+        _write_figures(out / NOTEBOOK.name, out)
         (out / "report.html").write_text(_html(out / NOTEBOOK.name))
         _write_site(out)
     for file in sorted(file for file in ready.rglob("*") if file.is_file()):
@@ -77,13 +77,16 @@ def _write_tables(story: Story, out: Path) -> None:
     write_json(out / "stages.json", tables.stages(story))
 
 
-def _write_figures(story: Story, out: Path) -> None:
-    from scaling4d.report.costs import costs
-    from scaling4d.report.figures import FIGURES
+def _write_figures(notebook: Path, out: Path) -> None:
+    """What the notebook drew, each in a file of its own."""
+    import nbformat
 
-    for figure in FIGURES:
-        (out / f"{figure.__name__}.svg").write_text(figure(story))
-    (out / "costs.svg").write_text(costs())
+    from scaling4d.report.figures import drawn
+
+    for cell in nbformat.read(notebook, as_version=4).cells:
+        for output in cell.get("outputs", ()):
+            for name, svg in drawn(output.get("data", {}).get("text/html", "")).items():
+                (out / f"{name}.svg").write_text(svg)
 
 
 def _write_site(out: Path) -> None:
