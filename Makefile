@@ -27,7 +27,7 @@ ahead:
 
 test: install
 	ruff check . && ruff format --check .
-	python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	ruff check --fix . && ruff format .
