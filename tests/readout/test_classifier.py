@@ -137,6 +137,7 @@ def test_the_classifier_starts_from_the_encoders_last_norm_and_from_no_opinion()
 def test_settings_that_cannot_work_are_refused_before_training(
     project: Path, changed: Callable, key: str, value: object, said: str
 ) -> None:
+    changed("readout.shared.Evaluation.ranks", 2)
     baseline("untrained_nano", config.read())
     with pytest.raises(UserError, match=f"^{re.escape(said)}"):
         classify("untrained_nano", changed(key, value))

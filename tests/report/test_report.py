@@ -156,6 +156,14 @@ def test_a_failing_notebook_says_which_cell(pocket: dict) -> None:
     assert not BUILT.exists()
 
 
+def test_a_notebook_that_leaves_out_a_figure_is_refused(pocket: dict) -> None:
+    notebook = Path("reports/scaling.ipynb")
+    notebook.write_text(notebook.read_text().replace("display(costs.costs())", "0", 1))
+    with pytest.raises(UserError, match="does not show the figure 'costs'"):
+        report.build(pocket)
+    assert not BUILT.exists()
+
+
 def test_the_notebook_is_short_and_only_calls_the_report() -> None:
     cells = json.loads(NOTEBOOK.read_text())["cells"]
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")

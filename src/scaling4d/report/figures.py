@@ -182,6 +182,9 @@ def reconstructions(story: Story) -> Svg:
     return svg(draw, (2.1 * columns, rows * (2.1 * ratio + 0.6) + 0.3))
 
 
+FIGURES = (headline, pretraining, training_curves, methods, reconstructions)  # of a story; the notebook shows each
+
+
 def _ours(axes: Axes, story: Story, task: str) -> None:
     ladder = set(story.ladder)
     mine = [r for r in story.results if r.task == task]

@@ -78,15 +78,18 @@ def _write_tables(story: Story, out: Path) -> None:
 
 
 def _write_figures(notebook: Path, out: Path) -> None:
-    """What the notebook drew, each in a file of its own."""
+    """What the executed notebook drew, each figure in a file of its own."""
     import nbformat
 
-    from scaling4d.report.figures import drawn
+    from scaling4d.report.costs import costs
+    from scaling4d.report.figures import FIGURES, drawn
 
-    for cell in nbformat.read(notebook, as_version=4).cells:
-        for output in cell.get("outputs", ()):
-            for name, svg in drawn(output.get("data", {}).get("text/html", "")).items():
-                (out / f"{name}.svg").write_text(svg)
+    cells = nbformat.read(notebook, as_version=4).cells
+    found = drawn("".join(output.get("data", {}).get("text/html", "") for cell in cells for output in cell.get("outputs", ())))
+    for name in (figure.__name__ for figure in (*FIGURES, costs)):
+        if name not in found:
+            raise UserError(f"{NOTEBOOK} does not show the figure {name!r}; let one of its cells display it")
+        (out / f"{name}.svg").write_text(found[name])
 
 
 def _write_site(out: Path) -> None:
