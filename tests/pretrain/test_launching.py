@@ -119,6 +119,18 @@ def test_asked_to_stop_it_says_run_me_again_only_where_that_is_of_use(
         assert launch._run(["sh", "-c", waiting], tmp_path, False) == code
 
 
+def test_asked_to_stop_while_torchrun_is_being_started_it_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = launch._start
+
+    def start_and_ask(command: list[str], snapshot: Path) -> subprocess.Popen:
+        started = start(command, snapshot)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return started
+
+    monkeypatch.setattr(launch, "_start", start_and_ask)
+    assert launch._run(["sleep", "60"], tmp_path, False) == AGAIN
+
+
 def test_a_launcher_keeps_settings_and_code_for_its_ranks(small: Callable) -> None:
     settings = small(where="torchrun")
     run = prepare("nano", settings)

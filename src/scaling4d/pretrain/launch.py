@@ -204,15 +204,19 @@ def _run(command: list[str], snapshot: Path, dry: bool) -> int:
     if dry:
         print(shlex.join(command))
         return 0
-    torchrun = _start(command, snapshot)
+    torchrun: subprocess.Popen | None = None
     asked: list[int] = []
 
     def hand_on(number: int, _: FrameType | None) -> None:
         asked.append(number)
-        torchrun.send_signal(signal.SIGTERM)
+        if torchrun:
+            torchrun.send_signal(signal.SIGTERM)
 
     before = {number: signal.signal(number, hand_on) for number in STOP}
     try:
+        torchrun = _start(command, snapshot)
+        if asked:  # while it was being started
+            torchrun.send_signal(signal.SIGTERM)
         code = torchrun.wait()
     finally:
         for number, handler in before.items():
