@@ -1,5 +1,6 @@
 """A small project: the real settings at smoke size, and a few curated clips of the pocket data."""
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ import yaml
 from scaling4d import config
 
 ROOT = Path(__file__).parents[1]
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # beside other tests, threads that wait for each other took 50 times as long
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
