@@ -12,7 +12,8 @@ install: .venv/installed
 .venv/installed: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python >= 3.11 is needed; say which: make PYTHON=python3.12"'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -c requirements.lock -e '.[dev]'
+	$(BIN)/pip install -q --no-compile -c requirements.lock -e '.[dev]'
+	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true  # on every core, pip has one; some packages bring files of a later Python
 	touch .venv/installed
 
 repro: install
