@@ -9,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": "src"}
+ENVIRONMENT.pop("OMP_NUM_THREADS", None)  # which the tests set: a user has as many as there are cores, and stages pin theirs
 
 
 def cloned(folder: Path, wanted: Callable[[str], bool] = lambda _: True) -> Path:

@@ -12,7 +12,7 @@ from scaling4d import config
 
 ROOT = Path(__file__).parents[1]
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # beside other tests, threads that wait for each other took 50 times as long
+os.environ["OMP_NUM_THREADS"] = "1"  # beside other tests, threads that wait for each other took 50 times as long
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
