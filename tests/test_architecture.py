@@ -8,16 +8,19 @@ from scaling4d.code import imported
 
 SOURCE = Path(scaling4d.__file__).parent
 MAY_IMPORT = {
-    "scenes": {"benchmarks"},
     "benchmarks": set(),
     "clips": set(),
     "mae": set(),
-    "pretrain": {"clips", "mae"},
-    "readout": {"benchmarks", "clips", "mae"},
-    "reconstruct": {"clips", "mae"},
-    "report": set(),
-    "audit": set(),
-    "bench": {"clips", "mae", "pretrain", "readout"},
+    "training": set(),
+    "encoders": {"mae"},
+    "scenes": {"benchmarks"},
+    "pretrain": {"clips", "mae", "training"},
+    "readout": {"benchmarks", "clips", "encoders", "mae", "training"},
+    "show": {"benchmarks", "encoders", "readout"},
+    "reconstruct": {"clips", "mae", "training"},
+    "studies": set(),
+    "report": {"studies"},
+    "audit": {"studies"},
 }
 MODULES = {
     ".".join(("scaling4d", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__")

@@ -19,7 +19,7 @@ def load(checkpoint: str | Path) -> nn.Module:
     Raises:
         UserError: no such checkpoint, or weights that do not fit what its config.json says.
     """
-    from scaling4d.readout.pretrained import load_encoder
+    from scaling4d.encoders.pretrained import load_encoder
     from scaling4d.records import UserError
 
     folder = Path(checkpoint)

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from scaling4d import config
-from scaling4d.pretrain.gpus import UTILISATION, WRITE_GB_PER_S
+from scaling4d.pretrain.plan.gpus import UTILISATION, WRITE_GB_PER_S
 from scaling4d.records import AGAIN, Preempted, UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -119,7 +119,7 @@ def baseline(encoder: str) -> None:
     """Write the encoder `untrained_<point>`, `pixels`, or a published one of encoders.pretrained (a DVC stage)."""
     settings = _settings()
     if encoder in config.section(settings, "encoders.pretrained"):
-        from scaling4d.readout.pretrained import baseline as write
+        from scaling4d.encoders.pretrained import baseline as write
     else:
         from scaling4d.pretrain.point import baseline as write
 
@@ -153,7 +153,7 @@ def show(
     frames: Annotated[int, typer.Option(min=1, help="Of each clip on the sheet.")] = 4,
 ) -> None:
     """Draw what readouts say beside the truth: depth maps, tracks, boxes, camera paths, top classes (a DVC stage)."""
-    from scaling4d.readout.show import show as draw
+    from scaling4d.show.show import show as draw
 
     print(f"wrote {draw(results, out, clips=clips, ids=ids or [], frames=frames)}")
 
@@ -234,7 +234,7 @@ def study(
 
     What ran before is not run again; a study that was stopped or failed in part goes on with the same command.
     """
-    from scaling4d import study as studies
+    from scaling4d.studies import study as studies
 
     if not names:
         for name in studies.names():
@@ -244,7 +244,7 @@ def study(
     if collect:
         _collect(chosen, {one.name: {} for one in chosen})
         return
-    from scaling4d import experiments
+    from scaling4d.studies import experiments
 
     wanted = {one.name: experiments.wanted(one) for one in chosen}
     runs = list({run.name: run for some in wanted.values() for run in some}.values())
@@ -261,8 +261,8 @@ def study(
 
 
 def _collect(chosen: list, told: dict[str, dict]) -> None:
-    from scaling4d import experiments
     from scaling4d.report import studies
+    from scaling4d.studies import experiments
 
     cache, wrong = experiments.dvc_cache(), []
     for one in chosen:
@@ -307,7 +307,7 @@ def plan(
     """
     import json
 
-    from scaling4d.pretrain.plan import plan as find
+    from scaling4d.pretrain.plan.estimate import plan as find
 
     found = find(
         point,
@@ -322,7 +322,7 @@ def plan(
     if as_json:
         print(json.dumps(found))
         return
-    from scaling4d.pretrain.plan_table import show
+    from scaling4d.pretrain.plan.table import show
 
     show(found)
 
@@ -339,19 +339,19 @@ def convert(
     normalise_target: Annotated[bool, typer.Option(help="mae_st: likewise, whether it predicted normalised pixels.")] = True,
 ) -> None:
     """Turn published weights into a Checkpoint folder, and a folder back into the released 4DS layout."""
-    from scaling4d.readout import published
+    from scaling4d.readout import released
 
     if kind not in ("4ds", "mae_st"):
         raise UserError(f"unknown kind {kind!r}; needed 4ds or mae_st")
     if kind == "4ds" and out.suffix == ".npz":
-        print(f"wrote {published.to_4ds(source, out)}")
+        print(f"wrote {released.to_4ds(source, out)}")
         return
     if not source.is_file():
         raise UserError(f"no file {source}")
     if kind == "4ds":
-        print(f"wrote {published.from_4ds(source, out)}")
+        print(f"wrote {released.from_4ds(source, out)}")
     else:
-        made = published.from_mae_st(
+        made = released.from_mae_st(
             source,
             out,
             heads=heads,
@@ -372,7 +372,7 @@ def features(
     queries: Annotated[Path | None, typer.Option(help="A .npy, Q 2 or Q 4 in 0..1: what a tracking readout is asked.")] = None,
 ) -> None:
     """Write the features of every layer of an encoder."""
-    from scaling4d.readout.extract import features as extract
+    from scaling4d.show.extract import features as extract
 
     print(f"wrote {out}: {', '.join(extract(checkpoint, video, out, side_px=side_px, queries=queries))}")
 
@@ -478,7 +478,7 @@ def bench_decode(
     repeats: Repeats = 7,
 ) -> None:
     """Clips a second from random places of videos: ours, torchcodec, OpenCV, plain PyAV, FFmpeg alone."""
-    from scaling4d.bench import decode
+    from scaling4d_bench import decode
 
     print(f"wrote {decode.bench(out, clips=clips, repeats=repeats)}")
 
@@ -491,7 +491,7 @@ def bench_loader(
     minutes: Annotated[float, typer.Option(min=0, help="How long memory is watched.")] = 1.0,
 ) -> None:
     """Clips a second of the loader with 0, 1, 2, 4 workers, and its memory as time goes by."""
-    from scaling4d.bench import loader
+    from scaling4d_bench import loader
 
     print(f"wrote {loader.bench(out, steps=steps, repeats=repeats, minutes=minutes)}")
 
@@ -503,7 +503,7 @@ def bench_readout(
     tasks: Annotated[list[str] | None, typer.Option("--task", help="One of the tasks; all of them unless told.")] = None,
 ) -> None:
     """What an encoder's frozen readouts cost beside one pass of it; what storing features saves, and half precision changes."""
-    from scaling4d.bench import readout
+    from scaling4d_bench import readout
 
     print(f"wrote {readout.bench(out, encoder=encoder, tasks=tasks or ())}")
 
@@ -516,7 +516,7 @@ def bench_curate(
     repeats: Repeats = 1,
 ) -> None:
     """Files a second of curation, its memory at two sizes, and what that comes to for 170 million videos."""
-    from scaling4d.bench import curate
+    from scaling4d_bench import curate
 
     print(f"wrote {curate.bench(out, files=files, more=more, repeats=repeats)}")
 
@@ -533,7 +533,7 @@ def bench_pretrain(
 ) -> None:
     """Clips a second of whole training steps, and the share of the matmul peak: ours, transformers' VideoMAE, official MAE-ST."""
     _precisions(precision)
-    from scaling4d.bench import pretrain
+    from scaling4d_bench import pretrain
 
     print(f"wrote {pretrain.bench(out, clips=clips, repeats=repeats, precisions=precision, mae_st=mae_st)}")
 
@@ -549,7 +549,7 @@ def bench_masking(
 ) -> None:
     """Step time at 0, 75, 90 and 95 % hidden, MAE-ST's and SimpleMAE's decoding at B and L; loading clips beside it."""
     _precisions([precision])
-    from scaling4d.bench import masking
+    from scaling4d_bench import masking
 
     print(f"wrote {masking.bench(out, clips=clips, repeats=repeats, precision=precision, workers=workers, shards=shards)}")
 
@@ -563,7 +563,7 @@ def bench_attention(
 ) -> None:
     """Attention at the token counts in use: ours, torch's own ways, xformers; clips in a batch and packed in one sequence."""
     _precisions([precision])
-    from scaling4d.bench import attention
+    from scaling4d_bench import attention
 
     print(f"wrote {attention.bench(out, total=total, repeats=repeats, precision=precision)}")
 
@@ -571,7 +571,7 @@ def bench_attention(
 @bench.command(name="costs")
 def bench_costs(out: Reports = REPORTS, repeats: Repeats = 5) -> None:
     """How time and memory of training grow with clips, frames, side, depth, width and batch, beside the formulas."""
-    from scaling4d.bench import costs
+    from scaling4d_bench import costs
 
     print(f"wrote {costs.bench(out, repeats=repeats)}")
 

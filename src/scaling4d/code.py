@@ -20,11 +20,11 @@ DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 STAGES = {
     "clips": "scaling4d.clips.stage",
     "pretrain": "scaling4d.pretrain.loop",
-    "baseline": "scaling4d.readout.pretrained",
+    "baseline": "scaling4d.encoders.pretrained",
     "benchmarks": "scaling4d.readout.benchmark",
     "readout": "scaling4d.readout.train",
     "classifier": "scaling4d.readout.classifier",
-    "show": "scaling4d.readout.show",
+    "show": "scaling4d.show.show",
     "reconstruct": "scaling4d.reconstruct.fill",
     "report": "scaling4d.report",
 }

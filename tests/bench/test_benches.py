@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from scaling4d.bench import curate, decode, loader, measure, readers
+from scaling4d_bench import curate, decode, loader, measure, readers
 
 SMALL = (96, 128)  # height, width
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from scaling4d.bench.extrapolate import Measured, comparisons, extrapolate
+from scaling4d_bench.extrapolate import Measured, comparisons, extrapolate
 
 MEASURED = Measured(
     core_s_per_video_s=0.2,

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from scaling4d import seeds
-from scaling4d.bench import attention, costs, device, pretrain, steps
-from scaling4d.bench.pretrain import Group, Row
+from scaling4d_bench import attention, costs, device, pretrain, steps
+from scaling4d_bench.pretrain import Group, Row
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing is claimed")]
 

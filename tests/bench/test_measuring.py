@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from scaling4d.bench import measure
-from scaling4d.bench.measure import Contestant, Memory, Raw
+from scaling4d_bench import measure
+from scaling4d_bench.measure import Contestant, Memory, Raw
 
 
 def test_contestants_take_turns_and_the_first_call_does_not_count() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from scaling4d import cli, config
-from scaling4d.bench import readout
 from scaling4d.records import UserError
+from scaling4d_bench import readout
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from scaling4d import seeds
-from scaling4d.bench import attention, costs, device, masking, measure, parts, peers, pretrain, steps
-from scaling4d.bench.costs import Axis, Case
-from scaling4d.bench.pretrain import Group, Row
+from scaling4d_bench import attention, costs, device, masking, measure, parts, peers, pretrain, steps
+from scaling4d_bench.costs import Axis, Case
+from scaling4d_bench.pretrain import Group, Row
 
 CPU = torch.device("cpu")
 SIMPLE = {"clip": [8, 64, 64], "width": 48, "depth": 3, "heads": 3, "mlp": 96}

@@ -18,8 +18,8 @@ from small_videos import save, world
 
 from scaling4d import seeds, video
 from scaling4d.clips import loader
-from scaling4d.ranks import run as in_ranks
 from scaling4d.records import UserError
+from scaling4d.training.distributed import run as in_ranks
 
 CLIPS = 23  # of `made`
 ARGUMENTS = {

@@ -18,8 +18,8 @@ from scaling4d.pretrain.loop import pretrain
 from scaling4d.pretrain.point import baseline, sections, start
 from scaling4d.pretrain.settings import Training
 from scaling4d.pretrain.validate import validate
-from scaling4d.ranks import run
 from scaling4d.records import UserError
+from scaling4d.training.distributed import run
 
 
 def val_loss(*, rank: int, ranks: int, settings: dict) -> float:

@@ -25,11 +25,11 @@ from interrupted import (
 )
 
 from scaling4d import artifacts, config
-from scaling4d import state as states_of
 from scaling4d.pretrain import loop
 from scaling4d.pretrain.loop import made_of, prepare, pretrain, train
-from scaling4d.ranks import run as in_ranks
 from scaling4d.records import AGAIN, UserError
+from scaling4d.training import resume as states_of
+from scaling4d.training.distributed import run as in_ranks
 
 NANO = Path("artifacts/smoke/pretrain/nano")
 

@@ -8,15 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from scaling4d import config, optimizer, seeds
+from scaling4d import config, seeds
 from scaling4d.checkpoint import weights
 from scaling4d.mae.attention import aligned, attention
 from scaling4d.pretrain.loop import pretrain
 from scaling4d.pretrain.point import build, sections, start
-from scaling4d.ranks import run
 from scaling4d.records import MaskedTokens, UserError
-from scaling4d.shard import Sharding, last_part, mine, reduce, spread, whole
-from scaling4d.state import State, tensors_of
+from scaling4d.training import optimizer
+from scaling4d.training.distributed import run
+from scaling4d.training.parallelize import Sharding, last_part, mine, reduce, spread, whole
+from scaling4d.training.resume import State, tensors_of
 
 PLAIN = {"shards": 1, "recompute": "none", "recompute_every": 1, "compile": False, "packed": False, "accumulate": 1}
 

@@ -20,8 +20,9 @@ from scaling4d import cli, seeds
 from scaling4d.checkpoint import WEIGHTS, Checkpoint, load_tensors
 from scaling4d.mae.encoder import Encoder, initialise
 from scaling4d.mae.simple_mae import SimpleMAE
-from scaling4d.readout import extract, published
+from scaling4d.readout import released
 from scaling4d.records import UserError
+from scaling4d.show import extract
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 BACKBONE = FIXTURES / "4ds_seed0/backbone_params.npz"
@@ -34,8 +35,8 @@ def arrays_of(path: Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("source", [BACKBONE, DEPTH], ids=["backbone", "depth"])
 def test_there_and_back_gives_the_released_arrays_to_the_byte(source: Path, tmp_path: Path) -> None:
-    published.from_4ds(source, tmp_path / "it")
-    published.to_4ds(tmp_path / "it", tmp_path / "back.npz")
+    released.from_4ds(source, tmp_path / "it")
+    released.to_4ds(tmp_path / "it", tmp_path / "back.npz")
     before, after = arrays_of(source), arrays_of(tmp_path / "back.npz")
     assert before.keys() == after.keys()
     for key, array in before.items():
@@ -47,7 +48,7 @@ def test_there_and_back_gives_the_released_arrays_to_the_byte(source: Path, tmp_
 def test_a_tracking_readout_goes_there_and_back_and_answers_queries(tmp_path: Path) -> None:
     arrays = {key.replace("params/", "params/layers_0/", 1): value for key, value in arrays_of(BACKBONE).items()}
     heads = arrays_of(FIXTURES / "4ds_seed0/heads_params.npz")
-    head = {key.replace("point/params/", published.HEAD): v for key, v in heads.items() if key.startswith("point/")}
+    head = {key.replace("point/params/", released.HEAD): v for key, v in heads.items() if key.startswith("point/")}
     for key in head:  # the head reads 24 channels, this backbone has 48
         if "LayerNorm_0" in key:
             head[key] = np.tile(head[key], 2)
@@ -56,8 +57,8 @@ def test_a_tracking_readout_goes_there_and_back_and_answers_queries(tmp_path: Pa
         elif "embedding/kernel" in key:
             head[key] = np.tile(head[key], (2, 1, 1))
     np.savez(tmp_path / "both.npz", **arrays, **head)
-    published.from_4ds(tmp_path / "both.npz", tmp_path / "it")
-    published.to_4ds(tmp_path / "it", tmp_path / "back.npz")
+    released.from_4ds(tmp_path / "both.npz", tmp_path / "it")
+    released.to_4ds(tmp_path / "it", tmp_path / "back.npz")
     after = arrays_of(tmp_path / "back.npz")
     assert all(np.array_equal(after[key], value) for key, value in (arrays | head).items())
     np.save(tmp_path / "clip.npy", np.zeros((2, 6, 32, 48, 3), np.float32))
@@ -78,8 +79,8 @@ def test_the_encoder_of_a_pretrained_point_goes_into_the_released_layout(tmp_pat
     model.initialise(0)
     (tmp_path / "point").mkdir()
     Checkpoint("point", "SimpleMAE", settings, 150480, 1, 8).write(tmp_path / "point", model.state_dict())
-    published.to_4ds(tmp_path / "point", tmp_path / "point.npz")
-    published.from_4ds(tmp_path / "point.npz", tmp_path / "it")
+    released.to_4ds(tmp_path / "point", tmp_path / "point.npz")
+    released.from_4ds(tmp_path / "point.npz", tmp_path / "it")
     for name, weight in scaling4d.load(tmp_path / "it").state_dict().items():
         assert torch.equal(weight, model.encoder.state_dict()[name]), name
 
@@ -95,7 +96,7 @@ def test_the_commands_convert_both_ways_and_refuse_what_they_do_not_know(tmp_pat
 
 
 def test_load_gives_the_encoder_in_python(tmp_path: Path) -> None:
-    published.from_4ds(BACKBONE, tmp_path / "it")
+    released.from_4ds(BACKBONE, tmp_path / "it")
     encoder = scaling4d.load(tmp_path / "it")
     assert isinstance(encoder, Encoder)
     assert Checkpoint.read(tmp_path / "it").parameters == sum(p.numel() for p in encoder.parameters()) == 150480
@@ -104,7 +105,7 @@ def test_load_gives_the_encoder_in_python(tmp_path: Path) -> None:
 
 
 def test_another_size_resizes_the_positions_and_the_same_size_leaves_them(tmp_path: Path) -> None:
-    published.from_4ds(BACKBONE, tmp_path / "it")
+    released.from_4ds(BACKBONE, tmp_path / "it")
     encoder = scaling4d.load(tmp_path / "it")
     before = encoder.positions.clone()
     encoder.resize((6, 32, 48))
@@ -117,7 +118,7 @@ def test_another_size_resizes_the_positions_and_the_same_size_leaves_them(tmp_pa
 
 
 def test_a_video_file_gives_features_of_its_first_frames(tmp_path: Path) -> None:
-    published.from_4ds(BACKBONE, tmp_path / "it")
+    released.from_4ds(BACKBONE, tmp_path / "it")
     videos = sorted((Path(__file__).parents[2] / "experiments/pocket/videos/phone").glob("*.mp4"))
     run = typer.testing.CliRunner().invoke(
         cli.app, ["features", str(tmp_path / "it"), str(videos[0]), "--out", str(tmp_path / "f.npz"), "--side-px", "64"]
@@ -162,7 +163,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 import scaling4d, scaling4d.mae.build
-from scaling4d.readout import published
+from scaling4d.readout import released
 
 
 def held(what):  # VmRSS: now, VmHWM: at most so far; getrusage would count what the parent process held
@@ -173,7 +174,7 @@ before = held("VmRSS")
 {work}
 print(held("VmHWM") - before)
 """
-WORK = "published.{}(Path(sys.argv[1]), Path(sys.argv[2]))"
+WORK = "released.{}(Path(sys.argv[1]), Path(sys.argv[2]))"
 LOAD = "sum(float(p.detach().sum()) for p in scaling4d.load(sys.argv[1]).parameters())"
 
 
@@ -192,7 +193,7 @@ def test_converting_works_under_a_memory_limit_below_the_files_size(tmp_path: Pa
     """Of 0.6 of the file beyond what the libraries hold: enough for a few tensors, too little for the whole."""
     size, largest = big_npz(tmp_path / "big.npz")
     idle = subprocess.run(
-        [sys.executable, "-c", "import scaling4d.readout.published as p\nprint(open('/proc/self/statm').read().split()[5])"],
+        [sys.executable, "-c", "import scaling4d.readout.released as p\nprint(open('/proc/self/statm').read().split()[5])"],
         capture_output=True,
         text=True,
         check=True,
@@ -210,7 +211,7 @@ def test_converting_works_under_a_memory_limit_below_the_files_size(tmp_path: Pa
 
 def test_loading_holds_one_copy_of_the_weights(tmp_path: Path) -> None:
     size, _ = big_npz(tmp_path / "big.npz")
-    published.from_4ds(tmp_path / "big.npz", tmp_path / "it")
+    released.from_4ds(tmp_path / "big.npz", tmp_path / "it")
     command = [sys.executable, "-c", MEASURE.format(work=LOAD), str(tmp_path / "it")]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     print(f"loaded: {int(run.stdout) / 2**20:.0f} MiB more for {size / 2**20:.0f} MiB of weights")
@@ -218,7 +219,7 @@ def test_loading_holds_one_copy_of_the_weights(tmp_path: Path) -> None:
 
 
 def test_changing_a_loaded_model_leaves_its_file_alone(tmp_path: Path) -> None:
-    published.from_4ds(BACKBONE, tmp_path / "it")
+    released.from_4ds(BACKBONE, tmp_path / "it")
     before = (tmp_path / "it" / WEIGHTS).read_bytes()
     initialise(scaling4d.load(tmp_path / "it"), seed=1)
     assert (tmp_path / "it" / WEIGHTS).read_bytes() == before
@@ -259,7 +260,7 @@ def test_a_4ds_file_that_is_not_one_is_refused_and_nothing_written(case: str, tm
     change, said = REFUSED[case]
     source = changed(change, tmp_path / "bad.npz")
     with pytest.raises(UserError) as error:
-        published.from_4ds(source, tmp_path / "it")
+        released.from_4ds(source, tmp_path / "it")
     assert said in str(error.value)
     assert str(source) in str(error.value)
     assert not (tmp_path / "it").exists()
@@ -274,7 +275,7 @@ def test_bytes_that_are_not_those_of_the_shape_are_refused(tmp_path: Path) -> No
                 data = given.read(member)
                 out.writestr(member, header + data[128:] if member == f"{KEY}.npy" else data)
         with pytest.raises(UserError, match=rf"bad.npz: {KEY} "):
-            published.from_4ds(tmp_path / "bad.npz", tmp_path / name)
+            released.from_4ds(tmp_path / "bad.npz", tmp_path / name)
         assert not (tmp_path / name).exists()
 
 
@@ -284,7 +285,7 @@ def test_damaged_compressed_data_is_refused(tmp_path: Path) -> None:
     data[len(data) // 2 : len(data) // 2 + 200] = bytes(200)
     (tmp_path / "small.npz").write_bytes(data)
     with pytest.raises(UserError, match="small.npz: params/.* is damaged"):
-        published.from_4ds(tmp_path / "small.npz", tmp_path / "it")
+        released.from_4ds(tmp_path / "small.npz", tmp_path / "it")
     assert not (tmp_path / "it").exists()
 
 
@@ -292,12 +293,12 @@ def test_what_is_there_already_stays(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/file").write_text("dear")
     torch.save({"model": official_state()}, tmp_path / "official.pth")
-    published.from_4ds(BACKBONE, tmp_path / "it")
+    released.from_4ds(BACKBONE, tmp_path / "it")
     np.save(tmp_path / "clip.npy", np.zeros((1, 6, 32, 48, 3), np.float32))
     for attempt in (
-        lambda out: published.from_4ds(BACKBONE, out),
-        lambda out: published.from_mae_st(tmp_path / "official.pth", out, heads=3, decoder_heads=4),
-        lambda out: published.to_4ds(tmp_path / "it", out),
+        lambda out: released.from_4ds(BACKBONE, out),
+        lambda out: released.from_mae_st(tmp_path / "official.pth", out, heads=3, decoder_heads=4),
+        lambda out: released.to_4ds(tmp_path / "it", out),
         lambda out: extract.features(tmp_path / "it", tmp_path / "clip.npy", out, side_px=None, queries=None),
     ):
         with pytest.raises(UserError, match=r"mine exists; choose another name or remove it$"):
@@ -312,7 +313,7 @@ def test_a_truncated_npz_is_refused(share: float, tmp_path: Path) -> None:
     whole = BACKBONE.read_bytes()
     (tmp_path / "cut.npz").write_bytes(whole[: int(len(whole) * share)])
     with pytest.raises(UserError, match="cut.npz is not an npz file, or is cut short"):
-        published.from_4ds(tmp_path / "cut.npz", tmp_path / "it")
+        released.from_4ds(tmp_path / "cut.npz", tmp_path / "it")
     assert not (tmp_path / "it").exists()
 
 
@@ -321,7 +322,7 @@ def test_a_flipped_byte_is_found_and_nothing_written(tmp_path: Path) -> None:
     data[len(data) // 2] ^= 1
     (tmp_path / "flip.npz").write_bytes(data)
     with pytest.raises(UserError, match="flip.npz: params/.* is damaged"):
-        published.from_4ds(tmp_path / "flip.npz", tmp_path / "it")
+        released.from_4ds(tmp_path / "flip.npz", tmp_path / "it")
     assert not (tmp_path / "it").exists()
 
 
@@ -342,11 +343,11 @@ def test_a_pth_with_a_payload_is_refused_and_not_executed(tmp_path: Path, monkey
     Path("page.pth").write_text("<html>not found</html>")
     for name in ("evil.pth", "plain.pth", "page.pth"):
         with pytest.raises(UserError, match=f"^{name} is no checkpoint of torch, or holds more than tensors: refused, since"):
-            published.from_mae_st(Path(name), Path("it"), heads=3, decoder_heads=4)
+            released.from_mae_st(Path(name), Path("it"), heads=3, decoder_heads=4)
     for name, content in (("empty.pth", b""), ("stop.pth", b"\x80\x02."), ("cut.pth", Path("evil.pth").read_bytes()[:3000])):
         Path(name).write_bytes(content)
         with pytest.raises(UserError, match=f"^{name} is n"):
-            published.from_mae_st(Path(name), Path("it"), heads=3, decoder_heads=4)
+            released.from_mae_st(Path(name), Path("it"), heads=3, decoder_heads=4)
     assert {path.suffix for path in tmp_path.iterdir()} == {".pth"}
 
 
@@ -382,7 +383,7 @@ def test_a_mae_st_checkpoint_that_is_not_one_is_refused(
     change(state)
     torch.save({"model": state}, tmp_path / "bad.pth")
     with pytest.raises(UserError) as error:
-        published.from_mae_st(tmp_path / "bad.pth", tmp_path / "it", **options)
+        released.from_mae_st(tmp_path / "bad.pth", tmp_path / "it", **options)
     assert said in str(error.value)
     assert not (tmp_path / "it").exists()
 
@@ -400,7 +401,7 @@ def test_a_mae_st_checkpoint_that_is_not_one_is_refused(
     ],
 )
 def test_clips_that_are_none_are_refused(array: np.ndarray, said: str, tmp_path: Path) -> None:
-    published.from_4ds(BACKBONE, tmp_path / "it")
+    released.from_4ds(BACKBONE, tmp_path / "it")
     np.save(tmp_path / "clip.npy", array, allow_pickle=True)
     with pytest.raises(UserError) as error:
         extract.features(tmp_path / "it", tmp_path / "clip.npy", tmp_path / "f.npz", side_px=None, queries=None)
@@ -411,7 +412,7 @@ def test_clips_that_are_none_are_refused(array: np.ndarray, said: str, tmp_path:
 def test_options_that_were_saved_along_count(tmp_path: Path) -> None:
     options = argparse.Namespace(norm_pix_loss=False, mask_ratio=0.75, decoder_num_heads=4, output_dir="somewhere")
     torch.save({"model": official_state(), "args": options}, tmp_path / "official.pth")
-    published.from_mae_st(tmp_path / "official.pth", tmp_path / "it", heads=3)
+    released.from_mae_st(tmp_path / "official.pth", tmp_path / "it", heads=3)
     settings = Checkpoint.read(tmp_path / "it").settings
     assert (settings["normalise_target"], settings["mask_ratio"], settings["decoder_heads"]) == (False, 0.75, 4)
 
@@ -421,8 +422,8 @@ def test_a_classifier_named_as_pyslowfast_does_and_an_encoder_alone_are_taken(tm
     head = {"head.projection.weight": torch.ones(5, 48), "head.projection.bias": torch.zeros(5)}
     for name, state, wanted in (("alone", encoder, None), ("tuned", encoder | head, "classes")):
         torch.save({"model_state": state}, tmp_path / f"{name}.pth")
-        published.from_mae_st(tmp_path / f"{name}.pth", tmp_path / name, heads=3)
-        found = published.read_readout(tmp_path / name)
+        released.from_mae_st(tmp_path / f"{name}.pth", tmp_path / name, heads=3)
+        found = released.read_readout(tmp_path / name)
         assert (found and found.kind) == wanted
         assert len(scaling4d.load(tmp_path / name).features(torch.zeros(1, 8, 32, 32, 3))) == 4
 
@@ -431,51 +432,51 @@ def test_a_classifier_named_as_pyslowfast_does_and_an_encoder_alone_are_taken(tm
 def test_every_kind_of_released_readout_is_found_by_its_arrays(head: str, tmp_path: Path) -> None:
     arrays = {key.replace("params/", "params/layers_0/", 1): value for key, value in arrays_of(BACKBONE).items()}
     heads = arrays_of(FIXTURES / "4ds_seed0/heads_params.npz")
-    arrays |= {key.replace(f"{head}/params/", published.HEAD): v for key, v in heads.items() if key.startswith(f"{head}/")}
+    arrays |= {key.replace(f"{head}/params/", released.HEAD): v for key, v in heads.items() if key.startswith(f"{head}/")}
     np.savez(tmp_path / "both.npz", **arrays)
-    published.from_4ds(tmp_path / "both.npz", tmp_path / "it")
-    published.to_4ds(tmp_path / "it", tmp_path / "back.npz")
+    released.from_4ds(tmp_path / "both.npz", tmp_path / "it")
+    released.to_4ds(tmp_path / "it", tmp_path / "back.npz")
     after = arrays_of(tmp_path / "back.npz")
     assert all(np.array_equal(after[key], value) for key, value in arrays.items())
-    settings = published.read_readout(tmp_path / "it").settings
+    settings = released.read_readout(tmp_path / "it").settings
     assert (settings["plain"], settings["queries"] == 0) == (head == "cls_plain", head == "given_queries")
 
 
 def test_a_depth_readout_takes_only_clips_of_its_own_size(tmp_path: Path) -> None:
-    published.from_4ds(DEPTH, tmp_path / "it")
+    released.from_4ds(DEPTH, tmp_path / "it")
     np.save(tmp_path / "turned.npy", np.zeros((1, 6, 48, 32, 3), np.float32))
     with pytest.raises(UserError, match=r"clips T H W = \(6, 48, 32\); this readout answers for \(6, 32, 48\) only"):
         extract.features(tmp_path / "it", tmp_path / "turned.npy", tmp_path / "f.npz", side_px=None, queries=None)
 
 
 def test_only_what_the_released_layout_can_say_is_written_in_it(tmp_path: Path) -> None:
-    published.from_4ds(BACKBONE, tmp_path / "it")
+    released.from_4ds(BACKBONE, tmp_path / "it")
     path = tmp_path / "it/config.json"
     described = json.loads(path.read_text())
     described["settings"]["pixel_mean"] = 0.45
     path.write_text(json.dumps(described))
     with pytest.raises(UserError, match=r"takes pixels as \(x - 0.45\) \* 1.0 and gelu 'tanh'; the released 4DS layout"):
-        published.to_4ds(tmp_path / "it", tmp_path / "back.npz")
+        released.to_4ds(tmp_path / "it", tmp_path / "back.npz")
     assert not (tmp_path / "back.npz").exists()
 
 
 def test_weights_of_two_conversions_are_equal_to_the_byte(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        published.from_4ds(DEPTH, tmp_path / name)
-    for file in (WEIGHTS, published.READOUT_WEIGHTS, published.READOUT):
+        released.from_4ds(DEPTH, tmp_path / name)
+    for file in (WEIGHTS, released.READOUT_WEIGHTS, released.READOUT):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     assert load_tensors(tmp_path / "a" / WEIGHTS)["positions"].shape == (18, 48)
 
 
 def test_drawn_weights_survive_the_way_through_the_released_layout(tmp_path: Path) -> None:
-    published.from_4ds(BACKBONE, tmp_path / "it")
+    released.from_4ds(BACKBONE, tmp_path / "it")
     encoder = scaling4d.load(tmp_path / "it")
     initialise(encoder, seed=3)
     with torch.no_grad():
         for p in encoder.parameters():
             p.add_(torch.randn(p.shape, generator=seeds.stream(0, "noise")))
     Checkpoint.read(tmp_path / "it").write(tmp_path / "it", encoder.state_dict())
-    published.to_4ds(tmp_path / "it", tmp_path / "new.npz")
-    published.from_4ds(tmp_path / "new.npz", tmp_path / "again")
+    released.to_4ds(tmp_path / "it", tmp_path / "new.npz")
+    released.from_4ds(tmp_path / "new.npz", tmp_path / "again")
     for name, weight in scaling4d.load(tmp_path / "again").state_dict().items():
         assert torch.equal(weight, encoder.state_dict()[name]), name

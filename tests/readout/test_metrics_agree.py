@@ -11,9 +11,9 @@ from official import ROOTS, named
 
 from scaling4d import seeds
 from scaling4d.benchmarks.scannet import RANGE_M
+from scaling4d.encoders.features import layer_index
 from scaling4d.mae.resize import cubic_weights
 from scaling4d.readout import metrics
-from scaling4d.readout.features import layer_index
 
 Arrays = dict[str, np.ndarray]
 

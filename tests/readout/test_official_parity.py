@@ -14,13 +14,14 @@ from torch import Tensor
 
 from scaling4d import seeds
 from scaling4d.checkpoint import Checkpoint
+from scaling4d.encoders.features import layer_index, stretch
+from scaling4d.encoders.released import check
 from scaling4d.mae.build import load
-from scaling4d.mae.published import check
 from scaling4d.mae.resize import cubic_weights, resize
-from scaling4d.readout import extract, published
-from scaling4d.readout.features import layer_index, stretch
+from scaling4d.readout import released
 from scaling4d.readout.heads import AttentionReadout, Head, fourier
 from scaling4d.records import MaskedTokens
+from scaling4d.show import extract
 
 FOLDERS = {named(path): path for root in ROOTS for path in sorted(root.iterdir())}
 FOUR_DS = {name: path for name, path in FOLDERS.items() if path.name.startswith("4ds") and path.is_dir()}
@@ -46,7 +47,7 @@ def io_of(params: Path) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("name", list(MODELS))
 def test_features_of_a_converted_4ds_file_equal_the_official_ones(name: str, tmp_path: Path, agree: Compare) -> None:
     io = io_of(MODELS[name])
-    published.from_4ds(MODELS[name], tmp_path / "it")
+    released.from_4ds(MODELS[name], tmp_path / "it")
     np.save(tmp_path / "video.npy", io["video"])
     extract.features(tmp_path / "it", tmp_path / "video.npy", tmp_path / "f.npz", side_px=None, queries=None)
     found = np.load(tmp_path / "f.npz")
@@ -91,7 +92,7 @@ def test_stand_alone_readouts_equal_the_official_ones(name: str, agree: Compare)
 
     for head, queries, plain in (("cls_vjepa", 1, False), ("cls_plain", 1, True), ("given_queries", 0, False)):
         settings = common | {"queries": queries, "query_width": given.shape[-1], "out": 7, "plain": plain}
-        module = loaded(head, AttentionReadout(**settings), published.attention_readout(settings, f"{head}/params/"))
+        module = loaded(head, AttentionReadout(**settings), released.attention_readout(settings, f"{head}/params/"))
         with torch.no_grad():
             found = module(inputs) if queries else module(inputs, given)
         wanted = io[f"{head}/output"]
@@ -114,7 +115,7 @@ def test_stand_alone_readouts_equal_the_official_ones(name: str, agree: Compare)
             "stretched": True,
             "sharpness": (),
         }
-        module = loaded(head, Head(**settings), published.tracking_readout(settings, f"{head}/params/"))
+        module = loaded(head, Head(**settings), released.tracking_readout(settings, f"{head}/params/"))
         with torch.no_grad():
             found = module(inputs, asked).permute(0, 2, 1, 3)  # B T Q values
         agree(f"{name}/heads {head} fourier", np.abs(fourier(asked, 16).numpy() - io[f"{head}/fourier"]).max(), 5e-6)
@@ -149,7 +150,7 @@ def converted_mae_st(file: Path, out: Path) -> tuple[torch.nn.Module, dict[str, 
     decoder = state["decoder_embed.weight"].shape[0]
     heads = {} if state["patch_embed.proj.bias"].shape[0] != 48 else {"heads": 3, "decoder_heads": decoder // 8}
     raw = "pos_embed" in state  # `plain` also predicts raw pixels
-    published.from_mae_st(out / "official.pth", out / "it", frames=z["video"].shape[2], normalise_target=not raw, **heads)
+    released.from_mae_st(out / "official.pth", out / "it", frames=z["video"].shape[2], normalise_target=not raw, **heads)
     model = load(out / "it")
     model.encoder.pixel_mean, model.encoder.pixel_scale = 0.0, 1.0  # the fixture's clips are random numbers, ready as they are
     return model, z
@@ -184,7 +185,7 @@ def test_a_fine_tuned_classifier_pools_all_tokens_but_the_first(tmp_path: Path) 
         "head.bias": torch.randn(5, generator=seeds.stream(0, "bias")),
     }
     torch.save({"model_state": state}, tmp_path / "tuned.pth")
-    published.from_mae_st(tmp_path / "tuned.pth", tmp_path / "it", heads=3)
+    released.from_mae_st(tmp_path / "tuned.pth", tmp_path / "it", heads=3)
     video = np.random.default_rng(0).random((2, 8, 32, 32, 3), np.float32)
     np.save(tmp_path / "video.npy", video)
     extract.features(tmp_path / "it", tmp_path / "video.npy", tmp_path / "f.npz", side_px=None, queries=None)

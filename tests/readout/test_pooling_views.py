@@ -9,11 +9,11 @@ import torch
 
 from scaling4d import benchmarks
 from scaling4d.benchmarks import kinetics, ssv2
-from scaling4d.ranks import run
-from scaling4d.readout.features import Pixels
+from scaling4d.encoders.features import Pixels
 from scaling4d.readout.split import Share, judged, measured, reread
 from scaling4d.readout.tasks.actions import Actions
 from scaling4d.records import Sample
+from scaling4d.training.distributed import run
 
 RATE_HZ = 8.0
 FRAMES = 4

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from scaling4d import config, optimizer, seeds
-from scaling4d.ranks import run
+from scaling4d import config, seeds
+from scaling4d.encoders.features import Standard, stretch
 from scaling4d.readout import metrics
-from scaling4d.readout.features import Standard, stretch
 from scaling4d.readout.heads import AttentionReadout, Head, cells, fourier
 from scaling4d.readout.split import one_by_one, stacked
 from scaling4d.readout.tasks.boxes import Boxes
@@ -22,6 +21,8 @@ from scaling4d.readout.tasks.task import pad
 from scaling4d.readout.train import TASKS, Probe, Recipe, _parts, result_of
 from scaling4d.readout.views import backwards
 from scaling4d.records import Sample, UserError
+from scaling4d.training import optimizer
+from scaling4d.training.distributed import run
 
 CLIP = (4, 16, 16)
 VIEWS = ("plain", "mirrored")

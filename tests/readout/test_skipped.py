@@ -14,14 +14,14 @@ from torch import Tensor
 from scaling4d import config
 from scaling4d.benchmarks import perception_test, ssv2
 from scaling4d.benchmarks.skipped import Skipped
+from scaling4d.encoders.features import Pixels
 from scaling4d.pretrain.point import baseline
-from scaling4d.ranks import gather, run
-from scaling4d.readout.features import Pixels
 from scaling4d.readout.split import Share, judged, reread, write_skipped
 from scaling4d.readout.tasks.actions import Actions
 from scaling4d.readout.tasks.points import Points
 from scaling4d.readout.train import readout
 from scaling4d.records import Sample, UserError
+from scaling4d.training.distributed import gather, run
 
 ASKED = Actions(classes=2, rate_hz=8.0, views=("plain", "mirrored"), test_views=(1, 1))
 

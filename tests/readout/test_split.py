@@ -13,13 +13,13 @@ from torch import Tensor
 
 from scaling4d import seeds
 from scaling4d.benchmarks import perception_test, ssv2
-from scaling4d.ranks import run
-from scaling4d.readout.features import Pixels
+from scaling4d.encoders.features import Pixels
 from scaling4d.readout.split import Share, judged, reread
 from scaling4d.readout.tasks.actions import Actions, check
 from scaling4d.readout.tasks.points import Points
 from scaling4d.readout.train import batch_of
 from scaling4d.records import Sample, UserError
+from scaling4d.training.distributed import run
 
 CLIP = (4, 16, 16)
 VIDEOS = 12

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from scaling4d import artifacts, experiments, report
+from scaling4d import artifacts, report
 from scaling4d.records import UserError, write_json
 from scaling4d.report import figures, readouts, tables
 from scaling4d.report import story as story_of
 from scaling4d.report.story import published
+from scaling4d.studies import experiments
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "reports/scaling.ipynb"

@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from scaling4d import seeds, study
+from scaling4d import seeds
 from scaling4d.audit import history
 from scaling4d.audit import studies as audit
 from scaling4d.records import UserError
 from scaling4d.report import studies
-from scaling4d.study import Arm, Study
+from scaling4d.studies import study
+from scaling4d.studies.study import Arm, Study
 
 SIZES = {"nano": 1e5, "micro": 3e5, "tiny": 1e6, "small": 3e6, "mini": 1e7}
 TARGETS = ("readout_frozen@{}-actions", "readout_frozen@{}-pose", "reconstruct@{}")

@@ -11,11 +11,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from scaling4d import artifacts, config, study
+from scaling4d import artifacts, config
 from scaling4d.audit import history, lock
 from scaling4d.audit.verify import NOTE, SOURCE, UNCHECKED, WRONG, Finding, committed_place
 from scaling4d.records import UserError
-from scaling4d.study import Arm, Study
+from scaling4d.studies import study
+from scaling4d.studies.study import Arm, Study
 
 CACHE = Path(".dvc/cache")
 SETTINGS = (f":(glob){config.EXPERIMENTS}/**/*.yaml", "data.dvc", ":(exclude)experiments/study")

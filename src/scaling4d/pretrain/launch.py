@@ -29,15 +29,15 @@ from typing import Any
 
 import scaling4d
 from scaling4d import artifacts, config
-from scaling4d.pretrain.closed_form import MIXED, Sizes, memory
 from scaling4d.pretrain.loop import Run, made_of, prepare, state_of, train
-from scaling4d.pretrain.plan import GIB, USABLE
+from scaling4d.pretrain.plan.closed_form import MIXED, Sizes, memory
+from scaling4d.pretrain.plan.estimate import GIB, USABLE
+from scaling4d.pretrain.plan.work import work_of
 from scaling4d.pretrain.point import build, key_of
 from scaling4d.pretrain.settings import Launch
-from scaling4d.pretrain.work import work_of
-from scaling4d.ranks import STOP, started
 from scaling4d.records import AGAIN, UserError, write_json
-from scaling4d.state import remove
+from scaling4d.training.distributed import STOP, started
+from scaling4d.training.resume import remove
 
 TOLD, CODE, REFUSED = "run.json", "code", "refused"
 PORT = 29500  # where the machines of a Slurm job meet; torchrun's own

@@ -13,18 +13,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from scaling4d import artifacts, code, config, optimizer, seeds
+from scaling4d import artifacts, code, config, seeds
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.clips import loader
 from scaling4d.pretrain.observe import Observer, peak_flops
 from scaling4d.pretrain.point import build, describe, key_of, keys_of, sections, teacher_of
 from scaling4d.pretrain.settings import Running, Training
 from scaling4d.pretrain.validate import picture, validate
-from scaling4d.ranks import anyone, at, leads, stop_wanted, stopped, unwatched
-from scaling4d.ranks import run as in_ranks
 from scaling4d.records import ClipBatch, MaskedTokens, Preempted, UserError, write_json
-from scaling4d.shard import TYPES, Sharding, last_part, mine, reduce, spread, whole
-from scaling4d.state import State, claim, folder_of, refusals, remove, tensors_of
+from scaling4d.training import optimizer
+from scaling4d.training.distributed import anyone, at, leads, stop_wanted, stopped, unwatched
+from scaling4d.training.distributed import run as in_ranks
+from scaling4d.training.parallelize import TYPES, Sharding, last_part, mine, reduce, spread, whole
+from scaling4d.training.resume import State, claim, folder_of, refusals, remove, tensors_of
 
 SHARDS = "croissant.json"  # of a clips folder: the sha256 of its table and of every shard
 MASKED_TOGETHER = 8  # clips whose masks are one draw, however many ranks share them

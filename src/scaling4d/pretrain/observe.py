@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from scaling4d import log
-from scaling4d.pretrain.gpus import GPUS
+from scaling4d.pretrain.plan.gpus import GPUS
 
 SIDE = 1024  # of the matrices whose product shows what a device can do
 

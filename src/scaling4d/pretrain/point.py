@@ -17,7 +17,7 @@ from scaling4d.mae.distilled import Distilled
 from scaling4d.mae.encoder import PixelTokens
 from scaling4d.pretrain.settings import Launch
 from scaling4d.records import UserError
-from scaling4d.shard import Sharding
+from scaling4d.training.parallelize import Sharding
 
 UNTRAINED = "untrained_"
 METHOD = "method"  # of a point's settings: dvc.yaml declares by it what the point's result depends on

@@ -13,8 +13,8 @@ from scaling4d import seeds
 from scaling4d.clips import loader
 from scaling4d.mae.simple_mae import hidden_pixels
 from scaling4d.pretrain.settings import Training
-from scaling4d.ranks import at
 from scaling4d.records import MaskedTokens
+from scaling4d.training.distributed import at
 
 BATCH = 16
 SHOWN = 4  # frames of a picture

@@ -20,18 +20,18 @@ from torch.nn import functional as F
 
 from scaling4d import artifacts, benchmarks, config, log, seeds
 from scaling4d.checkpoint import Checkpoint
+from scaling4d.encoders.features import Pixels
 from scaling4d.mae.build import ENCODERS, METHODS, encoder_of, load
 from scaling4d.mae.encoder import LAYER_NORM_EPS, initialise
-from scaling4d.ranks import gather, leads, run
 from scaling4d.readout import views
-from scaling4d.readout.features import Pixels
 from scaling4d.readout.split import Evaluation, Lessons, Share, judged, reread
 from scaling4d.readout.tasks import actions
 from scaling4d.readout.tasks.actions import Actions
 from scaling4d.readout.train import Found, batch_of, result_of, write
 from scaling4d.readout.tune import KEYS, Means, Parts, Target, about, fit, means_of, placed, saving_of, state_of
 from scaling4d.records import Result, UserError
-from scaling4d.shard import gathered, whole
+from scaling4d.training.distributed import gather, leads, run
+from scaling4d.training.parallelize import gathered, whole
 
 TASK, PROTOCOL = "actions", "classifier"
 JUDGED = 8  # clips at a time

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scaling4d import config, seeds
+from scaling4d.encoders.features import stretch
 from scaling4d.mae.attention import attention
 from scaling4d.mae.encoder import LAYER_NORM_EPS, initialise, sincos
-from scaling4d.readout.features import stretch
 from scaling4d.records import UserError
 
 

@@ -17,12 +17,12 @@ from torch import Tensor
 from scaling4d import benchmarks, config
 from scaling4d.benchmarks.frames import Samples
 from scaling4d.benchmarks.skipped import Skipped
-from scaling4d.ranks import at, gather
+from scaling4d.encoders.features import Inputs, together
 from scaling4d.readout import views
-from scaling4d.readout.features import Inputs, together
 from scaling4d.readout.tasks.points import Points
 from scaling4d.readout.tasks.task import Task
 from scaling4d.records import Sample, UserError, write_json
+from scaling4d.training.distributed import at, gather
 
 Sums = dict[str, tuple[float, float]]  # metric -> sum and count
 

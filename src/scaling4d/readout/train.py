@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from scaling4d import artifacts, benchmarks, checkpoint, config, log, seeds
 from scaling4d.benchmarks.skipped import Skipped
 from scaling4d.checkpoint import Checkpoint
-from scaling4d.ranks import gather, leads, run
+from scaling4d.encoders.features import Features, Standard, at_depth, layer_index
+from scaling4d.encoders.pretrained import load_encoder
+from scaling4d.encoders.store import Store, opened
 from scaling4d.readout import metrics, views
-from scaling4d.readout.features import Features, Standard, at_depth, layer_index
-from scaling4d.readout.pretrained import load_encoder
 from scaling4d.readout.split import Evaluation, Held, Share, Sums, held, judged, reread, write_skipped
-from scaling4d.readout.store import Store, opened
 from scaling4d.readout.tasks import actions
 from scaling4d.readout.tasks.actions import Actions
 from scaling4d.readout.tasks.boxes import Boxes
@@ -29,8 +28,9 @@ from scaling4d.readout.tasks.pose import Pose
 from scaling4d.readout.tasks.task import Task
 from scaling4d.readout.tune import KEYS, Means, Parts, about, fit, means_of, on, placed, saving_of, state_of
 from scaling4d.records import Result, UserError
-from scaling4d.shard import gathered, whole
-from scaling4d.state import remove
+from scaling4d.training.distributed import gather, leads, run
+from scaling4d.training.parallelize import gathered, whole
+from scaling4d.training.resume import remove
 
 TASKS: dict[str, type[Task]] = {"actions": Actions, "boxes": Boxes, "depth": Depth, "points": Points, "pose": Pose}
 PROTOCOLS = ("frozen", "finetune")

@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from scaling4d import code, config, log, optimizer, seeds
-from scaling4d.ranks import anyone, at, stop_wanted, stopped
+from scaling4d import code, config, log, seeds
 from scaling4d.records import Preempted, UserError
-from scaling4d.shard import TYPES, Sharding, last_part, reduce, settle, whole
-from scaling4d.state import State, claim, folder_of, refusals, tensors_of
+from scaling4d.training import optimizer
+from scaling4d.training.distributed import anyone, at, stop_wanted, stopped
+from scaling4d.training.parallelize import TYPES, Sharding, last_part, reduce, settle, whole
+from scaling4d.training.resume import State, claim, folder_of, refusals, tensors_of
 
 Parts = dict[str, tuple[list[tuple[str, nn.Parameter]], float]]  # named parameters and their peak learning rate
 Target = dict[str, Tensor]

@@ -17,9 +17,9 @@ from scaling4d import artifacts, checkpoint, config, seeds
 from scaling4d.clips import loader
 from scaling4d.mae.build import load
 from scaling4d.mae.simple_mae import hidden_pixels
-from scaling4d.ranks import gather, run
 from scaling4d.reconstruct.fidelity import FRAMES, Extractor, Fidelity
 from scaling4d.records import MaskedTokens, write_json
+from scaling4d.training.distributed import gather, run
 
 BATCH = 8
 

@@ -16,12 +16,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from scaling4d import artifacts
-from scaling4d import study as studies
 from scaling4d.records import UserError, write_json
 from scaling4d.report.figures import Svg, legend, log_x, svg, title
 from scaling4d.report.fits import held_out, spearman, trend
 from scaling4d.report.tables import cell, html_table
-from scaling4d.study import REPORTS, Study
+from scaling4d.studies import study as studies
+from scaling4d.studies.study import REPORTS, Study
 
 FITS, RANKS = "fits.csv", "ranks.csv"
 FIT_COLUMNS = (

@@ -1,0 +1,1 @@
+"""What readouts predict, drawn beside the truth."""

@@ -1,0 +1,1 @@
+"""A question, its arms and seeds as DVC experiments."""
