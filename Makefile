@@ -5,7 +5,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install repro ahead test lint wheels gpu measured-on-gpu
+.PHONY: install repro ahead test release-check lint wheels gpu measured-on-gpu
 
 install: .venv/installed
 
@@ -24,11 +24,15 @@ repro: install
 JOBS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 
 ahead:
-	python -m scaling4d.ahead "$(JOBS)"
+	python -m scaling4d.pipeline.parallel_repro "$(JOBS)"
 
 test: install
 	ruff check . && ruff format --check .
 	python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+
+# What must hold when results are published: lock and reports of this code, a clean audit, numbers of README and guide.
+release-check: install
+	python -m pytest -m release tests/test_release.py
 
 lint: install
 	ruff check --fix . && ruff format .
@@ -39,7 +43,7 @@ GLIBC := 2014 1 2_17 2_24 2_26 2_27 2_28 2_31
 
 wheels: install
 	mkdir -p wheels
-	python -m scaling4d_bench.carried > wheels/list.txt
+	python -m scaling4d_bench.gpu_wheels > wheels/list.txt
 	pip wheel -q --no-deps -w wheels $$(grep antlr4 wheels/list.txt)
 	grep -v antlr4 wheels/list.txt | xargs pip download -q --no-deps --only-binary=:all: -d wheels --python-version $(GPU_PYTHON) \
 		$(foreach glibc,$(GLIBC),--platform manylinux$(if $(findstring _,$(glibc)),_)$(glibc)_x86_64)

@@ -10,8 +10,6 @@ import pytest
 import yaml
 
 from scaling4d import config
-from scaling4d.benchmarks import ssv2
-from scaling4d.records import Sample
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,7 +33,7 @@ def curated_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         from scaling4d.clips import stage
 
-        config.write(["profile=smoke", "clips.Curation.workers=1", "clips.Curation.val_share=0.3"])
+        config.write(["profile=smoke", *(f"clips.Curation.{change}" for change in ("listed=''", "workers=1", "val_share=0.3"))])
         stage.clips(config.read())
     return folder
 
@@ -66,6 +64,21 @@ def changed(project: Path) -> Callable[[str, object], dict]:
     return change
 
 
+@pytest.fixture
+def actions(project: Path) -> Iterator[None]:
+    """Something-Something in small: eight videos to train on, eight to measure, brighter or darker as time goes by."""
+    from scaling4d.benchmarks import ssv2
+    from scaling4d.records import Sample
+
+    templates = [f"Doing {letter} to [something]" for letter in "abcdefgh"]
+    ramp = np.linspace(0, 255, 20).astype(np.uint8)[:, None, None, None] * np.ones((1, 64, 64, 3), np.uint8)
+    for split in ("train", "val"):
+        samples = [Sample(f"{split}{n}", f"{split}{n}", ramp[:: 1 - n % 2 * 2], {"action": np.int64(n % 8)}) for n in range(8)]
+        ssv2.write(project / "data/benchmarks/ssv2", split, samples, templates=templates, rate_hz=8.0, crf=30, gop=8)
+    yield
+    shutil.rmtree(project / "data/benchmarks")
+
+
 PARITY: list[tuple[str, float, float]] = []  # what was compared, the largest error, the tolerance
 
 
@@ -87,15 +100,3 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.line(f"{'fixture':{width}}  max error  tolerance")
         for what, error, tolerance in PARITY:
             terminalreporter.line(f"{what:{width}}  {error:9.1e}  {tolerance:9.0e}")
-
-
-@pytest.fixture
-def actions(project: Path) -> Iterator[None]:
-    """Something-Something in small: eight videos to train on and eight to measure, brighter or darker as time goes by."""
-    templates = [f"Doing {letter} to [something]" for letter in "abcdefgh"]
-    ramp = np.linspace(0, 255, 20).astype(np.uint8)[:, None, None, None] * np.ones((1, 64, 64, 3), np.uint8)
-    for split in ("train", "val"):
-        samples = [Sample(f"{split}{n}", f"{split}{n}", ramp[:: 1 - n % 2 * 2], {"action": np.int64(n % 8)}) for n in range(8)]
-        ssv2.write(project / "data/benchmarks/ssv2", split, samples, templates=templates, rate_hz=8.0, crf=30, gop=8)
-    yield
-    shutil.rmtree(project / "data/benchmarks")

@@ -1,98 +1,140 @@
-"""Settings: composition, overrides, gin."""
+"""Settings: composition, overrides, and the configs that a stage binds."""
 
-import re
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+import gin
 import pytest
 
 from scaling4d import config
+from scaling4d.config import bind
 from scaling4d.records import UserError
 
 ROOT = Path(__file__).parents[1]
+EVERY_PROFILE = sorted(path.stem for path in (ROOT / "experiments/profile").glob("*.yaml"))
+BOXES = """
+profile: any
+seed: 7
+point:
+  Box: {width: 3, name: small, sides: [1, [2, 3]]}
+  Ball: {radius: 2}
+shelf: {Ball: {radius: 5}}
+"""
 
 
-@config.configurable
-def made(*, width: int, name: str) -> tuple[int, str]:
-    return width, name
+@dataclass(frozen=True)
+class BoxConfig:
+    width: int
+    name: str
+    sides: tuple[int | tuple[int, ...], ...] = ()
+    height: float = 2.5
+
+    def __post_init__(self) -> None:
+        if self.width < 0:
+            raise ValueError(f"width is {self.width}; needed 0 or more")
+
+
+@dataclass(frozen=True)
+class BallConfig:
+    radius: int
+
+
+@pytest.fixture
+def in_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
 
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the project's experiments/ and a freshly composed params.yaml."""
+    """A folder with the project's experiments/ and params.yaml."""
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    shutil.copy(ROOT / "params.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
-    config.write([])
     return tmp_path
 
 
-def test_committed_params_are_the_composition_of_their_profile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+@pytest.fixture
+def boxes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
+    """Settings of two small classes, and their experiments/."""
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments/config.yaml").write_text(BOXES)
+    monkeypatch.chdir(tmp_path)
+    return config.compose([])
+
+
+@pytest.mark.usefixtures("in_the_project")
+def test_committed_params_are_the_composition_of_their_profile() -> None:
     assert config.overrides(config.read()) == {}
 
 
-def test_every_profile_composes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    for path in sorted((ROOT / "experiments/profile").glob("*.yaml")):
-        assert config.compose([f"profile={path.stem}"])["profile"] == path.stem
+@pytest.mark.usefixtures("in_the_project")
+@pytest.mark.parametrize("profile", EVERY_PROFILE)
+def test_a_profile_shows_readouts_that_it_has_and_has_benchmarks_where_it_reads_out(profile: str) -> None:
+    composed = config.compose([f"profile={profile}"])
+    assert composed["profile"] == profile
+    show, tasks, encoders = composed["show"], set(composed["benchmarks"]["tasks"]), composed["encoders"]
+    assert set(show["tasks"]) <= tasks <= set(composed["readout"]["tasks"])
+    assert bool(tasks) == any(encoders[protocol] for protocol in ("frozen", "finetune", "classifier"))
+    if show["tasks"]:
+        assert {show["encoder"], show["beside"]} <= set(encoders["frozen"])
 
 
-def test_every_profile_shows_readouts_that_it_has_and_hashes_what_they_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    for path in sorted((ROOT / "experiments/profile").glob("*.yaml")):
-        composed = config.compose([f"profile={path.stem}"])
-        shown = composed["show"]
-        assert set(shown["tasks"]) <= set(composed["readout"]["tasks"]), path
-        read = any(composed["encoders"][protocol] for protocol in ("frozen", "finetune", "classifier"))
-        assert set(composed["benchmarks"]["tasks"]) == (set(composed["readout"]["tasks"]) if read else set()), path
-        if shown["tasks"]:
-            assert {shown["encoder"], shown["beside"]} <= set(composed["encoders"]["frozen"]), path
-
-
-def test_the_paper_profile_reads_out_by_the_published_recipe_whatever_pocket_does(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("in_the_project")
+def test_the_paper_profile_reads_out_by_the_published_recipe_whatever_pocket_does() -> None:
     """scivid's frozen readouts: 1.28 M samples in batches of 32, peak rate 3e-4, weight decay 1e-4."""
-    monkeypatch.chdir(ROOT)
     readout = config.compose(["profile=paper"])["readout"]
-    assert not readout["shared"]["Evaluation"]["standardise"] and readout["shared"]["Head"]["sharpness"] == []
-    assert readout["shared"]["Head"]["stretched"]
+    head = readout["Head"]
+    assert not readout["Evaluation"]["whiten"] and head["distance_bias"] == [] and head["stretched"]
     for task in readout["tasks"].values():
-        assert task.pop("Head", {"heads": 16}) == {"heads": readout["shared"]["Head"]["heads"]}
-        assert [constructor["views"] for constructor in task.values()] == [["plain"]]
+        assert task.pop("Head", {"heads": 16}) == {"heads": head["heads"]}
+        assert [section["views"] for section in task.values()] == [["plain"]]
     for task in readout["frozen"].values():
-        recipe = task["Recipe"]
+        recipe = task["Frozen"]
         assert recipe["steps"] * recipe["batch"] == 1_280_000 and recipe["batch"] == 32
         assert (recipe["learning_rate"], recipe["weight_decay"], recipe["warmup_steps"]) == (3e-4, 1e-4, 1000)
         assert recipe["rate_at_width"] == 0
 
 
-def test_dvc_trains_nothing_anew_for_where_and_how_a_run_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("in_the_project")
+def test_dvc_trains_nothing_anew_for_where_a_run_is_launched_and_how_it_is_watched() -> None:
     import dvc.api
 
-    monkeypatch.chdir(ROOT)
     points = config.read()["points"]
-    for point in points:
-        declared = dvc.api.params_show(stages=f"pretrain@{point}")
-        assert declared["pretrain"].keys() == {"Training"}
-        assert declared["points"][point].keys() == {points[point]["method"], "Sharding"}
+    declared = dvc.api.params_show(stages=[f"pretrain@{point}" for point in points])
+    assert declared["pretrain"].keys() == {"Training"}
+    assert {point: section.keys() for point, section in declared["points"].items()} == dict.fromkeys(
+        points, {"model", "Sharding"}
+    )
     untrained = dvc.api.params_show(stages="baseline_untrained@mini")
-    assert untrained["points"]["mini"].keys() == {points["mini"]["method"], "Sharding"}
+    assert untrained["points"]["mini"].keys() == {"model"}
 
 
 def test_a_changed_value_is_listed_as_an_override(project: Path, changed: Callable) -> None:
     changed("pretrain.Training.steps", 7)
     assert config.overrides(config.read()) == {"pretrain.Training.steps": 7}
+    assert config.overrides(config.read(), ["pretrain.Runtime"]) == {}
 
 
-def test_a_key_that_no_group_knows_is_refused(project: Path, changed: Callable) -> None:
-    changed("pretrain.Training.stepps", 7)
-    wanted = "params.yaml has pretrain.Training.stepps = 7, which no group in experiments/ knows; correct or remove it"
-    with pytest.raises(UserError, match=f"^{re.escape(wanted)}$"):
-        config.overrides(config.read())
-
-
-def test_a_value_of_another_type_is_refused(project: Path, changed: Callable) -> None:
-    changed("pretrain.Training.steps", "many")
-    with pytest.raises(UserError, match=r"^pretrain.Training.steps = 'many' is a str; needed a int such as \d+$"):
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (
+            "pretrain.Training.stepps",
+            7,
+            "params.yaml has pretrain.Training.stepps = 7, which no group in experiments/ knows; correct or remove it",
+        ),
+        ("pretrain.Training.steps", "many", r"pretrain.Training.steps = 'many' is a str; needed a int such as \d+"),
+        ("distilled", {"a": 1}, "params.yaml has distilled.a = 1, which no group .+"),
+        ("pixels.PixelTokens", {}, "params.yaml .+ pixels.PixelTokens.+"),
+    ],
+)
+def test_settings_that_differ_in_more_than_their_values_are_refused(
+    project: Path, changed: Callable, key: str, value: object, message: str
+) -> None:
+    changed(key, value)
+    with pytest.raises(UserError, match=f"^{message}$"):
         config.overrides(config.read())
 
 
@@ -103,29 +145,10 @@ def test_an_unknown_profile_or_key_is_one_line(project: Path) -> None:
         assert "\n" not in str(caught.value) and bad.split("=")[0] in str(caught.value)
 
 
-def test_composing_writes_what_dvc_writes(project: Path) -> None:
+def test_composing_writes_the_overrides_to_params(project: Path) -> None:
     config.write(["seed=3", "profile=smoke"])
     settings = config.read()
     assert settings["seed"] == 3 and settings["profile"] == "smoke"
-
-
-def test_gin_gives_a_section_to_its_constructor_and_reports_it() -> None:
-    config.bind({"made": {"width": 3, "name": "x"}})
-    assert config.build(made) == (3, "x")
-    assert "made.width = 3" in config.operative()
-
-
-def test_a_typo_in_a_section_is_an_error() -> None:
-    with pytest.raises(UserError, match="^unknown setting made.widht = 3: "):
-        config.bind({"made": {"widht": 3}})
-    with pytest.raises(UserError, match="^unknown setting maed.width = 3: "):
-        config.bind({"maed": {"width": 3}})
-
-
-def test_a_missing_setting_names_its_constructor() -> None:
-    config.bind({"made": {"width": 3}})
-    with pytest.raises(UserError, match="^made: .*missing.*'name'.*; set it in experiments/$"):
-        config.build(made)
 
 
 def test_an_unknown_point_lists_the_known_ones(project: Path) -> None:
@@ -133,7 +156,47 @@ def test_an_unknown_point_lists_the_known_ones(project: Path) -> None:
         config.section(config.read(), "points.nan0")
 
 
-def test_settings_that_are_not_yaml_are_one_line(tmp_path: Path) -> None:
-    (tmp_path / "params.yaml").write_text("a: [1,\nb")
-    with pytest.raises(UserError, match="^.*params.yaml is not YAML: "):
+@pytest.mark.parametrize(("text", "message"), [("a: [1,\nb", "is not YAML: "), ("[1]", "holds a list, needed settings; ")])
+def test_a_damaged_params_file_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(UserError, match=f"^.*params.yaml {message}[^\n]+$"):
         config.read(tmp_path / "params.yaml")
+
+
+def test_a_stage_gets_one_config_of_each_class_and_the_text_of_all_values_in_force(boxes: dict) -> None:
+    bound = bind(boxes, ["seed", "point"], BoxConfig, BallConfig)
+    assert bound[BoxConfig] == BoxConfig(width=3, name="small", sides=(1, (2, 3)))
+    assert bound[BallConfig] == BallConfig(2)
+    assert bound.declared == {"seed": 7, "point": boxes["point"]} and bound.overrides == {}
+    for line in ("Box.width = 3", "Box.height = 2.5", "Ball.radius = 2"):  # a class's own default, too
+        assert line in bound.operative
+    assert gin.operative_config_str() == ""  # nothing stays behind
+
+
+def test_a_later_section_wins_a_key_may_name_a_class_itself_and_overrides_count_where_declared(boxes: dict) -> None:
+    assert bind(boxes, ["point", "shelf"], BoxConfig, BallConfig)[BallConfig].radius == 5
+    boxes["shelf"]["Ball"]["radius"] = 6
+    assert bind(boxes, ["shelf"], BallConfig).overrides == {"shelf.Ball.radius": 6}
+    bound = bind(boxes, ["shelf", "point.Ball"], BallConfig)
+    assert bound[BallConfig].radius == 2 and bound.overrides == {"shelf.Ball.radius": 6}
+    assert bind(boxes, ["point.Ball"], BallConfig).overrides == {}
+
+
+@pytest.mark.parametrize(
+    ("section", "classes", "message"),
+    [
+        ({"Box": {"width": 1, "name": "x"}}, (BallConfig,), "unknown setting point.Box = {.+}; needed Ball there"),
+        ({"Ball": 3}, (BallConfig,), "unknown setting point.Ball = 3; needed Ball there"),
+        ({"Ball": {"radiuss": 2}}, (BallConfig,), "unknown setting point.Ball.radiuss = 2: .+"),
+        ({"Box": {"width": 1}}, (BoxConfig,), "point.Box: .*missing.*'name'.*; set it in experiments/"),
+        ({"Box": {"width": -1, "name": "x"}}, (BoxConfig,), "point.Box: width is -1; needed 0 or more"),
+    ],
+)
+def test_settings_that_do_not_fit_a_class_are_refused_by_their_dotted_key(
+    boxes: dict, monkeypatch: pytest.MonkeyPatch, section: dict, classes: tuple, message: str
+) -> None:
+    monkeypatch.setattr(config, "overrides", lambda settings, keys: {})
+    with pytest.raises(UserError, match=f"^{message}$") as caught:
+        bind(boxes | {"point": section}, ["point"], *classes)
+    assert "\n" not in str(caught.value)
+    assert bind(boxes, ["shelf"], BallConfig)[BallConfig].radius == 5  # a refusal leaves nothing behind

@@ -1,30 +1,35 @@
-"""Finished files appear by rename, and each carries the settings, code and data that made it."""
+"""Artifacts: where they lie, their hashes, and the two files that say how each was made."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import platform
-import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from scaling4d import config
+from scaling4d.config import StageConfig
 from scaling4d.records import UserError, write_json
 
-PARTIAL = Path(".resume")
+CODE = Path("artifacts/code")
 RUNS = Path(".runs")
+PROVENANCE, OPERATIVE = "provenance.json", "operative_config.gin"
+VERSIONS = ("torch", "numpy", "av", "xformers", "gin-config", "hydra-core", "dvc", "torchdata")
+
+
+def home(settings: Mapping[str, Any]) -> Path:
+    """The folder of this profile's artifacts."""
+    return Path("artifacts") / config.section(settings, "profile")
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes; of a folder, the hash over the relative names and hashes of all its files in sorted order."""
+    """Hash of a file's bytes; of a folder, over the relative names and hashes of its files in sorted order."""
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -36,63 +41,32 @@ def sha256(path: Path) -> str:
     return whole.hexdigest()
 
 
-@contextmanager
-def folder(final: Path) -> Iterator[Path]:
-    """An empty folder to write into; it takes its final name only when the block ends without an error."""
-    partial = PARTIAL / f"partial-{final.as_posix().replace('/', '-')}-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        final.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(final, ignore_errors=True)
-        _rename(partial, final)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def code_hash(package: str) -> dict[str, Any] | None:
+    """The hash of a package's code as stage `code` wrote it; None: not written."""
+    path = CODE / f"{package}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
-def _rename(partial: Path, final: Path) -> None:
-    """Also from one file system to another: then it is copied beside its place first."""
-    try:
-        partial.rename(final)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        beside = final.with_name(f".{partial.name}")
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.copytree(partial, beside)
-        beside.rename(final)
-
-
-def write_provenance(
-    out: Path, *, stage: str, settings: Mapping[str, Any], keys: list[str], room: str, inputs: Mapping[str, str]
-) -> None:
-    """Write `provenance.json` and `operative_config.gin`: only what the declared inputs determine.
+def evidence(stage: str, bound: StageConfig, *, code: Mapping[str, Any] | None, inputs: Mapping[str, str]) -> dict[str, Any]:
+    """Content of provenance.json: only facts that the declared inputs determine.
 
     Args:
-        keys: the dotted settings that the stage declares in dvc.yaml.
-        room: whose code made it; its hash comes from the `code` stage.
-        inputs: sha256 by name of what was read (shards, checkpoint, benchmark).
+        inputs: sha256 by name (shards, checkpoint, benchmark).
     """
-    code = Path("artifacts/code") / f"{room}.json"
-    write_json(
-        out / "provenance.json",
-        {
-            "stage": stage,
-            "settings": config.declared(settings, keys),
-            "overrides": config.overrides(settings, keys),
-            "code": json.loads(code.read_text()) if code.is_file() else None,
-            "inputs": dict(inputs),
-        },
-    )
-    (out / "operative_config.gin").write_text(config.operative())
+    settings, overrides = dict(bound.declared), dict(bound.overrides)
+    return {"stage": stage, "settings": settings, "overrides": overrides, "code": code, "inputs": dict(inputs)}
+
+
+def write_evidence(out: Path, content: Mapping[str, Any], operative: str) -> None:
+    """Write `provenance.json` and `operative_config.gin` into an artifact's folder."""
+    write_json(out / PROVENANCE, content)
+    (out / OPERATIVE).write_text(operative)
 
 
 def write_run(stage: str, out_sha256: str, *, started: float, **facts: Any) -> None:
-    """Write what differs from run to run (time, machine, versions, throughput) to `.runs/`, outside DVC's outs."""
+    """Write time, machine, versions and throughput of a run to `.runs/`, outside DVC's outs. started: Unix seconds."""
     RUNS.mkdir(exist_ok=True)
     revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    packages = ("torch", "numpy", "av", "xformers", "gin-config", "hydra-core", "dvc", "torchdata")
     content = {
         "stage": stage,
         "out_sha256": out_sha256,
@@ -102,19 +76,14 @@ def write_run(stage: str, out_sha256: str, *, started: float, **facts: Any) -> N
         "python": platform.python_version(),
         "machine": f"{platform.machine()} {processor()}".strip(),
         "cpus": os.cpu_count(),
-        "versions": {name: metadata.version(name) for name in packages},
+        "versions": {name: metadata.version(name) for name in VERSIONS},
         **facts,
     }
     write_json(RUNS / f"{stage}-{out_sha256[:16]}.json", content)
 
 
 def processor() -> str:
-    """The model of this machine's processor, as far as the system says it."""
+    """The processor's model as the system names it."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
-def home(settings: Mapping[str, Any]) -> Path:
-    """Where the artifacts of this profile live."""
-    return Path("artifacts") / config.section(settings, "profile")

@@ -1,4 +1,5 @@
-"""The Checkpoint folder: model.safetensors + config.json (Hugging Face habits) + operative_config.gin + provenance.json."""
+"""The Checkpoint folder: model.safetensors, config.json as on the Hugging Face hub, operative_config.gin,
+provenance.json."""
 
 from __future__ import annotations
 
@@ -19,10 +20,10 @@ WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a folder of weights is.
+    """Description of a folder of weights.
 
-    model: the constructor's registered name. settings: its arguments, enough to build it again.
-    parameters: of the encoder that readouts use. step and clips_seen: 0 for an untrained one.
+    model: name of its class. settings: of the class's config. parameters: of the encoder that readouts use.
+    step, clips_seen: 0 without training.
     """
 
     name: str
@@ -49,7 +50,7 @@ class Checkpoint:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raises UserError: no room, or no right to write there."""
+    """Raises UserError: no space, or no permission."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

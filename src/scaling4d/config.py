@@ -1,35 +1,33 @@
-"""Settings: Hydra composes `experiments/` into params.yaml, a stage reads its declared part, gin hands it to constructors.
+"""Settings: Hydra composes `experiments/` into params.yaml, a stage declares its part, gin builds its configs of that.
 
-This is the only door to Hydra and to gin. A key or a type that no group knows is an error, so a typo cannot pass silently.
+No other module imports Hydra or gin. An unknown key or a wrong type is an error, so a typo cannot pass silently. A
+config is a frozen dataclass that checks itself; its section in params.yaml has the class's name without `Config`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import gin
 
+from scaling4d.provenance import flatten, is_below
 from scaling4d.records import UserError
 
 PARAMS = Path("params.yaml")
 EXPERIMENTS = Path("experiments")
 
-T = TypeVar("T", bound=Callable)
-
-
-def configurable(constructor: T) -> T:
-    """Register a class or function; its parameters are then set by the section that carries its name."""
-    return gin.configurable(constructor, module="scaling4d")
+T = TypeVar("T")
 
 
 def read(path: Path = PARAMS) -> dict[str, Any]:
     """The settings in params.yaml.
 
     Raises:
-        UserError: there is no such file, or it does not hold a mapping.
+        UserError: no such file, or not a mapping.
     """
     import yaml
 
@@ -48,7 +46,7 @@ def section(settings: Mapping[str, Any], key: str) -> Any:
     """The value at a dotted key, `section(settings, "points.nano")`.
 
     Raises:
-        UserError: the key is not there; the message lists what is.
+        UserError: no such key; the message lists the keys beside it.
     """
     value: Any = settings
     for depth, word in enumerate(key.split(".")):
@@ -61,45 +59,93 @@ def section(settings: Mapping[str, Any], key: str) -> Any:
 
 
 def declared(settings: Mapping[str, Any], keys: list[str]) -> dict[str, Any]:
-    """The part of the settings that a stage declares, by dotted key."""
+    """The part of the settings that a stage declares in dvc.yaml, by dotted key."""
     return {key: section(settings, key) for key in keys}
 
 
-def bind(*sections: Mapping[str, Mapping[str, Any]]) -> None:
-    """Give each section's values to the constructor that carries the section's name, and to nothing else.
+@dataclass(frozen=True)
+class StageConfig:
+    """The settings of a stage, bound once.
+
+    declared: by dotted key, as dvc.yaml declares them. overrides: those that differ from the profile. operative: gin's
+    text of all values in force, class defaults included.
+    """
+
+    declared: Mapping[str, Any]
+    overrides: Mapping[str, Any]
+    operative: str
+    configs: Mapping[type, Any]
+
+    def __getitem__(self, kind: type[T]) -> T:
+        """The config of a class."""
+        return self.configs[kind]
+
+
+def bind(settings: Mapping[str, Any], keys: list[str], *classes: type) -> StageConfig:
+    """Build one config of each class from the declared settings; a later key wins over an earlier one.
+
+    Args:
+        keys: dotted keys of sections that hold classes (`clips`: {Curation: {...}}), of a class itself
+            (`pretrain.Training`), or of plain values (`seed`).
+    Raises:
+        UserError: an unknown section or parameter, a missing one, or a value that the class refuses.
+    """
+    values, overridden = declared(settings, keys), overrides(settings, keys)
+    return replace(build(values, *classes), overrides=overridden)
+
+
+def build(values: Mapping[str, Any], *classes: type) -> StageConfig:
+    """Build one config of each class from sections by dotted key, such as those that a provenance.json recorded.
 
     Raises:
-        UserError: a section or a parameter that no constructor has.
+        UserError: as `bind`.
     """
+    known, origin = {section_of(cls): cls for cls in classes}, {}
     gin.clear_config()
-    for values in sections:
-        for name, parameters in values.items():
-            if not isinstance(parameters, Mapping):
-                raise UserError(f"setting {name} = {parameters!r}: needed a constructor's name with its parameters below it")
-            for parameter, value in parameters.items():
+    for key, value in values.items():
+        *parents, last = key.split(".")
+        sections = {last: value} if last in known else value if isinstance(value, Mapping) else {}
+        for name, parameters in sections.items():
+            where = key if name == last else f"{key}.{name}"
+            if name not in known or not isinstance(parameters, Mapping):
+                raise UserError(f"unknown setting {where} = {parameters!r}; needed {', '.join(known) or 'nothing'} there")
+            origin[name] = where
+            _registered(known[name])
+            for parameter, item in parameters.items():
                 try:
-                    gin.bind_parameter(f"{name}.{parameter}", _plain(value))
+                    gin.bind_parameter(f"{name}.{parameter}", _to_tuples(item))
                 except ValueError as error:
-                    raise UserError(f"unknown setting {name}.{parameter} = {value!r}: {str(error).splitlines()[0]}") from error
+                    raise UserError(f"unknown setting {where}.{parameter} = {item!r}: {str(error).splitlines()[0]}") from error
+    configs = {}
+    for name, cls in known.items():
+        try:
+            configs[cls] = _registered(cls)()
+        except TypeError as error:
+            if "missing" not in str(error):
+                raise
+            raise UserError(f"{origin.get(name, name)}: {str(error).splitlines()[0]}; set it in experiments/") from error
+        except ValueError as error:
+            raise UserError(f"{origin.get(name, name)}: {str(error).splitlines()[0]}") from error
+    operative = gin.operative_config_str()
+    gin.clear_config()
+    return StageConfig(values, {}, operative, configs)
 
 
-def build(constructor: Callable[..., T], **given: Any) -> T:
-    """Call a registered constructor with its bound settings and what only the caller can know.
-
-    Raises:
-        UserError: a setting is missing.
-    """
-    try:
-        return constructor(**given)
-    except TypeError as error:
-        if "missing" in str(error) and "required" in str(error):
-            raise UserError(f"{constructor.__name__}: {str(error).splitlines()[0]}; set it in experiments/") from error
-        raise
+def section_of(cls: type) -> str:
+    """The name of a class's section in params.yaml: `Curation` of `CurationConfig`."""
+    return cls.__name__.removesuffix("Config")
 
 
-def operative() -> str:
-    """Every setting that was in force for the constructors called so far, defaults included, as gin text."""
-    return gin.operative_config_str()
+def require_minima(values: Any, minima: Mapping[str, int]) -> None:
+    """Check fields of a config, for its `__post_init__`. Raises ValueError: a field is below its minimum."""
+    for name, least in minima.items():
+        if getattr(values, name) < least:
+            raise ValueError(f"{name} is {getattr(values, name)}; needed {least} or more")
+
+
+@cache
+def _registered(cls: type[T]) -> type[T]:
+    return gin.external_configurable(cls, name=section_of(cls), module="scaling4d")
 
 
 def compose(overrides: list[str]) -> dict[str, Any]:
@@ -134,42 +180,30 @@ def write(overrides: list[str], path: Path = PARAMS) -> None:
 
 
 def overrides(settings: Mapping[str, Any], keys: list[str] | None = None) -> dict[str, Any]:
-    """Dotted keys whose values differ from the composition of the settings' profile; with `keys`, only at or below those.
+    """Dotted keys whose values differ from the composition of the settings' profile; `keys`: only at or below those.
 
     Raises:
         UserError: a key that no group knows, a key that is missing, or a value of another type.
     """
     composed = _pinned(section(settings, "profile"), EXPERIMENTS.resolve())
-    found = dict(_leaves(settings))
+    given = dict(flatten(settings))
     if keys is not None:
-        composed, found = ({k: v for k, v in leaves.items() if _below(k, keys)} for leaves in (composed, found))
-    for key in sorted(found.keys() - composed.keys()):
-        raise UserError(f"params.yaml has {key} = {found[key]!r}, which no group in experiments/ knows; correct or remove it")
-    for key in sorted(composed.keys() - found.keys()):
+        composed, given = ({k: v for k, v in leaves.items() if is_below(k, keys)} for leaves in (composed, given))
+    for key in sorted(given.keys() - composed.keys()):
+        raise UserError(f"params.yaml has {key} = {given[key]!r}, which no group in experiments/ knows; correct or remove it")
+    for key in sorted(composed.keys() - given.keys()):
         raise UserError(f"params.yaml lacks {key}; write it anew with `scaling4d compose profile={settings['profile']}`")
-    for key, value in found.items():
+    for key, value in given.items():
         if not _same_type(value, composed[key]):
             kind, needed = type(value).__name__, type(composed[key]).__name__
             raise UserError(f"{key} = {value!r} is a {kind}; needed a {needed} such as {composed[key]!r}")
-    return {key: value for key, value in sorted(found.items()) if value != composed[key]}
+    return {key: value for key, value in sorted(given.items()) if value != composed[key]}
 
 
 @cache
 def _pinned(profile: str, experiments: Path) -> dict[str, Any]:
-    """What a profile says, by dotted key, as it was when this was first asked: `experiments` may be edited under way."""
-    return dict(_leaves(compose([f"profile={profile}"])))
-
-
-def _below(key: str, parents: list[str]) -> bool:
-    return any(key == parent or key.startswith(f"{parent}.") for parent in parents)
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    """A profile's settings by dotted key, as they were at the first call: `experiments` may be edited under way."""
+    return dict(flatten(compose([f"profile={profile}"])))
 
 
 def _same_type(value: Any, example: Any) -> bool:
@@ -181,6 +215,5 @@ def _same_type(value: Any, example: Any) -> bool:
     return isinstance(value, type(example)) or (isinstance(value, number) and isinstance(example, number))
 
 
-def _plain(value: Any) -> Any:
-    """Lists become tuples: settings do not change under way."""
-    return tuple(_plain(item) for item in value) if isinstance(value, list) else value
+def _to_tuples(value: Any) -> Any:
+    return tuple(_to_tuples(item) for item in value) if isinstance(value, list) else value

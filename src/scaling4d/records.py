@@ -1,4 +1,4 @@
-"""What passes between the rooms: frozen records that check themselves.
+"""Records that packages exchange: frozen, and checked at construction.
 
 Axis letters, the same in the whole project:
   B clips   T frames   H W pixels   C channels   t h w token grid   N = t*h*w tokens
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 class UserError(ValueError):
-    """Something that a user can mend; the command line prints it as one line and exits with 1."""
+    """An error that a user can repair. The command line prints one line and exits with 1."""
 
 
 class Preempted(Exception):
-    """The work was asked to stop, saved its state and stopped; the command line exits with AGAIN: run me again."""
+    """A run saved its state and stopped on request. The command line exits with AGAIN: run it again."""
 
 
 AGAIN = 75  # EX_TEMPFAIL of sysexits.h
@@ -39,7 +39,7 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class Video:
-    """One video file as probing found it; height and width are as displayed, after rotation."""
+    """A probed video file. Height and width are as displayed, after rotation."""
 
     path: str
     sha256: str
@@ -56,26 +56,8 @@ class Video:
 
 
 @dataclass(frozen=True)
-class Span:
-    """A stretch of a video that becomes one clip: `frames` frames, evenly spaced at `rate_hz`, from `start_s`."""
-
-    video: str
-    start_s: float
-    rate_hz: float
-    frames: int
-
-    def __post_init__(self) -> None:
-        _require(self.start_s >= 0 and self.rate_hz > 0 and self.frames > 0, f"not a span: {self}")
-
-    @property
-    def times_s(self) -> np.ndarray:
-        """T float64, the wanted presentation times."""
-        return self.start_s + np.arange(self.frames) / self.rate_hz
-
-
-@dataclass(frozen=True)
 class ClipBatch:
-    """What the loader yields: pixels uint8 `B T H W C`, the clips' ids, and where each starts in its video."""
+    """A loader's batch: pixels uint8 `B T H W C`, and each clip's id and start in its video."""
 
     pixels: Tensor
     ids: tuple[str, ...]
@@ -91,14 +73,14 @@ class ClipBatch:
 
 @dataclass(frozen=True)
 class MaskedTokens:
-    """Which tokens the encoder sees: `kept` B K int64, ascending indices into N tokens of the grid t h w."""
+    """The visible tokens: `ids_keep` B K int64, ascending indices into the N tokens of the grid t h w."""
 
-    kept: Tensor
+    ids_keep: Tensor
     grid: tuple[int, int, int]
 
     def __post_init__(self) -> None:
-        _require(self.kept.ndim == 2, f"kept has shape {tuple(self.kept.shape)}; needed B K")
-        _require(0 < self.kept.shape[1] <= self.tokens, f"{self.kept.shape[1]} tokens kept of {self.tokens}")
+        _require(self.ids_keep.ndim == 2, f"ids_keep has shape {tuple(self.ids_keep.shape)}; needed B K")
+        _require(0 < self.ids_keep.shape[1] <= self.tokens, f"{self.ids_keep.shape[1]} tokens kept of {self.tokens}")
 
     @property
     def tokens(self) -> int:
@@ -109,7 +91,7 @@ class MaskedTokens:
 class Sample:
     """One clip of a benchmark with its labels.
 
-    pixels: uint8 `T H W 3`. video: what a confidence interval resamples. Labels and their valid masks by task:
+    pixels: uint8 `T H W 3`. video: the unit that confidence intervals resample. Labels and valid masks by task:
       actions  labels action and action_mirrored `()` int64, indices into the benchmark's classes
       boxes    labels boxes `Q T 4` float32 x1 y1 x2 y2 in 0..1 of (W, H); valid boxes `Q T`
       depth    labels depth_m `T H W` float32 metres; valid depth_m `T H W` (measured and usable)
@@ -137,9 +119,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Result:
-    """One number of the report and where it came from.
+    """A measured number and its origin.
 
-    value lies in [low, high], the 95 % bootstrap interval over videos. checkpoint_sha256 is the hash of the encoder's weights.
+    value lies in [low, high], the 95 % bootstrap interval over videos. checkpoint_sha256: of the encoder's weights.
+    others: further metrics of the same readout.
     """
 
     encoder: str
@@ -173,5 +156,5 @@ class Result:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON with one fixed layout (sorted keys, two spaces, final newline), so that equal content is equal bytes."""
+    """Write JSON in one layout (sorted keys, two spaces, final newline): equal content gives equal bytes."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")

@@ -1,4 +1,4 @@
-"""Named random streams: a draw depends on the seed and on what it is for, never on what was drawn before."""
+"""Named random streams: a draw depends on the seed and on the stream's name, never on earlier draws."""
 
 from __future__ import annotations
 

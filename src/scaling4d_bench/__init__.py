@@ -1,1 +1,4 @@
-"""SPEED AND MEMORY, ours beside others': the same work, in turns, in one run. Nothing of ours imports this room."""
+"""SPEED AND MEMORY beside other libraries: the same work, in turns, in one run.
+
+Only scaling4d's command line imports this package. The arguments of each `bench` are its command's options, see cli.
+"""

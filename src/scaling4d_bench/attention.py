@@ -1,11 +1,11 @@
-"""`scaling4d bench attention`: forward and backward passes at the token counts in use, clips in a batch or in one sequence."""
+"""`scaling4d bench attention`: both passes at the token counts in use, clips in a batch or in one sequence."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,170 +14,107 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scaling4d import seeds
 from scaling4d.mae.attention import attention
-from scaling4d_bench import device as devices
-from scaling4d_bench import measure
-from scaling4d_bench.measure import Contestant
+from scaling4d_bench import devices, measure
+from scaling4d_bench.measure import SEED, Measurements
 
 TOKENS = (78, 157, 862, 1568)  # visible at 95 % and 90 %, visible and coarse at 95 %, all
 HEADS, WIDTH = 12, 64  # of B
 SAME_BELOW = {"fp32": 1e-4, "bf16": 0.05}  # largest difference to ours, of values near 1
 LIBRARIES = ("torch", "xformers")
 OURS = "ours"
+COLUMNS = measure.SPEED | {"of the peak": "{share_of_peak:.0%}", "difference": "{shown}"}
 
-Shape = tuple[int, int, int, int]  # B N heads d
-Way = Callable[[Tensor, Tensor, Tensor], Tensor]  # three times `B N heads d` -> `B N heads d`
-
-
-def bench(
-    out: Path,
-    *,
-    total: int,
-    repeats: int,
-    precision: str,
-    tokens: Sequence[int] = TOKENS,
-    heads: int = HEADS,
-    seed: int = 0,
-) -> Path:
-    """Measure, print a table a token count, write `<out>/attention-<precision>.json` (on a GPU with its name).
-
-    Args:
-        total: tokens of all clips together, about. tokens: of a clip.
-    """
-    load, device = measure.busy(), devices.best()
-    raw: dict[str, Any] = {}
-    found: dict[str, Any] = {}
-    missing: dict[str, str] = {}
-    with measure.threads(measure.cores()):
-        for count in tokens:
-            shape = (max(1, round(total / count)), count, heads, WIDTH)
-            raw[str(count)], found[str(count)], gone = race(shape, precision, device, repeats=repeats, seed=seed)
-            missing |= gone
-            _show(shape, precision, found[str(count)])
-        settings = devices.settings(device)
-    measure.show_missing(missing)
-    settings |= {"total": total, "repeats": repeats, "precision": precision, "heads": heads, "head_width": WIDTH}
-    settings |= {"seed": seed, "load_before": load, "same_below": SAME_BELOW[precision]}
-    name, libraries = devices.file_name(f"attention-{precision}", device), measure.versions(LIBRARIES)
-    return measure.write(name, out, settings=settings, libraries=libraries, raw=raw, found=found, not_measured=missing)
+Make = Callable[[int, int, torch.device], "Attention"]  # from clips, tokens of a clip, device
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # three times `B N heads d` -> `B N heads d`
 
 
-def race(
-    shape: Shape, precision: str, device: torch.device, *, repeats: int, seed: int
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
-    """Raw seconds of clips of one token count, what follows from them, and who does not run here."""
-    rng = seeds.stream(seed, "bench attention")
-    inputs = [torch.randn(shape, generator=rng).to(device, devices.PRECISIONS[precision]) for _ in range(4)]
-    makers = {name: partial(_tried, partial(make, shape, device), inputs) for name, make in WAYS.items()}
-    made, missing = measure.available(makers)
-    clips, count, heads, width = shape
-    contestants = [
-        Contestant(name, devices.clocked(partial(both_ways, way, inputs), device), clips) for name, way in made.items()
-    ]
-    contestants += devices.peaks([precision], device)
-    raw = measure.race(contestants, repeats=repeats)
-    limits = devices.limits(contestants, raw)
-    rows = measure.rows(contestants, raw, ours=OURS)[: len(made)]
-    flops = 14 * count**2 * heads * width  # a clip: 2 products forward, 5 backward, since fused attention makes the scores again
-    mine = both_ways(made[OURS], inputs)
-    for row in rows:
-        other = both_ways(made[row["name"]], inputs)
-        row["difference"] = max(float((a.float() - b.float()).abs().max()) for a, b in zip(mine, other, strict=True))
-        row["same"] = row["difference"] < SAME_BELOW[precision]
-        row["share_of_peak"] = row["per_s"] * flops / limits[devices.peak_of(precision)]
-    return measure.plain(raw), {"clips": clips, "flops_per_clip": flops, "rows": rows, "limits": limits}, missing
+def bench(out: Path, *, total: int, repeats: int, precision: str, tokens: Sequence[int] = TOKENS, heads: int = HEADS) -> Path:
+    """Measure, print a table for each token count, write `<out>/attention-<precision>.json` (with a GPU's name)."""
+    device = devices.prepare()
+    settings = {"total": total, "repeats": repeats, "precision": precision, "heads": heads, "head_width": WIDTH}
+    settings |= devices.settings(device) | {"same_below": SAME_BELOW[precision]}
+    measurements = Measurements(f"attention-{precision}", settings, LIBRARIES)
+    for count in tokens:
+        clips, rng = max(1, round(total / count)), seeds.stream(SEED, "bench attention")
+        shape, dtype = (clips, count, heads, WIDTH), devices.DTYPES[precision]
+        inputs = [torch.randn(shape, generator=rng).to(device, dtype) for _ in range(4)]
+
+        def load(make: Make, inputs: Sequence[Tensor] = inputs) -> Attention:
+            function = make(*inputs[0].shape[:2], device)
+            both_passes(function, inputs)
+            return function
+
+        functions = measurements.load({name: partial(load, make) for name, make in IMPLEMENTATIONS.items()})
+        flops = 14 * count**2 * heads * WIDTH  # a clip: 2 products forward, 5 backward (scores again)
+        runs = {name: devices.timed(partial(both_passes, run, inputs), device) for name, run in functions.items()}
+        workloads = {name: (run, clips, flops) for name, run in runs.items()}
+        timings, rows, limits = devices.beside_limits(workloads, precision=precision, device=device, repeats=repeats)
+        ours = both_passes(functions[OURS], inputs)
+        for row in rows:
+            pairs = zip(ours, both_passes(functions[row["name"]], inputs), strict=True)
+            row["difference"] = max(float((a.float() - b.float()).abs().max()) for a, b in pairs)
+            row["same"] = row["difference"] < SAME_BELOW[precision]
+        measurements.raw[str(count)] = timings
+        measurements.found[str(count)] = {"clips": clips, "flops_per_clip": flops, "rows": rows, "limits": limits}
+        title = f"{count} tokens, {clips} clips, {heads} heads of {WIDTH}, {precision}, forward and backward"
+        shown = [row | {"shown": f"{row['difference']:.0e}" if row["same"] else "OTHER VALUES"} for row in rows]
+        measure.table(title, shown, COLUMNS)
+        devices.print_limits(limits)
+    return measurements.write(out)
 
 
-def both_ways(way: Way, inputs: Sequence[Tensor]) -> list[Tensor]:
+def both_passes(function: Attention, inputs: Sequence[Tensor]) -> list[Tensor]:
     """Output, and gradients of queries, keys and values; the last input is the output's gradient."""
     *qkv, gradient = inputs
     leaves = [x.detach().requires_grad_() for x in qkv]
-    output = way(*leaves)
+    output = function(*leaves)
     return [output.detach(), *torch.autograd.grad(output, leaves, gradient)]
 
 
-def _tried(make: Callable[[], Way], inputs: Sequence[Tensor]) -> Way:
-    """The way, after it has run once."""
-    way = make()
-    both_ways(way, inputs)
-    return way
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, backend: SDPBackend | None = None, mask: Tensor | None = None) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # B heads N d
+    with sdpa_kernel(backend) if backend else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
-def _sdpa(backend: SDPBackend | None, shape: Shape, device: torch.device) -> Way:
-    def way(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # B heads N d
-        if backend is None:
-            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-
-    return way
+def _packed(function: Attention) -> Attention:
+    """All clips as one sequence: `1 B*N heads d`."""
+    return lambda q, k, v: function(*(x.flatten(0, 1)[None] for x in (q, k, v))).reshape(q.shape)
 
 
-def _sdpa_packed(shape: Shape, device: torch.device) -> Way:
-    """One sequence with a mask of all pairs of tokens: what packing costs without an operator that knows of blocks."""
-    clips, count, _, _ = shape
+def _sdpa_packed(clips: int, count: int, device: torch.device) -> Attention:
+    """A mask of all pairs of tokens: the cost of packing without an operator for blocks."""
     clip_of = torch.arange(clips, device=device).repeat_interleave(count)
-    mask = clip_of[:, None] == clip_of  # B*N B*N
-
-    def way(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.flatten(0, 1)[None].transpose(1, 2) for x in (q, k, v))  # 1 heads B*N d
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(shape)
-
-    return way
+    return _packed(partial(_sdpa, mask=clip_of[:, None] == clip_of))  # B*N B*N
 
 
-def _xformers(shape: Shape, device: torch.device) -> Way:
+def _xformers_packed(clips: int, count: int, device: torch.device) -> Attention:
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    return _packed(partial(_xformers(), attn_bias=BlockDiagonalMask.from_seqlens([count] * clips, device=device)))
+
+
+def _xformers(*_: object) -> Attention:
     from xformers.ops import memory_efficient_attention
 
     return memory_efficient_attention
 
 
-def _xformers_packed(shape: Shape, device: torch.device) -> Way:
-    from xformers.ops import memory_efficient_attention
-    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
-
-    clips, count, _, _ = shape
-    blocks = BlockDiagonalMask.from_seqlens([count] * clips, device=device)
-
-    def way(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.flatten(0, 1)[None] for x in (q, k, v))  # 1 B*N heads d
-        return memory_efficient_attention(q, k, v, attn_bias=blocks).reshape(shape)
-
-    return way
-
-
-def _varlen_packed(shape: Shape, device: torch.device) -> Way:
+def _varlen_packed(clips: int, count: int, device: torch.device) -> Attention:
     from torch.nn.attention.varlen import varlen_attn
 
-    clips, count, _, _ = shape
     starts = torch.arange(clips + 1, dtype=torch.int32, device=device) * count
-
-    def way(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # B*N heads d
-        return varlen_attn(q, k, v, starts, starts, count, count).reshape(shape)
-
-    return way
+    return _packed(lambda q, k, v: varlen_attn(q[0], k[0], v[0], starts, starts, count, count))
 
 
-WAYS: Mapping[str, Callable[[Shape, torch.device], Way]] = {
-    OURS: lambda shape, device: attention,
-    "SDPA, as torch chooses": partial(_sdpa, None),
-    "SDPA, flash": partial(_sdpa, SDPBackend.FLASH_ATTENTION),
-    "SDPA, efficient": partial(_sdpa, SDPBackend.EFFICIENT_ATTENTION),
-    "SDPA, math": partial(_sdpa, SDPBackend.MATH),
+IMPLEMENTATIONS: Mapping[str, Make] = {
+    OURS: lambda *_: attention,
+    "SDPA, as torch chooses": lambda *_: _sdpa,
+    "SDPA, flash": lambda *_: partial(_sdpa, backend=SDPBackend.FLASH_ATTENTION),
+    "SDPA, efficient": lambda *_: partial(_sdpa, backend=SDPBackend.EFFICIENT_ATTENTION),
+    "SDPA, math": lambda *_: partial(_sdpa, backend=SDPBackend.MATH),
     "SDPA, packed": _sdpa_packed,
     "xformers": _xformers,
     "xformers, packed": _xformers_packed,
     "torch varlen, packed": _varlen_packed,
 }
-
-
-def _show(shape: Shape, precision: str, found: Mapping[str, Any]) -> None:
-    clips, count, heads, width = shape
-    lines = []
-    for row in found["rows"]:
-        same = f"{row['difference']:.0e}" if row["same"] else "OTHER VALUES"
-        lines.append((row["name"], *measure.speed(row), f"{row['share_of_peak']:.0%}", same))
-    columns = ("", "clips/s", "quartiles", "times ours", "of the peak", "difference")
-    measure.show(f"{count} tokens, {clips} clips, {heads} heads of {width}, {precision}, forward and backward", columns, lines)
-    print(devices.told(found["limits"]))

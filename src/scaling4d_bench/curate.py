@@ -1,4 +1,7 @@
-"""`scaling4d bench curate`: files a second, memory at two sizes, a second run with 1 % more files, and the paper calculation."""
+"""`scaling4d bench curate`: files a second, memory at two sizes, a second run with 1 % more files, paper calculation.
+
+The paper calculation multiplies the measured rates up to the papers' corpus (170 million videos, arXiv:2412.15212).
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,8 @@ import json
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,214 +18,182 @@ from typing import Any
 
 import numpy as np
 
-from scaling4d import config, seeds
+from scaling4d import seeds
 from scaling4d.clips import curate
-from scaling4d.clips.cluster import finish, workers
-from scaling4d.clips.duplicates import distinct
-from scaling4d.clips.examine import Clip, Curation, Finding
+from scaling4d.clips.cluster import dask_client, run_jobs
+from scaling4d.clips.duplicates import remove_near_duplicates
+from scaling4d.clips.inspection import Clip, Inspection
+from scaling4d.clips.settings import CurationConfig
+from scaling4d.clips.sources import SourceFile
 from scaling4d.records import UserError, Video, write_json
 from scaling4d_bench import measure, videos
-from scaling4d_bench.extrapolate import HASH_BYTES, Measured, comparisons, extrapolate
+from scaling4d_bench.measure import SEED, Measurements
 
-SIZE_PX = (240, 320)  # height, width
-SECONDS = 8.0
-GOP = 250
-EVERY_S = 0.1  # between looks at the memory
+SIZE_PX, SECONDS = (240, 320), 8.0  # of the videos; height, width
+SAMPLE_S = 0.1  # between two samples of the memory
 MORE_SHARE = 0.01  # files added before the second run
-HASHED = 32_768  # random hashes to measure the search for duplicates with
-TASKS = 2_000  # that do nothing, to measure the scheduler with
-TASKS_PER_VIDEO = 2 + 1 / curate.HASHED_TOGETHER  # examine, cut, and a share of one that hashes
+HASHES = 32_768  # random ones, to measure the search for duplicates
+TASKS = 2_000  # without work, to measure the scheduler
+TASKS_PER_VIDEO = 2 + 1 / curate.HASHES_PER_JOB  # inspect, encode, and a share of one that hashes
 LIBRARIES = ("av", "dask", "distributed", "imagehash", "numpy", "pyarrow", "scenedetect-headless")
+VIDEOS, VIDEO_S, CORES = 170_000_000, 10.0, (1_000, 10_000)  # of the paper calculation
+HASH_BYTES = 32  # of a clip: 4 frames of 64 bits
+COLUMNS = {
+    "": "{name}",
+    "seconds": "{seconds:.1f}",
+    "files/s": "{files_per_s:.2f}",
+    "clips": "{clips}",
+    "peak of main, MiB": "{main_mib:.0f}",
+    "of a worker, MiB": "{worker_mib:.0f}",
+}
 
 
-def curation(**other: Any) -> Curation:
-    """The settings of profile paper, but for those that are named."""
-    values = config.section(config.compose(["profile=paper"]), "clips.Curation")
-    return Curation(**values | other)
-
-
-def bench(
-    out: Path,
-    *,
-    files: int,
-    more: int,
-    repeats: int,
-    seconds: float = SECONDS,
-    size_px: tuple[int, int] = SIZE_PX,
-    hashes: int = HASHED,
-    tasks: int = TASKS,
-    seed: int = 0,
-) -> Path:
-    """Make videos, curate `files` of them, then `more`, then 1 % more again; print tables, write `<out>/curate.json`."""
+def bench(out: Path, *, files: int, more: int, repeats: int) -> Path:
+    """Make videos, curate `files` of them, then `more`, then 1 % more; print tables, write `<out>/curate.json`."""
     if not 2 <= files < more:
         raise UserError(f"files is {files} and more is {more}; needed 2 or more files, and more than that")
-    load = measure.busy()
-    settings = curation(workers=measure.cores())
-    extra = max(1, round(more * MORE_SHARE))
+    curation, extra = videos.curation({"workers": measure.cores(), "cluster": ""}), max(1, round(more * MORE_SHARE))
+    settings = {"files": files, "more": more, "extra": extra, "repeats": repeats, "seconds": SECONDS, "size_px": list(SIZE_PX)}
+    settings |= {"hashes": HASHES, "tasks": TASKS, "curation": curation}
+    measurements = Measurements("curate", settings, LIBRARIES)
+    runs: dict[str, list[dict[str, Any]]] = {f"{files} files": [], f"{more} files": [], f"{extra} files added": []}
     with tempfile.TemporaryDirectory() as scratch:
-        made = _make(Path(scratch, "made"), more + extra, seconds=seconds, size_px=size_px, seed=seed)
-        runs: dict[str, list[dict[str, Any]]] = {}
+        paths = [Path(scratch, "made", f"{number:06d}.mp4") for number in range(more + extra)]
+        with ProcessPoolExecutor(measure.cores(), get_context("spawn")) as pool:
+            make = partial(videos.write, seconds=SECONDS, size_px=SIZE_PX)
+            list(pool.map(make, paths, range(SEED, SEED + len(paths)), chunksize=8))
         for repeat in range(repeats):
-            for name, found in _runs(Path(scratch, f"repeat{repeat}"), made, files, more, settings).items():
-                runs.setdefault(name, []).append(found)
-        tasks_per_s = tasks / _do_nothing(settings, tasks)
-    search = search_for_duplicates(hashes, bits=settings.hash_bits, seed=seed)
-    first, second, again = (summary(found) for found in runs.values())
-    measured = rates(first, second, search, seconds=seconds, tasks_per_s=tasks_per_s, settings=settings)
-    found = {
-        "rows": [first, second, again],
-        "second_run_of_first": again["seconds"] / second["seconds"],
-        "duplicates": search,
-        "measured": asdict(measured),
-        "paper": extrapolate(measured),
+            folder, previous = Path(scratch, f"repeat{repeat}"), None
+            for name, some in zip(runs, (paths[:files], paths[:more], paths), strict=True):
+                runs[name].append(run_curation(folder / name, some, curation, previous=previous))
+                previous = folder / f"{more} files" if name == f"{more} files" else None
+        tasks_per_s = measure_scheduler(curation)
+    rows = []
+    for several in runs.values():  # equal runs: the median time, the largest peaks
+        peaks = {name: max(run[name] for run in several) for name in ("peak_main", "peak_worker")}
+        rows.append(several[0] | peaks | {"seconds": float(np.median([run["seconds"] for run in several]))})
+    first, second, again = rows
+    search = measure_search(curation.hash_bits)
+    new, grown = (second["files"] - first["files"]), {key: second[key] - first[key] for key in ("seconds", "clips", "peak_main")}
+    rates = {  # from the difference of two sizes, so that starting the cluster does not count
+        "core_s_per_video_s": grown["seconds"] * curation.workers / (new * SECONDS),
+        "clips_per_video_s": grown["clips"] / (new * SECONDS),
+        "bytes_per_clip": second["clip_bytes"] / second["clips"],
+        "tasks_per_video": TASKS_PER_VIDEO,
+        "tasks_per_s": tasks_per_s,
+        "dedupe_bytes_per_clip": search["bytes_per_clip"],
+        "comparisons_per_s": search["comparisons_per_s"],
+        "hash_bits": curation.hash_bits,
+        "main_bytes_per_video": grown["peak_main"] / new,
     }
-    _show(found)
-    told = {"files": files, "more": more, "extra": extra, "repeats": repeats, "seconds": seconds, "size_px": list(size_px)}
-    told |= {"seed": seed, "load_before": load, "hashes": hashes, "tasks": tasks, "curation": measure.plain(settings)}
-    raw = {"seconds": {name: [one["seconds"] for one in several] for name, several in runs.items()}}
-    libraries = measure.versions(LIBRARIES)
-    return measure.write("curate", out, settings=told, libraries=libraries, raw=raw, found=found, not_measured={})
+    paper = extrapolate(rates, videos=VIDEOS, video_s=VIDEO_S, cores=CORES)
+    measurements.raw["seconds"] = {name: [run["seconds"] for run in several] for name, several in runs.items()}
+    share = again["seconds"] / second["seconds"]
+    found = {"rows": rows, "second_run_of_first": share, "duplicates": search, "measured": rates, "paper": paper}
+    measurements.found.update(found)
+    lines = []
+    for number, row in enumerate(rows):
+        mib = {"main_mib": row["peak_main"] / 2**20, "worker_mib": row["peak_worker"] / 2**20}
+        name = f"{row['files']} files" + (", all but the last 1 % known" if number == 2 else "")
+        lines.append(row | mib | {"name": name, "files_per_s": row["files"] / row["seconds"]})
+    measure.table(f"curation with {measure.cores()} workers", lines, COLUMNS)
+    print(f"the second run took {share:.1%} of the first")
+    lines = [{"name": name, "value": f"{value:,.0f}" if value >= 100 else f"{value:.3g}"} for name, value in paper.items()]
+    title = f"paper calculation: {VIDEOS:,} videos of {VIDEO_S:g} s, at the rates above"
+    measure.table(title, lines, {"": "{name}", "comes to": "{value}"})
+    return measurements.write(out)
 
 
-def _make(folder: Path, count: int, *, seconds: float, size_px: tuple[int, int], seed: int) -> list[Path]:
-    """Different videos, made on all cores."""
-    folder.mkdir()
-    make = partial(videos.make, seconds=seconds, height_px=size_px[0], width_px=size_px[1], gop=GOP)
-    with ProcessPoolExecutor(measure.cores(), get_context("spawn")) as pool:
-        paths = [folder / f"{number:06d}.mp4" for number in range(count)]
-        return list(pool.map(make, paths, range(seed, seed + count), chunksize=8))
+def run_curation(folder: Path, paths: Sequence[Path], curation: CurationConfig, *, previous: Path | None) -> dict[str, Any]:
+    """One curation in a process of its own: seconds, files, clips, bytes of clips, and peaks of memory.
 
-
-def _runs(scratch: Path, made: Sequence[Path], files: int, more: int, settings: Curation) -> dict[str, dict[str, Any]]:
-    """Two sizes from nothing, and the larger one again after some files came."""
-    scratch.mkdir()
-    few, many = _linked(scratch / "few", made[:files]), _linked(scratch / "many", made[:more])
-    found = {
-        f"{files} files": _curate(few, scratch / "out few", settings, before=None, memory=scratch / "memory few"),
-        f"{more} files": _curate(many, scratch / "out many", settings, before=None, memory=scratch / "memory many"),
-    }
-    _linked(many, made[more:])
-    again = _curate(many, scratch / "out again", settings, before=scratch / "out many", memory=scratch / "memory many")
-    return found | {f"{len(made) - more} files added": again}
-
-
-def _linked(folder: Path, paths: Sequence[Path]) -> Path:
-    folder.mkdir(exist_ok=True)
+    Args:
+        previous: folder of an earlier run, whose clips and cache it may reuse.
+    """
+    sources = folder / "videos"
+    sources.mkdir(parents=True)
     for path in paths:
-        (folder / path.name).hardlink_to(path)
-    return folder
-
-
-def _curate(videos_: Path, out: Path, settings: Curation, *, before: Path | None, memory: Path) -> dict[str, Any]:
-    """One curation in a process of its own: seconds, files, clips, bytes of clips, and peaks of memory."""
-    out.mkdir()
-    told = out.with_suffix(".json")
-    process = get_context("spawn").Process(target=_child, args=(videos_, out, settings, before, memory, told))
+        (sources / path.name).hardlink_to(path)
+    earlier, cache = (previous / "out", previous / "cache") if previous else (None, folder / "cache")
+    process = get_context("spawn").Process(target=_curate, args=(folder, curation, earlier, cache))
     process.start()
-    with measure.memory(process.pid, every_s=EVERY_S) as samples:
-        process.join()
+    peaks: dict[int, int] = {}
+    while process.is_alive():
+        for pid, (_, peak) in measure.process_memory(process.pid).items():
+            peaks[pid] = max(peaks.get(pid, 0), peak)
+        process.join(SAMPLE_S)
     if process.exitcode:
-        raise UserError(f"curation of {videos_} ended with exit code {process.exitcode}; its message is above")
-    peaks = {"peak_main": max(s.peak_main for s in samples), "peak_worker": max(s.peak_below for s in samples)}
-    return json.loads(told.read_text()) | peaks
+        raise UserError(f"curation of {sources} ended with exit code {process.exitcode}; its message is above")
+    peak_main = peaks.pop(process.pid)
+    return json.loads((folder / "run.json").read_text()) | {"peak_main": peak_main, "peak_worker": max(peaks.values())}
 
 
-def _child(videos_: Path, out: Path, settings: Curation, before: Path | None, memory: Path, told: Path) -> None:
+def _curate(folder: Path, curation: CurationConfig, earlier: Path | None, cache: Path) -> None:
     import pyarrow.parquet as pq
 
+    sources, out = folder / "videos", folder / "out"
+    out.mkdir()
     start = time.perf_counter()
-    curate.curate(videos_, out, settings, before=before, memory=memory)
+    curate.curate(sources, out, curation, previous=earlier, cache=cache)
     seconds = time.perf_counter() - start
-    table = pq.read_table(out / "clips.parquet", columns=["bytes"])
-    files, clips, size = len(list(videos_.iterdir())), table.num_rows, sum(table["bytes"].to_pylist())
-    write_json(told, {"seconds": seconds, "files": files, "clips": clips, "clip_bytes": size})
+    sizes = pq.read_table(out / "clips.parquet", columns=["bytes"])["bytes"].to_pylist()
+    files = len(list(sources.iterdir()))
+    write_json(folder / "run.json", {"seconds": seconds, "files": files, "clips": len(sizes), "clip_bytes": sum(sizes)})
 
 
-def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The median time of equal runs and their largest peaks."""
-    return runs[0] | {
-        "seconds": float(np.median([run["seconds"] for run in runs])),
-        "peak_main": max(run["peak_main"] for run in runs),
-        "peak_worker": max(run["peak_worker"] for run in runs),
+def extrapolate(rates: Mapping[str, float], *, videos: int, video_s: float, cores: Sequence[int]) -> dict[str, float]:
+    """Products of the rates: twice as much takes twice as long (comparisons: four times).
+
+    Args:
+        rates: core_s_per_video_s: core-seconds to curate a second of video. clips_per_video_s, bytes_per_clip: of its
+            output. tasks_per_video, tasks_per_s: of the scheduler. dedupe_bytes_per_clip: memory of the search for
+            duplicates beside the hash. comparisons_per_s: of two hashes, one core. hash_bits: largest difference of two
+            near duplicates. main_bytes_per_video: growth of the main process.
+    """
+    core_s, clips = videos * video_s * rates["core_s_per_video_s"], videos * video_s * rates["clips_per_video_s"]
+    pairs = comparisons(clips, rates["hash_bits"])
+    paper = {
+        "core-hours": core_s / 3600,
+        "clips": clips,
+        "storage, TB": clips * rates["bytes_per_clip"] / 1e12,
+        "hashes, GB": clips * HASH_BYTES / 1e9,
+        "memory to find duplicates, GB": clips * (HASH_BYTES + rates["dedupe_bytes_per_clip"]) / 1e9,
+        "memory of the main process, GB": videos * rates["main_bytes_per_video"] / 1e9,
+        "comparisons of hashes": pairs,
+        "core-hours of comparing": pairs / rates["comparisons_per_s"] / 3600,
+        "scheduler: tasks/s it was seen to hand out": rates["tasks_per_s"],
     }
+    for count in cores:
+        paper[f"{count:,} cores: days"] = core_s / count / 86400
+        paper[f"{count:,} cores: tasks/s"] = videos * rates["tasks_per_video"] / (core_s / count)
+    return paper
 
 
-def rates(
-    first: dict[str, Any],
-    second: dict[str, Any],
-    search: dict[str, float],
-    *,
-    seconds: float,
-    tasks_per_s: float,
-    settings: Curation,
-) -> Measured:
-    """From the difference of the two sizes, so that starting the cluster does not count."""
-    more = second["files"] - first["files"]
-    return Measured(
-        core_s_per_video_s=(second["seconds"] - first["seconds"]) * settings.workers / (more * seconds),
-        clips_per_video_s=(second["clips"] - first["clips"]) / (more * seconds),
-        bytes_per_clip=second["clip_bytes"] / second["clips"],
-        tasks_per_video=TASKS_PER_VIDEO,
-        tasks_per_s=tasks_per_s,
-        dedupe_bytes_per_clip=search["bytes_per_clip"],
-        comparisons_per_s=search["comparisons_per_s"],
-        hash_bits=settings.hash_bits,
-        main_bytes_per_video=(second["peak_main"] - first["peak_main"]) / more,
-    )
+def comparisons(clips: float, hash_bits: int) -> float:
+    """Number of pairs that share one of hash_bits + 1 bands, for random hashes (see clips/duplicates.py)."""
+    bands = hash_bits + 1
+    return clips**2 / 2 * bands / 2 ** (8 * HASH_BYTES / bands)
 
 
-def search_for_duplicates(count: int, *, bits: int, seed: int) -> dict[str, float]:
-    """Memory beside the hashes, and comparisons a second, of `distinct` with random hashes."""
-    draw = seeds.numpy(seed, "bench hashes").bytes(count * HASH_BYTES)
+def measure_search(bits: int) -> dict[str, float]:
+    """Memory beside the hashes, and comparisons a second, of `remove_near_duplicates` with random hashes."""
+    draw = seeds.numpy(SEED, "bench hashes").bytes(HASHES * HASH_BYTES)
     source = Video(path="", sha256="", codec="", duration_s=1.0, rate_hz=1.0, height_px=1, width_px=1, rotation_deg=0)
     clips = [Clip(0.0, 0.0, (), draw[at : at + HASH_BYTES]) for at in range(0, len(draw), HASH_BYTES)]
-    findings = [Finding(str(number), "", source, (clip,), ()) for number, clip in enumerate(clips)]
-    start = time.perf_counter()
-    kept, _ = distinct(findings, bits)
-    seconds = time.perf_counter() - start
-    del kept
+    inspections = [Inspection(SourceFile(str(number)), "", source, (clip,), ()) for number, clip in enumerate(clips)]
+    seconds = measure.timed(partial(remove_near_duplicates, inspections, bits))()
     tracemalloc.start()
-    distinct(findings, bits)
+    remove_near_duplicates(inspections, bits)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    return {
-        "hashes": count,
-        "hash_bits": bits,
-        "seconds": seconds,
-        "bytes_per_clip": peak / count,
-        "comparisons_per_s": comparisons(count, bits) / seconds,
-    }
+    rates = {"bytes_per_clip": peak / HASHES, "comparisons_per_s": comparisons(HASHES, bits) / seconds}
+    return {"hashes": HASHES, "hash_bits": bits, "seconds": seconds, **rates}
 
 
-def _do_nothing(settings: Curation, tasks: int) -> float:
-    """Seconds that a cluster on this machine takes to hand out as many tasks."""
-    with workers(replace(settings, cluster="")) as client:
-        for _ in finish(client, _nothing, [(0,)] * settings.workers, "starting", total=settings.workers):
+def measure_scheduler(curation: CurationConfig) -> float:
+    """Tasks without work a second, on a cluster of this machine."""
+    with dask_client("", curation.workers) as client:
+        for _ in run_jobs(client, abs, [(0,)] * curation.workers, "starting", total=curation.workers):
             pass
-        start = time.perf_counter()
-        for _, future in finish(client, _nothing, ((number,) for number in range(tasks)), "doing nothing", total=tasks):
-            future.result()
-        return time.perf_counter() - start
-
-
-def _nothing(number: int) -> int:
-    return number
-
-
-def _show(found: dict[str, Any]) -> None:
-    lines = [
-        (
-            f"{row['files']} files" + (", all but the last 1 % known" if number == 2 else ""),
-            f"{row['seconds']:.1f}",
-            f"{row['files'] / row['seconds']:.2f}",
-            str(row["clips"]),
-            f"{row['peak_main'] / 2**20:.0f}",
-            f"{row['peak_worker'] / 2**20:.0f}",
-        )
-        for number, row in enumerate(found["rows"])
-    ]
-    columns = ("", "seconds", "files/s", "clips", "peak of main, MiB", "of a worker, MiB")
-    measure.show(f"curation with {measure.cores()} workers", columns, lines)
-    print(f"the second run took {found['second_run_of_first']:.1%} of the first")
-    paper = [(name, f"{value:,.0f}" if value >= 100 else f"{value:.3g}") for name, value in found["paper"].items()]
-    measure.show("paper calculation: 170,000,000 videos of 10 s, at the rates above", ("", "comes to"), paper)
+        run = run_jobs(client, abs, ((number,) for number in range(TASKS)), "tasks without work", total=TASKS)
+        return TASKS / measure.timed(lambda: [future.result() for _, future in run])()

@@ -1,173 +1,282 @@
-"""`scaling4d bench decode`: clips a second from random places of videos, ours beside torchcodec, OpenCV and plain PyAV."""
+"""`scaling4d bench decode`: clips a second from random places of videos, ours beside torchcodec, OpenCV and plain PyAV.
+
+Each reader is called in the fastest way known to us, with one thread. It takes a path and ascending frame numbers and
+returns uint8 `T S S 3`: the shorter side resized to S, the middle cropped. A loader of a reader imports its library.
+"""
 
 from __future__ import annotations
 
+import cProfile
+import importlib
+import pstats
+import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from contextlib import ExitStack, suppress
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from scaling4d import seeds
-from scaling4d_bench import measure, readers, videos
-from scaling4d_bench.measure import Contestant
+from scaling4d import seeds, video
+from scaling4d_bench import measure, videos
+from scaling4d_bench.measure import SEED, Measurements
+from scaling4d_bench.videos import RATE_HZ
 
-FRAMES, STRIDE = 16, 2
-SIZES = ((360, 640), (720, 1280))  # height, width
-GOPS = (12, 250)
-SAME_BELOW = 6.0  # mean absolute difference of 255 to ours, at most: resizing differs, the pictures must not
+SECONDS, FILES = 20.0, 2  # of a video; videos of each kind
+SIZES, GOPS = ((360, 640), (720, 1280)), (12, 250)  # height, width; the kinds of video
+FRAMES, STRIDE, SIDE_PX = 16, 2, 224  # of a clip
+SAME_BELOW = 6.0  # largest mean absolute difference to ours, of 255: resizing differs, the pictures must not
 OURS, ALONE = "ours", "FFmpeg alone"
 LIBRARIES = ("av", "numpy", "opencv-python-headless", "pillow", "torch", "torchcodec")
+COLUMNS = measure.SPEED | {"CPU ms a clip": "{cpu_ms:.1f}", "difference": "{shown}"}
+FFMPEG_CALLS = {"decoder": "method 'decode' of 'av.", "swscale": "method 'reformat' of 'av."}
 
-Work = list[tuple[Path, list[int]]]  # a file, and the frame numbers wanted of it
+Reader = Callable[[Path, Sequence[int]], np.ndarray]
+ClipList = list[tuple[Path, list[int]]]  # a file, and frame numbers
 
 
-def bench(
-    out: Path,
-    *,
-    clips: int,
-    repeats: int,
-    seconds: float = 20.0,
-    files: int = 2,
-    sizes: Sequence[tuple[int, int]] = SIZES,
-    gops: Sequence[int] = GOPS,
-    seed: int = 0,
-) -> Path:
-    """Measure, print a table a kind of video, write `<out>/decode.json`.
+def bench(out: Path, *, clips: int, repeats: int) -> Path:
+    """Measure, print a table for each kind of video, write `<out>/decode.json`."""
+    settings = {"clips": clips, "repeats": repeats, "seconds": SECONDS, "files": FILES, "frames": FRAMES, "stride": STRIDE}
+    settings |= {"side_px": SIDE_PX, "threads": 1, "rate_hz": RATE_HZ, "same_below": SAME_BELOW}
+    measurements = Measurements("decode", settings, LIBRARIES)
+    torch.set_num_threads(1)
+    for name, version in FFMPEG.items():
+        with suppress(*measure.CANNOT_LOAD):
+            measurements.versions[name] = version()
+    with tempfile.TemporaryDirectory() as folder:
+        short = videos.write(Path(folder, "short.mp4"), SEED, seconds=2, size_px=(96, 128), gop=12)
 
-    Args:
-        clips: of 16 frames, every 2nd, that each contestant reads in each repeat, of each kind of video. files: of each kind.
-    """
-    makers = {
-        OURS: readers.ours,
-        "torchcodec": partial(readers.torchcodec, "approximate"),
-        "torchcodec exact": partial(readers.torchcodec, "exact"),
-        "torchcodec, torch resizes": readers.torchcodec_torch,
-        "OpenCV": readers.opencv,
-        "plain PyAV": readers.pyav,
-    }
-    load = measure.busy()
-    raw: dict[str, Any] = {}
-    found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder, measure.threads(1):
-        short = videos.make(Path(folder, "short.mp4"), seed, seconds=2, height_px=96, width_px=128, gop=12)
-        made, missing = measure.available({name: partial(_tried, make, short) for name, make in makers.items()})
-        for (height, width), gop in ((size, gop) for size in sizes for gop in gops):
+        def load(loader: Callable[[], Reader]) -> Reader:
+            reader = loader()
+            reader(short, range(0, FRAMES * STRIDE, STRIDE))  # some libraries load their rest only now
+            return reader
+
+        loaded = measurements.load({name: partial(load, loader) for name, loader in LOADERS.items()})
+        for (height, width), gop in ((size, gop) for size in SIZES for gop in GOPS):
             kind = f"{width}x{height} GOP {gop}"
-            paths = [Path(folder, f"{width}x{height}-{gop}-{number}.mp4") for number in range(files)]
+            paths = [Path(folder, f"{width}x{height}-{gop}-{number}.mp4") for number in range(FILES)]
             for number, path in enumerate(paths):
-                videos.make(path, seed + number, seconds=seconds, height_px=height, width_px=width, gop=gop)
-            work = places(paths, clips=clips, frames=round(seconds * videos.RATE_HZ), seed=seed)
-            raw[kind], found[kind] = _one_kind(made, work, repeats=repeats)
-            found[kind]["kbit_per_s"] = sum(path.stat().st_size for path in paths) * 8 / 1000 / (files * seconds)
-            _show(kind, found[kind])
-    measure.show_missing(missing)
-    settings = {"clips": clips, "repeats": repeats, "seconds": seconds, "files": files, "frames": FRAMES, "stride": STRIDE}
-    settings |= {
-        "side_px": readers.SIDE_PX,
-        "threads": 1,
-        "seed": seed,
-        "load_before": load,
-        "rate_hz": videos.RATE_HZ,
-        "same_below": SAME_BELOW,
-    }
-    libraries = measure.versions(LIBRARIES) | measure.available(readers.FFMPEG)[0]
-    return measure.write("decode", out, settings=settings, libraries=libraries, raw=raw, found=found, not_measured=missing)
+                videos.write(path, SEED + number, seconds=SECONDS, size_px=(height, width), gop=gop)
+            work = random_clips(paths, clips=clips, frames=round(SECONDS * RATE_HZ))
+            measurements.raw[kind], found = compare(loaded, work, repeats=repeats)
+            found["kbit_per_s"] = sum(path.stat().st_size for path in paths) * 8 / 1000 / (FILES * SECONDS)
+            measurements.found[kind] = found
+            rows, share = [], found["ffmpeg_share_of_ours"]
+            for row in found["rows"]:
+                shown = f"{row['difference']:.2f}" if row.get("same_frames") else "OTHER FRAMES"
+                shown = "decodes only" if row["name"] == ALONE else shown
+                rows.append(row | {"cpu_ms": 1000 * row["cpu_s"], "shown": shown})
+            rows += [row | {"name": f"ours, {row['name']}"} for row in found["processes"]]
+            title = (
+                f"{kind}, {found['kbit_per_s']:.0f} kbit/s; of our time {share['decoder']:.0%} is FFmpeg's decoder and "
+                f"{share['swscale']:.0%} swscale; same frames differ by < {SAME_BELOW:g} (one off: {found['one_off']:.1f})"
+            )
+            measure.table(title, rows, COLUMNS)
+    return measurements.write(out)
 
 
-def _tried(make: Callable[[], readers.Reader], path: Path) -> readers.Reader:
-    """The reader, after it has read something: some libraries load the rest of themselves only then."""
-    read = make()
-    read(path, range(0, FRAMES * STRIDE, STRIDE))
-    return read
-
-
-def places(paths: Sequence[Path], *, clips: int, frames: int, seed: int) -> Work:
-    """Clips at random places, each file as often as the others; ascending frame numbers."""
-    last = frames - (FRAMES - 1) * STRIDE - 1  # one more frame follows, to see what being one off would look like
-    starts = seeds.numpy(seed, "bench places").integers(0, last, clips)
+def random_clips(paths: Sequence[Path], *, clips: int, frames: int) -> ClipList:
+    """Clips at random places, from each file equally many; ascending frame numbers."""
+    last = frames - (FRAMES - 1) * STRIDE - 1  # one more frame follows, for the difference of being one off
+    starts = seeds.numpy(SEED, "bench places").integers(0, last, clips)
     return [(paths[n % len(paths)], [int(start) + STRIDE * k for k in range(FRAMES)]) for n, start in enumerate(starts)]
 
 
-def differences(read: readers.Reader, work: Work) -> float:
-    """The largest mean absolute difference of a clip to ours, 0 to 255; 255 where the shape is another."""
-    ours, worst = readers.ours(), 0.0
-    for path, numbers in work:
-        mine, other = ours(path, numbers), read(path, numbers)
-        if other.shape != mine.shape or other.dtype != mine.dtype:
-            return 255.0
-        worst = max(worst, float(np.abs(mine.astype(np.int16) - other).mean()))
-    return worst
-
-
-def _one_kind(made: Mapping[str, readers.Reader], work: Work, *, repeats: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Raw seconds, and what follows from them, for one kind of video."""
-    alone = [Contestant(ALONE, measure.timed(partial(_all, readers.ffmpeg_alone, work)), len(work))]
-    contestants = [Contestant(name, measure.timed(partial(_all, read, work)), len(work)) for name, read in made.items()] + alone
-    raw = measure.race(contestants, repeats=repeats)
-    found = measure.rows(contestants, raw, ours=OURS)
-    for row in found:
-        if row["name"] in made:
-            row["difference"] = differences(made[row["name"]], work)
-            row["same_frames"] = row["difference"] < SAME_BELOW
-    one_off = differences(lambda path, numbers: readers.ours()(path, [number + 1 for number in numbers]), work)
-    share = readers.ffmpeg_share(partial(_all, readers.ours(), work))
-    raw_many, many = _many(work, repeats=repeats)
-    return {"one process": measure.plain(raw), "processes": measure.plain(raw_many)}, {
-        "rows": found,
-        "processes": many,
-        "ffmpeg_share_of_ours": share,
-        "one_off": one_off,
+def compare(loaded: Mapping[str, Reader], work: ClipList, *, repeats: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Times of one kind of video, and the figures that follow: all readers in one process, ours also in several."""
+    runs = {name: measure.timed(partial(read_all, work, read)) for name, read in {**loaded, ALONE: ffmpeg_alone}.items()}
+    timings = measure.take_turns(runs, repeats=repeats)
+    rows = measure.throughput(timings, dict.fromkeys(runs, len(work)))
+    for row in rows[:-1]:
+        row["difference"] = difference(loaded[row["name"]], work)
+        row["same_frames"] = row["difference"] < SAME_BELOW
+    counts = sorted({min(2**n, measure.cores()) for n in range(measure.cores().bit_length() + 1)})
+    with ExitStack() as stack:
+        runs = {}
+        for count in counts:  # each process reads all clips
+            pool = stack.enter_context(ProcessPoolExecutor(count, get_context("spawn")))
+            runs[f"processes: {count}"] = measure.timed(lambda p=pool, n=count: list(p.map(read_all, [work] * n)))
+        parallel = measure.take_turns(runs, repeats=repeats)
+    units = {name: count * len(work) for name, count in zip(runs, counts, strict=True)}
+    return {"one process": timings, "processes": parallel}, {
+        "rows": rows,
+        "processes": measure.throughput(parallel, units),
+        "ffmpeg_share_of_ours": ffmpeg_share(partial(read_all, work)),
+        "one_off": difference(lambda path, numbers: ours()(path, [number + 1 for number in numbers]), work),
     }
 
 
-def _many(work: Work, *, repeats: int) -> tuple[measure.Raw, list[dict[str, Any]]]:
-    """Ours in 1, 2, 4, ... processes up to the cores; each process reads all the clips."""
-    counts = sorted({min(2**n, measure.cores()) for n in range(measure.cores().bit_length() + 1)})
-    context = get_context("spawn")
-    pools = {count: ProcessPoolExecutor(count, context) for count in counts}
-    try:
-        contestants = [
-            Contestant(f"processes: {count}", measure.timed(partial(_together, pool, count, work)), count * len(work))
-            for count, pool in pools.items()
-        ]
-        raw = measure.race(contestants, repeats=repeats)
-    finally:
-        for pool in pools.values():
-            pool.shutdown()
-    return raw, measure.rows(contestants, raw, ours=f"processes: {counts[0]}")
-
-
-def _together(pool: ProcessPoolExecutor, count: int, work: Work) -> None:
-    for future in [pool.submit(_ours, work) for _ in range(count)]:
-        future.result()
-
-
-def _ours(work: Work) -> None:
-    _all(readers.ours(), work)
-
-
-def _all(read: readers.Reader, work: Work) -> None:
+def read_all(work: ClipList, read: Callable[[Path, Sequence[int]], object] | None = None) -> None:
+    """Read all clips. read: None: our reader."""
+    read = read or ours()
     for path, numbers in work:
         read(path, numbers)
 
 
-def _show(kind: str, found: Mapping[str, Any]) -> None:
-    lines = []
-    for row in found["rows"]:
-        same = "decodes only" if row["name"] == ALONE else f"{row['difference']:.2f}" if row["same_frames"] else "OTHER FRAMES"
-        lines.append((row["name"], *measure.speed(row), f"{1000 * row['cpu_s']:.1f}", same))
-    for row in found["processes"]:
-        lines.append((f"ours, {row['name']}", *measure.speed(row), "", ""))
-    columns = ("", "clips/s", "quartiles", "times ours", "CPU ms a clip", "difference")
-    share = found["ffmpeg_share_of_ours"]
-    measure.show(
-        f"{kind}, {found['kbit_per_s']:.0f} kbit/s; of our time {share['decoder']:.0%} is FFmpeg's decoder and "
-        f"{share['swscale']:.0%} swscale; same frames differ by < {SAME_BELOW:g} (one off: {found['one_off']:.1f})",
-        columns,
-        lines,
-    )
+def difference(read: Reader, work: ClipList) -> float:
+    """Largest mean absolute difference of a clip to ours, 0 to 255; 255 for another shape."""
+    largest, our_reader = 0.0, ours()
+    for path, numbers in work:
+        our_pixels, theirs = our_reader(path, numbers), read(path, numbers)
+        if theirs.shape != our_pixels.shape or theirs.dtype != our_pixels.dtype:
+            return 255.0
+        largest = max(largest, float(np.abs(our_pixels.astype(np.int16) - theirs).mean()))
+    return largest
+
+
+def ffmpeg_share(work: Callable[[], object]) -> dict[str, float]:
+    """Shares of the time of `work` inside FFmpeg's decoder, and inside its scaling and colours (swscale).
+
+    Python's profiler counts each call from Python into PyAV; opening and reading the file count as neither.
+    """
+    profile, shares = cProfile.Profile(), dict.fromkeys(FFMPEG_CALLS, 0.0)
+    profile.runcall(work)
+    stats = pstats.Stats(profile)
+    for (_, _, function), (_, _, own_s, _, _) in stats.stats.items():
+        for name, text in FFMPEG_CALLS.items():
+            shares[name] += own_s / stats.total_tt if text in function else 0
+    return shares
+
+
+# ---- readers ----
+
+
+def ours() -> Reader:
+    return lambda path, numbers: video.read_frames_at(path, np.asarray(numbers) / RATE_HZ, side_px=SIDE_PX)
+
+
+def torchcodec(seek_mode: str) -> Reader:
+    """torchcodec's own transforms crop and resize inside its decoder; they need the picture's size, read once a file.
+
+    It needs FFmpeg's shared libraries: the system's, or PyAV's own (`av.libs`), by links `libavcodec.so.62 ...` and
+    LD_LIBRARY_PATH, so that both use the same FFmpeg.
+    """
+    from scaling4d_bench.steps import let_torchvision_load
+
+    let_torchvision_load()
+    from torchcodec.decoders import VideoDecoder
+    from torchcodec.transforms import CenterCrop, Resize
+
+    @cache
+    def side(path: Path) -> int:
+        header = VideoDecoder(path, seek_mode="approximate").metadata
+        return min(header.height, header.width)
+
+    def read(path: Path, numbers: Sequence[int]) -> np.ndarray:
+        transforms = [CenterCrop((side(path), side(path))), Resize((SIDE_PX, SIDE_PX))]
+        decoder = VideoDecoder(path, num_ffmpeg_threads=1, seek_mode=seek_mode, dimension_order="NHWC", transforms=transforms)
+        return decoder.get_frames_at(list(numbers)).data.numpy()
+
+    return read
+
+
+def torchcodec_torch() -> Reader:
+    """Whole pictures from torchcodec, cropped and resized by torch."""
+    from torchcodec.decoders import VideoDecoder
+
+    def read(path: Path, numbers: Sequence[int]) -> np.ndarray:
+        decoder = VideoDecoder(path, num_ffmpeg_threads=1, seek_mode="approximate")
+        pictures = decoder.get_frames_at(list(numbers)).data  # T C H W
+        side = min(pictures.shape[2:])
+        top, left = ((length - side) // 2 for length in pictures.shape[2:])
+        square = pictures[:, :, top : top + side, left : left + side]
+        small = torch.nn.functional.interpolate(square, size=(SIDE_PX, SIDE_PX), mode="bilinear", antialias=True)
+        return small.permute(0, 2, 3, 1).contiguous().numpy()
+
+    return read
+
+
+def opencv() -> Reader:
+    """One seek; other pictures are grabbed only, without a conversion of their colours."""
+    import cv2
+
+    cv2.setNumThreads(1)
+
+    def read(path: Path, numbers: Sequence[int]) -> np.ndarray:
+        capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
+        capture.set(cv2.CAP_PROP_POS_FRAMES, numbers[0])
+        pictures = []
+        for number in range(numbers[0], numbers[-1] + 1):
+            capture.grab()
+            if number in numbers:
+                _, bgr = capture.retrieve()
+                small = cv2.resize(bgr, _size(*bgr.shape[:2]), interpolation=cv2.INTER_AREA)
+                pictures.append(cv2.cvtColor(_middle(small), cv2.COLOR_BGR2RGB))
+        capture.release()
+        return np.stack(pictures)
+
+    return read
+
+
+def pyav() -> Reader:
+    """The first program that one would write: seek, decode all frames, convert to RGB, resize with Pillow."""
+    from PIL import Image
+
+    def read(path: Path, numbers: Sequence[int]) -> np.ndarray:
+        pictures = []
+        for number, frame in _decode(path, numbers):
+            if number in numbers:
+                picture = Image.fromarray(frame.to_ndarray(format="rgb24", threads=1))
+                small = picture.resize(_size(frame.height, frame.width), Image.Resampling.BICUBIC)
+                pictures.append(_middle(np.asarray(small)))
+        return np.stack(pictures)
+
+    return read
+
+
+def ffmpeg_alone(path: Path, numbers: Sequence[int]) -> int:
+    """Decode from the key frame to the last frame, without skipping or converting one; the number of frames."""
+    return sum(1 for _ in _decode(path, numbers))
+
+
+def opencv_libavcodec() -> str:
+    import cv2
+
+    return "".join(re.findall(r"avcodec: *(.*)", cv2.getBuildInformation())[:1])
+
+
+LOADERS = {
+    OURS: ours,
+    "torchcodec": partial(torchcodec, "approximate"),
+    "torchcodec exact": partial(torchcodec, "exact"),
+    "torchcodec, torch resizes": torchcodec_torch,
+    "OpenCV": opencv,
+    "plain PyAV": pyav,
+}
+FFMPEG = {  # loaders of the version of the FFmpeg that each library decodes with
+    "FFmpeg of av": lambda: importlib.import_module("av").ffmpeg_version_info,
+    "FFmpeg of torchcodec": lambda: str(importlib.import_module("torchcodec").ffmpeg_major_version),
+    "libavcodec of opencv": opencv_libavcodec,
+}
+
+
+def _decode(path: Path, numbers: Sequence[int]) -> Iterator[tuple[int, Any]]:
+    """(number, frame) from the key frame before the first to the last of the numbers."""
+    import av
+
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type, stream.codec_context.thread_count = "SLICE", 1
+        container.seek(round(numbers[0] / RATE_HZ / stream.time_base), stream=stream)
+        for frame in container.decode(stream):
+            number = round(frame.pts * stream.time_base * RATE_HZ)
+            yield number, frame
+            if number >= numbers[-1]:
+                return
+
+
+def _size(height_px: int, width_px: int) -> tuple[int, int]:
+    """Width and height with a shorter side of SIDE_PX."""
+    scale = SIDE_PX / min(height_px, width_px)
+    return max(SIDE_PX, round(width_px * scale)), max(SIDE_PX, round(height_px * scale))
+
+
+def _middle(picture: np.ndarray) -> np.ndarray:
+    top, left = (picture.shape[0] - SIDE_PX) // 2, (picture.shape[1] - SIDE_PX) // 2
+    return picture[top : top + SIDE_PX, left : left + SIDE_PX]

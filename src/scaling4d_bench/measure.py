@@ -1,15 +1,14 @@
-"""How everything in this room is measured: contestants do the same work in turns; medians, spread, ratios within one run."""
+"""Measuring, for all benchmarks: workloads take turns in one run; medians, quartiles, ratios; tables, JSON, memory."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-import threading
+import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import InitVar, asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,243 +18,162 @@ import numpy as np
 from scaling4d.artifacts import processor
 from scaling4d.records import write_json
 
-WIDTH = 130  # of tables that do not go to a terminal
-REASON = 160  # letters of why a contestant is not measured
-CANNOT_LOAD = (ImportError, OSError, RuntimeError)  # what a library raises that is missing, or misses one itself
+SEED = 0
+WIDTH = 130  # of tables that are not printed on a terminal
+MAX_REASON = 160  # characters
+CANNOT_LOAD = (ImportError, AttributeError, OSError, RuntimeError)  # of a missing or other library
+SPEED = {  # columns of a table of `throughput`
+    "": "{name}",
+    "clips/s": "{per_s:.2f}",
+    "quartiles": "{per_s_low:.2f} to {per_s_high:.2f}",
+    "times ours": "{over_ours:.2f}",
+}
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """`work` does `units` of the same thing as the others and returns the seconds it took."""
-
-    name: str
-    work: Callable[[], float]
-    units: float
-
-
-def timed(work: Callable[[], object]) -> Callable[[], float]:
-    """The same work, returning its seconds."""
-
-    def clocked() -> float:
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
-
-    return clocked
-
-
-@dataclass(frozen=True)
-class Raw:
-    """By contestant, one number a repeat: seconds, and seconds that all threads of this process computed meanwhile."""
+class Timings:
+    """By workload, one number a turn: seconds, and seconds of computing by all threads of this process."""
 
     seconds: dict[str, list[float]]
     cpu_s: dict[str, list[float]]
 
 
-def race(contestants: Sequence[Contestant], *, repeats: int) -> Raw:
-    """Call everyone once without counting, then once a repeat; who starts, turns.
+@dataclass(frozen=True)
+class Measurements:
+    """Content of a benchmark's JSON file.
 
-    What slows the machine for a while then slows all of them; on a machine that others use too, trust `cpu_s`.
+    settings: with a GPU as "device", the file's name ends with the GPU's. raw: every single time. found: all figures
+    that follow. not_measured: workloads -> the reason why not. versions: of Python and of the installed libraries.
     """
-    for contestant in contestants:
-        contestant.work()
-    raw = Raw({c.name: [] for c in contestants}, {c.name: [] for c in contestants})
-    for repeat in range(repeats):
-        first = repeat % len(contestants)
-        for contestant in [*contestants[first:], *contestants[:first]]:
-            start_s = time.process_time()
-            raw.seconds[contestant.name].append(contestant.work())
-            raw.cpu_s[contestant.name].append(time.process_time() - start_s)
-    return raw
 
+    bench: str
+    settings: dict[str, Any]
+    libraries: InitVar[Sequence[str]]
+    raw: dict[str, Any] = field(default_factory=dict)
+    found: dict[str, Any] = field(default_factory=dict)
+    not_measured: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=lambda: {"python": platform.python_version()})
 
-def rows(contestants: Sequence[Contestant], raw: Raw, *, ours: str) -> list[dict[str, Any]]:
-    """Per contestant: units a second at the median time, at the quartiles (the spread), over that of `ours`; cpu_s a unit."""
-    units = {contestant.name: contestant.units for contestant in contestants}
-    base = units[ours] / float(np.median(raw.seconds[ours]))
-    found = []
-    for name, count in units.items():
-        slow, middle, quick = (count / float(seconds) for seconds in np.percentile(raw.seconds[name], (75, 50, 25)))
-        row = {"name": name, "per_s": middle, "per_s_low": slow, "per_s_high": quick, "over_ours": middle / base}
-        found.append(row | {"cpu_s": float(np.median(raw.cpu_s[name])) / count})
-    return found
+    def __post_init__(self, libraries: Sequence[str]) -> None:
+        load = os.getloadavg()[0]
+        if load > 0.5:
+            print(f"others compute on this machine: load {load:.1f} on {cores()} cores")
+        self.settings.update(load_before=load, seed=SEED)
+        for name in libraries:
+            with suppress(metadata.PackageNotFoundError):
+                self.versions[name] = metadata.version(name)
 
+    def load(self, loaders: Mapping[str, Callable[[], Any]], suffix: str = "") -> dict[str, Any]:
+        """Results of the loaders by name. `not_measured` receives libraries that cannot be loaded."""
+        loaded = {}
+        for name, load in loaders.items():
+            try:
+                loaded[name] = load()
+            except CANNOT_LOAD as error:
+                self.not_measured[name + suffix] = " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
+        return loaded
 
-def times_as_fast(raw: Raw, name: str, other: str) -> dict[str, float]:
-    """How many times as fast as the other, who does the same work: the median over the repeats, and the quartiles."""
-    low, middle, high = np.percentile(np.divide(raw.seconds[other], raw.seconds[name]), (25, 50, 75))
-    return {"median": float(middle), "low": float(low), "high": float(high)}
-
-
-def available(makers: Mapping[str, Callable[[], Any]]) -> tuple[dict[str, Any], dict[str, str]]:
-    """What each maker returns, by name; and why not, in one line, for those whose library cannot be loaded."""
-    made, missing = {}, {}
-    for name, make in makers.items():
-        try:
-            made[name] = make()
-        except CANNOT_LOAD as error:
-            missing[name] = " ".join(str(error).split())[:REASON] or type(error).__name__
-    return made, missing
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers depend on; not whose machine it is."""
-    return {"cpu": processor() or platform.machine(), "cores": cores(), "system": f"{platform.system()} {platform.machine()}"}
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Torch computes in so many threads here; a rank has one."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def plain(record: Any) -> dict[str, Any]:
-    """A dataclass as JSON takes it."""
-    return json.loads(json.dumps(asdict(record)))
-
-
-def busy() -> float:
-    """How many cores others keep busy right now, over the last minute; said aloud, since it spoils what follows."""
-    load = os.getloadavg()[0]
-    if load > 0.5:
-        print(f"others compute on this machine: load {load:.1f} on {cores()} cores")
-    return load
+    def write(self, out: Path) -> Path:
+        """Print what is not measured, and write `<out>/<bench>.json`."""
+        for name, reason in self.not_measured.items():
+            print(f"{name}: not measured ({reason})")
+        device, system = self.settings.get("device", "cpu"), f"{platform.system()} {platform.machine()}"
+        name = self.bench if device == "cpu" else f"{self.bench}-{device.replace(' ', '-').lower()}"
+        machine = {"cpu": processor() or platform.machine(), "cores": cores(), "system": system}
+        out.mkdir(parents=True, exist_ok=True)
+        partial = out / f".{name}.json.partial"
+        write_json(partial, asdict(self) | {"bench": name, "machine": machine})
+        return partial.rename(out / f"{name}.json")
 
 
 def cores() -> int:
-    """That this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def versions(names: Sequence[str]) -> dict[str, str]:
-    """Of Python and of those that are installed."""
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+def timed(work: Callable[[], object], wait: Callable[[], object] = int) -> Callable[[], float]:
+    """The same work, returning its seconds. wait: for a device to finish, before the work and as a part of it."""
+
+    def run() -> float:
+        wait()
+        start = time.perf_counter()
+        work()
+        wait()
+        return time.perf_counter() - start
+
+    return run
 
 
-def write(
-    name: str,
-    out: Path,
-    *,
-    settings: Mapping[str, Any],
-    libraries: Mapping[str, str],
-    raw: Mapping[str, Any],
-    found: Mapping[str, Any],
-    not_measured: Mapping[str, str],
-) -> Path:
-    """Write `<out>/<name>.json`: what was measured, on what, with which settings, and every single time."""
-    out.mkdir(parents=True, exist_ok=True)
-    path, partial = out / f"{name}.json", out / f".{name}.json.partial"
-    content = {
-        "bench": name,
-        "machine": machine(),
-        "versions": dict(libraries),
-        "settings": dict(settings),
-        "raw": dict(raw),
-        "found": dict(found),
-        "not_measured": dict(not_measured),
-    }
-    write_json(partial, content)
-    partial.rename(path)
-    return path
+def take_turns(runs: Mapping[str, Callable[[], float]], *, repeats: int) -> Timings:
+    """Run every workload once without counting, then once a repeat; another one is first in every repeat.
+
+    A temporary slowdown of the machine then slows all of them; on a machine that others use too, trust `cpu_s`.
+
+    Args:
+        runs: by workload, a function that returns its seconds.
+    """
+    for run in runs.values():
+        run()
+    timings, names = Timings({name: [] for name in runs}, {name: [] for name in runs}), list(runs)
+    for repeat in range(repeats):
+        first = repeat % len(names)
+        for name in [*names[first:], *names[:first]]:
+            start_s = time.process_time()
+            timings.seconds[name].append(runs[name]())
+            timings.cpu_s[name].append(time.process_time() - start_s)
+    return timings
 
 
-def show(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
-    """A table on stdout; all columns but the first are aligned to the right."""
+def throughput(timings: Timings, units: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Per workload: units a second at the median time, at its quartiles, over the median of the first; cpu_s a unit.
+
+    Args:
+        units: of work in a turn, by workload.
+    """
+    rows: list[dict[str, Any]] = []
+    for name, seconds in timings.seconds.items():
+        low, median, high = (units[name] / float(s) for s in np.percentile(seconds, (75, 50, 25)))
+        row = {"name": name, "per_s": median, "per_s_low": low, "per_s_high": high}
+        row["over_ours"] = median / (rows[0] if rows else row)["per_s"]
+        rows.append(row | {"cpu_s": float(np.median(timings.cpu_s[name])) / units[name]})
+    return rows
+
+
+def speedup(timings: Timings, name: str, base: str) -> dict[str, float]:
+    """How many times as fast as `base` on the same work: median and quartiles of the ratios within one repeat."""
+    low, median, high = np.percentile(np.divide(timings.seconds[base], timings.seconds[name]), (25, 50, 75))
+    return {"median": float(median), "low": float(low), "high": float(high)}
+
+
+def table(title: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
+    """Print a table. columns: heading -> format of a row; a cell stays empty where the row lacks the value."""
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
-    table = Table(title=title, title_justify="left")
+    console, lines = Console(), Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
-    for line in lines:
-        table.add_row(*line)
-    (console if console.is_terminal else Console(width=WIDTH)).print(table)
+        lines.add_column(column, justify="right" if number else "left")
+    for row in rows:
+        cells = dict.fromkeys(columns, "")
+        for column, text in columns.items():
+            with suppress(KeyError):
+                cells[column] = text.format_map(row)
+        lines.add_row(*cells.values())
+    (console if console.is_terminal else Console(width=WIDTH)).print(lines)
 
 
-def show_missing(not_measured: Mapping[str, str]) -> None:
-    for name, reason in not_measured.items():
-        print(f"{name}: not measured ({reason})")
+def process_memory(pid: int) -> dict[int, tuple[int, int]]:
+    """Bytes of a process and of all below it, by pid: now, where processes share the bytes of a page, and at the peak.
 
+    Linux only: it reads /proc.
+    """
+    import psutil
 
-def speed(row: Mapping[str, Any]) -> tuple[str, str, str]:
-    """A row of `rows` as text: units a second, their quartiles, over ours."""
-    return f"{row['per_s']:.2f}", f"{row['per_s_low']:.2f} to {row['per_s_high']:.2f}", f"{row['over_ours']:.2f}"
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Of a process tree at one moment, in bytes. Pages that processes share are counted once in `total`."""
-
-    time_s: float
-    total: int
-    peak_main: int
-    peak_below: int  # of the largest process below the main one
-
-
-@contextmanager
-def memory(pid: int, *, every_s: float) -> Iterator[list[Memory]]:
-    """A list that a thread fills while the block runs. Linux only: it reads /proc."""
-    samples: list[Memory] = []
-    over = threading.Event()
-
-    def sample() -> None:
-        peaks: dict[int, int] = {}
-        while True:
-            family = [pid, *_below(pid)]
-            parts = [_fields(one, "smaps_rollup").get("Pss", 0) for one in family]
-            for one in family:
-                peaks[one] = max(peaks.get(one, 0), _fields(one, "status").get("VmHWM", 0))
-            below = max((peak for one, peak in peaks.items() if one != pid), default=0)
-            samples.append(Memory(time.perf_counter(), sum(parts), peaks[pid], below))
-            if over.wait(every_s):
-                return
-
-    thread = threading.Thread(target=sample, daemon=True)
-    thread.start()
-    try:
-        yield samples
-    finally:
-        over.set()
-        thread.join()
-
-
-def slope_per_minute(samples: Sequence[Memory]) -> float:
-    """Bytes a minute by which the total grows: a straight line by least squares through the samples."""
-    times = np.array([sample.time_s for sample in samples]) / 60
-    return float(np.polyfit(times - times[0], [sample.total for sample in samples], 1)[0])
-
-
-def _below(pid: int) -> list[int]:
-    found = []
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            children = [int(child) for child in path.read_text().split()]
-        except OSError:  # it ended meanwhile
-            continue
-        for child in children:
-            found += [child, *_below(child)]
-    return found
-
-
-def _fields(pid: int, name: str) -> dict[str, int]:
-    """The lines `Key:  123 kB` of a file in /proc, in bytes; nothing if the process has ended."""
-    try:
-        lines = Path(f"/proc/{pid}/{name}").read_text().splitlines()
-    except OSError:
-        return {}
-    parts = (line.replace(":", " ").split() for line in lines)
-    return {words[0]: 1024 * int(words[1]) for words in parts if len(words) == 3 and words[2] == "kB"}
+    memory, tree = {}, [psutil.Process(pid)]
+    tree += tree[0].children(recursive=True)
+    for process in tree:
+        with suppress(psutil.Error, OSError, TypeError):  # it ended meanwhile
+            now = process.memory_full_info().pss
+            peak = re.search(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())[1]
+            memory[process.pid] = (now, max(now, 1024 * int(peak)))  # the kernel's peak may lag by some pages
+    return memory

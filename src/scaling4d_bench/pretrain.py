@@ -1,163 +1,110 @@
-"""`scaling4d bench pretrain`: clips a second of whole training steps, beside VideoMAE of transformers and the official MAE-ST."""
+"""`scaling4d bench pretrain`: clips a second of training steps, beside VideoMAE and the official MAE-ST."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd.profiler import profile
 
-from scaling4d_bench import device as devices
-from scaling4d_bench import measure, parts, peers, steps
-from scaling4d_bench.measure import Contestant
-from scaling4d_bench.steps import Step
+from scaling4d_bench import devices, measure, steps
+from scaling4d_bench.measure import Measurements
+from scaling4d_bench.steps import TrainingStep
 
-WORTH = 1.02  # times the clips a second that a batch twice as large must bring to be tried further
+WORTH = 1.02  # least gain in clips a second by which a doubled batch is worth trying further
 LIBRARIES = ("torch", "numpy", "transformers", "timm", "xformers")
-OFFICIAL = "official MAE-ST B, 90 %"
+OFFICIAL, VIDEOMAE = "official MAE-ST B, 90 %", "VideoMAE base, 90 %"  # 90 %: its own share
+COLUMNS = {"": "{name}", "batch": "{clips}", "clips/s": "{per_s:.2f}", "quartiles": measure.SPEED["quartiles"]}
+COLUMNS |= {"GFLOP a clip": "{gflop:.0f}", "of the peak": "{share_of_peak:.0%}"}
+OPERATIONS = {  # kind of work -> parts of the names of torch's operations; the first match counts
+    "attention": ("dot_product", "efficient_attention", "flash", "softmax"),
+    "AdamW": ("adam",),
+    "matrix products": ("addmm", "bmm", "::mm", "::linear", "conv"),
+    "GELU": ("gelu",),
+    "norms": ("layer_norm",),
+    "gathers, copies": ("index", "gather", "scatter", "copy", "cat", "fill", "zero", "clone"),
+    "by element, sums": ("add", "mul", "sub", "div", "sum", "mean", "pow", "sqrt", "var"),
+    "other": ("",),
+}
 
 
 @dataclass(frozen=True)
-class Row:
-    """A point of experiments/point with another share of hidden tokens, and some of its settings changed."""
+class StepGroup:
+    """Steps that take turns.
 
-    name: str
-    point: str
-    mask_ratio: float
-    changes: Mapping[str, Any] = field(default_factory=dict)
-
-
-COARSE = {"coarse_patch": [4, 32, 32]}  # 196 coarse tokens instead of 784; neither is published
-SIMPLE = (
-    Row("SimpleMAE S, 95 %", "S", 0.95),
-    Row("SimpleMAE B, 95 %", "B", 0.95),
-    Row("SimpleMAE B, 90 %", "B", 0.9),
-    Row("SimpleMAE B, 95 %, 196 coarse tokens", "B", 0.95, COARSE),
-    Row("SimpleMAE B, 90 %, 196 coarse tokens", "B", 0.9, COARSE),
-)
-VIDEOMAE = "VideoMAE base, 90 %"  # its own share
-MAE_ST = (Row("MAE-ST B, 90 %", "mae_st_B", 0.9), Row("MAE-ST L, 90 %", "mae_st_L", 0.9))
-ON_A_GPU = (
-    *(Row(f"SimpleMAE {point}, 95 %", point, 0.95) for point in ("S", "B", "L", "H")),
-    *(Row(f"MAE-ST {point}, 90 %", f"mae_st_{point}", 0.9) for point in ("B", "L")),
-)
-
-
-@dataclass(frozen=True)
-class Group:
-    """Rows that take turns with one another and with the peers beside them, and the pairs whose ratio is told.
-
-    best_batch: each row has the batch at which it makes most clips a second, instead of everyone's.
+    makers: functions that make a step from clips, precision and device. pairs: names whose ratio is printed.
+    best_batch: each step at the batch where it is fastest.
     """
 
-    rows: Sequence[Row]
-    beside: Mapping[str, Callable[..., Step]] = field(default_factory=dict)
+    makers: Mapping[str, Callable[..., TrainingStep]]
     pairs: Sequence[tuple[str, str]] = ()
     best_batch: bool = False
 
 
-def bench(
-    out: Path,
-    *,
-    clips: int,
-    repeats: int,
-    precisions: Sequence[str],
-    mae_st: Path | None,
-    groups: Mapping[str, Group] | None = None,
-    seed: int = 0,
-) -> Path:
-    """Measure, print a table a group and precision, write `<out>/pretrain.json` (on a GPU with its name).
-
-    Args:
-        clips: a step. mae_st: a checkout of facebookresearch/mae_st, whose code is then run.
-    """
-    load, device = measure.busy(), devices.best()
-    raw: dict[str, Any] = {}
-    found: dict[str, Any] = {}
-    missing: dict[str, str] = {}
-    with measure.threads(measure.cores()):
-        for name, group in (groups or standard(mae_st, device)).items():
-            for precision in precisions:
-                given = {"clips": clips, "precision": precision, "device": device, "seed": seed}
-                raw[f"{name}, {precision}"], one, gone = race(group, given, repeats=repeats)
-                found[f"{name}, {precision}"] = one
-                missing |= gone
-                if one["rows"]:
-                    _show(f"{name}, {precision}", one)
-        settings = devices.settings(device)
-    measure.show_missing(missing)
-    settings |= {"clips": clips, "repeats": repeats, "precisions": list(precisions), "seed": seed, "load_before": load}
-    name, libraries = devices.file_name("pretrain", device), measure.versions(LIBRARIES)
-    return measure.write(name, out, settings=settings, libraries=libraries, raw=raw, found=found, not_measured=missing)
-
-
-def standard(mae_st: Path | None, device: torch.device) -> dict[str, Group]:
-    """What the command measures: ours beside VideoMAE, ours beside MAE-ST; on a GPU every point at its best batch, too."""
-    pairs = [(row.name, VIDEOMAE) for row in SIMPLE if row.point == "B"]
-    found = {
-        "beside VideoMAE": Group(SIMPLE, {VIDEOMAE: partial(peers.videomae, mask_ratio=0.9)}, pairs),
-        "beside MAE-ST": Group(MAE_ST, {OFFICIAL: partial(_official, mae_st)}, [(MAE_ST[0].name, OFFICIAL)]),
+def standard_groups(mae_st: Path | None, device: torch.device) -> dict[str, StepGroup]:
+    """Ours beside VideoMAE, ours beside MAE-ST; on a GPU also every point at its best batch."""
+    coarse = {"coarse_patch": [4, 32, 32]}  # 196 coarse tokens instead of 784; neither is published
+    simple = {f"SimpleMAE {point}, 95 %": partial(steps.point_step, point, 0.95, {}) for point in ("S", "B", "L", "H")}
+    maest = {f"MAE-ST {point}, 90 %": partial(steps.point_step, f"mae_st_{point}", 0.9, {}) for point in ("B", "L")}
+    of_b = {
+        "SimpleMAE B, 95 %": simple["SimpleMAE B, 95 %"],
+        "SimpleMAE B, 90 %": partial(steps.point_step, "B", 0.9, {}),
+        "SimpleMAE B, 95 %, 196 coarse tokens": partial(steps.point_step, "B", 0.95, coarse),
+        "SimpleMAE B, 90 %, 196 coarse tokens": partial(steps.point_step, "B", 0.9, coarse),
     }
-    if device.type == "cuda":
-        found["at the best batch"] = Group(ON_A_GPU, best_batch=True)
-    return found
+    videomae, first = {VIDEOMAE: partial(steps.videomae, mask_ratio=0.9)}, {"SimpleMAE S, 95 %": simple["SimpleMAE S, 95 %"]}
+    groups = {
+        "beside VideoMAE": StepGroup(first | of_b | videomae, [(name, VIDEOMAE) for name in of_b]),
+        "beside MAE-ST": StepGroup(maest | {OFFICIAL: partial(steps.official_step, mae_st)}, [("MAE-ST B, 90 %", OFFICIAL)]),
+    }
+    return groups | ({"at the best batch": StepGroup(simple | maest, best_batch=True)} if device.type == "cuda" else {})
 
 
-def _official(folder: Path | None, *, clips: int, precision: str, device: torch.device, seed: int) -> Step:
-    """Its own model, after ours has said the same loss with its weights."""
-    if folder is None:
-        raise ImportError("no checkout of facebookresearch/mae_st was given: --mae-st FOLDER")
-    if precision != "fp32":
-        raise ImportError("its pretraining computes in fp32")
-    _, settings = steps.settings_of("mae_st_B")
-    theirs = peers.official_mae_st(folder, settings)
-    difference = peers.loss_difference(
-        steps.model("mae_st_B", {}, device=torch.device("cpu"), seed=seed), theirs, settings, seed=seed
-    )
-    print(f"{OFFICIAL}: its loss of one clip and ours differ by {difference:.0e} of it")
-    if difference > peers.SAME_LOSS:
-        raise RuntimeError(f"its loss differs from ours by {difference:.1e} of it")
-    return peers.official_step(theirs, clips=clips, clip=settings["clip"], mask_ratio=settings["mask_ratio"], device=device)
+def bench(out: Path, *, clips: int, repeats: int, precisions: Sequence[str], mae_st: Path | None) -> Path:
+    """Measure, print a table for each group and precision, write `<out>/pretrain.json` (on a GPU with its name)."""
+    device = devices.prepare()
+    settings = {"clips": clips, "repeats": repeats, "precisions": list(precisions)} | devices.settings(device)
+    measurements = Measurements("pretrain", settings, LIBRARIES)
+    for name, group in standard_groups(mae_st, device).items():
+        for precision in precisions:
+            title, given = f"{name}, {precision}", {"clips": clips, "precision": precision, "device": device}
+            made = measurements.load({n: partial(load, m, given, group) for n, m in group.makers.items()}, f", {precision}")
+            workloads = {name: step.workload(device) for name, step in made.items()}
+            timings, rows, limits = devices.beside_limits(workloads, precision=precision, device=device, repeats=repeats)
+            for row in rows:
+                step = made[row["name"]]
+                row |= {"clips": step.clips, "flops_per_clip": step.flops, "parts": time_by_operation(step.run, device)}
+            pairs = [pair for pair in group.pairs if set(pair) <= set(made)]
+            ratios = [{"of": a, "over": b, **measure.speedup(timings, a, b)} for a, b in pairs]
+            measurements.raw[title] = timings
+            measurements.found[title] = {"rows": rows, "limits": limits, "ratios": ratios}
+            measure.table(title, [row | {"gflop": row["flops_per_clip"] / 1e9} for row in rows], COLUMNS)
+            devices.print_limits(limits)
+            for ratio in ratios:
+                text = "{of}: {median:.2f} times the clips/s of {over} (quartiles {low:.2f} to {high:.2f})"
+                print(text.format_map(ratio))
+            kinds = [kind for kind in OPERATIONS if any(kind in row["parts"] for row in rows)]
+            columns = {"": "{name}", **{kind: f"{{parts[{kind}]:.0%}}" for kind in kinds}}
+            measure.table("where a step's time goes", rows, columns)
+    return measurements.write(out)
 
 
-def race(group: Group, given: Mapping[str, Any], *, repeats: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
-    """Raw seconds of a group, what follows from them, and who could not take part."""
-    device, precision = given["device"], given["precision"]
-    makers = {row.name: partial(_ours, row, given, best_batch=group.best_batch) for row in group.rows}
-    makers |= {name: partial(make, **given) for name, make in group.beside.items()}
-    made, missing = measure.available(makers)
-    contestants = [Contestant(name, devices.clocked(one.run, device), one.clips) for name, one in made.items()]
-    contestants += devices.peaks([precision], device)
-    raw = measure.race(contestants, repeats=repeats)
-    limits = devices.limits(contestants, raw)
-    rows = measure.rows(contestants, raw, ours=contestants[0].name)[: len(made)]
-    for row in rows:
-        one = made[row["name"]]
-        share = row["per_s"] * one.flops / limits[devices.peak_of(precision)]
-        row |= {"clips": one.clips, "flops_per_clip": one.flops, "share_of_peak": share, "parts": parts.where(one.run, device)}
-    pairs = [pair for pair in group.pairs if set(pair) <= set(made)]
-    ratios = [{"of": a, "over": b, **measure.times_as_fast(raw, a, b)} for a, b in pairs]
-    missing = {f"{name}, {precision}": why for name, why in missing.items()}
-    return measure.plain(raw), {"rows": rows, "limits": limits, "ratios": ratios}, missing
+def load(maker: Callable[..., TrainingStep], given: Mapping[str, Any], group: StepGroup) -> TrainingStep:
+    """A step at the given clips, or at its best batch."""
+    make = lambda clips: maker(**{**given, "clips": clips})  # noqa: E731
+    return make(best_clips(make, given["clips"], given["device"]) if group.best_batch else given["clips"])
 
 
-def _ours(row: Row, given: Mapping[str, Any], *, best_batch: bool) -> Step:
-    def make(clips: int) -> Step:
-        fresh = steps.model(row.point, row.changes, device=given["device"], seed=given["seed"])
-        return steps.ours(fresh, steps.updated(fresh), mask_ratio=row.mask_ratio, **given | {"clips": clips})
-
-    return make(best_clips(make, given["clips"], given["device"]) if best_batch else given["clips"])
-
-
-def best_clips(make: Callable[[int], Step], start: int, device: torch.device) -> int:
+def best_clips(make: Callable[[int], TrainingStep], start: int, device: torch.device) -> int:
     """The batch, `start` times a power of two, beyond which a GPU does not get faster or has no memory."""
     best, clips, most_per_s = start, start, 0.0
     while True:
         try:
-            seconds = _seconds(make(clips), device)
+            seconds = seconds_of(make(clips), device)
         except torch.cuda.OutOfMemoryError:
             return best
         finally:
@@ -167,29 +114,25 @@ def best_clips(make: Callable[[int], Step], start: int, device: torch.device) ->
         best, clips, most_per_s = clips, 2 * clips, clips / seconds
 
 
-def _seconds(step: Step, device: torch.device) -> float:
-    work = devices.clocked(step.run, device)
-    work()
-    return min(work() for _ in range(3))
+def seconds_of(step: TrainingStep, device: torch.device) -> float:
+    """The fastest of three, after one that does not count."""
+    run = devices.timed(step.run, device)
+    return min([run() for _ in range(4)][1:])
 
 
-def _show(name: str, found: Mapping[str, Any]) -> None:
-    lines = [
-        (
-            row["name"],
-            str(row["clips"]),
-            f"{row['per_s']:.2f}",
-            f"{row['per_s_low']:.2f} to {row['per_s_high']:.2f}",
-            f"{row['flops_per_clip'] / 1e9:.0f}",
-            f"{row['share_of_peak']:.0%}",
-        )
-        for row in found["rows"]
-    ]
-    measure.show(name, ("", "batch", "clips/s", "quartiles", "GFLOP a clip", "of the peak"), lines)
-    print(devices.told(found["limits"]))
-    for ratio in found["ratios"]:
-        spread = f"quartiles {ratio['low']:.2f} to {ratio['high']:.2f}"
-        print(f"{ratio['of']}: {ratio['median']:.2f} times the clips/s of {ratio['over']} ({spread})")
-    kinds = [kind for kind in (*parts.KINDS, parts.REST) if any(kind in row["parts"] for row in found["rows"])]
-    lines = [(row["name"], *(f"{row['parts'].get(kind, 0):.0%}" for kind in kinds)) for row in found["rows"]]
-    measure.show("where a step's time goes", ("", *kinds), lines)
+def time_by_operation(run: Callable[[], None], device: torch.device) -> dict[str, float]:
+    """Share of the time of two steps by kind of operation, the largest first: of the calling thread, or of the GPU."""
+    gpu = device.type == "cuda"
+    with profile(use_device="cuda" if gpu else None, use_kineto=False) as profiler:
+        run()
+        run()
+    spent: dict[str, float] = {}
+    for event in profiler.key_averages():
+        kind = kind_of(event.key)
+        spent[kind] = spent.get(kind, 0.0) + (event.self_device_time_total if gpu else event.self_cpu_time_total)
+    total = sum(spent.values())
+    return {kind: time / total for kind, time in sorted(spent.items(), key=lambda item: -item[1]) if time}
+
+
+def kind_of(operation: str) -> str:
+    return next(kind for kind, words in OPERATIONS.items() if any(word in operation.lower() for word in words))

@@ -1,12 +1,13 @@
 import json
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import pydot
 import pytest
 
 from scaling4d import artifacts, audit
-from scaling4d.audit import disk, explain, picture
-from scaling4d.audit.run import runs
+from scaling4d.audit import disk
+from scaling4d.audit.explain import as_dot, explain, table_cells
+from scaling4d.audit.run import locked_runs
 from scaling4d.records import UserError
 
 
@@ -17,7 +18,7 @@ def test_a_number_is_walked_back_to_the_videos(
     weights = artifacts.sha256(Path("artifacts/test/pretrain/nano/model.safetensors"))
     if not here:
         request.getfixturevalue("clone")
-    assert audit.walk_back("nano/actions/frozen", "text") == 0
+    assert audit.explain_number("nano/actions/frozen", "text") == 0
     text = capsys.readouterr().out
     steps = [
         "cell        reports/built/results.csv line 4: top1 = 0.5 [0.4, 0.6] share",
@@ -28,7 +29,7 @@ def test_a_number_is_walked_back_to_the_videos(
         "   command  true readout nano",
         "   ran on   cpus 4, machine x86_64, ",
         "<- pretrain@nano",
-        '   setting  points.nano = {"SimpleMAE": {"clip": [4, 8, 8], "rate": 3e-06, "width": 32}}',
+        '   setting  points.nano.SimpleMAE = {"clip": [4, 8, 8], "rate": 3e-06, "width": 32}',
         "<- clips",
         "   read     data/videos  md5 ",
         "<- code",
@@ -44,51 +45,43 @@ def test_a_number_is_walked_back_to_the_videos(
 
 
 def test_every_number_of_every_table_has_a_way_back(project: Path) -> None:
-    found = runs()
-    keys = explain.keys(found[0])
-    assert {"nano/actions/frozen/top1", "nano/actions/frozen/top5", "mini/pretrain/val_loss"} <= set(keys) and len(keys) == 18
+    runs = locked_runs()
+    keys = {f"{row}/{cell['name']}" for row in runs[0].records for cell in table_cells(runs[0], row)}
+    assert {"nano/actions/frozen/top1", "nano/actions/frozen/top5", "mini/pretrain/val_loss"} <= keys and len(keys) == 18
     for key in keys:
-        told = explain.explain(found, key)
-        assert [cell["name"] for cell in told["cells"]] == [key.rsplit("/", 1)[1]]
-        assert {"clips", "code", "data.dvc"} <= {stage["name"] for stage in told["stages"]}
-        ElementTree.fromstring(picture.svg(told))
+        explained = explain(runs, key)
+        assert [cell["name"] for cell in explained["cells"]] == [key.rsplit("/", 1)[1]]
+        assert {"clips", "code", "data.dvc"} <= {stage["name"] for stage in explained["stages"]}
 
 
-def test_the_same_is_told_as_json(project: Path, capsys: pytest.CaptureFixture) -> None:
-    assert audit.walk_back("nano/pretrain/val_loss", "json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["cells"][0]["value"] == "0.25" and told["cells"][0]["line"] == 3
-    assert told["result"]["sha256"] == artifacts.sha256(Path("artifacts/test/pretrain/nano/summary.json"))
-    stages = {stage["name"]: stage for stage in told["stages"]}
+def test_a_number_is_explained_as_json(project: Path, capsys: pytest.CaptureFixture) -> None:
+    assert audit.explain_number("nano/pretrain/val_loss", "json") == 0
+    explained = json.loads(capsys.readouterr().out)
+    assert explained["cells"][0]["value"] == "0.25" and explained["cells"][0]["line"] == 3
+    assert explained["result"]["sha256"] == artifacts.sha256(Path("artifacts/test/pretrain/nano/summary.json"))
+    stages = {stage["name"]: stage for stage in explained["stages"]}
     assert list(stages) == ["pretrain@nano", "clips", "code", "data.dvc"]
-    assert stages["pretrain@nano"]["code"]["modules"].keys() == {"scaling4d.pretrain.loop"}
+    assert stages["pretrain@nano"]["code"]["modules"].keys() == {"scaling4d.pretrain.stage"}
     assert stages["clips"]["environment"]["versions"]["torch"] == "2.13.0"
 
 
-def test_the_drawing_shows_every_stage_once_its_hashes_in_full_and_is_the_same_twice(project: Path) -> None:
-    told = explain.explain(runs(), "nano/actions/frozen")
-    drawn = picture.svg(told)
-    assert drawn == picture.svg(explain.explain(runs(), "nano/actions/frozen"))
-    root = ElementTree.fromstring(drawn)
-    texts = ["".join(text.itertext()) for text in root.iter("{http://www.w3.org/2000/svg}text")]
-    for stage in told["stages"]:
-        assert texts.count(stage["name"] * 2) == 1  # shown, and in full where the mouse rests
-    assert any(told["checkpoint"]["sha256"] in text for text in texts)
-    wide, high = (float(root.get(side)) for side in ("width", "height"))
-    boxes = [
-        {side: float(box.get(side)) for side in ("x", "y", "width", "height")}
-        for box in root.iter("{http://www.w3.org/2000/svg}rect")
-    ]
-    assert len(boxes) == len(told["stages"]) + 1
-    for index, one in enumerate(boxes):
-        assert one["x"] + one["width"] <= wide and one["y"] + one["height"] <= high
-        for other in boxes[:index]:
-            beside = one["x"] >= other["x"] + other["width"] or other["x"] >= one["x"] + one["width"]
-            assert beside or one["y"] >= other["y"] + other["height"] or other["y"] >= one["y"] + one["height"]
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of pydot's own parser
+def test_graphviz_text_has_a_node_for_each_stage_and_an_edge_from_maker_to_reader(project: Path) -> None:
+    explained = explain(locked_runs(), "nano/actions/frozen")
+    (graph,) = pydot.graph_from_dot_data(as_dot(explained))
+    labels = {node.get_name().strip('"'): node.get_label() for node in graph.get_nodes() if node.get_label()}
+    edges = {(edge.get_source().strip('"'), edge.get_destination().strip('"')) for edge in graph.get_edges()}
+    assert labels.keys() == {"nano/actions/frozen", *(stage["name"] for stage in explained["stages"])}
+    assert (
+        "true pretrain nano" in labels["pretrain@nano"] and "wrote artifacts/test/pretrain/nano md5 " in labels["pretrain@nano"]
+    )
+    assert explained["checkpoint"]["sha256"] in labels["nano/actions/frozen"]
+    makers = {maker for maker, reader in edges if reader == "readout@nano"}
+    assert makers == {"pretrain@nano", "benchmarks", "code"} and ("readout@nano", "nano/actions/frozen") in edges
 
 
 def test_a_number_of_a_kept_run_is_told_by_its_own_lock(project: Path) -> None:
-    told = explain.explain(runs(), "kept/nano/actions/frozen")
+    told = explain(locked_runs(), "kept/nano/actions/frozen")
     assert told["cells"][0]["file"] == "reports/kept/results.csv"
     assert told["result"] == {"path": "artifacts/kept/readout/nano/actions/frozen/result.json", "sha256": None}
     assert told["again"] == "scaling4d compose profile=kept && dvc repro readout@nano"
@@ -97,7 +90,7 @@ def test_a_number_of_a_kept_run_is_told_by_its_own_lock(project: Path) -> None:
 def test_explaining_one_number_reads_no_shard(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
     monkeypatch.setattr(disk, "_digest", lambda name, digest=disk._digest: read.append(name) or digest(name))
-    explain.explain(runs(), "nano/actions/frozen")
+    explain(locked_runs(), "nano/actions/frozen")
     assert "artifacts/test/pretrain/nano/model.safetensors" in read
     assert not [name for name in read if name.startswith(("artifacts/test/clips/shards", "data", "experiments"))]
 
@@ -105,7 +98,7 @@ def test_explaining_one_number_reads_no_shard(project: Path, monkeypatch: pytest
 @pytest.mark.parametrize("key", ["nano/actions", "nano/actions/frozen/top9", "kept/tiny/actions/frozen", "nothing"])
 def test_an_unknown_number_lists_those_that_are(project: Path, key: str) -> None:
     with pytest.raises(UserError) as caught:
-        explain.explain(runs(), key)
+        explain(locked_runs(), key)
     known = "mini/pretrain, nano/pretrain, small/pretrain, mini/actions/frozen, nano/actions/frozen, small/actions/frozen"
     assert str(caught.value) == (
         f"no number {key!r}; needed encoder/task/protocol, point/pretrain or point/reconstruct, one of: {known}"
@@ -113,5 +106,5 @@ def test_an_unknown_number_lists_those_that_are(project: Path, key: str) -> None
 
 
 def test_an_unknown_form_says_which_there_are(project: Path) -> None:
-    with pytest.raises(UserError, match="^--as pdf: needed text, json, svg$"):
-        audit.walk_back("nano/actions/frozen", "pdf")
+    with pytest.raises(UserError, match="^--as pdf: needed text, json, dot$"):
+        audit.explain_number("nano/actions/frozen", "pdf")

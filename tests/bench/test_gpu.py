@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from scaling4d import seeds
-from scaling4d_bench import attention, costs, device, pretrain, steps
-from scaling4d_bench.pretrain import Group, Row
+from scaling4d.pretrain.plan.closed_form import PLAIN, StepLayout, memory
+from scaling4d.pretrain.plan.work import work_of
+from scaling4d.records import MaskedTokens
+from scaling4d_bench import attention, costs, devices, pretrain, steps
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing is claimed")]
 
@@ -27,8 +29,8 @@ def in_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_attention_on_a_gpu_is_that_of_the_cpu(count: int, dtype: torch.dtype, tolerance: float) -> None:
     shape, rng = (2, count, 4, 64), seeds.stream(0, "attention")
     inputs = [torch.randn(shape, generator=rng) for _ in range(4)]
-    wanted = attention.both_ways(attention.attention, inputs)
-    found = attention.both_ways(attention.attention, [x.to(GPU, dtype) for x in inputs])
+    wanted = attention.both_passes(attention.attention, inputs)
+    found = attention.both_passes(attention.attention, [x.to(GPU, dtype) for x in inputs])
     for a, b in zip(found, wanted, strict=True):
         assert float((a.float().cpu() - b).abs().max()) < tolerance
 
@@ -38,10 +40,10 @@ def test_a_loss_and_its_gradients_on_a_gpu_are_those_of_the_cpu(point: str) -> N
     changes = SMALL | ({"predicted_frames": 4} if point == "mae_st_B" else {})
     found = {}
     for place in (CPU, GPU):
-        model = steps.model(point, changes, device=place, seed=0)
+        model = steps.build(point, changes, place)
         pixels = torch.randint(0, 256, (2, 8, 64, 64, 3), dtype=torch.uint8, generator=seeds.stream(0, "pixels")).to(place)
-        masked = model.choose(2, seeds.stream(0, "mask"))
-        loss = model(pixels, type(masked)(masked.kept.to(place), masked.grid))
+        masked = model.draw_mask(2, seeds.stream(0, "mask"))
+        loss = model(pixels, MaskedTokens(masked.ids_keep.to(place), masked.grid))
         loss.backward()
         found[place] = loss.item(), {name: p.grad.cpu() for name, p in model.named_parameters()}
     assert found[GPU][0] == pytest.approx(found[CPU][0], rel=1e-5)
@@ -50,31 +52,31 @@ def test_a_loss_and_its_gradients_on_a_gpu_are_those_of_the_cpu(point: str) -> N
 
 
 @pytest.mark.parametrize(("point", "clips"), [("S", 32), ("B", 16), ("L", 8)])
-def test_peak_memory_is_what_the_plan_says(point: str, clips: int) -> None:
-    model = steps.model(point, {}, device=CPU, seed=0)
-    formula = costs.memory(costs.work_of(model), clips=clips, shards=1, recompute=False, sizes=costs.PLAIN)["total"]
-    assert costs.peak_bytes(point, costs.Case({}, batch=clips), GPU, seed=0) == pytest.approx(formula, rel=0.1)
+def test_peak_memory_is_that_of_the_plan(point: str, clips: int) -> None:
+    work = work_of(steps.build(point, {}, CPU))
+    formula = memory(work, StepLayout(1, False, sizes=PLAIN), clips=clips)["total"]
+    assert costs.peak_bytes(point, costs.TrainingCase({}, batch=clips), GPU) == pytest.approx(formula, rel=0.1)
 
 
 def test_a_bf16_step_has_nearly_the_loss_of_an_fp32_one() -> None:
-    model, losses = steps.model("S", SMALL, device=GPU, seed=0), []
+    model, losses = steps.build("S", SMALL, GPU), []
     for precision in ("fp32", "bf16"):
-        made = steps.ours(model, losses.append, clips=4, mask_ratio=0.9, precision=precision, device=GPU, seed=0)
-        made.run()
+        steps.our_step(model, losses.append, clips=4, mask_ratio=0.9, precision=precision, device=GPU).run()
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=2e-2)
 
 
 def test_xformers_packs_clips_in_one_sequence(tmp_path: Path) -> None:
     path = attention.bench(tmp_path, total=1024, repeats=1, precision="bf16", tokens=(78,))
-    told = json.loads(path.read_text())
-    same = {row["name"]: row["same"] for row in told["found"]["78"]["rows"]}
+    content = json.loads(path.read_text())
+    same = {row["name"]: row["same"] for row in content["found"]["78"]["rows"]}
     assert same["xformers"] and same["xformers, packed"]
-    assert path.name.startswith("attention-") and told["settings"]["device"] == torch.cuda.get_device_name()
+    assert path.name.startswith("attention-") and content["settings"]["device"] == torch.cuda.get_device_name()
 
 
-def test_steps_are_measured_at_the_best_batch_of_a_gpu(tmp_path: Path) -> None:
-    group = Group([Row("ours", "S", 0.9, SMALL)], best_batch=True)
-    path = pretrain.bench(tmp_path, clips=2, repeats=2, precisions=["bf16"], mae_st=None, groups={"all": group})
+def test_steps_are_measured_at_the_best_batch_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = pretrain.StepGroup({"ours": partial(steps.point_step, "S", 0.9, SMALL)}, best_batch=True)
+    monkeypatch.setattr(pretrain, "standard_groups", lambda mae_st, device: {"all": group})
+    path = pretrain.bench(tmp_path, clips=2, repeats=2, precisions=["bf16"], mae_st=None)
     (row,) = json.loads(path.read_text())["found"]["all, bf16"]["rows"]
     assert row["clips"] >= 2 and 0 < row["share_of_peak"] < 1
 
@@ -82,4 +84,4 @@ def test_steps_are_measured_at_the_best_batch_of_a_gpu(tmp_path: Path) -> None:
 def test_a_gpus_seconds_are_those_of_its_work_not_of_its_launch() -> None:
     a = torch.randn(8192, 8192, device=GPU)
     work = partial(torch.mm, a, a)
-    assert device.clocked(lambda: [work() for _ in range(20)], GPU)() > 5 * device.clocked(work, GPU)()
+    assert devices.timed(lambda: [work() for _ in range(20)], GPU)() > 5 * devices.timed(work, GPU)()

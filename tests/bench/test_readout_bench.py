@@ -1,4 +1,4 @@
-"""What `scaling4d bench readout` says."""
+"""Frozen readouts in memory and from a store."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from scaling4d_bench import readout
 ROOT = Path(__file__).parents[2]
 
 
-def test_times_are_stated_over_one_pass_and_the_readouts_and_values_beside_those_of_the_first_turn() -> None:
+def test_times_are_divided_by_one_pass_and_the_readouts_and_values_are_those_less_the_first() -> None:
     first = {"a": {"seconds": 9.0, "inputs_s": 4.0, "readout_s": 3.0, "value": 0.5}}
     first["b"] = {"seconds": 5.0, "inputs_s": 2.0, "readout_s": 1.0, "value": 2.0}
     stored = {"a": {"seconds": 4.0, "inputs_s": 0.5, "readout_s": 3.0, "value": 0.25}}
@@ -24,16 +24,14 @@ def test_times_are_stated_over_one_pass_and_the_readouts_and_values_beside_those
     assert found["rows"][1]["changed"] == {"a": -0.25, "b": 0.0}
 
 
-def test_an_encoder_that_is_not_there_is_one_clear_line(project: Path) -> None:
+def test_an_unknown_encoder_is_refused_in_one_line(project: Path) -> None:
     with pytest.raises(UserError, match="no artifacts/smoke/pretrain/mini; needed an encoder of this profile: run `dvc repro`"):
         readout.bench(project / "out", encoder="mini")
 
 
 @pytest.mark.slow
-def test_stored_features_change_nothing_and_half_precision_little(
-    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    from scaling4d.pretrain.point import baseline
+def test_stored_features_change_nothing(project: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    from scaling4d.encoders.stage import baseline
 
     shutil.copytree(project, tmp_path / "project", symlinks=True)
     monkeypatch.chdir(tmp_path / "project")
@@ -42,9 +40,7 @@ def test_stored_features_change_nothing_and_half_precision_little(
     cli.app(["code"], standalone_mode=False)
     name = f"untrained_{next(iter(config.read()['points']))}"
     baseline(name, config.read())
-    told = json.loads(readout.bench(tmp_path, encoder=name, tasks=["boxes"]).read_text())
-    rows = {row["name"]: row for row in told["found"]["rows"]}
+    content = json.loads(readout.bench(tmp_path, encoder=name, tasks=["boxes"]).read_text())
+    rows = {row["name"]: row for row in content["found"]["rows"]}
     assert rows["stored"]["changed"] == rows["stored before"]["changed"] == {"boxes": 0.0}
-    assert rows["stored before"]["inputs_s"] < rows["stored"]["inputs_s"]
-    assert abs(rows["stored as bfloat16"]["changed"]["boxes"]) < 0.05
-    assert "all frozen readouts" in capsys.readouterr().out
+    assert content["settings"]["stored_bytes"] > 0 and "all frozen readouts" in capsys.readouterr().out

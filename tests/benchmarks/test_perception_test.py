@@ -1,120 +1,167 @@
-"""Perception Test: what is written is read back, and the traps of the real download."""
+"""Perception Test, points and objects: what is written is read back, and the traps of the real download."""
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from numbered import CLIP, H264, SIDE, T, numbers, pictures
+from benchmarks.writers import write_objects
+from numbered import CLIP, H264, T, left_out, missing, numbers, pictures, read, refused, three_boxes
 
 from scaling4d import seeds
-from scaling4d.benchmarks import perception_test
-from scaling4d.records import Sample, UserError, write_json
+from scaling4d.benchmarks import perception_test, perception_test_objects
+from scaling4d.records import Sample
+
+POINTS, OBJECTS = "point_tracking", "object_tracking"
+BOTH = pytest.mark.parametrize(("benchmark", "kind"), [(perception_test, POINTS), (perception_test_objects, OBJECTS)])
 
 
-def write_perception_test(root: Path) -> Sample:
-    rng = seeds.numpy(0, "points")
-    seen = np.ones((4, T), bool)
-    seen[1, 2:4] = False
-    seen[2, 0] = False
-    points = rng.uniform(0.1, 0.9, (4, T, 2)).astype(np.float32)
-    sample = Sample("video_7", "video_7", pictures(height=32, width=48), {"points": points}, {"points": seen})
-    perception_test.write(root, "val", [sample], **H264)
+@pytest.fixture
+def points(tmp_path: Path) -> Sample:
+    visible = np.ones((4, T), bool)
+    visible[1, 2:4] = visible[2, 0] = False
+    xy = seeds.numpy(0, "points").uniform(0.1, 0.9, (4, T, 2)).astype(np.float32)
+    sample = Sample("video_7", "video_7", pictures(height=32, width=48), {"points": xy}, {"points": visible})
+    perception_test.write(tmp_path, "val", [sample], **H264)
     return sample
 
 
-def edit_track(root: Path, **changes) -> None:
-    path = root / "point_tracking_valid.json"
+@pytest.fixture
+def objects(tmp_path: Path) -> Sample:
+    write_objects(tmp_path, "val", [three_boxes("video_7")], **H264)
+    return three_boxes("video_7")
+
+
+def edit(root: Path, kind: str, change: Callable[[dict], None]) -> None:
+    path = root / f"{kind}_valid.json"
     entries = json.loads(path.read_text())
-    entries["video_7"]["point_tracking"][0] |= changes
+    change(entries)
     path.write_text(json.dumps(entries))  # which may hold NaN
 
 
-def test_perception_test_reads_back_the_tracks_of_frame_0(tmp_path):
-    written = write_perception_test(tmp_path)
-    (read,) = perception_test.read(tmp_path, "val", **CLIP)
-    expected = written.labels["points"] * [1.5, 1] - [0.25, 0]  # of the central square of 32 x 48
-    visible = written.valid["points"] & ((expected >= 0) & (expected < 1)).all(-1)
-    kept = visible[:, 0]
-    assert not kept[2] and kept.any()
-    assert np.array_equal(read.valid["points"], visible[kept])
-    assert np.allclose(read.labels["points"][visible[kept]], expected[kept][visible[kept]], atol=2e-5)
-    assert (read.labels["points"][~visible[kept]] == 0).all()
+def edit_track(root: Path, kind: str, number: int = 0, **changes) -> None:
+    edit(root, kind, lambda entries: entries["video_7"][kind][number].update(changes))
 
 
-def test_perception_test_file_lists_only_visible_frames_as_y_then_x(tmp_path):
-    written = write_perception_test(tmp_path)
-    entry = json.loads((tmp_path / "point_tracking_valid.json").read_text())["video_7"]
-    assert entry["metadata"]["resolution"] == [32, 48]
-    track = entry["point_tracking"][1]
-    assert track["frame_ids"] == [0, 1, 4, 5]
-    assert np.allclose(track["points"], written.labels["points"][1][[0, 1, 4, 5]][:, ::-1].T, atol=1e-5)
+def in_square(xy: np.ndarray) -> np.ndarray:
+    """Of the central square of 32 x 48: points, or corners of boxes."""
+    return (xy.reshape(*xy.shape[:-1], -1, 2) * [1.5, 1] - [0.25, 0]).reshape(xy.shape)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_perception_test_takes_points_as_2_by_n_and_as_n_by_2(tmp_path, transposed):
-    write_perception_test(tmp_path)
-    yx = np.array([[0.2, 0.3, 0.4], [0.5, 0.6, 0.7]])
-    edit_track(tmp_path, frame_ids=[0, 1, 2], points=(yx.T if transposed else yx).tolist())
-    read = next(perception_test.read(tmp_path, "val", **CLIP))
-    assert np.allclose(read.labels["points"][0, :3], np.stack([yx[1] * 1.5 - 0.25, yx[0]], -1), atol=1e-6)
-    assert read.valid["points"][0].tolist() == [True] * 3 + [False] * 3
+def test_perception_test_reads_back_the_tracks_of_frame_0(tmp_path, points):
+    (sample,) = read(perception_test, tmp_path, "val")
+    expected = in_square(points.labels["points"])
+    visible = points.valid["points"] & ((expected >= 0) & (expected < 1)).all(-1)
+    started = visible[:, 0]
+    assert not started[2] and started.any()
+    assert np.array_equal(sample.valid["points"], visible[started])
+    assert np.allclose(sample.labels["points"][visible[started]], expected[started][visible[started]], atol=2e-5)
+    assert (sample.labels["points"][~visible[started]] == 0).all()
+    (slow,) = read(perception_test, tmp_path, "val", replace(CLIP, frames=3, rate_hz=4.0))
+    assert numbers(sample.pixels) == list(range(T)) and numbers(slow.pixels) == [0, 2, 4]
 
 
-def test_perception_test_two_frames_are_ambiguous_and_read_as_2_by_n(tmp_path):
-    write_perception_test(tmp_path)
-    edit_track(tmp_path, frame_ids=[0, 1], points=[[0.2, 0.3], [0.5, 0.6]])
-    read = next(perception_test.read(tmp_path, "val", **CLIP))
-    assert np.allclose(read.labels["points"][0, :2], [[0.5, 0.2], [0.65, 0.3]], atol=1e-6)
+@pytest.mark.parametrize(("frames", "transposed"), [(3, False), (3, True), (2, False)])
+def test_perception_test_takes_points_y_then_x_as_2_by_n_and_as_n_by_2(tmp_path, points, frames, transposed):
+    """Two frames are ambiguous, and read as 2 by n."""
+    yx = np.array([[0.2, 0.3, 0.4], [0.5, 0.6, 0.7]])[:, :frames]
+    edit_track(tmp_path, POINTS, frame_ids=list(range(frames)), points=(yx.T if transposed else yx).tolist())
+    (sample,) = read(perception_test, tmp_path, "val")
+    assert np.allclose(sample.labels["points"][0, :frames], in_square(yx[::-1].T), atol=1e-6)
+    assert sample.valid["points"][0].tolist() == [True] * frames + [False] * (T - frames)
 
 
-def test_perception_test_frames_are_taken_by_number_and_rate(tmp_path):
-    write_perception_test(tmp_path)
-    read = next(perception_test.read(tmp_path, "val", frames=3, rate_hz=4.0, side_px=SIDE))
-    assert numbers(read.pixels) == [0, 2, 4]
+def test_perception_test_tracks_without_frames_or_numbers_change_no_other_track(tmp_path, points):
+    edit_track(tmp_path, POINTS, frame_ids=[], points=[])
+    (before,) = read(perception_test, tmp_path, "val")
+    for ids, yx in (([0, 1], [[np.nan] * 2, [0.5] * 2]), ([-T, 10**7], [[0.5] * 2] * 2)):  # or without frames of this video
+        edit_track(tmp_path, POINTS, frame_ids=ids, points=yx)
+        (after,) = read(perception_test, tmp_path, "val")
+        assert np.array_equal(before.labels["points"], after.labels["points"])
 
 
-def test_perception_test_videos_without_tracks_are_left_out(tmp_path):
-    write_perception_test(tmp_path)
-    path = tmp_path / "point_tracking_valid.json"
-    entries = json.loads(path.read_text())
-    entries["video_8"] = {"metadata": entries["video_7"]["metadata"]}  # other tasks only: no key
-    entries["video_9"] = {"metadata": entries["video_7"]["metadata"], "point_tracking": []}
-    write_json(path, entries)
-    assert perception_test.count(tmp_path, "val") == 1
-    assert [sample.id for sample in perception_test.read(tmp_path, "val", **CLIP)] == ["video_7"]
+def test_objects_that_start_in_frame_0_are_read_back(tmp_path, objects):
+    (sample,) = read(perception_test_objects, tmp_path, "val")
+    valid = objects.valid["boxes"][:2]
+    assert np.array_equal(sample.valid["boxes"], valid)
+    expected = in_square(objects.labels["boxes"][:2]).clip(0, 1)
+    assert np.allclose(sample.labels["boxes"][valid], expected[valid], atol=2e-5)
+    assert (sample.labels["boxes"][~valid] == 0).all() and numbers(sample.pixels) == list(range(T))
 
 
-def test_perception_test_empty_and_broken_tracks(tmp_path):
-    write_perception_test(tmp_path)
-    edit_track(tmp_path, frame_ids=[], points=[])
-    (before,) = perception_test.read(tmp_path, "val", **CLIP)  # the other tracks
-    edit_track(tmp_path, frame_ids=[0, 1, 2], points=[[float("nan")] * 3, [0.5] * 3])
-    (after,) = perception_test.read(tmp_path, "val", **CLIP)
-    assert np.array_equal(before.labels["points"], after.labels["points"])
-    edit_track(tmp_path, frame_ids=[0], points=[["a"], ["b"]])
-    with pytest.raises(UserError, match="a track of video_7 needs frame_ids and points as numbers"):
-        list(perception_test.read(tmp_path, "val", **CLIP))
+def test_objects_are_labelled_once_a_second_x_then_y_and_valid_only_there(tmp_path):
+    write_objects(tmp_path, "val", [three_boxes("video_7", 17)], **H264)
+    stored = [[0.3, 0.1, 0.5, 0.4], [0.4, 0.2, 0.6, 0.5], [0.5, 0.3, 0.7, 0.6]]
+    edit_track(tmp_path, OBJECTS, frame_ids=[0, 8, 16], bounding_boxes=stored, initial_tracking_box=[1, 0, 0])
+    (sample,) = read(perception_test_objects, tmp_path, "val", replace(CLIP, frames=9, rate_hz=4.0))
+    assert np.nonzero(sample.valid["boxes"][0])[0].tolist() == [0, 4, 8]
+    assert np.allclose(sample.labels["boxes"][0, [0, 4, 8]], in_square(np.array(stored)), atol=1e-6)
+    assert numbers(sample.pixels)[4] == 8
 
 
-def test_perception_test_refuses_what_does_not_fit(tmp_path):
-    write_perception_test(tmp_path)
-    with pytest.raises(UserError, match="ends before frame 6; lower clip.frames"):
-        next(perception_test.read(tmp_path, "val", frames=16, rate_hz=8.0, side_px=SIDE))
-    edit_track(tmp_path, frame_ids=[0, 1, 2], points=[[0.1], [0.2]])
-    with pytest.raises(UserError, match=r"track 0 of video_7 has points \(2, 1\) for 3 frames; needed 2 x 3"):
-        next(perception_test.read(tmp_path, "val", **CLIP))
+def test_objects_whose_tracking_starts_later_are_not_queried_in_frame_0(tmp_path, objects):
+    """The box marked by a 1 is where to start, which is not always the first one."""
+    edit_track(tmp_path, OBJECTS, initial_tracking_box=[0, 0, 1, 0, 0, 0])
+    (sample,) = read(perception_test_objects, tmp_path, "val")
+    assert sample.valid["boxes"].tolist() == [[True] * 3 + [False] * 3]  # the second object alone
+
+
+def test_objects_outside_the_square_or_without_an_inside_are_not_valid(tmp_path, objects):
+    outside, inverted = [[1.1, 0.2, 1.4, 0.4], [0.0, 0.2, 0.16, 0.4]], [0.5, 0.5, 0.3, 0.6]
+    boxes = [[0.3, 0.3, 0.5, 0.5], *outside, inverted, [np.nan] * 4, [-1, -1, 2, 2]]
+    edit_track(tmp_path, OBJECTS, bounding_boxes=boxes)
+    (sample,) = read(perception_test_objects, tmp_path, "val")
+    assert sample.valid["boxes"][0].tolist() == [True, False, False, False, False, True]
+    assert sample.labels["boxes"][0, 5].tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(("boxes", "expected"), [
+    ([[0.4, 0.4, 0.6, 0.6]], "no object of video_7 is labelled in a later frame"),
+    ([], "no object of video_7 starts in the first frame's square"),
+])  # fmt: skip
+def test_objects_that_are_not_labelled_again_or_never_give_no_sample_by_rule(tmp_path, objects, boxes, expected):
+    for number in range(3):
+        edit_track(
+            tmp_path, OBJECTS, number, frame_ids=[0] * len(boxes), bounding_boxes=boxes, initial_tracking_box=[1] * len(boxes)
+        )
+    ((video_id, bad, why),) = left_out(perception_test_objects, tmp_path, "val")
+    assert (video_id, bad) == ("video_7", False) and expected in why
+
+
+@BOTH
+def test_tracks_may_be_in_the_file_of_all_tasks_and_videos_without_any_are_passed_over(tmp_path, request, benchmark, kind):
+    request.getfixturevalue("points" if kind == POINTS else "objects")
+
+    def add(entries: dict) -> None:
+        metadata = entries["video_7"]["metadata"]
+        entries["video_8"] = {"metadata": metadata, kind: [], "other_tracking": [{}]}
+        entries["video_9"] = {"metadata": metadata, "mc_question": []}
+
+    edit(tmp_path, kind, add)
+    (tmp_path / f"{kind}_valid.json").rename(tmp_path / "all_valid.json")
+    samples = benchmark.open_split(tmp_path, "val", CLIP)
+    assert samples.layout == "all_valid.json" and [sample.id for sample in samples] == ["video_7"]
+
+
+def test_perception_test_refuses_what_does_not_fit(tmp_path, points):
+    refused("ends before frame 6; lower frames or raise rate_hz", perception_test, tmp_path, "val", replace(CLIP, frames=16))
     (tmp_path / "videos/video_7.mp4").unlink()
-    with pytest.raises(UserError, match="lacks 1 of 1 videos of val, the first is video_7.mp4"):
-        perception_test.count(tmp_path, "val")
-    with pytest.raises(UserError, match="needed point_tracking_train.json"):
-        perception_test.count(tmp_path, "train")
+    assert missing(perception_test, tmp_path, "val").endswith("lacks 1 of 1 videos of val, the first is video_7.mp4")
 
 
-def test_perception_test_tracks_are_found_in_the_file_of_all_tasks(tmp_path):
-    write_perception_test(tmp_path)
-    (before,) = perception_test.read(tmp_path, "val", **CLIP)
-    (tmp_path / "point_tracking_valid.json").rename(tmp_path / "all_valid.json")
-    assert perception_test.layout(tmp_path, "val") == "all_valid.json"
-    (after,) = perception_test.read(tmp_path, "val", **CLIP)
-    assert np.array_equal(before.labels["points"], after.labels["points"])
+@pytest.mark.parametrize(("kind", "changes", "expected"), [
+    (POINTS, {"points": [[0.1], [0.2]]}, r"track 0 of video_7 has points \(2, 1\) for 6 frames; needed 2 x 6"),
+    (POINTS, {"points": [["a"], ["b"]]}, "a track of video_7 needs frame_ids and points as numbers"),
+    (OBJECTS, {"bounding_boxes": [[0.1] * 4]}, r"object 0 of video_7 has boxes \(1, 4\) for 6 frames; needed 6 x 4"),
+    (OBJECTS, {"bounding_boxes": "none"}, "an object of video_7 needs frame_ids and bounding_boxes as numbers"),
+])  # fmt: skip
+def test_tracks_that_do_not_fit_are_refused(tmp_path, request, kind, changes, expected):
+    request.getfixturevalue("points" if kind == POINTS else "objects")
+    benchmark = perception_test if kind == POINTS else perception_test_objects
+    edit_track(tmp_path, kind, **({"frame_ids": list(range(T))} | changes))
+    refused(expected, benchmark, tmp_path, "val")
+    edit(tmp_path, kind, lambda entries: entries["video_7"].update({kind: []}))
+    refused(f"{kind}_valid.json has no {kind.replace('_', ' ')}", benchmark, tmp_path, "val")
+    refused(rf"needed {kind}_train.json \(tracks by video_id\)", benchmark, tmp_path, "train")

@@ -6,34 +6,12 @@ import numpy as np
 
 from scaling4d import video
 
-SETTINGS = {
-    "frames": 16,
-    "rate_hz": 8.0,
-    "side_px": 32,
-    "encode": True,
-    "listed": "",
-    "crf": 12,
-    "gop": 4,
-    "min_side_px": 32,
-    "max_side_px": 256,
-    "max_frames": 400,
-    "max_s": 100.0,
-    "max_bytes": 10**9,
-    "min_distinct": 12,
-    "black_level": 24.0,
-    "frozen_level": 2.0,
-    "frozen_s": 1.0,
-    "cut_ratio": 3.0,
-    "cut_content": 15.0,
-    "hash_bits": 24,
-    "val_share": 0.3,
-    "shard_bytes": 20_000,
-    "workers": 2,
-    "cluster": "",
-}
+SETTINGS = {"frames": 16, "rate_hz": 8.0, "side_px": 32, "encode": True, "listed": "", "crf": 12, "min_distinct": 12}
+SETTINGS |= {"black_level": 24.0, "frozen_level": 2.0, "cut_ratio": 3.0, "hash_bits": 24, "val_share": 0.3}
+SETTINGS |= {"shard_bytes": 20_000, "workers": 2, "cluster": ""}
 
 
-def world(seed: int, frames: int, height: int = 48, width: int = 64) -> np.ndarray:
+def world(seed: int, frames: int, height: int = 64, width: int = 80) -> np.ndarray:
     """uint8 T H W 3: coloured waves that drift, and a square that moves over them."""
     draw = np.random.default_rng(seed)
     y, x, t = np.meshgrid(np.arange(height) / height, np.arange(width) / width, np.arange(frames), indexing="ij")
@@ -49,5 +27,9 @@ def world(seed: int, frames: int, height: int = 48, width: int = 64) -> np.ndarr
 
 def save(path: Path, pixels: np.ndarray, rate_hz: float = 16, crf: int = 18, **more) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    video.write(path, pixels, rate_hz=rate_hz, codec="libx264", crf=crf, gop=12, **more)
+    video.encode(path, pixels, rate_hz=rate_hz, crf=crf, gop=12, **more)
     return path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -10,30 +10,33 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CODE = """
 import json, sys
+import torch
 from scaling4d import config
-from scaling4d.pretrain.point import sections, start
-settings = config.compose(["profile=paper"])
+from scaling4d.mae.models import METHODS, config_of
 
-def held(what):  # VmRSS: now, VmHWM: at most since clear_refs was told 5
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(what)) * 1024
+def build(section):
+    ((name, settings),) = section["model"].items()
+    with torch.device("meta"):
+        model = METHODS[name](config_of(METHODS[name], settings))
+    model.to_empty(device="cpu").initialise(0)
+    return model
 
-small = config.compose(["profile=pocket"])
-config.bind(sections("nano", small))
-start("nano", small, 0)  # so that libraries are read and imported before anything is measured
-config.bind(sections(sys.argv[1], settings))
+def memory(field):  # VmRSS: now; VmHWM: the most since 5 was written to clear_refs
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) * 1024
+
+points = config.compose(["profile=paper"])["points"]
+build(config.compose(["profile=pocket"])["points"]["nano"])  # all libraries are imported before the measurement
 open("/proc/self/clear_refs", "w").write("5")
-before = held("VmRSS")
-model = start(sys.argv[1], settings, 0)
-print(json.dumps([held("VmHWM") - before, sum(p.nbytes for p in model.parameters())]))
+before = memory("VmRSS")
+model = build(points[sys.argv[1]])
+print(json.dumps([memory("VmHWM") - before, sum(p.nbytes for p in model.parameters())]))
 """
 
 
-@pytest.mark.parametrize(
-    "point", ["S", "B", pytest.param("L", marks=pytest.mark.slow), pytest.param("e", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("point", ["S", *(pytest.param(name, marks=pytest.mark.slow) for name in ("B", "L", "e"))])
 def test_building_a_point_holds_one_copy_of_its_weights(point: str) -> None:
     run = subprocess.run([sys.executable, "-c", CODE, point], capture_output=True, text=True, cwd=ROOT, check=True)
     peak, weights = json.loads(run.stdout)
     print(f"{point}: {peak / 2**20:.0f} MiB held for {weights / 2**20:.0f} MiB of weights")
-    # No second copy; besides a weight as it is drawn, the table of positions in double precision, what malloc keeps of both.
+    # No second copy; a weight as it is drawn, the positions in double precision, and what malloc keeps of both.
     assert peak < 1.2 * weights + 40 * 2**20

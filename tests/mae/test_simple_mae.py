@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from scaling4d import seeds
-from scaling4d.mae.patches import patchify, take, unpatchify
-from scaling4d.mae.simple_mae import SimpleMAE, hidden_pixels
-from scaling4d.records import MaskedTokens, UserError
+from scaling4d.mae.masking import hidden_pixels
+from scaling4d.mae.patches import gather_patches, patchify, unpatchify
+from scaling4d.mae.simple_mae import SimpleMAE, SimpleMAEConfig
+from scaling4d.records import MaskedTokens
 
 CLIP, PATCH = (4, 16, 24), (2, 8, 8)
 
@@ -16,24 +17,10 @@ def pixels(batch: int = 2) -> torch.Tensor:
 
 
 def small(**changes: object) -> SimpleMAE:
-    settings = {
-        "width": 24,
-        "depth": 3,
-        "heads": 2,
-        "mlp": 48,
-        "clip": CLIP,
-        "patch": PATCH,
-        "coarse_patch": (4, 16, 8),
-        "decode_blocks": 2,
-        "masking": "random",
-        "mask_ratio": 0.75,
-        "loss_on": "all",
-        "position_init": "sincos",
-        "branch_init": "released",
-        "pixel_mean": 0.45,
-        "pixel_scale": 4.0,
-    }
-    model = SimpleMAE(**settings | changes)
+    shape = {"width": 24, "depth": 3, "heads": 2, "mlp": 48, "clip": CLIP, "patch": PATCH, "pixel_mean": 0.45, "pixel_scale": 4.0}
+    method = {"masking": "random", "mask_ratio": 0.75, "position_init": "sincos", "branch_init": "released"}
+    method |= {"coarse_patch": (4, 16, 8), "decode_blocks": 2, "loss_on": "all"}
+    model = SimpleMAE(SimpleMAEConfig(**shape | method | changes))
     model.initialise(0)
     return model
 
@@ -49,19 +36,14 @@ def test_a_patch_is_the_block_that_its_index_names() -> None:
     assert torch.equal(patch.reshape(*PATCH, 3), x[1, 2:4, 8:16, 16:24])
 
 
-def test_taking_kept_patches_equals_gathering_from_all() -> None:
-    x, kept = pixels(), torch.tensor([[0, 5, 7], [2, 3, 11]])
-    assert torch.equal(take(x, kept, PATCH), torch.stack([patchify(x, PATCH)[b, kept[b]] for b in range(2)]))
-
-
-def test_a_clip_that_does_not_divide_into_patches_is_refused() -> None:
-    with pytest.raises(UserError, match=r"clip T H W = \(4, 16, 24\) does not divide into patches \(3, 8, 8\)"):
-        small(patch=(3, 8, 8))
+def test_gathered_patches_equal_those_of_the_whole_clip() -> None:
+    x, ids_keep = pixels(), torch.tensor([[0, 5, 7], [2, 3, 11]])
+    assert torch.equal(gather_patches(x, ids_keep, PATCH), torch.stack([patchify(x, PATCH)[b, ids_keep[b]] for b in range(2)]))
 
 
 def test_hidden_pixels_do_not_reach_the_encoder() -> None:
     model, x = small(), pixels()
-    masked = model.choose(2, seeds.stream(0, "m"))
+    masked = model.draw_mask(2, seeds.stream(0, "m"))
     hidden = hidden_pixels(masked, CLIP, PATCH).bool()
     other = torch.where(hidden, 255 - x.int(), x.int()).to(torch.uint8)
     with torch.no_grad():
@@ -73,17 +55,17 @@ def test_hidden_pixels_do_not_reach_the_encoder() -> None:
 @pytest.mark.parametrize("loss_on", ["all", "masked"])
 def test_loss_equals_a_slow_loop_over_pixels(loss_on: str) -> None:
     model, x = small(loss_on=loss_on, pixel_mean=0.0, pixel_scale=1.0), pixels()
-    masked = model.choose(2, seeds.stream(0, "m"))
+    masked = model.draw_mask(2, seeds.stream(0, "m"))
     with torch.no_grad():
         guess = unpatchify(model.decode(x, masked), CLIP, model.coarse_patch).double()
         total = count = 0.0
         for b in range(2):
-            seen = set(masked.kept[b].tolist())
+            visible = set(masked.ids_keep[b].tolist())
             for t in range(CLIP[0]):
                 for h in range(CLIP[1]):
                     for w in range(CLIP[2]):
                         token = (t // 2 * 2 + h // 8) * 3 + w // 8
-                        if loss_on == "all" or token not in seen:
+                        if loss_on == "all" or token not in visible:
                             total += (guess[b, t, h, w] - x[b, t, h, w] / 255).square().sum().item()
                             count += 3
         assert abs(model(x, masked).item() - total / count) < 1e-6
@@ -92,8 +74,7 @@ def test_loss_equals_a_slow_loop_over_pixels(loss_on: str) -> None:
 def test_equal_seeds_give_equal_weights_and_others_do_not() -> None:
     a, b, c = small(), small(), small()
     c.initialise(1)
-    same = [torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True)]
-    assert all(same)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
     assert not torch.equal(a.encoder.blocks[0].qkv.weight, c.encoder.blocks[0].qkv.weight)
 
 
@@ -121,14 +102,23 @@ def test_features_follow_the_released_numbering() -> None:
 
 def test_branches_by_depth_start_as_released_divided_by_the_root_of_their_number() -> None:
     released, scaled = small(), small(branch_init="by_depth")
-    released.initialise(0)
-    scaled.initialise(0)
     branches = 2 * len(released.encoder.blocks)
     for (name, a), b in zip(released.named_parameters(), scaled.parameters(), strict=True):
         last = name.endswith((".out.weight", "mlp_out.weight"))
         assert torch.allclose(b, a / branches**0.5 if last else a), name
 
 
-def test_another_start_of_the_branches_is_refused() -> None:
-    with pytest.raises(UserError, match="^branch_init = 'small'; needed 'released' or 'by_depth'"):
-        small(branch_init="small")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"branch_init": "small"}, "branch_init = 'small'; needed 'released' or 'by_depth'"),
+        ({"position_init": "zero"}, "position_init = 'zero'; needed 'normal' or 'sincos'"),
+        ({"loss_on": "half"}, "loss_on = 'half'; needed 'all' or 'masked'"),
+        ({"decode_blocks": 4}, "decode_blocks = 4; needed 1 to 3, the depth"),
+        ({"heads": 5}, "width 24 does not divide into 5 heads"),
+        ({"patch": (3, 8, 8)}, r"clip T H W = \(4, 16, 24\) does not divide into patches \(3, 8, 8\); set them to multiples"),
+    ],
+)
+def test_a_model_that_cannot_be_built_is_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        small(**changes)

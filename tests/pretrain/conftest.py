@@ -1,9 +1,12 @@
-"""The project itself as the current folder, for plans of its points."""
+"""The project itself as the current folder, for plans of its points; short runs of the small project's points."""
 
+import shutil
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
+import torch._dynamo  # noqa: F401  AdamW imports it in its first step: here once, and not in every rank of every test
 
 from scaling4d import config
 
@@ -20,3 +23,19 @@ def in_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every profile is composed once for all these tests."""
     monkeypatch.chdir(Path(__file__).parents[2])
     monkeypatch.setattr(config, "compose", lambda overrides: _once(*overrides))
+
+
+@pytest.fixture
+def short(changed: Callable) -> Iterator[Callable[..., dict]]:
+    """Settings of a run of two ranks, with a line a step and a state every other step; no state of earlier runs."""
+
+    def make(steps: int, **changes: object) -> dict:
+        for folder in (".resume", ".runs"):
+            shutil.rmtree(folder, ignore_errors=True)
+        values = {"Training.ranks": 2, "Training.batch": 8, "Training.log_every": 1, "Runtime.save_every": 2}
+        for key, value in (values | {"Training.steps": steps} | changes).items():
+            settings = changed(key if key.startswith("points.") else f"pretrain.{key}", value)
+        return settings
+
+    yield make
+    shutil.rmtree(".resume", ignore_errors=True)

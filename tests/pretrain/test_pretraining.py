@@ -1,188 +1,248 @@
-"""Pretraining a point, and the encoders that it is compared with."""
+"""Pretraining a point, alone or with a teacher."""
 
 import errno
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from scaling4d import artifacts, checkpoint, config, seeds
+from scaling4d import artifacts, checkpoint, config, provenance
 from scaling4d.checkpoint import Checkpoint
-from scaling4d.clips import loader
-from scaling4d.mae.build import encoder_of, load
-from scaling4d.pretrain import loop
-from scaling4d.pretrain.loop import pretrain
-from scaling4d.pretrain.point import baseline, sections, start
-from scaling4d.pretrain.settings import Training
-from scaling4d.pretrain.validate import validate
+from scaling4d.encoders.load import load_model
+from scaling4d.mae.encoder import Method
+from scaling4d.mae.models import encoder_of
+from scaling4d.pretrain import stage
+from scaling4d.pretrain.settings import PretrainConfig, bind_pretrain
+from scaling4d.pretrain.stage import draw_masks, evidence_of, param_groups, pretrain
+from scaling4d.pretrain.validate import picture, validate
 from scaling4d.records import UserError
+from scaling4d.training import distributed
 from scaling4d.training.distributed import run
+from scaling4d.training.parallelize import DTYPES
 
 
-def val_loss(*, rank: int, ranks: int, settings: dict) -> float:
-    config.bind({"Training": settings["pretrain"]["Training"]}, sections("nano", settings))
-    model = start("nano", settings, settings["seed"])
-    return validate(model, Path("artifacts/smoke/clips"), config.build(Training), seed=0, rank=rank, ranks=ranks)
+def start(pretraining: PretrainConfig) -> Method:
+    """The model before its first step, with its teacher."""
+    model = pretraining.build()
+    model.to_empty(device="cpu")
+    model.initialise(pretraining.seed)
+    return model
 
 
-def test_training_lowers_the_loss_and_says_what_made_it(project: Path, changed: Callable) -> None:
-    settings = changed("pretrain.Training.steps", 60)
+def losses_of(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "losses.jsonl").read_text().splitlines()]
+
+
+def val_loss(*, rank: int, ranks: int, pretraining: PretrainConfig) -> float:
+    return validate(start(pretraining), pretraining)
+
+
+def test_training_lowers_the_loss_and_writes_what_made_it(short: Callable) -> None:
+    settings = short(60)
     folder = pretrain("nano", settings)
-    losses = [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
-    assert losses[-1]["loss"] < 0.7 * losses[0]["loss"]
-    assert losses[-1]["clips_seen"] == 60 * settings["pretrain"]["Training"]["batch"]
+    lines, losses = (folder / "losses.jsonl").read_text().splitlines(), losses_of(folder)
+    assert losses[-1] < 0.7 * losses[0]
+    assert json.loads(lines[-1])["clips_seen"] == 60 * settings["pretrain"]["Training"]["batch"]
     saved, summary = Checkpoint.read(folder), json.loads((folder / "summary.json").read_text())
-    assert saved.step == 60 and saved.parameters == sum(p.numel() for p in encoder_of(load(folder)).parameters())
-    assert summary["val_loss"] < losses[0]["loss"]
-    made = json.loads((folder / "provenance.json").read_text())
-    assert made["overrides"]["pretrain.Training.steps"] == 60 and len(made["inputs"]["clips"]) == 64
-    assert "SimpleMAE.width = 32" in (folder / "operative_config.gin").read_text()
-    assert list((project / ".runs").glob("pretrain-nano-*.json"))
+    assert saved.step == 60 and saved.parameters == sum(p.numel() for p in encoder_of(load_model(folder)).parameters())
+    assert summary["val_loss"] < losses[0] and summary["ranks"] == [[0, 2]]
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert provenance["overrides"]["pretrain.Training.steps"] == 60 and len(provenance["inputs"]["clips"]) == 64
+    operative = (folder / "operative_config.gin").read_text()
+    assert "SimpleMAE.width = 32" in operative and "Runtime" not in operative and "Launch" not in operative
+    (facts,) = Path(".runs").glob("pretrain-nano-*.json")
+    assert {"runtime", "launch", "clips_per_s"} <= json.loads(facts.read_text()).keys()
 
 
-@pytest.mark.parametrize("point", ["nano", "mae_st_tiny"])
-def test_the_same_seed_gives_the_same_bytes_and_another_does_not(changed: Callable, point: str) -> None:
-    shas = []
-    for seed in (0, 0, 1):
-        changed("pretrain.Training.steps", 4)
-        shas.append(checkpoint.weights_sha256(pretrain(point, changed("seed", seed))))
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(short: Callable, changed: Callable) -> None:
+    short(4)
+    shas = [checkpoint.weights_sha256(pretrain("nano", changed("seed", seed))) for seed in (0, 0, 1)]
     assert shas[0] == shas[1] != shas[2]
+
+
+@pytest.mark.parametrize("compute", DTYPES)
+def test_it_validates_under_way_and_draws_a_picture(short: Callable, compute: str) -> None:
+    folder = pretrain("nano", short(3, **{"Training.validate_every": 1, "Training.compute": compute}))
+    assert Checkpoint.read(folder).model == "SimpleMAE"
+    lines = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]  # the last step's is the summary's
+    assert all(Path(f".runs/pretrain-nano/filled-0000000{step}.png").is_file() for step in (1, 2))
+    assert lines[0]["val_loss"] > json.loads((folder / "summary.json").read_text())["val_loss"]
 
 
 def test_a_student_learns_its_teachers_features_and_keeps_no_teacher(changed: Callable) -> None:
     teacher = pretrain("nano", changed("pretrain.Training.steps", 4))
     folder = pretrain("nano_distilled", changed("pretrain.Training.steps", 60))
-    losses = [json.loads(line)["loss"] for line in (folder / "losses.jsonl").read_text().splitlines()]
+    losses = losses_of(folder)
     assert losses[-1] < 0.8 * losses[0]
-    student = load(folder)
-    config.bind(sections("nano_distilled", config.read()))
+    student, pretraining = load_model(folder), bind_pretrain("nano_distilled", config.read())
+    taught = start(pretraining)  # with its teacher, which a loaded student has not
+    pixels, masked = stage._batches(replace(pretraining, seed=1), taught, 0, 1)(0).inputs
     with torch.no_grad():
-        taught = start("nano_distilled", config.read(), 0)  # with its teacher, which a loaded student has not
-        batch = next(loader.every(Path("artifacts/smoke/clips"), split="val", batch=16, rank=0, ranks=1))
-        masked = student.choose(len(batch.ids), seeds.stream(0, "m"))
-        found, wanted = student.predict(batch.pixels, masked), taught.target(batch.pixels, masked)
-        others = taught.target(batch.pixels.roll(1, 0), masked)  # the same places in other clips
-    assert (found - wanted).square().mean() < 0.9 * (found - others).square().mean()
-    assert not [name for name in student.state_dict() if "taught_by" in name]
-    assert {name: p.shape for name, p in encoder_of(student).named_parameters()} == {
-        name: p.shape for name, p in encoder_of(load(teacher)).named_parameters()
-    }
-    made = json.loads((folder / "provenance.json").read_text())
-    assert made["inputs"]["teacher"] == artifacts.sha256(teacher)
+        predicted, target = student.predict(pixels, masked), taught.target(pixels, masked)
+        others = taught.target(pixels.roll(1, 0), masked)  # the same places in other clips
+    assert (predicted - target).square().mean() < 0.9 * (predicted - others).square().mean()
+    assert not [name for name in student.state_dict() if "teacher_encoder" in name]
+    shapes, teacher_shapes = (
+        {name: p.shape for name, p in encoder_of(model).named_parameters()} for model in (student, load_model(teacher))
+    )
+    assert shapes == teacher_shapes
+    inputs = json.loads((folder / "provenance.json").read_text())["inputs"]
+    assert inputs["teacher"] == artifacts.sha256(teacher)
 
 
 def test_the_target_is_the_teachers_feature_of_the_same_token_in_sight_of_the_whole_clip(changed: Callable) -> None:
-    teacher = encoder_of(load(pretrain("nano", changed("pretrain.Training.steps", 4))))
-    settings = config.read()
-    config.bind(sections("nano_distilled", settings))
-    model = start("nano_distilled", settings, 0)
+    teacher = encoder_of(load_model(pretrain("nano", changed("pretrain.Training.steps", 4))))
+    model = start(bind_pretrain("nano_distilled", config.read()))
     clip = torch.randint(0, 256, (2, 16, 64, 64, 3), dtype=torch.uint8)
-    masked = model.choose(2, seeds.stream(0, "m"))
-    found, layer = model.target(clip, masked), teacher.features(clip)[3]
+    masked = draw_masks(model, 0, 0, first=0, count=2)
+    target, layer = model.target(clip, masked), teacher.features(clip)[model.config.teacher_layer]
     for b in range(2):
-        for k, token in enumerate(masked.kept[b].tolist()):
+        for k, token in enumerate(masked.ids_keep[b].tolist()):
             x = layer[b, token]
-            assert torch.allclose(found[b, k], (x - x.mean()) / (x.var(unbiased=False) + 1e-5).sqrt(), atol=1e-5)
+            assert torch.allclose(target[b, k], (x - x.mean()) / (x.var(unbiased=False) + 1e-5).sqrt(), atol=1e-5)
 
 
-def test_a_teacher_that_is_missing_or_does_not_fit_is_refused(project: Path, changed: Callable) -> None:
-    changed("distilled.nano_distilled.Distilled.teacher", "nobody")
-    with pytest.raises(UserError, match="nobody is not a checkpoint"):
-        pretrain("nano_distilled", config.read())
-    pretrain("nano", changed("pretrain.Training.steps", 4))
-    changed("distilled.nano_distilled.Distilled.teacher", "nano")
-    settings = changed("distilled.nano_distilled.Distilled.teacher_width", 288)
-    with pytest.raises(UserError, match=r"teacher nano has width 32, grid \(8, 8, 8\), 5 layers; needed width 288, grid"):
-        pretrain("nano_distilled", settings)
+def test_a_teacher_computes_in_the_dtype_of_the_run(short: Callable, changed: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretrain("nano", short(4))
+    parallelize, dtypes = stage.parallelize, Path("dtypes")
 
+    def note(model: Method, *arguments: object, **named: object) -> None:
+        dtypes.write_text(str({p.dtype for teacher in model.teacher_encoder for p in teacher.parameters()}))
+        parallelize(model, *arguments, **named)
 
-def test_the_untrained_baseline_is_the_point_before_its_first_step(project: Path) -> None:
-    settings = config.read()
-    folder = baseline("untrained_nano", settings)
-    config.bind(sections("nano", settings))
-    first = start("nano", settings, settings["seed"]).state_dict()
-    for name, value in load(folder).state_dict().items():
-        assert torch.equal(value, first[name]), name
-
-
-def test_the_pixel_baseline_is_the_clip_itself(project: Path) -> None:
-    tokens = load(baseline("pixels", config.read()))
-    clip = torch.randint(0, 256, (1, 16, 64, 64, 3), dtype=torch.uint8)
-    (layer,) = tokens.features(clip)
-    assert torch.allclose(layer.std(), (clip / 255 * 4).std(), rtol=1e-4)
-    assert layer.shape == (1, 512, 384)
-
-
-def test_validation_loss_does_not_depend_on_the_ranks(project: Path) -> None:
-    settings = config.read()
-    one, three = (run(val_loss, ranks=ranks, settings=settings) for ranks in (1, 3))
-    assert abs(one - three) < 1e-5 * one
-
-
-def test_a_capped_validation_does_not_depend_on_the_ranks_and_is_of_fewer_clips(project: Path, changed: Callable) -> None:
-    every = run(val_loss, ranks=1, settings=config.read())
-    settings = changed("pretrain.Training.val_clips", 5)
-    one, three = (run(val_loss, ranks=ranks, settings=settings) for ranks in (1, 3))
-    assert abs(one - three) < 1e-5 * one and one != every
-
-
-def test_a_teacher_computes_in_the_type_of_the_run(changed: Callable) -> None:
-    pretrain("nano", changed("pretrain.Training.steps", 4))
-    assert run(teachers_type, ranks=1, settings=changed("pretrain.Training.compute", "bfloat16")) == {"torch.bfloat16"}
-    folder = pretrain("nano_distilled", config.read())
+    monkeypatch.setattr(stage, "parallelize", note)
+    folder = pretrain("nano_distilled", changed("pretrain.Training.compute", "bfloat16"))
+    assert dtypes.read_text() == str({DTYPES["bfloat16"]})
     assert json.loads((folder / "summary.json").read_text())["val_loss"] < 2
 
 
-def teachers_type(*, rank: int, ranks: int, settings: dict) -> set[str]:
-    model = loop._model(loop.prepare("nano_distilled", settings), ranks)
-    return {str(p.dtype) for teacher in model.taught_by for p in teacher.parameters()}
+def test_a_teacher_that_is_missing_or_does_not_fit_is_refused(short: Callable, changed: Callable) -> None:
+    key = "distilled.nano_distilled.model.Distilled"
+    with pytest.raises(UserError, match="nobody is not a checkpoint"):
+        pretrain("nano_distilled", changed(f"{key}.teacher", "nobody"))
+    pretrain("nano", short(2))
+    changed(f"{key}.teacher", "nano")
+    with pytest.raises(UserError, match=r"teacher nano has width 32, grid \(8, 8, 8\), 3 layers; needed width 288, grid"):
+        pretrain("nano_distilled", changed(f"{key}.teacher_width", 288))
 
 
-def test_a_batch_that_does_not_divide_is_refused_and_nothing_is_written(project: Path, changed: Callable) -> None:
-    settings = changed("pretrain.Training.batch", 7)
-    with pytest.raises(UserError, match=r"^a batch of 7 clips does not divide among 2 ranks in 1 parts each; set batch .+$"):
-        pretrain("nano", settings | {"profile": "smoke"})
-    assert not list((project / ".resume").glob("partial-*"))
+def test_validation_does_not_depend_on_the_ranks_and_measures_as_many_clips_as_the_setting_says(changed: Callable) -> None:
+    values = []
+    for clips in (0, 5):
+        pretraining = bind_pretrain("nano", changed("pretrain.Training.val_clips", clips))
+        one, three = (run(val_loss, ranks=ranks, pretraining=pretraining) for ranks in (1, 3))
+        assert abs(one - three) < 1e-5 * one
+        values.append(one)
+    assert values[0] != values[1]
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_update_and_names_the_clips(changed: Callable) -> None:
-    with pytest.raises(UserError, match=r"^step \d+: the gradient is (nan|inf); clips .+; lower pretrain.Training.rate_"):
-        pretrain("nano", changed("pretrain.Training.rate_times_width", 1e9))
+def test_a_picture_shows_the_clip_its_visible_patches_and_the_model_of_all_of_it(project: Path) -> None:
+    pretraining = bind_pretrain("nano", config.read())
+    true, visible, filled = picture(start(pretraining), pretraining).split(64)
+    shown = visible != 0
+    assert torch.equal(visible[shown], true[shown]) and 0.01 < shown.float().mean() < 0.1
+    assert filled.shape == true.shape == (64, 4 * 64, 3) and not torch.equal(filled, true)
+
+
+@pytest.mark.parametrize(("ranks", "clips"), [(1, 24), (2, 24), (4, 24), (3, 9), (8, 8)])
+def test_masks_do_not_depend_on_the_ranks(project: Path, ranks: int, clips: int) -> None:
+    model, share = bind_pretrain("nano", config.read()).build(), clips // ranks
+    parts = [draw_masks(model, 7, 3, first=rank * share, count=share).ids_keep for rank in range(ranks)]
+    assert torch.equal(torch.cat(parts), draw_masks(model, 7, 3, first=0, count=clips).ids_keep)
+    rows = {tuple(row) for part in parts for row in part.tolist()}
+    assert len(rows) == clips
+    assert not rows & {tuple(row) for row in draw_masks(model, 7, 4, first=0, count=clips).ids_keep.tolist()}
+
+
+def test_rates_grow_with_the_batch_and_those_of_matrices_fall_with_the_width(changed: Callable) -> None:
+    pretraining = bind_pretrain("nano", changed("pretrain.Training.rates_at_batch", 4))
+    training, groups = pretraining.training, param_groups(pretraining.build(), pretraining)
+    (matrices, matrix_rate), (embeddings, embedding_rate) = groups["matrices"], groups["embeddings"]
+    assert matrix_rate == pytest.approx(2 * training.rate_times_width / 32) and training.batch == 8
+    assert embedding_rate == pytest.approx(2 * training.embedding_rate)
+    assert {name for name, _ in matrices} >= {"encoder.blocks.0.qkv.weight", "decoder.weight"}
+    assert {name for name, _ in embeddings} >= {"encoder.patch_embedding.weight", "encoder.positions", "decoder.bias"}
+    assert all(p.ndim == 2 for _, p in matrices) and len(matrices) + len(embeddings) == len(
+        list(pretraining.build().parameters())
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("points.nano.Sharding.shards", 3, "points.nano, .+: 2 ranks do not divide into copies of 3 shards; set Sharding.+"),
+        ("points.nano.Sharding.recompute", "some", "points.nano.Sharding: recompute = 'some'; needed none, block or selective"),
+        ("points.nano.Launch.where", "moon", "points.nano.Launch: where is 'moon'; needed here, torchrun, nodes or slurm"),
+        ("pretrain.Training.batch", 7, "pretrain.Training: .*batch.* 7 .*does not divide among 2 ranks.+"),
+        ("pretrain.Training.compute", "float8", "pretrain.Training: compute = 'float8'; needed float32 or bfloat16"),
+        ("pretrain.Training.repeats", 3, "pretrain.Training: .*batch.* 8 .*does not divide among 2 ranks, each clip 3 times.+"),
+        (
+            "pretrain.Training.crop",
+            [0.5, 0.1],
+            r"pretrain.Training: crop .+ \[0.5, 0.1\].+ needed 0 < smallest <= largest <= 1.*",
+        ),
+        ("pretrain.Training.window_shards", -1, "pretrain.Training: window_shards .+ -1.+ needed 0 or more.*"),
+        ("pretrain.Training.log_every", 0, "pretrain.Training: log_every is 0; needed 1 or more"),
+        ("pretrain.Training.ranks", 0, "pretrain.Training: ranks is 0; needed 1 or more"),
+        ("points.nano.Launch.nodes", 0, "points.nano.Launch: nodes is 0; needed 1 or more"),
+        ("pretrain.Training.val_clips", -1, "pretrain.Training: val_clips is -1; needed 0 or more"),
+        ("pretrain.Runtime.keep", 0, "pretrain.Runtime: keep is 0; needed 1 or more"),
+        ("pretrain.Runtime.hang_s", 0.0, "pretrain.Runtime: hang_s is 0.0; needed more than 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_in_one_line_before_a_rank_starts(
+    changed: Callable, monkeypatch: pytest.MonkeyPatch, key: str, value: object, message: str
+) -> None:
+    monkeypatch.setattr(distributed, "run", lambda *_, **__: pytest.fail("a rank was started"))
+    with pytest.raises(UserError, match=f"^{message}$"):
+        pretrain("nano", changed(key, value))
+    assert not list(Path(".resume").glob("partial-*"))
 
 
 def test_a_point_with_two_methods_is_refused(project: Path) -> None:
     settings = config.read()
-    settings["points"]["nano"]["MAEST"] = {}
-    with pytest.raises(UserError, match=r"^points.nano has SimpleMAE, MAEST; needed exactly one of SimpleMAE, MAEST$"):
-        config.bind({"SimpleMAE": settings["points"]["nano"]["SimpleMAE"]})
-        start("nano", settings, 0)
+    settings["points"]["nano"]["model"]["MAEST"] = {}
+    with pytest.raises(UserError, match=r"^points.nano.model has SimpleMAE, MAEST; needed exactly one of SimpleMAE, MAEST$"):
+        bind_pretrain("nano", settings)
 
 
-def test_a_method_that_is_not_the_one_that_is_declared_is_refused(changed: Callable) -> None:
-    wanted = r"^points.nano is for SimpleMAE, and points.nano.method is 'MAEST'; set it to SimpleMAE$"
-    with pytest.raises(UserError, match=wanted):
-        pretrain("nano", changed("points.nano.method", "MAEST"))
+def test_a_gradient_that_is_not_finite_names_the_rate_to_lower(changed: Callable) -> None:
+    with pytest.raises(UserError, match=r"^step \d+: the gradient is (nan|inf); .+; lower pretrain.Training.rate_times_width$"):
+        pretrain("nano", changed("pretrain.Training.rate_times_width", 1e9))
 
 
-def test_a_result_is_named_on_another_file_system_too(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rename = Path.rename
+def test_a_run_is_what_it_was_when_it_began_whatever_happens_to_the_file_of_its_settings(short: Callable) -> None:
+    pretraining = bind_pretrain("nano", short(2))
+    evidence = evidence_of(pretraining)
+    config.PARAMS.unlink()  # the project's fixture writes it again
+    stage.train(pretraining, evidence)
+    assert json.loads((pretraining.folder / "provenance.json").read_text()) == json.loads(json.dumps(evidence))
+    assert evidence["inputs"]["clips"] == artifacts.sha256(pretraining.clips / "croissant.json")
 
-    def apart(path: Path, new: Path) -> Path:
-        if path.parts[0] != new.parts[0]:
+
+def test_a_result_is_named_on_another_file_system_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = os.rename
+
+    def refuse_across(path: Path, new: Path) -> None:
+        if Path(path).parts[0] != Path(new).parts[0]:
             raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(path))
-        return rename(path, new)
+        rename(path, new)
 
-    wanted = checkpoint.weights_sha256(baseline("untrained_nano", config.read()))
-    monkeypatch.setattr(Path, "rename", apart)
-    folder = baseline("untrained_nano", config.read())
-    assert checkpoint.weights_sha256(folder) == wanted
-    assert not [path for path in folder.parent.iterdir() if path.name.startswith(".")]
-    assert not list(artifacts.PARTIAL.glob("partial-*"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "rename", refuse_across)
+    final = Path("artifacts/out")
+    for text in ("first", "second"):
+        with provenance.atomic_folder(final) as out:
+            (out / "result").write_text(text)
+        assert (final / "result").read_text() == text
+    assert list(final.parent.iterdir()) == [final] and not list(provenance.WORK_FOLDER.iterdir())
 
 
-def test_weights_that_find_no_room_are_one_line(tmp_path: Path) -> None:
+def test_weights_without_space_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^.+model.safetensors cannot be written: .+; free space there, and run the same .+$"):
         checkpoint.save_tensors(tmp_path / "nowhere/model.safetensors", {"a": torch.ones(1)})

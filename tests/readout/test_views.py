@@ -7,8 +7,9 @@ import pytest
 
 from scaling4d import seeds
 from scaling4d.readout import metrics
-from scaling4d.readout.views import VIEWS, check, views
-from scaling4d.records import Sample, UserError
+from scaling4d.readout.tasks import TASKS
+from scaling4d.readout.views import VIEWS, view_of
+from scaling4d.records import Sample
 
 T, H, W = 4, 8, 8
 
@@ -40,13 +41,13 @@ def sample() -> Sample:
 
 @pytest.mark.parametrize("name", list(VIEWS))
 def test_labels_say_what_the_picture_shows(name: str) -> None:
-    (seen,) = views(sample(), (name,))
+    view = view_of(sample(), name)
     for t in range(T):
-        red = np.argwhere(seen.pixels[t, :, :, 0])
+        red = np.argwhere(view.pixels[t, :, :, 0])
         (top, left), (bottom, right) = red.min(0), red.max(0) + 1
-        assert np.allclose(seen.labels["boxes"][0, t] * W, [left, top, right, bottom])
-        assert np.allclose(seen.labels["points"][0, t] * W, [(left + right) / 2, (top + bottom) / 2])
-        assert np.array_equal(seen.labels["depth_m"][t] == 2, seen.pixels[t, :, :, 0] > 0)
+        assert np.allclose(view.labels["boxes"][0, t] * W, [left, top, right, bottom])
+        assert np.allclose(view.labels["points"][0, t] * W, [(left + right) / 2, (top + bottom) / 2])
+        assert np.array_equal(view.labels["depth_m"][t] == 2, view.pixels[t, :, :, 0] > 0)
 
 
 @pytest.mark.parametrize("name", list(VIEWS))
@@ -63,13 +64,13 @@ def test_a_point_of_the_world_is_seen_mirrored_by_the_mirrored_camera() -> None:
     point = np.array([0.3, -0.2, 4.0, 1.0])
     for t in range(T):
         x, y, z, _ = np.linalg.inv(plain.labels["camera_to_world"][t]) @ point
-        found = np.linalg.inv(mirror.labels["camera_to_world"][t]) @ (point * [-1, 1, 1, 1])
-        assert np.allclose(found[:3], [-x, y, z])
+        mirrored = np.linalg.inv(mirror.labels["camera_to_world"][t]) @ (point * [-1, 1, 1, 1])
+        assert np.allclose(mirrored[:3], [-x, y, z])
 
 
-def test_backwards_asks_only_for_what_its_first_frame_shows() -> None:
-    seen = VIEWS["backwards"](sample())
-    assert len(seen.labels["boxes"]) == len(seen.valid["boxes"]) == len(seen.labels["points"]) == 1
+def test_backwards_has_only_the_objects_that_its_first_frame_shows() -> None:
+    view = VIEWS["backwards"](sample())
+    assert len(view.labels["boxes"]) == len(view.valid["boxes"]) == len(view.labels["points"]) == 1
 
 
 def test_a_mirrored_action_is_another() -> None:
@@ -78,22 +79,20 @@ def test_a_mirrored_action_is_another() -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "names", "needed"),
+    ("task", "settings", "message"),
     [
-        ("boxes", ("upside_down",), "plain, mirrored, backwards"),
-        ("pose", (), "plain, mirrored, backwards"),
-        ("actions", ("plain", "backwards"), "plain, mirrored"),
+        ("depth", {"views": ("upside_down",)}, "views = ['upside_down']; needed some of plain, mirrored, backwards"),
+        ("pose", {"views": ()}, "views = []; needed some of plain, mirrored, backwards"),
+        ("actions", {"views": ("plain", "backwards")}, "views have 'backwards', and the class of a reversed action is unknown"),
+        *(
+            ("actions", {"test_views": views}, f"test_views = {list(views)}; needed two whole numbers of at least 1: clips over")
+            for views in ((1, 0), (-1, 1), (2,), (1, 1.5))
+        ),
     ],
 )
-def test_a_view_that_a_task_cannot_have_is_refused(task: str, names: tuple[str, ...], needed: str) -> None:
-    with pytest.raises(UserError) as error:
-        check(task, names, (1, 1))
-    assert str(error.value) == f"readout.tasks.{task}: views = {list(names)}; needed some of {needed}"
-
-
-@pytest.mark.parametrize("test_views", [(1, 0), (-1, 1), (2,), (1, 1.5)])
-def test_test_views_are_two_numbers_above_0(test_views: tuple) -> None:
-    check("actions", ("plain",), (2, 3))
-    found = re.escape(str(list(test_views)))
-    with pytest.raises(UserError, match=f"^readout.tasks.actions: test_views = {found}; needed two whole numbers of at least 1"):
-        check("actions", ("plain",), test_views)
+def test_views_that_a_task_cannot_have_are_refused(task: str, settings: dict, message: str) -> None:
+    settings = (
+        {"rate_hz": 8.0, "views": ("plain",)} | ({"classes": 2, "test_views": (2, 3)} if task == "actions" else {}) | settings
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        TASKS[task](**settings)

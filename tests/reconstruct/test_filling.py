@@ -1,7 +1,11 @@
-"""Filling in masked clips."""
+"""Filling in masked clips, and the fidelity of the result."""
 
 import importlib
 import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -9,127 +13,132 @@ import pytest
 import torch
 from PIL import Image
 
-from scaling4d import config, seeds, vision_operators
-from scaling4d.pretrain.loop import pretrain
-from scaling4d.reconstruct import fidelity
-from scaling4d.reconstruct.fidelity import METRICS, Fidelity, inception
-from scaling4d.reconstruct.fill import reconstruct
+from scaling4d import config, seeds
+from scaling4d.checkpoint import Checkpoint
+from scaling4d.encoders import torchvision_shim
+from scaling4d.mae.models import METHODS, config_of
+from scaling4d.reconstruct.fidelity import METRICS, Extractor, FidelityConfig, compare, load_extractors, load_inception
+from scaling4d.reconstruct.stage import FillingConfig, fill_clips, reconstruct
 from scaling4d.records import UserError
+from scaling4d.training.distributed import run
 
-SMALL = {"width": 32, "depth": 1, "heads": 2, "patch_frames": 2, "patch_px": 8, "inception": "", "checkpoint": ""}
-FIDELITY = Fidelity(**SMALL, subsets=10, subset_size=50, neighbours=3)
-
-
-def clips(name: str, count: int = 70) -> torch.Tensor:
-    torch.set_num_threads(1)
-    return torch.randint(0, 256, (count, 4, 16, 16, 3), dtype=torch.uint8, generator=seeds.stream(0, name))
+FIDELITY = FidelityConfig(patch_frames=2, patch_px=8, inception="", checkpoint="")
+SCRIPT = """import scaling4d.cli, numpy as np; from scaling4d.reconstruct.fidelity import fidelity
+print(fidelity({"clip": np.random.default_rng(0).normal(size=(2, 200, 384))}))"""
 
 
-def of(extract: fidelity.Extractor, pixels: torch.Tensor) -> torch.Tensor:
+def clips(count: int = 70) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 4, 16, 16, 3), dtype=torch.uint8, generator=seeds.stream(0, "a"))
+
+
+def features(extract: Extractor, pixels: torch.Tensor) -> np.ndarray:
     with torch.no_grad():
-        return extract(pixels)
+        return extract(pixels).numpy()
 
 
 def test_equal_clips_have_no_distance_and_darker_ones_lie_farther_the_darker_they_are() -> None:
-    extract = FIDELITY.extractors((4, 16, 16), 0)["clip"]
-    true = of(extract, clips("a"))
-    same, darker, dark = (FIDELITY.compare(of(extract, (clips("a") * by).to(torch.uint8)), true) for by in (1.0, 0.9, 0.5))
-    assert abs(same["fid"]) < 1e-6 and abs(same["kid"]) < 0.02 and same["precision"] == same["recall"] == 1
+    extract = load_extractors(FIDELITY, (4, 16, 16), 0)["clip"]
+    true = features(extract, clips())
+    same, darker, dark = (compare(features(extract, (clips() * by).to(torch.uint8)), true) for by in (1.0, 0.9, 0.5))
+    assert abs(same["fid"]) < 1e-6 and abs(same["kid"]) < 0.1 and same["precision"] == same["recall"] == 1
     assert 0 < darker["fid"] < dark["fid"] and 0 < darker["kid"] < dark["kid"]
     assert dark["precision"] == dark["recall"] == 0
 
 
 def test_precision_falls_with_alien_clips_and_recall_with_missing_ones() -> None:
-    near, far = torch.randn(40, 8, generator=seeds.stream(0, "near")), torch.full((10, 8), 50.0)
-    far = far + torch.randn(10, 8, generator=seeds.stream(0, "far"))
-    both = torch.cat([near[:30], far])
-    alien, missing = FIDELITY.compare(both, near), FIDELITY.compare(near, both)
+    near, far = np.split(seeds.numpy(0, "features").normal(size=(50, 8)), [40])
+    both = np.concatenate([near[:30], far + 50])
+    alien, missing = compare(both, near), compare(near, both)
     assert alien["precision"] == pytest.approx(0.75) and alien["recall"] > 0.9
     assert missing["recall"] == pytest.approx(0.75) and missing["precision"] > 0.9
 
 
-def test_the_order_of_frames_is_seen_in_clips_and_not_in_frames() -> None:
-    found = FIDELITY.extractors((4, 16, 16), 0)
-    true = clips("a")
-    backwards = true.flip(1)
-    as_frames = [of(found["frame"], part.flatten(0, 1)[:, None]).unflatten(0, (70, 4)).mean(1) for part in (true, backwards)]
-    assert torch.allclose(*as_frames, atol=1e-5)
-    assert not torch.allclose(of(found["clip"], true), of(found["clip"], backwards), atol=1e-3)
+def test_features_of_clips_depend_on_the_order_of_frames_and_those_of_frames_do_not() -> None:
+    extractors = load_extractors(FIDELITY, (4, 16, 16), 0)
+    orders = clips(), clips().flip(1)
+    frames = [features(extractors["frame"], p.flatten(0, 1)[:, None]).reshape(70, 4, -1).mean(1) for p in orders]
+    assert np.allclose(*frames, atol=1e-5)
+    assert not np.allclose(*(features(extractors["clip"], pixels) for pixels in orders), atol=1e-3)
 
 
 def test_fid_is_that_of_two_normal_distributions() -> None:
-    a = torch.randn(2000, 3, generator=seeds.stream(0, "normal"))
-    shifted = FIDELITY.compare(a + torch.tensor([3.0, 0.0, 0.0]), a)
-    assert shifted["fid"] == pytest.approx(9, rel=1e-3)
-    doubled = FIDELITY.compare(a * 2, a)
-    assert doubled["fid"] == pytest.approx(float(torch.cov(a.T).trace() + a.mean(0).square().sum()), rel=1e-3)
+    a = seeds.numpy(0, "normal").normal(size=(2000, 3))
+    assert compare(a + [3, 0, 0], a)["fid"] == pytest.approx(9, rel=1e-3)
+    assert compare(a * 2, a)["fid"] == pytest.approx(np.trace(np.cov(a.T)) + np.square(a.mean(0)).sum(), rel=1e-3)
 
 
 def test_too_few_clips_have_no_distance() -> None:
-    assert FIDELITY.compare(torch.ones(4, 8), torch.ones(4, 8)) == dict.fromkeys(METRICS)
+    assert compare(np.ones((4, 8)), np.ones((4, 8))) == dict.fromkeys(METRICS)
 
 
-def test_a_checkpoint_gives_features_of_clips_of_another_size(project: Path) -> None:
-    settings = config.read()
-    settings["pretrain"]["Training"]["steps"] = 1
-    folder = pretrain("nano", settings)
-    extract = Fidelity(**SMALL | {"checkpoint": str(folder)}, subsets=1, subset_size=2, neighbours=3).extractors((8, 32, 32), 0)
-    pixels = torch.zeros(2, 8, 32, 32, 3, dtype=torch.uint8)
-    assert of(extract["checkpoint"], pixels).shape == (2, 32)
+def test_fidelity_is_the_same_to_the_last_digit_with_any_number_of_threads() -> None:
+    command, processes = [sys.executable, "-c", SCRIPT], []
+    for threads in "14":
+        environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), threads)
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    one, four = (process.communicate()[0] for process in processes)
+    assert one == four != ""
 
 
 def test_inception_gives_features_of_frames_from_a_file_of_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.set_num_threads(4)
-    vision_operators.declare()
+    torchvision_shim.declare_operators()
     module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
     network = module.FeatureExtractorInceptionV3
     monkeypatch.setattr(module, "load_state_dict_from_url", lambda *a, **k: {})  # a network with random weights
     with monkeypatch.context() as patch:
         patch.setattr(network, "load_state_dict", lambda self, weights: None)
         torch.save(network("random", ["2048"]).state_dict(), tmp_path / "weights.pth")
-    found = of(inception(tmp_path / "weights.pth"), clips("a", 2)[:, :1])
-    assert found.shape == (2, 2048) and not torch.equal(found[0], found[1])
-
-
-@pytest.mark.parametrize(
-    ("content", "message"), [(None, "no file "), ({"fc.bias": torch.ones(1)}, "does not fit Inception"), (Path, "")]
-)
-def test_a_file_that_is_no_weights_of_inception_is_refused_and_runs_nothing(
-    content: object, message: str, tmp_path: Path
-) -> None:
-    path, touched = tmp_path / "weights.pth", tmp_path / "touched"
-    if content is Path:
-        message = "is not a file of weights alone"
-        torch.save(Harmful(touched), path)
-    elif content is not None:
-        torch.save(content, path)
-    with pytest.raises(UserError, match=message):
-        inception(path)
-    assert not touched.exists()
+    first, second = features(load_inception(tmp_path / "weights.pth"), clips(2)[:, :1])
+    assert first.shape == (2048,) and not np.array_equal(first, second)
 
 
 class Harmful:
     """Touches a file when it is unpickled."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
     def __reduce__(self) -> tuple:
-        return Path.touch, (self.path,)
+        return Path.touch, (Path("touched"),)
 
 
-@pytest.mark.parametrize("point", ["nano", "mae_st_tiny"])
-def test_hidden_pixels_are_measured_and_shown(project: Path, point: str) -> None:
-    settings = config.read()
-    settings["pretrain"]["Training"]["steps"] = 2
-    pretrain(point, settings)
-    folder = reconstruct(point, settings)
-    measured = json.loads((folder / "result.json").read_text())
-    assert measured["psnr_db"] == pytest.approx(-10 * np.log10(measured["masked_mse"]))
+@pytest.mark.parametrize(("content", "message"), [
+    (None, "no file "), ({"fc.bias": torch.ones(1)}, "does not fit Inception"), (Harmful(), "is not a file of weights alone")
+])  # fmt: skip
+def test_a_file_without_weights_of_inception_is_refused_and_runs_nothing(content, message, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        torch.save(content, "weights.pth")
+    with pytest.raises(UserError, match=message):
+        load_inception(Path("weights.pth"))
+    assert not Path("touched").exists()
+
+
+def test_impossible_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="^ranks = 0; needed 1 or more"):
+        FillingConfig(ranks=0)
+    with pytest.raises(ValueError, match="^patch_frames = 2, patch_px = 0; needed 1 or more"):
+        FidelityConfig(2, 0, "", "")
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize(("point", "added"), [("nano", []), ("mae_st_tiny", ["+point@points.mae_st_tiny=mae_st_tiny"])])
+def test_hidden_pixels_are_measured_and_shown_by_any_number_of_ranks(point: str, added: list[str]) -> None:
+    settings = config.compose(["profile=smoke", "clips.Curation.listed=''", *added])
+    folder = Path("artifacts/smoke/pretrain") / point
+    ((method, values),) = settings["points"][point]["model"].items()
+    model = METHODS[method](config_of(METHODS[method], values))
+    model.initialise(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    Checkpoint(point, method, asdict(model.config), 0, 0, 0).write(folder, model.state_dict())
+    settings["reconstruct"]["Fidelity"]["checkpoint"] = str(folder)
+    out = reconstruct(point, settings)
+    measured = json.loads((out / "result.json").read_text())
     assert 0 < measured["masked_mse"] < 1
+    assert measured["psnr_db"] == pytest.approx(-10 * np.log10(measured["masked_mse"]))
     assert measured["frame_fid"] > 0 and measured["clip_fid"] > 0
-    assert {f"{kind}_{metric}" for kind in ("frame", "clip") for metric in METRICS} <= measured.keys()
+    assert {f"{kind}_{metric}" for kind in ("frame", "clip", "checkpoint") for metric in METRICS} <= measured.keys()
     assert measured["frames"] == measured["clips"] * 4
-    assert Image.open(folder / "filled.png").size == (4 * 64, 2 * 3 * 64)
-    again = reconstruct(point, settings)
-    assert json.loads((again / "result.json").read_text()) == measured
+    assert Image.open(out / "filled.png").size == (4 * 64, 2 * 3 * 64)
+    filled = run(fill_clips, ranks=2, folder=folder, clips=Path("artifacts/smoke/clips"), extractors=FIDELITY, seed=0)
+    assert float(np.mean([clip.error for clip in filled])) == measured["masked_mse"]
+    extractors = load_extractors(FidelityConfig(2, 8, "", str(folder)), (8, 32, 32), 0)  # clips of another size
+    pixels = torch.zeros(2, 8, 32, 32, 3, dtype=torch.uint8)
+    assert features(extractors["checkpoint"], pixels).shape == (2, model.encoder.width)

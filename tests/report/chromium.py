@@ -18,11 +18,11 @@ FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--dis
 
 
 class Browser:
-    """One page. asked: every address that it wanted to load."""
+    """One page. requested: every address that it loaded."""
 
     def __init__(self, commands: int, answers: int) -> None:
         self.commands, self.answers, self.number, self.rest, self.session = commands, answers, 0, b"", None
-        self.asked: list[str] = []
+        self.requested: list[str] = []
 
     def open(self, url: str) -> None:
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
@@ -33,13 +33,13 @@ class Browser:
         self.wait("document.readyState === 'complete'")
 
     def value(self, script: str) -> Any:
-        """Of a JavaScript expression."""
+        """The value of a JavaScript expression."""
         answer = self.call("Runtime.evaluate", expression=script, returnByValue=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
     def wait(self, script: str) -> None:
-        """Until the expression is true."""
+        """Wait until the expression is true."""
         end = time.monotonic() + 20
         while not self.value(script):
             assert time.monotonic() < end, f"never true: {script}"
@@ -49,10 +49,8 @@ class Browser:
         self.value(f"document.querySelector({json.dumps(selector)}).dispatchEvent(new MouseEvent('click', {{bubbles: true}}))")
 
     def type(self, selector: str, text: str) -> None:
-        self.value(
-            f"{{ const e = document.querySelector({json.dumps(selector)}); e.value = {json.dumps(text)};"
-            " e.dispatchEvent(new Event('input')); }"
-        )
+        element = f"document.querySelector({json.dumps(selector)})"
+        self.value(f"{{ const e = {element}; e.value = {json.dumps(text)}; e.dispatchEvent(new Event('input')); }}")
 
     def texts(self, selector: str) -> list[str]:
         return self.value(f"[...document.querySelectorAll({json.dumps(selector)})].map(e => e.textContent)")
@@ -60,28 +58,24 @@ class Browser:
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         self.number += 1
         message = {"id": self.number, "method": method, "params": parameters}
-        if self.session:
-            message["sessionId"] = self.session
+        message |= {"sessionId": self.session} if self.session else {}
         os.write(self.commands, json.dumps(message).encode() + b"\0")
         while True:
-            answer = self._next()
+            while b"\0" not in self.rest:
+                assert select.select([self.answers], [], [], 30)[0], "Chromium is silent"
+                self.rest += os.read(self.answers, 1 << 16)
+            first, self.rest = self.rest.split(b"\0", 1)
+            answer = json.loads(first)
             if answer.get("method") == "Network.requestWillBeSent":
-                self.asked.append(answer["params"]["request"]["url"])
+                self.requested.append(answer["params"]["request"]["url"])
             if answer.get("id") == self.number:
                 assert "error" not in answer, answer
                 return answer["result"]
 
-    def _next(self) -> dict[str, Any]:
-        while b"\0" not in self.rest:
-            assert select.select([self.answers], [], [], 30)[0], "Chromium is silent"
-            self.rest += os.read(self.answers, 1 << 16)
-        first, self.rest = self.rest.split(b"\0", 1)
-        return json.loads(first)
-
 
 @contextmanager
 def browser(profile: Path) -> Iterator[Browser]:
-    """profile: an empty folder for what the browser writes."""
+    """profile: an empty folder for the browser's own files."""
     theirs_in, ours_out = os.pipe()
     ours_in, theirs_out = os.pipe()
     command = f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}'

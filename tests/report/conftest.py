@@ -1,187 +1,23 @@
-"""A finished run of the pipeline, drawn by hand: the files that the other stages leave, without the stages."""
+"""Fixtures that write a synthetic run into an empty folder, the current one."""
 
-from __future__ import annotations
-
-import hashlib
-import json
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType
 
-import numpy as np
 import pytest
-import yaml
-from PIL import Image
+from synthetic_run import POCKET, write_run
 
-from scaling4d import config, seeds
-from scaling4d.records import Result, write_json
-
-NOTEBOOK = Path(__file__).parents[2] / "reports/scaling.ipynb"
-TASKS = {
-    "actions": ("top1", "share", True, 0.5),
-    "boxes": ("mean_iou", "share", True, 0.5),
-    "depth": ("abs_rel", "ratio", False, 0.15),
-    "points": ("average_jaccard", "share", True, 0.4),
-    "pose": ("epe", "scene units", False, 1.1),
-}
-SIZES = {"nano": 180_000, "micro": 460_000, "tiny": 1_060_000, "small": 3_120_000, "mini": 8_350_000, "mae_st_tiny": 1_060_000}
-
-
-def sha(name: str) -> str:
-    return hashlib.sha256(name.encode()).hexdigest()
-
-
-def draw_run(
-    *,
-    points: dict[str, int],
-    frozen: list[str],
-    finetune: list[str],
-    students: tuple[str, ...] = (),
-    classifier: tuple[str, ...] = (),
-    published: Mapping[str, int] = MappingProxyType({}),
-) -> dict:
-    """Write experiments/, params.yaml and every artifact into the current folder; returns the settings."""
-    settings = {
-        "seed": 0,
-        "pretrain": {"Training": {"steps": 1000}},
-        "points": {name: _recipe(name) for name in points},
-        "distilled": {name: {"Distilled": {"teacher": "mini", "width": 32}} for name in students},
-        "encoders": {
-            "pretrained": {name: {} for name in published},
-            "untrained": {},
-            "frozen": frozen,
-            "finetune": finetune,
-            "classifier": list(classifier),
-        },
-        "readout": {"tasks": {task: {task.title(): {"rate_hz": 8.0}} for task in TASKS}},
-        "show": {"tasks": list(TASKS) if frozen else []},
-        "report": {"folder": "reports/built"},
-        "profile": "test",
-    }
-    Path("experiments/profile").mkdir(parents=True)
-    Path("experiments/config.yaml").write_text("defaults:\n  - _self_\n  - profile: test\n")
-    Path("experiments/profile/test.yaml").write_text("# @package _global_\n" + yaml.safe_dump(settings, sort_keys=False))
-    Path("reports").mkdir()
-    shutil.copy(NOTEBOOK, "reports/scaling.ipynb")
-    Path("reports/bench").mkdir()
-    shutil.copy(NOTEBOOK.parent / "bench/costs.json", "reports/bench/costs.json")
-    config.PARAMS.write_text(yaml.safe_dump(settings, sort_keys=False))
-    home = Path("artifacts/test")
-    _provenance(home / "clips", "clips", {})
-    write_json(home / "clips/datasheet.json", {"clips_train": 300, "clips_val": 60, "rejected": {"black": 2}})
-    for name, size in points.items():
-        _point(home, name, "MAEST" if "mae_st" in name else "SimpleMAE", size)
-        _filled(home, name, size)
-    sizes = points | {name: points[name.removesuffix("_distilled")] for name in students}
-    for name in students:
-        _point(home, name, "Distilled", sizes[name])
-    for protocol, encoders in (("frozen", frozen), ("finetune", finetune), ("classifier", classifier)):
-        for encoder in encoders:
-            if encoder not in sizes:
-                _provenance(home / "pretrain" / encoder, "baseline", {})
-            for task in TASKS if protocol != "classifier" else ("actions",):
-                _readout(home, encoder, sizes | published, task, protocol)
-    for task in settings["show"]["tasks"]:
-        _provenance(home / "show" / task, "show", {f"readout/{frozen[0]}/{task}/frozen": sha(task)})
-        Image.new("RGB", (24, 16), (len(task), 0, 0)).save(home / "show" / task / "sheet.png")
-    return settings
-
-
-def _recipe(name: str) -> dict:
-    """A point is of MAE-ST or hides tubes where its name says so."""
-    masking = {"masking": "tube" if "tube" in name else "random", "mask_ratio": 0.95}
-    method = "MAEST" if "mae_st" in name else "SimpleMAE"
-    return {"method": method, method: {"width": 32, **masking}}
-
-
-def _provenance(folder: Path, stage: str, inputs: dict[str, str]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    code = {"room": stage, "sha256": sha(f"code {stage}"), "modules": {}}
-    write_json(folder / "provenance.json", {"stage": stage, "settings": {}, "overrides": {}, "code": code, "inputs": inputs})
-    (folder / "operative_config.gin").write_text(f"# Parameters for Kind:\n# ====\nKind.of = {stage!r}\nKind.steps = 3\n")
-
-
-def _loss(size: int) -> float:
-    return 0.0139 + 0.0024 * (size / 180_000) ** -0.4
-
-
-def _point(home: Path, name: str, method: str, size: int) -> None:
-    folder, loss = home / "pretrain" / name, _loss(size)
-    _provenance(folder, "pretrain", {"clips": sha("clips")})
-    summary = {
-        "point": name,
-        "method": method,
-        "parameters": size,
-        "parameters_total": round(size * 1.1),
-        "flops_per_clip": 300.0 * size,
-        "flops": 300.0 * size * 8000,
-        "clips_seen": 8000,
-        "train_loss": loss * 0.99,
-        "val_loss": loss,
-        "seed": 0,
-    }
-    write_json(folder / "summary.json", summary)
-    steps = range(10, 1001, 10)
-    noise = 1 + 0.03 * seeds.numpy(0, name).standard_normal(len(steps))
-    lines = [
-        {"step": s, "clips_seen": 8 * s, "loss": float(n * (loss + 0.05 / s**0.7)), "lr": 1e-3, "grad": 0.5}
-        for s, n in zip(steps, noise, strict=True)
-    ]
-    (folder / "losses.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def _filled(home: Path, name: str, size: int) -> None:
-    filled = home / "reconstruct" / name
-    _provenance(filled, "reconstruct", {"checkpoint": sha(name), "clips": sha("clips")})
-    sets = {f"{kind}_{metric}": 0.5 for kind in ("frame", "clip") for metric in ("fid", "kid", "precision", "recall")}
-    measured = {"masked_mse": _loss(size), "psnr_db": 18.3, **sets, "clips": 60, "frames": 480, "seed": 0}
-    write_json(filled / "result.json", {"point": name, **measured, "checkpoint_sha256": sha(name)})
-    x = np.linspace(0, 255, 4 * 16, dtype=np.uint8)
-    Image.fromarray(np.stack([np.tile(x, (96, 1))] * 3, axis=-1)).save(filled / "filled.png")
-
-
-def _readout(home: Path, encoder: str, points: dict[str, int], task: str, protocol: str) -> None:
-    folder = home / "readout" / encoder / task / protocol
-    _provenance(folder, "readout", {"checkpoint": sha(encoder)})
-    metric, unit, higher, middle = TASKS[task]
-    size = points.get(encoder.removeprefix("untrained_"), 0)
-    gain = 0.0 if encoder not in points else 0.08 * np.log10(size / 1e5) + (0.03 if protocol == "finetune" else 0)
-    value = float(middle * (1 + gain if higher else 1 - gain))
-    Result(
-        encoder=encoder,
-        parameters=size,
-        task=task,
-        protocol=protocol,
-        metric=metric,
-        value=value,
-        low=value * 0.97,
-        high=value * 1.03,
-        unit=unit,
-        higher_is_better=higher,
-        examples=160,
-        seed=0,
-        checkpoint_sha256=sha(encoder),
-        others={"epe_standing_still": 1.3} if task == "pose" else {},
-    ).write(folder / "result.json")
+from scaling4d import config
 
 
 @pytest.fixture
-def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict]:
-    """Draw a run into an empty folder and go there."""
+def new_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict]:
+    """Write a run into an empty folder, the current one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(Path(config.__file__).parents[1]))
-    return draw_run
+    return write_run
 
 
 @pytest.fixture
-def pocket(drawn: Callable[..., dict]) -> dict:
-    """Six points and a student, two of them fine-tuned, two with a classifier, three baselines, five tasks."""
-    frozen = [*SIZES, "nano_distilled", "untrained_nano", "untrained_mini", "pixels"]
-    return drawn(
-        points=SIZES,
-        students=("nano_distilled",),
-        frozen=frozen,
-        finetune=["nano", "mini"],
-        classifier=("mini", "mae_st_tiny"),
-    )
+def pocket(new_run: Callable[..., dict]) -> dict:
+    """The run of POCKET."""
+    return new_run(**POCKET)

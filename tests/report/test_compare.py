@@ -1,29 +1,19 @@
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
+from synthetic_run import BUILT, git, write_tables
 
-from scaling4d import config, report
+from scaling4d import config
+from scaling4d.provenance import experiments
 from scaling4d.records import Result, UserError, write_json
-from scaling4d.report import built, compare, tables
+from scaling4d.report import compare
+from scaling4d.report.built import read_built_report
 
-BUILT = Path("reports/built")
-
-
-def git(*command: str) -> str:
-    identity = ("-c", "user.name=a", "-c", "user.email=a@example.org")
-    return subprocess.run(["git", *identity, *command], check=True, capture_output=True, text=True).stdout
-
-
-def lay(settings: dict) -> None:
-    """The files that a comparison reads, without the notebook and its figures."""
-    story = report.read(settings)
-    BUILT.mkdir(parents=True, exist_ok=True)
-    for name in ("results", "pretrain", "curves"):
-        (BUILT / f"{name}.csv").write_text(getattr(tables, f"{name}_csv")(story))
-    write_json(BUILT / "stages.json", tables.stages(story))
+LOCK = """schema: "2.0"
+stages: {code: {cmd: code, outs: [{path: artifacts/code/readout.json, hash: md5, md5: abc, size: 1}]}}
+"""
 
 
 def move(encoder: str, task: str, protocol: str, by: float) -> None:
@@ -34,8 +24,8 @@ def move(encoder: str, task: str, protocol: str, by: float) -> None:
 
 @pytest.fixture
 def two(pocket: dict) -> None:
-    """A commit; and in the workspace longer steps, another default in force, other code, pose better and depth a little worse."""
-    lay(pocket)
+    """A commit; here more steps, another default in force, other code, pose better, depth a little worse."""
+    write_tables(pocket)
     git("init", "-q")
     git("add", "reports", "params.yaml")
     git("commit", "-qm", "before")
@@ -46,16 +36,14 @@ def two(pocket: dict) -> None:
     path = Path("artifacts/test/pretrain/mini/operative_config.gin")
     path.write_text(path.read_text().replace("Kind.steps = 3", "Training.steps = 2000\nKind.eps = 1e-05"))
     config.PARAMS.write_text(yaml.safe_dump(pocket, sort_keys=False))
-    story = report.read(pocket)
-    stages = tables.stages(story)
+    stages = write_tables(pocket)
     stages["code"]["readout"]["modules"] = {"scaling4d.readout.heads": "1" * 64}
-    lay(pocket)
     write_json(BUILT / "stages.json", stages)
-    Path("dvc.lock").write_text("stages: {code: {outs: [{path: artifacts/code/readout.json, md5: abc}]}}\n")
+    Path("dvc.lock").write_text(LOCK)
 
 
 def test_what_moved_more_than_chance_is_named_first_with_its_direction(two: None) -> None:
-    deltas = compare.differences(built.read("HEAD"), built.read())
+    deltas = compare.deltas(read_built_report("HEAD"), read_built_report())
     assert {(d.key, d.verdict) for d in deltas[:2]} == {
         (("mini", "pose", "frozen"), "better"),
         (("mini", "actions", "frozen"), "worse"),
@@ -73,45 +61,44 @@ def test_what_moved_more_than_chance_is_named_first_with_its_direction(two: None
 
 
 def test_declared_operative_and_code_differences_are_told_apart(two: None) -> None:
-    a, b = built.read("HEAD"), built.read()
-    assert list(compare.declared(a, b)) == [("pretrain.Training.steps", "1000", "2000")]
-    found = compare.operative(a, b)
-    assert found[("Training.steps", "-", "2000")] == found[("Kind.eps", "-", "1e-05")] == ["pretrain/mini"]
-    page = compare.in_force(a, b)
+    a, b = read_built_report("HEAD"), read_built_report()
+    stages = compare.operative_differences(a, b)
+    assert stages["Training.steps", "missing", "2000"] == stages["Kind.eps", "missing", "1e-05"] == ["pretrain/mini"]
+    page = compare._page(a, b, [])
+    assert "<td>pretrain.Training.steps</td><td>1000</td><td>2000</td>" in page
     assert "<td>2000</td><td>declared</td>" in page
     assert "<td>1e-05</td><td>not declared: a default of the code or of a library moved</td>" in page
-    assert list(compare.rooms(a, b)) == [("readout", "only in workspace")]
+    assert list(compare.package_differences(a, b)) == [("readout", "only in workspace")]
 
 
 def test_changed_modules_are_named_where_both_reports_know_theirs(two: None) -> None:
-    after = built.read()
-    before = replace(
-        built.read("HEAD"), code={"readout": "another"}, stages={**after.stages, "code": {"readout": {"modules": {"x": "1"}}}}
-    )
-    assert list(compare.rooms(before, after)) == [("readout", "scaling4d.readout.heads, x")]
+    after = read_built_report()
+    stages = {**after.stages, "code": {"readout": {"modules": {"x": "1"}}}}
+    before = replace(read_built_report("HEAD"), code={"readout": "another"}, stages=stages)
+    assert list(compare.package_differences(before, after)) == [("readout", "scaling4d.readout.heads, x")]
 
 
 def test_the_page_is_one_file_with_figures_and_the_same_bytes_twice(two: None, tmp_path: Path) -> None:
-    said = compare.compare("HEAD", "workspace", tmp_path / "page.html")
+    sentence = compare.compare("HEAD", "workspace", tmp_path / "page.html")
     first = (tmp_path / "page.html").read_text()
-    assert said in first and first.count("<svg") == 1 and "href" not in first.replace("xlink:href", "")
+    assert sentence in first and first.count("<svg") == 1 and "href" not in first.replace("xlink:href", "")
     compare.compare("HEAD", "workspace", tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text() == first
 
 
 def test_an_experiment_is_found_by_its_name(two: None) -> None:
     git("update-ref", "refs/exps/ab/cdef/longer", "HEAD")
-    assert built.experiments() == ["longer"]
-    assert built.read("longer").revision == git("rev-parse", "HEAD").strip()
+    assert list(experiments()) == ["longer"]
+    assert read_built_report("longer").revision == git("rev-parse", "HEAD").strip()
     with pytest.raises(UserError, match="no revision or experiment 'shorter'.* or an experiment: longer"):
-        built.read("shorter")
+        read_built_report("shorter")
 
 
 def test_a_revision_without_a_report_says_so(two: None) -> None:
     git("rm", "-q", "--cached", "reports/built/results.csv")
     git("commit", "-qm", "none")
     with pytest.raises(UserError, match="HEAD has no reports/built/results.csv; build the report there"):
-        built.read("HEAD")
+        read_built_report("HEAD")
 
 
 def test_an_older_report_is_compared_as_far_as_it_goes(two: None, tmp_path: Path) -> None:

@@ -1,75 +1,155 @@
-import base64
 import csv
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
+import chromium
 import pytest
 import yaml
+from synthetic_run import BUILT, NOTEBOOK, POCKET, SIZES, TASKS, write_run
 
-from scaling4d import artifacts, report
+from scaling4d import artifacts, config, report
+from scaling4d.provenance import WORK_FOLDER, flatten, format_number, load_yaml
 from scaling4d.records import UserError, write_json
-from scaling4d.report import figures, readouts, tables
-from scaling4d.report import story as story_of
-from scaling4d.report.story import published
-from scaling4d.studies import experiments
+from scaling4d.report import figures, sections, stage, tables
+from scaling4d.report.page import Page
+from scaling4d.report.sections import read_page
 
 ROOT = Path(__file__).parents[2]
-NOTEBOOK = ROOT / "reports/scaling.ipynb"
-BUILT = Path("reports/built")
-TASKS = ("actions", "boxes", "depth", "points", "pose")
 OUTS = {
     *("results.csv", "pretrain.csv", "reconstruct.csv", "curves.csv", "metrics.json", "stages.json", "report.html"),
-    *("scaling.ipynb", "site/index.html", "site/report.html"),
-    *("headline.svg", "pretraining.svg", "training_curves.svg", "methods.svg", "reconstructions.svg", "costs.svg"),
+    *("numbers.json", "derived.json", "scaling.ipynb", "site/index.html"),
+    *("headline.svg", "pretraining.svg", "training_curves.svg", "methods.svg", "costs.svg"),
 }
 
 
 def outs() -> dict[str, bytes]:
-    """What was built, by name; what differs from run to run apart."""
+    """The files of the report by name, without runs.json, which differs from run to run."""
     files = {path.relative_to(BUILT).as_posix(): path.read_bytes() for path in BUILT.rglob("*") if path.is_file()}
     assert files.pop("runs.json")
     return files
 
 
-def override(key: str, value: object, stage: Path) -> None:
-    """Let a stage say that a setting was overridden."""
-    path = stage / "provenance.json"
-    write_json(path, {**json.loads(path.read_text()), "overrides": {key: value}})
+def rows_of(section: str) -> list[list[str]]:
+    """Texts of the cells of a section's tables."""
+    rows = (re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", section))
+    return [[re.sub(r"<[^>]+>", " ", cell).strip() for cell in row] for row in rows]
 
 
-def test_the_report_is_the_same_bytes_twice_and_needs_no_network(pocket: dict, capsys: pytest.CaptureFixture) -> None:
-    override("pretrain.Training.steps", 77, Path("artifacts/test/pretrain/nano"))
-    artifacts.write_run("pretrain-nano", artifacts.sha256(Path("artifacts/test/reconstruct/nano")), started=0)
-    artifacts.write_run("pretrain-nano", "0" * 64, started=0)
-    report.build(pocket)
+@pytest.fixture(scope="module")
+def built_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A built report of a run with an override, with times of a stage, of another run and of a study's experiment."""
+    folder = tmp_path_factory.mktemp("built")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("PYTHONPATH", str(ROOT / "src"))
+        settings = write_run(**POCKET)
+        path = Path("artifacts/test/pretrain/nano/provenance.json")
+        write_json(path, {**json.loads(path.read_text()), "overrides": {"pretrain.Training.steps": 77}})
+        artifacts.write_run("pretrain-nano", artifacts.sha256(Path("artifacts/test/reconstruct/nano")), started=0)
+        artifacts.write_run("pretrain-nano", "0" * 64, started=0)
+        Path(".runs/studies").mkdir()
+        write_json(Path(".runs/studies/pocket-nano-0.json"), {"seconds": 1.0, "cpu_seconds": 1.0})
+        report.build(settings)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(built_folder: Path) -> Page:
+    """The page of that run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(built_folder)
+        return read_page()
+
+
+@pytest.fixture
+def built(built_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of that run as the current one."""
+    monkeypatch.chdir(built_folder)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    return built_folder
+
+
+def test_the_report_is_the_same_bytes_twice_and_needs_no_network(built: Path, capsys: pytest.CaptureFixture) -> None:
     first = outs()
-    assert set(first) == OUTS
-    report.build(pocket)
+    pictures = {f"pictures/filled_{point}.png" for point in SIZES} | {f"pictures/sheet_{task}.png" for task in TASKS}
+    assert set(first) == OUTS | pictures
+    report.build(config.read())
     assert outs() == first
+    table = capsys.readouterr().out
+    assert "untrained_mini" in table and "average_jaccard ↑" in table
     page = first["report.html"].decode()
     assert not re.findall(r"""(?:src|href|from|import)\s*[=(]?\s*["']?(?:https?:)?//""", page)
     assert str(Path.cwd()) not in page + first["scaling.ipynb"].decode()
-    assert page.count("<svg") >= 6
-    assert re.search(r"pretrain\.Training\.steps</td><td>77</td><td>pretrain/nano", page)
-    shown = capsys.readouterr().out
-    assert "untrained_mini" in shown and "average_jaccard ↑" in shown
+    assert re.search(r'pretrain\.Training\.steps</td><td><span class="number" id="n-\d+">77</span></td><td>pretrain/nano', page)
     runs = json.loads((BUILT / "runs.json").read_text())["runs"]
-    assert [run["stage"] for run in runs] == ["pretrain-nano", "report"]
-    assert not list(artifacts.PARTIAL.iterdir())
+    assert {run["stage"] for run in runs} == {"pretrain-nano", "report"}
+    assert not list(WORK_FOLDER.iterdir())
 
 
-def test_what_experiments_took_is_not_among_the_times_of_stages(pocket: dict) -> None:
-    experiments.write_facts("pocket-nano-0", {"seconds": 1.0, "cpu_seconds": 1.0})
-    report.build(pocket)
-    assert [run["stage"] for run in json.loads((BUILT / "runs.json").read_text())["runs"]] == ["report"]
+def test_page_and_notebook_link_every_figure_and_picture_and_hold_none(built: Path) -> None:
+    files = outs()
+    for name in ("report.html", "scaling.ipynb"):
+        text = files[name].decode().replace('\\"', '"')
+        links = re.findall(r'<img [^>]*src="([^"]+)"', text)
+        assert sorted(links) == sorted(name for name in files if name.endswith((".svg", ".png")))
+        assert "<svg" not in text and "base64" not in text and "data:image" not in text
+    for task in TASKS:
+        assert files[f"pictures/sheet_{task}.png"] == Path(f"artifacts/test/show/{task}/sheet.png").read_bytes()
+    assert "<text" in files["headline.svg"].decode()
+
+
+@pytest.mark.skipif(chromium.PROGRAM is None, reason="no chromium on this machine (Debian: apt install chromium)")
+def test_the_folder_opens_from_any_place_with_all_its_pictures(built: Path, tmp_path: Path) -> None:
+    shutil.copytree(BUILT, tmp_path / "moved")
+    with chromium.browser(tmp_path / "browser") as page:
+        page.open((tmp_path / "moved/report.html").as_uri())
+        page.wait("[...document.images].every(image => image.complete)")
+        assert page.value("document.images.length") == 5 + len(TASKS) + len(SIZES)
+        assert page.value("[...document.images].filter(image => !image.naturalWidth).length") == 0
+        assert all(url.startswith("file://") for url in page.requested)
+
+
+def test_every_number_of_the_page_is_listed_with_the_file_and_place_that_hold_it(built: Path) -> None:
+    numbers = json.loads((BUILT / "numbers.json").read_text())
+    spans = re.findall(r'<span class="number" id="([^"]+)">([^<]*)</span>', (BUILT / "report.html").read_text())
+    assert spans == [(number["id"], number["text"]) for number in numbers]
+    assert len({number["id"] for number in numbers}) == len(numbers) > 600
+    read = cache(lambda name: load_yaml(Path(name.replace("src/", f"{ROOT}/src/")).read_text()))
+    for number in numbers:
+        content = read(number["source"])
+        for key in number["key"]:
+            content = content[key]
+        assert content == number["value"], number
+        assert number["text"] == format_number(number["value"], number["format"])
+
+
+def test_no_digit_of_a_table_of_numbers_stands_outside_a_number(page: Page) -> None:
+    for name in ("results", "gains", "further", "points", "fidelity", "reconstructions"):
+        text = re.sub(r'<span class="number".*?</span>|<[^>]+>|top1|4DS|95 %|0\.\.1', "", page.sections[name])
+        assert not re.search(r"\d", text), (name, text)
+
+
+def test_derived_numbers_name_the_numbers_that_they_come_from(built: Path) -> None:
+    derived = json.loads((BUILT / "derived.json").read_text())
+    gain = derived["gain of mini at pose"]
+    values = []
+    for source, key in gain["from"]:
+        assert key == ["value"]
+        values.append(json.loads(Path(source).read_text())["value"])
+    assert gain["value"] == values[1] - values[0] > 0  # a smaller error is a gain
+    law = derived["law of ours: validation loss, parameters"]
+    assert law["value"]["sizes"] == 5 and len(law["from"]) == 10
+    assert ["artifacts/test/pretrain/mini/summary.json", ["val_loss"]] in law["from"]
 
 
 def test_tables_hold_every_result_in_full(pocket: dict) -> None:
-    story = report.read(pocket)
-    rows = list(csv.DictReader(tables.results_csv(story).splitlines()))
+    run = report.read_run_results(pocket)
+    rows = list(csv.DictReader(tables.results_csv(run).splitlines()))
     assert list(rows[0]) == [
         *("encoder", "parameters", "task", "protocol", "metric", "value", "low", "high"),
         *("unit", "higher_is_better", "examples", "seed", "checkpoint_sha256"),
@@ -77,48 +157,47 @@ def test_tables_hold_every_result_in_full(pocket: dict) -> None:
     assert len([row for row in rows if row["low"]]) == 10 * 5 + 2 * 5 + 2  # frozen, fine-tuned, classifiers
     assert {row["metric"] for row in rows if not row["low"]} == {"epe_standing_still"}
     one = next(row for row in rows if (row["encoder"], row["task"], row["protocol"]) == ("mini", "depth", "finetune"))
-    tuned = tables.metrics(story)["depth"]["abs_rel↓ (ratio)"]["finetune"]["mini"]
-    found = story.result("mini", "depth", "finetune")
-    assert float(one["value"]) == found.value == tuned["value"]
-    assert (tuned["low"], tuned["high"]) == (found.low, found.high)
-    head, *points = tables.pretrain_csv(story).splitlines()
+    tuned = tables.metrics(run)["depth"]["abs_rel↓ (ratio)"]["finetune"]["mini"]
+    result = run.result("mini", "depth", "finetune")
+    assert float(one["value"]) == result.value == tuned["value"]
+    assert (tuned["low"], tuned["high"]) == (result.low, result.high)
+    head, *points = tables.pretrain_csv(run).splitlines()
     assert head == "point,method,parameters,flops,clips_seen,train_loss,val_loss,seed"
     assert points[-1].startswith("nano_distilled,Distilled,180000,") and len(points) == 7
-    assert "nano_distilled" not in tables.reconstruct_csv(story)  # it learns no pixels
+    assert "nano_distilled" not in tables.reconstruct_csv(run)  # it predicts no pixels
 
 
 def test_a_student_is_no_part_of_the_ladder_and_stands_beside_the_point_of_its_size(pocket: dict) -> None:
-    story = report.read(pocket)
-    assert story.methods[0] == "SimpleMAE" and story.methods[-1] == "Distilled"
-    assert story.of_method("Distilled") == ["nano_distilled"]
-    lines = report.table(story).splitlines()
-    assert next(line for line in lines if "nano_distilled" in line)
-    small = replace(story, points=("mae_st_tiny", "nano"))
+    run = report.read_run_results(pocket)
+    assert run.methods[0] == "SimpleMAE" and run.methods[-1] == "Distilled"
+    assert run.of_method("Distilled") == ["nano_distilled"]
+    assert "nano_distilled" in report.table_text(run)
+    small = replace(run, points=("mae_st_tiny", "nano"))
     assert small.methods == ["MAEST", "SimpleMAE", "Distilled"]  # each with one point
 
 
-def test_what_the_profile_has_not_is_a_dash_and_not_an_error(drawn: Callable[..., dict]) -> None:
-    settings = drawn(points={"nano": 180_000, "mini": 8_000_000}, frozen=["mini"], finetune=[])
-    text = report.table(report.read(settings)).splitlines()
+def test_a_missing_readout_of_the_profile_is_a_dash_and_not_an_error(new_run: Callable[..., dict]) -> None:
+    settings = new_run(points={"nano": 180_000, "mini": 8_000_000}, frozen=["mini"], finetune=[])
+    text = report.table_text(report.read_run_results(settings)).splitlines()
     assert next(line for line in text if "nano" in line).split()[-5:] == ["-"] * 5
     assert "-" not in next(line for line in text if "mini" in line).split()
 
 
-def test_an_encoder_that_others_published_stands_beside_ours(drawn: Callable[..., dict]) -> None:
+def test_a_published_encoder_stands_beside_ours(new_run: Callable[..., dict]) -> None:
     points, published = {"nano": 180_000, "mini": 8_000_000}, {"dinov2_l": 304_000_000}
-    report.build(drawn(points=points, frozen=[*points, *published], finetune=[], published=published))
-    with (BUILT / "results.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["encoder"] == "dinov2_l"]
+    run = report.read_run_results(new_run(points=points, frozen=[*points, *published], finetune=[], published=published))
+    rows = [row for row in csv.DictReader(tables.results_csv(run).splitlines()) if row["encoder"] == "dinov2_l"]
     assert {row["task"] for row in rows} == {*TASKS} and {row["parameters"] for row in rows} == {"304000000"}
-    assert "dinov2_l, frozen" in (BUILT / "headline.svg").read_text()
-    assert "pretrain/dinov2_l" in report.read().provenances
+    assert "dinov2_l, frozen" in figures.headline(run)
+    assert "pretrain/dinov2_l" in run.provenances
 
 
-def test_own_videos_without_benchmarks_are_reported(drawn: Callable[..., dict]) -> None:
-    report.build(drawn(points={"nano": 180_000}, frozen=[], finetune=[]))
+def test_own_videos_without_benchmarks_are_reported(new_run: Callable[..., dict]) -> None:
+    report.build(new_run(points={"nano": 180_000}, frozen=[], finetune=[]))
     assert (BUILT / "results.csv").read_text().count("\n") == 1
-    assert "no benchmark" in (BUILT / "report.html").read_text()
-    assert set(outs()) == OUTS
+    page = (BUILT / "report.html").read_text()
+    assert "no benchmark" in page and "draws no predictions" in page
+    assert set(outs()) == OUTS | {"pictures/filled_nano.png"}
 
 
 @pytest.mark.parametrize(
@@ -137,32 +216,44 @@ def test_a_missing_file_names_the_stage_to_run(pocket: dict, gone: str, command:
     path.unlink()
     with pytest.raises(UserError) as caught:
         report.build(pocket)
-    wanted = f"the report needs {path}, which is not there: run `dvc repro`, or `scaling4d {command}` alone"
-    assert str(caught.value) == wanted
+    expected = f"the report needs {path}, which is missing: run `dvc repro`, or `scaling4d {command}` alone"
+    assert str(caught.value) == expected
     assert not BUILT.exists()
 
 
-def test_a_damaged_result_is_named(pocket: dict) -> None:
+def test_a_damaged_result_and_one_of_another_version_are_named(pocket: dict) -> None:
     path = Path("artifacts/test/readout/mini/depth/frozen/result.json")
-    path.write_text(path.read_text()[:40])
-    with pytest.raises(UserError, match=f"{path} is not a result .*run `scaling4d readout mini depth frozen`"):
-        report.read(pocket)
+    content = path.read_text()
+    for damaged in (content[:40], content.replace('"metric"', '"measure"')):
+        path.write_text(damaged)
+        with pytest.raises(UserError, match=f"{path} is damaged .*run `scaling4d readout mini depth frozen`"):
+            report.read_run_results(pocket)
+    path.write_text(content)
+    path = Path("artifacts/test/pretrain/mini/summary.json")
+    path.write_text(path.read_text().replace('"flops"', '"operations"'))
+    with pytest.raises(UserError, match=f"^{path} lacks flops: it was made by another version; run its stage again$"):
+        report.read_run_results(pocket)
 
 
-def test_a_failing_notebook_says_which_cell(pocket: dict) -> None:
+def test_a_failing_notebook_is_refused_with_its_cell(pocket: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "draw_figures", lambda run: {})
     notebook = Path("reports/scaling.ipynb")
-    notebook.write_text(notebook.read_text().replace("figures.headline(story)", "1 / 0", 1))
+    notebook.write_text(notebook.read_text().replace('page[\\"summary\\"]', "1 / 0", 1))
     with pytest.raises(UserError, match="fails in cell .*ZeroDivisionError"):
         report.build(pocket)
     assert not BUILT.exists()
 
 
-def test_a_notebook_that_leaves_out_a_figure_is_refused(pocket: dict) -> None:
-    notebook = Path("reports/scaling.ipynb")
-    notebook.write_text(notebook.read_text().replace("display(costs.costs())", "0", 1))
-    with pytest.raises(UserError, match="does not show the figure 'costs'"):
-        report.build(pocket)
-    assert not BUILT.exists()
+def test_a_notebook_that_does_not_show_every_section_once_is_refused(built: Path) -> None:
+    body = (BUILT / "report.html").read_text()
+    names = re.findall(r'<div class="scaling4d" id="(\w+)">', body)
+    stage.check_sections(body, names)
+    with pytest.raises(
+        UserError, match="^reports/scaling.ipynb does not show the section 'costs'; let one of its cells display it$"
+    ):
+        stage.check_sections(body.replace('id="costs"', 'id="results"'), names)
+    with pytest.raises(UserError, match="shows the sections summary, .*; needed each once, as summary, headline, "):
+        stage.check_sections(body + body, names)
 
 
 def test_the_notebook_is_short_and_only_calls_the_report() -> None:
@@ -170,103 +261,87 @@ def test_the_notebook_is_short_and_only_calls_the_report() -> None:
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     assert len(cells) <= 17
     assert not [cell for cell in cells if cell.get("outputs")]
-    assert set(re.findall(r"import (.+)", code)) == {"Path", "config, report", "costs, figures, readouts, tables"}
+    assert re.findall(r"import (.+)", code) == ["read_page"]
     assert not re.search(r"\b(for|if|def|lambda)\b", code)
 
 
-def test_an_untrained_twin_shows_what_pretraining_brought(pocket: dict) -> None:
-    page = tables.differences(report.read(pocket))
-    assert page.count("<tr>") == 1 + 2 * 5
-    gain = re.search(r"mini</td><td>pose.*?<td>([+-][\d.]+)</td>", page)[1]
-    assert float(gain) > 0  # a smaller error counts as a gain
+def test_an_untrained_baseline_shows_the_gain_of_pretraining(page: Page) -> None:
+    section = page.sections["gains"]
+    rows = rows_of(section)[1:]
+    assert len(rows) == 2 * 5
+    pose = next(row for row in rows if row[0] == "mini" and row[1].startswith("pose"))
+    assert float(pose[4]) > 0  # a smaller error counts as a gain
+    shown, not_shown = re.search(r"<p>Shown: .* on (.*?)\. Not shown: .* on (.*)\.</p>", section).groups()
+    assert ("pose (mini)" in shown) == (pose[5] == "yes") and len(f"{shown}, {not_shown}".split(", ")) == 10
 
 
-def test_points_that_hide_otherwise_are_no_part_of_the_ladder(drawn: Callable[..., dict]) -> None:
+def test_points_with_another_masking_are_no_part_of_the_ladder(new_run: Callable[..., dict]) -> None:
     sizes = {"nano": 180_000, "tiny": 1_060_000, "tiny_tube": 1_060_000, "mini": 8_350_000}
-    story = report.read(drawn(points=sizes, frozen=list(sizes), finetune=[]))
-    assert story.ladder == ["nano", "tiny", "mini"]
-    assert story.masking("tiny_tube") == "tube 95 %"
-    assert "tube 95 %" in tables.pretrain(story)
-    assert figures.methods(story) != figures.methods(replace(story, points=("nano", "mini")))
+    run = report.read_run_results(new_run(points=sizes, frozen=list(sizes), finetune=[]))
+    assert run.ladder == ["nano", "tiny", "mini"]
+    assert run.masking("tiny_tube") == "tube 95%"
+    assert rows_of(sections.points(run, Page(BUILT)))[3][-1].split() == ["tube", "95%"]
+    assert "tube 95%" in figures.methods(run)
 
 
-def test_trends_fit_ours_and_the_published_curves_by_the_same_code(pocket: dict) -> None:
-    rows = [re.findall(r"<td>(.*?)</td>", row) for row in tables.trends(report.read(pocket)).split("<tr>")[2:]]
-    by_name = {row[0]: row for row in rows}
-    assert len([name for name in by_name if name.startswith("4DS: ")]) == 10
-    loss = by_name["ours: validation loss, parameters"]
-    assert loss[1] == "5" and loss[2].startswith("0.0139 [") and loss[3].startswith("0.4000 [") and loss[-1] == "yes"
-    depth = by_name["4DS: depth AbsRel, frozen"]
+def test_trends_fit_ours_and_the_published_curves_by_the_same_code(page: Page) -> None:
+    rows = {row[0]: row for row in rows_of(page.sections["trends"])[1:]}
+    assert len([name for name in rows if name.startswith("4DS: ")]) == 10
+    loss = rows["ours: validation loss, parameters"]
+    assert loss[1] == "5" and loss[2].split()[0] == "0.0139" and loss[3].split()[0] == "0.4000" and loss[-1] == "yes"
+    depth = rows["4DS: depth AbsRel, frozen"]
     assert depth[6] == "0.0840" and depth[-1] == "yes"
 
 
-def test_stages_name_what_they_read_and_who_made_it(pocket: dict) -> None:
-    found = tables.stages(report.read(pocket))
-    readout = found["stages"]["readout/mini/depth/finetune"]
+def test_stages_name_their_inputs_and_the_stages_that_made_them(pocket: dict) -> None:
+    stages = tables.stages(report.read_run_results(pocket))["stages"]
+    readout = stages["readout/mini/depth/finetune"]
     assert readout["from"] == {"checkpoint": "pretrain/mini"}
-    assert readout["operative"] == {"Kind.of": "'readout'", "Kind.steps": "3"}
-    assert found["stages"]["reconstruct/nano"]["from"] == {"checkpoint": "pretrain/nano", "clips": "clips"}
-    made = json.loads(Path("artifacts/test/readout/mini/depth/finetune/provenance.json").read_text())
-    assert readout["code"] | {"modules": {}} == made["code"]
+    assert readout["operative"] == {"Kind.of": "readout", "Kind.steps": 3}
+    assert stages["reconstruct/nano"]["from"] == {"checkpoint": "pretrain/nano", "clips": "clips"}
+    provenance = json.loads(Path("artifacts/test/readout/mini/depth/finetune/provenance.json").read_text())
+    assert readout["code"] | {"modules": {}} == provenance["code"]
 
 
-def test_settings_in_force_are_read_over_line_ends(tmp_path: Path) -> None:
-    path = tmp_path / "operative_config.gin"
-    path.write_text("import x\n# Parameters for A:\n# ===\nA.b = \\\n    ['one',\n     'two']\nscope/A.c = 1e-3\n")
-    assert story_of.operative(path) == {"A.b": "['one', 'two']", "scope/A.c": "1e-3"}
-
-
-def test_published_curves_are_complete_and_fall_or_rise_as_they_say() -> None:
-    paper = published()["4DS"]
-    for task, known in paper["tasks"].items():
+def test_the_published_curves_are_complete_and_stand_in_the_columns_of_our_table(page: Page) -> None:
+    paper = tables.published()["4DS"]
+    for task, curve in paper["tasks"].items():
         for protocol in ("frozen", "finetune"):
-            values = list(known[protocol].values())
-            assert list(known[protocol]) == list(paper["sizes"]), task
-            assert (values[-1] > values[0]) == known["higher_is_better"], task
+            values = list(curve[protocol].values())
+            assert list(curve[protocol]) == list(paper["sizes"]), task
+            assert (values[-1] > values[0]) == curve["higher_is_better"], task
+    rows = rows_of(page.sections["paper"])[1:]
+    base = next(row for row in rows if row[:3] == ["4DS-B", "100 M", "frozen"])
+    curves = [paper["tasks"][task]["frozen"]["B"] for task in TASKS]
+    assert base[3:] == [f"~ {curves[0]}", *(f"{value:.3f}" for value in curves[1:])]
+    assert len(rows) == 7 * 2
 
 
-def test_the_sheets_of_predictions_are_part_of_the_page(pocket: dict) -> None:
-    page = readouts.sheets(report.read(pocket))
-    found = re.findall(r'alt="(\w+): [^"]*" src="data:image/png;base64,([^"]+)"', page)
-    assert [task for task, _ in found] == list(pocket["readout"]["tasks"])
-    for task, data in found:
-        assert base64.b64decode(data) == Path(f"artifacts/test/show/{task}/sheet.png").read_bytes()
-    assert "draws no predictions" in readouts.sheets(replace(report.read(pocket), sheets={}))
-
-
-def test_the_published_curve_stands_in_the_columns_of_our_table(pocket: dict) -> None:
-    page = readouts.paper(report.read(pocket))
-    rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", page)]
-    small = next(row for row in rows if row[:3] == ["4DS-B", "100 M", "frozen"])
-    known = published()["4DS"]["tasks"]
-    assert small[3:] == ["~0.497", *(f"{known[task]['frozen']['B']:.3f}" for task in list(known)[1:])]
-    assert len([row for row in rows if row]) == 7 * 2
-
-
-def test_what_is_ours_is_listed_with_the_value_of_this_run(pocket: dict) -> None:
+def test_our_own_choices_are_listed_with_their_values_in_this_run(pocket: dict) -> None:
     for task, steps in (("depth", 120), ("boxes", 300), ("pose", 300)):
         path = Path(f"artifacts/test/readout/mini/{task}/frozen/provenance.json")
-        made = json.loads(path.read_text()) | {"settings": {f"readout.frozen.{task}": {"Recipe": {"steps": steps}}}}
-        write_json(path, made)
-    page = readouts.unstated(report.read(pocket))
-    assert re.search(r"readout\.frozen\.\*\.Recipe\.steps: 300 \(boxes, pose\); 120 \(depth\)</td><td>scivid", page)
-    assert "absolute relative error" in page and "place_deviation" not in page  # which no stage of this run was given
+        content = json.loads(path.read_text()) | {"settings": {f"readout.frozen.{task}": {"Frozen": {"steps": steps}}}}
+        write_json(path, content)
+    section = sections.unstated(report.read_run_results(pocket), Page(BUILT))
+    cells = [re.sub(r" +", " ", cell) for row in rows_of(section) for cell in row]
+    assert "readout.frozen.*.Frozen.steps: 300 (boxes, pose); 120 (depth)" in cells
+    assert "absolute relative error" in section and "place_deviation" not in section  # no stage of this run was given it
 
 
 def test_every_setting_that_is_marked_ours_is_in_the_list_and_every_one_of_the_list_exists() -> None:
     """The mark is a comment in experiments/config.yaml, on the line of a key or of the mapping above it."""
-    settings = dict(story_of.leaves(yaml.safe_load((ROOT / "params.yaml").read_text())))
-    listed = [key for choice in readouts._choices() for key in choice.get("settings", ())]
+    settings = dict(flatten(yaml.safe_load((ROOT / "params.yaml").read_text())))
+    listed = [key for choice in sections.unstated_choices() for key in choice.get("settings", ())]
     for key in listed:
-        assert readouts._in_force(key, settings), key
+        assert list(sections.matches(key, settings)), key
     text = (ROOT / "experiments/config.yaml").read_text()
     lines = text.splitlines()
     marked = [key for key, line in keys_of(yaml.compose(text)) if "ours" in lines[line].partition("#")[2]]
     assert len(marked) > 10
     for key in marked:
-        words = key.replace("recipes.frozen", "readout.frozen.*.Recipe").split(".")
-        mine = [one for one in listed if all(a == b or "*" in (a, b) for a, b in zip(words, one.split("."), strict=False))]
-        assert mine, f"{key} is marked ours in experiments/config.yaml and missing in report/unstated.yaml"
+        words = key.replace("recipes.frozen", "readout.frozen.*.Frozen").split(".")
+        same = [one for one in listed if all(a == b or "*" in (a, b) for a, b in zip(words, one.split("."), strict=False))]
+        assert same, f"{key} is marked ours in experiments/config.yaml and missing in report/unstated.yaml"
 
 
 def keys_of(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int]]:
@@ -275,3 +350,15 @@ def keys_of(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int]]:
         yield f"{prefix}{key.value}", key.start_mark.line
         if isinstance(value, yaml.MappingNode):
             yield from keys_of(value, f"{prefix}{key.value}.")
+
+
+def test_costs_have_a_column_for_each_axis_of_growth() -> None:
+    path = ROOT / "reports/bench/costs.json"
+    axes, svg = json.loads(path.read_text())["found"], figures.costs(path)
+    assert len(re.findall(r'<g id="axes_\d+">', svg)) == 2 * len(axes)
+    for name, axis in axes.items():
+        grown = axis["exponents"]
+        assert f">{name}</text>" in svg
+        assert f">exponent {grown['seconds']:.2f} (dashed {grown['flops']:.2f})</text>" in svg
+        assert f">exponent {grown['bytes']:.2f} (dashed {grown['bytes_by_formula']:.2f})</text>" in svg
+    assert svg == figures.costs(path)

@@ -3,128 +3,158 @@
 import multiprocessing.connection
 import os
 import signal
+import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from interrupting import exit_code
+from torch import nn
 
-from scaling4d.records import UserError
-from scaling4d.training import distributed
-from scaling4d.training.distributed import at, average_gradients, gather, unwatched
+from scaling4d.records import Preempted, UserError
+from scaling4d.training import parallelize
+from scaling4d.training.distributed import gather_round_robin, heartbeat, run, stop_requests, stop_watchdog
+from scaling4d.training.parallelize import reduce_gradients
+
+SIZES = (3, 1, 2, 5)
 
 
 def a_tensor(*, rank: int, ranks: int) -> torch.Tensor:
     return torch.arange(3)
 
 
-def averaged(*, rank: int, ranks: int) -> list[float]:
-    linear = torch.nn.Linear(2, 1, bias=False)
-    linear(torch.tensor([[float(rank), 1.0]])).sum().backward()
+def mean_gradients(*, rank: int, ranks: int) -> list[list[float]]:
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in SIZES]
+    for number, parameter in enumerate(parameters):
+        parameter.grad = torch.arange(float(parameter.numel())) + 10 * number + rank
     unused = torch.nn.Parameter(torch.zeros(1))
-    average_gradients([unused, *linear.parameters()])
+    reduce_gradients(nn.ParameterList([unused, *parameters]))
     assert unused.grad is None
-    return linear.weight.grad[0].tolist()
+    return [parameter.grad.tolist() for parameter in parameters]
 
 
 def gathered(*, rank: int, ranks: int, items: int) -> list[int]:
-    return gather([10 * i for i in range(rank, items, ranks)])
+    return gather_round_robin([10 * i for i in range(rank, items, ranks)])
 
 
-def refusing(*, rank: int, ranks: int) -> None:
+def refused(*, rank: int, ranks: int) -> None:
     if rank == 1:
         raise UserError("batch 3 does not divide; set batch to 4")
-    torch.distributed.barrier()
+    dist.barrier()
+
+
+def preempted(*, rank: int, ranks: int) -> None:
+    with stop_requests() as requests:
+        dist.barrier()
+        if rank == 0:
+            os.kill(os.getppid(), signal.SIGUSR1)  # which tells every rank
+        while not requests:
+            time.sleep(0.01)
+    raise Preempted(f"stopped by {signal.Signals(requests[0]).name}")
 
 
 def killed(*, rank: int, ranks: int) -> None:
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    torch.distributed.barrier()
+    dist.barrier()
 
 
 def hanging(*, rank: int, ranks: int) -> None:
-    at(f"step 7, {'reading clips' if rank == 1 else 'computing'}", 14 if rank == 1 else 15)
+    heartbeat(f"step 7, {'reading clips' if rank == 1 else 'computing'}", 14 if rank == 1 else 15)
     if rank == 1:
         time.sleep(60)
-    torch.distributed.barrier()
+    dist.barrier()
 
 
-def stopped(*, rank: int, ranks: int) -> None:
-    at("step 7, computing", 15)
+def frozen(*, rank: int, ranks: int) -> None:
+    heartbeat("step 7, computing", 15)
     if rank == 2:
         os.kill(os.getpid(), signal.SIGSTOP)
-    torch.distributed.barrier()
+    dist.barrier()
 
 
 def slow(*, rank: int, ranks: int) -> str:
     for step in range(10):
-        at("computing", step)
+        heartbeat("computing", step)
         time.sleep(0.1)
-    unwatched()
+    stop_watchdog()
     time.sleep(1)
     return "done"
 
 
-def alone(*, rank: int, ranks: int, path: Path) -> None:
+def quick(*, rank: int, ranks: int) -> None:
+    stop_watchdog()
+
+
+def twice(variables: dict[str, str]) -> None:
+    """Two runs of the one process that torchrun started; the second one hangs."""
+    os.environ |= variables
+    run(quick, ranks=1, hang_s=0.5)
+    run(sleeping, ranks=1, hang_s=0.5, path=Path())
+
+
+def sleeping(*, rank: int, ranks: int, path: Path) -> None:
     (path / str(rank)).write_text(str(os.getpid()))
     time.sleep(60)
 
 
-def test_gradients_become_their_mean() -> None:
-    assert distributed.run(averaged, ranks=3) == [1.0, 1.0]
+@pytest.mark.parametrize("bucket_values", [1, 4, 100])
+def test_gradients_become_their_mean_in_however_many_messages(monkeypatch: pytest.MonkeyPatch, bucket_values: int) -> None:
+    monkeypatch.setattr(parallelize, "BUCKET_VALUES", bucket_values)
+    means = run(mean_gradients, ranks=2)
+    assert means == [[10 * number + i + 0.5 for i in range(size)] for number, size in enumerate(SIZES)]
 
 
-def several(*, rank: int, ranks: int) -> list[list[float]]:
-    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in (3, 1, 2, 5)]
-    for number, parameter in enumerate(parameters):
-        parameter.grad = torch.arange(float(parameter.numel())) + 10 * number + rank
-    average_gradients(parameters)
-    return [parameter.grad.tolist() for parameter in parameters]
-
-
-@pytest.mark.parametrize("together", [1, 4, 100])
-def test_gradients_sent_in_several_messages_each_find_their_place(monkeypatch: pytest.MonkeyPatch, together: int) -> None:
-    monkeypatch.setattr(distributed, "TOGETHER", together)
-    found = distributed.run(several, ranks=2)
-    assert found == [[10 * number + i + 0.5 for i in range(size)] for number, size in enumerate((3, 1, 2, 5))]
-
-
-def test_a_tensor_outlives_the_rank_that_made_it(monkeypatch) -> None:
+def test_a_tensor_outlives_the_rank_that_made_it(monkeypatch: pytest.MonkeyPatch) -> None:
     wait = multiprocessing.connection.wait
     monkeypatch.setattr(multiprocessing.connection, "wait", lambda pipes: time.sleep(1) or wait(pipes))
-    assert distributed.run(a_tensor, ranks=1).tolist() == [0, 1, 2]
+    assert run(a_tensor, ranks=1).tolist() == [0, 1, 2]
 
 
 def test_gathered_items_come_back_in_order() -> None:
-    assert distributed.run(gathered, ranks=3, items=7) == [0, 10, 20, 30, 40, 50, 60]
-
-
-def test_what_a_rank_refuses_reaches_the_caller() -> None:
-    with pytest.raises(UserError, match="^batch 3 does not divide; set batch to 4$"):
-        distributed.run(refusing, ranks=2)
-
-
-def test_a_killed_rank_is_named_and_ends_the_others() -> None:
-    with pytest.raises(RuntimeError, match=r"rank 1 of 2 ended without a result \(SIGKILL\)"):
-        distributed.run(killed, ranks=2)
+    assert run(gathered, ranks=3, items=7) == [0, 10, 20, 30, 40, 50, 60]
 
 
 @pytest.mark.parametrize(
-    ("work", "who"), [(hanging, "1 of 3 hangs at step 7, reading clips"), (stopped, "2 of 3 said nothing after")]
+    ("work", "error", "message"),
+    [
+        (refused, UserError, "^batch 3 does not divide; set batch to 4$"),
+        (preempted, Preempted, "^stopped by SIGUSR1$"),
+        (killed, RuntimeError, r"rank 1 of 2 ended without a result \(SIGKILL\)"),
+    ],
 )
-def test_a_rank_that_hangs_is_named_and_ends_the_others(work, who: str) -> None:
-    with pytest.raises(UserError, match=f"^rank {who}.*; if it is only slow, raise hang_s, 1 s, in its settings$"):
-        distributed.run(work, ranks=3, hang_s=1.0)
+def test_the_end_of_one_rank_ends_all_and_its_reason_reaches_the_caller(work: Callable, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        run(work, ranks=2)
 
 
-def test_a_rank_that_gets_on_or_is_not_watched_does_not_hang() -> None:
-    assert distributed.run(slow, ranks=2, hang_s=0.7) == "done"
+@pytest.mark.parametrize(
+    ("work", "who"), [(hanging, "1 of 3 hangs at step 7, reading clips"), (frozen, "2 of 3 said nothing after")]
+)
+def test_a_rank_that_hangs_is_named_and_ends_the_others(work: Callable, who: str) -> None:
+    with pytest.raises(UserError, match=f"^rank {who}.*; if it is only slow, raise hang_s, 1 s$"):
+        run(work, ranks=3, hang_s=1.0)
+
+
+def test_a_rank_that_moves_or_has_no_watchdog_does_not_hang() -> None:
+    assert run(slow, ranks=2, hang_s=0.7) == "done"
+
+
+def test_the_second_run_of_a_process_is_watched_as_the_first(capfd: pytest.CaptureFixture) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    assert exit_code(lambda: twice(ranks)) == 1
+    assert "error: rank 0 of 1 hangs at the start; if it is only slow, raise hang_s, 0.5 s" in capfd.readouterr().err
 
 
 def test_ranks_end_with_their_parent(tmp_path: Path) -> None:
-    settings = {"ranks": 2, "path": tmp_path}
-    parent = multiprocessing.get_context("fork").Process(target=distributed.run, args=(alone,), kwargs=settings)
+    context = multiprocessing.get_context("fork")
+    parent = context.Process(target=run, args=(sleeping,), kwargs={"ranks": 2, "path": tmp_path})
     parent.start()
     while len(list(tmp_path.iterdir())) < 2 or not all(path.read_text() for path in tmp_path.iterdir()):
         time.sleep(0.01)
@@ -133,3 +163,18 @@ def test_ranks_end_with_their_parent(tmp_path: Path) -> None:
     for path in tmp_path.iterdir():
         while Path(f"/proc/{path.read_text()}").exists():
             time.sleep(0.01)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_rank_without_a_gpu_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^rank \d needs a GPU of its own, and this machine has 0; set device to cpu, or .+$"):
+        run(a_tensor, ranks=2, device="cuda")
+
+
+def test_another_number_of_ranks_than_torchrun_started_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "0")
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
+    with pytest.raises(UserError, match="^torchrun started 1 ranks, and the settings have ranks = 4; set ranks to 1$"):
+        run(a_tensor, ranks=4)

@@ -1,6 +1,59 @@
-"""dvc.lock -> LINEAGE: verify every hash, explain every number, compare a run made again, export it."""
+"""dvc.lock -> LINEAGE: verify every hash, explain a number, compare a run made again, export the run.
 
-from scaling4d.audit.command import again, check, export, walk_back
-from scaling4d.audit.verify import Finding, verify
+The functions of command `audit`: each prints its findings about the current folder and returns the exit code.
+"""
 
-__all__ = ["Finding", "again", "check", "export", "verify", "walk_back"]
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from scaling4d.audit import reproduced, studies
+from scaling4d.audit.explain import as_dot, as_text, explain
+from scaling4d.audit.run import UNCHECKED, WRONG, AuditFinding, locked_runs
+from scaling4d.audit.verify import verify
+from scaling4d.records import UserError
+
+__all__ = ["AuditFinding", "check", "compare", "explain_number", "export", "locked_runs", "verify"]
+FORMATS = {"text": as_text, "json": lambda explained: json.dumps(explained, indent=2, sort_keys=True), "dot": as_dot}
+
+
+def check() -> int:
+    """Verify every hash, setting and number."""
+    findings = [*verify(locked_runs()), *studies.findings()]
+    for finding in findings:
+        print(finding)
+    kinds = Counter(finding.kind for finding in findings)
+    print(f"{kinds[WRONG]} wrong; {'absent files were not checked; ' if kinds[UNCHECKED] else ''}everything else agrees")
+    return 1 if kinds[WRONG] else 0
+
+
+def explain_number(key: str, form: str) -> int:
+    """Walk one number back. Raises UserError for an unknown number or form."""
+    if form not in FORMATS:
+        raise UserError(f"--as {form}: needed {', '.join(FORMATS)}")
+    print(FORMATS[form](explain(locked_runs(), key)))
+    return 0
+
+
+def export(out: Path) -> int:
+    """Write the run as an RO-Crate. Raises UserError where it does not verify, or is not complete here."""
+    from scaling4d.audit.crate import write_crate
+
+    runs = locked_runs()
+    wrong = [finding for finding in verify(runs) if finding.kind == WRONG]
+    if wrong:
+        raise UserError(f"{len(wrong)} wrong, so no crate was written; the first: {wrong[0].where}: {wrong[0].message}")
+    print(f"wrote {write_crate(runs[0], out)}")
+    return 0
+
+
+def compare() -> int:
+    """Compare a run made again with the committed one."""
+    findings = reproduced.compare_with_committed(locked_runs()[0])
+    for finding in findings:
+        print(f"{finding.kind:<16}{finding.where}: {finding.message}")
+    kinds = Counter(finding.kind for finding in findings)
+    print("; ".join(f"{count} {kind}" for kind, count in kinds.items()))
+    return 1 if kinds[reproduced.FAILED] or kinds[reproduced.ABSENT] else 0

@@ -1,11 +1,9 @@
-"""The bytes that a project names, each read once, whatever DVC's own caches believe."""
+"""Hashes of the files that a project names. Each file is read once, whatever DVC's own caches say."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,16 +11,17 @@ from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 
+from scaling4d.provenance import folder_md5
 from scaling4d.records import UserError
 
-KEPT = (".json", ".jsonl", ".gin", ".csv", ".html", ".py", ".md", ".yaml")  # read as text later on, so kept at their one reading
-BLOCK = 1 << 20
+TEXT = (".json", ".jsonl", ".gin", ".csv", ".html", ".py", ".md", ".yaml")  # suffixes of text files
+BLOCK_BYTES = 1 << 20
 IGNORED = Path(".dvcignore")
 
 
 @dataclass(frozen=True)
 class Digest:
-    """Of one file. text: only of the kinds in KEPT."""
+    """Hashes of one file. size: bytes. text: None for a suffix outside TEXT."""
 
     md5: str
     sha256: str
@@ -31,114 +30,74 @@ class Digest:
 
 
 class Disk:
-    """Hashes of files and folders below the current folder as they are now.
-
-    A folder's hash is made of its files', so a file that ten stages name, alone or inside other folders, is read once; `read`
-    reads all, spread over threads (hashing lets other threads run), so that its time follows the bytes.
+    """Hashes of files and folders below the current folder, as they are now. A folder's hash is made of its files'.
 
     Args:
-        paths: files and folders that may be asked for; those that are not there are left out.
-        elsewhere: folder -> where git keeps a copy of it; read from there when the folder itself is not here.
+        git_copies: imported folder -> its copy in git. The copy stands in where the folder is absent.
     """
 
-    def __init__(self, paths: Iterable[str], elsewhere: Mapping[str, str]) -> None:
-        ignored = _ignored()
-        self._elsewhere = elsewhere
-        places = {self._place(path) for path in paths}
-        tops = [place for place in places if not any(parent.as_posix() in places for parent in Path(place).parents)]
-        self._names = sorted(name for top in tops for name in _files(Path(top), ignored))
-        self._digest, self.md5, self.sha256 = cache(_digest), cache(self._md5), cache(self._sha256)
+    def __init__(self, git_copies: Mapping[str, str]) -> None:
+        lines = IGNORED.read_text().splitlines() if IGNORED.is_file() else []  # plain names of files and folders
+        self._ignored = [line.strip().rstrip("/") for line in lines if line.strip() and not line.startswith("#")]
+        self._git_copies = git_copies
+        self._absent = {folder: copy for folder, copy in git_copies.items() if not Path(folder).exists()}
+        self.paths, self.md5, self.sha256, self._digest = map(cache, (self._paths, self._md5, self._sha256, _digest))
 
-    def read(self) -> None:
-        """Read every file now."""
+    def read(self, paths: Iterable[str]) -> None:
+        """Read every file at or below some paths now, in threads."""
         with ThreadPoolExecutor(os.cpu_count()) as threads:
-            for _ in threads.map(self._digest, self._names):
-                pass
-
-    def here(self, path: str) -> bool:
-        return bool(self._inside(path))
+            list(threads.map(self._digest, sorted({file for path in paths for file in self.paths(path).values()})))
 
     def files(self, path: str) -> dict[str, Digest]:
-        """Of a folder: by the name inside it, in DVC's order. Of a file: itself, under the name ''."""
-        return {name: self._digest(found) for name, found in self._inside(path).items()}
+        """Digest by name inside a folder, in DVC's order. A file itself has the name ''. Empty: not here."""
+        return {name: self._digest(file) for name, file in self.paths(path).items()}
 
     def text(self, path: str) -> str | None:
-        """None where the file is not here."""
-        found = self._inside(path).get("")
-        return None if found is None else self._digest(found).text
+        """Text of a file; None: not here."""
+        file = self.paths(path).get("")
+        return None if file is None else self._digest(file).text
 
-    def under(self, *folders: str) -> list[str]:
-        """Every file below some folders."""
-        return [f"{folder}/{name}" for folder in folders for name in self._inside(folder) if name]
+    def git_copy(self, path: str) -> str | None:
+        """Path of git's copy of an imported file or folder; None: git has none."""
+        return _moved(path, self._git_copies)
 
-    def size(self, path: str) -> int:
-        return sum(found.size for found in self.files(path).values())
+    def _paths(self, path: str) -> dict[str, str]:
+        """Name inside a folder ('' for a file itself) -> the file to read; empty: not here."""
+        place = Path(_moved(path, self._absent) or path)
+        if place.is_file():
+            return {"": place.as_posix()}
+        names = sorted(file.relative_to(place).as_posix() for file in place.rglob("*") if file.is_file())
+        ignored = {name for name in names if any(fnmatch(part, word) for part in name.split("/") for word in self._ignored)}
+        return {name: f"{place.as_posix()}/{name}" for name in names if name not in ignored}
 
     def _md5(self, path: str) -> str | None:
-        """As DVC writes it: of a folder, md5 over the sorted list of its files' md5s, and `.dir`."""
-        files = self.files(path)
-        if "" in files or not files:
-            return files[""].md5 if files else None
-        listing = [{"md5": found.md5, "relpath": name} for name, found in files.items()]
-        return hashlib.md5(json.dumps(listing, sort_keys=True).encode()).hexdigest() + ".dir"
+        """DVC's md5; None: not here."""
+        md5s = {name: digest.md5 for name, digest in self.files(path).items()}
+        return md5s[""] if "" in md5s else folder_md5(md5s) if md5s else None
 
     def _sha256(self, path: str) -> str | None:
-        """As `artifacts.sha256` has it."""
-        files = self.files(path)
-        if "" in files or not files:
-            return files[""].sha256 if files else None
-        parts = sorted(files, key=lambda name: name.split("/"))
-        return hashlib.sha256("".join(f"{name}\0{files[name].sha256}\n" for name in parts).encode()).hexdigest()
-
-    def _inside(self, path: str) -> dict[str, str]:
-        """Name inside a folder ('' for a file itself) -> where it is read."""
-        place = self._place(path)
-        first = bisect_left(self._names, place)
-        if self._names[first : first + 1] == [place]:
-            return {"": place}
-        first, last = bisect_left(self._names, f"{place}/"), bisect_left(self._names, f"{place}0")  # '0' follows '/'
-        return {name[len(place) + 1 :]: name for name in self._names[first:last]}
-
-    def source(self, path: str) -> str | None:
-        """Where git keeps a copy of a path; None where it keeps none."""
-        top = self._top(path)
-        return None if top is None else self._elsewhere[top] + path.removeprefix(top)
-
-    def _place(self, path: str) -> str:
-        """Where a path is read: itself, or git's copy where the whole folder is not here."""
-        top = self._top(path)
-        return path if top is None or Path(top).exists() else self.source(path)
-
-    def _top(self, path: str) -> str | None:
-        return next((folder for folder in self._elsewhere if path == folder or path.startswith(f"{folder}/")), None)
+        """The hash of `artifacts.sha256`; None: not here."""
+        shas = {name: digest.sha256 for name, digest in self.files(path).items()}
+        if "" in shas or not shas:
+            return shas.get("")
+        lines = [f"{name}\0{shas[name]}\n" for name in sorted(shas, key=lambda name: name.split("/"))]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _files(path: Path, ignored: tuple[str, ...]) -> Iterable[str]:
-    if path.is_file():
-        yield path.as_posix()
-    elif path.is_dir():
-        for file in path.rglob("*"):
-            if file.is_file() and not any(fnmatch(part, word) for part in file.relative_to(path).parts for word in ignored):
-                yield file.as_posix()
-
-
-def _ignored() -> tuple[str, ...]:
-    """The patterns of .dvcignore; plain names of files and folders, the only kind that this project has there."""
-    lines = IGNORED.read_text().splitlines() if IGNORED.is_file() else []
-    return tuple(line.strip().rstrip("/") for line in lines if line.strip() and not line.startswith("#"))
+def _moved(path: str, folders: Mapping[str, str]) -> str | None:
+    return next((new + path.removeprefix(old) for old, new in folders.items() if f"{path}/".startswith(f"{old}/")), None)
 
 
 def _digest(name: str) -> Digest:
-    md5, sha256, size, kept = hashlib.md5(), hashlib.sha256(), 0, []
+    md5, sha256, content = hashlib.md5(), hashlib.sha256(), b""
     try:
         with open(name, "rb") as file:
-            while block := file.read(BLOCK):
+            while block := file.read(BLOCK_BYTES):
                 md5.update(block)
                 sha256.update(block)
-                size += len(block)
-                if name.endswith(KEPT):
-                    kept.append(block)
+                content += block if name.endswith(TEXT) else b""
+            size = file.tell()
     except OSError as error:
         raise UserError(f"{name} cannot be read: {error.strerror}") from error
-    text = b"".join(kept).decode(errors="replace") if name.endswith(KEPT) else None
+    text = content.decode(errors="replace") if name.endswith(TEXT) else None
     return Digest(md5.hexdigest(), sha256.hexdigest(), size, text)

@@ -1,146 +1,93 @@
-"""Compare a run that was made again with the committed one, stage by stage: the same bytes, the same numbers, or neither."""
+"""Compare a run that was made again with the committed one, stage by stage."""
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scaling4d.audit import history, lock
-from scaling4d.audit.lock import Stage
-from scaling4d.audit.run import Run
+from scaling4d.audit.run import AuditFinding, LockedRun, recorded_row, row_numbers
+from scaling4d.provenance import LockedStage, file_at, read_lock
 from scaling4d.records import UserError
 
+# Kinds of findings. CLOSE: every number is inside its interval. OTHER: no number of its own, see the stages after it.
+# FAILED: a number outside its interval, or other settings, code or data. ABSENT: not here.
 SAME, CLOSE, OTHER, FAILED, ABSENT = "same bytes", "same numbers", "other bytes", "not reproduced", "not made again"
-SHARE = 0.01  # by which a number without an interval may differ, of its value; ours (measured: experiments/LOG.md)
-TIMES = (
-    "seconds",
-    "finished_unix_s",
-    "clips_per_s",
-    "git",
-    "out_sha256",
-    "versions",
-)  # of a run: differ anyway, or are told one by one
+TOLERANCE = 0.01  # of a number without an interval, relative to its value; ours (measured: experiments/LOG.md)
+NOT_COMPARED = ("seconds", "finished_unix_s", "clips_per_s", "git", "out_sha256", "versions")  # of two environments
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """Of one stage. kind: SAME; CLOSE (other bytes, each number inside its interval); OTHER (other bytes, no number of its own:
-    those made from it tell); FAILED (a number outside, or other settings, code or data); ABSENT (not here).
-    """
+def compare_with_committed(run: LockedRun) -> list[AuditFinding]:
+    """Every stage of the checkout's run, as its files are now, against dvc.lock and the report of the last commit.
 
-    kind: str
-    stage: str
-    message: str
-
-
-def compare(run: Run) -> list[Outcome]:
-    """Every stage of the checkout's run as its files are now, against dvc.lock and the report of the last commit.
-
-    A readout's number is the same when it lies in the committed 95 % interval; one without an interval (losses, filled-in pixels)
-    when it differs by at most SHARE of its value; counts must be equal. Where bytes differ, it says how the machines differ.
+    A readout's number is the same inside the committed 95 % interval. A number without an interval (losses, masked
+    pixels) is the same within TOLERANCE of its value; counts are equal. Where bytes differ, the message compares the
+    machines.
 
     Raises:
         UserError: git has no dvc.lock to compare with.
     """
-    text = history.committed(run.lock)
+    text = file_at("HEAD", run.lock)
     if text is None:
-        raise UserError(
-            f"the last commit holds no {run.lock}, so there is nothing to compare with; run inside a clone of the project"
-        )
-    before = lock.parse(text, Path(run.lock))
+        raise UserError(f"the last commit has no {run.lock} to compare with; run inside a clone of the project")
+    committed = read_lock(Path(run.lock), text)
     for name in (name for name in run.stages if name.endswith(".dvc")):
-        before |= lock.imported(name, history.committed(name) or "{}")
-    return [_outcome(run, stage, before.get(stage.name)) for stage in run.stages.values()]
+        committed |= read_lock(Path(name), file_at("HEAD", name) or "{}")
+    return [_compare(run, stage, committed.get(stage.name)) for stage in run.stages.values()]
 
 
-def _outcome(run: Run, stage: Stage, before: Stage | None) -> Outcome:
-    if before is None:
-        return Outcome(FAILED, stage.name, "the committed run has no such stage")
-    was = {out.path: out.md5 for out in before.outs}
-    now = {out.path: run.disk.md5(out.path) for out in stage.outs}
-    if None in now.values():
-        return Outcome(
-            ABSENT, stage.name, f"{next(path for path, md5 in now.items() if md5 is None)} is not here: run `dvc repro`"
-        )
-    if was == now:
-        return Outcome(SAME, stage.name, ", ".join(now))
-    if inputs := list(_inputs(run, stage, before)):
-        return Outcome(FAILED, stage.name, f"it was made with other inputs, so it is another run: {'; '.join(inputs)}")
-    compared = [number for out in now for number in _numbers(run, out)]
-    wrong = [message for same, message in compared if not same]
-    machines = _machines(run, stage)
-    if wrong:
-        return Outcome(FAILED, stage.name, f"{'; '.join(wrong)} ({machines})")
-    if compared:
-        return Outcome(CLOSE, stage.name, f"{'; '.join(message for _, message in compared)} ({machines})")
-    return Outcome(OTHER, stage.name, f"no number of its own: those made from it tell ({machines})")
+def _compare(run: LockedRun, stage: LockedStage, committed: LockedStage | None) -> AuditFinding:
+    if committed is None:
+        return AuditFinding(FAILED, stage.name, "the committed run has no such stage")
+    md5s = {out.path: run.disk.md5(out.path) for out in stage.outs}
+    if absent := [path for path, md5 in md5s.items() if md5 is None]:
+        return AuditFinding(ABSENT, stage.name, f"{absent[0]} is not here: run `dvc repro`")
+    if md5s == {out.path: out.md5 for out in committed.outs}:
+        return AuditFinding(SAME, stage.name, ", ".join(md5s))
+    if inputs := [*_other_inputs(run, stage, committed)]:
+        return AuditFinding(FAILED, stage.name, f"another run, with other inputs: {'; '.join(inputs)}")
+    records = {key: path for key, path in run.records.items() if any(path.startswith(f"{out}/") for out in md5s)}
+    numbers = []
+    for key, _, _, row in run.table_rows(lambda path: file_at("HEAD", path)):
+        if key in records:
+            now = recorded_row(run.json_object(records[key]), row)
+            for name, text in row_numbers(row).items():
+                numbers += [_compare_number(f"{key} {name}", now.get(name, now.get("value")), text, row)] if text else []
+    environments = [run.environment(stage, file_at("HEAD", f"{run.folder}/runs.json") or "{}"), run.environment(stage)]
+    if None in environments:
+        machines = "unknown machines"
+    else:
+        before, after = ({**environment, **environment["versions"]} for environment in environments)
+        keys = [key for key in before | after if key not in NOT_COMPARED and before.get(key) != after.get(key)]
+        machines = "; ".join(f"{key} {after.get(key)}, committed {before.get(key)}" for key in keys)
+        machines = machines or "machine, CPUs and versions as committed: another kind of CPU, or another number of threads"
+    failed = [message for same, message in numbers if not same]
+    messages = failed or [message for _, message in numbers] or ["no number of its own: see the stages after it"]
+    kind = FAILED if failed else CLOSE if numbers else OTHER
+    return AuditFinding(kind, stage.name, f"{'; '.join(messages)} ({machines})")
 
 
-def _inputs(run: Run, stage: Stage, before: Stage) -> Iterator[str]:
-    """What went in from outside: settings, command, code and data; what other stages made is theirs to explain."""
-    if stage.command != before.command:
-        yield f"`{stage.command}`, committed `{before.command}`"
-    for key in sorted(stage.params.keys() | before.params.keys()):
-        if stage.params.get(key) != before.params.get(key):
-            yield f"{key} = {stage.params.get(key)!r}, committed {before.params.get(key)!r}"
-    was = {dep.path: dep.md5 for dep in before.deps}
-    for dep in stage.deps:
+def _other_inputs(run: LockedRun, stage: LockedStage, committed: LockedStage) -> Iterator[str]:
+    """Command, settings, code and data that differ. Files of other stages are their matter."""
+    if stage.command != committed.command:
+        yield f"`{stage.command}`, committed `{committed.command}`"
+    for key in sorted(stage.params.keys() | committed.params.keys()):
+        if stage.params.get(key) != committed.params.get(key):
+            yield f"{key} = {stage.params.get(key)!r}, committed {committed.params.get(key)!r}"
+    md5s = {dep.path: dep.md5 for dep in committed.deps}
+    for dep in (dep for dep in stage.deps if dep.path != run.home):
         maker = run.maker(dep.path)
         outside = maker is None or maker.kind in ("code", "benchmarks") or maker.name.endswith(".dvc")
-        if outside and dep.path != run.home and run.disk.md5(dep.path) != was.get(dep.path):
-            yield f"{dep.path} is md5 {run.disk.md5(dep.path)}, committed {was.get(dep.path)}"
+        if outside and run.disk.md5(dep.path) != md5s.get(dep.path):
+            yield f"{dep.path} is md5 {run.disk.md5(dep.path)}, committed {md5s.get(dep.path)}"
 
 
-def _numbers(run: Run, out: str) -> Iterator[tuple[bool, str]]:
-    """(whether it is the same, what it was and is) for every committed number that an output holds now."""
-    for key, path in run.numbers.items():
-        if not path.startswith(f"{out}/"):
-            continue
-        words, content = key.split("/"), run.json(path) or {}
-        if len(words) == 3:
-            wanted = dict(zip(("encoder", "task", "protocol"), words, strict=True))
-            for row in _committed(run, "results", wanted):
-                value = (
-                    content.get("value")
-                    if row["metric"] == content.get("metric")
-                    else content.get("others", {}).get(row["metric"])
-                )
-                yield _judge(f"{key} {row['metric']}", value, row["value"], row)
-        else:
-            for row in _committed(run, words[1], {"point": words[0]}):
-                for name, written in row.items():
-                    if name not in ("point", "method", "checkpoint_sha256") and written:
-                        yield _judge(f"{key} {name}", content.get(name), written, {})
-
-
-def _judge(name: str, value: Any, written: str, row: Mapping[str, str]) -> tuple[bool, str]:
-    was = float(written)
-    if value is None:
-        return False, f"{name} was {was:.6g} and is not there now"
+def _compare_number(name: str, value: Any, committed: str, row: Mapping[str, str]) -> tuple[bool, str]:
+    before = float(committed)
+    if value in (None, ""):
+        return False, f"{name} was {before:.6g} and is absent now"
     if row.get("low"):
         low, high = float(row["low"]), float(row["high"])
-        return low <= value <= high, f"{name} {value:.6g}, was {was:.6g} [{low:.4g}, {high:.4g}]"
-    same = value == was if written.lstrip("-").isdigit() else abs(value - was) <= SHARE * abs(was)
-    return same, f"{name} {value:.6g}, was {was:.6g}"
-
-
-def _committed(run: Run, table: str, wanted: Mapping[str, str]) -> list[dict[str, str]]:
-    text = history.committed(f"{run.folder}/{table}.csv") or ""
-    return [row for row in csv.DictReader(text.splitlines()) if all(row[key] == value for key, value in wanted.items())]
-
-
-def _machines(run: Run, stage: Stage) -> str:
-    """How the two machines and their software differ, as far as both runs tell."""
-    committed = history.committed(f"{run.folder}/runs.json")
-    was, now = run.told(stage, committed or "{}"), run.facts(stage)
-    if was is None or now is None:
-        return "which machines made them is not told"
-    before, after = ({**facts, **facts["versions"]} for facts in (was, now))
-    keys = [key for key in before | after if key not in TIMES and before.get(key) != after.get(key)]
-    differ = "; ".join(f"{key} {after.get(key)}, committed {before.get(key)}" for key in keys)
-    return (
-        differ or "the same machine, CPUs and versions as far as the runs tell: another kind of CPU, or another number of threads"
-    )
+        return low <= value <= high, f"{name} {value:.6g}, was {before:.6g} [{low:.4g}, {high:.4g}]"
+    same = value == before if committed.lstrip("-").isdigit() else abs(value - before) <= TOLERANCE * abs(before)
+    return same, f"{name} {value:.6g}, was {before:.6g}"

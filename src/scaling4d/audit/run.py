@@ -1,202 +1,276 @@
-"""A run of the pipeline as its lock tells it: which stage made what out of what, and which numbers came of it."""
+"""A run as its lock records it: which stage wrote a file from which inputs, and which results came of it; findings."""
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from scaling4d import artifacts, config
-from scaling4d.audit import lock
+from scaling4d import artifacts, config, provenance
 from scaling4d.audit.disk import Disk
 from scaling4d.checkpoint import WEIGHTS
+from scaling4d.provenance import LOCK, LockedFile, LockedStage, differences, is_below, overlap, read_lock, required
 from scaling4d.records import UserError
 
-BENCHMARKS = "artifacts/benchmarks"  # of each task, a file of hashes by which its readouts depend on data
-RECORDS = {"pretrain": "summary.json", "reconstruct": "result.json"}  # table and artifact folder -> what its rows are made of
+WRONG, NOTE, UNCHECKED = "wrong", "note", "not checked"
+SOURCE, CODE, BENCHMARKS = "src/scaling4d", artifacts.CODE.as_posix(), "artifacts/benchmarks"
+TABLES = {"results": "result.json", "pretrain": "summary.json", "reconstruct": "result.json"}  # csv -> JSON file
+RESULT_KEY, INTERVAL = ("encoder", "task", "protocol"), ("low", "high", "unit", "higher_is_better")
+csv_rows = cache(provenance.parse_csv)
+NOT_NUMBERS = (*RESULT_KEY, "metric", "unit", "higher_is_better", "checkpoint_sha256", "point", "method")
 
 
 @dataclass(frozen=True)
-class Run:
-    """One lock, the report that was made with it, and the bytes that are here.
+class AuditFinding:
+    """One line of `scaling4d audit`.
 
-    stages: by name; of a run kept beside its report, only those that the report needs. home: artifacts/<profile>.
-    folder: of the report. differ: (stage, how it contradicts dvc.yaml), for the run of the checkout itself.
-    settings: params.yaml; None for a run kept beside its report, whose settings are those that its stages name.
+    kind: WRONG (evidence differs), NOTE (evidence differs and the run declares it), UNCHECKED (evidence is absent).
+    affected: one line for each way from the difference to the results that it can have changed.
+    """
+
+    kind: str
+    where: str
+    message: str
+    affected: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        affected = "".join(f"\n{'':<12}  {line}" for line in self.affected)
+        return f"{self.kind:<12}{self.where}: {self.message}{affected}"
+
+
+def shorten(names: Sequence[str], most: int = 1) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
+
+
+@dataclass(frozen=True)
+class LockedRun:
+    """A lock, the report made with it, and the files that are here.
+
+    lock: its path. stages: by name; for a kept run (a lock beside a report) the stages that the report needs.
+    home: artifacts/<profile>. folder: of the report. settings: params.yaml; None for a kept run.
+    contradictions: how the checkout's lock differs from dvc.yaml and params.yaml -> names of the stages.
     """
 
     lock: str
-    stages: Mapping[str, lock.Stage]
+    stages: Mapping[str, LockedStage]
     home: str
     folder: str
-    differ: tuple[tuple[str, str], ...]
     settings: Mapping[str, Any] | None
+    contradictions: Mapping[str, list[str]]
     disk: Disk
 
     @cached_property
-    def makers(self) -> dict[str, lock.Stage]:
-        return {out.path: stage for stage in self.stages.values() for out in stage.outs}
+    def locked_files(self) -> dict[str, dict[LockedFile, list[str]]]:
+        """Path -> the versions of it in the lock -> the stages that wrote or read it so."""
+        files: dict[str, dict[LockedFile, list[str]]] = {}
+        for stage in self.stages.values():
+            for verb, some in (("wrote", stage.outs), ("read", stage.deps)):
+                for file in some:
+                    files.setdefault(file.path, {}).setdefault(file, []).append(f"{stage.name} {verb} it")
+        return files
 
-    def maker(self, path: str) -> lock.Stage | None:
+    def maker(self, path: str) -> LockedStage | None:
         """The stage that wrote a path or a folder above it."""
         return next((self.makers[p] for p in (path, *map(str, Path(path).parents)) if p in self.makers), None)
 
-    def readers(self, path: str) -> list[lock.Stage]:
-        """The stages that read a path, a folder above it or something inside it, and depend on that."""
-        found = [stage for stage in self.stages.values() if any(touch(dep.path, path) for dep in stage.deps)]
-        return [stage for stage in found if not self._hashes_others(stage, path)]
+    @cached_property
+    def makers(self) -> dict[str, LockedStage]:
+        """The stage that wrote each output."""
+        return {out.path: stage for stage in self.stages.values() for out in stage.outs}
 
-    def _hashes_others(self, stage: lock.Stage, path: str) -> bool:
-        """Whether it is a stage `benchmarks` that reads a path, but hashes others, as far as its file is here to tell."""
-        folders = [folder for out in stage.outs for folder in self.hashed(out.path)]
-        around = [dep.path for dep in stage.deps if any(touch(dep.path, folder) for folder in folders)]
-        return any(touch(dep, path) for dep in around) and not any(touch(folder, path) for folder in folders)
+    def _readers(self, path: str) -> Iterator[LockedStage]:
+        """The stages that read a path, a folder above it or a file inside it.
 
-    def hashed(self, path: str) -> dict[str, str]:
-        """Folder -> sha256, as a file of stage `benchmarks` says it; nothing of other files."""
-        said = self.json(path) if path.startswith(f"{BENCHMARKS}/") else None
-        folders = said.get("folders") if isinstance(said, dict) else None
+        A stage `benchmarks` depends on a folder around the benchmarks. It counts where it hashes the path, and where
+        its hashes are not here.
+        """
+        for stage in self.stages.values():
+            if any(overlap(dep.path, path) for dep in stage.deps):
+                hashed = [folder for out in stage.outs for folder in self.benchmark_hashes(out.path)]
+                around = [dep.path for dep in stage.deps if any(overlap(dep.path, folder) for folder in hashed)]
+                if any(overlap(folder, path) for folder in hashed) or not any(overlap(dep, path) for dep in around):
+                    yield stage
+
+    def benchmark_hashes(self, path: str) -> dict[str, str]:
+        """Folder -> sha256 in a file of stage `benchmarks`; empty for other files."""
+        folders = self.json_object(path).get("folders") if path.startswith(f"{BENCHMARKS}/") else None
         return {name: sha for name, sha in folders.items() if isinstance(sha, str)} if isinstance(folders, dict) else {}
 
+    def table_rows(self, read: Callable[[str], str | None] | None = None) -> Iterator[tuple[str, str, int, dict[str, str]]]:
+        """(key, file, line, row) of every table. Keys: `encoder/task/protocol`, `point/pretrain`, `point/reconstruct`.
+
+        read: gives the text of a file, None: absent; default: the file on disk.
+        """
+        for table in TABLES:
+            path = f"{self.folder}/{table}.csv"
+            for line, row in enumerate(csv_rows((read or self.disk.text)(path) or ""), 2):
+                words = [row.get(column, "") for column in RESULT_KEY] if table == "results" else [row.get("point", ""), table]
+                yield "/".join(words), path, line, row
+
     @cached_property
-    def numbers(self) -> dict[str, str]:
-        """Key of a number's row -> the file that holds it: `encoder/task/protocol`, `point/pretrain`, `point/reconstruct`."""
-        found = {}
+    def records(self) -> dict[str, str]:
+        """Key of a row -> the JSON file that has its numbers."""
+        records, keys = {}, {key for key, *_ in self.table_rows()}
         for path in self.makers:
-            name = path.removeprefix(f"{self.home}/")
-            words = name.split("/")
+            words = path.removeprefix(f"{self.home}/").split("/")
             if words[0] == "readout" and len(words) == 4:
-                found["/".join(words[1:])] = f"{path}/result.json"
-            elif words[0] in RECORDS and len(words) == 2 and self.rows(words[0], point=words[1]):
-                found[f"{words[1]}/{words[0]}"] = f"{path}/{RECORDS[words[0]]}"
-        return found
+                records["/".join(words[1:])] = f"{path}/{TABLES['results']}"
+            elif words[0] in TABLES and f"{words[-1]}/{words[0]}" in keys:
+                records[f"{words[-1]}/{words[0]}"] = f"{path}/{TABLES[words[0]]}"
+        return records
 
-    def rows(self, table: str, **wanted: str) -> list[tuple[int, dict[str, str]]]:
-        """(line, row) of a csv of the report, those with the wanted values; none where the table is not here."""
-        lines = _table(self.disk.text(f"{self.folder}/{table}.csv") or "")
-        return [(n, row) for n, row in enumerate(lines, start=2) if all(row.get(k) == v for k, v in wanted.items())]
+    def owns(self, path: str) -> bool:
+        """Whether a path is one of the run's artifacts or a file of its report."""
+        return f"{path}/".startswith((f"{self.home}/", f"{self.folder}/"))
 
-    def taints(self, name: str, starts: list[tuple[str, tuple[str, ...]]]) -> tuple[str, ...]:
-        """A line for every way from what is called `name` to numbers: the stages between, and which numbers they are.
+    def affected_results(self, cause: str, starts: Sequence[tuple[str, tuple[str, ...]]] | None = None) -> tuple[str, ...]:
+        """One line for each way from a cause to results: `cause -> stage -> ... -> report: results`.
 
         Args:
-            starts: paths in which it is, each with the stages already between.
+            starts: (path, kinds of stages before it) of the first files that the cause changed; default: the cause is
+                a path.
         """
         ways: dict[tuple[str, ...], list[str]] = {}
-        waiting, passed, found = list(starts), set(), set()
+        waiting, passed, reached = [(cause, ())] if starts is None else list(starts), set(), set()
         while waiting:
-            at, way = waiting.pop(0)
-            for key, file in self.numbers.items():
-                if key not in found and touch(file, at):
-                    found.add(key)
-                    ways.setdefault(way, []).append(key)
-            for stage in self.readers(at):
-                if stage.name not in passed:
-                    passed.add(stage.name)
-                    further = way if way[-1:] == (stage.kind,) else (*way, stage.kind)
-                    waiting += [(out.path, further) for out in stage.outs]
-        lines = [" -> ".join((name, *way, f"{self.folder}: {_some(keys)}")) for way, keys in ways.items()]
-        return tuple(lines)
+            path, way = waiting.pop(0)
+            for key in (key for key, record in self.records.items() if key not in reached and overlap(record, path)):
+                reached.add(key)
+                ways.setdefault(way, []).append(key)
+            for stage in (stage for stage in self._readers(path) if stage.name not in passed):
+                passed.add(stage.name)
+                longer = way if way[-1:] == (stage.kind,) else (*way, stage.kind)
+                waiting += [(out.path, longer) for out in stage.outs]
+        return tuple(" -> ".join((cause, *way, f"{self.folder}: {shorten(keys, 6)}")) for way, keys in ways.items())
 
-    def of_setting(self, key: str) -> list[tuple[str, tuple[str, ...]]]:
-        """Where a setting went in, as `taints` starts."""
-        stages = [s for s in self.stages.values() if any(_within(key, other) or _within(other, key) for other in s.params)]
+    def outs_of_setting(self, key: str) -> list[tuple[str, tuple[str, ...]]]:
+        """(path, stage) of the files that a setting changes, as `affected_results` starts."""
+        stages = [s for s in self.stages.values() if any(is_below(key, [name]) or is_below(name, [key]) for name in s.params)]
         return [(out.path, (stage.kind,)) for stage in stages for out in stage.outs]
 
     def json(self, path: str) -> Any:
-        """None where the file is not here, or is no JSON (the audit names such files)."""
-        return _parsed(self.disk.text(path) or "null")
+        """Content of a JSON file; None: not here, or damaged (a finding of its own)."""
+        return parse_json(self.disk.text(path) or "null")
 
-    def described(self, path: str) -> dict[str, str]:
-        """sha256 by name of the files of a clips folder, shards among them, by its croissant.json; nothing of other folders."""
-        content = self.json(f"{path}/croissant.json") or {}
-        return {entry["@id"]: entry["sha256"] for entry in content.get("distribution", ()) if "sha256" in entry}
+    def json_object(self, path: str) -> dict[str, Any]:
+        """Content of a JSON file that holds an object; empty: not here, or damaged."""
+        content = self.json(path)
+        return content if isinstance(content, dict) else {}
+
+    def shards(self, path: str) -> dict[str, str]:
+        """sha256 by name of the files of a clips folder by its croissant.json; empty for other folders."""
+        distribution = self.json_object(f"{path}/croissant.json").get("distribution", ())
+        return {entry["@id"]: entry["sha256"] for entry in distribution if "sha256" in entry}
 
     def weights(self, encoder: str) -> str:
+        """Path of an encoder's weights."""
         return f"{self.home}/pretrain/{encoder}/{WEIGHTS}"
 
-    def facts(self, stage: lock.Stage) -> dict[str, Any] | None:
-        """Time, machine and versions of the stage's run, from the report's runs.json; None where it does not tell."""
-        return self.told(stage, self.disk.text(f"{self.folder}/runs.json") or "{}")
-
-    def told(self, stage: lock.Stage, text: str) -> dict[str, Any] | None:
-        """text: of a runs.json."""
+    def environment(self, stage: LockedStage, runs_json: str | None = None) -> dict[str, Any] | None:
+        """Time, machine and versions of a stage by the report's runs.json, or by the text of another; None: unknown."""
+        runs = parse_json(runs_json or self.disk.text(f"{self.folder}/runs.json") or "{}") or {}
+        runs = [run for run in runs.get("runs", ()) if {"stage", "out_sha256", "versions"} <= run.keys()]
+        by_stage = {run["stage"]: run for run in reversed(runs)}
         for out in stage.outs:
             words = out.path.removeprefix(f"{self.home}/").split("/")
             name = "-".join(("baseline", words[-1]) if stage.kind.startswith("baseline") else words)
-            for run in (_parsed(text) or {}).get("runs", ()):
-                if run["stage"] == (stage.name if out.path.startswith(f"{self.folder}/") else name):
-                    return run
+            if (name := stage.name if out.path.startswith(f"{self.folder}/") else name) in by_stage:
+                return by_stage[name]
         return None
 
 
-@cache
-def _table(text: str) -> list[dict[str, str]]:
-    return list(csv.DictReader(text.splitlines()))
+def row_numbers(row: Mapping[str, str]) -> dict[str, str]:
+    """Name -> text of the numbers in a row of a table: a result's value by its metric, every number of another row."""
+    if "metric" in row:
+        return {row["metric"]: row.get("value", "")}
+    return {column: text for column, text in row.items() if column not in NOT_NUMBERS}
+
+
+def recorded_row(record: Mapping[str, Any], row: Mapping[str, str]) -> dict[str, Any]:
+    """The columns of a row as its JSON file has them. Interval, unit and direction belong to the metric of a result."""
+    if "metric" not in row:
+        return {column: record.get(column, "") for column in row if column != "point"}
+    columns = {column: record.get(column) for column in ("parameters", "examples", "seed", "checkpoint_sha256")}
+    if row["metric"] == record.get("metric"):
+        return columns | {column: record.get(column) for column in ("value", *INTERVAL)}
+    return columns | dict.fromkeys(INTERVAL, "") | {"value": (record.get("others") or {}).get(row["metric"])}
 
 
 @cache
-def _parsed(text: str) -> Any:
-    """None where it is no JSON."""
+def parse_json(text: str) -> Any:
+    """Content of a JSON text; None: damaged."""
     try:
         return json.loads(text)
     except ValueError:
         return None
 
 
-def runs() -> list[Run]:
-    """The checkout's own run first, then every run kept in reports/*/dvc.lock; they share one Disk.
+def locked_runs() -> list[LockedRun]:
+    """The checkout's run first, then every kept run (reports/*/dvc.lock). They share one Disk.
 
     Raises:
-        UserError: no project here, or a damaged lock.
+        UserError: no project here, dvc.yaml does not resolve, or a lock is damaged.
     """
     settings = config.read()
-    stages, differ = lock.pipeline()
-    kept = {path.as_posix(): lock.read(path) for path in sorted(Path("reports").glob("*/dvc.lock"))}
-    named = {file.path for some in (stages, *kept.values()) for stage in some.values() for file in (*stage.deps, *stage.outs)}
+    stages, contradictions = _pipeline()
+    kept = {path.as_posix(): read_lock(path) for path in sorted(Path("reports").glob("*/dvc.lock"))}
     folder = config.section(settings, "report.folder")
-    folders = {folder, *(Path(path).parent.as_posix() for path in kept)}
-    also = {path.as_posix() for name in folders for path in Path(name).glob("*") if path.suffix in (".csv", ".json", ".html")}
-    elsewhere = {
-        stage.outs[0].path: stage.deps[0].path for stage in stages.values() if stage.name.endswith(".dvc") and stage.deps
-    }
-    disk = Disk(named | also | set(elsewhere.values()), elsewhere)
-    mine = Run(lock.LOCK.as_posix(), stages, artifacts.home(settings).as_posix(), folder, tuple(differ), settings, disk)
-    return [mine, *(_kept(path, some, disk) for path, some in kept.items())]
+    imports = {stage.outs[0].path: stage.deps[0].path for name, stage in stages.items() if name.endswith(".dvc") and stage.deps}
+    disk = Disk(imports)
+    runs = [LockedRun(LOCK.as_posix(), stages, artifacts.home(settings).as_posix(), folder, settings, contradictions, disk)]
+    for path, some in kept.items():  # a lock also holds stages of other profiles
+        folder = Path(path).parent.as_posix()
+        goal = next((stage for stage in some.values() if any(out.path.startswith(f"{folder}/") for out in stage.outs)), None)
+        if goal is None or "profile" not in goal.params:
+            raise UserError(f"{path}: no stage in it writes {folder}/ with a profile; needed the lock of this report's run")
+        home = f"artifacts/{goal.params['profile']}"
+        runs.append(LockedRun(path, required(some, [goal.name]), home, folder, None, {}, disk))
+    return runs
 
 
-def _kept(path: str, stages: Mapping[str, lock.Stage], disk: Disk) -> Run:
-    """A lock also keeps stages of other profiles: only those that its report needs count."""
-    folder = Path(path).parent.as_posix()
-    goal = next((stage for stage in stages.values() if any(out.path.startswith(f"{folder}/") for out in stage.outs)), None)
-    if goal is None or "profile" not in goal.params:
-        raise UserError(
-            f"{path}: no stage in it writes {folder}/ with a profile; needed the lock of the run that made this report"
-        )
-    needed, waiting = {goal.name: goal}, [goal]
-    while waiting:
-        read = waiting.pop().deps
-        for stage in stages.values():
-            if stage.name not in needed and any(touch(dep.path, out.path) for dep in read for out in stage.outs):
-                needed[stage.name] = stage
-                waiting.append(stage)
-    ordered = {name: stage for name, stage in stages.items() if name in needed}
-    return Run(path, ordered, f"artifacts/{goal.params['profile']}", folder, (), None, disk)
+def _pipeline() -> tuple[dict[str, LockedStage], dict[str, list[str]]]:
+    """Stages of dvc.lock and of the .dvc files, and every contradiction to dvc.yaml and params.yaml -> names of stages.
+
+    A stage of dvc.lock that dvc.yaml no longer has is left out, as DVC does.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    locked = read_lock(LOCK) if LOCK.is_file() else {}
+    settings = provenance.load_yaml(config.PARAMS.read_text())
+    stages, contradictions = {}, {}
+    try:
+        with Repo(".") as repo:
+            for stage in (stage for stage in repo.index.stages if "/" not in stage.path_in_repo):  # others: crates
+                name, messages = stage.addressing, [f"{LOCK} does not have this stage: run `dvc repro`"]
+                if stage.path_in_repo != "dvc.yaml":
+                    stages |= read_lock(Path(name))
+                    edited = stage.md5 != stage.compute_md5()
+                    messages = ["its md5 does not fit its content: take the file from git again"] if edited else []
+                elif name in locked:
+                    stages[name] = locked[name]
+                    messages = [f"{text}: run `dvc repro`" for text in _differ(locked[name], stage, settings)]
+                for message in messages:
+                    contradictions.setdefault(message, []).append(name)
+    except DvcException as error:
+        raise UserError(f"DVC cannot read the pipeline: {' '.join(str(error).split())}") from error
+    return stages, contradictions
 
 
-def touch(one: str, other: str) -> bool:
-    """Equal, or one lies inside the other."""
-    return one == other or one.startswith(f"{other}/") or other.startswith(f"{one}/")
-
-
-def _within(key: str, parent: str) -> bool:
-    return key == parent or key.startswith(f"{parent}.")
-
-
-def _some(keys: list[str]) -> str:
-    shown = ", ".join(keys[:6])
-    return f"{len(keys)} rows: {shown}, ..." if keys[6:] else shown
+def _differ(locked: LockedStage, declared: Any, settings: Mapping[str, Any]) -> Iterator[str]:
+    """How a locked stage differs from dvc.yaml and params.yaml. declared: DVC's own stage."""
+    if locked.command != declared.cmd:
+        yield f"{LOCK} has the command `{locked.command}`, dvc.yaml `{declared.cmd}`"
+    keys = [key for dep in declared.deps for key in getattr(dep, "params", ())]
+    for key, value, other in differences(locked.params, config.declared(settings, keys)):
+        yield f"{LOCK} has {key} = {value!r}, params.yaml {other!r}"
+    deps = {dep.def_path for dep in declared.deps if not hasattr(dep, "params")}
+    outs = {out.def_path for out in declared.outs}
+    for verb, some, others in (("reads", locked.deps, deps), ("writes", locked.outs, outs)):
+        if (paths := {file.path for file in some}) != others:
+            one, other = (", ".join(sorted(group)) or "nothing else" for group in (paths - others, others - paths))
+            yield f"by {LOCK} it {verb} {one}; by dvc.yaml {other}"

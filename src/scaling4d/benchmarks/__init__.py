@@ -1,7 +1,10 @@
-"""The benchmarks' own on-disk formats <-> Samples, reader and writer side by side; one module a benchmark.
+"""The benchmarks' own on-disk formats -> Samples, and writers for the pocket data; one module per benchmark.
 
-A clip is, for now, the first `frames` frames at `rate_hz` of each video, scene, row file or segment; where points are asked about
-in later frames, clips start there (`queries`).
+A clip is, for now, the first `frames` frames at `rate_hz` of each video, scene, row file or segment; clips of points
+start in the query frames (`queries`). A benchmark's module has
+  OFFICIAL                          number of items per split, by the authors' count
+  open_split(root, split, request)  Samples of a split; raises UserError where the layout is another one
+  class_names(root)                 of actions: names of the classes
 """
 
 from __future__ import annotations
@@ -11,31 +14,43 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
 
-from scaling4d.benchmarks.queries import check as check_queries
-from scaling4d.benchmarks.skipped import Missing, Skipped
+from scaling4d.benchmarks.samples import ClipRequest, Samples, SkippedItem
 from scaling4d.records import UserError
 
-if TYPE_CHECKING:
-    from scaling4d.benchmarks.frames import Samples
-
-TASKS = {  # of several benchmarks, the one whose folder is there is read
+TASKS = {  # the benchmarks of a task; the one whose folder exists is read
     "actions": ("ssv2", "kinetics"),
     "boxes": ("waymo", "perception_test_objects"),
     "depth": ("scannet",),
     "points": ("perception_test", "tapvid"),
     "pose": ("realestate10k",),
 }
-HOUSED = {"perception_test_objects": "perception_test"}  # lies in another one's folder; read where its task has no other
+SHARED_FOLDER = {"perception_test_objects": "perception_test"}  # in another one's folder; read if its task has no other
 SPLITS = ("train", "val")
-SHOWN = 10  # bad samples that a message lists
-TRIED = 3  # items of each split that a check reads
+LISTED = 10  # bad items that a message names
+CHECKED = 3  # items of each split that a check reads
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What a check found of a benchmark's split. official: how many its authors count. usable: by a readout, as it is."""
+class Benchmark:
+    """A benchmark's module and folder."""
+
+    name: str
+    folder: Path
+
+    @property
+    def module(self) -> ModuleType:
+        return import_module(f"scaling4d.benchmarks.{self.name}")
+
+    @property
+    def exists(self) -> bool:
+        """Whether its folder exists. A shared folder must have its lists."""
+        return self.folder.is_dir() and (self.name not in SHARED_FOLDER or self.module.has_lists(self.folder))
+
+
+@dataclass(frozen=True)
+class BenchmarkCheck:
+    """State of a benchmark's split. official: number of items by its authors. usable: a readout can use it as it is."""
 
     benchmark: str
     split: str
@@ -46,168 +61,109 @@ class Finding:
     usable: bool
 
 
-def read(
-    task: str,
-    benchmarks_root: Path,
-    split: str,
-    *,
-    frames: int,
-    rate_hz: float,
-    side_px: int,
-    part: slice = slice(None),
-    skipped: list[Skipped] | None = None,
-    max_bad_share: float = 0.0,
-    views: tuple[int, int] = (1, 1),
-    queries: str | None = None,
+def read_samples(
+    task: str, root: Path, split: str, request: ClipRequest, *, skipped: list[SkippedItem] | None = None, max_bad_share: float = 0
 ) -> Samples:
-    """The samples of a task's benchmark, in the order of its own lists; the layout is checked before the first one.
+    """The samples of a task's benchmark, in the order of its own lists. The layout is checked before the first one.
 
-    Args:
-        part: of the benchmark's list; nothing else is decoded.
-        skipped: takes what gives no sample, and why. Without it a damaged or missing one raises.
-        max_bad_share: of all that is listed, may be missing.
-        views: clips over the time of an item and squares cut out of each; of actions alone. They follow one another.
-        queries: for points, in which frames they are asked about; see `queries.QUERIES`.
-    Raises:
-        UserError: unknown task, split or queries, or the benchmark's folder is missing or laid out in another way.
+    root: folder of all benchmarks. skipped: collects the items without a sample. None: a damaged or missing item
+    raises. max_bad_share: of the list that may be missing.
+    Raises UserError: unknown task or split, views or queries of a task without them, or the benchmark's folder is
+    missing or laid out in another way.
     """
-    if queries is not None:
-        check_queries(queries)
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}; needed one of {', '.join(SPLITS)}")
-    name, root = _source(task, benchmarks_root, split)
-    benchmark = _module(name)
-    try:
-        benchmark.count(root, split)
-    except Missing as missing:
+    benchmark = find_benchmark(task, root, split)
+    if (request.views != (1, 1) and task != "actions") or (request.queries != "frame_0" and task != "points"):
+        needed = "needed (1, 1) except of actions, and 'frame_0' except of points"
+        raise UserError(f"views = {request.views} and queries = {request.queries!r} of task {task}; {needed}")
+    samples = benchmark.module.open_split(benchmark.folder, split, request)
+    if samples.missing:
         if skipped is None:
-            raise
-        judge([Skipped(name, "missing", True) for name in missing.names], missing.listed, max_bad_share, f"{task} {split}")
-    more = {} if views == (1, 1) else {"views": views}
-    more |= {} if queries is None else {"queries": queries}
-    return benchmark.read(root, split, frames=frames, rate_hz=rate_hz, side_px=side_px, part=part, skipped=skipped, **more)
+            raise samples.missing
+        missing = [SkippedItem(name, "missing", True) for name in samples.missing.names]
+        check_bad_share(missing, samples.count, max_bad_share, f"{task} {split}")
+    return samples.part(skipped=skipped)
 
 
-def listed(task: str, benchmarks_root: Path, split: str) -> int:
-    """How many items of a task's benchmark its split lists, missing ones included. Raises UserError: as read."""
-    name, root = _source(task, benchmarks_root, split)
-    try:
-        return _module(name).count(root, split)
-    except Missing as missing:
-        return missing.listed
+def find_benchmark(task: str, root: Path, split: str = "train") -> Benchmark:
+    """The benchmark that is read for a task and a split.
 
-
-def judge(skipped: Sequence[Skipped], listed: int, max_bad_share: float, what: str) -> None:
-    """Raises UserError: more than this share of what is listed is damaged or missing; names the first of them."""
-    bad = [item for item in skipped if item.bad]
-    if len(bad) > max_bad_share * listed:
-        first = "; ".join(f"{item.id}: {item.why}" for item in bad[:SHOWN])
-        raise UserError(
-            f"{what}: {len(bad)} of {listed} samples are damaged or missing, more than the share "
-            f"readout.shared.Evaluation.max_bad_share = {max_bad_share}; mend them or raise it. The first: {first}"
-        )
-
-
-def folder(task: str, benchmarks_root: Path, split: str = "train") -> Path:
-    """Where a task's benchmark lies. One that has no training split is measured on where it is there, beside another to train on.
-
-    Raises:
-        UserError: unknown task, no such folder, or more than one.
+    A benchmark without a training split may lie beside one to train on. Then the validation split is read from it.
+    Raises UserError: unknown task, no folder of its benchmarks, or more than one.
     """
-    return _source(task, benchmarks_root, split)[1]
-
-
-def _source(task: str, benchmarks_root: Path, split: str) -> tuple[str, Path]:
-    """Name and folder of the benchmark that is read for a task and a split."""
     if task not in TASKS:
         raise UserError(f"unknown task {task!r}; needed one of {', '.join(TASKS)}")
-    there = {name: root for name in TASKS[task] if (root := _root(name, benchmarks_root)) is not None}
-    own = [name for name in there if name not in HOUSED]
-    if len(own) > 1:
-        fitting = [name for name in own if ("train" in _module(name).OFFICIAL) == (split == "train")]
-        if len(fitting) != 1:
-            raise UserError(f"{' and '.join(str(there[name]) for name in own)} are both there for task {task}; keep one of them")
-        own = fitting
-    if not there:
-        places = " or ".join(_place(name, benchmarks_root) for name in TASKS[task])
-        raise UserError(
-            f"no folder {places} for task {task}; put the benchmark there as its authors distribute it, or leave the task out"
-        )
-    name = [*own, *there][0]
-    return name, there[name]
+    candidates = _candidates(task, root)
+    existing = [benchmark for benchmark in candidates if benchmark.exists]
+    if not existing:
+        lists = {b.name: f" (with {' or '.join(b.module.LIST_PATTERNS)})" for b in candidates if b.name in SHARED_FOLDER}
+        places = " or ".join(f"{b.folder}{lists.get(b.name, '')}" for b in candidates)
+        put = "put the benchmark there as its authors distribute it, or leave the task out"
+        raise UserError(f"no folder {places} for task {task}; {put}")
+    existing = [benchmark for benchmark in existing if benchmark.name not in SHARED_FOLDER] or existing
+    fitting = [b for b in existing if len(existing) == 1 or ("train" in b.module.OFFICIAL) == (split == "train")]
+    if len(fitting) != 1:
+        folders = " and ".join(str(benchmark.folder) for benchmark in existing)
+        raise UserError(f"{folders} are both there for task {task}; keep one of them")
+    return fitting[0]
 
 
-def _root(name: str, benchmarks_root: Path) -> Path | None:
-    """A benchmark's folder, if it is there; in another one's folder, if its lists are."""
-    root = Path(benchmarks_root) / HOUSED.get(name, name)
-    return root if root.is_dir() and (name not in HOUSED or _module(name).listed(root)) else None
+def class_names(root: Path) -> list[str]:
+    """Names of the action classes by index. Raises UserError: no labels, or labels in another form."""
+    benchmark = find_benchmark("actions", root)
+    return benchmark.module.class_names(benchmark.folder)
 
 
-def _place(name: str, benchmarks_root: Path) -> str:
-    root = Path(benchmarks_root) / HOUSED.get(name, name)
-    return f"{root} (with {_module(name).LISTED})" if name in HOUSED else str(root)
+def check_bad_share(skipped: Sequence[SkippedItem], items: int, max_bad_share: float, split_name: str) -> None:
+    """Raises UserError: more than this share of the items is damaged or missing. The message names the first ones."""
+    bad = [item for item in skipped if item.bad]
+    if len(bad) > max_bad_share * items:
+        first = "; ".join(f"{item.id}: {item.why}" for item in bad[:LISTED])
+        more = f"more than max_bad_share = {max_bad_share}; mend them or raise it. The first: {first}"
+        raise UserError(f"{split_name}: {len(bad)} of {items} samples are damaged or missing, {more}")
 
 
-def classes(benchmarks_root: Path) -> list[str]:
-    """Names of the action classes; a Sample's action is an index into them.
+def check_benchmarks(root: Path, *, max_bad_share: float) -> list[BenchmarkCheck]:
+    """Check layout and listed items of every benchmark below `root`, and read the first few items of each split.
 
-    Raises:
-        UserError: no or other labels.
+    A benchmark that no readout reads, since another one comes first, is reported and counts as usable.
     """
-    name, root = _source("actions", benchmarks_root, "train")
-    return _module(name).classes(root)
+    checks = []
+    for task in TASKS:
+        for benchmark in (candidate for candidate in _candidates(task, root) if candidate.exists):
+            for split in benchmark.module.OFFICIAL:
+                check = _check_split(benchmark, split, max_bad_share)
+                try:
+                    if find_benchmark(task, root, split) != benchmark:
+                        check = replace(check, usable=True)
+                except UserError as error:
+                    check = replace(check, problems=(str(error), *check.problems), usable=False)
+                checks.append(check)
+    return checks
 
 
-def check(benchmarks_root: Path, *, max_bad_share: float) -> list[Finding]:
-    """Layout and listed items of every benchmark that is there; the first few items of each split are read.
-
-    What no readout would read, since another benchmark goes before it, is reported and counts as usable.
-    """
-    findings = []
-    for names in TASKS.values():
-        there = {name: root for name in names if (root := _root(name, benchmarks_root)) is not None}
-        trained = [name for name in there if name not in HOUSED and "train" in _module(name).OFFICIAL]
-        measured = [name for name in there if "train" not in _module(name).OFFICIAL]
-        for name, root in there.items():
-            for split in _module(name).OFFICIAL:
-                found = _look(name, root, split, max_bad_share)
-                if len(trained) > 1 and name in trained:
-                    problem = f"{' and '.join(trained)} are both there for one task; keep one of them"
-                    found = replace(found, problems=(problem, *found.problems), usable=False)
-                elif (name in HOUSED and trained) or (split == "val" and measured and name not in measured):
-                    found = replace(found, usable=True)
-                findings.append(found)
-    return findings
+def unknown_folders(root: Path) -> list[str]:
+    """Names of folders below `root` that are no benchmark's."""
+    known = {benchmark.folder.name for task in TASKS for benchmark in _candidates(task, root)}
+    return sorted(path.name for path in root.iterdir() if path.is_dir() and path.name not in known)
 
 
-def unknown(benchmarks_root: Path) -> list[str]:
-    """Folders that no reader has the name of."""
-    known = {HOUSED.get(name, name) for names in TASKS.values() for name in names}
-    return sorted(path.name for path in benchmarks_root.iterdir() if path.is_dir() and path.name not in known)
+def _candidates(task: str, root: Path) -> list[Benchmark]:
+    return [Benchmark(name, Path(root) / SHARED_FOLDER.get(name, name)) for name in TASKS[task]]
 
 
-def _look(name: str, root: Path, split: str, max_bad_share: float) -> Finding:
-    benchmark, layout, problems, usable = _module(name), "", [], True
-    official = benchmark.OFFICIAL[split]
+def _check_split(benchmark: Benchmark, split: str, max_bad_share: float) -> BenchmarkCheck:
+    official, skipped = benchmark.module.OFFICIAL[split], []
     try:
-        layout = benchmark.layout(root, split)
-        samples = benchmark.count(root, split)
-    except Missing as missing:
-        samples = missing.listed - len(missing.names)
-        problems += [str(missing), *(f"missing: {item}" for item in missing.names[1:SHOWN])]
-        usable = len(missing.names) <= max_bad_share * missing.listed
+        samples = benchmark.module.open_split(benchmark.folder, split, ClipRequest(frames=2, rate_hz=10.0, side_px=32))
     except UserError as error:
-        return Finding(name, split, layout, 0, official, (str(error),), usable=False)
-    skipped: list[Skipped] = []
-    try:
-        tried = list(benchmark.read(root, split, frames=2, rate_hz=10.0, side_px=32, part=slice(TRIED), skipped=skipped))
-    except UserError as error:
-        return Finding(name, split, layout, samples, official, (*problems, str(error)), usable=False)
+        return BenchmarkCheck(benchmark.name, split, "", 0, official, (str(error),), usable=False)
+    missing = samples.missing.names if samples.missing else ()
+    problems = [str(samples.missing), *(f"missing: {item}" for item in missing[1:LISTED])] if missing else []
+    readable = list(samples.part(slice(CHECKED), skipped))
     bad = [item.why for item in skipped if item.bad]
     problems += [why for why in bad if why not in problems]
-    usable &= bool(tried) or not bad
-    return Finding(name, split, layout, samples, official, tuple(problems), usable)
-
-
-def _module(name: str) -> ModuleType:
-    return import_module(f"scaling4d.benchmarks.{name}")
+    usable = len(missing) <= max_bad_share * samples.count and (bool(readable) or not bad)
+    count = samples.count - len(missing)
+    return BenchmarkCheck(benchmark.name, split, samples.layout, count, official, tuple(problems), usable)

@@ -1,87 +1,36 @@
-"""What all readers share: lists that must be there, frames at given times, and the resize and crop of pictures and labels."""
+"""Shared by all readers: files of a list, frames of a video by time or number, resize and crop of pictures, labels."""
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from scaling4d import video
-from scaling4d.benchmarks.skipped import LeftOut, Missing, Skipped
-from scaling4d.records import Sample, UserError
-
-T = TypeVar("T")
-
-TOLERANCE_S = 1e-3  # as in `video.nearest`
+from scaling4d.benchmarks.samples import ClipRequest, MissingFiles
+from scaling4d.records import UserError
+from scaling4d.video import TOLERANCE_S
 
 
-def needed(root: Path, path: Path, what: str) -> Path:
-    """The path, if it is there.
-
-    Raises:
-        UserError: it is not; names the folder and what was expected in it.
-    """
+def require_path(root: Path, path: Path, content: str) -> Path:
+    """The path. Raises UserError: there is none; the message names the benchmark's folder and the expected content."""
     if not path.exists():
-        raise UserError(f"{root} is laid out in another way: needed {path.relative_to(root)} ({what})")
+        raise UserError(f"{root} is laid out in another way: needed {path.relative_to(root)} ({content})")
     return path
 
 
-class Samples(Iterator[Sample]):
-    """Samples in the order of what is listed, or those of one item by its place, as often as they are wanted.
-
-    items: what is listed; some: the samples of an item; name: of an item. What gives none is noted in `skipped`; without such a
-    list, what is damaged raises.
-    """
-
-    def __init__(
-        self, items: Iterable[T], some: Callable[[T], list[Sample]], skipped: list[Skipped] | None, name: Callable = str
-    ) -> None:
-        self.items, self.some, self.skipped, self.name = items, some, skipped, name
-        self._in_turn = (sample for _, samples in self.by_place() for sample in samples)
-
-    def __next__(self) -> Sample:
-        return next(self._in_turn)
-
-    def by_place(self) -> Iterator[tuple[int, list[Sample]]]:
-        """Place in `items` and samples of every item that gives any."""
-        for place, item in enumerate(self.items):
-            try:
-                samples = self.some(item)
-            except UserError as error:
-                bad = not isinstance(error, LeftOut)
-                if self.skipped is not None:
-                    self.skipped.append(Skipped(self.name(item), str(error), bad))
-                elif bad:
-                    raise
-            else:
-                yield place, samples
-
-    def at(self, place: int) -> list[Sample]:
-        """Raises UserError: the item gives none."""
-        assert isinstance(self.items, Sequence)  # all benchmarks that are trained on have lists
-        return self.some(self.items[place])
-
-
-def each(items: Iterable[T], one: Callable[[T], Sample], skipped: list[Skipped] | None, name: Callable = str) -> Samples:
-    """One sample an item."""
-    return Samples(items, lambda item: [one(item)], skipped, name)
-
-
-def all_there(folder: Path, names: Sequence[str], what: str) -> int:
-    """How many files are listed.
-
-    Raises:
-        Missing: some are not in the folder.
-    """
-    there = {path.name for path in folder.iterdir()}
-    if missing := [name for name in names if name not in there]:
-        raise Missing(folder, missing, listed=len(names), what=what)
-    return len(names)
+def missing_files(folder: Path, names: Sequence[str], what: str) -> MissingFiles | None:
+    """The error of listed files that the folder lacks; None: it has all of them."""
+    present = {path.name for path in folder.iterdir()}
+    missing = [name for name in names if name not in present]
+    return MissingFiles(folder, missing, listed=len(names), what=what) if missing else None
 
 
 def load_json(path: Path, kind: type) -> Any:
@@ -95,17 +44,38 @@ def load_json(path: Path, kind: type) -> Any:
     return content
 
 
-def at_times(path: Path, times_s: Sequence[float] | np.ndarray) -> np.ndarray:
-    """uint8 `T H W 3`: the frame on show at each ascending time since the first frame; decoding stops after the last one.
+# ---- pictures ----
 
-    A video that ends early goes on with its last frame.
-    Raises:
-        UserError: it cannot be decoded.
+
+def open_picture(source: Path | bytes, where: object) -> Image.Image:
+    """A picture file, or the bytes of one. Raises UserError: it is damaged; the message starts with `where`."""
+    try:
+        picture = Image.open(source if isinstance(source, Path) else io.BytesIO(source))
+        picture.load()
+    except (OSError, SyntaxError) as error:  # SyntaxError: a broken png
+        raise UserError(f"{where} cannot be read: {error}") from error
+    return picture
+
+
+def encode_jpeg(picture: np.ndarray, quality: int) -> bytes:
+    """JPEG of a picture, uint8 `H W 3`."""
+    encoded = io.BytesIO()
+    Image.fromarray(picture).save(encoded, "JPEG", quality=quality, optimize=True)
+    return encoded.getvalue()
+
+
+# ---- frames of videos ----
+
+
+def frames_by_time(path: Path, times_s: Sequence[float] | np.ndarray) -> np.ndarray:
+    """uint8 `T H W 3`: the frame on show at each ascending time since the first frame. Decoding stops after the last.
+
+    A video that ends early is padded with its last frame. Raises UserError: it cannot be decoded.
     """
     pictures: list[np.ndarray] = []
     first_s = shown = None
-    try:
-        for clock_s, picture in video.frames(path):
+    with _video_named(path):
+        for clock_s, picture in video.decode_frames(path):
             first_s = clock_s if first_s is None else first_s
             time_s = clock_s - first_s
             while shown is not None and len(pictures) < len(times_s) and time_s > times_s[len(pictures)] + TOLERANCE_S:
@@ -113,88 +83,100 @@ def at_times(path: Path, times_s: Sequence[float] | np.ndarray) -> np.ndarray:
             if len(pictures) == len(times_s):
                 break
             shown = picture
-    except video.VideoError as error:
-        raise UserError(f"{path}: {error}") from error
     if shown is None:
         raise UserError(f"{path}: no frame can be decoded")
     return np.stack([*pictures, *[shown] * (len(times_s) - len(pictures))])
 
 
-def far_in(path: Path, times_s: np.ndarray) -> np.ndarray:
-    """The same of a video that goes on for long before the first time: decoded from the key frame before it.
+def frames_by_seeking(path: Path, times_s: np.ndarray) -> np.ndarray:
+    """The same frames of a long video. Decoding starts at the key frame before the first time.
 
-    Raises:
-        UserError: it cannot be decoded, or ends early.
+    Raises UserError: it cannot be decoded, or ends early.
     """
-    try:
-        first_s, _ = next(video.frames(path), (0.0, None))
+    with _video_named(path):
+        first_s, _ = next(video.decode_frames(path), (0.0, None))
         end_s = _duration_s(path)
         if times_s[-1] > end_s + TOLERANCE_S:
-            raise UserError(f"{path} ends at {end_s:.2f} s, needed {times_s[-1]:.2f} s; lower clip.frames or raise rate_hz")
-        return video.at(path, first_s + times_s)
+            raise UserError(f"{path} ends at {end_s:.2f} s, needed {times_s[-1]:.2f} s; lower frames or raise rate_hz")
+        return video.read_frames_at(path, first_s + times_s)
+
+
+def squares_by_number(path: Path, numbers: Sequence[int] | np.ndarray, side_px: int) -> np.ndarray:
+    """uint8 `T side side 3`: frames by their ascending number in the video, cropped. Decoding stops after the last.
+
+    Raises UserError: it cannot be decoded, or has too few frames.
+    """
+    squares: dict[int, np.ndarray] = {}
+    with _video_named(path):
+        for number, (_, picture) in enumerate(video.decode_frames(path)):
+            if number in numbers:
+                squares[number] = Crop(*picture.shape[:2], side_px).pixels([picture])[0]
+            if number == numbers[-1]:
+                return np.stack([squares[number] for number in numbers])
+    missing = next(number for number in numbers if number not in squares)
+    raise UserError(f"{path} ends before frame {missing}; lower frames or raise rate_hz")
+
+
+def read_views(path: Path, request: ClipRequest) -> list[np.ndarray]:
+    """uint8 `T side side 3` each: the clips of a video, and the squares of each clip.
+
+    One clip starts with the video. Several are evenly spaced, from its start to its end. One square is cut from the
+    middle, several from one end to the other. A video that ends early is padded with its last frame.
+    Raises UserError: it cannot be decoded.
+    """
+    clips, crops = request.views
+    starts_s = np.zeros(1)
+    if clips > 1:
+        with _video_named(path):
+            starts_s = np.linspace(0.0, max(_duration_s(path) - request.frames / request.rate_hz, 0.0), clips)
+    clips_s = [start_s + request.times_s for start_s in starts_s]
+    unique_s = np.unique(np.concatenate(clips_s))
+    pictures = frames_by_time(path, unique_s)
+    positions = np.linspace(0, 1, crops) if crops > 1 else [0.5]
+    squares = [Crop(*pictures.shape[1:3], request.side_px, position) for position in positions]
+    return [square.pixels(pictures[np.searchsorted(unique_s, clip_s)]) for clip_s in clips_s for square in squares]
+
+
+def nearest_rows(path: Path, stamps_us: np.ndarray, request: ClipRequest) -> np.ndarray:
+    """Index `T` of the time stamp, `n` ascending, nearest to each frame of a clip that starts with the first stamp.
+
+    Raises UserError: the last stamp comes too early.
+    """
+    wanted_us = stamps_us[0] + request.times_s * 1e6
+    if wanted_us[-1] > stamps_us[-1] + np.diff(stamps_us).max(initial=0):
+        raise request.too_long(path, (stamps_us[-1] - stamps_us[0]) / 1e6)
+    return np.abs(stamps_us[:, None] - wanted_us).argmin(0)
+
+
+@contextmanager
+def _video_named(path: Path) -> Iterator[None]:
+    """Errors of a video start with its path."""
+    try:
+        yield
     except video.VideoError as error:
         raise UserError(f"{path}: {error}") from error
 
 
 def _duration_s(path: Path) -> float:
-    """As the file says; where it does not, its frames are counted."""
-    said_s = video.probe(path, sha256="").duration_s
-    if said_s > 0:
-        return said_s
-    times_s = [time_s for time_s, _ in video.frames(path)]
-    return (times_s[-1] - times_s[0]) * len(times_s) / max(len(times_s) - 1, 1)  # the last frame is shown as long as the others
-
-
-def clips_of(path: Path, *, frames: int, rate_hz: float, clips: int) -> list[np.ndarray]:
-    """uint8 `T H W 3` each: one clip from the start of a video, or several, the last of which ends where the video does.
-
-    A video that ends early goes on with its last frame.
-    Raises:
-        UserError: it cannot be decoded.
-    """
-    times_s = np.arange(frames) / rate_hz
-    if clips == 1:
-        return [at_times(path, times_s)]
-    try:
-        last_s = max(_duration_s(path) - frames / rate_hz, 0.0)
-    except video.VideoError as error:
-        raise UserError(f"{path}: {error}") from error
-    each_s = [start_s + times_s for start_s in np.linspace(0.0, last_s, clips)]
-    every_s = np.unique(np.concatenate(each_s))
-    pictures = at_times(path, every_s)
-    return [pictures[np.searchsorted(every_s, of_one_s)] for of_one_s in each_s]
-
-
-def at_numbers(path: Path, numbers: Sequence[int]) -> Iterator[np.ndarray]:
-    """uint8 `H W 3` each: frames by their ascending number in the video, one at a time; decoding stops after the last one.
-
-    Raises:
-        UserError: it cannot be decoded, or has too few frames.
-    """
-    shown, left = -1, iter(video.frames(path))
-    try:
-        for number in numbers:
-            while shown < number:
-                _, picture = next(left)
-                shown += 1
-            yield picture
-    except StopIteration:
-        raise UserError(f"{path} ends before frame {number}; lower clip.frames or raise rate_hz") from None
-    except video.VideoError as error:
-        raise UserError(f"{path}: {error}") from error
+    """Of the container; where it has none, by counting frames: the last one is shown as long as the others."""
+    duration_s = video.probe(path, sha256="").duration_s
+    if duration_s > 0:
+        return duration_s
+    times_s = [time_s for time_s, _ in video.decode_frames(path)]
+    return (times_s[-1] - times_s[0]) * len(times_s) / max(len(times_s) - 1, 1)
 
 
 @dataclass(frozen=True)
 class Crop:
     """Shorter side to `side_px`, then a square of that side, for pictures of `height` x `width`.
 
-    place: of the square along the longer side: 0 at its start, 0.5 in the middle, 1 at its end.
+    position: of the square along the longer side: 0 at its start, 0.5 in the middle, 1 at its end.
     """
 
     height: int
     width: int
     side_px: int
-    place: float = 0.5
+    position: float = 0.5
 
     @property
     def resized(self) -> tuple[int, int]:
@@ -206,25 +188,14 @@ class Crop:
     def corner(self) -> np.ndarray:
         """x y in px of the square's corner in the resized picture."""
         height, width = self.resized
-        return np.array([int((width - self.side_px) * self.place), int((height - self.side_px) * self.place)])
-
-    @classmethod
-    def several(cls, pictures: np.ndarray, side_px: int, crops: int) -> list[Crop]:
-        """The square in the middle, or `crops` of them evenly spaced from one end to the other."""
-        places = [0.5] if crops == 1 else np.linspace(0, 1, crops).tolist()
-        return [cls(*pictures.shape[1:3], side_px, place) for place in places]
+        return np.array([int((width - self.side_px) * self.position), int((height - self.side_px) * self.position)])
 
     def pixels(self, pictures: Iterable[np.ndarray]) -> np.ndarray:
         """uint8 `T H W 3` -> uint8 `T side side 3`, bicubic with antialiasing."""
         height, width = self.resized
         x, y = self.corner
-        whole = [
-            p
-            if p.shape[:2] == (height, width)
-            else np.asarray(Image.fromarray(p).resize((width, height), Image.Resampling.BICUBIC))
-            for p in pictures
-        ]
-        return np.ascontiguousarray(np.stack(whole)[:, y : y + self.side_px, x : x + self.side_px])
+        resized = [np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC)) for picture in pictures]
+        return np.ascontiguousarray(np.stack(resized)[:, y : y + self.side_px, x : x + self.side_px])
 
     def points(self, points: np.ndarray) -> np.ndarray:
         """`... 2`, x y in 0..1 of the picture -> in 0..1 of the square; may fall outside."""
@@ -239,14 +210,3 @@ class Crop:
         centre = np.arange(self.side_px) + 0.5
         y, x = np.meshgrid(centre, centre, indexing="ij")
         return (np.stack([x, y], -1) + self.corner) / np.array(self.resized[::-1])
-
-
-def views_of(path: Path, *, frames: int, rate_hz: float, side_px: int, views: tuple[int, int]) -> list[np.ndarray]:
-    """uint8 `T side side 3` each: `views` are clips over the time of a video, and squares cut out of each.
-
-    Raises:
-        UserError: it cannot be decoded.
-    """
-    clips, crops = views
-    found = clips_of(path, frames=frames, rate_hz=rate_hz, clips=clips)
-    return [crop.pixels(pictures) for pictures in found for crop in Crop.several(pictures, side_px, crops)]

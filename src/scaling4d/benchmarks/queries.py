@@ -1,58 +1,46 @@
-"""In which frames of a video its tracks are asked about. A readout is asked in the first frame of a clip, so each such frame
-starts a clip of its own; where TAP-Vid also measures what came before, a second clip runs backwards from there.
+"""Query frames of a video: the frames in which its point tracks are given to a readout.
 
-"frame_0": the tracks that are visible in the first frame (4DS, by its released readouts). "first": every track where it is first
-visible; "strided": every track in every STRIDE-th frame where it is visible (TAP-Vid's two protocols). That the clip, and not the
-video, bounds what is measured around a query is ours; a query from which no whole clip fits into the video is not asked.
+A readout takes its queries in the first frame of a clip, so every query frame starts a clip of its own. TAP-Vid also
+measures frames before a query: there, a second clip runs backwards.
+
+"frame_0": the tracks that are visible in the first frame (4DS, by its released readouts). "first": every track in the
+frame of its first appearance; "strided": in every STRIDE-th frame, the tracks that are visible there (TAP-Vid's two
+protocols). Ours: the clip, not the video, bounds the measured frames, and a query frame is dropped if no full clip fits
+from there.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import namedtuple
 
 import numpy as np
-
-from scaling4d.records import UserError
 
 QUERIES = ("frame_0", "first", "strided")
 STRIDE = 5  # frames; tapnet's sample_queries_strided
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A clip of a video: numbers `T` of its frames, falling where it runs backwards, and the tracks that are asked about in its
-    first one: points `Q T 2` float32, 0 where not visible, and visible `Q T`."""
-
-    id: str
-    numbers: np.ndarray
-    points: np.ndarray
-    visible: np.ndarray
+# A clip that starts in a query frame. frame_numbers: `T` of the video, falling in a clip that runs backwards.
+# points: `Q T 2` float32 of the tracks that are visible in the first frame, 0 where they are not. visible: `Q T`.
+QueryClip = namedtuple("QueryClip", "id frame_numbers points visible")
 
 
-def check(how: str) -> None:
-    """Raises UserError: not one of QUERIES."""
-    if how not in QUERIES:
-        raise UserError(f"readout.tasks.points: queries = {how!r}; needed one of {', '.join(QUERIES)}")
+def query_clips(video: str, points: np.ndarray, visible: np.ndarray, offsets: np.ndarray, queries: str) -> list[QueryClip]:
+    """The clips of a video, by query frame.
 
-
-def asked(video: str, points: np.ndarray, visible: np.ndarray, after: np.ndarray, how: str) -> list[Asked]:
-    """The clips of a video by the frames in which something is asked.
-
-    Args:
-        points: `Q F 2` in all frames of the video. visible: bool `Q F`. after: `T`, a clip's frames counted from its first, 0.
-        how: one of QUERIES.
+    points: `Q F 2` in all F frames of the video. visible: bool `Q F`. offsets: `T`, a clip's frames counted from its
+    first. queries: one of QUERIES.
     """
-    assert how in QUERIES
-    total, found = visible.shape[1], []
-    for frame in range(0, total if how != "frame_0" else 1, STRIDE if how == "strided" else 1):
+    assert queries in QUERIES
+    total, clips = visible.shape[1], []
+    for frame in range(0, total if queries != "frame_0" else 1, STRIDE if queries == "strided" else 1):
         tracks = visible[:, frame]
-        if how == "first":
+        if queries == "first":
             tracks = tracks & ~visible[:, :frame].any(1)
-        for step in (1, -1) if how == "strided" else (1,):
-            numbers = frame + step * after
+        for step in (1, -1) if queries == "strided" else (1,):
+            numbers = frame + step * offsets
             if tracks.any() and 0 <= numbers[-1] < total:
                 seen = visible[tracks][:, numbers]
-                places = np.where(seen[..., None], points[tracks][:, numbers], 0).astype(np.float32)
-                name = video if how == "frame_0" else f"{video}@{frame}{'' if step > 0 else 'b'}"
-                found.append(Asked(name, numbers, places, seen))
-    return found
+                seen_points = np.where(seen[..., None], points[tracks][:, numbers], 0).astype(np.float32)
+                clip_id = video if queries == "frame_0" else f"{video}@{frame}{'' if step > 0 else 'b'}"
+                clips.append(QueryClip(clip_id, numbers, seen_points, seen))
+    return clips

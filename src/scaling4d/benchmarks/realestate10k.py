@@ -1,104 +1,96 @@
-"""RealEstate10K (pose): `{train,test}/<16 hex>.txt` and, brought by the user, `videos/<clip>/<time stamp>.png` (or .jpg),
-`videos/<clip>.mp4` or `videos/<youtube id>.mp4`; the folder may be called `frames` or left out.
+"""RealEstate10K (pose): row files `{train,test}/<16 hex>.txt`, and pictures from the user.
 
-A row file: the URL, then a row a frame: time in microseconds since the video's start; fx fy cx cy in units of width and
-height; two columns of zeros; the 3 x 4 world-to-camera matrix, row-major. Rows are matched to frames by time. Translation has the
-scale of the file. Facts: the official download page and CameraCtrl's reader. The val split is the authors' `test`.
+The pictures are `videos/<clip>/<time stamp>.png` (or .jpg), `videos/<clip>.mp4` or `videos/<youtube id>.mp4`. Their
+folder may also be `frames`, or the benchmark's own folder.
+
+A row file: the URL, then a row per frame: time in microseconds since the video's start; fx fy cx cy in units of width
+and height; two columns of zeros; the 3 x 4 world-to-camera matrix, row-major. Rows are matched to frames by time.
+Translation has the scale of the file. Split val is the authors' `test`. Facts: the official download page and
+CameraCtrl's reader.
 """
 
 from __future__ import annotations
 
+import string
 from collections.abc import Iterable, Sequence
-from functools import partial
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from scaling4d import video
-from scaling4d.benchmarks.frames import Crop, Samples, each, far_in, needed
-from scaling4d.benchmarks.skipped import Missing, Skipped
+from scaling4d.benchmarks.frames import Crop, frames_by_seeking, nearest_rows, open_picture, require_path
+from scaling4d.benchmarks.samples import ClipRequest, MissingFiles, Samples
 from scaling4d.records import Sample, UserError
 
 OFFICIAL = {"train": "about 72,000", "val": "about 8,000"}  # 80,000, nine to one
 FOLDERS = {"train": "train", "val": "test"}
 URL = "https://www.youtube.com/watch?v="
+ID_CHARACTERS = {*string.ascii_letters, *string.digits, "-", "_"}
 
 
-def read(
-    root: Path,
-    split: str,
-    *,
-    frames: int,
-    rate_hz: float,
-    side_px: int,
-    part: slice = slice(None),
-    skipped: list[Skipped] | None = None,
-) -> Samples:
-    """label camera_to_world `T 4 4` with valid (always true). Each row is shown with the frame of its own time stamp."""
-    one = partial(_sample, root, frames=frames, rate_hz=rate_hz, side_px=side_px)
-    return each(_clips(root, split)[part], one, skipped, lambda path: path.stem)
-
-
-def count(root: Path, split: str) -> int:
-    """Row files.
-
-    Raises:
-        UserError: another layout, no row files, or clips without pictures.
-    """
-    clips, missing = _clips(root, split), []
-    for path in clips:
+def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
+    """Label camera_to_world `T 4 4` with valid (always true). A row comes with the frame of its own time stamp."""
+    folder = require_path(root, root / FOLDERS[split], "row files <16 hex>.txt")
+    if not (paths := sorted(folder.glob("*.txt"))):
+        raise UserError(f"{folder} holds no row files <16 hex>.txt")
+    layouts, errors = [], []
+    for path in paths:
         try:
-            _source(root, path)
+            _, source = _find_pictures(root, path)
         except UserError as error:
-            missing.append(str(error))
-    if missing:
-        raise Missing(root, missing, listed=len(clips), what=f"videos of {split}")
-    return len(clips)
+            errors.append(str(error))
+        else:
+            kind = "a video a clip" if source.stem == path.stem else "whole videos"
+            layouts.append(f"row files, {'a folder of frames a clip' if source.is_dir() else kind}")
+    missing = MissingFiles(root, errors, listed=len(paths), what=f"videos of {split}") if errors else None
 
+    def load(path: Path) -> list[Sample]:
+        youtube_id, source = _find_pictures(root, path)
+        stamps_us, poses = _read_rows(path)
+        if source.is_dir():  # names of frames may be padded with zeros
+            images = {int(p.stem): p for p in source.iterdir() if p.stem.isdecimal() and p.suffix in (".png", ".jpg")}
+            present = np.isin(stamps_us, list(images))
+            if not present.any():
+                raise UserError(f"{source} holds no <time stamp>.png or .jpg of a time that {path.name} lists")
+            stamps_us, poses = stamps_us[present], poses[present]
+        rows = nearest_rows(path, stamps_us, request)  # T
+        if source.is_dir():
+            shown = [images[int(stamp)] for stamp in stamps_us[rows]]
+            opened = [np.asarray(open_picture(image, image).convert("RGB")) for image in shown]
+            if len({picture.shape for picture in opened}) > 1:
+                raise UserError(f"{source}: frames differ in size")
+            pictures = np.stack(opened)
+        else:  # the video of the clip alone starts with its first row
+            offset_us = stamps_us[0] if source.stem == path.stem else 0
+            pictures = frames_by_seeking(source, (stamps_us[rows] - offset_us) / 1e6)
+        pixels = Crop(*pictures.shape[1:3], request.side_px).pixels(pictures)
+        labels, valid = {"camera_to_world": poses[rows]}, {"camera_to_world": np.ones(request.frames, bool)}
+        return [Sample(path.stem, youtube_id, pixels, labels, valid)]
 
-def layout(root: Path, split: str) -> str:
-    """Where the pictures of the first clip that has any are."""
-    for path in _clips(root, split):
-        try:
-            source = _source(root, path)
-        except UserError:
-            continue
-        kind = (
-            "a folder of frames a clip" if source.is_dir() else "a video a clip" if source.stem == path.stem else "whole videos"
-        )
-        return f"row files, {kind}"
-    return "row files"
+    return Samples(paths, load, attrgetter("stem"), len(paths), layouts[0] if layouts else "row files", missing)
 
 
 def write(root: Path, split: str, samples: Iterable[Sample], *, rate_hz: float, crf: int, gop: int) -> None:
-    """Samples with labels camera_to_world `T 4 4` and intrinsics `3 3` in units of width and height; neighbours with one
-    `video` follow one another in one file, as clips of one YouTube video do."""
+    """Write samples with labels camera_to_world `T 4 4` and intrinsics `3 3` in units of width and height.
+
+    Neighbours with one `video` follow one another in one file, as clips of one YouTube video do.
+    """
     (root / "videos").mkdir(parents=True, exist_ok=True)
     (root / FOLDERS[split]).mkdir(exist_ok=True)
-    for youtube, clips in groupby(samples, key=lambda sample: sample.video):
+    for youtube_id, clips in groupby(samples, key=attrgetter("video")):
         pictures: list[np.ndarray] = []
         for sample in clips:
             times_us = [int((len(pictures) + t) / rate_hz * 1e6) for t in range(len(sample.pixels))]
-            _write_rows(root / FOLDERS[split] / f"{sample.id}.txt", sample, times_us)
+            write_rows(root / FOLDERS[split] / f"{sample.id}.txt", sample, times_us)
             pictures.extend(sample.pixels)
-        video.write(root / "videos" / f"{youtube}.mp4", np.stack(pictures), rate_hz=rate_hz, codec="libx264", crf=crf, gop=gop)
+        path = root / "videos" / f"{youtube_id}.mp4"
+        video.encode(path, np.stack(pictures), rate_hz=rate_hz, crf=crf, gop=gop)
 
 
-def write_frames(root: Path, split: str, samples: Iterable[Sample], *, rate_hz: float) -> None:
-    """The same with a folder of png a clip; its first frame is shown a second after the video's start."""
-    (root / FOLDERS[split]).mkdir(parents=True, exist_ok=True)
-    for sample in samples:
-        folder = root / "videos" / sample.id
-        folder.mkdir(parents=True)
-        times_us = [int((1 + t / rate_hz) * 1e6) for t in range(len(sample.pixels))]
-        _write_rows(root / FOLDERS[split] / f"{sample.id}.txt", sample, times_us)
-        for time_us, picture in zip(times_us, sample.pixels, strict=True):
-            Image.fromarray(picture).save(folder / f"{time_us}.png")
-
-
-def _write_rows(path: Path, sample: Sample, times_us: Sequence[int]) -> None:
+def write_rows(path: Path, sample: Sample, times_us: Sequence[int]) -> None:
+    """Write the row file of a sample whose frames have these times."""
     k = sample.labels["intrinsics"]
     lines = [f"{URL}{sample.video}"]
     for time_us, pose in zip(times_us, np.linalg.inv(sample.labels["camera_to_world"]), strict=True):
@@ -107,105 +99,42 @@ def _write_rows(path: Path, sample: Sample, times_us: Sequence[int]) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def _sample(root: Path, path: Path, *, frames: int, rate_hz: float, side_px: int) -> Sample:
-    youtube, times_us, _, poses = _rows(path)
-    source = _source(root, path)
-    stored = _stamps(source) if source.is_dir() else {}
-    if source.is_dir():
-        there = np.isin(times_us, list(stored))
-        if not there.any():
-            raise UserError(f"{source} holds no <time stamp>.png or .jpg of a time that {path.name} lists")
-        times_us, poses = times_us[there], poses[there]
-    wanted_us = times_us[0] + np.arange(frames) / rate_hz * 1e6
-    rows = np.abs(times_us[:, None] - wanted_us).argmin(0)  # T
-    step_us = np.diff(times_us).max(initial=0)
-    if wanted_us[-1] > times_us[-1] + step_us:
-        end_s = (times_us[-1] - times_us[0]) / 1e6
-        raise UserError(
-            f"{path} ends after {end_s:.2f} s, too early for {frames} frames at {rate_hz} Hz; lower clip.frames or raise rate_hz"
-        )
-    if source.is_dir():
-        pictures = _opened(source, [stored[int(time_us)] for time_us in times_us[rows]])
-    else:  # a file of the clip alone starts with its first row
-        offset_us = times_us[0] if source.stem == path.stem else 0
-        pictures = far_in(source, (times_us[rows] - offset_us) / 1e6)
-    return Sample(
-        id=path.stem,
-        video=youtube,
-        pixels=Crop(*pictures.shape[1:3], side_px).pixels(pictures),
-        labels={"camera_to_world": poses[rows]},
-        valid={"camera_to_world": np.ones(frames, bool)},
-    )
-
-
-def _clips(root: Path, split: str) -> list[Path]:
-    folder = needed(root, root / FOLDERS[split], "row files <16 hex>.txt")
-    if not (paths := sorted(folder.glob("*.txt"))):
-        raise UserError(f"{folder} holds no row files <16 hex>.txt")
-    return paths
-
-
-def _youtube(path: Path, line: str) -> str:
-    _, mark, youtube = line.strip().partition("watch?v=")
-    youtube = youtube.split("&")[0]
-    if not mark or not youtube or not set(youtube) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_"):
-        raise UserError(f"{path}: needed a YouTube address in the first line, found {line.strip()[:60]!r}")
-    return youtube
-
-
-def _rows(path: Path) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
-    """YouTube id, times `n` int64 microseconds, intrinsics `n 4`, camera to world `n 4 4` float64; in order of time."""
-    first, *lines = path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
-    youtube = _youtube(path, first)
-    times, values = [], []
-    for number, line in enumerate(lines, start=2):
+def _read_rows(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Time stamps `n` int64 microseconds, camera to world `n 4 4` float64; in order of time."""
+    stamps, values = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines()[1:], start=2):
         row = line.split()
         if row and len(row) != 19:
             raise UserError(f"{path}, line {number}: {len(row)} columns; needed 19")
         try:
-            times += [int(row[0])] if row else []
+            stamps += [int(row[0])] if row else []
             values += [[float(x) for x in row[1:]]] if row else []
         except ValueError as error:
             raise UserError(f"{path}, line {number}: {error}") from error
-    if not times:
+    if not stamps:
         raise UserError(f"{path} has no rows")
-    times_us, values = np.array(times), np.array(values)
+    stamps_us, values = np.array(stamps), np.array(values)
     world_to_camera = np.tile(np.eye(4), (len(values), 1, 1))
     world_to_camera[:, :3] = values[:, 6:].reshape(-1, 3, 4)
     if not np.isfinite(values).all() or not np.allclose(np.linalg.det(world_to_camera[:, :3, :3]), 1, atol=1e-3):
         raise UserError(f"{path}: columns 8 to 19 are not rotations with translations")
-    order = np.argsort(times_us, kind="stable")
-    return youtube, times_us[order], values[order, :4], np.linalg.inv(world_to_camera)[order]
+    order = np.argsort(stamps_us, kind="stable")
+    return stamps_us[order], np.linalg.inv(world_to_camera)[order]
 
 
-def _source(root: Path, rows: Path) -> Path:
-    """The folder of the clip's frames, its own video, or the whole one.
+def _find_pictures(root: Path, row_file: Path) -> tuple[str, Path]:
+    """YouTube id of a clip, and the folder of its frames, its own video, or the video that it is part of.
 
-    Raises:
-        UserError: none of them is there, or the row file names no video.
+    Raises UserError: none of them exists, or the row file names no video.
     """
-    with rows.open(encoding="utf-8", errors="replace") as file:
-        youtube = _youtube(rows, file.readline())
-    for name in (rows.stem, f"{rows.stem}.mp4", f"{youtube}.mp4"):
-        for place in (root / "videos", root / "frames", root):
-            if (place / name).exists():
-                return place / name
-    raise UserError(f"{root} has no video for clip {rows.stem}: needed videos/{youtube}.mp4 or videos/{rows.stem}.mp4")
-
-
-def _stamps(folder: Path) -> dict[int, Path]:
-    """Frames by time stamp; names may be padded with zeros."""
-    return {int(path.stem): path for path in folder.iterdir() if path.stem.isdecimal() and path.suffix in (".png", ".jpg")}
-
-
-def _opened(folder: Path, paths: list[Path]) -> np.ndarray:
-    """uint8 `T H W 3`."""
-    pictures = []
-    for path in paths:
-        try:
-            pictures.append(np.asarray(Image.open(path).convert("RGB")))
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:  # the last: of a broken png
-            raise UserError(f"{path} cannot be read: {error}") from error
-    if len({picture.shape for picture in pictures}) > 1:
-        raise UserError(f"{folder}: frames differ in size")
-    return np.stack(pictures)
+    with row_file.open(encoding="utf-8", errors="replace") as file:
+        first_line = file.readline().strip()
+    _, mark, address = first_line.partition("watch?v=")
+    youtube_id = address.split("&")[0]
+    if not mark or not youtube_id or not set(youtube_id) <= ID_CHARACTERS:
+        raise UserError(f"{row_file}: needed a YouTube address in the first line, found {first_line[:60]!r}")
+    for name in (row_file.stem, f"{row_file.stem}.mp4", f"{youtube_id}.mp4"):
+        for folder in (root / "videos", root / "frames", root):
+            if (folder / name).exists():
+                return youtube_id, folder / name
+    raise UserError(f"{root} has no video for clip {row_file.stem}: needed videos/{youtube_id}.mp4 or videos/{row_file.stem}.mp4")

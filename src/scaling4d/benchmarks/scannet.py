@@ -1,12 +1,13 @@
-"""ScanNet v2 (depth): `scannetv2_{train,val}.txt`, and every scene in one of three layouts, looked for in this order:
+"""ScanNet v2 (depth): `scannetv2_{train,val}.txt`, and every scene in the first of three layouts that exists.
 
-`scans/<scene>/<scene>.sens` version 4; what the official SensReader exports from it, `scans/<scene>/{color/<i>.jpg,depth/<i>.png,
-pose/<i>.txt,intrinsic/*.txt}`; and mmdet3d's `posed_images/<scene>/<00000>.{jpg,png,txt}` with intrinsic.txt.
+`scans/<scene>/<scene>.sens` version 4; the official SensReader's export of it, `scans/<scene>/` with `color/<i>.jpg`,
+`depth/<i>.png`, `pose/<i>.txt` and `intrinsic/*.txt`; and mmdet3d's `posed_images/<scene>/<00000>.{jpg,png,txt}` with
+intrinsic.txt.
 
-Layout of a .sens file: SensorData.py and its README. All numbers are little endian. Colour and depth differ in resolution and
-intrinsics; intrinsics put pixel centres at whole numbers. Poses that are -inf mark lost tracking; their depth is still good.
-Exports keep no time stamps: their numbers, which are not padded with zeros, count at RATE_HZ (mmdet3d's default keeps 300 frames
-of a scene and numbers them anew; export all of them).
+Layout of a .sens file: SensorData.py and its README. All numbers are little endian. Colour and depth differ in
+resolution and intrinsics; intrinsics place pixel centres at whole numbers. Poses of -inf mark lost tracking; their
+depth is still good. Exports keep no time stamps: their numbers, which are not padded with zeros, count at RATE_HZ
+(mmdet3d's default keeps 300 frames of a scene and numbers them anew; export all of them).
 """
 
 from __future__ import annotations
@@ -15,18 +16,17 @@ import io
 import re
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections import namedtuple
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from scaling4d.benchmarks.frames import TOLERANCE_S, Crop, Samples, each, needed
-from scaling4d.benchmarks.skipped import LeftOut, Missing, Skipped
+from scaling4d.benchmarks.frames import Crop, encode_jpeg, open_picture, require_path
+from scaling4d.benchmarks.samples import ClipRequest, ExcludedItem, MissingFiles, Samples
 from scaling4d.records import Sample, UserError
+from scaling4d.video import TOLERANCE_S
 
 OFFICIAL = {"train": "1,201", "val": "312"}
 VERSION = 4
@@ -39,139 +39,95 @@ HEADER = struct.Struct("<16f16f16f16fiiIIIIfQ")
 FRAME = struct.Struct("<16fQQQQ")
 
 
-@dataclass(frozen=True)
-class Export:
-    """A layout of files: the folder of all scenes; below a scene, the folders of pictures, depth and poses, its intrinsics (those
-    of depth may be missing), and to how many digits a frame's number is padded."""
-
-    scenes: str
-    color: str
-    depth: str
-    pose: str
-    color_k: str
-    depth_k: str
-    digits: int
-
-
-SENSREADER = Export("scans", "color", "depth", "pose", "intrinsic/intrinsic_color.txt", "intrinsic/intrinsic_depth.txt", 1)
-POSED_IMAGES = Export("posed_images", ".", ".", ".", "intrinsic.txt", "depth_intrinsic.txt", 5)
+# The folder of all scenes; below a scene, folders of frames and files of intrinsics, of which depth_k may be missing.
+Export = namedtuple("Export", "scenes color depth pose color_k depth_k")
+SENSREADER = Export("scans", "color", "depth", "pose", "intrinsic/intrinsic_color.txt", "intrinsic/intrinsic_depth.txt")
+POSED_IMAGES = Export("posed_images", ".", ".", ".", "intrinsic.txt", "depth_intrinsic.txt")
 EXPORTS = {"SensReader's export": SENSREADER, "mmdet3d's posed_images": POSED_IMAGES}
 
 
-@dataclass(frozen=True)
-class Clip:
-    """pictures uint8 `H W 3` each; depth uint16 `T h w`, `shift` units a metre; poses `T 4 4`; intrinsics `4 4` in pixels."""
-
-    pictures: list[np.ndarray]
-    depth: np.ndarray
-    shift: float
-    poses: np.ndarray
-    color_k: np.ndarray
-    depth_k: np.ndarray
+# Frames of a scene as they are stored. pictures: uint8 `H W 3` each. depth: uint16 `T h w`, `shift` units a metre.
+# poses: `T 4 4`. color_k, depth_k: intrinsics `4 4` in pixels.
+SceneClip = namedtuple("SceneClip", "pictures depth shift poses color_k depth_k")
 
 
-def read(
-    root: Path,
-    split: str,
-    *,
-    frames: int,
-    rate_hz: float,
-    side_px: int,
-    part: slice = slice(None),
-    skipped: list[Skipped] | None = None,
-) -> Samples:
-    """labels depth_m `T H W` with valid (measured and within RANGE_M), camera_to_world `T 4 4` with valid (finite).
+def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
+    """Labels depth_m `T H W` with valid (measured and within RANGE_M), camera_to_world `T 4 4` with valid (finite).
 
-    Depth takes the nearest measurement along the ray of each pixel's centre.
-    """
-    one = partial(_sample, root, frames=frames, rate_hz=rate_hz, side_px=side_px)
-    return each(_scenes(root, split)[part], one, skipped)
-
-
-def count(root: Path, split: str) -> int:
-    """Listed scenes.
-
-    Raises:
-        UserError: another layout, no scenes, or scenes that are not there.
+    Depth is the nearest measurement along the ray of each pixel's centre. A clip without any measurement is excluded.
     """
     scenes = _scenes(root, split)
-    if not (root / POSED_IMAGES.scenes).is_dir():
-        needed(root, root / "scans", "scans/<scene>/<scene>.sens")
-    if missing := [scene for scene in scenes if not _layout(root, scene)]:
-        raise Missing(root / "scans", missing, listed=len(scenes), what=f"scenes of {split}")
-    return len(scenes)
+    if not any((root / export.scenes).is_dir() for export in EXPORTS.values()):
+        require_path(root, root / "scans", "scans/<scene>/<scene>.sens")
+    files = {".sens": "scans/{0}/{0}.sens"} | {name: f"{e.scenes}/{{0}}/{e.color_k}" for name, e in EXPORTS.items()}
+    layouts = {s: next((name for name, file in files.items() if (root / file.format(s)).is_file()), "") for s in scenes}
 
+    def load(scene: str) -> list[Sample]:
+        stored_as = layouts[scene]
+        if not stored_as:
+            raise UserError(f"no {root / 'scans' / scene / scene}.sens, nor an export of the scene, which the split lists")
+        if stored_as in EXPORTS:
+            clip = _read_export(root / EXPORTS[stored_as].scenes / scene, EXPORTS[stored_as], request)
+        else:
+            path = root / "scans" / scene / f"{scene}.sens"
+            try:
+                clip = _read_sens(path, request)
+            except (struct.error, zlib.error, OSError, SyntaxError) as error:
+                raise UserError(f"{path} is damaged: {error}") from error
+        for k in (clip.color_k, clip.depth_k):
+            if not np.isfinite(k).all() or min(k[0, 0], k[1, 1]) <= 0:
+                raise UserError(f"{root}: the intrinsics of {scene} are not numbers with focal lengths above 0")
+        crop = Crop(*clip.pictures[0].shape[:2], request.side_px)
+        depth_m, measured = _aligned_depth(clip, crop)
+        if not measured.any():
+            raise ExcludedItem(f"{root}: nothing is measured within {RANGE_M[0]} .. {RANGE_M[1]} m in the clip of {scene}")
+        labels = {"depth_m": depth_m, "camera_to_world": clip.poses}
+        valid = {"depth_m": measured, "camera_to_world": np.isfinite(clip.poses).all((1, 2))}
+        space = scene.split("_")[0]  # which may have several scans
+        return [Sample(scene, space, crop.pixels(clip.pictures), labels, valid)]
 
-def layout(root: Path, split: str) -> str:
-    """The layouts of the scenes that are there."""
-    return ", ".join(dict.fromkeys(found for scene in _scenes(root, split) if (found := _layout(root, scene))))
-
-
-def _layout(root: Path, scene: str) -> str:
-    if (root / "scans" / scene / f"{scene}.sens").is_file():
-        return ".sens"
-    for name, export in EXPORTS.items():
-        if (root / export.scenes / scene / export.color_k).is_file():
-            return name
-    return ""
+    names = [scene for scene in scenes if not layouts[scene]]
+    missing = MissingFiles(root / "scans", names, listed=len(scenes), what=f"scenes of {split}") if names else None
+    layout = ", ".join(dict.fromkeys(filter(None, layouts.values())))
+    return Samples(scenes, load, str, len(scenes), layout, missing)
 
 
 def write(root: Path, split: str, samples: Iterable[Sample], *, rate_hz: float, jpeg_quality: int) -> None:
-    """Samples with labels depth_m `T h w` (any size; valid depth_m optional), camera_to_world `T 4 4`, and intrinsics `3 3` in
-    units of the picture's width and height with its corner at (0, 0). Depth is rounded to millimetres."""
+    """Write samples as .sens files, depth rounded to millimetres.
+
+    Their labels: depth_m `T h w` (any size; valid depth_m optional), camera_to_world `T 4 4`, and intrinsics `3 3` in
+    units of the picture's width and height with its corner at (0, 0).
+    """
     scenes = []
     for sample in samples:
         scenes.append(sample.id)
         path = root / "scans" / sample.id / f"{sample.id}.sens"
         path.parent.mkdir(parents=True)
         height, width = sample.pixels.shape[1:3]
-        depth = _millimetres(sample)
-        k = sample.labels["intrinsics"]
-        name = b"scaling4d"
+        depth, k = millimetres(sample), sample.labels["intrinsics"]
+        sensor = b"scaling4d"
         with path.open("wb") as file:
-            file.write(struct.pack("<IQ", VERSION, len(name)) + name)
-            matrices = [_matrix(k, height, width), np.eye(4), _matrix(k, *depth.shape[1:]), np.eye(4)]
+            file.write(struct.pack("<IQ", VERSION, len(sensor)) + sensor)
+            matrices = [pixel_intrinsics(k, height, width), np.eye(4), pixel_intrinsics(k, *depth.shape[1:]), np.eye(4)]
             sizes = (width, height, depth.shape[2], depth.shape[1])
             file.write(HEADER.pack(*np.concatenate(matrices).ravel(), JPEG, ZLIB_USHORT, *sizes, SHIFT, len(depth)))
-            for t, (picture, measured, pose) in enumerate(
-                zip(sample.pixels, depth, sample.labels["camera_to_world"], strict=True)
-            ):
-                jpeg = io.BytesIO()
-                Image.fromarray(picture).save(jpeg, "JPEG", quality=jpeg_quality, optimize=True)
-                packed = zlib.compress(measured.tobytes(), 9)
+            frames = zip(sample.pixels, depth, sample.labels["camera_to_world"], strict=True)
+            for t, (picture, measured, pose) in enumerate(frames):
+                jpeg, packed = encode_jpeg(picture, jpeg_quality), zlib.compress(measured.tobytes(), 9)
                 stamp = round(t / rate_hz * 1e6)
-                file.write(FRAME.pack(*pose.ravel(), stamp, stamp, len(jpeg.getvalue()), len(packed)) + jpeg.getvalue() + packed)
+                file.write(FRAME.pack(*pose.ravel(), stamp, stamp, len(jpeg), len(packed)) + jpeg + packed)
             file.write(struct.pack("<Q", 0))  # no IMU frames
     (root / f"scannetv2_{split}.txt").write_text("".join(f"{scene}\n" for scene in scenes))
 
 
-def write_exported(root: Path, split: str, samples: Iterable[Sample], *, export: Export, jpeg_quality: int) -> None:
-    """The same samples in the layout of an export; their frames count as taken at RATE_HZ."""
-    scenes = []
-    for sample in samples:
-        scenes.append(sample.id)
-        folder, k = root / export.scenes / sample.id, sample.labels["intrinsics"]
-        for name in (export.color, export.depth, export.pose, Path(export.color_k).parent):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-        depth = _millimetres(sample)
-        np.savetxt(folder / export.color_k, _matrix(k, *sample.pixels.shape[1:3]), fmt="%f")
-        np.savetxt(folder / export.depth_k, _matrix(k, *depth.shape[1:]), fmt="%f")
-        for t, pose in enumerate(sample.labels["camera_to_world"]):
-            name = f"{t:0{export.digits}d}"
-            Image.fromarray(sample.pixels[t]).save(folder / export.color / f"{name}.jpg", quality=jpeg_quality)
-            Image.fromarray(depth[t]).save(folder / export.depth / f"{name}.png")
-            np.savetxt(folder / export.pose / f"{name}.txt", pose, fmt="%f")
-    (root / f"scannetv2_{split}.txt").write_text("".join(f"{scene}\n" for scene in scenes))
-
-
-def _millimetres(sample: Sample) -> np.ndarray:
-    """uint16 `T h w`, 0 where nothing was measured."""
+def millimetres(sample: Sample) -> np.ndarray:
+    """Depth as it is stored: uint16 `T h w`, 0 where nothing was measured."""
     depth = np.rint(sample.labels["depth_m"] * SHIFT)
     return np.where(sample.valid.get("depth_m", True) & (depth < 2**16), depth, 0).astype("<u2")
 
 
-def _matrix(intrinsics: np.ndarray, height: int, width: int) -> np.ndarray:
-    """`4 4` in pixels, pixel centres at whole numbers."""
+def pixel_intrinsics(intrinsics: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Intrinsics as they are stored: `4 4` in pixels, pixel centres at whole numbers."""
     result = np.eye(4)
     result[:2, :3] = intrinsics[:2] * [[width], [height]]
     result[:2, 2] -= 0.5
@@ -179,128 +135,112 @@ def _matrix(intrinsics: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _scenes(root: Path, split: str) -> list[str]:
-    path = needed(root, root / f"scannetv2_{split}.txt", "one scene a line")
-    lines = [(number, line.strip()) for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1)]
-    scenes = [scene for _, scene in lines if scene]
-    if not scenes:
+    path = require_path(root, root / f"scannetv2_{split}.txt", "one scene a line")
+    lines = [line.strip() for line in path.read_text(errors="replace").splitlines()]
+    if not any(lines):
         raise UserError(f"{path} lists nothing")
-    if strange := [(number, scene) for number, scene in lines if scene and not re.fullmatch(r"scene\w+", scene)]:
-        number, scene = strange[0]
-        raise UserError(f"{path}, line {number}: {scene!r}, which is not a scene such as scene0000_00")
-    return scenes
+    for number, scene in enumerate(lines, 1):
+        if scene and not re.fullmatch(r"scene\w+", scene):
+            raise UserError(f"{path}, line {number}: {scene!r}, which is not a scene such as scene0000_00")
+    return [scene for scene in lines if scene]
 
 
-def _sample(root: Path, scene: str, *, frames: int, rate_hz: float, side_px: int) -> Sample:
-    found = _layout(root, scene)
-    if not found:
-        raise UserError(f"no {root / 'scans' / scene / scene}.sens, nor an export of the scene, which the split lists")
-    if found in EXPORTS:
-        clip = _exported(root / EXPORTS[found].scenes / scene, EXPORTS[found], frames=frames, rate_hz=rate_hz)
-    else:
-        path = root / "scans" / scene / f"{scene}.sens"
-        try:
-            clip = _sens(path, frames=frames, rate_hz=rate_hz)
-        except (struct.error, zlib.error, UnidentifiedImageError, OSError, SyntaxError) as error:
-            raise UserError(f"{path} is damaged: {error}") from error
-    for k in (clip.color_k, clip.depth_k):
-        if not np.isfinite(k).all() or min(k[0, 0], k[1, 1]) <= 0:
-            raise UserError(f"{root}: the intrinsics of {scene} are not numbers with focal lengths above 0")
-    depth_m, measured, crop = _aligned(clip, side_px)
-    if not measured.any():
-        raise LeftOut(f"{root}: nothing is measured within {RANGE_M[0]} .. {RANGE_M[1]} m in the clip of {scene}")
-    return Sample(
-        id=scene,
-        video=scene.split("_")[0],  # scans of one space
-        pixels=crop.pixels(clip.pictures),
-        labels={"depth_m": depth_m, "camera_to_world": clip.poses},
-        valid={"depth_m": measured, "camera_to_world": np.isfinite(clip.poses).all((1, 2))},
-    )
-
-
-def _aligned(clip: Clip, side_px: int) -> tuple[np.ndarray, np.ndarray, Crop]:
-    """depth_m `T side side` under the picture's pixels, where it is usable, and the square itself."""
-    (color_h, color_w), (depth_h, depth_w) = clip.pictures[0].shape[:2], clip.depth.shape[1:]
-    crop = Crop(color_h, color_w, side_px)
-    color_k, depth_k = clip.color_k, clip.depth_k
-    at = crop.sources() * [color_w, color_h] - 0.5  # side side 2, colour pixels, centres at whole numbers
-    ray = (at - [color_k[0, 2], color_k[1, 2]]) / [color_k[0, 0], color_k[1, 1]]
+def _aligned_depth(clip: SceneClip, crop: Crop) -> tuple[np.ndarray, np.ndarray]:
+    """depth_m `T side side` under the square's pixels, and where it is usable."""
+    (depth_h, depth_w), color_k, depth_k = clip.depth.shape[1:], clip.color_k, clip.depth_k
+    pixels = crop.sources() * [crop.width, crop.height] - 0.5  # side side 2, colour pixels, centres at whole numbers
+    ray = (pixels - [color_k[0, 2], color_k[1, 2]]) / [color_k[0, 0], color_k[1, 1]]
     source = np.floor(ray * [depth_k[0, 0], depth_k[1, 1]] + [depth_k[0, 2], depth_k[1, 2]] + 0.5 + 1e-4).astype(int)
     inside = ((source >= 0) & (source < [depth_w, depth_h])).all(-1)
     x, y = np.where(inside[..., None], source, 0).transpose(2, 0, 1)
     depth_m = (clip.depth[:, y, x] / clip.shift).astype(np.float32)  # T side side
-    return depth_m, inside & (depth_m >= RANGE_M[0]) & (depth_m <= RANGE_M[1]), crop
+    return depth_m, inside & (depth_m >= RANGE_M[0]) & (depth_m <= RANGE_M[1])
 
 
-def _sens(path: Path, *, frames: int, rate_hz: float) -> Clip:
+def _frames_on_show(path: Path, times_s: np.ndarray, request: ClipRequest) -> np.ndarray:
+    """Index `T` of the frame on show at each time of the clip. times_s: of the stored frames, from 0.
+
+    Raises UserError: the scene ends early.
+    """
+    end_s = times_s[-1] if len(times_s) else 0.0
+    if not len(times_s) or request.times_s[-1] > end_s + np.diff(times_s)[-1:].sum() + TOLERANCE_S:
+        raise request.too_long(path, end_s)
+    return np.searchsorted(np.maximum.accumulate(times_s), request.times_s + TOLERANCE_S, side="right") - 1
+
+
+def _read_sens(path: Path, request: ClipRequest) -> SceneClip:
+    """Read the frame headers up to the clip's end, and pictures and depth maps of the clip alone."""
+    size = path.stat().st_size
     with path.open("rb") as file:
         version, length = struct.unpack("<IQ", file.read(12))
         if version != VERSION or length > 4096:
             raise UserError(f"{path} is a .sens file of version {version}; needed {VERSION}")
         file.read(length)
         header = HEADER.unpack(file.read(HEADER.size))
-        color_k, depth_k = (np.reshape(header[at : at + 16], (4, 4)) for at in (0, 32))
+        color_k, depth_k = (np.reshape(header[start : start + 16], (4, 4)) for start in (0, 32))
         color_code, depth_code, _, _, depth_w, depth_h, shift, total = header[64:]
         if color_code not in (JPEG, PNG) or depth_code not in (ZLIB_USHORT, RAW_USHORT):
             raise UserError(f"{path}: compression {color_code}, {depth_code}; needed jpeg or png, and zlib_ushort or raw_ushort")
-        pictures, depths, poses = [], [], []
-        for pose, color, depth in _wanted(file, path, int(total), frames, rate_hz):
-            pictures.append(np.asarray(Image.open(io.BytesIO(color)).convert("RGB")))
-            raw = zlib.decompress(depth) if depth_code == ZLIB_USHORT else depth
+        frames, stamps_s, last_s = [], [], request.times_s[-1] + TOLERANCE_S
+        for number in range(total):
+            if file.tell() + FRAME.size > size:
+                raise OSError(f"it ends before frame {number} of {total}")
+            *pose, color_us, _, color_bytes, depth_bytes = FRAME.unpack(file.read(FRAME.size))
+            start = file.tell()
+            if start + color_bytes + depth_bytes > size:
+                raise OSError(f"it ends inside frame {number} of {total}")
+            frames.append((np.reshape(pose, (4, 4)), start, color_bytes, depth_bytes))
+            stamps_s.append(color_us / 1e6 if color_us or number == 0 else number / RATE_HZ)
+            if stamps_s[-1] - stamps_s[0] > last_s:
+                break
+            file.seek(start + color_bytes + depth_bytes)
+        shown = _frames_on_show(path, np.array(stamps_s) - (stamps_s or [0.0])[0], request)
+        pictures, depths = [], []
+        for _, start, color_bytes, depth_bytes in (frames[index] for index in shown):
+            file.seek(start)
+            pictures.append(np.asarray(Image.open(io.BytesIO(file.read(color_bytes))).convert("RGB")))
+            packed = file.read(depth_bytes)
+            raw = zlib.decompress(packed) if depth_code == ZLIB_USHORT else packed
             if len(raw) != 2 * depth_h * depth_w:
                 raise UserError(f"{path} is damaged: a depth map of {len(raw)} bytes; needed {depth_h} x {depth_w} x 2")
             depths.append(np.frombuffer(raw, "<u2").reshape(depth_h, depth_w))
-            poses.append(pose)
-    return Clip(pictures, np.stack(depths), shift, np.stack(poses), color_k, depth_k)
+    poses = np.stack([frames[index][0] for index in shown])
+    return SceneClip(pictures, np.stack(depths), shift, poses, color_k, depth_k)
 
 
-def _exported(folder: Path, export: Export, *, frames: int, rate_hz: float) -> Clip:
-    """Numbers, not names, are in order of time: 2 comes before 10."""
+def _read_export(folder: Path, export: Export, request: ClipRequest) -> SceneClip:
+    """Read an export. Numbers, not names, are in order of time: 2 comes before 10."""
     paths = {int(path.stem): path for path in (folder / export.color).glob("*.jpg") if path.stem.isdecimal()}
     if not paths:
         raise UserError(f"{folder / export.color} holds no <number>.jpg")
     numbers = np.array(sorted(paths))
-    times_s = (numbers - numbers[0]) / RATE_HZ
-    wanted_s = np.arange(frames) / rate_hz
-    if wanted_s[-1] > times_s[-1] + np.diff(times_s)[-1:].sum() + TOLERANCE_S:
-        raise _too_short(folder, times_s[-1], frames, rate_hz)
-    shown = [paths[number] for number in numbers[np.searchsorted(times_s, wanted_s + TOLERANCE_S, side="right") - 1]]
-    pictures = [_opened(path, ("RGB", "L"), "a colour picture").convert("RGB") for path in shown]
-    depths = [
-        _opened(folder / export.depth / f"{path.stem}.png", ("I;16", "I;16B", "I"), "depth as 16-bit grey, in mm")
-        for path in shown
-    ]
+    shown = [paths[number] for number in numbers[_frames_on_show(folder, (numbers - numbers[0]) / RATE_HZ, request)]]
+    pictures = [_open(path, ("RGB", "L"), "a colour picture") for path in shown]
+    maps = [folder / export.depth / f"{path.stem}.png" for path in shown]
+    depths = [_open(path, ("I;16", "I;16B", "I"), "depth as 16-bit grey, in mm") for path in maps]
     if len({depth.size for depth in depths}) > 1 or len({picture.size for picture in pictures}) > 1:
         raise UserError(f"{folder}: pictures or depth maps of {len(depths)} frames differ in size")
-    color_k = _numbers(folder / export.color_k)
+    color_k = _matrix(folder / export.color_k)
     if (folder / export.depth_k).is_file():
-        depth_k = _numbers(folder / export.depth_k)
+        depth_k = _matrix(folder / export.depth_k)
     else:  # the same lens at another resolution
         scale = np.divide(depths[0].size, pictures[0].size)
         depth_k = color_k.copy()
         depth_k[:2] *= scale[:, None]
         depth_k[:2, 2] += (scale - 1) / 2  # pixel centres at whole numbers
-    return Clip(
-        [np.asarray(picture) for picture in pictures],
-        np.stack([np.asarray(depth) for depth in depths]),
-        SHIFT,
-        np.stack([_numbers(folder / export.pose / f"{path.stem}.txt") for path in shown]),
-        color_k,
-        depth_k,
-    )
+    poses = np.stack([_matrix(folder / export.pose / f"{path.stem}.txt") for path in shown])
+    color, depth = [np.asarray(p.convert("RGB")) for p in pictures], np.stack([np.asarray(depth) for depth in depths])
+    return SceneClip(color, depth, SHIFT, poses, color_k, depth_k)
 
 
-def _opened(path: Path, modes: tuple[str, ...], what: str) -> Image.Image:
-    try:
-        picture = Image.open(path)
-        picture.load()
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:  # the last: of a broken png
-        raise UserError(f"{path} cannot be read: {error}") from error
+def _open(path: Path, modes: Sequence[str], what: str) -> Image.Image:
+    picture = open_picture(path, path)
     if picture.mode not in modes:
         raise UserError(f"{path} is a picture of kind {picture.mode}; needed {what}")
     return picture
 
 
-def _numbers(path: Path) -> np.ndarray:
+def _matrix(path: Path) -> np.ndarray:
     """`4 4` float64; may hold -inf."""
     try:
         values = np.array([[float(x) for x in line.split()] for line in path.read_text().splitlines() if line.strip()])
@@ -309,45 +249,3 @@ def _numbers(path: Path) -> np.ndarray:
     if values.shape != (4, 4):
         raise UserError(f"{path} holds {values.shape} numbers; needed four rows of four")
     return values
-
-
-def _too_short(path: Path, end_s: float, frames: int, rate_hz: float) -> UserError:
-    return UserError(
-        f"{path} ends after {end_s:.2f} s, too early for {frames} frames at {rate_hz} Hz; lower clip.frames or raise rate_hz"
-    )
-
-
-def _wanted(file: BinaryIO, path: Path, total: int, frames: int, rate_hz: float) -> Iterator[tuple[np.ndarray, bytes, bytes]]:
-    """(pose `4 4` float64, colour bytes, depth bytes) of the frames on show at the clip's times; the rest is skipped over."""
-    taken, last, first_s, shown_s, gap_s = 0, None, 0.0, 0.0, 0.0
-    size = path.stat().st_size
-    for number in range(total):
-        if file.tell() + FRAME.size > size:
-            raise OSError(f"it ends before frame {number} of {total}")
-        *pose, color_us, _, color_bytes, depth_bytes = FRAME.unpack(file.read(FRAME.size))
-        if file.tell() + color_bytes + depth_bytes > size:
-            raise OSError(f"it ends inside frame {number} of {total}")
-        at, stamp_s = file.tell(), color_us / 1e6 if color_us or number == 0 else number / RATE_HZ
-        first_s = stamp_s if number == 0 else first_s
-        while last is not None and taken < frames and stamp_s - first_s > taken / rate_hz + TOLERANCE_S:
-            yield _load(file, last)
-            taken += 1
-        if taken == frames:
-            return
-        gap_s, shown_s = stamp_s - first_s - shown_s, stamp_s - first_s
-        last = (np.reshape(pose, (4, 4)).astype(np.float64), at, color_bytes, depth_bytes)
-        file.seek(at + color_bytes + depth_bytes)
-    while last is not None and taken < frames and taken / rate_hz <= shown_s + gap_s + TOLERANCE_S:
-        yield _load(file, last)
-        taken += 1
-    if taken < frames:
-        raise _too_short(path, shown_s, frames, rate_hz)
-
-
-def _load(file: BinaryIO, frame: tuple[np.ndarray, int, int, int]) -> tuple[np.ndarray, bytes, bytes]:
-    pose, at, color_bytes, depth_bytes = frame
-    back = file.tell()
-    file.seek(at)
-    color, depth = file.read(color_bytes), file.read(depth_bytes)
-    file.seek(back)
-    return pose, color, depth

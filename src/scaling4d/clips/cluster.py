@@ -1,4 +1,4 @@
-"""Many jobs on a Dask cluster: this machine's own processes, or whatever scheduler runs somewhere."""
+"""Jobs on a Dask cluster: processes of this machine, or a scheduler that runs elsewhere."""
 
 from __future__ import annotations
 
@@ -9,69 +9,66 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
-from scaling4d.clips.examine import Curation
 from scaling4d.records import UserError
 
 CONNECT_S = 5  # to a running scheduler
+# Of a worker. Dask's own environment also sets MALLOC_TRIM_THRESHOLD_: memory of each picture is returned, +20 % time.
 ONE_THREAD = {"OMP_NUM_THREADS": 1, "MKL_NUM_THREADS": 1, "OPENBLAS_NUM_THREADS": 1}
-# of a worker; Dask's own also has MALLOC_TRIM_THRESHOLD_, which gives the memory of every picture back: a fifth more time
-WAITING = 4  # jobs that the scheduler holds for each thread: its memory does not grow with the number of videos
+QUEUED = 4  # jobs that the scheduler holds for each thread: its memory does not grow with the number of videos
 
 
 @contextmanager
-def workers(curation: Curation) -> Iterator[Any]:
-    """A Dask client of the running scheduler `cluster`, or of as many one-thread processes as `workers` says."""
+def dask_client(address: str, workers: int) -> Iterator[Any]:
+    """A Dask client of the scheduler at `address` (UserError: no answer); if empty, of one-thread processes here."""
     import dask
-    from distributed import Client, LocalCluster
+    from distributed import Client
 
-    if curation.cluster:
+    if address:
         try:
-            running = Client(curation.cluster, timeout=CONNECT_S)
+            client = Client(address, timeout=CONNECT_S)
         except (OSError, ValueError) as error:
-            raise UserError(f"no Dask scheduler answers at {curation.cluster!r} ({error}); set clips.Curation.cluster") from error
-        with running as client:
-            yield client
-        return
-    with dask.config.set({"distributed.nanny.pre-spawn-environ": ONE_THREAD}):
-        local = LocalCluster(
-            n_workers=curation.workers,
-            threads_per_worker=1,
-            processes=True,
-            host="127.0.0.1",
-            dashboard_address=None,
-            worker_dashboard_address=None,
-            memory_limit=0,
-            silence_logs=logging.CRITICAL,
-        )
-    with local, Client(local) as client:
+            raise UserError(f"no Dask scheduler answers at {address!r} ({error}); set clips.Curation.cluster") from error
+    else:
+        local = {"n_workers": workers, "threads_per_worker": 1, "processes": True, "memory_limit": 0, "host": "127.0.0.1"}
+        local |= {"dashboard_address": None, "worker_dashboard_address": None, "silence_logs": logging.CRITICAL}
+        deaths = {"distributed.scheduler.allowed-failures": 1}  # of workers; then a job is tried once more alone
+        with dask.config.set({"distributed.nanny.pre-spawn-environ": ONE_THREAD, **deaths}):
+            client = Client(**local)
+    with client:
         yield client
 
 
-def finish(client: Any, work: Callable, jobs: Iterable[tuple], title: str, *, total: int) -> Iterator[tuple[int, Any]]:
-    """(index of the job, its future) as they end, with a progress bar on stderr. A worker that dies costs its jobs' time only."""
-    from distributed import as_completed
+def run_jobs(client: Any, function: Callable, jobs: Iterable[tuple], title: str, *, total: int) -> Iterator[tuple[int, Any]]:
+    """(index of the job, its future) as they finish, with a progress bar on stderr.
+
+    Jobs of a dead worker run again. A job that several workers died with runs alone in the end: it may be innocent.
+    """
+    from distributed import KilledWorker, as_completed
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    left = iter(enumerate(jobs))
+    waiting, killed, alone = iter(enumerate(jobs)), [], False
     with Progress(*columns, console=Console(file=sys.stderr)) as progress:
         bar = progress.add_task(title, total=total)
-        running: dict[Any, int] = {}
-        ended = as_completed([])
-
-        def top_up() -> None:
-            """As many jobs as the workers that there are now can soon begin; more workers may have joined."""
-            ahead = WAITING * max(1, sum(client.ncores().values()))
-            for index, job in islice(left, max(ahead - len(running), 0)):
-                future = client.submit(work, *job, pure=False)
-                running[future] = index
-                ended.add(future)
-
-        top_up()
-        while running:
-            future = next(ended)
-            yield running.pop(future), future
+        running: dict[Any, tuple[int, tuple]] = {}
+        finished = as_completed([])
+        while True:
+            ready = []
+            if len(running) % QUEUED == 0:  # the number of workers, which may change, is a message to the scheduler
+                limit = QUEUED * max(1, sum(client.ncores().values()))
+                ready = list(islice(waiting, max(limit - len(running), 0)))
+            if not running and not ready and killed:
+                ready, alone = [killed.pop()], True
+            submitted = {client.submit(function, *job, pure=False): (index, job) for index, job in ready}
+            finished.update(submitted)
+            running |= submitted
+            if not running:
+                return
+            future = next(finished)
+            index, job = running.pop(future)
+            if isinstance(future.exception(), KilledWorker) and not alone:
+                killed.append((index, job))
+                continue
+            yield index, future
             progress.advance(bar)
-            if len(running) % WAITING == 0:  # asking for the workers is a message to the scheduler
-                top_up()

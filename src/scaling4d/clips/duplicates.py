@@ -1,97 +1,140 @@
-"""Which clips look alike, and which sources must therefore lie on the same side of the split."""
+"""Which clips the corpus holds: none that looks like another, and sources that share a near duplicate in one split."""
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
-from scaling4d.clips.examine import HASHED, Clip, Finding
+from scaling4d.clips.inspection import Clip, Inspection
+from scaling4d.clips.settings import PHASH_FRAMES, CurationConfig
+from scaling4d.clips.sources import Rejection, printable_path
 
 SPLITS = ("train", "val")
-AT_ONCE = 1 << 16  # pairs of hashes in memory
-DENSE = 1 << 10  # so few hashes are all compared with each other
-KEY_BITS = 32  # of a band that are looked at; bands are wider only if hash_bits < 7
+PAIRS = 1 << 16  # of hashes in memory
+DENSE = 1 << 10  # up to this many hashes, all pairs are compared
+KEY_BITS = 32  # of a band that are compared; bands are wider only if hash_bits < 7
+RejectedFile = tuple[str, Rejection]  # path, and why the file or a span of it is not used
 
 
-def distinct(
-    findings: Iterable[Finding], bits: int
-) -> tuple[list[tuple[Finding, Clip]], list[tuple[Finding, Clip, Finding, Clip]]]:
-    """Keep one of every set of clips whose hashes differ in at most `bits` bits; the largest picture, then the first path.
+@dataclass(frozen=True, slots=True)
+class SelectedClip:
+    """A clip of the corpus."""
 
-    One clip after the other, in that order, is kept unless a kept one is near it. A hash is cut into bits + 1 bands: two
-    hashes that close agree in one band at least, so only clips that share a band are compared, and none is missed.
+    id: str
+    split: str
+    inspection: Inspection
+    clip: Clip
 
-    N different hashes take about N^2 / 2 * bands / 2^(256 / bands) comparisons if they are random: 15 bits, 16 bands of 16
-    bits, 10^6 clips: 1.2e8; 24 bits: 1.1e10. Hashes that crowd together without being near share more bands, and take up to
-    N^2 / 2 * bands. If this takes too long, lower clips.Curation.hash_bits. Equal hashes cost nothing more; memory grows
-    with N alone, whatever is near what.
-    Returns:
-        (source, clip) kept; (source, clip, the first kept source and clip that it is like) removed.
+
+def select_clips(inspections: list[Inspection], config: CurationConfig) -> tuple[list[SelectedClip], list[RejectedFile]]:
+    """Remove duplicates and assign splits by source.
+
+    Returns the clips by id; the rejections by `rejection_order`. A file has clips, or one rejection of the whole.
     """
-    order = sorted(
-        ((finding, clip) for finding in findings for clip in finding.clips),
-        key=lambda item: (-min(item[0].video.height_px, item[0].video.width_px), item[0].path, item[1].start_s),
-    )
-    hashes = np.frombuffer(b"".join(clip.phash for _, clip in order), dtype=np.uint64).reshape(-1, HASHED)  # N 4
-    kept, removed = [], []
-    for place, twin in enumerate(_twins(hashes, bits).tolist()):
-        if place == twin:
-            kept.append(order[place])
-        else:
-            removed.append((*order[place], *order[twin]))
-    return kept, removed
+    rejected = {inspection.path: list(inspection.rejected) for inspection in inspections}
+    sources: dict[str, Inspection] = {}  # by sha256
+    for inspection in inspections:
+        if inspection.clips and inspection.sha256 in sources:
+            detail = f"the same bytes as {printable_path(sources[inspection.sha256].path)}"
+            rejected[inspection.path].append(Rejection("duplicate", detail))
+        elif inspection.clips:
+            sources[inspection.sha256] = inspection
+    kept, duplicates = remove_near_duplicates(sources.values(), config.hash_bits)
+    for source, clip, first_source, first_clip in duplicates:
+        detail = f"like {printable_path(first_source.path)} from {first_clip.start_s:.2f} s"
+        rejected[source.path].append(Rejection("near duplicate", detail, clip.start_s, clip.end_s))
+    linked = [(source.sha256, first_source.sha256) for source, _, first_source, _ in duplicates]
+    split = assign_splits(sources, linked, config.val_share)
+    number = {(sha256, clip.start_s): number for sha256, source in sources.items() for number, clip in enumerate(source.clips)}
+    selected = [
+        SelectedClip(f"{source.sha256[:16]}-{number[source.sha256, clip.start_s]:05d}", split[source.sha256], source, clip)
+        for source, clip in kept
+    ]
+    used = {item.inspection.path for item in selected}
+    for path in rejected.keys() - used:
+        spans = [why for why in rejected[path] if why.start_s is not None]
+        if len(spans) == len(rejected[path]):  # one rejection of the whole file, which replaces that of a single span
+            seconds: Counter[str] = Counter()
+            for span in spans:
+                seconds[span.reason] += span.end_s - span.start_s
+            alone = spans[0].detail or f"{spans[0].start_s:.2f} to {spans[0].end_s:.2f} s"
+            detail = f"{len(spans)} spans, see their rows" if len(spans) > 1 else alone
+            whole = Rejection(max(sorted(seconds), key=seconds.__getitem__), detail)
+            rejected[path] = [whole, *spans] if len(spans) > 1 else [whole]
+    rows = [(path, why) for path, reasons in rejected.items() for why in reasons]
+    assert {path for path, why in rows if why.start_s is None} == rejected.keys() - used
+    return sorted(selected, key=lambda item: item.id), sorted(rows, key=rejection_order)
 
 
-def _twins(hashes: np.ndarray, bits: int) -> np.ndarray:
-    """`N` for `N 4`: the place of the first kept hash that each is near; its own if it is kept."""
-    first = _first_equal(hashes)  # that one is kept, or has the same twin
-    unequal = np.flatnonzero(first == np.arange(len(hashes)))
-    twins = np.empty(len(hashes), dtype=np.int64)
-    twins[unequal] = unequal[_greedy(hashes[unequal], bits)]
-    return twins[first]
+def rejection_order(row: RejectedFile) -> tuple[str, bool, float, str]:
+    """By path, the whole file before its spans."""
+    path, why = row
+    return path, why.start_s is not None, why.start_s or 0.0, why.reason
 
 
-def _first_equal(hashes: np.ndarray) -> np.ndarray:
-    """`N` for `N 4`: where each hash occurs for the first time."""
-    _, first, equal = np.unique(hashes, axis=0, return_index=True, return_inverse=True)
-    return first[equal]
+def remove_near_duplicates(
+    inspections: Iterable[Inspection], bits: int
+) -> tuple[list[tuple[Inspection, Clip]], list[tuple[Inspection, Clip, Inspection, Clip]]]:
+    """Keep one of every set of clips whose hashes differ in at most `bits` bits: largest picture, then first path.
+
+    In that order, a clip is kept unless a kept clip is near it. A hash is cut into bits + 1 bands. Two hashes within
+    `bits` bits agree in at least one band: only clips that share a band are compared, and none is missed.
+
+    N different random hashes take about N^2 / 2 * bands / 2^(256 / bands) comparisons: 15 bits, 16 bands of 16 bits,
+    10^6 clips: 1.2e8; 24 bits: 1.1e10. Hashes that crowd share more bands and take up to N^2 / 2 * bands: lower
+    clips.Curation.hash_bits. Equal hashes add nothing; memory grows with N alone.
+
+    Returns (source, clip) kept; (source, clip, source and clip of the first kept one near it) removed.
+    """
+    clips = [(inspection, clip) for inspection in inspections for clip in inspection.clips]
+    order = sorted(clips, key=lambda c: (-min(c[0].video.height_px, c[0].video.width_px), c[0].path, c[1].start_s))
+    hashes = np.frombuffer(b"".join(clip.phash for _, clip in order), dtype=np.uint64).reshape(-1, PHASH_FRAMES)  # N 4
+    _, first, inverse = np.unique(hashes, axis=0, return_index=True, return_inverse=True)
+    first_equal = first[inverse]  # N: the first clip with the same hash
+    unequal = np.flatnonzero(first_equal == np.arange(len(hashes)))
+    representative = np.empty(len(hashes), dtype=np.int64)
+    representative[unequal] = unequal[_representatives(hashes[unequal], bits)]
+    pairs = list(enumerate(representative[first_equal].tolist()))
+    kept = [order[index] for index, other in pairs if index == other]
+    return kept, [(*order[index], *order[other]) for index, other in pairs if index != other]
 
 
-def _greedy(hashes: np.ndarray, bits: int) -> np.ndarray:
-    """`_twins` by halves: what the first half keeps removes from the second, and the rest of the second is among itself."""
+def _representatives(hashes: np.ndarray, bits: int) -> np.ndarray:
+    """`N` for `N 4`: index of the first kept hash near each; its own if it is kept.
+
+    By halves: hashes kept of the first half remove some of the second, whose rest is compared with itself.
+    """
     if len(hashes) <= DENSE:
-        return _greedy_dense(hashes, bits)
+        near = sum((np.bitwise_count(word[:, None] ^ word) for word in hashes.T), start=np.uint16()) <= bits  # N N
+        result = np.arange(len(hashes))
+        for index in np.flatnonzero(np.tril(near, -1).any(1)):
+            earlier = np.flatnonzero(near[index, :index] & (result[:index] == np.arange(index)))
+            if len(earlier):
+                result[index] = earlier[0]
+        return result
     half = len(hashes) // 2
-    twins = _greedy(hashes[:half], bits)
-    kept = np.flatnonzero(twins == np.arange(half))
+    result = _representatives(hashes[:half], bits)
+    kept = np.flatnonzero(result == np.arange(half))
     near = _first_near(hashes[kept], hashes[half:], bits)
     rest = half + np.flatnonzero(near == len(kept))
-    twins = np.append(twins, np.append(kept, -1)[near])
-    twins[rest] = rest[_greedy(hashes[rest], bits)]
-    return twins
-
-
-def _greedy_dense(hashes: np.ndarray, bits: int) -> np.ndarray:
-    distance = sum((np.bitwise_count(word[:, None] ^ word) for word in hashes.T), start=np.uint16())  # N N
-    near = distance <= bits
-    twins = np.arange(len(hashes))
-    for place in np.flatnonzero(np.tril(near, -1).any(1)):
-        earlier = np.flatnonzero(near[place, :place] & (twins[:place] == np.arange(place)))
-        if len(earlier):
-            twins[place] = earlier[0]
-    return twins
+    result = np.append(result, np.append(kept, -1)[near])
+    result[rest] = rest[_representatives(hashes[rest], bits)]
+    return result
 
 
 def _first_near(kept: np.ndarray, others: np.ndarray, bits: int) -> np.ndarray:
-    """`M` for `K 4` and `M 4`: the place of the first of `kept` within `bits` bits of each other one; K if there is none."""
+    """`M` for `K 4` and `M 4`: index of the first of `kept` within `bits` bits of each other hash; K if none is."""
     first = np.full(len(others), len(kept))
-    for start, width in _bands(bits):
-        left, right = _key(kept, start, width), _key(others, start, width)
+    edges = np.linspace(0, 64 * PHASH_FRAMES, bits + 2).astype(int).tolist()
+    for start, end in zip(edges, edges[1:], strict=False):
+        left, right = (_band_key(hashes, start, min(end - start, KEY_BITS)) for hashes in (kept, others))
         by_left, by_right = np.argsort(left), np.argsort(right)
         low, high = (np.searchsorted(left[by_left], right[by_right], side) for side in ("left", "right"))
-        far = (start // 64 + 2) % HASHED  # a word that the band says nothing about: it alone tells most pairs apart
+        far = (start // 64 + 2) % PHASH_FRAMES  # a word outside the band tells most pairs apart
         left, right = kept[by_left, far], others[by_right, far]
         for i, j in _pairs(low, high):
             likely = np.bitwise_count(left[i] ^ right[j]) <= bits
@@ -101,14 +144,8 @@ def _first_near(kept: np.ndarray, others: np.ndarray, bits: int) -> np.ndarray:
     return first
 
 
-def _bands(bits: int) -> list[tuple[int, int]]:
-    """(first bit, number of bits) of bits + 1 bands that do not overlap."""
-    edges = np.linspace(0, 64 * HASHED, bits + 2).astype(int).tolist()
-    return [(start, min(end - start, KEY_BITS)) for start, end in zip(edges, edges[1:], strict=False)]
-
-
-def _key(hashes: np.ndarray, start: int, width: int) -> np.ndarray:
-    """`N` uint32 for `N 4`: the `width` bits from bit `start` on, which may reach into the next word."""
+def _band_key(hashes: np.ndarray, start: int, width: int) -> np.ndarray:
+    """`N` uint32 for `N 4`: `width` bits from bit `start` on, which may reach into the next word."""
     word, shift = divmod(start, 64)
     key = hashes[:, word] >> np.uint64(shift)
     if shift + width > 64:
@@ -117,36 +154,30 @@ def _key(hashes: np.ndarray, start: int, width: int) -> np.ndarray:
 
 
 def _pairs(low: np.ndarray, high: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """All (i, j) with low[j] <= i < high[j], at most AT_ONCE at a time."""
-    ends = np.cumsum(high - low)  # of each j's pairs, if they stood in one row
-    for start in range(0, int(ends[-1]), AT_ONCE):
-        end = min(start + AT_ONCE, int(ends[-1]))
+    """All (i, j) with low[j] <= i < high[j], at most PAIRS at a time."""
+    ends = np.cumsum(high - low)  # of each j's pairs in one row of all pairs
+    for start in range(0, int(ends[-1]), PAIRS):
+        end = min(start + PAIRS, int(ends[-1]))
         first, last = np.searchsorted(ends, start, "right"), np.searchsorted(ends, end, "left")
-        here = np.diff(np.minimum(ends[first : last + 1], end), prepend=start)
-        j = np.repeat(np.arange(first, last + 1), here)
+        counts = np.diff(np.minimum(ends[first : last + 1], end), prepend=start)
+        j = np.repeat(np.arange(first, last + 1), counts)
         yield np.arange(start, end) - ends[j] + high[j], j
 
 
-def splits(findings: list[Finding], linked: list[tuple[str, str]], val_share: float) -> dict[str, str]:
-    """`train` or `val` by source sha256. Sources that share a near duplicate go together; the hash of the content decides.
+def assign_splits(hashes: Iterable[str], linked: Iterable[tuple[str, str]], val_share: float) -> dict[str, str]:
+    """`train` or `val` by source sha256. Linked sources, which share a near duplicate, go together; their hash decides.
 
-    If chance leaves a side empty, the group next to the border crosses it, so that two groups or more always give both.
+    Where chance leaves a side empty, the group next to the border crosses it: two groups or more fill both sides.
     """
-    group = {finding.sha256: finding.sha256 for finding in findings}
+    from scipy.cluster.hierarchy import DisjointSet
 
-    def root(name: str) -> str:
-        while group[name] != name:
-            group[name] = group[group[name]]  # half as far the next time
-            name = group[name]
-        return name
-
+    sets = DisjointSet(hashes)
     for one, other in linked:
-        low, high = sorted((root(one), root(other)))
-        group[high] = low
-    place = {name: int(hashlib.sha256(f"split {name}".encode()).hexdigest()[:13], 16) / 16**13 for name in map(root, group)}
-    val = {name for name, at in place.items() if at < val_share}
-    if len(place) > 1 and not val:
-        val = {min(place, key=place.__getitem__)}
-    if len(place) > 1 and len(val) == len(place):
-        val.remove(max(place, key=place.__getitem__))
-    return {name: "val" if root(name) in val else "train" for name in group}
+        sets.merge(one, other)
+    groups = {min(group): group for group in sets.subsets()}
+    draw = {name: int(hashlib.sha256(f"split {name}".encode()).hexdigest()[:13], 16) / 16**13 for name in groups}
+    count = sum(value < val_share for value in draw.values())
+    if len(draw) > 1:
+        count = min(max(count, 1), len(draw) - 1)
+    val = set(sorted(draw, key=draw.__getitem__)[:count])
+    return {sha256: "val" if name in val else "train" for name, group in groups.items() for sha256 in group}

@@ -1,56 +1,47 @@
-"""CLIPS -> BATCHES: the order is a pure function of (seed, position), so a resumed run sees what an unbroken one would.
+"""CLIPS -> BATCHES. Batch n is a pure function of the arguments and n: to resume is to start at a step.
 
-Table (`Clips`) -> order (`Order`) -> draws of a step (`Steps`) -> pixels (`Reader`, `Views`) -> `Batches`. With `workers` = 0 no
-thread and no process is started: the ranks that call it are one-thread processes already.
+Table (`ClipTable`) -> order (`WindowedShuffle`) -> pixels (`decode_clip`, `AugmentedBatches`) -> `train_batches`.
+With `workers` = 0 no thread and no process is started.
 """
 
 from __future__ import annotations
 
 import atexit
-import math
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset, default_collate
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from scaling4d import seeds, video
 from scaling4d.records import ClipBatch, UserError
 
-NUMBERS = {
-    "offset": np.int64,
-    "bytes": np.int64,
-    "start_s": np.float64,
-    "origin_s": np.float64,
-    "frames": np.int32,
-    "rate_hz": np.float64,
-    "side_px": np.int32,
-    "encoded": np.bool_,
-}
-ROWS = 2**16  # of the table that are decoded at a time
+REPETITIVE = ("origin_s", "frames", "rate_hz", "side_px", "encoded")  # columns of one value, or of few
 PREFETCH = 2  # batches that a worker is ahead
-WAITING = {signal.SIGINT, signal.SIGUSR1, signal.SIGTERM}  # signals that a worker leaves to its rank
-LOST = (EOFError, ConnectionError, FileNotFoundError)  # raised by torch where a worker ended a moment ago
+SampledClip = tuple[int, int, int, "ClipRecord"]  # epoch, index in the table, number of the copy, record
 
 
 @dataclass(frozen=True)
-class Row:
-    """Where a clip lies: `bytes` bytes at `offset` of the shard. They are the clip itself if `encoded`, else its whole source,
-    whose first frame is shown at `origin_s` of its own clock."""
+class ClipRecord:
+    """Where a clip lies: `bytes` bytes at `offset` of the shard. They are the clip itself if `encoded`.
+
+    Otherwise they are its whole source, whose first frame is shown at `origin_s` of its clock.
+    """
 
     id: str
     shard: str
@@ -64,48 +55,50 @@ class Row:
     encoded: bool
 
 
-class Clips(Sequence):
-    """The table of one split, a `Row` a clip, kept as columns: about 60 bytes a clip."""
+class ClipTable(Sequence):
+    """The clips of one split as `ClipRecord`s, kept as Arrow columns: about 60 bytes a clip."""
 
-    def __init__(self, folder: Path, split: str, *, most: int = 0) -> None:
-        """
-        Args:
-            most: clips to take, spread evenly over the split; 0: all.
-        Raises:
-            UserError: `folder` is not what the clips stage writes, or holds no clip of this split.
+    def __init__(self, folder: Path, split: str, *, max_clips: int = 0) -> None:
+        """max_clips: clips to take, evenly spaced over the split; 0: all.
+
+        Raises UserError: `folder` is not an output of the clips stage, or holds no clip of this split.
         """
         import pyarrow as pa
+        import pyarrow.compute as pc
 
-        total = count(folder, split)
-        most = min(most or total, total)
-        columns = {name: np.empty(most, kind) for name, kind in {"shard": np.int32, **NUMBERS}.items()}
-        ids, shards, seen, end = [], {}, 0, 0
-        for rows in _rows(folder, ["split", "id", "shard", *NUMBERS]):
-            mine = _is(rows["split"], split)
-            places = np.flatnonzero(mine)
-            mine[places[(seen + np.arange(len(places))) * most % total >= most]] = False
-            seen += len(places)
-            ids.append(rows["id"].filter(pa.array(mine)))
-            start, end = end, end + len(ids[-1])
-            columns["shard"][start:end] = _numbered(rows["shard"], mine, shards)
-            for name in NUMBERS:
-                columns[name][start:end] = rows[name].to_numpy(zero_copy_only=False)[mine]
-        self.ids, self.shards = pa.chunked_array(ids), list(shards)
-        self.columns = {name: _constant(columns.pop(name)) for name in list(columns)}
+        total, seen, parts = count_clips(folder, split), 0, []
+        size = min(max_clips or total, total)
+        for rows in _read_table(folder, ["split", *ClipRecord.__dataclass_fields__]):
+            clips = rows.filter(pc.equal(rows["split"], split)).drop_columns("split")
+            taken = np.arange(seen, seen + len(clips)) * size % total < size
+            seen += len(clips)
+            columns = dict(zip(clips.schema.names, clips.filter(pa.array(taken)).columns, strict=True))
+            columns["shard"] = columns["shard"].dictionary_decode().dictionary_encode()  # numbered by first appearance
+            columns |= {name: pc.run_end_encode(columns[name]) for name in REPETITIVE}
+            parts.append(pa.table(columns))
+        self.table = pa.concat_tables(filter(len, parts)).unify_dictionaries()
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.table)
 
-    def __getitem__(self, index: int) -> Row:
-        values = {name: column[index].item() for name, column in self.columns.items()}
-        return Row(id=self.ids[index].as_py(), **values | {"shard": self.shards[values["shard"]]})
+    def __getitem__(self, index: int) -> ClipRecord:
+        return ClipRecord(**{name: self.table[name][index].as_py() for name in self.table.column_names})
 
 
-def _rows(folder: Path, columns: list[str]) -> Iterator[Any]:
+def count_clips(folder: Path, split: str) -> int:
+    """How many clips a split holds; UserError if none."""
+    import pyarrow.compute as pc
+
+    clips = sum(pc.sum(pc.equal(rows["split"], split)).as_py() or 0 for rows in _read_table(folder, ["split"]))
+    if not clips:
+        raise UserError(f"{folder} holds no clips of split {split!r}; raise clips.Curation.val_share, or add videos")
+    return clips
+
+
+def _read_table(folder: Path, columns: list[str]) -> Iterator[Any]:
     """The table in pyarrow record batches, read in the calling thread.
 
-    Raises:
-        UserError: no table, a damaged one, or one that lacks a column.
+    Raises UserError: no table, a damaged one, or one that lacks a column.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -116,54 +109,35 @@ def _rows(folder: Path, columns: list[str]) -> Iterator[Any]:
     try:
         with pa.memory_map(str(path)) as content:  # opened by its path, it would start a thread
             file = pq.ParquetFile(content, read_dictionary=["split", "shard"], pre_buffer=False)
-            missing = sorted(set(columns) - set(file.schema_arrow.names))
-            if missing:
+            if missing := sorted(set(columns) - set(file.schema_arrow.names)):
                 raise UserError(f"{path} has no column {', '.join(missing)}; run the clips stage again")
-            yield from file.iter_batches(ROWS, columns=columns, use_threads=False)
+            yield from file.iter_batches(2**16, columns=columns, use_threads=False)
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path} is damaged: {error}; run the clips stage again") from error
 
 
-def _is(words: Any, wanted: str) -> np.ndarray:
-    """Where a dictionary column holds the word."""
-    return np.isin(words.indices.to_numpy(), [at for at, word in enumerate(words.dictionary.to_pylist()) if word == wanted])
+class WindowedShuffle:
+    """The clip at each place of an epoch: each clip once, a pure function of (seed, epoch, place).
 
-
-def _numbered(words: Any, mine: np.ndarray, known: dict[str, int]) -> np.ndarray:
-    """The chosen rows of a dictionary column as numbers into `known`, which grows by the new words in order of appearance."""
-    places = words.indices.to_numpy()[mine]
-    dictionary = words.dictionary.to_pylist()
-    _, first = np.unique(places, return_index=True)
-    numbers = np.full(len(dictionary), -1, dtype=np.int32)
-    for place in places[np.sort(first)]:
-        numbers[place] = known.setdefault(dictionary[place], len(known))
-    return numbers[places]
-
-
-def _constant(column: np.ndarray) -> np.ndarray:
-    """The same column; one that holds a single value takes no memory."""
-    return np.broadcast_to(column[0], column.shape) if (column == column[0]).all() else column
-
-
-class Order:
-    """Which clip stands at which place of an epoch: each clip once, a pure function of (seed, epoch, place).
-
-    Shards are shuffled and taken in windows of `window_shards`, and the clips of a window are shuffled together: whoever reads
-    along reads that many files at a time and holds the order of one window. 0, or more than there are: one window of all clips.
+    Shards are shuffled and taken in windows of `window_shards`, and the clips of a window are shuffled together. A
+    reader opens that many files at a time and holds the order of one window. 0, or more than there are: one window.
     """
 
-    def __init__(self, clips: Clips, *, seed: int, window_shards: int) -> None:
-        """Raises UserError: windows are wanted, and the table is not in order of the shards."""
+    def __init__(self, clips: ClipTable, *, seed: int, window_shards: int) -> None:
+        """Raises UserError: windows of a table that is not in order of the shards."""
         self.clips, self.seed = len(clips), seed
-        self.window_shards = window_shards if 0 < window_shards < len(clips.shards) else 0
+        column = clips.table["shard"]
+        shards = len(column.chunk(0).dictionary)
+        self.window_shards = window_shards if 0 < window_shards < shards else 0
         if self.window_shards:
-            shard = clips.columns["shard"]
-            if (shard[1:] < shard[:-1]).any():
+            numbers = np.concatenate([chunk.indices.to_numpy() for chunk in column.chunks])
+            if (numbers[1:] < numbers[:-1]).any():
                 raise UserError(f"{self.clips} clips are not in order of their shards; run the clips stage again")
-            self.starts = np.searchsorted(shard, np.arange(len(clips.shards) + 1))
+            self.starts = np.searchsorted(numbers, np.arange(shards + 1))
         self.windows, self.window = lru_cache(maxsize=1)(self._windows), lru_cache(maxsize=1)(self._window)
 
     def __call__(self, epoch: int, place: int) -> int:
+        """The index of a clip."""
         if not self.window_shards:
             return int(self.window(epoch, None)[place])
         _, first = self.windows(epoch)
@@ -185,236 +159,96 @@ class Order:
         return seeds.numpy(self.seed, "order", epoch, number).permutation(members)
 
 
-class Reader:
-    """Pixels uint8 `T side side 3` of clips, read from their shards where they lie; no file stays open."""
+def decode_clip(folder: Path, record: ClipRecord) -> Tensor:
+    """Pixels uint8 `T side side 3` of a clip, read from its shard without extracting.
 
-    def __init__(self, folder: Path, *, kept: int) -> None:
-        """kept: how many decoded clips stay in memory."""
-        self.folder = folder
-        self.pixels = lru_cache(maxsize=kept)(self._decode)
-
-    def _decode(self, row: Row) -> Tensor:
-        """Raises UserError: the clip does not decode to what the table says."""
-        source = video.Member(self.folder / "shards" / row.shard, row.offset, row.bytes)
-        try:
-            if row.encoded:
-                _, pixels = video.read(source)
-            else:
-                times_s = row.origin_s + row.start_s + np.arange(row.frames) / row.rate_hz
-                pixels = video.at(source, times_s, side_px=row.side_px)
-        except (video.VideoError, OSError) as error:
-            raise UserError(f"clip {row.id} of {source.path}: {error}; run the clips stage again") from error
-        needed = (row.frames, row.side_px, row.side_px, 3)
-        if pixels.shape != needed:
-            raise UserError(f"clip {row.id}: T H W C is {pixels.shape}, needed {needed}; run the clips stage again")
-        return torch.from_numpy(pixels)
-
-
-class Draw(NamedTuple):
-    """One of the copies of a clip in an epoch, with all that a worker needs to know of it."""
-
-    epoch: int
-    index: int
-    copy: int
-    row: Row
+    Raises UserError: the clip does not decode to what the table states.
+    """
+    source = video.FileSlice(folder / "shards" / record.shard, record.offset, record.bytes)
+    try:
+        if record.encoded:
+            _, pixels = video.decode_all(source)
+        else:
+            times_s = record.origin_s + record.start_s + np.arange(record.frames) / record.rate_hz
+            pixels = video.read_frames_at(source, times_s, side_px=record.side_px)
+    except (video.VideoError, OSError) as error:
+        raise UserError(f"clip {record.id} of {source.path}: {error}; run the clips stage again") from error
+    needed = (record.frames, record.side_px, record.side_px, 3)
+    if pixels.shape != needed:
+        raise UserError(f"clip {record.id}: T H W C is {pixels.shape}, needed {needed}; run the clips stage again")
+    return torch.from_numpy(pixels)
 
 
 @dataclass(frozen=True)
-class Views(Dataset):
-    """Batches of clips as training sees them, each copy cropped and flipped on its own; a failure comes back as a value, since a
-    worker process would wrap it. Holds no table, so that workers are small."""
+class AugmentedBatches(Dataset):
+    """Batches of clips, each copy cropped and flipped on its own. Holds no table, so that workers are small."""
 
     folder: Path
-    kept: int
+    cached_clips: int
     seed: int
     flip: bool
     crop: tuple[float, float]
 
     @cached_property
-    def reader(self) -> Reader:
-        return Reader(self.folder, kept=max(self.kept, 1))
+    def decode(self) -> Callable[[ClipRecord], Tensor]:
+        return lru_cache(maxsize=max(self.cached_clips, 1))(partial(decode_clip, self.folder))
 
-    def __getitem__(self, draws: list[Draw]) -> ClipBatch | UserError:
+    def __getitem__(self, samples: list[SampledClip]) -> ClipBatch | UserError:
+        """An error is returned, not raised: a worker process would wrap it."""
         try:
-            return _together([draw.row for draw in draws], map(self.view, draws))
+            return _stack([record for *_, record in samples], itertools.starmap(self.augment, samples))
         except UserError as error:
             return error
 
-    def view(self, draw: Draw) -> Tensor:
-        pixels = self.reader.pixels(draw.row)
+    def augment(self, epoch: int, index: int, copy: int, record: ClipRecord) -> Tensor:
+        """uint8 `T H W C`."""
+        pixels = self.decode(record)
         if self.crop != (1.0, 1.0):
-            rng = seeds.numpy(self.seed, "crop", draw.epoch, draw.index, draw.copy)
-            pixels = cropped(pixels, area=self.crop, rng=rng)
+            rng = seeds.numpy(self.seed, "crop", epoch, index, copy)
+            pixels = random_resized_crop(pixels, area=self.crop, rng=rng)
         if self.flip:
-            chances = seeds.numpy(self.seed, "flip", draw.epoch, draw.index).random((draw.copy + 1, 2))[draw.copy]
-            mirror, backwards = chances < 0.5
-            pixels = pixels.flip([axis for axis, wanted in ((0, backwards), (2, mirror)) if wanted])
+            rng = seeds.numpy(self.seed, "flip", epoch, index)
+            mirror, backwards = rng.random((copy + 1, 2))[copy] < 0.5
+            pixels = pixels.flip([axis for axis, flipped in ((0, backwards), (2, mirror)) if flipped])
         return pixels
 
 
-def cropped(pixels: Tensor, *, area: tuple[float, float], rng: np.random.Generator) -> Tensor:
+def random_resized_crop(pixels: Tensor, *, area: tuple[float, float], rng: np.random.Generator) -> Tensor:
     """A random square of a clip, the same in all its frames, resized to the clip's own side: uint8 `T H W C`, H = W.
 
-    Args:
-        area: share of the picture that the square covers, uniform between the two.
+    area: share of the picture that the square covers, uniform between the two.
     Source: random resized crop of MAE-ST, arXiv:2205.09113 (there the sides also vary from 3:4 to 4:3).
     """
     side = pixels.shape[1]
-    kept = max(round(side * rng.uniform(*area) ** 0.5), 1)
-    top, left = rng.integers(side - kept, size=2, endpoint=True)
-    square = pixels[:, top : top + kept, left : left + kept].permute(0, 3, 1, 2).float()  # T C H W
-    resized = functional.interpolate(square, size=(side, side), mode="bilinear")  # never smaller: nothing to smooth before
+    size = max(round(side * rng.uniform(*area) ** 0.5), 1)
+    top, left = rng.integers(side - size, size=2, endpoint=True)
+    square = pixels[:, top : top + size, left : left + size].permute(0, 3, 1, 2).float()  # T C H W
+    resized = functional.interpolate(square, size=(side, side), mode="bilinear")  # never smaller: no antialiasing
     return resized.round_().to(torch.uint8).permute(0, 2, 3, 1)  # T H W C
 
 
-@dataclass(frozen=True)
-class Steps:
-    """What is drawn in the steps `start` ... `steps - 1`: this rank's part of each global batch."""
-
-    clips: Clips
-    order: Order
-    batch: int
-    repeats: int
-    start: int
-    steps: int
-    rank: int
-    ranks: int
-
-    def __iter__(self) -> Iterator[list[Draw]]:
-        part = self.batch // self.ranks
-        for step in range(self.start, self.steps):
-            first = step * self.batch + self.rank * part
-            yield [self.draw(position) for position in range(first, first + part)]
-
-    def draw(self, position: int) -> Draw:
-        loaded, copy = divmod(position, self.repeats)
-        epoch, place = divmod(loaded, len(self.clips))
-        index = self.order(epoch, place)
-        return Draw(epoch, index, copy, self.clips[index])
+def _stack(records: Sequence[ClipRecord], clips: Iterable[Tensor]) -> ClipBatch:
+    """One batch; a worker makes it in memory that it shares with its rank."""
+    pixels = default_collate(list(clips))
+    return ClipBatch(pixels, tuple(record.id for record in records), tuple(record.start_s for record in records))
 
 
-class Batches(Iterator[ClipBatch]):
-    """This rank's part of one global batch after another; `state_dict()` after any of them says where to go on.
+def check(*, batch: int, ranks: int, repeats: int, crop: tuple[float, float], window_shards: int) -> None:
+    """Check arguments of `train_batches` before there are clips.
 
-    The state is the next step, so it fits any number of ranks and of workers (StatefulDataLoader's own fits one of workers).
-    """
-
-    def __init__(self, steps: Steps, views: Views, *, workers: int) -> None:
-        self.steps, self.views, self.workers = steps, views, workers
-        self.running: Iterator[ClipBatch | UserError] | None = None
-
-    def state_dict(self) -> dict[str, int]:
-        """The step that comes next, and what the order of the clips depends on."""
-        steps, order = self.steps, self.steps.order
-        return {
-            "step": steps.start,
-            "seed": order.seed,
-            "clips": order.clips,
-            "window_shards": order.window_shards,
-            "batch": steps.batch,
-            "repeats": steps.repeats,
-        }
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on at the state's step.
-
-        Raises:
-            UserError: the state is of another order of clips.
-        """
-        mine = self.state_dict()
-        if state.keys() != mine.keys():
-            raise UserError(f"not a state of the loader: it has {', '.join(state) or 'nothing'}, needed {', '.join(mine)}")
-        other = [f"{name} {state[name]}, here {mine[name]}" for name in mine if name != "step" and state[name] != mine[name]]
-        if other:
-            raise UserError(f"the state is of another order of clips ({'; '.join(other)}); resume with what it was saved with")
-        self._go_on(state["step"], None)
-
-    def _go_on(self, step: int, running: Iterator[ClipBatch | UserError] | None) -> None:
-        self.steps, self.running = replace(self.steps, start=step), running
-
-    def __next__(self) -> ClipBatch:
-        """Raises UserError: a clip cannot be decoded, or a worker process ended."""
-        step, running = self.steps.start, self.running
-        self.running = None  # what fails is over; the next call would start anew at this step
-        if step >= self.steps.steps:
-            raise StopIteration
-        try:
-            running = running if running is not None else _started(self.steps, self.views, self.workers)
-            batch = next(running)
-        except (RuntimeError, *LOST) as error:
-            if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
-                raise
-            why = f"{type(error).__name__}: {error}".strip(": ")
-            raise UserError(
-                f"step {step}: a process that decodes clips ended ({why}); lower pretrain.Running.workers if memory ran out"
-            ) from error
-        if isinstance(batch, UserError):
-            raise batch
-        self._go_on(step + 1, running)
-        return batch
-
-
-def _started(steps: Steps, views: Views, workers: int) -> Iterator[ClipBatch | UserError]:
-    """What a loader gives from now on. Workers are spawned, since a rank has threads of gloo and perhaps CUDA, which a fork does
-    not survive; they end when their rank is gone."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13
-        loader = StatefulDataLoader(
-            views,
-            batch_size=None,
-            sampler=steps,
-            num_workers=workers,
-            prefetch_factor=PREFETCH if workers else None,
-            multiprocessing_context="spawn" if workers else None,
-            worker_init_fn=_serve,
-            collate_fn=_as_it_is,
-            generator=seeds.stream(steps.order.seed, "loader"),
-            snapshot_every_n_steps=0,
-        )
-    if not workers:
-        return iter(loader)
-    multiprocessing.current_process().daemon = False  # a rank is a daemon, and Python lets those start no process
-    with _signals():
-        return iter(loader)
-
-
-def check(*, batch: int, ranks: int, repeats: int, crop: tuple[float, float], window_shards: int, workers: int) -> None:
-    """What of `batches` can be refused before there are clips.
-
-    Raises:
-        UserError: batch does not divide by ranks and repeats; crop, window_shards or workers out of range.
+    Raises ValueError: batch does not divide by ranks and repeats; repeats, crop or window_shards out of range.
     """
     if repeats < 1 or batch % (ranks * repeats):
-        raise UserError(
-            f"a batch of {batch} clips does not divide among {ranks} ranks, each clip {repeats} times; set batch to a multiple"
-        )
+        raise ValueError(f"batch = {batch} does not divide among {ranks} ranks, each clip {repeats} times; needed a multiple")
     if not 0 < crop[0] <= crop[1] <= 1:
-        raise UserError(f"crop is {list(crop)}, needed 0 < smallest <= largest <= 1; set pretrain.Training.crop")
-    for name, value, setting in (("workers", workers, "Running"), ("window_shards", window_shards, "Training")):
-        if value < 0:
-            raise UserError(f"{name} is {value}, needed 0 or more; set pretrain.{setting}.{name}")
+        raise ValueError(f"crop = {list(crop)}; needed 0 < smallest <= largest <= 1")
+    if window_shards < 0:
+        raise ValueError(f"window_shards = {window_shards}; needed 0 or more")
 
 
-@contextmanager
-def _signals() -> Iterator[None]:
-    """While workers start: interrupts and requests to save and stop wait, which workers inherit and so leave them to their rank,
-    also where they are sent to all processes of a job, as Slurm does; and torch's handler, which raises wherever a rank is when
-    a worker has ended, does not stay: `next` finds that out by itself, within 5 s."""
-    handler = signal.getsignal(signal.SIGCHLD)
-    resource_tracker.ensure_running()  # Python's, which the first worker would start: that unblocks signals
-    waiting = signal.pthread_sigmask(signal.SIG_BLOCK, WAITING)
-    try:
-        yield
-    finally:
-        if signal.getsignal(signal.SIGCHLD) is not handler:
-            signal.signal(signal.SIGCHLD, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, waiting)
-
-
-def batches(
+def train_batches(
     folder: Path,
     *,
-    split: str,
     batch: int,
     repeats: int,
     seed: int,
@@ -425,75 +259,98 @@ def batches(
     window_shards: int,
     rank: int,
     ranks: int,
-    kept: int,
+    cached_clips: int,
     workers: int,
-) -> Batches:
-    """This rank's part of the global batches `start` ... `steps - 1` of an endless sequence of epochs.
+) -> Iterator[ClipBatch]:
+    """This rank's part of the global batches `start` ... `steps - 1` of endless shuffled epochs of the training split.
 
-    Position p of the sequence is clip q % n of the order of epoch q // n, q = p // repeats; batch s holds positions s * batch ...
-    and rank r its r-th part, so batches follow one another across epochs and every epoch covers every clip `repeats` times.
+    Position p of the sequence is clip q % n of the order of epoch q // n, q = p // repeats. Batch s holds the positions
+    from s * batch on, and rank r its r-th part: batches cross epochs, and an epoch covers every clip `repeats` times.
 
     Args:
-        batch: clips a step over all ranks, copies counted. repeats: copies of a clip in a row, each cropped, flipped (and later
-          masked) on its own; it is decoded once. start: step to begin at, to resume. flip: mirror and time-reverse at random.
-        crop: smallest and largest share of the picture's area that a random square keeps. window_shards: as in `Order`.
-        kept: how many decoded clips stay in the memory of each process that decodes; the batches do not depend on it.
-        workers: processes that decode for this rank, 0: itself; the batches do not depend on it.
-    Raises:
-        UserError: as `check`; no clips.
+        batch: clips a step over all ranks, copies counted. repeats: copies of a clip in a row, decoded once and each
+          cropped, flipped (and later masked) on its own. start: first step. flip: mirror and time-reverse at random.
+        crop: smallest and largest share of the picture's area that a random square covers. window_shards: of
+          `WindowedShuffle`. cached_clips: decoded clips in memory of each process that decodes. workers: processes that
+          decode for this rank; 0: itself. The batches depend on neither of the last two.
+    Raises ValueError, as `check`; UserError: no clips; from the iterator: a clip cannot be decoded, or a worker ended.
     """
-    check(batch=batch, ranks=ranks, repeats=repeats, crop=crop, window_shards=window_shards, workers=workers)
-    clips = Clips(folder, split)
-    order = Order(clips, seed=seed, window_shards=window_shards)
-    drawn = Steps(clips, order, batch=batch, repeats=repeats, start=start, steps=steps, rank=rank, ranks=ranks)
-    return Batches(drawn, Views(folder, kept=kept, seed=seed, flip=flip, crop=tuple(crop)), workers=workers)
+    check(batch=batch, ranks=ranks, repeats=repeats, crop=crop, window_shards=window_shards)
+    clips = ClipTable(folder, "train")
+    order = WindowedShuffle(clips, seed=seed, window_shards=window_shards)
+
+    def sample(position: int) -> SampledClip:
+        number, copy = divmod(position, repeats)
+        epoch, place = divmod(number, len(clips))
+        index = order(epoch, place)
+        return epoch, index, copy, clips[index]
+
+    size = batch // ranks
+    firsts = (step * batch + rank * size for step in range(start, steps))
+    sampler = ([sample(position) for position in range(first, first + size)] for first in firsts)
+    dataset = AugmentedBatches(folder, cached_clips, seed=seed, flip=flip, crop=tuple(crop))
+    return _load(dataset, sampler, start=start, workers=workers)
 
 
-def every(folder: Path, *, split: str, batch: int, rank: int, ranks: int, most: int = 0) -> Iterator[ClipBatch]:
-    """Every clip of a split once over all ranks, in a fixed order: clip i goes to rank i % ranks. The last batch may be small.
+def _load(dataset: AugmentedBatches, sampler: Iterable[list[SampledClip]], *, start: int, workers: int) -> Iterator[ClipBatch]:
+    """The batches of a sampler. Workers are spawned: the rank's threads of gloo, and CUDA, do not survive a fork."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13
+        options = {"batch_size": None, "num_workers": workers, "worker_init_fn": _init_worker, "snapshot_every_n_steps": 0}
+        options |= {"prefetch_factor": PREFETCH, "multiprocessing_context": "spawn"} if workers else {}
+        loader = StatefulDataLoader(dataset, sampler=sampler, generator=seeds.stream(dataset.seed, "loader"), **options)
+    step = start
+    try:
+        with _no_signals() if workers else nullcontext():
+            batches = iter(loader)
+        for batch in batches:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+            step += 1
+    except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:  # torch's, where a worker ended
+        if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
+            raise
+        why = f"{type(error).__name__}: {error}".strip(": ")
+        raise UserError(f"step {step}: a process that decodes clips ended ({why}); lower `workers` if memory ran out") from error
 
-    most: as of `Clips`.
+
+@contextmanager
+def _no_signals() -> Iterator[None]:
+    """Block signals while workers start, which inherit the mask: those to all processes of a job, as Slurm sends them,
+    are the rank's alone.
+
+    Also removes torch's handler of SIGCHLD, which raises anywhere in a rank when a worker ends (`next` notices within
+    5 s), and the rank's daemon flag, since Python lets no daemon start processes.
     """
-    clips, reader = Clips(folder, split, most=most), Reader(folder, kept=0)
-    mine = range(rank, len(clips), ranks)
-    for first in range(0, len(mine), batch):
-        rows = [clips[index] for index in mine[first : first + batch]]
-        yield _together(rows, map(reader.pixels, rows))
+    multiprocessing.current_process().daemon = False
+    handler = signal.getsignal(signal.SIGCHLD)
+    resource_tracker.ensure_running()  # Python's, which the first worker would start: that unblocks signals
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGUSR1, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGCHLD) is not handler:
+            signal.signal(signal.SIGCHLD, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
-def count(folder: Path, split: str) -> int:
-    """How many clips a split holds; UserError if none."""
-    found = sum(int(_is(rows["split"], split).sum()) for rows in _rows(folder, ["split"]))
-    if not found:
-        raise UserError(f"{folder} holds no clips of split {split!r}; raise clips.Curation.val_share, or add videos")
-    return found
-
-
-def _together(rows: list[Row], views: Iterable[Tensor]) -> ClipBatch:
-    """One batch, each clip put in its place as it is made; a worker makes it in memory that its rank sees, too."""
-    shape = (len(rows), rows[0].frames, rows[0].side_px, rows[0].side_px, 3)
-    pixels = torch.empty(0, dtype=torch.uint8)
-    if get_worker_info() is None:
-        pixels = pixels.new_empty(shape)
-    else:
-        pixels.set_(torch.UntypedStorage._new_shared(math.prod(shape)), 0, shape)
-    for place, view in zip(pixels, views, strict=True):
-        place.copy_(view)
-    return ClipBatch(pixels, tuple(row.id for row in rows), tuple(row.start_s for row in rows))
-
-
-def _serve(worker: int) -> None:
-    """In a worker: only its rank ends it. Then nothing is taken down first; that aborts, with a message, where a batch is still
-    on its way."""
+def _init_worker(worker: int) -> None:
+    """Let only the rank's SIGTERM end a worker, and at once: a clean exit aborts where a batch is still on its way."""
     atexit.register(os._exit, 0)
-    threading.Thread(target=_leave_when_the_rank_says_so, daemon=True).start()
+
+    def exit_at_the_ranks_sigterm() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=exit_at_the_ranks_sigterm, daemon=True).start()
 
 
-def _leave_when_the_rank_says_so() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
-
-
-def _as_it_is(batch: ClipBatch | UserError) -> ClipBatch | UserError:
-    return batch
+def eval_batches(folder: Path, *, split: str, batch: int, rank: int, ranks: int, max_clips: int = 0) -> Iterator[ClipBatch]:
+    """Every clip of a `ClipTable` once, clip i by rank i % ranks, in a fixed order. The last batch may be small."""
+    clips = ClipTable(folder, split, max_clips=max_clips)
+    indices = range(rank, len(clips), ranks)
+    for first in range(0, len(indices), batch):
+        records = [clips[index] for index in indices[first : first + batch]]
+        yield _stack(records, map(partial(decode_clip, folder), records))

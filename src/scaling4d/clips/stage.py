@@ -1,4 +1,4 @@
-"""The `clips` stage: settings in, a folder of shards with its tables out."""
+"""Stage `clips`: curate data/videos into a folder of shards and tables."""
 
 from __future__ import annotations
 
@@ -7,40 +7,34 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from scaling4d import artifacts, config
+from scaling4d import artifacts, config, provenance
 from scaling4d.clips import curate
+from scaling4d.clips.settings import CurationConfig
 
 VIDEOS = Path("data/videos")
-MEMORY = Path(".resume/clips")
 KEYS = ["profile", "clips"]
 
 
 def clips(settings: Mapping[str, Any]) -> Path:
-    """Curate data/videos; returns the folder written.
-
-    Raises:
-        UserError: no videos, none usable, or a setting that does not fit.
-    """
+    """Curate data/videos; returns the folder written. Raises UserError: no videos, or none usable."""
     started = time.time()
-    curation = _curation(settings)
+    bound = config.bind(settings, KEYS, CurationConfig)
     final = artifacts.home(settings) / "clips"
-    with artifacts.folder(final) as out:
-        inputs = {"videos": curate.curate(VIDEOS, out, curation, before=final, memory=_memory())}
-        artifacts.write_provenance(out, stage="clips", settings=settings, keys=KEYS, room="clips", inputs=inputs)
+    with provenance.atomic_folder(final) as out:
+        inputs = {"videos": curate.curate(VIDEOS, out, bound[CurationConfig], previous=final, cache=_cache())}
+        content = artifacts.evidence("clips", bound, code=artifacts.code_hash("clips"), inputs=inputs)
+        artifacts.write_evidence(out, content, bound.operative)
     artifacts.write_run("clips", artifacts.sha256(final), started=started)
     return final
 
 
-def dry(settings: Mapping[str, Any]) -> None:
-    """Print what would be used, and why not the rest."""
-    curate.dry(VIDEOS, _curation(settings), memory=_memory())
+def dry_run(settings: Mapping[str, Any]) -> None:
+    """Print which videos would be used, and why not the rest."""
+    bound = config.bind(settings, KEYS, CurationConfig)
+    curate.dry_run(VIDEOS, bound[CurationConfig], cache=_cache())
 
 
-def _memory() -> Path | None:
-    """Where findings are kept; nowhere as long as stage `code` has not said what this code means."""
-    return MEMORY if Path("artifacts/code/clips.json").is_file() else None
-
-
-def _curation(settings: Mapping[str, Any]) -> curate.Curation:
-    config.bind(config.declared(settings, KEYS)["clips"])
-    return config.build(curate.Curation)
+def _cache() -> Path | None:
+    """Folder of the results of this code; None before stage `code` has written its hash."""
+    code = artifacts.code_hash("clips")
+    return provenance.WORK_FOLDER / "clips" / code["sha256"][:16] if code else None

@@ -1,1 +1,1 @@
-"""A checkpoint becomes features: released weights, encoders of other libraries, and features that stay on disk."""
+"""CHECKPOINT -> FEATURES: encoders of this project, released ones, and those of transformers."""

@@ -1,18 +1,27 @@
-"""Which layer a readout sees, and how its time axis becomes the clip's."""
+"""Features of clips at a fraction of an encoder's depth, in memory or in a store on disk."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+import hashlib
+import json
+import tempfile
+import warnings
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
 
+import numpy as np
 import torch
-import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from scaling4d.mae.resize import cubic_weights
+from scaling4d import artifacts
+from scaling4d.checkpoint import Checkpoint, save_tensors, weights_sha256
 
-TINY = 1e-9  # a channel whose deviation is less never changes
+SHARD_BYTES = 2**28
+CLIPS = "clips"  # the tensor of a shard that names its clips, uint8 `n 32`
+MODELS = ("scaling4d.mae", "scaling4d.encoders")  # modules whose code features depend on
 
 
 def layer_index(*, depth: int, fraction: float) -> int:
@@ -23,133 +32,121 @@ def layer_index(*, depth: int, fraction: float) -> int:
     return max(int((depth + 1) * fraction) - 1, 0)
 
 
-def at_depth(encoder: nn.Module, pixels: Tensor, fraction: float) -> Tensor:
-    """uint8 `B T H W C` -> features `B t h*w D` at a fraction of the encoder's depth, float32 whatever it computes in."""
+def features_at_depth(encoder: nn.Module, pixels: Tensor, fraction: float) -> Tensor:
+    """uint8 `B T H W C` on the encoder's device -> float32 features `B t h*w D` at a fraction of its depth."""
     index = layer_index(depth=encoder.depth, fraction=fraction)
-    return in_time(encoder.features(pixels, index + 1)[index], encoder.grid).float()
+    return split_time(encoder.features(pixels, index + 1)[index], encoder.grid).float()
 
 
-def in_time(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+def split_time(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
     """`B N D` -> `B t n D`."""
     t, h, w = grid
     return x.reshape(x.shape[0], t, h * w, x.shape[-1])
 
 
-class Inputs(Protocol):
-    """What becomes of a split's clips before a readout is trained on them."""
+class MemoryFeatures:
+    """Features at a fraction of an encoder's depth. A key stands for a clip's features: here it is their tensor.
 
-    def add(self, pixels: Tensor) -> Any:
-        """Take one clip, uint8 `T H W C`; returns something that stands for it."""
-        ...
-
-    def ready(self, added: list[Any]) -> Sequence[Tensor]:
-        """One tensor for each that was added."""
-        ...
-
-    def flush(self) -> None:
-        """No more will be added for now."""
-        ...
-
-
-class Pixels:
-    """The clips as they are."""
-
-    def add(self, pixels: Tensor) -> Tensor:
-        return pixels
-
-    def ready(self, added: list[Tensor]) -> list[Tensor]:
-        return added
-
-    def flush(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Features:
-    """Features `t n D` at a fraction of an encoder's depth, in memory. device: cpu or cuda, where the encoder is."""
-
-    encoder: nn.Module
-    fraction: float
-    device: str = "cpu"
-
-    @torch.no_grad()
-    def add(self, pixels: Tensor) -> Tensor:
-        return at_depth(self.encoder, pixels[None].to(self.device), self.fraction)[0]
-
-    def ready(self, added: list[Tensor]) -> list[Tensor]:
-        return added
-
-    def flush(self) -> None: ...
-
-
-def together(inputs: Sequence[Tensor], chosen: Iterable[int]) -> Tensor:
-    """Some of the inputs as a batch; features in float32, however they are kept."""
-    batch = torch.stack([inputs[index] for index in chosen])
-    return batch.float() if batch.is_floating_point() else batch
-
-
-@dataclass(frozen=True)
-class Standard:
-    """A fixed linear change of features, the same for all tokens, and what is then added at each place.
-
-    matrix `D D`, offset `t n D` (or anything that broadcasts). Ours: released readouts see the features as they are. There, what
-    a token's place adds to all clips alike, and the few directions in which tokens differ most, outweigh the rest by far, and a
-    short training sees only those.
+    Args:
+        device: of the encoder, and of the features.
     """
 
-    matrix: Tensor
-    offset: Tensor
+    def __init__(self, encoder: nn.Module, fraction: float, device: str = "cpu") -> None:
+        self.encoder, self.fraction, self.device = encoder, fraction, device
 
-    @classmethod
     @torch.no_grad()
-    def of(cls, features: Sequence[Tensor], *, flattening: float, place_deviation: float) -> Standard:
-        """Whiten the training features `t n D` of all clips of all ranks.
+    def add(self, pixels: Tensor) -> Tensor | bytes:
+        """One clip, uint8 `T H W C` on the CPU -> its key."""
+        return features_at_depth(self.encoder, pixels[None].to(self.device), self.fraction)[0]
 
-        The mean of a token's place is taken off. About it, directions of variance v get the weight
-        1 / sqrt(v + flattening x the mean variance): 0 makes all alike, a large flattening leaves their proportions. Then every
-        channel's deviation becomes 1. The mean of the place comes back, changed alike, with deviation `place_deviation`.
-        """
-        width = features[0].shape[-1]
-        count = torch.tensor(float(len(features)), dtype=torch.float64)
-        total = torch.zeros(features[0].shape, dtype=torch.float64)
-        for one in features:
-            total += one
-        dist.all_reduce(count)
-        dist.all_reduce(total)
-        mean = total / count  # t n D
-        squares = torch.zeros(width, width, dtype=torch.float64)
-        for at in range(0, len(features), 16):
-            some = together(features, range(at, min(at + 16, len(features))))
-            centred = (some - mean.float()).flatten(0, 2)
-            squares += (centred.T @ centred).double()
-        dist.all_reduce(squares)
-        covariance = squares / (count * mean[..., 0].numel())
-        variance, direction = torch.linalg.eigh(covariance)
-        floor = flattening * variance.mean() + torch.finfo(torch.float32).eps * variance.max()
-        matrix = direction / (variance.clamp(min=0) + floor).sqrt() @ direction.T
-        matrix = matrix / _deviation((matrix.T @ covariance @ matrix).diagonal().sqrt())
-        place = (mean - mean.mean((0, 1))) @ matrix
-        place = place_deviation * place / _deviation(place.std((0, 1), correction=0))
-        return cls(matrix.float(), (place - mean @ matrix).float())
+    def stack(self, keys: Sequence[Tensor | bytes]) -> Tensor:
+        """float32 `B t n D`."""
+        return torch.stack(list(keys))
 
-    @classmethod
-    def none(cls, width: int) -> Standard:
-        """Changes nothing."""
-        return cls(torch.eye(width), torch.zeros(width))
+    def encode(self, clips: Sequence[Tensor]) -> Tensor:
+        """Clips, uint8 `T H W C` -> float32 `B t n D`."""
+        return self.stack([self.add(clip) for clip in clips])
 
-    def to(self, device: str) -> Standard:
-        return Standard(self.matrix.to(device), self.offset.to(device))
-
-    def __call__(self, features: Tensor) -> Tensor:
-        return features @ self.matrix + self.offset
+    def flush(self) -> None:
+        """Called after the last clip of a split."""
 
 
-def _deviation(found: Tensor) -> Tensor:
-    """To divide by: 1 where a channel never changes."""
-    return found.where(found > TINY, 1.0)
+class FeatureStore(MemoryFeatures):
+    """Features of one layer of one encoder, in shards on disk that all readouts share.
 
+    Shards are mapped into memory, so a split may be larger than memory. A clip's key is the sha256 of its pixels. A
+    shard's name is the sha256 of its bytes, checked at first use. Every process writes its own shards, so any number
+    may share a folder.
 
-def stretch(features: Tensor, frames: int) -> Tensor:
-    """`B t n D` -> `B T n D`, cubic in time."""
-    if features.shape[1] == frames:
-        return features
-    return torch.einsum("Tt,btnd->bTnd", cubic_weights(frames, features.shape[1]).to(features), features)
+    Args:
+        folder: of the store; a subfolder depends on weights, config.json, the models' code, and library versions.
+        checkpoint: the encoder's Checkpoint folder.
+    """
+
+    def __init__(self, folder: Path, checkpoint: Path, encoder: nn.Module, fraction: float, device: str = "cpu") -> None:
+        super().__init__(encoder, fraction, device)
+        modules = (artifacts.code_hash("encoders") or {}).get("modules", {})
+        code = {name: digest for name, digest in modules.items() if name.startswith(MODELS)}
+        libraries = ("torch", "transformers") if Checkpoint.read(checkpoint).model == "PretrainedEncoder" else ("torch",)
+        versions = {name: metadata.version(name) for name in libraries}
+        made_by = [weights_sha256(checkpoint), artifacts.sha256(checkpoint / "config.json"), code, versions]
+        self.folder = folder / hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
+        self.layer = str(layer_index(depth=encoder.depth, fraction=fraction))  # its tensor in a shard, `n t n D`
+        self.places: dict[bytes, tuple[Path, int]] = {}  # clip -> shard and row
+        self.mapped: dict[Path, Tensor] = {}  # shards in use -> features
+        self.new: dict[bytes, Tensor] = {}  # not on disk yet
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in sorted(self.folder.glob("*.safetensors")):
+            try:
+                shard = load_file(path)  # maps it into memory
+                clips = shard[CLIPS].numpy() if self.layer in shard else ()
+            except (SafetensorError, KeyError):
+                self._drop(path)
+            else:
+                self.places |= {clip.tobytes(): (path, row) for row, clip in enumerate(clips)}
+
+    def _drop(self, path: Path) -> None:
+        warnings.warn(f"{path} is damaged; its clips are computed again", stacklevel=2)
+        self.places = {clip: place for clip, place in self.places.items() if place[0] != path}
+
+    def _has(self, clip: bytes) -> bool:
+        """Whether the clip is here, in an intact shard."""
+        if clip in self.new or clip not in self.places:
+            return clip in self.new
+        path, _ = self.places[clip]
+        if path not in self.mapped:
+            if artifacts.sha256(path) != path.stem:
+                self._drop(path)
+                return False
+            self.mapped[path] = load_file(path)[self.layer]
+        return True
+
+    def add(self, pixels: Tensor) -> bytes:
+        clip = hashlib.sha256(pixels.contiguous().numpy()).digest()
+        if not self._has(clip):
+            self.new[clip] = super().add(pixels).cpu()
+            if self.new[clip].nbytes * len(self.new) >= SHARD_BYTES:
+                self.flush()
+        return clip
+
+    def stack(self, keys: Sequence[bytes]) -> Tensor:
+        features = []
+        for key in keys:
+            path, row = self.places.get(key, (None, None))
+            features.append(self.new[key] if path is None else self.mapped[path][row])
+        return super().stack(features).to(self.device)
+
+    def flush(self) -> None:
+        """Write the new features as a shard."""
+        if not self.new:
+            return
+        shard = {self.layer: torch.stack(list(self.new.values()))}
+        shard[CLIPS] = torch.from_numpy(np.frombuffer(b"".join(self.new), np.uint8).reshape(-1, 32).copy())
+        with tempfile.TemporaryDirectory(dir=self.folder, prefix="partial-") as partial:  # of no other process or machine
+            file = Path(partial, "shard")
+            save_tensors(file, shard)
+            final = self.folder / f"{artifacts.sha256(file)}.safetensors"
+            file.rename(final)
+        self.mapped[final] = load_file(final)[self.layer]
+        self.places |= {clip: (final, row) for row, clip in enumerate(self.new)}
+        self.new = {}

@@ -1,296 +1,336 @@
-"""The arrays of the published models <-> our tensors: names, shapes, and how one becomes the other.
+"""Released arrays <-> our tensors: names, shapes, and conversion of the 4DS and MAE-ST backbones.
 
-Sources: the released files of google-deepmind/representations4d, named as their flax modules, and the checkpoints of
-facebookresearch/mae_st, named as its torch modules.
+Sources: the files of google-deepmind/representations4d, with the names of their flax modules, and the checkpoints of
+facebookresearch/mae_st, with the names of its torch modules.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
+import pickle
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from scaling4d.encoders.arrays import Shape
+from scaling4d.mae.encoder import EncoderConfig
+from scaling4d.mae.mae_st import MAESTConfig, MAESTEncoderConfig
+from scaling4d.mae.patches import grid_of
 from scaling4d.records import UserError
 
-Shape = tuple[int, ...]
 PATCH_KERNEL = "encoder/patch_embedding/Conv_0/kernel"  # pt ph pw 3 D
 POSITIONS = "encoder/posenc/embeddings"  # t h w D
 MAE_ST_HEADS = {768: 12, 1024: 16, 1280: 16}  # by width; its files do not say
 MAE_ST_DECODER_HEADS = {512: 16}
+MAE_ST_OPTIONS = {  # name in its files -> type, our name
+    "decoder_num_heads": (int, "decoder_heads"),
+    "mask_ratio": (float, "mask_ratio"),
+    "norm_pix_loss": (bool, "normalise_target"),
+}
 MAE_ST_MEAN, MAE_ST_STD = 0.45, 0.225  # of pixels in 0..1, its util/kinetics.py
 
 
 @dataclass(frozen=True)
-class Part:
-    """One of our tensors: its shape, the published arrays it is made of, with their shapes, and how.
+class TensorMap:
+    """One of our tensors and the released arrays that hold its numbers.
 
-    theirs: the way back, where there is one.
+    shape: of our tensor. arrays: shape by key of the released arrays. to_ours: arrays -> tensor. to_released: tensor ->
+    arrays; None: this layout is only read.
     """
 
     shape: Shape
-    sources: dict[str, Shape]
-    ours: Callable[..., np.ndarray]
-    theirs: Callable[[np.ndarray], list[np.ndarray]] | None = None
+    arrays: Mapping[str, Shape]
+    to_ours: Callable[..., np.ndarray]
+    to_released: Callable[[np.ndarray], list[np.ndarray]] | None = None
 
 
-def same(key: str, shape: Shape, here: Shape | None = None) -> Part:
-    """The same numbers in the same order."""
-    return Part(here or shape, {key: shape}, lambda a: a.reshape(here or shape), lambda a: [a.reshape(shape)])
+WeightMap = dict[str, TensorMap]  # by the name of our tensor
 
 
-def turned(key: str, shape: Shape, rows: int) -> Part:
-    """A flax kernel of `rows` inputs, in any shape, as a torch weight."""
-    columns = math.prod(shape) // rows
-    return Part((columns, rows), {key: shape}, lambda a: a.reshape(rows, columns).T, lambda a: [a.T.reshape(shape)])
+def reshaped(key: str, released: Shape, ours: Shape | None = None) -> TensorMap:
+    """Equal numbers in equal order. ours: default as released."""
+    ours = ours or released
+    return TensorMap(ours, {key: released}, lambda a: a.reshape(ours), lambda a: [a.reshape(released)])
 
 
-def stacked(parts: list[Part]) -> Part:
-    """Parts of one shape, one below the other."""
-    return Part(
-        (sum(part.shape[0] for part in parts), *parts[0].shape[1:]),
-        {key: shape for part in parts for key, shape in part.sources.items()},
-        lambda *arrays: np.concatenate([part.ours(a) for part, a in zip(parts, arrays, strict=True)]),
-        lambda a: [b for part, piece in zip(parts, np.split(a, len(parts)), strict=True) for b in part.theirs(piece)],
+def transposed(key: str, inputs: Shape, outputs: Shape) -> TensorMap:
+    """A flax kernel `*inputs *outputs` as a torch weight `outputs inputs`."""
+    rows, columns = math.prod(inputs), math.prod(outputs)
+    return TensorMap(
+        (columns, rows),
+        {key: (*inputs, *outputs)},
+        lambda a: a.reshape(rows, columns).T,
+        lambda a: [a.T.reshape(*inputs, *outputs)],
     )
 
 
-def check(found: Mapping[str, Shape], parts: Mapping[str, Part], source: object) -> None:
-    """Raises UserError: a key is missing or over, or has another shape."""
-    wanted = {key: shape for part in parts.values() for key, shape in part.sources.items()}
-    for key, shape in wanted.items():
-        if key not in found:
+def concatenated(maps: list[TensorMap]) -> TensorMap:
+    """Tensors of one shape, one after the other along the first axis."""
+    return TensorMap(
+        (len(maps) * maps[0].shape[0], *maps[0].shape[1:]),
+        {key: shape for entry in maps for key, shape in entry.arrays.items()},
+        lambda *arrays: np.concatenate([entry.to_ours(a) for entry, a in zip(maps, arrays, strict=True)]),
+        lambda a: [b for entry, part in zip(maps, np.split(a, len(maps)), strict=True) for b in entry.to_released(part)],
+    )
+
+
+def flax_dense(name: str, key: str, inputs: Shape, outputs: Shape) -> WeightMap:
+    """A flax layer `*inputs -> *outputs` (Dense, DenseGeneral, or a convolution of whole patches) as a torch Linear."""
+    bias = reshaped(f"{key}/bias", outputs, (math.prod(outputs),))
+    return {f"{name}.weight": transposed(f"{key}/kernel", inputs, outputs), f"{name}.bias": bias}
+
+
+def flax_norm(name: str, key: str, width: int) -> WeightMap:
+    """A flax LayerNorm."""
+    return {f"{name}.weight": reshaped(f"{key}/scale", (width,)), f"{name}.bias": reshaped(f"{key}/bias", (width,))}
+
+
+def torch_layer(name: str, key: str, width: int, inputs: int | None = None) -> WeightMap:
+    """A torch Linear `inputs -> width`, or a LayerNorm without `inputs`."""
+    weight = (width,) if inputs is None else (width, inputs)
+    return {f"{name}.weight": reshaped(f"{key}.weight", weight), f"{name}.bias": reshaped(f"{key}.bias", (width,))}
+
+
+def shape_of(shapes: Mapping[str, Shape], key: str, axes: int, source: object) -> Shape:
+    """Shape of a released array. Raises UserError: it is missing or has another number of axes."""
+    if len(shapes.get(key, ())) != axes:
+        state = f"{key} is {shapes[key]}" if key in shapes else f"lacks {key}"
+        raise UserError(f"{source}: {state}; needed an array of {axes} axes, as the released files have it")
+    return shapes[key]
+
+
+def check_shapes(shapes: Mapping[str, Shape], files: Mapping[str, WeightMap], source: object) -> None:
+    """Raises UserError: a released array is missing, superfluous, or has another shape."""
+    needed = {key: shape for weights in files.values() for entry in weights.values() for key, shape in entry.arrays.items()}
+    for key, shape in needed.items():
+        if key not in shapes:
             raise UserError(f"{source} lacks {key}; needed an array {shape}")
-        if found[key] != shape:
-            raise UserError(f"{source}: {key} is {found[key]}; needed {shape}")
-    for key in found:
-        if key not in wanted:
-            raise UserError(f"{source} has {key} {found[key]}, which this model does not have")
+        if shapes[key] != shape:
+            raise UserError(f"{source}: {key} is {shapes[key]}; needed {shape}")
+    for key in shapes:
+        if key not in needed:
+            raise UserError(f"{source} has {key} {shapes[key]}, which this model does not have")
 
 
-# ---------------------------------------------------------------- 4DS
+def _count_blocks(shapes: Mapping[str, Shape], prefix: str) -> int:
+    return len({re.split("[/.]", key.removeprefix(prefix))[0] for key in shapes if key.startswith(prefix)})
 
 
-def four_ds_settings(found: Mapping[str, Shape], source: object, prefix: str) -> dict[str, Any]:
-    """Arguments of the `Encoder` that the arrays below `prefix` make up, read off their shapes.
+# ---- 4DS ----
 
-    Raises:
-        UserError: the arrays that say so are missing or have another number of axes.
+
+def four_ds_config(shapes: Mapping[str, Shape], source: object, prefix: str) -> EncoderConfig:
+    """Config of the `Encoder` whose arrays lie below `prefix`, read off their shapes.
+
+    Raises UserError: an array is missing or has another number of axes, or the sizes do not fit together.
+    """
+    *patch, channels, width = shape_of(shapes, prefix + PATCH_KERNEL, 5, source)
+    *grid, _ = shape_of(shapes, prefix + POSITIONS, 4, source)
+    _, heads, head_width = shape_of(shapes, f"{prefix}processor/layers_0/attention/query/kernel", 3, source)
+    _, mlp = shape_of(shapes, f"{prefix}processor/layers_0/mlp/dense_in/kernel", 2, source)
+    if channels != 3 or heads * head_width != width:
+        given = f"{channels} channels, width {width}, {heads} heads of {head_width}"
+        raise UserError(f"{source}: {given}; needed 3 channels, and heads that fill the width")
+    return EncoderConfig(
+        clip=tuple(g * p for g, p in zip(grid, patch, strict=True)),
+        patch=tuple(patch),
+        pixel_mean=0.0,
+        pixel_scale=1.0,
+        width=width,
+        depth=_count_blocks(shapes, f"{prefix}processor/layers_"),
+        heads=heads,
+        mlp=mlp,
+    )
+
+
+def four_ds_weight_map(config: EncoderConfig, prefix: str) -> WeightMap:
+    """Every tensor of the `Encoder`."""
+    width, mlp, patch, grid = config.width, config.mlp, config.patch, grid_of(config.clip, config.patch)
+    heads = (config.heads, width // config.heads)
+    weights = {"positions": reshaped(prefix + POSITIONS, (*grid, width), (math.prod(grid), width))}
+    weights |= flax_dense("patch_embedding", prefix + PATCH_KERNEL.removesuffix("/kernel"), (*patch, 3), (width,))
+    for i in range(config.depth):
+        ours, released = f"blocks.{i}", f"{prefix}processor/layers_{i}"
+        qkv = [flax_dense("qkv", f"{released}/attention/{name}", (width,), heads) for name in ("query", "key", "value")]
+        weights |= flax_norm(f"{ours}.attention_norm", f"{released}/attention_norm", width)
+        weights |= {f"{ours}.{kind}": concatenated([one[kind] for one in qkv]) for kind in ("qkv.weight", "qkv.bias")}
+        weights |= flax_dense(f"{ours}.out", f"{released}/attention/out", heads, (width,))
+        weights |= flax_norm(f"{ours}.mlp_norm", f"{released}/mlp_norm", width)
+        weights |= flax_dense(f"{ours}.mlp_in", f"{released}/mlp/dense_in", (width,), (mlp,))
+        weights |= flax_dense(f"{ours}.mlp_out", f"{released}/mlp/dense_out", (mlp,), (width,))
+    return weights
+
+
+# ---- MAE-ST ----
+
+
+@dataclass(frozen=True)
+class MAESTOptions:
+    """Settings of a MAE-ST model that its tensors do not tell.
+
+    heads, decoder_heads: None takes those of the official models of this width. frames: of a clip; used only where
+    positions are one table for space and time. mask_ratio, normalise_target: of the pretraining.
     """
 
-    def shape(key: str, axes: int) -> Shape:
-        key = prefix + key
-        if len(found.get(key, ())) != axes:
-            is_ = f"{key} is {found[key]}" if key in found else f"lacks {key}"
-            raise UserError(f"{source}: {is_}; needed an array of {axes} axes, as the released 4DS files have it")
-        return found[key]
+    heads: int | None = None
+    decoder_heads: int | None = None
+    frames: int = 16
+    mask_ratio: float = 0.9
+    normalise_target: bool = True
 
-    *patch, channels, width = shape(PATCH_KERNEL, 5)
-    *grid, _ = shape(POSITIONS, 4)
-    _, heads, per_head = shape("processor/layers_0/attention/query/kernel", 3)
-    _, mlp = shape("processor/layers_0/mlp/dense_in/kernel", 2)
-    if channels != 3 or heads * per_head != width:
+
+def read_mae_st(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The float32 tensors of an official `.pth`, and the MAESTOptions saved with them. Executes nothing in the file.
+
+    Raises UserError: a damaged file, content that only unpickling could read, no state dict of dense float32 tensors.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the official code saves its options as one
+            content = torch.load(source, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
         raise UserError(
-            f"{source}: {channels} channels, width {width}, {heads} heads of {per_head}; needed 3, and heads that fill the width"
-        )
-    there = f"{prefix}processor/layers_"
-    layers = {key.removeprefix(there).split("/")[0] for key in found if key.startswith(there)}
-    return {
-        "width": width,
-        "depth": len(layers),
-        "heads": heads,
-        "mlp": mlp,
-        "clip": tuple(g * p for g, p in zip(grid, patch, strict=True)),
-        "patch": tuple(patch),
-        "gelu": "tanh",
-        "pixel_mean": 0.0,
-        "pixel_scale": 1.0,
-    }
+            f"{source} is no checkpoint of torch, or holds more than tensors: refused, since only unpickling could read it"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{source} is not a checkpoint of torch, or is damaged: {reason}") from error
+    saved: Any = None
+    if isinstance(content, dict):
+        saved, content = content.get("args"), content.get("model_state", content.get("model", content))
+    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{source} has no state dict; needed one at the top, below 'model' or below 'model_state'")
+    state = {str(key).replace("head.projection.", "head."): value.detach() for key, value in content.items()}  # PySlowFast's name
+    for key, value in state.items():
+        if value.dtype != torch.float32 or value.layout != torch.strided:
+            raise UserError(f"{source}: {key} is {value.dtype} ({value.layout}); needed dense torch.float32")
+        if value.untyped_storage().nbytes() < 4 * value.numel() or not value.numel():
+            raise UserError(f"{source}: {key} has {value.untyped_storage().nbytes()} bytes; needed those of {tuple(value.shape)}")
+    saved = vars(saved) if isinstance(saved, argparse.Namespace) else {}
+    return state, {ours: saved[name] for name, (kind, ours) in MAE_ST_OPTIONS.items() if isinstance(saved.get(name), kind)}
 
 
-def four_ds(settings: Mapping[str, Any], prefix: str) -> dict[str, Part]:
-    """Name -> Part for every tensor of the `Encoder` with these settings."""
-    width, mlp, patch = settings["width"], settings["mlp"], tuple(settings["patch"])
-    heads, d = settings["heads"], width // settings["heads"]
-    grid = tuple(c // p for c, p in zip(settings["clip"], patch, strict=True))
-    parts = {
-        "positions": same(prefix + POSITIONS, (*grid, width), (math.prod(grid), width)),
-        "patch_embedding.weight": turned(prefix + PATCH_KERNEL, (*patch, 3, width), math.prod(patch) * 3),
-        "patch_embedding.bias": same(f"{prefix}encoder/patch_embedding/Conv_0/bias", (width,)),
-    }
-    for i in range(settings["depth"]):
-        there, here = f"{prefix}processor/layers_{i}", f"blocks.{i}"
-        qkv = [f"{there}/attention/{name}" for name in ("query", "key", "value")]
-        parts |= {
-            f"{here}.attention_norm.weight": same(f"{there}/attention_norm/scale", (width,)),
-            f"{here}.attention_norm.bias": same(f"{there}/attention_norm/bias", (width,)),
-            f"{here}.qkv.weight": stacked([turned(f"{key}/kernel", (width, heads, d), width) for key in qkv]),
-            f"{here}.qkv.bias": stacked([same(f"{key}/bias", (heads, d), (width,)) for key in qkv]),
-            f"{here}.out.weight": turned(f"{there}/attention/out/kernel", (heads, d, width), width),
-            f"{here}.out.bias": same(f"{there}/attention/out/bias", (width,)),
-            f"{here}.mlp_norm.weight": same(f"{there}/mlp_norm/scale", (width,)),
-            f"{here}.mlp_norm.bias": same(f"{there}/mlp_norm/bias", (width,)),
-            f"{here}.mlp_in.weight": turned(f"{there}/mlp/dense_in/kernel", (width, mlp), width),
-            f"{here}.mlp_in.bias": same(f"{there}/mlp/dense_in/bias", (mlp,)),
-            f"{here}.mlp_out.weight": turned(f"{there}/mlp/dense_out/kernel", (mlp, width), mlp),
-            f"{here}.mlp_out.bias": same(f"{there}/mlp/dense_out/bias", (width,)),
-        }
-    return parts
+def mae_st_config(shapes: Mapping[str, Shape], source: object, options: MAESTOptions) -> MAESTConfig | MAESTEncoderConfig:
+    """Config of the `MAEST` of an official state dict, or of its `MAESTEncoder` where there is no decoder.
 
-
-# ---------------------------------------------------------------- MAE-ST
-
-
-def mae_st_settings(
-    found: Mapping[str, Shape],
-    source: object,
-    *,
-    heads: int | None,
-    decoder_heads: int | None,
-    frames: int,
-    mask_ratio: float,
-    normalise_target: bool,
-) -> dict[str, Any]:
-    """Arguments of the `MAEST` (or, without a decoder, the `MAESTEncoder`) that an official state dict makes up.
-
-    heads, decoder_heads: None takes those of the official models of this width. frames: of a clip, asked for only where
-    positions are one table for space and time. mask_ratio, normalise_target: of the pretraining, which tensors do not tell.
-    Raises:
-        UserError: tensors that say so are missing, the heads of this width are not known, or frames do not fit.
+    Raises UserError: a tensor is missing, the heads of this width are not known, or frames do not fit.
     """
 
-    def shape(key: str, axes: int) -> Shape:
-        if len(found.get(key, ())) != axes:
-            is_ = f"{key} is {found[key]}" if key in found else f"lacks {key}"
-            raise UserError(f"{source}: {is_}; needed a tensor of {axes} axes, as mae_st's checkpoints have it")
-        return found[key]
-
-    def known(heads: int | None, width: int, table: Mapping[int, int], option: str) -> int:
-        if heads is None and width not in table:
-            raise UserError(f"{source}: width {width} is none of mae_st's own ({', '.join(map(str, table))}); give {option}")
-        heads = table[width] if heads is None else heads
+    def checked_heads(heads: int | None, width: int, official: Mapping[int, int], option: str) -> int:
+        if heads is None and width not in official:
+            raise UserError(f"{source}: width {width} is none of mae_st's own ({', '.join(map(str, official))}); give {option}")
+        heads = official[width] if heads is None else heads
         if heads < 1 or width % heads:
             raise UserError(f"{source}: width {width} does not divide into {heads} heads; correct {option}")
         return heads
 
-    width, channels, *patch = shape("patch_embed.proj.weight", 5)
+    width, channels, *patch = shape_of(shapes, "patch_embed.proj.weight", 5, source)
     if channels != 3:
         raise UserError(f"{source}: patch_embed.proj.weight takes {channels} channels; needed 3")
-    class_token = "cls_token" in found
-    if "pos_embed_temporal" in found:
-        places, times = shape("pos_embed_spatial", 3)[1], shape("pos_embed_temporal", 3)[1]
+    class_token, separable = "cls_token" in shapes, "pos_embed_temporal" in shapes
+    if separable:
+        places, t = (shape_of(shapes, f"pos_embed_{name}", 3, source)[1] for name in ("spatial", "temporal"))
     else:
-        tokens, times = shape("pos_embed", 3)[1] - class_token, max(frames // patch[0], 1)
-        places = tokens // times if tokens % times == 0 else 0
+        tokens, t = shape_of(shapes, "pos_embed", 3, source)[1] - class_token, max(options.frames // patch[0], 1)
+        places = tokens // t if tokens % t == 0 else 0
     side = math.isqrt(places)
     if side * side != places or not places:
-        raise UserError(f"{source}: positions of {frames} frames are not those of square clips; correct --frames")
-    settings: dict[str, Any] = {
-        "width": width,
-        "depth": _count(found, "blocks."),
-        "heads": known(heads, width, MAE_ST_HEADS, "--heads"),
-        "mlp": shape("blocks.0.mlp.fc1.weight", 2)[0],
-        "clip": (times * patch[0], side * patch[1], side * patch[2]),
-        "patch": tuple(patch),
-        "separable_positions": "pos_embed_temporal" in found,
-        "class_token": class_token,
-        "pixel_mean": MAE_ST_MEAN,
-        "pixel_scale": 1 / MAE_ST_STD,
-    }
-    if "decoder_embed.weight" not in found:
-        return settings
-    decoder_width = shape("decoder_embed.weight", 2)[0]
-    per_token = shape("decoder_pred.weight", 2)[0] // (3 * patch[1] * patch[2])  # predicted frames a token
-    return settings | {
-        "decoder_width": decoder_width,
-        "decoder_depth": _count(found, "decoder_blocks."),
-        "decoder_heads": known(decoder_heads, decoder_width, MAE_ST_DECODER_HEADS, "--decoder-heads"),
-        "predicted_frames": per_token * times,
-        "masking": "random",
-        "mask_ratio": mask_ratio,
-        "normalise_target": normalise_target,
-        "position_init": "normal",
-        "branch_init": "released",
-    }
+        raise UserError(f"{source}: positions of {options.frames} frames are not those of square clips; correct --frames")
+    encoder = MAESTEncoderConfig(
+        clip=(t * patch[0], side * patch[1], side * patch[2]),
+        patch=tuple(patch),
+        pixel_mean=MAE_ST_MEAN,
+        pixel_scale=1 / MAE_ST_STD,
+        width=width,
+        depth=_count_blocks(shapes, "blocks."),
+        heads=checked_heads(options.heads, width, MAE_ST_HEADS, "--heads"),
+        mlp=shape_of(shapes, "blocks.0.mlp.fc1.weight", 2, source)[0],
+        separable_positions=separable,
+        class_token=class_token,
+    )
+    if "decoder_embed.weight" not in shapes:
+        return encoder
+    decoder_width = shape_of(shapes, "decoder_embed.weight", 2, source)[0]
+    frames_per_token = shape_of(shapes, "decoder_pred.weight", 2, source)[0] // (3 * patch[1] * patch[2])
+    return MAESTConfig(
+        **asdict(encoder),
+        masking="random",
+        mask_ratio=options.mask_ratio,
+        position_init="normal",
+        branch_init="released",
+        decoder_width=decoder_width,
+        decoder_depth=_count_blocks(shapes, "decoder_blocks."),
+        decoder_heads=checked_heads(options.decoder_heads, decoder_width, MAE_ST_DECODER_HEADS, "--decoder-heads"),
+        predicted_frames=frames_per_token * t,
+        normalise_target=options.normalise_target,
+    )
 
 
-def mae_st(settings: Mapping[str, Any]) -> dict[str, Part]:
-    """Name -> Part for every tensor of the `MAEST` with these settings."""
-    width, patch = settings["width"], settings["patch"]
-    decoder_width = settings["decoder_width"]
-    predicted = patch[0] * settings["predicted_frames"] // settings["clip"][0] * patch[1] * patch[2] * 3
-    parts = {f"encoder.{name}": part for name, part in mae_st_encoder(settings).items()}
-    parts |= {
-        "mask_token": same("mask_token", (1, 1, decoder_width), (1, decoder_width)),
-        "decoder_embedding.weight": same("decoder_embed.weight", (decoder_width, width)),
-        "decoder_embedding.bias": same("decoder_embed.bias", (decoder_width,)),
-        "decoder_norm.weight": same("decoder_norm.weight", (decoder_width,)),
-        "decoder_norm.bias": same("decoder_norm.bias", (decoder_width,)),
-        "decoder.weight": same("decoder_pred.weight", (predicted, decoder_width)),
-        "decoder.bias": same("decoder_pred.bias", (predicted,)),
-    }
-    if settings["class_token"]:
-        parts["decoder_class_token"] = same("decoder_cls_token", (1, 1, decoder_width), (1, decoder_width))
-    parts |= _mae_st_positions(settings, "decoder_positions", "decoder_pos_embed", decoder_width)
-    return parts | _mae_st_blocks("decoder_blocks", "decoder_blocks", settings["decoder_depth"], decoder_width, 4 * decoder_width)
+def mae_st_weight_map(config: MAESTConfig | MAESTEncoderConfig) -> WeightMap:
+    """Every tensor of the `MAEST`, or of the `MAESTEncoder`."""
+    if not isinstance(config, MAESTConfig):
+        return _mae_st_encoder(config)
+    width, (pt, ph, pw) = config.decoder_width, config.patch
+    predicted = pt * config.predicted_frames // config.clip[0] * ph * pw * 3  # values per token
+    weights = {f"encoder.{name}": entry for name, entry in _mae_st_encoder(config).items()}
+    weights |= {"mask_token": reshaped("mask_token", (1, 1, width), (1, width))}
+    weights |= torch_layer("decoder_embedding", "decoder_embed", width, config.width)
+    weights |= torch_layer("decoder_norm", "decoder_norm", width) | torch_layer("decoder", "decoder_pred", predicted, width)
+    if config.class_token:
+        weights["decoder_class_token"] = reshaped("decoder_cls_token", (1, 1, width), (1, width))
+    weights |= _mae_st_positions(config, "decoder_positions", "decoder_pos_embed", width)
+    return weights | _mae_st_blocks("decoder_blocks", config.decoder_depth, width, 4 * width)
 
 
-def mae_st_encoder(settings: Mapping[str, Any]) -> dict[str, Part]:
-    """Name -> Part for every tensor of the `MAESTEncoder` with these settings."""
-    width, patch = settings["width"], tuple(settings["patch"])
-    pixels = Part(  # D C pt ph pw -> D P
+def _mae_st_encoder(config: MAESTEncoderConfig) -> WeightMap:
+    width, patch = config.width, config.patch
+    convolution = TensorMap(  # D C pt ph pw -> D P
         (width, math.prod(patch) * 3),
         {"patch_embed.proj.weight": (width, 3, *patch)},
         lambda a: a.transpose(0, 2, 3, 4, 1).reshape(width, -1),
     )
-    parts = {
-        "patch_embedding.weight": pixels,
-        "patch_embedding.bias": same("patch_embed.proj.bias", (width,)),
-        "norm.weight": same("norm.weight", (width,)),
-        "norm.bias": same("norm.bias", (width,)),
-    }
-    if settings["class_token"]:
-        parts["class_token"] = same("cls_token", (1, 1, width), (1, width))
-    parts |= _mae_st_positions(settings, "positions", "pos_embed", width)
-    return parts | _mae_st_blocks("blocks", "blocks", settings["depth"], width, settings["mlp"])
+    weights = {"patch_embedding.weight": convolution, "patch_embedding.bias": reshaped("patch_embed.proj.bias", (width,))}
+    weights |= torch_layer("norm", "norm", width)
+    if config.class_token:
+        weights["class_token"] = reshaped("cls_token", (1, 1, width), (1, width))
+    weights |= _mae_st_positions(config, "positions", "pos_embed", width)
+    return weights | _mae_st_blocks("blocks", config.depth, width, config.mlp)
 
 
-def _mae_st_positions(settings: Mapping[str, Any], here: str, there: str, width: int) -> dict[str, Part]:
-    t, h, w = (c // p for c, p in zip(settings["clip"], settings["patch"], strict=True))
-    if settings["separable_positions"]:
-        parts = {
-            f"{here}.temporal": same(f"{there}_temporal", (1, t, width), (t, width)),
-            f"{here}.spatial": same(f"{there}_spatial", (1, h * w, width), (h * w, width)),
+def _mae_st_positions(config: MAESTEncoderConfig, name: str, key: str, width: int) -> WeightMap:
+    t, h, w = grid_of(config.clip, config.patch)
+    if config.separable_positions:
+        weights = {
+            f"{name}.temporal": reshaped(f"{key}_temporal", (1, t, width), (t, width)),
+            f"{name}.spatial": reshaped(f"{key}_spatial", (1, h * w, width), (h * w, width)),
         }
-        if settings["class_token"]:
-            parts[f"{here}.class_token"] = same(f"{there}_class", (1, 1, width), (1, width))
-        return parts
-    first = int(settings["class_token"])  # its position is the first row of the one table
-    source = {there: (1, first + t * h * w, width)}
-    whole = {f"{here}.whole": Part((t * h * w, width), source, lambda a: a[0, first:])}
-    if first:
-        whole[f"{here}.class_token"] = Part((1, width), source, lambda a: a[0, :1])
-    return whole
+        if config.class_token:
+            weights[f"{name}.class_token"] = reshaped(f"{key}_class", (1, 1, width), (1, width))
+        return weights
+    prefix = int(config.class_token)  # the class token's position is the first row of the table
+    table = {key: (1, prefix + t * h * w, width)}
+    weights = {f"{name}.whole": TensorMap((t * h * w, width), table, lambda a: a[0, prefix:])}
+    if prefix:
+        weights[f"{name}.class_token"] = TensorMap((1, width), table, lambda a: a[0, :1])
+    return weights
 
 
-def _mae_st_blocks(here: str, there: str, depth: int, width: int, mlp: int) -> dict[str, Part]:
-    parts = {}
+def _mae_st_blocks(name: str, depth: int, width: int, mlp: int) -> WeightMap:
+    """Blocks have the same name on both sides."""
+    weights: WeightMap = {}
     for i in range(depth):
-        a, b = f"{here}.{i}", f"{there}.{i}"
-        for kind, wide, narrow in (("weight", (width, width), (width, mlp)), ("bias", (width,), (width,))):
-            expanded = (mlp, width) if kind == "weight" else (mlp,)
-            parts |= {
-                f"{a}.attention_norm.{kind}": same(f"{b}.norm1.{kind}", (width,)),
-                f"{a}.qkv.{kind}": stacked([same(f"{b}.attn.{n}.{kind}", wide) for n in "qkv"]),
-                f"{a}.out.{kind}": same(f"{b}.attn.proj.{kind}", wide),
-                f"{a}.mlp_norm.{kind}": same(f"{b}.norm2.{kind}", (width,)),
-                f"{a}.mlp_in.{kind}": same(f"{b}.mlp.fc1.{kind}", expanded),
-                f"{a}.mlp_out.{kind}": same(f"{b}.mlp.fc2.{kind}", narrow),
-            }
-    return parts
-
-
-def _count(found: Mapping[str, Shape], prefix: str) -> int:
-    return len({key.removeprefix(prefix).split(".")[0] for key in found if key.startswith(prefix)})
+        block = f"{name}.{i}"
+        qkv = [torch_layer("qkv", f"{block}.attn.{letter}", width, width) for letter in "qkv"]
+        layers = torch_layer("attention_norm", f"{block}.norm1", width)
+        layers |= {kind: concatenated([one[kind] for one in qkv]) for kind in ("qkv.weight", "qkv.bias")}
+        layers |= torch_layer("out", f"{block}.attn.proj", width, width) | torch_layer("mlp_norm", f"{block}.norm2", width)
+        layers |= torch_layer("mlp_in", f"{block}.mlp.fc1", mlp, width) | torch_layer("mlp_out", f"{block}.mlp.fc2", width, mlp)
+        for kind in ("weight", "bias"):
+            weights |= {f"{block}.{layer}": one for layer, one in layers.items() if layer.endswith(kind)}
+    return weights

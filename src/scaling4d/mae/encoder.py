@@ -1,8 +1,9 @@
-"""The video transformer of both papers: patches + learned positions + pre-norm blocks."""
+"""The video transformer of both papers: patches, learned positions, pre-norm blocks."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -10,25 +11,72 @@ from torch.nn import functional as F
 
 from scaling4d import seeds
 from scaling4d.mae.attention import attention
-from scaling4d.mae.patches import grid_of, patchify, take
+from scaling4d.mae.masking import random_masking, visible_tokens
+from scaling4d.mae.patches import gather_patches, grid_of, patchify
 from scaling4d.mae.resize import resize
-from scaling4d.records import MaskedTokens, UserError
+from scaling4d.records import MaskedTokens
 
 LAYER_NORM_EPS = 1e-6  # both papers' code
 LECUN_STD = 0.87962566103423978  # of a unit normal cut off at two sigma
 
 
+@dataclass(frozen=True, kw_only=True)
+class PixelTokensConfig:
+    """clip: T H W. patch: pt ph pw. Pixels in 0..1 become (x - pixel_mean) * pixel_scale (4DS: 0 and 1)."""
+
+    clip: tuple[int, int, int]
+    patch: tuple[int, int, int]
+    pixel_mean: float
+    pixel_scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig(PixelTokensConfig):
+    """A backbone. width: D. depth: number of blocks. mlp: hidden width of a block's mlp."""
+
+    width: int
+    depth: int
+    heads: int
+    mlp: int
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} does not divide into {self.heads} heads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig(EncoderConfig):
+    """A pretraining method on a backbone.
+
+    masking, mask_ratio: see mae.masking.random_masking.
+    position_init: "normal" N(0, 0.02), as released, or "sincos" (ours: learns in short schedules).
+    branch_init: "released", or "by_depth": smaller residual branches at the start of deep stacks (ours: likewise).
+    """
+
+    masking: str
+    mask_ratio: float
+    position_init: str
+    branch_init: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, known in (("position_init", ("normal", "sincos")), ("branch_init", ("released", "by_depth"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} = {getattr(self, name)!r}; needed {' or '.join(map(repr, known))}")
+
+
 class Block(nn.Module):
     """Sequential pre-norm block with biases: x + attention(norm x), then x + mlp(norm x).
 
-    gelu: "tanh" in 4DS, "none" (exact) in MAE-ST, torch's names. drop_path: an attribute, the share of clips for which a
-    residual branch is left out in training (MAE-ST's fine-tuning; 0 at first). packed: another, see mae.attention.
+    Args:
+        gelu: "tanh" in 4DS, "none" (exact) in MAE-ST; torch's names.
+    Attributes:
+        drop_path: share of clips that skip a residual branch in training (MAE-ST's fine-tuning; initially 0).
+        packed: see mae.attention (initially false).
     """
 
     def __init__(self, *, width: int, heads: int, mlp: int, gelu: str) -> None:
         super().__init__()
-        if width % heads:
-            raise UserError(f"width {width} does not divide into {heads} heads")
         self.heads, self.gelu, self.drop_path, self.packed = heads, gelu, 0.0, False
         self.attention_norm = nn.LayerNorm(width, LAYER_NORM_EPS)
         self.qkv = nn.Linear(width, 3 * width)
@@ -41,69 +89,58 @@ class Block(nn.Module):
         """`B N D` -> `B N D`."""
         B, N, D = x.shape
         q, k, v = self.qkv(self.attention_norm(x)).reshape(B, N, 3, self.heads, D // self.heads).unbind(2)  # B N heads d
-        x = x + self._dropped(self.out(attention(q, k, v, packed=self.packed).reshape(B, N, D)))
-        return x + self._dropped(self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x)), approximate=self.gelu)))
+        x = x + self._drop_path(self.out(attention(q, k, v, packed=self.packed).reshape(B, N, D)))
+        return x + self._drop_path(self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x)), approximate=self.gelu)))
 
-    def _dropped(self, branch: Tensor) -> Tensor:
-        """Stochastic depth, drawn from torch's global state (see readout.classifier, which seeds it)."""
+    def _drop_path(self, branch: Tensor) -> Tensor:
+        """Stochastic depth. Draws from torch's global state, which training.fit seeds for every step."""
         if not self.training or self.drop_path == 0:
             return branch
         kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
         return branch * kept / (1 - self.drop_path)
 
-    def flops(self, tokens: int) -> int:
-        """Floating-point operations of a forward pass over one sequence (multiply and add count as two)."""
-        matrices = sum(linear.weight.numel() for linear in (self.qkv, self.out, self.mlp_in, self.mlp_out))
-        return 2 * tokens * matrices + 4 * tokens * tokens * self.out.in_features
-
 
 class Encoder(nn.Module):
-    """Backbone of 4DS: patch projection, learned 3-D positions, blocks; no class token, no final norm.
+    """Backbone of 4DS: patch projection, learned 3-D positions, blocks; no class token, no final norm."""
 
-    clip: T H W. patch: pt ph pw. pixel_mean, pixel_scale: pixels in 0..1 become (x - mean) * scale (4DS: 0 and 1).
-    """
+    config_class = EncoderConfig
+    gelu = "tanh"
+    prefix_tokens = 0  # before those of the patches: MAE-ST's class token
 
-    def __init__(
-        self,
-        *,
-        width: int,
-        depth: int,
-        heads: int,
-        mlp: int,
-        clip: tuple[int, int, int],
-        patch: tuple[int, int, int],
-        gelu: str,
-        pixel_mean: float,
-        pixel_scale: float,
-    ) -> None:
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.width, self.depth, self.clip, self.patch = width, depth, tuple(clip), tuple(patch)
+        self.width, self.depth, self.clip, self.patch = config.width, config.depth, tuple(config.clip), tuple(config.patch)
         self.grid = grid_of(self.clip, self.patch)
-        self.pixel_mean, self.pixel_scale = pixel_mean, pixel_scale
-        self.patch_embedding = nn.Linear(math.prod(patch) * 3, width)
-        self.positions = nn.Parameter(torch.empty(math.prod(self.grid), width))  # N D
-        self.blocks = nn.ModuleList(Block(width=width, heads=heads, mlp=mlp, gelu=gelu) for _ in range(depth))
+        self.pixel_mean, self.pixel_scale = config.pixel_mean, config.pixel_scale
+        self.patch_embedding = nn.Linear(math.prod(self.patch) * 3, config.width)
+        self.positions = nn.Parameter(torch.empty(math.prod(self.grid), config.width))  # N D
+        self.blocks = nn.ModuleList(
+            Block(width=config.width, heads=config.heads, mlp=config.mlp, gelu=self.gelu) for _ in range(config.depth)
+        )
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """uint8 0..255 or float 0..1 -> what the model computes with."""
+        """uint8 0..255 or float 0..1 -> the float values that the model computes with."""
         x = pixels.float().div_(255) if pixels.dtype == torch.uint8 else pixels.clone()
         return x.sub_(self.pixel_mean).mul_(self.pixel_scale)
 
+    def position_table(self) -> Tensor:
+        """`N D`."""
+        return self.positions
+
     def tokens(self, pixels: Tensor, masked: MaskedTokens | None = None) -> Tensor:
-        """`B T H W C` -> `B K D`: the kept tokens (all without a mask), projected, with their positions."""
+        """`B T H W C` -> `B K D`: the visible tokens (all without a mask), projected, with their positions."""
         if masked is None:
-            return self.embed(patchify(pixels, self.patch)) + self.positions
-        return self.embed(take(pixels, masked.kept, self.patch)) + self.positions[masked.kept]
+            return self.embed(patchify(pixels, self.patch)) + self.position_table()
+        return self.embed(gather_patches(pixels, masked.ids_keep, self.patch)) + self.position_table()[masked.ids_keep]
 
     def embed(self, patches: Tensor) -> Tensor:
-        """`B K P` -> `B K D`, in the type of the weights."""
+        """`B K P` -> `B K D`, in the dtype of the weights."""
         return self.patch_embedding(self.normalise(patches).to(self.patch_embedding.weight.dtype))
 
     def resize(self, clip: tuple[int, int, int]) -> None:
-        """Take clips of another T H W from now on: positions are resized by cubic interpolation, as the official demo does.
+        """Take clips of another T H W from now on: cubic interpolation of the positions, as in the official demo.
 
-        Raises:
-            UserError: the clip does not divide into patches.
+        Raises UserError: the clip does not divide into patches.
         """
         grid = grid_of(clip, self.patch)
         if grid != self.grid:
@@ -113,11 +150,22 @@ class Encoder(nn.Module):
     def resize_positions(self, grid: tuple[int, int, int]) -> None:
         self.positions = nn.Parameter(resize(self.positions.detach(), self.grid, grid))
 
+    def init_sincos_positions(self) -> None:
+        """Sine-cosine positions in place of random ones."""
+        copy_to_param_(self.positions, sincos(self.grid, self.width))
+
+    def last_tokens(self, pixels: Tensor, masked: MaskedTokens | None = None) -> Tensor:
+        """Output of the last block, prefix tokens included. `features` ends before it."""
+        x = self.tokens(pixels, masked)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
     def features(self, pixels: Tensor, layers: int | None = None) -> list[Tensor]:
         """Layers as the official code returns them: the tokens, then the INPUT of every block, each `B N D`.
 
-        So [0] equals [1], and the output of the last block is not among them; `layers` stops after so many entries.
-        Source: FACTS of the released 4DS code (GeneralizedTransformer).
+        So [0] equals [1], and the output of the last block is not among them. layers: stop after so many entries.
+        Source: GeneralizedTransformer of the released 4DS code.
         """
         x = self.tokens(pixels)
         out = [x]
@@ -128,26 +176,60 @@ class Encoder(nn.Module):
 
 
 class PixelTokens(nn.Module):
-    """The baseline without any learning: a token is its patch's normalised pixels."""
+    """The baseline without learning: a token is its patch's normalised pixels."""
 
-    def __init__(self, *, clip: tuple[int, int, int], patch: tuple[int, int, int], pixel_mean: float, pixel_scale: float) -> None:
+    config_class = PixelTokensConfig
+    normalise = Encoder.normalise
+
+    def __init__(self, config: PixelTokensConfig) -> None:
         super().__init__()
-        self.clip, self.patch, self.depth = tuple(clip), tuple(patch), 0
+        self.clip, self.patch, self.depth = tuple(config.clip), tuple(config.patch), 0
         self.grid = grid_of(self.clip, self.patch)
-        self.pixel_mean, self.pixel_scale = pixel_mean, pixel_scale
+        self.pixel_mean, self.pixel_scale = config.pixel_mean, config.pixel_scale
         self.width = math.prod(self.patch) * 3
 
     def features(self, pixels: Tensor, layers: int | None = None) -> list[Tensor]:
         """One layer: `B N P`."""
-        x = patchify(pixels, self.patch)
-        x = x.float() / 255 if x.dtype == torch.uint8 else x
-        return [(x - self.pixel_mean) * self.pixel_scale]
+        return [self.normalise(patchify(pixels, self.patch))]
+
+
+class Method(nn.Module):
+    """A masked autoencoder, or a student: an encoder, its masking, and `forward(pixels, masked)`, the loss."""
+
+    round_visible_down = False  # see random_masking
+    xavier = False  # see initialise
+    encoder: Encoder
+
+    def __init__(self, config: MethodConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def initialise(self, seed: int) -> None:
+        """Draw all weights; equal seeds give equal weights."""
+        initialise(self, seed=seed, xavier=self.xavier)
+        if self.config.branch_init == "by_depth":
+            for module in self.modules():
+                if isinstance(module, nn.ModuleList):
+                    scale_branches(module)
+        if self.config.position_init == "sincos":
+            self.encoder.init_sincos_positions()
+
+    @property
+    def visible_tokens(self) -> int:
+        """K of `random_masking`."""
+        masking = (self.config.masking, self.encoder.grid, self.config.mask_ratio)
+        return visible_tokens(*masking, round_down=self.round_visible_down)
+
+    def draw_mask(self, batch: int, rng: torch.Generator) -> MaskedTokens:
+        """Draw the visible tokens of a batch."""
+        settings = {"grid": self.encoder.grid, "mask_ratio": self.config.mask_ratio, "round_down": self.round_visible_down}
+        return random_masking(self.config.masking, batch=batch, rng=rng, **settings)
 
 
 def sincos(grid: tuple[int, int, int], width: int, step: tuple[float, float, float] = (1, 1, 1)) -> Tensor:
     """Sine-cosine table `N D` over the cells of a t h w grid, `step` fine cells apart and centred in each cell.
 
-    A third of the channels (rounded to sine-cosine pairs) goes to each axis, what is left over to time.
+    A third of the channels (rounded to sine-cosine pairs) goes to each axis, the rest to time.
     """
     pairs = [width // 2 - 2 * (width // 6), width // 6, width // 6]
     tables = []
@@ -163,11 +245,11 @@ def sincos(grid: tuple[int, int, int], width: int, step: tuple[float, float, flo
 
 
 @torch.no_grad()
-def initialise(module: nn.Module, *, seed: int) -> None:
-    """Draw every weight from the stream of its own name.
+def initialise(module: nn.Module, *, seed: int, xavier: bool = False) -> None:
+    """Draw every weight from the random stream of its own name, as the released 4DS code does.
 
     Truncated lecun-normal for projections and attention, xavier-uniform for the blocks' mlp, zero biases, unit norms,
-    N(0, 0.02) for learned tokens and positions: as the released 4DS code.
+    N(0, 0.02) for learned tokens and positions. xavier: for all matrices, as mae_st (q, k and v each their own).
     """
     for name, weight in module.named_parameters():
         rng, value = seeds.stream(seed, "init", name), torch.empty(weight.shape)
@@ -177,17 +259,18 @@ def initialise(module: nn.Module, *, seed: int) -> None:
             value.fill_(1)
         elif not name.endswith("weight"):
             nn.init.normal_(value, std=0.02, generator=rng)
-        elif "mlp_" in name:
-            nn.init.xavier_uniform_(value, generator=rng)
+        elif xavier or "mlp_" in name:
+            for part in value.chunk(3 if "qkv" in name else 1):
+                nn.init.xavier_uniform_(part, generator=rng)
         else:
             std = math.sqrt(1 / value.shape[1]) / LECUN_STD
             nn.init.trunc_normal_(value, std=std, a=-2 * std, b=2 * std, generator=rng)
-        put(weight, value)
+        copy_to_param_(weight, value)
 
 
 @torch.no_grad()
-def put(weight: Tensor, value: Tensor) -> None:
-    """Give a parameter, which may be sharded, its value; every rank has the whole value and keeps its part."""
+def copy_to_param_(weight: Tensor, value: Tensor) -> None:
+    """Set a parameter, plain or sharded. Every rank passes the whole value."""
     if hasattr(weight, "placements"):
         from torch.distributed.tensor import distribute_tensor  # half a second to import, which only sharded models need
 
@@ -197,10 +280,7 @@ def put(weight: Tensor, value: Tensor) -> None:
 
 @torch.no_grad()
 def scale_branches(blocks: nn.ModuleList) -> None:
-    """Divide the last layers of all residual branches by sqrt(number of branches), so that depth does not add up at the start.
-
-    Source: GPT-2 (section 2.3 of its paper). Neither 4DS nor MAE-ST does so.
-    """
+    """Divide the last layer of every residual branch by sqrt(number of branches). Source: GPT-2, section 2.3."""
     for block in blocks:
         for last in (block.out, block.mlp_out):
             last.weight.div_(math.sqrt(2 * len(blocks)))

@@ -3,105 +3,93 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from scaling4d.mae.patches import unpatchify
 from scaling4d.records import MaskedTokens, UserError
 
 Grid = tuple[int, int, int]
+STRATEGIES = ("random", "tube", "frame", "block")
 BLOCK_SHARE = (0.02, 0.08)  # of all tokens, in one block; ours
 
 
-def keep(strategy: str, *, batch: int, grid: Grid, mask_ratio: float, rng: torch.Generator, down: bool = False) -> MaskedTokens:
-    """Choose what the encoder sees, independently for every clip.
+def random_masking(
+    strategy: str, *, batch: int, grid: Grid, mask_ratio: float, rng: torch.Generator, round_down: bool = False
+) -> MaskedTokens:
+    """Draw the visible tokens, independently for every clip.
 
     Args:
-        strategy: random (blind to space and time), tube (the same places in every frame), frame (whole frames) or
-          block (what is hidden are space-time blocks).
+        strategy: random (blind to space and time), tube (the same places in every frame), frame (whole frames) or block
+            (the hidden tokens form space-time blocks).
         mask_ratio: fraction hidden, in (0, 1).
-        down: round the number of kept things down, as mae_st's code does, instead of to the nearest.
-        rng: the only source of randomness; same state, same choice.
+        rng: the only source of randomness; same state, same draw.
+        round_down: see `visible_tokens`.
     Returns:
-        The same number of tokens for every clip, see `kept_tokens`, ascending.
+        ids_keep `B K`, ascending; K is the same for every clip.
     Raises:
-        UserError: an unknown strategy, mask_ratio outside (0, 1), so high that no token is left, or so low that none is hidden.
-    Source: arXiv:2412.15212 (random, 95 %), arXiv:2205.09113 (random, 90 %, and the other three compared with it; how it draws
-      its blocks is not published: ours).
+        UserError: as `visible_tokens`.
+    Source: arXiv:2412.15212 (random, 95 %); arXiv:2205.09113 (random, 90 %, compared with the other three; its blocks
+      are not published: ours).
     """
-    unit = _unit(strategy, grid)
-    count = kept_tokens(strategy, grid, mask_ratio, down=down) // unit
-    return MaskedTokens(STRATEGIES[strategy](batch, grid, count, rng), grid)
+    count = visible_tokens(strategy, grid, mask_ratio, round_down=round_down)
+    if strategy == "block":
+        visible = torch.stack([_visible_beside_blocks(grid, count, rng) for _ in range(batch)])  # B N
+    else:
+        units = _units(strategy, grid)
+        drawn = math.prod(units) * count // math.prod(grid)
+        ids = torch.rand(batch, math.prod(units), generator=rng).argsort(dim=1)[:, :drawn]
+        visible = torch.zeros(batch, math.prod(units), dtype=torch.bool).scatter(1, ids, True)
+        visible = visible.reshape(batch, *units).expand(batch, *grid).flatten(1)  # B N
+    return MaskedTokens(visible.nonzero()[:, 1].reshape(batch, count), grid)
 
 
-def kept_tokens(strategy: str, grid: Grid, mask_ratio: float, *, down: bool = False) -> int:
-    """How many of the N tokens are kept: a whole number of tokens, of places (tube) or of frames (frame)."""
+def visible_tokens(strategy: str, grid: Grid, mask_ratio: float, *, round_down: bool = False) -> int:
+    """K, the number of visible tokens: a whole number of tokens, of places (tube) or of frames (frame).
+
+    Args:
+        round_down: round K down, as mae_st's code does, instead of to the nearest.
+    Raises:
+        UserError: unknown strategy, mask_ratio outside (0, 1), no visible token, or no hidden one.
+    """
     if strategy not in STRATEGIES:
         raise UserError(f"masking = {strategy!r}; needed one of {', '.join(STRATEGIES)}")
-    unit = _unit(strategy, grid)
-    whole = math.prod(grid) // unit
-    exact = whole * (1 - mask_ratio)
-    count = int(exact) if down else round(exact)
-    if not 0 < mask_ratio < 1 or not 0 < count < whole:
-        things = {"tube": "places", "frame": "frames"}.get(strategy, "tokens")
+    total = math.prod(_units(strategy, grid))
+    exact = total * (1 - mask_ratio)
+    count = int(exact) if round_down else round(exact)
+    if not 0 < mask_ratio < 1 or not 0 < count < total:
+        units = {"tube": "places", "frame": "frames"}.get(strategy, "tokens")
         raise UserError(
-            f"mask_ratio = {mask_ratio} keeps {count} of {whole} {things}; set it in (0, 1) so that some are kept and some hidden"
+            f"mask_ratio = {mask_ratio} keeps {count} of {total} {units}; set it in (0, 1) so that some are kept and some hidden"
         )
-    return count * unit
+    return count * math.prod(grid) // total
 
 
-def _unit(strategy: str, grid: Grid) -> int:
-    """Tokens that are kept or hidden together."""
-    return {"tube": grid[0], "frame": grid[1] * grid[2]}.get(strategy, 1)
+def hidden_pixels(masked: MaskedTokens, clip: tuple[int, int, int], patch: tuple[int, int, int]) -> Tensor:
+    """float `B T H W 1`: 1 at hidden pixels, 0 at visible ones."""
+    ids_keep = masked.ids_keep
+    hidden = torch.ones(ids_keep.shape[0], masked.tokens, device=ids_keep.device).scatter(1, ids_keep, 0.0)  # B N
+    return unpatchify(hidden[..., None].expand(-1, -1, math.prod(patch)), clip, patch)
 
 
-def _random(batch: int, grid: Grid, count: int, rng: torch.Generator) -> Tensor:
-    return _some(batch, math.prod(grid), count, rng)
+def _units(strategy: str, grid: Grid) -> Grid:
+    """Grid of the units that are drawn: places (tube), frames, or tokens."""
+    return {"tube": (1, *grid[1:]), "frame": (grid[0], 1, 1)}.get(strategy, grid)
 
 
-def _tube(batch: int, grid: Grid, count: int, rng: torch.Generator) -> Tensor:
-    places = grid[1] * grid[2]
-    kept = _some(batch, places, count, rng)
-    return (torch.arange(grid[0])[:, None] * places + kept[:, None]).flatten(1)
-
-
-def _frame(batch: int, grid: Grid, count: int, rng: torch.Generator) -> Tensor:
-    places = grid[1] * grid[2]
-    kept = _some(batch, grid[0], count, rng)
-    return (kept[:, :, None] * places + torch.arange(places)).flatten(1)
-
-
-def _block(batch: int, grid: Grid, count: int, rng: torch.Generator) -> Tensor:
-    """Blocks of random size and place, one over the other, until enough is hidden; the last one shows a random part of itself."""
-    wanted = math.prod(grid) - count
-    rows = []
-    for _ in range(batch):
-        hidden = torch.zeros(grid, dtype=torch.bool)
-        while True:
-            share = BLOCK_SHARE[0] + (BLOCK_SHARE[1] - BLOCK_SHARE[0]) * torch.rand((), generator=rng).item()
-            size = [max(1, round(share ** (1 / 3) * n)) for n in grid]
-            reach = [n + k - 1 for n, k in zip(grid, size, strict=True)]  # may stick out, or the middle would be hidden most
-            at = [int(torch.randint(r, (), generator=rng)) - k + 1 for r, k in zip(reach, size, strict=True)]
-            before = hidden.clone()
-            hidden[tuple(slice(max(a, 0), a + k) for a, k in zip(at, size, strict=True))] = True
-            over = int(hidden.sum()) - wanted
-            if over >= 0:
-                new = (hidden & ~before).flatten().nonzero()[:, 0]
-                hidden.view(-1)[new[torch.randperm(len(new), generator=rng)[:over]]] = False
-                break
-        rows.append((~hidden).flatten().nonzero()[:, 0])
-    return torch.stack(rows)
-
-
-def _some(batch: int, things: int, count: int, rng: torch.Generator) -> Tensor:
-    """`batch` times `count` of `things`, ascending."""
-    return torch.rand(batch, things, generator=rng).argsort(dim=1)[:, :count].sort(dim=1).values
-
-
-STRATEGIES: dict[str, Callable[[int, Grid, int, torch.Generator], Tensor]] = {
-    "random": _random,
-    "tube": _tube,
-    "frame": _frame,
-    "block": _block,
-}
+def _visible_beside_blocks(grid: Grid, count: int, rng: torch.Generator) -> Tensor:
+    """bool `N`: hide random blocks of a clip until `count` tokens are left; part of the last block stays."""
+    hidden, wanted = torch.zeros(grid, dtype=torch.bool), math.prod(grid) - count
+    while True:
+        share = BLOCK_SHARE[0] + (BLOCK_SHARE[1] - BLOCK_SHARE[0]) * torch.rand((), generator=rng).item()
+        size = [max(1, round(share ** (1 / 3) * n)) for n in grid]
+        reach = [n + k - 1 for n, k in zip(grid, size, strict=True)]  # blocks may stick out, or the middle is hidden most
+        corner = [int(torch.randint(r, (), generator=rng)) - k + 1 for r, k in zip(reach, size, strict=True)]
+        before = hidden.clone()
+        hidden[tuple(slice(max(a, 0), a + k) for a, k in zip(corner, size, strict=True))] = True
+        excess = int(hidden.sum()) - wanted
+        if excess >= 0:
+            new = (hidden & ~before).flatten().nonzero()[:, 0]
+            hidden.view(-1)[new[torch.randperm(len(new), generator=rng)[:excess]]] = False
+            return ~hidden.flatten()

@@ -1,4 +1,4 @@
-"""Pixels <-> patches. Only the patches that are asked for are ever copied."""
+"""Pixels <-> patches."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ def patchify(pixels: Tensor, patch: tuple[int, int, int]) -> Tensor:
     return x.reshape(x.shape[0], -1, x.shape[4:].numel())  # B N P
 
 
-def take(pixels: Tensor, kept: Tensor, patch: tuple[int, int, int]) -> Tensor:
-    """The kept patches alone: `B T H W C`, `B K` -> `B K P`; equals `patchify(pixels)` gathered at `kept`."""
+def gather_patches(pixels: Tensor, ids_keep: Tensor, patch: tuple[int, int, int]) -> Tensor:
+    """`B T H W C`, `B K` -> `B K P`: `patchify(pixels)` gathered at `ids_keep`. Copies no other patch."""
     x = _split(pixels, patch)
     _, h, w = x.shape[1:4]
     clip = torch.arange(x.shape[0], device=x.device)[:, None]  # B 1
-    x = x[clip, kept // (h * w), kept // w % h, kept % w]  # B K pt ph pw C
+    x = x[clip, ids_keep // (h * w), ids_keep // w % h, ids_keep % w]  # B K pt ph pw C
     return x.flatten(2)  # B K P
 
 
 def unpatchify(patches: Tensor, clip: tuple[int, int, int], patch: tuple[int, int, int]) -> Tensor:
-    """`B N P` -> `B T H W C`; undoes `patchify`."""
+    """`B N P` -> `B T H W C`; the inverse of `patchify`."""
     t, h, w = grid_of(clip, patch)
     x = patches.reshape(patches.shape[0], t, h, w, *patch, -1)  # B t h w pt ph pw C
     return x.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(patches.shape[0], *clip, -1)  # B T H W C

@@ -1,43 +1,54 @@
-"""How points are trained, how a run is watched, and where it runs. How it lies on the ranks: shard."""
+"""Settings of stage `pretrain`, bound once into one tree."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from scaling4d import config
+import torch
+from torch import nn
+
+from scaling4d import artifacts, config
+from scaling4d.checkpoint import Checkpoint
+from scaling4d.clips import loader
+from scaling4d.config import StageConfig, require_minima
+from scaling4d.encoders.load import build_model, load_model
+from scaling4d.mae.encoder import Method, MethodConfig
+from scaling4d.mae.models import encoder_of, method_of
+from scaling4d.records import UserError
+from scaling4d.training.fit import FitConfig
+from scaling4d.training.launch import LaunchConfig
+from scaling4d.training.parallelize import ComputeConfig, ShardingConfig
+
+BETAS = (0.9, 0.95)  # arXiv:2205.09113; 4DS publishes none
 
 
-@config.configurable
 @dataclass(frozen=True)
-class Training:
+class TrainingConfig(ComputeConfig):
     """How every point is trained, so that points differ in their model alone.
 
-    ranks: processes that share a batch (on a CPU of one thread each); results depend on it. device: cpu or cuda.
-    compute: float32 or bfloat16; weights, their moments and sums over ranks are float32 in both. batch: clips a step, over all
-    ranks. rate_times_width: peak learning rate of the matrices that read `width` numbers = this / width. embedding_rate: of all
-    else (patch embedding, positions, tokens, norms, biases), the same at every width. rates_at_batch: the batch that both are
-    for; they grow with the batch in proportion. warmup: share of the steps. clip_norm: of the gradient.
-    ema: what is saved and measured at the end is a running mean of the weights, of which a step keeps this share; 0: the weights.
-    flip: mirror and time-reverse clips at random. crop: smallest and largest share of the picture's area that a random square
-    keeps. repeats: copies of a clip in a batch, each cropped, flipped and masked on its own (MAE-ST's repeated sampling: 4).
-    window_shards: shards whose clips are shuffled together, 0: all. val_clips: of the validation split that are measured, evenly
-    spread over it, 0: all. masks_per_clip: masks a validation clip is measured with. validate_every: steps, to measure it in
-    between too; 0: at the end alone. log_every: steps, of which losses.jsonl has one line.
+    ranks: processes that share a batch (on a CPU of one thread each); results depend on it. batch: clips a step, over
+    all ranks. rate_times_width: peak learning rate of the matrices that read `width` numbers = this / width.
+    embedding_rate: of all other parameters (patch embedding, positions, tokens, norms, biases), at every width.
+    rates_at_batch: the batch of both rates; they grow in proportion to the batch. warmup: share of the steps.
+    clip_norm: of the gradient. flip: mirror and time-reverse clips at random. crop: smallest and largest share of the
+    picture's area that a random square keeps. repeats: copies of a clip in a batch, each cropped, flipped and masked on
+    its own (MAE-ST's repeated sampling: 4). window_shards: shards whose clips are shuffled together, 0: all.
+    val_clips: measured clips of the validation split, evenly spread over it, 0: all. masks_per_clip: masks of a
+    validation clip. validate_every: steps; 0: at the end alone. log_every: steps to a line of losses.jsonl.
     """
 
     ranks: int
-    device: str
-    compute: str
     batch: int
     steps: int
     rate_times_width: float
     embedding_rate: float
     rates_at_batch: int
-    betas: tuple[float, float]
     weight_decay: float
     warmup: float
     clip_norm: float
-    ema: float
     flip: bool
     crop: tuple[float, float]
     repeats: int
@@ -47,45 +58,136 @@ class Training:
     validate_every: int
     log_every: int
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least_one = ("ranks", "batch", "steps", "rates_at_batch", "log_every", "masks_per_clip")
+        require_minima(self, dict.fromkeys(at_least_one, 1) | dict.fromkeys(("val_clips", "validate_every"), 0))
+        names = ("batch", "ranks", "repeats", "crop", "window_shards")
+        loader.check(**{name: getattr(self, name) for name in names})
 
-@config.configurable
+
 @dataclass(frozen=True)
-class Running:
-    """How a run is fed, kept safe and watched; results do not depend on it.
+class RuntimeConfig:
+    """How a run is fed, saved and watched; results do not depend on it.
 
-    workers: processes that decode for a rank, 0: itself. kept_clips: decoded clips that stay in the memory of each process that
-    decodes.
-    save_every: steps, after which the training state is written. keep: how many of them stay. asynchronous: write behind the
-    computing. hang_s: when no rank has moved for so long, the run ends and says who hangs. tensorboard: write events to `.runs/`.
-    profile: `[first step, how many]` of a torch profiler's trace in `.runs/`, or nothing.
+    workers: decoding processes of a rank, 0: the rank itself. cached_clips: decoded clips in memory, of each decoding
+    process. save_every: steps to a training state. keep: number of such states. asynchronous: write them while the
+    training continues. hang_s: seconds of standstill of all ranks, after which the run ends and names the rank that
+    hangs. tensorboard: write events to `.runs/`.
     """
 
     workers: int
-    kept_clips: int
+    cached_clips: int
     save_every: int
     keep: int
     asynchronous: bool
     hang_s: float
     tensorboard: bool
-    profile: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        require_minima(self, {"workers": 0, "save_every": 1, "keep": 1, "cached_clips": 0})
+        if self.hang_s <= 0:
+            raise ValueError(f"hang_s is {self.hang_s}; needed more than 0")
 
 
-@config.configurable
 @dataclass(frozen=True)
-class Launch:
-    """Where a point is trained; results do not depend on it.
+class PretrainConfig:
+    """All settings of a point's training.
 
-    where: here (forked ranks), torchrun (on this machine), nodes (the same command on each of several machines, which meet at
-    `rendezvous`) or slurm. nodes: machines, which share the ranks. rendezvous: HOST:PORT of one of the nodes. restarts: how often
-    torchrun starts all ranks again when one is lost. wait_s: how long nodes wait for each other, and a scheduler for a state to
-    be saved. partition, hours: of a Slurm job. cluster: slurm, or local for submitit's processes on this machine.
+    bound: the settings on which the result depends; launch and runtime are not among them.
     """
 
-    where: str
-    nodes: int
-    rendezvous: str
-    restarts: int
-    wait_s: int
-    partition: str
-    hours: int
-    cluster: str
+    point: str
+    key: str
+    seed: int
+    settings: Mapping[str, Any]
+    bound: StageConfig
+    method: type[Method]
+    model: MethodConfig
+    training: TrainingConfig
+    sharding: ShardingConfig
+    runtime: RuntimeConfig
+    launch: LaunchConfig
+
+    @property
+    def clips(self) -> Path:
+        return artifacts.home(self.settings) / "clips"
+
+    @property
+    def folder(self) -> Path:
+        """The point's Checkpoint folder."""
+        return artifacts.home(self.settings) / "pretrain" / self.point
+
+    @property
+    def teacher(self) -> Path | None:
+        """The teacher's Checkpoint folder; None for a point without one."""
+        return artifacts.home(self.settings) / "pretrain" / self.model.teacher if hasattr(self.model, "teacher") else None
+
+    @property
+    def fit(self) -> FitConfig:
+        training = self.training
+        names = ("steps", "batch", "weight_decay", "clip_norm", "device", "log_every")
+        return FitConfig(
+            name=f"pretrain-{self.point}",
+            betas=BETAS,
+            warmup_steps=round(training.steps * training.warmup),
+            seed=self.seed,
+            rate_setting="pretrain.Training.rate_times_width",
+            accumulate=self.sharding.accumulate,
+            save_every=self.runtime.save_every,
+            **{name: getattr(training, name) for name in names},
+        )
+
+    def build(self, *, teacher_weights: bool = True) -> Method:
+        """The model on meta, with its teacher, if it has one. teacher_weights: False: the teacher is on meta, too."""
+        teacher_encoder = None
+        if self.teacher is not None:
+            teacher_encoder = encoder_of(load_model(self.teacher) if teacher_weights else build_model(self.teacher)[0])
+        return build_method(self.method, self.model, teacher_encoder)
+
+
+def bind_pretrain(point: str, settings: Mapping[str, Any]) -> PretrainConfig:
+    """All that can be refused before a rank starts or a clip is read.
+
+    Raises:
+        UserError: unknown point or setting, a mesh or a batch that does not divide, no teacher, no clips.
+    """
+    key, method = find_point(point, settings)
+    training_key, sharding_key = "pretrain.Training", f"{key}.Sharding"
+    keys = ["profile", "seed", training_key, f"{key}.model", sharding_key]
+    bound = config.bind(settings, keys, TrainingConfig, method.config_class, ShardingConfig)
+    training, sharding = bound[TrainingConfig], bound[ShardingConfig]
+    try:
+        sharding.check(ranks=training.ranks, batch=training.batch)
+    except ValueError as error:
+        raise UserError(f"{key}, {training_key}: {error}") from error
+    pretraining = PretrainConfig(
+        point=point,
+        key=key,
+        seed=settings["seed"],
+        settings=settings,
+        bound=bound,
+        method=method,
+        model=bound[method.config_class],
+        training=training,
+        sharding=sharding,
+        runtime=config.bind(settings, ["pretrain.Runtime"], RuntimeConfig)[RuntimeConfig],
+        launch=config.bind(settings, [f"{key}.Launch"], LaunchConfig)[LaunchConfig],
+    )
+    if pretraining.teacher is not None:
+        Checkpoint.read(pretraining.teacher)
+    loader.count_clips(pretraining.clips, "train")
+    return pretraining
+
+
+def find_point(point: str, settings: Mapping[str, Any]) -> tuple[str, type[Method]]:
+    """Dotted key of a point's settings (below `points`; with a teacher below `distilled`), and its method."""
+    with_teacher = point in config.section(settings, "distilled")
+    key = f"{'distilled' if with_teacher else 'points'}.{point}"
+    return key, method_of(config.section(settings, f"{key}.model"), f"{key}.model", with_teacher=with_teacher)
+
+
+def build_method(method: type[Method], model_config: MethodConfig, teacher_encoder: nn.Module | None) -> Method:
+    """A model on meta. teacher_encoder: the teacher's encoder; None: a method without a teacher."""
+    with torch.device("meta"):
+        return method(model_config) if teacher_encoder is None else method(model_config, teacher_encoder)

@@ -6,26 +6,26 @@ Source: representations4d's AttentionReadout (the V-JEPA-like variant) and the t
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scaling4d import config, seeds
-from scaling4d.encoders.features import stretch
+from scaling4d import seeds
 from scaling4d.mae.attention import attention
 from scaling4d.mae.encoder import LAYER_NORM_EPS, initialise, sincos
-from scaling4d.records import UserError
+from scaling4d.mae.resize import cubic_weights
 
 
 class AttentionReadout(nn.Module):
     """One cross-attention block and a linear layer: `B t n C` -> `B Q out`.
 
     Args:
-        queries: how many learned queries; or 0, and queries of `query_width` are given to forward.
-        near: attention falls with the distance between a token and the place, or place and time, that a query is about.
-        stretched: features are stretched to `frames` time steps, as released; else they are read at their own t steps, each at
-          the mean temporal position of its frames (ours: with t = frames / 2 at half the cost).
+        queries: number of learned queries; 0: forward receives queries of `query_width`.
+        biased: attention falls with the distance between a token and the place (and time) of a query.
+        stretched: features are stretched to `frames` time steps, as released; else they keep their own t steps, each at
+            the mean temporal position of its frames (ours: with t = frames / 2 at half the cost).
         plain: the released code's simpler variant, without norm, key and value biases, and the residual mlp.
     """
 
@@ -39,7 +39,7 @@ class AttentionReadout(nn.Module):
         width: int,
         heads: int,
         out: int,
-        near: bool = False,
+        biased: bool = False,
         stretched: bool = True,
         plain: bool = False,
     ) -> None:
@@ -51,8 +51,8 @@ class AttentionReadout(nn.Module):
             self.query = nn.Parameter(torch.empty(queries, width))
         else:
             self.query_in = nn.Linear(query_width, width)
-        if near:
-            self.nearness_bias = nn.Parameter(torch.empty(heads))  # logarithm of what multiplies squared distances
+        if biased:
+            self.distance_bias = nn.Parameter(torch.empty(heads))  # logarithm of the factor of squared distances
         self.key = nn.Linear(features_width, width, bias=not plain)
         self.value = nn.Linear(features_width, width, bias=not plain)
         if not plain:
@@ -63,80 +63,86 @@ class AttentionReadout(nn.Module):
         self.out = nn.Linear(width, out)
 
     def forward(self, features: Tensor, queries: Tensor | None = None, places: Tensor | None = None) -> Tensor:
-        """features `B t n C`, queries `B Q Dq` or none -> `B Q out`. places, if near: `B Q 2` (x y in 0..1) or `B Q 3` (time)."""
-        x = stretch(features, self.frames) if self.stretched else features  # B T n C, or t for T
+        """features `B t n C`, queries `B Q Dq` or none -> `B Q out`.
+
+        places: of the queries, with a distance bias: `B Q 2` (x y in 0..1) or `B Q 3` (and time).
+        """
+        x = stretch_time(features, self.frames) if self.stretched else features  # B T n C, or t for T
         q = self.query.expand(x.shape[0], -1, -1) if queries is None else self.query_in(queries)  # B Q D
         if self.plain:
-            return self.out(self._read(x, q, places))
+            return self.out(self._attend(x, q, places))
         few = q.shape[1] * self.heads < q.shape[2]
-        y = q + self.project((self._read_by_few if few else self._read)(x, q, places))
+        y = q + self.project((self._attend_few if few else self._attend)(x, q, places))
         y = y + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(y)), approximate="tanh"))
         return self.out(y)
 
-    def _read(self, x: Tensor, q: Tensor, places: Tensor | None) -> Tensor:
-        """Attention as it is written in the papers: a key and a value for every token.
-
-        x `B T n C`, q `B Q D`, places `B Q 2` or `B Q 3` -> `B Q D`.
-        """
-        frames, tokens = x.shape[1:3]
-        x = (self.features_norm(x) + self._positions(frames)).flatten(1, 2)  # B T*n C
-        split = lambda y: y.unflatten(-1, (self.heads, -1))  # noqa: E731  B N D -> B N heads d
-        q, k, v = split(q), split(self.key(x)), split(self.value(x))
+    def _attend(self, x: Tensor, q: Tensor, places: Tensor | None) -> Tensor:
+        """Attention as in the papers: a key and a value for every token. x `B T n C`, q `B Q D` -> `B Q D`."""
+        steps, tokens = x.shape[1:3]
+        x = (self.features_norm(x) + self._positions(steps)).flatten(1, 2)  # B T*n C
+        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (q, self.key(x), self.value(x)))  # B N heads d
         if places is None:
             return attention(q, k, v).flatten(2)
         d = q.shape[-1]
-        at, where = self._near(places, cells(frames, tokens, places.device))
-        k = torch.cat([k, where[None, :, None].expand(*k.shape[:3], -1)], -1)
-        q = torch.cat([q, math.sqrt(d) * at], -1)
-        return attention(q, k, F.pad(v, (0, at.shape[-1])), scale=1 / math.sqrt(d))[..., :d].flatten(2)
+        of_queries, of_tokens = self._distance_terms(places, cell_centres(steps, tokens, places.device))
+        k = torch.cat([k, of_tokens[None, :, None].expand(*k.shape[:3], -1)], -1)
+        q = torch.cat([q, math.sqrt(d) * of_queries], -1)
+        v = F.pad(v, (0, of_queries.shape[-1]))
+        return attention(q, k, v, scale=1 / math.sqrt(d))[..., :d].flatten(2)
 
     def _positions(self, steps: int) -> Tensor:
         """`steps 1 C`: temporal positions, each step's the mean of its frames'."""
-        if steps == self.frames:
-            return self.temporal_positions
         return self.temporal_positions.unflatten(0, (steps, -1)).mean(1)
 
-    def _near(self, places: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-        """places `B Q d`, centres `N 3` -> `B Q heads d+1` and `N d+1`; their products are to be added to the scores.
+    def _distance_terms(self, places: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+        """places `B Q d`, centres `N 3` -> `B Q heads d+1` and `N d+1`, whose products are added to the scores.
 
-        As many coordinates count as the places have. A score falls by a head's sharpness s times the squared distance:
-        -s |p - c|^2 = 2 s p . c - s |c|^2 - s |p|^2, of which softmax drops the last, since all tokens have it in common.
+        A score falls by a head's factor s times the squared distance in the first d coordinates:
+        -s |p - c|^2 = 2 s p . c - s |c|^2 - s |p|^2. Softmax drops the last term, which all tokens share.
         """
         p, c = places - 0.5, centres[:, : places.shape[-1]] - 0.5
-        asks = torch.cat([2 * p, -torch.ones_like(p[..., :1])], -1)  # B Q d+1
-        return asks[:, :, None] * self.nearness_bias.exp()[:, None], torch.cat([c, c.square().sum(-1, keepdim=True)], -1)
+        of_queries = torch.cat([2 * p, -torch.ones_like(p[..., :1])], -1)  # B Q d+1
+        of_tokens = torch.cat([c, c.square().sum(-1, keepdim=True)], -1)
+        return of_queries[:, :, None] * self.distance_bias.exp()[:, None], of_tokens
 
-    def _read_by_few(self, x: Tensor, q: Tensor, places: Tensor | None) -> Tensor:
-        """The same sums in an order that is cheap for a few queries: keys and values are never made.
+    def _attend_few(self, x: Tensor, q: Tensor, places: Tensor | None) -> Tensor:
+        """The same sums in an order that is cheap for few queries: no keys and values are made.
 
-        q . (W x) = (W^T q) . x, and the mean of W x is W times the mean of x; likewise for the norm's scale and what time adds.
+        q . (W x) = (W^T q) . x, and the mean of W x is W times the mean of x; so for the norm's scale and positions.
         """
         norm, d = self.features_norm, q.shape[2] // self.heads
         x = F.layer_norm(x, (x.shape[-1],), eps=norm.eps)  # B T n C
         added = norm.bias + self._positions(x.shape[1])[:, 0]  # T C
-        per_head = lambda linear: linear.weight.unflatten(0, (self.heads, d))  # noqa: E731  heads d C
+        key, value = (linear.weight.unflatten(0, (self.heads, d)) for linear in (self.key, self.value))  # heads d C
         q = q.unflatten(-1, (self.heads, d)) / math.sqrt(d)  # B Q heads d
-        asks = torch.einsum("bqhd,hdc->bqhc", q, per_head(self.key))
+        qk = torch.einsum("bqhd,hdc->bqhc", q, key)
         constant = (q * self.key.bias.unflatten(0, (self.heads, d))).sum(-1)[..., None]  # B Q heads 1; softmax drops it
-        at_time = torch.einsum("bqhc,tc->bqht", asks, added) + constant
-        scores = torch.einsum("bqhc,btnc->bqhtn", asks * norm.weight, x) + at_time[..., None]
+        at_time = torch.einsum("bqhc,tc->bqht", qk, added) + constant
+        scores = torch.einsum("bqhc,btnc->bqhtn", qk * norm.weight, x) + at_time[..., None]
         if places is not None:
-            at, where = self._near(places, cells(*x.shape[1:3], places.device))
-            scores = scores + (at @ where.T).unflatten(-1, x.shape[1:3])
-        share = scores.flatten(-2).softmax(-1).unflatten(-1, scores.shape[-2:])  # B Q heads T n
-        mean = torch.einsum("bqhtn,btnc->bqhc", share, x) * norm.weight + torch.einsum("bqht,tc->bqhc", share.sum(-1), added)
-        values = torch.einsum("bqhc,hdc->bqhd", mean, per_head(self.value)).flatten(2)  # B Q D
-        return values + self.value.bias
+            of_queries, of_tokens = self._distance_terms(places, cell_centres(*x.shape[1:3], places.device))
+            scores = scores + (of_queries @ of_tokens.T).unflatten(-1, x.shape[1:3])
+        weights = scores.flatten(-2).softmax(-1).unflatten(-1, scores.shape[-2:])  # B Q heads T n
+        mean = torch.einsum("bqhtn,btnc->bqhc", weights, x) * norm.weight
+        mean = mean + torch.einsum("bqht,tc->bqhc", weights.sum(-1), added)
+        return torch.einsum("bqhc,hdc->bqhd", mean, value).flatten(2) + self.value.bias  # B Q D
 
 
-def cells(steps: int, tokens: int, device: torch.device) -> Tensor:
+def cell_centres(steps: int, tokens: int, device: torch.device) -> Tensor:
     """Centres `steps*n 3` (x y time in 0..1) of the cells of a square grid, row by row and step by step."""
     side = math.isqrt(tokens)  # clips are square
     x, time = ((torch.arange(count, device=device) + 0.5) / count for count in (side, steps))
     return torch.stack([x.repeat(steps * side), x.repeat_interleave(side).repeat(steps), time.repeat_interleave(tokens)], -1)
 
 
-def fourier(coordinates: Tensor, bases: int) -> Tensor:
+def stretch_time(features: Tensor, frames: int) -> Tensor:
+    """`B t n D` -> `B T n D`, cubic interpolation in time."""
+    if features.shape[1] == frames:
+        return features
+    return torch.einsum("Tt,btnd->bTnd", cubic_weights(frames, features.shape[1]).to(features), features)
+
+
+def fourier_embedding(coordinates: Tensor, bases: int) -> Tensor:
     """`... n` in 0..1 -> `... 2*bases*n`: sin(2^i pi x) for every i and n, then the cosines.
 
     Cosines are sines of float32(x pi 2^i + pi/2), as in the reference: at high frequencies the order of rounding shows.
@@ -146,91 +152,96 @@ def fourier(coordinates: Tensor, bases: int) -> Tensor:
     return torch.cat([angle.sin(), (angle + math.pi / 2).sin()], dim=-1)
 
 
-@config.configurable
-class Head(nn.Module):
-    """An attention readout for a task: learned queries, or one query a tracked thing.
+@dataclass(frozen=True)
+class HeadConfig:
+    """The readout of all tasks.
 
-    Args:
-        features_width, frames: of what it reads. learned: number of learned queries, or 0; steps: into so many steps of time,
-          each of a square grid, they divide the clip to answer for a cell each; 0 if they are about the whole clip.
-        coordinates: numbers that describe a given query (2 for a point, 4 for a box). tiles: each given query is repeated
-          so often with a learned time embedding and answers for frames / tiles frames. values: numbers a frame.
-        width, heads: of the readout. fourier_bases, query_width: of the embedding of given queries (released: 16 and 512).
-        query_std: of learned queries at the start (released: 0.02, at which attention is the same everywhere for long).
-        time_init: of the temporal positions, "normal" N(0, 0.02) as released, or "sincos" (ours: time is visible at once).
-        out_scale: of the last layer's initial weights (released: 1; less starts closer to predicting nothing).
-        stretched: see AttentionReadout (released: true).
-        sharpness: attention falls by so much times the squared distance to what a given query asks about (the picture's side
-          is 1), or to the cell that a learned one answers for (the clip's length is 1 as well); learned, and at the start from
-          the first to the second number over the heads (released: not at all, empty).
+    width, heads: of the attention. fourier_bases, query_width: of the embedding of given queries (released: 16, 512).
+    query_std: of learned queries at the start (released: 0.02, which leaves attention uniform for long). time_init:
+    temporal positions, "normal" N(0, 0.02) as released, or "sincos" (ours: time is visible at once). out_scale: of the
+    last layer's initial weights (released: 1; less starts closer to zero). stretched: see AttentionReadout (released:
+    true). distance_bias: attention falls by a factor times the squared distance to the place of a given query (the
+    picture's side is 1) or to the cell of a learned one (the clip's length is 1 too). The factor is learned and starts
+    between the two numbers over the heads (ours; released: none, empty).
     """
 
-    def __init__(
-        self,
-        *,
-        features_width: int,
-        frames: int,
-        learned: int,
-        out: int,
-        coordinates: int,
-        tiles: int,
-        width: int,
-        heads: int,
-        fourier_bases: int,
-        query_width: int,
-        query_std: float,
-        time_init: str,
-        out_scale: float,
-        stretched: bool = True,
-        sharpness: tuple[float, ...],
-        steps: int = 0,
-    ) -> None:
+    width: int
+    heads: int
+    fourier_bases: int
+    query_width: int
+    query_std: float
+    time_init: str
+    out_scale: float
+    stretched: bool
+    distance_bias: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if self.time_init not in ("normal", "sincos"):
+            raise ValueError(f"time_init = {self.time_init!r}; needed 'normal' or 'sincos'")
+        if len(self.distance_bias) not in (0, 2) or min(self.distance_bias, default=1) <= 0:
+            raise ValueError(f"distance_bias = {list(self.distance_bias)}; needed two numbers above 0, or none")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} does not divide into {self.heads} heads")
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Queries of a task, and its outputs.
+
+    out: numbers a query (and tile). learned: number of learned queries; 0: given ones. steps: learned queries divide
+    the clip into so many steps of time, each a square grid, and each answers for one cell; 0: they answer for the whole
+    clip. coordinates: numbers of a given query (2: a point, 4: a box). tiles: copies of a given query, each with a
+    learned time embedding; each answers for frames / tiles frames.
+    """
+
+    out: int
+    learned: int = 0
+    steps: int = 0
+    coordinates: int = 0
+    tiles: int = 1
+
+
+class Head(nn.Module):
+    """An attention readout for a task: learned queries, or one query a tracked object. frames: of the clip."""
+
+    def __init__(self, config: HeadConfig, queries: Queries, *, features_width: int, frames: int) -> None:
         super().__init__()
-        if time_init not in ("normal", "sincos"):
-            raise UserError(f"Head.time_init = {time_init!r}; needed 'normal' or 'sincos'")
-        if len(sharpness) not in (0, 2) or min(sharpness, default=1) <= 0:
-            raise UserError(f"Head.sharpness = {list(sharpness)}; needed two numbers above 0, or none")
-        self.learned, self.steps = learned, steps
-        self.sharpness = sharpness if coordinates or steps else ()
-        self.bases, self.tiles, self.frames = fourier_bases, tiles, frames
-        self.query_std, self.time_init, self.out_scale = query_std, time_init, out_scale
-        if not learned:
-            self.embed_mlp_in = nn.Linear(2 * fourier_bases * coordinates, query_width)
-            self.embed_mlp_out = nn.Linear(query_width, query_width)
-            self.tile_positions = nn.Parameter(torch.empty(tiles, query_width))
-        self.readout = AttentionReadout(
-            features_width=features_width,
-            frames=frames,
-            queries=learned,
-            query_width=query_width,
-            width=width,
-            heads=heads,
-            out=out,
-            near=bool(self.sharpness),
-            stretched=stretched,
-        )
+        self.config, self.queries, self.frames = config, queries, frames
+        self.biased = bool(config.distance_bias) and bool(queries.coordinates or queries.steps)
+        if not queries.learned:
+            self.embed_mlp_in = nn.Linear(2 * config.fourier_bases * queries.coordinates, config.query_width)
+            self.embed_mlp_out = nn.Linear(config.query_width, config.query_width)
+            self.tile_positions = nn.Parameter(torch.empty(queries.tiles, config.query_width))
+        sizes = {name: getattr(config, name) for name in ("width", "heads", "query_width")}
+        sizes |= {"features_width": features_width, "frames": frames, "queries": queries.learned, "out": queries.out}
+        self.readout = AttentionReadout(**sizes, biased=self.biased, stretched=config.stretched)
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
         """Draw all weights; equal seeds give equal weights."""
         initialise(self, seed=seed)
-        self.readout.out.weight.mul_(self.out_scale)
-        if hasattr(self.readout, "query"):
-            self.readout.query.normal_(std=self.query_std, generator=seeds.stream(seed, "query"))
-        if self.sharpness:
-            low, high = map(math.log, self.sharpness)
-            self.readout.nearness_bias.copy_(torch.linspace(low, high, self.readout.heads))
-        if self.time_init == "sincos":
+        self.readout.out.weight.mul_(self.config.out_scale)
+        if self.queries.learned:
+            self.readout.query.normal_(std=self.config.query_std, generator=seeds.stream(seed, "query"))
+        if self.biased:
+            low, high = map(math.log, self.config.distance_bias)
+            self.readout.distance_bias.copy_(torch.linspace(low, high, self.config.heads))
+        if self.config.time_init == "sincos":
             positions = self.readout.temporal_positions
             positions.copy_(sincos((self.frames, 1, 1), positions.shape[-1])[:, None])
 
     def forward(self, features: Tensor, queries: Tensor | None = None) -> Tensor:
         """features `B t n C` -> `B Q out`; with given queries `B Q coordinates` -> `B Q T values`."""
+        places, tiles = None, self.queries.tiles
         if queries is None:
-            places = cells(self.steps, self.learned // self.steps, features.device) if self.sharpness else None  # Q 3
-            return self.readout(features, None, places if places is None else places.expand(len(features), -1, -1))
-        x = self.embed_mlp_out(F.gelu(self.embed_mlp_in(fourier(queries, self.bases)), approximate="tanh"))  # B Q D
+            if self.biased:
+                steps, learned = self.queries.steps, self.queries.learned
+                places = cell_centres(steps, learned // steps, features.device).expand(len(features), -1, -1)  # B Q 3
+            return self.readout(features, None, places)
+        embedded = fourier_embedding(queries, self.config.fourier_bases)
+        x = self.embed_mlp_out(F.gelu(self.embed_mlp_in(embedded), approximate="tanh"))  # B Q D
         x = x[:, :, None] + self.tile_positions  # B Q k D
-        places = queries.unflatten(-1, (-1, 2)).mean(-2).repeat_interleave(self.tiles, 1) if self.sharpness else None  # B Q*k 2
+        if self.biased:
+            places = queries.unflatten(-1, (-1, 2)).mean(-2).repeat_interleave(tiles, 1)  # B Q*k 2
         x = self.readout(features, x.flatten(1, 2), places)  # B Q*k out
-        return x.unflatten(1, (-1, self.tiles)).unflatten(-1, (self.frames // self.tiles, -1)).flatten(2, 3)  # B Q T values
+        return x.unflatten(1, (-1, tiles)).unflatten(-1, (self.frames // tiles, -1)).flatten(2, 3)  # B Q T values

@@ -1,19 +1,19 @@
-"""A labelled clip seen otherwise, mirrored or run backwards; the labels go with the picture."""
+"""Views of a labelled clip: mirrored, or with reversed time. Labels change with the pixels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
 
-from scaling4d.records import Sample, UserError
+from scaling4d.records import Sample
 
-MIRROR = np.diag([-1.0, 1.0, 1.0, 1.0])  # of camera coordinates: x is minus x
+MIRROR = np.diag([-1.0, 1.0, 1.0, 1.0])  # of camera coordinates: x becomes -x
 
 
 def mirrored(sample: Sample) -> Sample:
-    """Left and right exchanged; a camera's path is that of a mirrored camera in a mirrored world."""
+    """Swap left and right. The camera's path becomes that of a mirrored camera in a mirrored world."""
     flip: dict[str, Callable[[np.ndarray], np.ndarray]] = {
         "boxes": lambda boxes: np.stack([1 - boxes[..., 2], boxes[..., 1], 1 - boxes[..., 0], boxes[..., 3]], -1),
         "points": lambda points: np.stack([1 - points[..., 0], points[..., 1]], -1),
@@ -28,43 +28,20 @@ def mirrored(sample: Sample) -> Sample:
 
 
 def backwards(sample: Sample) -> Sample:
-    """The last frame first. Points and boxes that the last frame does not show are left out, since they could not be asked.
+    """Reverse time. Points and boxes that the last frame does not show are left out: they cannot be queried."""
+    assert "action" not in sample.labels, "the class of a reversed action is unknown"
+    shown = {name: sample.valid[name][:, -1] for name in ("boxes", "points") if name in sample.valid}
 
-    Not for actions: which one an action is backwards is not known.
-    """
-    assert "action" not in sample.labels
+    def reverse(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {name: x[shown[name], ::-1] if name in shown else x[::-1] for name, x in arrays.items()}
 
-    def turned(name: str, values: np.ndarray) -> np.ndarray:
-        if name in ("boxes", "points"):
-            return values[sample.valid[name][:, -1], ::-1]  # Q T
-        return values[::-1]
-
-    labels = {name: turned(name, label) for name, label in sample.labels.items()}
-    valid = {name: turned(name, mask) for name, mask in sample.valid.items()}
-    return replace(sample, pixels=sample.pixels[::-1], labels=labels, valid=valid)
+    return replace(sample, pixels=sample.pixels[::-1], labels=reverse(sample.labels), valid=reverse(sample.valid))
 
 
-VIEWS: dict[str, Callable[[Sample], Sample]] = {
-    "plain": lambda sample: sample,
-    "mirrored": mirrored,
-    "backwards": backwards,
-}
+VIEWS: dict[str, Callable[[Sample], Sample]] = {"plain": lambda s: s, "mirrored": mirrored, "backwards": backwards}
 
 
-def check(task: str, names: tuple[str, ...], test_views: tuple[int, ...]) -> None:
-    """Raises UserError: a view that there is not, or that a task cannot have; test views that are not two numbers above 0."""
-    known = [name for name in VIEWS if (task, name) != ("actions", "backwards")]
-    if not names or not set(names) <= set(known):
-        raise UserError(f"readout.tasks.{task}: views = {list(names)}; needed some of {', '.join(known)}")
-    if len(test_views) != 2 or any(not isinstance(count, int) or count < 1 for count in test_views):
-        raise UserError(
-            f"readout.tasks.{task}: test_views = {list(test_views)}; needed two whole numbers of at least 1: clips over "
-            "the time of a video, and squares cut out of each"
-        )
-
-
-def views(sample: Sample, names: tuple[str, ...]) -> Iterator[Sample]:
-    """The sample in every wanted view."""
-    for name in names:
-        seen = VIEWS[name](sample)
-        yield replace(seen, pixels=np.ascontiguousarray(seen.pixels))
+def view_of(sample: Sample, name: str) -> Sample:
+    """The sample in a view, with contiguous pixels."""
+    view = VIEWS[name](sample)
+    return replace(view, pixels=np.ascontiguousarray(view.pixels))

@@ -1,1 +1,1 @@
-"""CHECKPOINT -> FIDELITY of filled-in video."""
+"""CHECKPOINT -> FILLED-IN CLIPS and their fidelity."""

@@ -1,9 +1,8 @@
-"""How near filled-in frames and clips lie to true ones as sets: FID, KID, precision and recall by torch-fidelity.
+"""FILLED-IN AND TRUE CLIPS -> FIDELITY: FID, KID, precision and recall of two sets of pictures by torch-fidelity.
 
-By default on features that need no download: those of small video encoders with fixed random weights that nobody trained, one for
-frames and one for whole clips. These numbers compare models of this project with each other; they are not those of the
-literature. Where its weights are at hand, frames are also measured on Inception's features, as the literature does it, and
-clips on those of a checkpoint, such as a published encoder.
+The default features need no download: two small video encoders with random weights, one for frames and one for clips.
+Their numbers compare models of this project with each other, not with the literature. Where weights are at hand, frames
+are also measured on the literature's Inception features, clips on those of a checkpoint, such as a published encoder.
 """
 
 from __future__ import annotations
@@ -11,119 +10,84 @@ from __future__ import annotations
 import importlib
 import pickle
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from scaling4d import config, vision_operators
-from scaling4d.mae.build import encoder_of, load
-from scaling4d.mae.encoder import Encoder, initialise, sincos
+from scaling4d.encoders import torchvision_shim
+from scaling4d.encoders.pretrained import load_encoder
+from scaling4d.mae.encoder import Encoder, EncoderConfig, initialise
 from scaling4d.records import UserError
 
-BATCH = 64  # frames at a time
-INCEPTION_LAYER = "2048"  # the one that FID, KID, precision and recall are defined on
-FRAMES = ("frame", "inception")  # extractors that see single frames; the others see whole clips
+RANDOM_ENCODER = {"width": 128, "depth": 2, "heads": 4, "mlp": 512, "pixel_mean": 0.5, "pixel_scale": 2.0}  # ours
+KID_SUBSETS, KID_SUBSET_SIZE = 100, 100  # torch-fidelity's default is 100 subsets of 1000; smaller ones are ours
+NEIGHBOURS = 3  # of precision and recall; arXiv:1904.06991
+BATCH = 64  # frames or clips in one pass of an encoder
+INCEPTION_LAYER = "2048"  # the layer that defines FID, KID, precision and recall
+FRAME_EXTRACTORS = ("frame", "inception")  # on single frames; the others are on clips
 METRICS = ("fid", "kid", "precision", "recall")
 
-Extractor = Callable[[Tensor], Tensor]
+Extractor = Callable[[Tensor], Tensor]  # uint8 `n T H W 3` (T = 1 for FRAME_EXTRACTORS) -> features `n D`
 
 
-@config.configurable
 @dataclass(frozen=True)
-class Fidelity:
-    """The untrained feature encoders: width, depth and heads of their blocks, patches in frames and pixels.
+class FidelityConfig:
+    """Feature extractors.
 
-    inception: file of torch-fidelity's Inception weights; checkpoint: folder of a Checkpoint; empty: not measured.
-    subsets, subset_size: of KID, smaller where there are fewer samples. neighbours: that make a ball of precision and recall.
+    patch_frames, patch_px: patches of the random encoders; they must divide the clip.
+    inception: file of torch-fidelity's Inception weights; empty: not measured.
+    checkpoint: folder of a Checkpoint; empty: not measured.
     """
 
-    width: int
-    depth: int
-    heads: int
     patch_frames: int
     patch_px: int
     inception: str
     checkpoint: str
-    subsets: int
-    subset_size: int
-    neighbours: int
+
+    def __post_init__(self) -> None:
+        if min(self.patch_frames, self.patch_px) < 1:
+            raise ValueError(f"patch_frames = {self.patch_frames}, patch_px = {self.patch_px}; needed 1 or more")
 
     def files(self) -> dict[str, Path]:
-        """What the features are read from, by extractor."""
-        found = {"inception": self.inception, "checkpoint": self.checkpoint}
-        return {name: Path(path) for name, path in found.items() if path}
-
-    def extractors(self, clip: tuple[int, int, int], seed: int) -> dict[str, Extractor]:
-        """By name, from uint8 `n T H W 3` (T = 1 for those of FRAMES) to features `n D`.
-
-        Raises:
-            UserError: weights that are missing or that are not what they should be.
-        """
-        _, height, width = clip
-        found = {
-            "frame": _mean_token(self._untrained((1, height, width), (1, self.patch_px, self.patch_px), seed)),
-            "clip": _mean_token(self._untrained(clip, (self.patch_frames, self.patch_px, self.patch_px), seed)),
-        }
-        if self.inception:
-            found["inception"] = inception(Path(self.inception))
-        if self.checkpoint:
-            encoder = encoder_of(load(Path(self.checkpoint))).eval()
-            encoder.resize(clip)
-            found["checkpoint"] = _mean_token(encoder)
-        return found
-
-    def _untrained(self, clip: tuple[int, int, int], patch: tuple[int, int, int], seed: int) -> Encoder:
-        encoder = Encoder(
-            width=self.width,
-            depth=self.depth,
-            heads=self.heads,
-            mlp=4 * self.width,
-            clip=clip,
-            patch=patch,
-            gelu="tanh",
-            pixel_mean=0.5,
-            pixel_scale=2.0,
-        )
-        initialise(encoder, seed=seed)
-        with torch.no_grad():
-            encoder.positions.copy_(sincos(encoder.grid, self.width))
-        return encoder.requires_grad_(False)
-
-    def compare(self, filled: Tensor, true: Tensor) -> dict[str, float | None]:
-        """METRICS of two sets of features, each `n D`, in the same order; None where there are too few samples.
-
-        fid, kid: 0 for equal sets (kid may be slightly below). precision: share of filled ones among the true ones; recall: share
-        of the true ones among the filled ones.
-        """
-        if len(true) < self.neighbours + 2:
-            return dict.fromkeys(METRICS)
-        fid, kid, prc = (_metric(name) for name in ("fid", "kid", "prc"))
-        statistics = (fid.fid_features_to_statistics(part.double()) for part in (filled, true))
-        kernel = kid.kid_features_to_metric(
-            filled.double(),
-            true.double(),
-            kid_subsets=self.subsets,
-            kid_subset_size=min(self.subset_size, len(true)),
-            verbose=False,
-        )
-        balls = prc.prc_features_to_metric(filled, true, prc_neighborhood=self.neighbours, save_cpu_ram=False, verbose=False)
-        return {
-            "fid": float(fid.fid_statistics_to_metric(*statistics, verbose=False)[fid.KEY_METRIC_FID]),
-            "kid": kernel[kid.KEY_METRIC_KID_MEAN],
-            "precision": balls[prc.KEY_METRIC_PRECISION],
-            "recall": balls[prc.KEY_METRIC_RECALL],
-        }
+        """File or folder of the weights by extractor; without the random encoders."""
+        paths = {"inception": self.inception, "checkpoint": self.checkpoint}
+        return {name: Path(path) for name, path in paths.items() if path}
 
 
-def inception(path: Path) -> Extractor:
-    """The network of the literature, with weights from a file in torch-fidelity's layout, which runs nothing of what it holds.
+def load_extractors(config: FidelityConfig, clip: tuple[int, int, int], seed: int) -> dict[str, Extractor]:
+    """Feature extractors by name, for clips of T H W.
 
     Raises:
-        UserError: no such file, not weights, or those of another network.
+        UserError: weights are missing, damaged or of another model; patches do not divide the clip.
+    """
+    px = (config.patch_px, config.patch_px)
+    encoders = {}
+    for name, size, patch in (("frame", (1, *clip[1:]), (1, *px)), ("clip", clip, (config.patch_frames, *px))):
+        encoder = Encoder(EncoderConfig(**RANDOM_ENCODER, clip=size, patch=patch))
+        initialise(encoder, seed=seed)
+        encoder.init_sincos_positions()
+        encoders[name] = encoder
+    if config.checkpoint:
+        encoders["checkpoint"] = load_encoder(Path(config.checkpoint)).eval()
+        encoders["checkpoint"].resize(clip)
+    extractors: dict[str, Extractor] = {name: partial(_mean_token, encoder) for name, encoder in encoders.items()}
+    return extractors | ({"inception": load_inception(Path(config.inception))} if config.inception else {})
+
+
+def _mean_token(encoder: Encoder, pixels: Tensor) -> Tensor:
+    return torch.cat([encoder.features(part)[-1].mean(1) for part in pixels.split(BATCH)])
+
+
+def load_inception(path: Path) -> Extractor:
+    """The Inception network of FID, from a file of weights in torch-fidelity's layout. No code in the file runs.
+
+    Raises:
+        UserError: no such file, not weights, or weights of another network.
     """
     if not path.is_file():
         raise UserError(f"no file {path}; correct reconstruct.Fidelity.inception, or leave it empty")
@@ -131,24 +95,44 @@ def inception(path: Path) -> Extractor:
         weights = torch.load(path, weights_only=True, map_location="cpu")
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise UserError(f"{path} is not a file of weights alone: {str(error).splitlines()[0]}") from error
-    vision_operators.declare()
-    module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
-    with tempfile.NamedTemporaryFile(suffix=".pth") as checked:  # it loads its file itself, and would run what a file holds
+    torchvision_shim.declare_operators()
+    network_of = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
+    with tempfile.NamedTemporaryFile(suffix=".pth") as checked:  # torch-fidelity unpickles: give it only tensors
         torch.save(weights, checked.name)
         try:
-            network = module.FeatureExtractorInceptionV3(
-                "inception", [INCEPTION_LAYER], feature_extractor_weights_path=checked.name
-            )
+            network = network_of("inception", [INCEPTION_LAYER], feature_extractor_weights_path=checked.name)
         except (RuntimeError, TypeError, AttributeError) as error:
             raise UserError(f"{path} does not fit Inception: {' '.join(str(error).split())[:200]}") from error
     return lambda pixels: network(pixels[:, 0].permute(0, 3, 1, 2))[0]
 
 
-def _mean_token(encoder: nn.Module) -> Extractor:
-    return lambda pixels: torch.cat([encoder.features(some)[-1].mean(1) for some in pixels.split(BATCH)])
+def fidelity(features: Mapping[str, np.ndarray]) -> dict[str, float | None]:
+    """`<extractor>_<metric>` of features `2 n D` (filled-in, true) by extractor.
+
+    The last digits depend on the number of threads of numpy's BLAS, which the command line sets to one.
+    """
+    return {f"{name}_{key}": value for name, pair in features.items() for key, value in compare(*pair).items()}
 
 
-def _metric(name: str) -> ModuleType:
-    """One of torch-fidelity's metrics; importing it imports torchvision."""
-    vision_operators.declare()
-    return importlib.import_module(f"torch_fidelity.metric_{name}")
+def compare(filled: np.ndarray, true: np.ndarray) -> dict[str, float | None]:
+    """METRICS of two sets of features `n D` in the same order; None where there are too few samples.
+
+    fid, kid: 0 for equal sets; kid may be slightly negative. precision: share of the filled-in samples near true ones.
+    recall: share of the true samples near filled-in ones.
+    """
+    if len(true) < NEIGHBOURS + 2:
+        return dict.fromkeys(METRICS)
+    torchvision_shim.declare_operators()  # torch-fidelity imports torchvision
+    fid, kid, prc = (importlib.import_module(f"torch_fidelity.metric_{name}") for name in ("fid", "kid", "prc"))
+    sets = [torch.from_numpy(features) for features in (filled, true)]
+    doubles = [features.double() for features in sets]
+    frechet = fid.fid_statistics_to_metric(*map(fid.fid_features_to_statistics, doubles), verbose=False)
+    size = min(KID_SUBSET_SIZE, len(true))
+    kernel = kid.kid_features_to_metric(*doubles, kid_subsets=KID_SUBSETS, kid_subset_size=size, verbose=False)
+    balls = prc.prc_features_to_metric(*sets, prc_neighborhood=NEIGHBOURS, save_cpu_ram=False, verbose=False)
+    return {
+        "fid": float(frechet[fid.KEY_METRIC_FID]),
+        "kid": kernel[kid.KEY_METRIC_KID_MEAN],
+        "precision": balls[prc.KEY_METRIC_PRECISION],
+        "recall": balls[prc.KEY_METRIC_RECALL],
+    }

@@ -1,8 +1,8 @@
-"""RESULTS -> FIGURES: tables, power-law fits, figures, the papers' own curves; it reads JSON, never weights."""
+"""RESULTS -> FIGURES: tables, power-law fits, figures, the papers' own curves. It reads JSON, never weights."""
 
-from scaling4d.report import readouts
-from scaling4d.report.story import Story, read
-from scaling4d.report.tables import table
-from scaling4d.report.write import build
+from scaling4d.report.run_results import RunResults, read_run_results
+from scaling4d.report.sections import read_page
+from scaling4d.report.stage import build
+from scaling4d.report.tables import table_text
 
-__all__ = ["Story", "build", "read", "readouts", "table"]
+__all__ = ["RunResults", "build", "read_page", "read_run_results", "table_text"]

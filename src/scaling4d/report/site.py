@@ -1,4 +1,4 @@
-"""The built report, the experiments and the way back of every number as one static page that works from file://."""
+"""The built report, the experiments and the lineage of every number as one static page that works from file://."""
 
 from __future__ import annotations
 
@@ -10,86 +10,77 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from scaling4d import artifacts
+from scaling4d.provenance import commits_of, experiments, write_text
 from scaling4d.records import UserError
-from scaling4d.report import built
-from scaling4d.report.built import Built
-from scaling4d.report.story import UNTRAINED
+from scaling4d.report.built import BuiltReport, read_built_report
+from scaling4d.report.run_results import UNTRAINED
 
 FOLDER, PAGE, EXPERIMENTS = "site", "index.html", "experiments.js"
-HISTORY = 20  # earlier reports that `serve` looks back for
-NOT_COLUMNS = (
-    "points",
-    "distilled",
-    "encoders",
-    "recipes",
-    "render",
-    "benchmarks",
-    "report",
-)  # settings that are no column of the table
+HISTORY = 20  # earlier reports that `serve` searches
+HIDDEN = ("points", "distilled", "encoders", "recipes", "render", "benchmarks", "report")  # settings without a column
 
 
-def page(report: Built) -> str:
-    """index.html with one report in it; beside it lie report.html and, once `serve` has gathered them, experiments.js."""
+def site_page(report: BuiltReport) -> str:
+    """index.html with one report in it. It shows ../report.html and, once written, experiments.js beside it."""
     template = resources.files(__package__).joinpath("site.html").read_text()
-    return template.replace("@RUN@", _json(content(report)))
+    return template.replace("@RUN@", _json(page_content(report)))
 
 
-def content(report: Built) -> dict[str, Any]:
-    """What the page shows of a report."""
+def page_content(report: BuiltReport) -> dict[str, Any]:
+    """The content of a report on the page."""
     results = [{**row, "higher_is_better": row["higher_is_better"] == "True"} for row in report.results]
     encoders = dict.fromkeys([*(row["encoder"] for row in results), *(row["point"] for row in report.points)])
+    stages = report.stages.get("stages", {}).items()
     return {
         "name": report.name,
         "profile": report.settings.get("profile", ""),
         "seed": report.settings.get("seed", ""),
-        "settings": {key: value for key, value in report.settings.items() if key.split(".")[0] not in NOT_COLUMNS},
+        "settings": {key: value for key, value in report.settings.items() if key.split(".")[0] not in HIDDEN},
         "models": {encoder: dict(_model(report.settings, encoder)) for encoder in encoders},
         "results": results,
         "points": {row["point"]: row for row in report.points},
-        "stages": report.stages.get("stages", {}),
+        "stages": {name: {key: stage[key] for key in stage if key != "settings"} for name, stage in stages},
         "code": report.stages.get("code", {}),
     }
 
 
-def gather(folder: Path) -> list[str]:
-    """Write the reports of all experiments and of the last commits that changed this one to experiments.js; their names.
+def write_experiments(folder: Path) -> list[str]:
+    """Write the reports of all experiments and of the last commits that changed this one to experiments.js.
 
-    A commit whose report says what one before it in the list says is left out.
+    A commit whose report equals one before it in the list is left out.
 
+    Returns:
+        the names of the reports.
     Raises:
         UserError: no site in the report's folder.
     """
-    site = folder / FOLDER
-    if not (site / PAGE).is_file():
-        raise UserError(f"no {site / PAGE}: build the report with `dvc repro`, or `scaling4d report` alone")
-    experiments = built.experiments()
-    found, said = [], [_json({**content(built.read(folder=folder.as_posix())), "name": ""})]
-    for name in [*experiments, *built.history((folder / "results.csv").as_posix(), HISTORY)]:
+    if not (folder / FOLDER / PAGE).is_file():
+        raise UserError(f"no {folder / FOLDER / PAGE}: build the report with `dvc repro`, or `scaling4d report` alone")
+    names = sorted(experiments())
+    reports, contents = [], [_json({**page_content(read_built_report(folder=folder.as_posix())), "name": ""})]
+    for name in [*names, *(commit[:10] for commit in commits_of((folder / "results.csv").as_posix())[:HISTORY])]:
         try:
-            one = content(built.read(name))
+            report = page_content(read_built_report(name))
         except UserError:
             continue  # no report in it
-        said.append(_json({**one, "name": ""}))
-        if name in experiments or said[-1] not in said[:-1]:
-            found.append(one)
-    partial_file = artifacts.PARTIAL / EXPERIMENTS
-    partial_file.parent.mkdir(exist_ok=True)
-    partial_file.write_text(f"window.EXPERIMENTS = {_json(found)};\n")
-    partial_file.replace(site / EXPERIMENTS)
-    return [one["name"] for one in found]
+        content = _json({**report, "name": ""})
+        if name in names or content not in contents:
+            reports.append(report)
+        contents.append(content)
+    write_text(folder / FOLDER / EXPERIMENTS, f"window.EXPERIMENTS = {_json(reports)};\n")
+    return [report["name"] for report in reports]
 
 
 def serve(folder: Path, port: int) -> ThreadingHTTPServer:
-    """A server of the site on this machine alone; port 0 takes a free one."""
-    handler = partial(Quiet, directory=str(folder / FOLDER))
+    """A server of the report's folder on this machine alone; port 0 takes a free one. The page is at /site/."""
+    handler = partial(QuietHandler, directory=str(folder))
     try:
         return ThreadingHTTPServer(("127.0.0.1", port), handler)
     except OSError as error:
         raise UserError(f"port {port} cannot be used: {error.strerror}; choose another one with --port") from error
 
 
-class Quiet(SimpleHTTPRequestHandler):
+class QuietHandler(SimpleHTTPRequestHandler):
     """Files of a folder, without a line on the terminal for each."""
 
     def log_message(self, format: str, *arguments: Any) -> None:
@@ -97,15 +88,14 @@ class Quiet(SimpleHTTPRequestHandler):
 
 
 def _model(settings: Mapping[str, Any], encoder: str) -> Iterator[tuple[str, Any]]:
-    """The arguments of an encoder's constructor, and which one it is."""
+    """The method of an encoder and its settings."""
     point = encoder.removeprefix(UNTRAINED)
-    for prefix in (f"points.{point}.", f"distilled.{point}.", "pixels." if encoder == "pixels" else "-"):
+    for prefix in (f"points.{point}.model.", f"distilled.{point}.model.", "pixels." if encoder == "pixels" else "-"):
         for key, value in settings.items():
-            if key.startswith(prefix):
-                method, _, argument = key.removeprefix(prefix).partition(".")
-                if argument:
-                    yield "method", method
-                    yield argument, value
+            method, _, argument = key.removeprefix(prefix).partition(".")
+            if key.startswith(prefix) and argument:
+                yield "method", method
+                yield argument, value
 
 
 def _json(content: Any) -> str:

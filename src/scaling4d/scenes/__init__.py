@@ -1,5 +1,1 @@
-"""Renders labelled 4D worlds in the benchmarks' own formats: this made `experiments/pocket`."""
-
-from scaling4d.scenes.dataset import Render, render
-
-__all__ = ["Render", "render"]
+"""SETTINGS -> A DATA SET: labelled 4D scenes in the benchmarks' own formats. `experiments/pocket` is its output."""

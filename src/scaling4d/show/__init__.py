@@ -1,1 +1,1 @@
-"""What readouts predict, drawn beside the truth."""
+"""READOUTS -> PICTURES: predictions beside the truth."""

@@ -1,1 +1,1 @@
-"""A question, its arms and seeds as DVC experiments."""
+"""A question, its arms and seeds as DVC experiments, its tables and page."""

@@ -1,1 +1,1 @@
-"""One trainer for all that learns: processes, sharding, the optimizer, and how a run resumes."""
+"""One trainer for all that learns."""

@@ -1,8 +1,8 @@
-"""Several processes working as one: on a CPU, results depend on their number and on nothing else of the machine.
+"""Several processes as one: forked ranks on this machine, or those that torchrun started.
 
 A rank on a CPU computes with one thread, because bits depend on the number of threads; several ranks use the cores.
-They are forked, so torch is imported once; the parent must not have computed with it before. In a process that torchrun started,
-that process is the rank.
+Results depend on the number of ranks and on no other property of the machine. Forked ranks import torch once; the
+parent must not have computed with it before.
 """
 
 from __future__ import annotations
@@ -18,75 +18,90 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from itertools import accumulate, count, groupby, zip_longest
+from functools import partial
+from itertools import count, zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from scaling4d.records import Preempted, UserError
 
 T = TypeVar("T")
 
-STARTED = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # what torchrun sets
-STOP = (signal.SIGTERM, signal.SIGUSR1)  # what asks a run to save its state and stop
-BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # requests to save the state and stop
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
-TOGETHER = 2**23  # numbers that ranks sum in one message
-BEATS = 10  # how often a rank says where it is, until it counts as hanging
+HEARTBEATS = 10  # of a rank, within the time after which it counts as hanging
 
 
 def run(work: Callable[..., T], *, ranks: int, device: str = "cpu", hang_s: float | None = None, **arguments: Any) -> T:
-    """Call `work(rank=, ranks=, **arguments)` in every rank, inside a process group; return a copy of what rank 0 returns, or,
-    in a process that torchrun started, what this rank returns.
+    """Call `work(rank=, ranks=, **arguments)` in every rank, inside a process group.
 
     Args:
-        device: cpu or cuda. hang_s: when no rank has moved for so long (see `at`), the run is ended and who hangs is named.
+        device: cpu or cuda. hang_s: seconds of standstill of all ranks (see `heartbeat`), after which the run ends and
+            names the ranks that hang; None: never.
+    Returns:
+        A copy of rank 0's result; in a process that torchrun started, this rank's result.
     Raises:
-        UserError: as a rank raised it; a rank hangs; torchrun started another number of ranks.
-        Preempted: as the ranks raised it.
+        UserError: a rank raised it, a rank hangs, or torchrun started another number of ranks.
+        Preempted: the ranks raised it.
         RuntimeError: a rank failed or was killed; the others are ended.
     """
-    if started():
-        return _join(work, ranks, device, hang_s, arguments)
+    run_rank = partial(_run_rank, partial(work, ranks=ranks, **arguments), ranks=ranks, device=device, hang_s=hang_s)
+    if launched_by_torchrun():
+        return _run_torchrun_rank(run_rank, ranks)
     context = multiprocessing.get_context("fork")
     sys.stdout.flush()
     sys.stderr.flush()
-    with tempfile.TemporaryDirectory() as meeting, _lifeline() as alive:
+    alive = os.pipe()  # its end in this process shows the ranks that their parent lives
+    with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
-        given = (ranks, meeting, device, hang_s, arguments)
         children = [
-            context.Process(target=_child, args=(work, rank, *given, pipes[rank][1], alive), daemon=True) for rank in range(ranks)
+            context.Process(target=_run_forked_rank, args=(run_rank, rank, folder, sender, alive), daemon=True)
+            for rank, (_, sender) in enumerate(pipes)
         ]
+
+        def forward(number: int) -> None:
+            for child in children:
+                if child.is_alive():
+                    os.kill(child.pid, number)
+
         for child in children:
             child.start()
         for _, sender in pipes:
             sender.close()
         try:
-            with _handed_on(children):
+            with stop_requests(forward) as requests:
                 return _collect(children, [receiver for receiver, _ in pipes])
+        except RuntimeError as error:
+            if requests:  # a rank without a handler has ended
+                message = "stopped between two states; the same command continues from the last one, or begins"
+                raise Preempted(message) from error
+            raise
         finally:
             for child in children:
                 child.kill()
                 child.join()
+            for end in alive:
+                os.close(end)
 
 
-def started() -> bool:
+def launched_by_torchrun() -> bool:
     """Whether torchrun started this process as one of several ranks."""
-    return os.environ.keys() >= STARTED
+    return os.environ.keys() >= {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 
-def leads() -> bool:
-    """Whether this process writes what the ranks made: the one that forks them, or rank 0 of those that torchrun started."""
+def is_main() -> bool:
+    """Whether this process writes results: the parent of forked ranks, or rank 0 of torchrun's."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def _collect(children: list, receivers: list) -> Any:
+    """The result of rank 0, once all ranks have ended."""
     first = None
     waiting = dict(zip(receivers, range(len(receivers)), strict=True))
     while waiting:
@@ -95,7 +110,7 @@ def _collect(children: list, receivers: list) -> Any:
             try:
                 kind, value = pickle.loads(receiver.recv_bytes())
             except EOFError:
-                raise RuntimeError(_cause(children)) from None
+                raise RuntimeError(_failure(children)) from None
             if kind == "refused":
                 raise UserError(value)
             if kind == "preempted":
@@ -104,8 +119,8 @@ def _collect(children: list, receivers: list) -> Any:
     return first
 
 
-def _cause(children: list) -> str:
-    """Which rank ended the run: a killed one first, since the others fail when they miss it."""
+def _failure(children: list) -> str:
+    """Names the rank that ended the run: a killed one first, since the others fail without it."""
     for child in children:
         child.join(timeout=1)
     ended = [(rank, child.exitcode) for rank, child in enumerate(children) if child.exitcode]
@@ -114,232 +129,148 @@ def _cause(children: list) -> str:
     return f"rank {rank} of {len(children)} ended without a result ({why})"
 
 
-@contextmanager
-def _lifeline() -> Iterator[tuple[int, int]]:
-    """A pipe whose end in this process shows its ranks that it still lives."""
-    ends = os.pipe()
-    try:
-        yield ends
-    finally:
-        for end in ends:
-            os.close(end)
-
-
-@contextmanager
-def _handed_on(children: list) -> Iterator[None]:
-    """While ranks work, a request to stop goes to all of them; those that have no answer to it end.
-
-    Raises:
-        Preempted: so they did.
-    """
-    asked = []
-
-    def hand_on(number: int, _: object) -> None:
-        asked.append(number)
-        for child in children:
-            if child.is_alive():
-                os.kill(child.pid, number)
-
-    before = {}
-    try:
-        if threading.current_thread() is threading.main_thread():
-            before = {number: signal.signal(number, hand_on) for number in STOP}
-        yield
-    except RuntimeError as error:
-        if asked:
-            raise Preempted("stopped between two states; the same command goes on from the last one, or begins") from error
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _child(
-    work: Callable,
-    rank: int,
-    ranks: int,
-    meeting: str,
-    device: str,
-    hang_s: float | None,
-    arguments: dict,
-    sender: Any,
-    alive: tuple,
-) -> None:
-    for number in STOP:
+def _run_forked_rank(run_rank: Callable, rank: int, folder: str, sender: Any, alive: tuple[int, int]) -> None:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)  # the parent's handler is not this process's
     os.close(alive[1])
-    threading.Thread(target=_leave_with_parent, args=(alive[0],), daemon=True).start()
-    if Path("/sys/class/net/lo").exists():
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    threading.Thread(target=_exit_with_parent, args=(alive[0],), daemon=True).start()
+
+    def send(kind: str, value: Any) -> None:  # `sender.send` would pass a tensor as a file that vanishes with this process
+        sender.send_bytes(pickle.dumps((kind, value)))
+
     try:
-        store = dist.FileStore(f"{meeting}/store", ranks)
-        _enter(store, rank, ranks, rank, device, hang_s, lambda hung: _send(sender, "refused", hung))
-        _send(sender, "done", work(rank=rank, ranks=ranks, **arguments))
-        dist.destroy_process_group()
+        send("done", run_rank(dist.FileStore(f"{folder}/store"), rank, partial(send, "refused")))
     except UserError as error:
-        _send(sender, "refused", str(error))
+        send("refused", str(error))
     except Preempted as preempted:
-        _send(sender, "preempted", str(preempted))
+        send("preempted", str(preempted))
 
 
-def _leave_with_parent(end: int) -> None:
-    os.read(end, 1)  # nothing is ever written: this returns when the last other end is closed, so when the parent is gone
+def _exit_with_parent(end: int) -> None:
+    os.read(end, 1)  # nobody writes: this returns when the last other end is closed, so when the parent is gone
     os._exit(1)
 
 
-def _send(sender: Any, kind: str, value: Any) -> None:
-    """By value: `sender.send` would hand over a tensor as a file that is gone when this process has ended."""
-    sender.send_bytes(pickle.dumps((kind, value)))
-
-
-def _join(work: Callable[..., T], ranks: int, device: str, hang_s: float | None, arguments: dict) -> T:
-    rank, world, here = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+def _run_torchrun_rank(run_rank: Callable[..., T], ranks: int) -> T:
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if world != ranks:
-        raise UserError(
-            f"torchrun started {world} ranks, and the settings are for {ranks}; set pretrain.Training.ranks={world}, or "
-            f"readout.shared.Evaluation.ranks={world}"
-        )
-    if world == here and Path("/sys/class/net/lo").exists():
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        raise UserError(f"torchrun started {world} ranks, and the settings have ranks = {ranks}; set ranks to {world}")
     store, _, _ = next(dist.rendezvous("env://"))
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it outlives its ranks: those that are started again begin anew
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it outlives its ranks: restarted ranks begin anew
         store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    _enter(
-        store, rank, ranks, int(os.environ["LOCAL_RANK"]), device, hang_s, lambda hung: print(f"error: {hung}", file=sys.stderr)
-    )
-    result = work(rank=rank, ranks=ranks, **arguments)
+    return run_rank(store, rank, lambda message: print(f"error: {message}", file=sys.stderr))
+
+
+def _run_rank(
+    work: Callable[..., T], store: dist.Store, rank: int, report: Callable, *, ranks: int, device: str, hang_s: float | None
+) -> T:
+    """Work in a process group. report: called with the reason before the watchdog ends this process."""
+    global _progress  # noqa: PLW0603
+    _progress = [0, "the start"]
+    if os.environ.get("LOCAL_WORLD_SIZE", str(ranks)) == str(ranks) and Path("/sys/class/net/lo").exists():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine
+    torch.set_num_threads(1)
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc: to return freed pages took a quarter of a small step
+        for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 64 << 20)):
+            mallopt(parameter, value)
+    if device == "cuda":
+        local_rank, gpus = int(os.environ.get("LOCAL_RANK", rank)), torch.cuda.device_count()
+        if local_rank >= gpus:
+            problem = f"rank {rank} needs a GPU of its own, and this machine has {gpus}"
+            raise UserError(f"{problem}; set device to cpu, or fewer ranks a machine")
+        torch.cuda.set_device(local_rank)
+    timeout = {}
+    if hang_s is not None:
+        watched = (_progress, dist.PrefixStore("watch", store), rank, ranks, hang_s, report)
+        threading.Thread(target=_watch, args=watched, daemon=True).start()
+        timeout = {"timeout": timedelta(seconds=4 * hang_s)}  # later than the watchdog, which knows more
+    backend, store = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl", dist.PrefixStore("group", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, **timeout)
+    result = work(rank=rank)
+    stop_watchdog()
     dist.destroy_process_group()
     return result
 
 
-def _enter(
-    store: dist.Store, rank: int, ranks: int, local: int, device: str, hang_s: float | None, tell: Callable[[str], None]
-) -> None:
-    torch.set_num_threads(1)
-    _keep_freed_memory()
-    if device == "cuda":
-        if local >= torch.cuda.device_count():
-            raise UserError(
-                f"rank {rank} needs a GPU of its own, and this machine has {torch.cuda.device_count()}; set "
-                "pretrain.Training.device to cpu, or readout.tuning.Tuning.device, or fewer ranks a machine"
-            )
-        torch.cuda.set_device(local)
-    if hang_s is not None:
-        watched = (dist.PrefixStore("watch", store), rank, ranks, hang_s, tell)
-        threading.Thread(target=_watch, args=watched, daemon=True).start()
-    patience = {} if hang_s is None else {"timeout": timedelta(seconds=4 * hang_s)}  # later than the watch, which knows more
-    dist.init_process_group(BACKENDS[device], store=dist.PrefixStore("group", store), rank=rank, world_size=ranks, **patience)
+_progress: list[Any] = []  # of this process in its run, for the watchdog: a number, and words; empty: none watches
 
 
-def _keep_freed_memory() -> None:
-    """What this process frees stays its own: handing pages back and forth took a quarter of a small model's step.
-
-    Where the C library is not glibc, nothing changes.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 64 << 20)):
-            mallopt(parameter, value)
+def heartbeat(what: str, number: int | None = None) -> None:
+    """Tell the watchdog about progress: in words, and by a number that never falls (None: as before)."""
+    if _progress:
+        _progress[:] = (_progress[0] if number is None else number, what)
 
 
-_place: tuple[int, str] | None = (0, "the start")  # of this process, for its watch
+def stop_watchdog() -> None:
+    """From now on this rank may take any time."""
+    _progress.clear()
 
 
-def at(what: str, number: int | None = None) -> None:
-    """Say where this rank is, for the case that one hangs: in words, and by a number that never falls (None: as before)."""
-    global _place  # noqa: PLW0603
-    _place = (_place[0] if number is None and _place else number or 0, what)
-
-
-def unwatched() -> None:
-    """From here on this rank may take as long as it needs."""
-    global _place  # noqa: PLW0603
-    _place = None
-
-
-def _watch(store: dist.Store, rank: int, ranks: int, hang_s: float, tell: Callable[[str], None]) -> None:
-    """Ends this process when it has stood still for `hang_s`, and says for which ranks everyone waits."""
-    place, since, seen = _place, time.monotonic(), []
+def _watch(progress: list[Any], store: dist.Store, rank: int, ranks: int, hang_s: float, report: Callable[[str], None]) -> None:
+    """End this process when it has stood still for `hang_s`, and name the ranks that all wait for."""
+    former, since, snapshots = tuple(progress), time.monotonic(), []
     for beat in count():
-        now = _place
-        if now is None:
+        now = tuple(progress)
+        if not now:
             return
         try:
             store.set(str(rank), json.dumps([beat, *now]))
-            if now != place:
-                place, since, seen = now, time.monotonic(), []
+            if now != former:
+                former, since, snapshots = now, time.monotonic(), []
             elif time.monotonic() - since > hang_s:
-                seen.append(_places(store, ranks))
-            if len(seen) > 3:  # time enough for everyone who lives to say so
-                verdict = f"{behind(seen[0], seen[-1])}; if it is only slow, raise hang_s, {hang_s:g} s, in its settings"
-                tell(store.compare_set("verdict", "", verdict).decode())  # that of the first: who has ended says nothing
+                keys = map(str, range(ranks))
+                snapshots.append([tuple(json.loads(store.get(k))) if store.check([k]) else (0, 0, "the start") for k in keys])
+            if len(snapshots) > 3:  # time enough for every living rank to report
+                verdict = f"{describe_hang(snapshots[0], snapshots[-1])}; if it is only slow, raise hang_s, {hang_s:g} s"
+                report(store.compare_set("verdict", "", verdict).decode())  # the first rank's: ended ranks report nothing
                 os._exit(1)
         except dist.DistError as error:
-            tell(f"rank 0 of {ranks}, where the ranks say how far they are, does not answer ({str(error).splitlines()[0]})")
+            report(f"rank 0 of {ranks}, which keeps the ranks' progress, does not answer ({str(error).splitlines()[0]})")
             os._exit(1)
-        time.sleep(hang_s / BEATS)
+        time.sleep(hang_s / HEARTBEATS)
 
 
-def _places(store: dist.Store, ranks: int) -> list[tuple[int, int, str]]:
-    """Of every rank: how often it said where it is, and that."""
-    return [tuple(json.loads(store.get(str(rank)))) if store.check([str(rank)]) else (0, 0, "the start") for rank in range(ranks)]
-
-
-def behind(before: list[tuple[int, int, str]], after: list[tuple[int, int, str]]) -> str:
-    """Who hangs, in words: ranks that say nothing any more, else those that got less far than others."""
+def describe_hang(before: list[tuple[int, int, str]], after: list[tuple[int, int, str]]) -> str:
+    """Name the hanging ranks: silent ones, else the least advanced. An entry: beats, number and words of progress."""
     silent = [rank for rank, (then, now) in enumerate(zip(before, after, strict=True)) if then[0] == now[0]]
     least = min(number for _, number, _ in after)
-    found = silent or [rank for rank, (_, number, _) in enumerate(after) if number == least]
-    does = "said nothing after" if silent else "hangs at" if len(found) == 1 else "hang at"
-    return f"rank{'s' * (len(found) > 1)} {', '.join(map(str, found))} of {len(after)} {does} {after[found[0]][2]}"
-
-
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Every gradient becomes its mean over the ranks, which all call this after the same backward pass.
-
-    Source: what torch's DistributedDataParallel does; it takes a second to import, and its sums after the first step depend on
-    when that was, so that a resumed run would have other bits.
-    """
-    if dist.get_world_size() == 1:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    first = list(accumulate((g.numel() for g in gradients), initial=0))
-    for _, group in groupby(zip(gradients, first, strict=False), lambda item: item[1] // TOGETHER):
-        some = [gradient for gradient, _ in group]
-        flat = torch.cat([gradient.flatten() for gradient in some])
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        for gradient, mean in zip(some, flat.split([gradient.numel() for gradient in some]), strict=True):
-            gradient.copy_(mean.view_as(gradient))
+    hanging = silent or [rank for rank, (_, number, _) in enumerate(after) if number == least]
+    verb = "said nothing after" if silent else "hangs at" if len(hanging) == 1 else "hang at"
+    return f"rank{'s' * (len(hanging) > 1)} {', '.join(map(str, hanging))} of {len(after)} {verb} {after[hanging[0]][2]}"
 
 
 @contextmanager
-def stop_wanted() -> Iterator[list[int]]:
-    """A list that stays empty until someone asks this process to save its state and stop."""
-    asked: list[int] = []
-    before = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in STOP}
+def stop_requests(handle: Callable[[int], object] = int, *, more: tuple[signal.Signals, ...] = ()) -> Iterator[list[int]]:
+    """A list that receives the signals that ask this process to stop. In a thread other than the main one: none.
+
+    Args:
+        handle: called with each of them. more: signals beside STOP_SIGNALS.
+    """
+    requests: list[int] = []
+
+    def receive(number: int, _: object) -> None:
+        requests.append(number)
+        handle(number)
+
+    numbers = (*STOP_SIGNALS, *more) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, receive) for number in numbers}
     try:
-        yield asked
+        yield requests
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def anyone(wanted: list[int]) -> bool:
-    """Whether someone asked any rank: all ranks stop after the same step."""
-    flag = torch.tensor([float(bool(wanted))])
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag)
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set in any rank. Every rank takes part."""
+    tensor = torch.tensor([float(flag)])
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return bool(tensor)
 
 
-def stopped(step: int, steps: int) -> str:
-    """What a run says that saved its state and stops."""
-    return f"stopped after step {step} of {steps}, as asked; the same command goes on from there"
-
-
-def gather(values: list) -> list:
-    """What every rank holds, joined: one item of every rank in turn, as long as it has any."""
+def gather_round_robin(values: list) -> list:
+    """The lists of all ranks as one: an item of every rank in turn."""
     lists: list[list] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(lists, values)
-    nothing = object()
-    return [value for row in zip_longest(*lists, fillvalue=nothing) for value in row if value is not nothing]
+    absent = object()
+    return [value for row in zip_longest(*lists, fillvalue=absent) for value in row if value is not absent]

@@ -1,39 +1,48 @@
-"""How one model lies on many ranks: whole on each, or every block in shards; pretraining, fine-tuning and `plan`'s dry run
-share it."""
+"""How a model lies on its ranks: plain on each, or every block in shards (FSDP2, HSDP).
+
+torch's sharding takes a second to import; only functions that shard import it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from scaling4d import config
-from scaling4d.records import UserError
-from scaling4d.training.distributed import average_gradients
+from scaling4d.config import require_minima
 
-TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-DEAR = ("aten.mm.", "aten.addmm.", "attention", "flash")  # what `selective` keeps; norms, GELU and sums are made again
+BUCKET_VALUES = 2**23  # gradients that ranks sum in one message
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+EXPENSIVE = ("aten.mm.", "aten.addmm.", "attention", "flash")  # `selective` saves these; norms, GELU and sums run again
 
 
-@config.configurable
 @dataclass(frozen=True)
-class Sharding:
-    """How a model lies on the ranks; results depend on it only as they depend on the order in which numbers are added.
+class ComputeConfig:
+    """device: cpu or cuda. compute: float32 or bfloat16; weights, moments and reductions are float32 in both."""
 
-    shards: ranks that share one copy of the weights, gradients and moments, block by block; copies are as many as fit the ranks.
-      1: every rank holds all of them (plain data parallel); all ranks: FSDP; between: HSDP.
-    recompute: none; block (make a block's activations again in the backward pass); selective (only what is cheap to make).
-    recompute_every: of the blocks, 1: all, k: every k-th. compile: blocks by torch.compile.
-    packed: attention sees all clips of a rank as one sequence with a block-diagonal mask. accumulate: parts in which a rank
-      works off its part of a batch.
+    device: str
+    compute: str
+
+    def __post_init__(self) -> None:
+        for name, known in (("device", ("cpu", "cuda")), ("compute", tuple(DTYPES))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} = {getattr(self, name)!r}; needed {' or '.join(known)}")
+
+
+@dataclass(frozen=True)
+class ShardingConfig:
+    """How a model lies on the ranks. Results depend on it only through the order of summation.
+
+    shards: ranks that share one copy of weights, gradients and moments. 1: plain data parallel; all ranks: FSDP;
+    between: HSDP. recompute: activations in the backward pass: none; block (all of a block again); selective (only
+    cheap operations again). recompute_every: 1: all blocks; k: every k-th. compile: torch.compile of each block.
+    packed: one attention call for all clips of a rank, see mae.attention. accumulate: microbatches of a rank's batch.
     """
 
     shards: int
@@ -43,130 +52,115 @@ class Sharding:
     packed: bool
     accumulate: int
 
+    def __post_init__(self) -> None:
+        if self.recompute not in ("none", "block", "selective"):
+            raise ValueError(f"recompute = {self.recompute!r}; needed none, block or selective")
+        require_minima(self, dict.fromkeys(("shards", "recompute_every", "accumulate"), 1))
+
     def check(self, *, ranks: int, batch: int) -> None:
-        """Raises UserError: a mesh or a batch that does not divide, or an unknown word."""
-        if self.shards < 1 or ranks % self.shards:
-            raise UserError(f"{ranks} ranks do not divide into copies of {self.shards} shards; set Sharding.shards to a divisor")
-        if self.accumulate < 1 or batch % (ranks * self.accumulate):
-            raise UserError(
-                f"a batch of {batch} clips does not divide among {ranks} ranks in {self.accumulate} parts each; set "
-                "batch to a multiple, or Sharding.accumulate"
-            )
-        if self.recompute not in ("none", "block", "selective") or self.recompute_every < 1:
-            raise UserError(
-                f"Sharding.recompute {self.recompute!r} of every {self.recompute_every} blocks; needed none, block or selective, "
-                "and 1 or more"
-            )
+        """Raises ValueError: ranks or batch do not divide."""
+        if ranks % self.shards:
+            raise ValueError(f"{ranks} ranks do not divide into copies of {self.shards} shards; set Sharding.shards to a divisor")
+        if batch % (ranks * self.accumulate):
+            problem = f"a batch of {batch} clips does not divide among {ranks} ranks in {self.accumulate} microbatches each"
+            raise ValueError(f"{problem}; set batch to a multiple, or Sharding.accumulate")
 
 
-def shard(
-    model: nn.Module, *, shards: int, replicas: int, device: str, compute: torch.dtype, prepare: Callable[[nn.Module], None]
-) -> None:
-    """Split a model over a mesh: each block is gathered on its own, all else together, but for a readout's head.
+def parallelize(model: nn.Module, sharding: ShardingConfig, compute: ComputeConfig, *, ranks: int) -> None:
+    """Place a model on the ranks in place. Its weights stay, or go to their shards.
 
-    Weights, gradients and moments stay float32, and are reduced in it; a head computes in it, too. What the model is given keeps
-    its type. prepare: changes a block before it is split.
+    With one shard in float32 every rank holds a plain model. Otherwise FSDP2 wraps each block, a readout's head, and
+    the rest of the model (also with one shard, for bfloat16). Weights, gradients and moments stay float32; so do
+    reductions, and the computation of a head. Inputs keep their dtype.
     """
-    shape, names = ((replicas, shards), ("replicas", "shards")) if replicas > 1 else ((shards,), ("shards",))
-    mesh = init_device_mesh(device, shape, mesh_dim_names=names)
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
-    for block in blocks(model):
-        prepare(block)
+    blocks = blocks_of(model)
+    for number, block in enumerate(blocks):
+        block.packed = sharding.packed
+        if sharding.recompute != "none" and number % sharding.recompute_every == 0:
+            recompute_block(block, sharding.recompute)
+        if sharding.compile:
+            block.forward = torch.compile(block.forward, dynamic=False)  # blocks share its code, and see other shapes
+    if sharding.shards == 1 and compute.compute == "float32":
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    shape, names = (ranks // sharding.shards, sharding.shards), ("replicas", "shards")
+    first = 0 if shape[0] > 1 else 1
+    mesh = init_device_mesh(compute.device, shape[first:], mesh_dim_names=names[first:])
+    policy = MixedPrecisionPolicy(param_dtype=DTYPES[compute.compute], reduce_dtype=torch.float32)
+    for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     if hasattr(model, "head"):
         fully_shard(model.head, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float32))
     fully_shard(model, mesh=mesh, mp_policy=replace(policy, cast_forward_inputs=False))
+    if hasattr(model, "reconstruct"):
+        register_fsdp_forward_method(model, "reconstruct")
 
 
-def blocks(model: nn.Module) -> tuple[nn.Module, ...]:
-    """In the order of the forward pass."""
-    return (*model.encoder.blocks, *getattr(model, "decoder_blocks", ()))
+def blocks_of(model: nn.Module) -> tuple[nn.Module, ...]:
+    """Transformer blocks of encoder and decoder, in the order of the forward pass."""
+    return (*model.encoder.blocks, *getattr(model, "decoder_blocks", ())) if model.encoder is not None else ()
 
 
-def recomputing(block: nn.Module, how: str) -> None:
-    """Let a block keep less for its backward pass: `block`, its input alone; `selective`, what is dear to make."""
-    contexts = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if how == "selective" else {}
-    draws = getattr(block, "drop_path", 0) != 0  # what is drawn at random is to be drawn alike again
+def recompute_block(block: nn.Module, how: str) -> None:
+    """Activation checkpointing: `block` saves a block's input alone, `selective` results of EXPENSIVE operations."""
+    from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+    def policy(_: Any, operator: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
+        expensive = any(word in str(operator) for word in EXPENSIVE)
+        return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = {"context_fn": partial(create_selective_checkpoint_contexts, policy)} if how == "selective" else {}
+    draws = getattr(block, "drop_path", 0) != 0  # random draws must be the same again
     block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=draws, **contexts)
 
 
-def _policy(_: Any, operator: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
-    dear = any(word in str(operator) for word in DEAR)
-    return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `fully_shard` has wrapped a model."""
+    return hasattr(model, "set_requires_all_reduce")
 
 
-def spread(
-    model: nn.Module, sharding: Sharding, *, ranks: int, device: str, compute: str, initialise: Callable[[], None]
-) -> None:
-    """Give a model on meta its place on the ranks and its first weights, see settle."""
-    settle(model, sharding, ranks=ranks, device=device, compute=compute)
-    model.to_empty(device=device)
-    initialise()
-
-
-def settle(model: nn.Module, sharding: Sharding, *, ranks: int, device: str, compute: str) -> None:
-    """Give a model its place on the ranks; weights that it has stay, or go to their shards on `device`.
-
-    In float32 and one shard every rank holds a plain model; else the model is split, if need be in one piece, which also
-    computes in `compute` with weights that stay float32.
-    """
-    numbered = iter(range(len(blocks(model))))
-
-    def prepare(block: nn.Module) -> None:
-        block.packed = sharding.packed
-        if sharding.recompute != "none" and next(numbered) % sharding.recompute_every == 0:
-            recomputing(block, sharding.recompute)
-        if sharding.compile:
-            block.forward = torch.compile(block.forward)
-
-    plain = sharding.shards == 1 and compute == "float32"
-    if plain:
-        for block in blocks(model):
-            prepare(block)
-    else:
-        shape = {"shards": sharding.shards, "replicas": ranks // sharding.shards}
-        shard(model, **shape, device=device, compute=TYPES[compute], prepare=prepare)
-
-
-def last_part(model: nn.Module, last: bool) -> None:
-    """Whether the next backward pass is that of a batch's last part.
-
-    Where weights lie in shards, gradients of every part go to their shards at once, so that none stay whole; what waits for the
-    last part is the sum over copies.
-    """
-    if isinstance(model, FSDPModule):
+def set_last_microbatch(model: nn.Module, last: bool) -> None:
+    """Tell a sharded model whether the next backward pass ends a batch; HSDP sums over copies only then."""
+    if is_sharded(model):
         model.set_requires_all_reduce(last)
 
 
-def reduce(model: nn.Module) -> None:
-    """After a batch's last backward pass every rank has the mean gradients: sharded models saw to it, others do it now."""
-    if not isinstance(model, FSDPModule):
-        average_gradients(model.parameters())
+def reduce_gradients(model: nn.Module) -> None:
+    """After the last backward pass of a batch: mean gradients on every rank. FSDP has reduced its own already.
 
-
-def gathered(model: nn.Module, again: Callable[[], nn.Module], *, compute: str, device: str) -> nn.Module:
-    """A model that a rank can use without the others, its encoder in `compute`; every rank takes part.
-
-    Args:
-        again: makes the same model anew, to be filled; where `model` itself is plain, it is returned instead.
+    Source: torch's DistributedDataParallel. DDP takes a second to import, and its sums after the first step depend on
+    the number of that step, so that a resumed run would have other bits.
     """
-    if not isinstance(model, FSDPModule):
+    if is_sharded(model) or dist.get_world_size() == 1:
+        return
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    first = list(accumulate((g.numel() for g in gradients), initial=0))
+    for _, group in groupby(zip(gradients, first, strict=False), lambda item: item[1] // BUCKET_VALUES):
+        bucket = [gradient for gradient, _ in group]
+        flat = torch.cat([gradient.flatten() for gradient in bucket])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for gradient, mean in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+
+def unshard(model: nn.Module, build: Callable[[], nn.Module], compute: ComputeConfig) -> nn.Module:
+    """A model that one rank can use alone, its encoder in the compute dtype: a plain one itself, else one that `build`
+    makes and this fills. Every rank takes part."""
+    if not is_sharded(model):
         return model
-    found = {}
+    state = {}
     for name, value in model.state_dict().items():
-        found[name] = whole(value)
+        state[name] = full_tensor(value)
         if name.startswith("encoder.") and value.is_floating_point():
-            found[name] = found[name].to(TYPES[compute])
-    plain = again()
-    plain.load_state_dict(found, assign=True)
-    return plain.to(device)
+            state[name] = state[name].to(DTYPES[compute.compute])
+    plain = build()
+    plain.load_state_dict(state, assign=True)
+    return plain.to(compute.device)
 
 
-def whole(value: Tensor) -> Tensor:
-    """A tensor that is in shards, put together; every rank takes part."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def mine(value: Tensor) -> Tensor:
-    """This rank's part of a tensor, in place."""
-    return value.to_local() if isinstance(value, DTensor) else value
+def full_tensor(value: Tensor) -> Tensor:
+    """The whole of a sharded tensor. Every rank takes part."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value

@@ -1,11 +1,11 @@
-"""What a training that was killed goes on from: weights, moments and how far it was, beside the run.
+"""The training state that a killed run continues from: weights, moments and progress.
 
-    .resume/<stage>-<sha of what the result depends on>/about.json           whose state this is
-                                                        step-00000400/       DCP shards, progress.json, sha256.json
+    .resume/<stage>-<sha of the fingerprint>/fingerprint.json     all that the result depends on
+                                             step-00000400/       DCP shards, progress.json, sha256.json
 
-A step's folder is written under another name and renamed when every rank's files are there with their sha256; nothing else in it
-is trusted. DCP's metadata is a pickle: only the run's own folder is ever read, never one that came from elsewhere.
-The last step's state stays until all that is made of it is written and every rank has ended.
+A step's folder gets its name when every rank's files are there with their sha256. Files without a matching sha256 are
+not read. DCP's metadata is a pickle: a run reads its own folder only. The last step's state stays until the result is
+written. `training.fit` decides when to save and to load; this module only stores.
 """
 
 from __future__ import annotations
@@ -19,87 +19,75 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
+from torch import Tensor
 
-from scaling4d import artifacts
+from scaling4d import artifacts, provenance
 from scaling4d.records import UserError, write_json
 
-ABOUT, PROGRESS, SHAS, LOCK = "about.json", "progress.json", "sha256.json", "lock"
-PATIENCE_S = 5.0  # for a process that was killed a moment ago and is not gone yet
-REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}  # no room, or no right
+FINGERPRINT, PROGRESS, SHAS, LOCK = "fingerprint.json", "progress.json", "sha256.json", "lock"
+LOCK_WAIT_S = 5.0  # a killed process may hold the lock for a moment
+REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}  # no space, or no permission
 
 
-def folder_of(stage: str, about: Mapping[str, Any]) -> Path:
-    """Where the state of a stage's run lies: the name is the sha256 of all that the result should depend on."""
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-    return artifacts.PARTIAL / f"{stage}-{digest[:16]}"
+def fingerprint(run: str, *, settings: Mapping[str, Any], inputs: Mapping[str, str], code_sha256: str) -> dict[str, Any]:
+    """All that a run's result depends on. settings: the declared ones, `profile` among them."""
+    about = {"run": run, "profile": settings["profile"], "settings": dict(settings)}
+    return about | {"inputs": dict(inputs), "code": code_sha256}
 
 
-def tensors_of(model: nn.Module, adamw: torch.optim.AdamW) -> dict[str, Tensor]:
-    """Weights and moments by name, in place; every parameter must have its moments."""
-    found = {}
-    for name, p in model.named_parameters():
-        moments = adamw.state[p]
-        found |= {f"weight.{name}": p.detach(), f"first.{name}": moments["exp_avg"], f"second.{name}": moments["exp_avg_sq"]}
-    return found
+def state_folder(stage: str, fingerprint: Mapping[str, Any]) -> Path:
+    """The folder of a run's state, named by the sha256 of its fingerprint."""
+    digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
+    return provenance.WORK_FOLDER / f"{stage}-{digest[:16]}"
 
 
-def claim(folder: Path, about: Mapping[str, Any]) -> IO[str]:
-    """Make `folder` the place of this run's state, or find that it is; it is this process's until the returned file is closed.
+def acquire_lock(folder: Path, fingerprint: Mapping[str, Any]) -> IO[str]:
+    """Take the folder for this process until the returned file is closed, and write or check its fingerprint.
 
-    Args:
-        about: all that the result depends on: run (its name), profile, settings, inputs, code.
     Raises:
-        UserError: the state there is another run's, or another process of this run is at it.
+        UserError: the folder holds another run's state, or another process of this run has the lock.
     """
-    lock = _locked(folder)
-    found = _about(folder / ABOUT)
-    if found is None:
-        for other in sorted(folder.parent.glob(f"{folder.name.split('-')[0]}-*/{ABOUT}")):
-            theirs = _about(other)
-            if theirs and all(theirs.get(name) == about[name] for name in ("run", "profile")):
-                print(f"{other.parent} is not gone on from: {_difference(theirs, about)}", file=sys.stderr)
-        partial = folder / f"{ABOUT}.partial"
-        write_json(partial, about)
-        partial.rename(folder / ABOUT)
-    elif found != about:
-        raise UserError(
-            f"{folder} holds the training state of {found.get('run')} of profile {found.get('profile')}, needed that of "
-            f"{about['run']} of {about['profile']} with these settings ({_difference(found, about)}); remove the folder"
-        )
-    for left in (*folder.glob("partial-*"), _away(folder)):
-        shutil.rmtree(left, ignore_errors=True)
+    lock, fingerprint = _lock(folder), json.loads(json.dumps(fingerprint))
+    there = _read_fingerprint(folder / FINGERPRINT)
+    if there is None:
+        for other in sorted(folder.parent.glob(f"{folder.name.split('-')[0]}-*/{FINGERPRINT}")):
+            theirs = _read_fingerprint(other)
+            if theirs and all(theirs.get(name) == fingerprint[name] for name in ("run", "profile")):
+                print(f"the state in {other.parent} is not used: {_differences(theirs, fingerprint)}", file=sys.stderr)
+        provenance.write_text(folder / FINGERPRINT, json.dumps(fingerprint, indent=2))
+    elif there != fingerprint:
+        present = f"the training state of {there.get('run')} of profile {there.get('profile')}"
+        needed = f"that of {fingerprint['run']} of {fingerprint['profile']} with these settings"
+        why = _differences(there, fingerprint)
+        raise UserError(f"{folder} holds {present}, needed {needed} ({why}); remove the folder")
+    for path in (*folder.glob("partial-*"), _trash_path(folder)):
+        shutil.rmtree(path, ignore_errors=True)
     return lock
 
 
-def remove(folder: Path) -> None:
-    """Once its result is written: the state goes, at one stroke. Where another process is at it, it stays."""
+def remove_state(folder: Path) -> None:
+    """Remove a run's state at one stroke, after its result is written. A state that is locked elsewhere stays."""
     if folder.is_dir():
-        try:
-            lock = _locked(folder)
-        except UserError:
-            return
-        shutil.rmtree(_away(folder), ignore_errors=True)
-        folder.rename(_away(folder))
-        shutil.rmtree(_away(folder))
-        lock.close()
+        with suppress(UserError), _lock(folder):
+            shutil.rmtree(_trash_path(folder), ignore_errors=True)
+            folder.rename(_trash_path(folder))
+            shutil.rmtree(_trash_path(folder))
 
 
-def _away(folder: Path) -> Path:
+def _trash_path(folder: Path) -> Path:
     return folder.with_name(f"removed-{folder.name}")
 
 
-def _locked(folder: Path) -> IO[str]:
-    """Raises UserError: another process of this run holds the lock, and keeps it."""
-    until = time.monotonic() + PATIENCE_S
+def _lock(folder: Path) -> IO[str]:
+    """Raises UserError: another process of this run holds the lock."""
+    until = time.monotonic() + LOCK_WAIT_S
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -107,57 +95,70 @@ def _locked(folder: Path) -> IO[str]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(file.fileno()), (folder / LOCK).stat()):
                 return file
-        except FileNotFoundError:  # it was removed meanwhile
+        except FileNotFoundError:  # removed meanwhile
             continue
         except BlockingIOError:
             if time.monotonic() > until:
-                raise UserError(
-                    f"{folder} is in use by another process that trains the same; wait until it has ended, or end it"
-                ) from None
+                message = f"{folder} is in use by another process that trains the same; wait until it has ended, or end it"
+                raise UserError(message) from None
             time.sleep(0.1)
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
-            print(f"warning: {folder} lies where nothing can be locked; start no second process of this run", file=sys.stderr)
+            print(f"warning: the file system of {folder} has no locks; start no second process of this run", file=sys.stderr)
             return file
 
 
-def _about(path: Path) -> dict[str, Any] | None:
-    """None: there is none that can be read; the folder's own name says as much."""
+def _read_fingerprint(path: Path) -> dict[str, Any] | None:
+    """None: absent or damaged. The folder's name holds its hash anyway."""
     try:
-        found = json.loads(path.read_text())
+        if isinstance(content := json.loads(path.read_text()), dict):
+            return content
     except FileNotFoundError:
         return None
     except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        print(f"warning: {path} is damaged and passed over", file=sys.stderr)
-        return None
-    return found
+        pass
+    print(f"warning: {path} is damaged and passed over", file=sys.stderr)
+    return None
 
 
-def _difference(found: Any, needed: Any, key: str = "") -> str:
-    """The first settings that differ, in words."""
-    if isinstance(found, dict) and isinstance(needed, dict):
-        parts = [_difference(found.get(name), needed.get(name), f"{key}.{name}") for name in sorted(found.keys() | needed.keys())]
-        return "; ".join([part for part in parts if part][:3])
-    return "" if found == needed else f"{key[1:]} was {found!r}, is {needed!r}"
+def _differences(there: Mapping[str, Any], needed: Mapping[str, Any]) -> str:
+    """The first three settings that differ, in words."""
+    first = islice(provenance.differences(there, needed), 3)
+    return "; ".join(f"{key} was {was!r}, is {now!r}" for key, was, now in first)
 
 
-class State:
-    """The steps of one run that are kept. Every method is called alike in every rank."""
+class CheckpointManager:
+    """Saves and loads the training state of one run. Every rank calls each method alike.
 
-    def __init__(self, folder: Path, *, keep: int, asynchronous: bool, rank: int, ranks: int) -> None:
-        """keep: how many of the newest stay. asynchronous: write behind the computing."""
-        self.folder, self.keep, self.asynchronous = folder, keep, asynchronous
-        self.rank, self.ranks = rank, ranks
-        self.group = dist.new_group(backend="gloo")  # writing behind the computing must not mix with it
-        self.behind: tuple[int, Any] | None = None
+    Args:
+        keep: number of newest steps to keep. asynchronous: write while the training continues.
+    """
+
+    def __init__(self, stage: str, fingerprint: Mapping[str, Any], *, keep: int, asynchronous: bool) -> None:
+        self.folder, self.keep, self.asynchronous = state_folder(stage, fingerprint), keep, asynchronous
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.lock = acquire_lock(self.folder, fingerprint) if self.rank == 0 else None
+        dist.barrier()
+        self.group = dist.new_group(backend="gloo")  # keeps asynchronous writes apart from the training's messages
+        self.pending: tuple[int, Any] | None = None
+
+    def close(self) -> None:
+        """Release the lock."""
+        if self.lock:
+            self.lock.close()
 
     def load(self, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Fill the tensors, by name and in place, from the newest whole step, and return its progress; None: there is none, and
-        nothing was touched."""
-        for path in self._newest_first():
+        """Fill the tensors, by name and in place, from the newest intact step.
+
+        Returns:
+            The step's progress; None: no step, and no tensor was changed.
+        """
+        import torch.distributed.checkpoint as dcp  # half a second to import
+
+        steps = [sorted(self.folder.glob("step-????????"), reverse=True) if self.rank == 0 else None]
+        dist.broadcast_object_list(steps, group=self.group, device=torch.device("cpu"))  # other machines may see a folder later
+        for path in steps[0]:
             if damage := self._damage(path):
                 if self.rank == 0:
                     print(f"warning: {path} is damaged ({damage}) and passed over", file=sys.stderr)
@@ -169,127 +170,114 @@ class State:
             return json.loads((path / PROGRESS).read_text())
         return None
 
-    def _newest_first(self) -> list[Path]:
-        """As rank 0 sees them: on other machines a folder may appear later."""
-        found = [sorted(self.folder.glob("step-????????"), reverse=True) if self.rank == 0 else None]
-        dist.broadcast_object_list(found, group=self.group, device=torch.device("cpu"))
-        return found[0]
-
     def _damage(self, path: Path) -> str:
-        """What is wrong with a step's files; every rank looks at its share of them.
+        """Names of a step's damaged files. Each rank checks its share.
 
         Raises:
-            UserError: they cannot be read, which is no damage.
+            UserError: files cannot be read; that is no damage.
         """
-        wrong, unread = [], []
+        damaged, unreadable = [], []
         try:
             shas = dict(json.loads((path / SHAS).read_text()))
-            wrong = [name for name in sorted(shas)[self.rank :: self.ranks] if artifacts.sha256(path / name) != shas[name]]
+            damaged = [name for name in sorted(shas)[self.rank :: self.ranks] if artifacts.sha256(path / name) != shas[name]]
         except (FileNotFoundError, ValueError, TypeError) as error:
-            wrong = [str(error)]
+            damaged = [str(error)]
         except OSError as error:
-            unread = [str(error)]
-        if unread := [why for whys in self._gather(unread) for why in whys]:
-            raise UserError(
-                f"the training state {path} cannot be read: {unread[0]}; mend that, or remove {path} to do without it"
-            )
-        return ", ".join(dict.fromkeys(name for names in self._gather(wrong) for name in names))
+            unreadable = [str(error)]
+        if reasons := [reason for reasons in self._gather(unreadable) for reason in reasons]:
+            raise UserError(f"the training state {path} cannot be read: {reasons[0]}; repair that, or remove {path}")
+        return ", ".join(dict.fromkeys(name for names in self._gather(damaged) for name in names))
 
     def save(self, step: int, progress: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Write a step; it counts from `finish` on, which any later save calls.
+        """Write the state after `step` steps. An asynchronous write counts after `wait`, which a later save calls.
 
         Args:
-            step: steps done. progress: what else is to be found again, as JSON.
+            progress: further state, as JSON.
         Raises:
-            UserError: it cannot be written; what was kept before stays.
+            UserError: the state cannot be written; older states stay.
         """
-        self.finish()
-        partial = self._partial(step)
+        import torch.distributed.checkpoint as dcp
+
+        self.wait()
+        partial = self.folder / f"partial-{step:08d}"
         if self.rank == 0:
-            with self._written(step):
+            with self._write_errors(step):
                 partial.mkdir(parents=True)
-                (partial / PROGRESS).write_text(json.dumps(progress))  # lines keep the order of their keys
+                (partial / PROGRESS).write_text(json.dumps(progress))  # keeps the order of keys
         dist.barrier(self.group)
-        with self._written(step):
-            if self.asynchronous:
-                future = dcp.async_save(dict(tensors), checkpoint_id=partial, process_group=self.group)
-            else:
-                future = dcp.save(dict(tensors), checkpoint_id=partial, process_group=self.group)
-        self.behind = (step, future if self.asynchronous else None)
+        with self._write_errors(step):
+            write = dcp.async_save if self.asynchronous else dcp.save
+            self.pending = (step, write(dict(tensors), checkpoint_id=partial, process_group=self.group))
         if not self.asynchronous:
-            self.finish()
+            self.wait()
 
-    def finish(self) -> None:
-        """Wait until the step that is being written is whole, and let it count; steps beyond `keep` go.
+    def wait(self) -> None:
+        """Wait until the pending step is written, publish it, and remove steps beyond `keep`.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: the state cannot be written.
         """
-        if self.behind is None:
+        if self.pending is None:
             return
-        (step, future), self.behind = self.behind, None
-        partial = self._partial(step)
-        with self._written(step):
-            if future is not None:
+        (step, future), self.pending = self.pending, None
+        partial = self.folder / f"partial-{step:08d}"
+        with self._write_errors(step):
+            if self.asynchronous:
                 future.result()
-        mine = [*partial.glob(f"__{self.rank}_*")] + ([partial / PROGRESS, partial / ".metadata"] if self.rank == 0 else [])
-        with self._written(step):
-            for path in mine:
-                _to_the_disk(path)
-        shas = self._gather({path.name: artifacts.sha256(path) for path in mine})
+            own = [*partial.glob(f"__{self.rank}_*")] + ([partial / PROGRESS, partial / ".metadata"] if self.rank == 0 else [])
+            for path in own:
+                _sync(path)
+        shas = self._gather({path.name: artifacts.sha256(path) for path in own})
         if self.rank == 0:
-            with self._written(step):
-                write_json(partial / SHAS, {name: sha for some in shas for name, sha in some.items()})
+            with self._write_errors(step):
+                write_json(partial / SHAS, {name: sha for part in shas for name, sha in part.items()})
                 for path in (partial / SHAS, partial):
-                    _to_the_disk(path)
+                    _sync(path)
                 partial.rename(self.folder / f"step-{step:08d}")
-                _to_the_disk(self.folder)
+                _sync(self.folder)
             for old in sorted(self.folder.glob("step-????????"))[: -self.keep]:
                 shutil.rmtree(old)
         dist.barrier(self.group)
 
-    def _partial(self, step: int) -> Path:
-        return self.folder / f"partial-{step:08d}"
-
     @contextmanager
-    def _written(self, step: int) -> Iterator[None]:
+    def _write_errors(self, step: int) -> Iterator[None]:
+        from torch.distributed.checkpoint.api import CheckpointException
+
         try:
             yield
         except (CheckpointException, OSError) as error:
             first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
             why = " ".join(str(first).split())[:200]
-            raise UserError(
-                f"the training state of step {step} cannot be written to {self.folder}: {why}; free space there, or lower "
-                "keep, in pretrain.Running or readout.Saving (the state before it is whole, and the next run goes on from it)"
-            ) from error
+            problem = f"the training state of step {step} cannot be written to {self.folder}: {why}"
+            change = "free space there, or lower keep (the state before it is whole, and the next run continues from it)"
+            raise UserError(f"{problem}; {change}") from error
 
     def _gather(self, value: Any) -> list:
-        found = [None] * self.ranks
-        dist.all_gather_object(found, value, group=self.group)
-        return found
+        values = [None] * self.ranks
+        dist.all_gather_object(values, value, group=self.group)
+        return values
 
 
-def _to_the_disk(path: Path) -> None:
-    """Of a file its content, of a folder the names in it: a rename must not be there before what it names."""
-    opened = os.open(path, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """fsync of a file's content or of a folder's names: a rename must not become durable before its target."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(opened)
+        os.fsync(descriptor)
     finally:
-        os.close(opened)
+        os.close(descriptor)
 
 
 @contextmanager
-def refusals() -> Iterator[None]:
-    """What a file system refuses, a full disk above all, in one line.
+def file_system_errors() -> Iterator[None]:
+    """Turn a refusal of the file system, a full disk above all, into one line.
 
     Raises:
-        UserError: so it does.
+        UserError: there was one.
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in REFUSED:
+        if error.errno not in REFUSALS:
             raise
-        raise UserError(
-            f"{error.filename or 'a file'}: {error.strerror}; mend that, and the same command goes on from the last state"
-        ) from error
+        change = "repair that, and the same command continues from the last state"
+        raise UserError(f"{error.filename or 'a file'}: {error.strerror}; {change}") from error

@@ -1,1 +1,1 @@
-"""What a scaling point will cost, without a GPU: parameters, FLOPs, memory, days."""
+"""What a scaling point costs on a cluster: closed form, dry run, performance model."""

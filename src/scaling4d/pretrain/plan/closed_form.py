@@ -1,172 +1,159 @@
 """FLOPs, memory and traffic of one training step, by formulas.
 
-Letters: D width, M width of the mlp, h heads, K tokens of a clip in a block, B clips on a GPU, S shards, R replicas; W weights;
-c, m, r bytes of a number computed with, stored, reduced (2, 4, 4 in mixed precision); pad(W) values after every parameter's
-first axis was rounded up to a multiple of S, which is what FSDP2 stores and sends.
+Letters: D width, M width of the mlp, h heads, K tokens of a clip in a block, B clips on a GPU, S shards, R replicas;
+W weights; c, m, r bytes of a number computed with, stored, reduced (2, 4, 4 in mixed precision); pad(W) values when the
+first axis of every parameter is rounded up to a multiple of S, as FSDP2 stores and sends them.
 
 FLOPs of a clip (a multiply and an add are two)
-  linear layer       forward 2 K W; backward twice that: one for the weights, one for the input, which pixels do not need
-  attention          forward 4 K^2 D; backward 10 K^2 D: fused attention makes the scores again (5 products where forward has 2)
+  linear layer       forward 2 K W; backward twice that: for the weights, and for the input, which pixels do not need
+  attention          forward 4 K^2 D (2 products); backward 10 K^2 D (5): fused attention computes the scores again
   recompute          a block's forward pass again, without its last linear layer, whose output nobody needs
 
 Memory of a GPU, in bytes
   parameters         m pad(W) / S
-  gradients          r pad(W) / S of the blocks that are done, or, where a batch is worked off in parts, of all since the first
-                     part; c W, not yet reduced, of the block at work and of what follows the blocks
+  gradients          r pad(W) / S of the finished blocks, or, with several microbatches, of all blocks since the
+                     first microbatch; c W, not yet reduced, of the current block and of the layers after the blocks
   optimizer          2 m pad(W) / S: AdamW's two moments
-  activations        B times: pixels; of a block c K (8 D + 2 M) + 4 K (4 + h): its input, two normed inputs, queries, keys,
-                     values, attention's output, the sum after it, the mlp before and after its GELU, and fp32 statistics;
-                     with recompute c K D of every block but the one at work; the loss
-  communication      c pad(W) of what lies outside the blocks; c pad(W) of the block at work and of the one fetched ahead;
-                     r pad(W) of the gradients being reduced
-The step's peak is sought at the loss, at three places in every block's backward pass, and at its end.
+  activations        B times: pixels; of a block c K (8 D + 2 M) + 4 K (4 + h): its input, two normed inputs, queries,
+                     keys, values, attention's output, the sum after it, the mlp before and after its GELU, and fp32
+                     statistics; with recompute c K D of every block but the current one; the loss
+  communication      c pad(W) of the layers outside the blocks; c pad(W) of the current block and of the prefetched one;
+                     r pad(W) of the gradients under reduction
+The peak of a step is sought at the loss, at three places in every block's backward pass, and at the step's end.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scaling4d.pretrain.plan.work import BlockWork, Rows, Work, count
+from scaling4d.mae.encoder import Method
+from scaling4d.pretrain.plan.work import BlockWork, Shapes, Work, values_of, work_of
 
+USABLE = 0.9  # ours: share of a GPU's memory; the rest is for CUDA, NCCL and fragmentation
+GIB = 2**30
 KINDS = ("parameters", "gradients", "optimizer", "activations", "communication")
-Memory = dict[str, int]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of a number: as stored, computed with, reduced. Gathered: whether weights are shards that FSDP2 gathers."""
+    """compute: bytes of a number computed with. gathered: whether weights are shards that FSDP2 gathers."""
 
-    stored: int = 4
-    compute: int = 2
-    reduced: int = 4
-    gathered: bool = True
+    compute: int
+    gathered: bool
 
 
-MIXED = Sizes()
-PLAIN = Sizes(compute=4, gathered=False)  # one process, all in fp32
+STORED = REDUCED = 4  # bytes of a number: as stored, and as reduced
+MIXED, FLOAT32, PLAIN = Sizes(2, True), Sizes(4, True), Sizes(4, False)  # PLAIN: every GPU has the weights, in fp32
+
+
+@dataclass(frozen=True)
+class StepLayout:
+    """How a step lies on the GPUs. shards: of a copy. recompute: of every block. microbatches: of a batch, in turn."""
+
+    shards: int
+    recompute: bool
+    microbatches: int = 1
+    sizes: Sizes = MIXED
 
 
 def flops(work: Work, *, recompute: bool) -> dict[str, int]:
-    """Of one clip: forward (with a teacher's), backward, recompute, total."""
-    linear = sum(2 * layer.tokens * layer.weights for layer in work.linears)
-    pixels = sum(2 * layer.tokens * layer.weights for layer in work.linears if not layer.learns_input)
-    products = sum(_products(block) for block in work.blocks)
-    scores = sum(_scores(block) for block in work.blocks)
-    again = sum(_products(block) + _scores(block) - 2 * block.tokens * block.mlp * block.width for block in work.blocks)
-    forward, backward = linear + products + scores, 2 * (linear + products) - pixels + 5 * scores // 2
-    if work.teacher:
-        embedding = work.teacher.embedding
-        forward += 2 * embedding.tokens * embedding.weights + sum(_products(b) + _scores(b) for b in work.teacher.blocks)
-    again = again if recompute else 0
-    return {"forward": forward, "backward": backward, "recompute": again, "total": forward + backward + again}
+    """FLOPs of one clip in a training step.
+
+    Returns:
+        Executed ones: forward (with a teacher's), backward, recompute, and their total. And `model`: a backward pass
+        counts as two forward passes, a teacher has one forward pass; recomputed activations do not count, nor does the
+        decoder's output for a class token, which nobody uses.
+    """
+    linears = (work.embedding, *work.linears)
+    linear = sum(2 * tokens * weights for tokens, weights in linears)
+    used = sum(2 * min(tokens, work.all_tokens) * weights for tokens, weights in linears)
+    pixels = 2 * math.prod(work.embedding)
+    products, scores = _forward_flops(work.blocks)
+    teacher = 2 * math.prod(work.teacher.embedding) + sum(_forward_flops(work.teacher.blocks)) if work.teacher else 0
+    forward, backward = linear + products + scores + teacher, 2 * (linear + products) - pixels + 5 * scores // 2
+    again = products + scores - sum(2 * block.tokens * block.mlp * block.width for block in work.blocks) if recompute else 0
+    counts = {"forward": forward, "backward": backward, "recompute": again, "total": forward + backward + again}
+    return counts | {"model": 3 * (used + products + scores) + teacher}
 
 
-def _products(block: BlockWork) -> int:
-    return 2 * block.tokens * (4 * block.width**2 + 2 * block.width * block.mlp)
+def _forward_flops(blocks: Sequence[BlockWork]) -> tuple[int, int]:
+    """Of the blocks' linear layers, and of attention."""
+    linear = sum(2 * block.tokens * (4 * block.width**2 + 2 * block.width * block.mlp) for block in blocks)
+    return linear, sum(4 * block.tokens**2 * block.width for block in blocks)
 
 
-def _scores(block: BlockWork) -> int:
-    return 4 * block.tokens**2 * block.width
+def flops_per_clip(model: Method) -> int:
+    """Model FLOPs of one clip in a training step."""
+    return flops(work_of(model), recompute=False)["model"]
 
 
-def memory(work: Work, *, clips: int, shards: int, recompute: bool, parts: int = 1, sizes: Sizes = MIXED) -> Memory:
-    """Bytes on a GPU by kind, and their total, at the peak of a step; `clips` at once on each GPU, `parts` one after another."""
-    found = moments(work, clips=clips, parts=parts, shards=shards, recompute=recompute, sizes=sizes)
-    return max(found, key=lambda at: at["total"])
+def memory(work: Work, layout: StepLayout, *, clips: int) -> dict[str, int]:
+    """Bytes on a GPU by kind, and their total, at the peak of a step with `clips` at once on each GPU."""
+    return max(memory_timeline(work, layout, clips=clips), key=lambda place: place["total"])
 
 
-def moments(work: Work, *, clips: int, shards: int, recompute: bool, parts: int = 1, sizes: Sizes = MIXED) -> list[Memory]:
+def memory_timeline(work: Work, layout: StepLayout, *, clips: int) -> list[dict[str, int]]:
     """Memory at every place of a step where its peak can be."""
-    c, blocks = sizes.compute, work.blocks
-    saved = [clips * _saved(block, c) for block in blocks]
-    kept = [clips * c * block.tokens * block.width for block in blocks] if recompute else saved
-    outside = clips * c * (work.pixel_values + work.saved_values) + clips * 8 * work.visible_tokens
-    owned = _shard(work.rows, shards) + sum(_shard(block.rows, shards) for block in blocks)
-    fixed = {
-        "parameters": sizes.stored * owned + (c * work.teacher.parameters if work.teacher else 0),
-        "optimizer": 2 * sizes.stored * owned,
-    }
-    whole = [c * shards * _shard(block.rows, shards) * sizes.gathered for block in blocks]  # gathered
-    reduced = [sizes.reduced * shards * _shard(block.rows, shards) * sizes.gathered for block in blocks]
-    root = c * shards * _shard(work.rows, shards) * sizes.gathered
-    head = c * work.head_parameters
-    found = []
-
-    def at(*, gradients: int, activations: int, communication: int) -> None:
-        here = fixed | {"gradients": gradients, "activations": outside + activations, "communication": communication}
-        found.append({kind: here[kind] for kind in KINDS} | {"total": sum(here.values())})
-
-    after = sum(kept) + clips * c * work.head_saved_values
-    loss = clips * c * (work.loss_saved_values + work.loss_temporary_values)
-    done = owned if parts > 1 else 0  # values whose gradients are there
-    at(gradients=sizes.reduced * done, activations=after + loss, communication=root + whole[-1])
-    if work.teacher:
-        taught = clips * c * _taught(work)
-        at(gradients=sizes.reduced * done, activations=after + taught, communication=root + whole[-1])
+    shards, c, gathered, blocks = layout.shards, layout.sizes.compute, layout.shards * layout.sizes.gathered, work.blocks
+    activations = [clips * block.tokens * (c * (8 * block.width + 2 * block.mlp) + 4 * (4 + block.heads)) for block in blocks]
+    saved = [clips * c * block.tokens * block.width for block in blocks] if layout.recompute else activations
+    outside = clips * c * work.saved_values + clips * 8 * work.visible_tokens
+    block_shards, root_shard = [_shard(block.shapes, shards) for block in blocks], _shard(work.shapes, shards)
+    all_shards = root_shard + sum(block_shards)
+    parameters = STORED * all_shards + (c * work.teacher.parameters if work.teacher else 0)
+    weights = [c * gathered * shard for shard in block_shards]
+    reduced = [REDUCED * gathered * shard for shard in block_shards]
+    root, head = c * gathered * root_shard, c * work.head_parameters
+    after = sum(saved) + clips * c * work.head_saved_values
+    finished = all_shards if layout.microbatches > 1 else 0  # values that have a reduced gradient
+    loss = [clips * c * work.loss_values]
+    if teacher := work.teacher:  # every block's input, and of the last one queries, keys, values, the sum, the mlp
+        inputs = sum(block.tokens * block.width for block in teacher.blocks)
+        last = max((block.tokens * (4 * block.width + 2 * block.mlp) for block in teacher.blocks), default=0)
+        loss.append(clips * c * max(inputs + last, 2 * teacher.patch_values))
+    places = [(REDUCED * finished, after + values, root + weights[-1]) for values in loss]
     for i in reversed(range(len(blocks))):
-        block, earlier = blocks[i], sum(kept[:i])
-        ahead, behind = whole[i - 1] if i else 0, reduced[i + 1] if i + 1 < len(blocks) else 0
-        ready, mine = sizes.reduced * done + head, c * count(block.rows)
-        tokens = clips * c * block.tokens
-        at(  # the mlp: its output's and its hidden layer's gradients
-            gradients=ready + c * block.width * block.mlp,
-            activations=earlier + saved[i] + tokens * (block.width + block.mlp),
-            communication=root + whole[i] + ahead + behind,
-        )
-        at(  # the block's end, before its gradients are reduced
-            gradients=ready + mine,
-            activations=earlier + tokens * 3 * block.width,
-            communication=root + whole[i] + ahead + behind,
-        )
-        done += _shard(block.rows, shards) if parts == 1 else 0
-        at(  # its gradients are copied to be reduced; its weights are gone
-            gradients=ready + mine,
-            activations=earlier + tokens * block.width,
-            communication=root + ahead + reduced[i],
-        )
-    ready = sizes.reduced * done + c * count(work.rows)
-    at(gradients=ready, activations=0, communication=root + reduced[0])  # the end, before the rest is reduced, and then
-    at(gradients=ready, activations=0, communication=sizes.reduced * shards * _shard(work.rows, shards) * sizes.gathered)
-    return found
+        block, earlier, tokens = blocks[i], sum(saved[:i]), clips * c * blocks[i].tokens
+        prefetched, previous = weights[i - 1] if i else 0, reduced[i + 1] if i + 1 < len(blocks) else 0
+        ready, unreduced = REDUCED * finished + head, c * values_of(block.shapes)
+        sent = root + weights[i] + prefetched + previous
+        # the mlp, with gradients of its output and hidden layer; the block's end, before its gradients are reduced
+        mlp = earlier + activations[i] + tokens * (block.width + block.mlp)
+        places.append((ready + c * block.width * block.mlp, mlp, sent))
+        places.append((ready + unreduced, earlier + tokens * 3 * block.width, sent))
+        finished += block_shards[i] if layout.microbatches == 1 else 0
+        # its gradients are copied for the reduction; its weights are freed
+        places.append((ready + unreduced, earlier + tokens * block.width, root + prefetched + reduced[i]))
+    ready = REDUCED * finished + c * values_of(work.shapes)
+    places.append((ready, 0, root + reduced[0]))  # the end, before the rest is reduced, and after
+    places.append((ready, 0, REDUCED * gathered * root_shard))
+    timeline = []
+    for gradients, values, communication in places:
+        kinds = (parameters, gradients, 2 * STORED * all_shards, outside + values, communication)
+        timeline.append(dict(zip(KINDS, kinds, strict=True)) | {"total": sum(kinds)})
+    return timeline
 
 
-def _saved(block: BlockWork, c: int) -> int:
-    return block.tokens * (c * (8 * block.width + 2 * block.mlp) + 4 * (4 + block.heads))
-
-
-def _taught(work: Work) -> int:
-    """Values while the teacher looks: the input of every block, and in the last queries, keys, values, the sum, the mlp."""
-    teacher = work.teacher
-    layers = sum(block.tokens * block.width for block in teacher.blocks)
-    at_work = max((block.tokens * (4 * block.width + 2 * block.mlp) for block in teacher.blocks), default=0)
-    return max(layers + at_work, 2 * teacher.patch_values)
-
-
-def _shard(rows: Rows, shards: int) -> int:
+def _shard(shapes: Shapes, shards: int) -> int:
     """Values of the largest shard: FSDP2 splits the first axis of every parameter, rounded up."""
-    return sum(-(-first // shards) * rest for first, rest in rows)
+    return sum(-(-first // shards) * rest for first, rest in shapes)
 
 
-def clips_that_fit(work: Work, *, room_bytes: float, shards: int, recompute: bool, parts: int = 1) -> int:
-    """The most clips at once on a GPU that stay within `room_bytes`; 0: not one."""
-    given = {"parts": parts, "shards": shards, "recompute": recompute}
-    fits = lambda clips: memory(work, clips=clips, **given)["total"] <= room_bytes  # noqa: E731
-    low, high = 0, 1
-    while fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+def clips_that_fit(work: Work, layout: StepLayout, *, usable_bytes: float) -> int:
+    """The most clips at once on a GPU within `usable_bytes`; 0: not one. Memory grows linearly with the clips."""
+    none, one = ([place["total"] for place in memory_timeline(work, layout, clips=clips)] for clips in (0, 1))
+    return max(0, min(int((usable_bytes - fixed) // (total - fixed)) for fixed, total in zip(none, one, strict=True)))
 
 
-def traffic(work: Work, *, shards: int, replicas: int, parts: int = 1) -> dict[str, float]:
-    """Bytes that a GPU sends in a step: within its shards (of every part gathered for both passes, reduced once), and between
-    replicas."""
-    blocks, root = sum(_shard(block.rows, shards) for block in work.blocks), _shard(work.rows, shards)
+def traffic(work: Work, layout: StepLayout, *, replicas: int) -> dict[str, float]:
+    """Bytes that a GPU sends in a step, within its shards and between replicas; a microbatch gathers twice."""
+    shards = layout.shards
+    blocks, root = sum(_shard(block.shapes, shards) for block in work.blocks), _shard(work.shapes, shards)
     gathered = (shards - 1) * MIXED.compute * (2 * blocks + root)
-    scattered = (shards - 1) * MIXED.reduced * (blocks + root)
+    scattered = (shards - 1) * REDUCED * (blocks + root)
     return {
-        "shards_bytes": parts * (gathered + scattered),
-        "replicas_bytes": 2 * (replicas - 1) / replicas * MIXED.reduced * (blocks + root),
+        "shards_bytes": layout.microbatches * (gathered + scattered),
+        "replicas_bytes": 2 * (replicas - 1) / replicas * REDUCED * (blocks + root),
     }

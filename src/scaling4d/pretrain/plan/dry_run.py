@@ -1,10 +1,9 @@
-"""A whole training step of the real model under the real `fully_shard`, on a process group of any size, without any numbers.
+"""A whole training step of the real model under the real `fully_shard`, for a mesh of any size, on fake tensors.
 
-Tensors are torch's fake ones: shapes without bytes. The model is sharded on meta, outside fake mode, and emptied and stepped
-inside it; the first step, in which AdamW makes its state, is not counted. Fake tensors stand for a CPU: a build of torch without
-CUDA refuses fake CUDA ones.
+Fake tensors have shapes and no bytes. The model is sharded on meta, outside fake mode, then emptied and stepped inside.
+Fake tensors stand for a CPU: a build of torch without CUDA refuses fake CUDA ones.
 
-For a process that starts no ranks later: torch remembers where rank 0 of a mesh is, and forked ranks would take that over.
+For a process that starts no ranks later: torch remembers the place of rank 0 of a mesh, and forked ranks inherit that.
 """
 
 from __future__ import annotations
@@ -12,128 +11,94 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from scaling4d.pretrain.plan.closed_form import KINDS
-from scaling4d.pretrain.plan.work import kept_of
+from scaling4d.mae.encoder import Method
+from scaling4d.pretrain.settings import BETAS
 from scaling4d.records import MaskedTokens
-from scaling4d.training import optimizer
-from scaling4d.training.parallelize import last_part, recomputing, shard
+from scaling4d.training.optimizer import build_adamw
+from scaling4d.training.parallelize import ComputeConfig, ShardingConfig, parallelize, set_last_microbatch
 
-STATUS = Path("/proc/self/status")
-KIND_OF = {  # the tracker's words -> ours
-    "Sharded Param": "parameters",
-    "Buffer": "parameters",
-    "Sharded Grad": "gradients",
-    "Unsharded Grad": "gradients",
-    "OptState": "optimizer",
-    "Activation": "activations",
-    "Temp": "activations",  # holds a block's own gradients too, until they are reduced
-    "Inputs": "activations",
-    "Unsharded Param": "communication",
-    "All Gather": "communication",
-    "Reduce Scatter": "communication",
+TRACKED = {  # our kinds of memory: the tracker's
+    "parameters": ("Sharded Param", "Buffer"),
+    "gradients": ("Sharded Grad", "Unsharded Grad"),
+    "optimizer": ("OptState",),
+    "activations": ("Activation", "Temp", "Inputs"),  # Temp includes a block's own gradients until they are reduced
+    "communication": ("Unsharded Param", "All Gather", "Reduce Scatter"),
 }
 CPU_ATTENTION = {  # torch counts attention on CUDA alone
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(
-        g, q, k, v
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda gradient, q, k, v, *_, **__: (
+        sdpa_backward_flop_count(gradient, q, k, v)
     ),
 }
 
 
-def dry_run(model: nn.Module, *, shards: int, replicas: int, clips: int, recompute: bool, parts: int = 1) -> dict[str, Any]:
+def count_flops(step: Callable[[], object]) -> int:
+    """Executed FLOPs of a step: torch counts its operations while they run."""
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def dry_run(model: Method, *, shards: int, replicas: int, clips: int, recompute: str, microbatches: int = 1) -> dict[str, Any]:
     """`{"memory_bytes", "flops", "wall_s", "rss_bytes"}` of one GPU's step in the steady state.
 
     Args:
-        model: one of mae.build.METHODS on meta; it is used up. clips: at once on each GPU. parts: of a batch, one after another.
+        model: on meta; it is used up. clips: at once on each GPU. recompute: none or block. microbatches: of a batch.
     """
-    started = time.time()
-    with _fake_group(shards * replicas):
-        prepare = partial(recomputing, how="block") if recompute else lambda block: None
-        shard(model, shards=shards, replicas=replicas, device="cpu", compute=torch.bfloat16, prepare=prepare)
-        for teacher in _teachers(model):
-            teacher.to(torch.bfloat16)
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            taught = _empty(model)
-            step, inputs, adamw = _step(model, clips, parts)
-            step()
-            tracker = FSDPMemTracker(model, adamw)
-            tracker.track_inputs((*inputs, *taught))
-            with tracker:
-                step(tracker.reset_mod_stats)
-            counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
-            with counter:
-                step()
-    (snapshot,) = tracker.get_tracker_snapshot("peak").values()
-    return {
-        "memory_bytes": _by_kind(snapshot, taught),
-        "flops": counter.get_total_flops(),
-        "wall_s": time.time() - started,
-        "rss_bytes": _most_held(),
-    }
-
-
-def _most_held() -> int:
-    """Bytes of memory that this process held at most. getrusage also counts what its parent held before it."""
-    if STATUS.is_file():
-        return next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith("VmHWM")) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-@contextmanager
-def _fake_group(ranks: int) -> Iterator[None]:
+    started, ranks = time.time(), shards * replicas
+    teachers = [teacher.to(torch.bfloat16) for teacher in getattr(model, "teacher_encoder", ())]
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
-        yield
+        sharding = ShardingConfig(shards, recompute, recompute_every=1, compile=False, packed=False, accumulate=microbatches)
+        parallelize(model, sharding, ComputeConfig(device="cpu", compute="bfloat16"), ranks=ranks)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            for module in (model, *teachers):
+                module.to_empty(device="cpu")
+            teacher_parameters = [p for teacher in teachers for p in teacher.parameters()]  # whole on every GPU
+            adamw = build_adamw({"all": (list(model.named_parameters()), 0.0)}, betas=BETAS, weight_decay=0.05)
+            pixels = torch.empty(clips, *model.encoder.clip, 3, dtype=torch.bfloat16)
+            ids_keep = torch.zeros(clips, model.visible_tokens, dtype=torch.int64)
+
+            def step(tracker: FSDPMemTracker | None = None) -> None:
+                for microbatch in range(microbatches):
+                    if tracker:
+                        tracker.reset_mod_stats()
+                    set_last_microbatch(model, microbatch + 1 == microbatches)
+                    model(pixels, MaskedTokens(ids_keep, model.encoder.grid)).backward()
+                adamw.step()
+                adamw.zero_grad()
+
+            step()
+            tracker = FSDPMemTracker(model, adamw)
+            tracker.track_inputs((pixels, ids_keep, *teacher_parameters))
+            with tracker:
+                step(tracker)
+            executed = count_flops(step)
     finally:
         dist.destroy_process_group()
+    (snapshot,) = tracker.get_tracker_snapshot("peak").values()
+    sizes = {getattr(word, "value", word): size for word, size in snapshot.items()}
+    kinds = {kind: sum(sizes.get(word, 0) for word in words) for kind, words in TRACKED.items()}
+    teacher_bytes = sum(p.numel() * p.element_size() for p in teacher_parameters)  # inputs to the tracker, parameters to us
+    kinds["parameters"] += teacher_bytes
+    kinds["activations"] -= teacher_bytes
+    memory_bytes, wall_s = kinds | {"total": sum(kinds.values())}, time.time() - started
+    return {"memory_bytes": memory_bytes, "flops": executed, "wall_s": wall_s, "rss_bytes": _peak_rss()}
 
 
-def _empty(model: nn.Module) -> tuple[torch.Tensor, ...]:
-    """Gives the weights fake storage; returns a teacher's, which every GPU holds whole."""
-    model.to_empty(device="cpu")
-    return tuple(p for teacher in _teachers(model) for p in teacher.to_empty(device="cpu").parameters())
-
-
-def _teachers(model: nn.Module) -> list[nn.Module]:
-    return [teacher for teacher in getattr(model, "taught_by", ()) if teacher is not None]
-
-
-def _step(model: nn.Module, clips: int, parts: int) -> tuple[Callable[..., None], tuple[torch.Tensor, ...], torch.optim.AdamW]:
-    adamw, _ = optimizer.adamw({"all": (list(model.named_parameters()), 0.0)}, betas=(0.9, 0.95), weight_decay=0.05)
-    pixels = torch.empty(clips, *model.encoder.clip, 3, dtype=torch.bfloat16)
-    masked = MaskedTokens(torch.zeros(clips, kept_of(model), dtype=torch.int64), model.encoder.grid)
-
-    def step(before_part: Callable[[], None] = lambda: None) -> None:
-        for part in range(parts):
-            before_part()
-            last_part(model, part + 1 == parts)
-            model(pixels, masked).backward()
-        adamw.step()
-        adamw.zero_grad()
-
-    return step, (pixels, masked.kept), adamw
-
-
-def _by_kind(snapshot: dict[Any, int], taught: tuple[torch.Tensor, ...]) -> dict[str, int]:
-    """A teacher's weights are inputs to the tracker, parameters to us."""
-    held = sum(p.numel() * p.element_size() for p in taught)
-    kinds = dict.fromkeys(KINDS, 0) | {"parameters": held, "activations": -held}
-    for word, size in snapshot.items():
-        name = getattr(word, "value", word)
-        if name in KIND_OF:
-            kinds[KIND_OF[name]] += size
-    return kinds | {"total": sum(kinds.values())}
+def _peak_rss() -> int:
+    """Peak resident bytes of this process. getrusage also counts those of its parent before it."""
+    if (status := Path("/proc/self/status")).is_file():
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,8 +1,8 @@
-"""SSv2: which action is shown; top-1 accuracy."""
+"""SSv2, Kinetics: classify the action; top-1 accuracy."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,35 +11,42 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from scaling4d import benchmarks, config
-from scaling4d.readout import metrics
-from scaling4d.readout.heads import Head
-from scaling4d.readout.tasks.task import Measure
+from scaling4d import benchmarks
+from scaling4d.readout.heads import Head, Queries
+from scaling4d.readout.tasks.task import Metric, MetricSums, Target, Task
 from scaling4d.records import Sample, UserError
 
 
-@config.configurable
-@dataclass(frozen=True)
-class Actions:
-    """classes: of the benchmark (SSv2: 174). rate_hz: of the clip's frames. test_views: see Task."""
+@dataclass(frozen=True, kw_only=True)
+class Actions(Task):
+    """classes: of the benchmark (SSv2: 174). test_views: clips over the time of a video, squares cut out of each."""
 
     classes: int
-    rate_hz: float
-    views: tuple[str, ...]
-    test_views: tuple[int, int]
+    test_views: tuple[int, int] = field()  # no default
 
-    primary: ClassVar = Measure("top1", "share", True)
+    metric: ClassVar = Metric("top1", "share", True)
 
-    def head(self, *, features_width: int, clip: tuple[int, int, int]) -> Head:
-        return config.build(
-            Head, features_width=features_width, frames=clip[0], learned=1, out=self.classes, coordinates=0, tiles=1
-        )
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "backwards" in self.views:
+            raise ValueError("views have 'backwards', and the class of a reversed action is unknown; needed plain or mirrored")
+        if len(self.test_views) != 2 or any(not isinstance(count, int) or count < 1 for count in self.test_views):
+            raise ValueError(
+                f"test_views = {list(self.test_views)}; needed two whole numbers of at least 1: clips over the time of a video, "
+                "and squares cut out of each"
+            )
 
-    def target(self, sample: Sample) -> dict[str, np.ndarray]:
+    def check_benchmark(self, root: Path) -> None:
+        names = benchmarks.class_names(root)
+        if len(names) != self.classes:
+            folder = benchmarks.find_benchmark("actions", root).folder
+            raise UserError(f"{folder} has {len(names)} classes, and Actions.classes is {self.classes}; set it to {len(names)}")
+
+    def queries(self, clip: tuple[int, int, int]) -> Queries:
+        return Queries(learned=1, out=self.classes)
+
+    def target(self, sample: Sample) -> Target:
         return {"action": sample.labels["action"]}
-
-    def lesson(self, target: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return target
 
     def predict(self, head: Head, features: Tensor, target: dict[str, Tensor]) -> Tensor:
         """`B classes` logits."""
@@ -48,17 +55,9 @@ class Actions:
     def loss(self, predicted: Tensor, target: dict[str, Tensor]) -> Tensor:
         return F.cross_entropy(predicted, target["action"])
 
-    def pooled(self, predicted: np.ndarray) -> np.ndarray:
-        """`V classes` logits -> `classes`: probabilities, averaged. Source: num_test_clips of the released evaluation."""
+    def pool(self, predicted: np.ndarray) -> np.ndarray:
+        """`V classes` logits -> `classes`: mean probabilities. Source: num_test_clips of the released evaluation."""
         return torch.from_numpy(predicted).softmax(-1).mean(0).numpy()
 
-    def measure(self, predicted: np.ndarray, target: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
-        return {"top1": metrics.top1(predicted[None], target["action"][None])}
-
-
-def check(asked: Actions, benchmarks_root: Path) -> None:
-    """Raises UserError: the benchmark has another number of classes."""
-    found = benchmarks.classes(benchmarks_root)
-    if len(found) != asked.classes:
-        folder = benchmarks.folder("actions", benchmarks_root)
-        raise UserError(f"{folder} has {len(found)} classes; set readout.tasks.actions.Actions.classes = {asked.classes} to that")
+    def measure(self, predicted: np.ndarray, target: Target) -> MetricSums:
+        return {"top1": (float(predicted.argmax() == target["action"]), 1.0)}

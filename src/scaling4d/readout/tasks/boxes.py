@@ -1,4 +1,4 @@
-"""Waymo Open: follow boxes given in the first frame; mean IoU."""
+"""Waymo Open, Perception Test: track boxes given in the first frame; mean IoU."""
 
 from __future__ import annotations
 
@@ -9,60 +9,50 @@ import numpy as np
 from torch import Tensor
 from torch.nn import functional as F
 
-from scaling4d import config
 from scaling4d.readout import metrics
-from scaling4d.readout.heads import Head
-from scaling4d.readout.tasks.task import Measure, first, in_parts, pad
+from scaling4d.readout.heads import Head, Queries
+from scaling4d.readout.tasks.task import Metric, MetricSums, Target, Task, first_objects, pad, predict_in_chunks
 from scaling4d.records import Sample
 
+SMOOTH_L1_BETA = 0.05  # ours, of the picture's side
 
-@config.configurable
-@dataclass(frozen=True)
-class Boxes:
-    """objects: at most so many a clip are learned, and so many are asked about at a time.
 
-    rate_hz: of the clip's frames. beta: where the smooth L1 loss bends (our choice).
+@dataclass(frozen=True, kw_only=True)
+class Boxes(Task):
+    """Loss: smooth L1 (ours).
 
-    relative: predict what is added to the given box (ours), not the box itself (released).
+    objects: learned boxes of a clip at most, and boxes of a query chunk. relative: predict the change of the given box
+    (ours), not the box itself (released).
     """
 
     objects: int
-    rate_hz: float
-    views: tuple[str, ...]
-    beta: float
     relative: bool
 
-    primary: ClassVar = Measure("mean_iou", "share", True)
-    test_views: ClassVar = (1, 1)
+    metric: ClassVar = Metric("mean_iou", "share", True)
 
-    def head(self, *, features_width: int, clip: tuple[int, int, int]) -> Head:
-        return config.build(
-            Head, features_width=features_width, frames=clip[0], learned=0, out=clip[0] * 4, coordinates=4, tiles=1
-        )
+    def queries(self, clip: tuple[int, int, int]) -> Queries:
+        return Queries(coordinates=4, out=clip[0] * 4)
 
-    def target(self, sample: Sample) -> dict[str, np.ndarray]:
+    def target(self, sample: Sample) -> Target:
         present = sample.valid["boxes"].copy()
         present[:, 0] = False  # given, so neither learned nor measured
         return {"boxes": pad(sample.labels["boxes"], self.objects), "present": pad(present, self.objects)}
 
-    def lesson(self, target: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return first(target, self.objects)
+    def train_target(self, sample: Sample) -> Target:
+        return first_objects(self.target(sample), self.objects)
 
     def predict(self, head: Head, features: Tensor, target: dict[str, Tensor]) -> Tensor:
         """`B Q T 4`."""
         given = target["boxes"][:, :, 0]
-        boxes = in_parts(head, features, given, self.objects)
+        boxes = predict_in_chunks(head, features, given, self.objects)
         return boxes + given[:, :, None] if self.relative else boxes
 
     def loss(self, predicted: Tensor, target: dict[str, Tensor]) -> Tensor:
         present = target["present"]
-        error = F.smooth_l1_loss(predicted, target["boxes"], reduction="none", beta=self.beta).mean(-1)
+        error = F.smooth_l1_loss(predicted, target["boxes"], reduction="none", beta=SMOOTH_L1_BETA).mean(-1)
         return (error * present).sum() / present.sum().clamp(min=1)
 
-    def measure(self, predicted: np.ndarray, target: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
-        given = np.broadcast_to(target["boxes"][:, :1], predicted.shape)
-        first = metrics.box_overlaps(given, target["boxes"], target["present"])
-        return {
-            **metrics.box_overlaps(predicted, target["boxes"], target["present"]),
-            "mean_iou_first_box_repeated": first["mean_iou"],
-        }
+    def measure(self, predicted: np.ndarray, target: Target) -> MetricSums:
+        boxes, present = target["boxes"], target["present"]
+        trivial = metrics.box_overlaps(np.broadcast_to(boxes[:, :1], boxes.shape), boxes, present)
+        return metrics.box_overlaps(predicted, boxes, present) | {"mean_iou_first_box_repeated": trivial["mean_iou"]}

@@ -9,56 +9,37 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor
 
-from scaling4d import config
 from scaling4d.mae.patches import unpatchify
 from scaling4d.readout import metrics
-from scaling4d.readout.heads import Head
-from scaling4d.readout.tasks.task import Measure
+from scaling4d.readout.heads import Head, Queries
+from scaling4d.readout.tasks.task import Metric, MetricSums, Target, Task
 from scaling4d.records import Sample
 
 DECODING_PATCH = (2, 8, 8)  # one query a patch, as in the released depth demo
+OFFSET_M = 3.0  # ours: the head predicts the difference from it
 
 
-@config.configurable
-@dataclass(frozen=True)
-class Depth:
-    """rate_hz: of the clip's frames. offset_m: what the head predicts the difference from. The loss is our choice: AbsRel."""
+@dataclass(frozen=True, kw_only=True)
+class Depth(Task):
+    """The loss is AbsRel (ours)."""
 
-    rate_hz: float
-    views: tuple[str, ...]
-    offset_m: float
+    metric: ClassVar = Metric("abs_rel", "ratio", False)
 
-    primary: ClassVar = Measure("abs_rel", "ratio", False)
-    test_views: ClassVar = (1, 1)
-
-    def head(self, *, features_width: int, clip: tuple[int, int, int]) -> Head:
+    def queries(self, clip: tuple[int, int, int]) -> Queries:
         values = math.prod(DECODING_PATCH)
-        return config.build(
-            Head,
-            features_width=features_width,
-            frames=clip[0],
-            learned=math.prod(clip) // values,
-            steps=clip[0] // DECODING_PATCH[0],
-            out=values,
-            coordinates=0,
-            tiles=1,
-        )
+        return Queries(learned=math.prod(clip) // values, steps=clip[0] // DECODING_PATCH[0], out=values)
 
-    def target(self, sample: Sample) -> dict[str, np.ndarray]:
+    def target(self, sample: Sample) -> Target:
         return {"depth_m": sample.labels["depth_m"], "valid": sample.valid["depth_m"]}
-
-    def lesson(self, target: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return target
 
     def predict(self, head: Head, features: Tensor, target: dict[str, Tensor]) -> Tensor:
         """`B T H W` metres."""
-        clip = tuple(target["depth_m"].shape[1:])
-        return unpatchify(head(features), clip, DECODING_PATCH)[..., 0] + self.offset_m
+        return unpatchify(head(features), tuple(target["depth_m"].shape[1:]), DECODING_PATCH)[..., 0] + OFFSET_M
 
     def loss(self, predicted: Tensor, target: dict[str, Tensor]) -> Tensor:
         valid, true = target["valid"], target["depth_m"]
         error = (predicted - true).abs() / true.where(valid, 1.0)
         return (error * valid).sum() / valid.sum().clamp(min=1)
 
-    def measure(self, predicted: np.ndarray, target: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
+    def measure(self, predicted: np.ndarray, target: Target) -> MetricSums:
         return metrics.depth_errors(predicted, target["depth_m"], target["valid"])

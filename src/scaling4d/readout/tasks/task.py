@@ -1,61 +1,80 @@
-"""What every task provides."""
+"""The interface of a task."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from scaling4d.readout.heads import Head
+from scaling4d.readout.heads import Head, Queries
+from scaling4d.readout.views import VIEWS
 from scaling4d.records import Sample
+
+Target = dict[str, np.ndarray]
+MetricSums = dict[str, tuple[float, float]]  # metric -> sum and count
 
 
 @dataclass(frozen=True)
-class Measure:
-    """A metric's name and how to read it."""
+class Metric:
+    """A metric's name, unit and direction."""
 
-    metric: str
+    name: str
     unit: str
     higher_is_better: bool
 
 
-class Task(Protocol):
-    """A task turns samples into targets of one shape, predicts them, and sums its metrics up, sample by sample.
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Turns samples into targets, defines queries and loss, and sums up metrics sample by sample.
 
-    rate_hz: of a clip's frames. views: in which a training clip is shown, names of readout.views.VIEWS.
-    test_views: clips over the time of a validation video, and squares cut out of each, that are judged together.
+    rate_hz: of a clip's frames. views: of a training clip, names of readout.views.VIEWS.
     """
 
-    primary: ClassVar[Measure]
     rate_hz: float
     views: tuple[str, ...]
-    test_views: tuple[int, int]
 
-    def head(self, *, features_width: int, clip: tuple[int, int, int]) -> Head: ...
+    metric: ClassVar[Metric]
+    test_views: ClassVar[tuple[int, int]] = (1, 1)  # clips over the time of a video, and squares cut out of each
+    queries_at: ClassVar[str] = "frame_0"  # frames of a validation video in which points are given
 
-    def target(self, sample: Sample) -> dict[str, np.ndarray]:
-        """What the sample is judged by: arrays of one shape for all samples, but for how many things are followed."""
-        ...
+    def __post_init__(self) -> None:
+        if not self.views or not set(self.views) <= set(VIEWS):
+            raise ValueError(f"views = {list(self.views)}; needed some of {', '.join(VIEWS)}")
 
-    def lesson(self, target: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """What of it is learned: arrays of one shape for all samples."""
-        ...
+    def check_benchmark(self, root: Path) -> None:
+        """Raises UserError: the benchmark below `root` does not fit the settings."""
 
-    def predict(self, head: Head, features: Tensor, target: dict[str, Tensor]) -> Tensor: ...
+    def queries(self, clip: tuple[int, int, int]) -> Queries:
+        """Queries of a clip T H W."""
+        raise NotImplementedError
 
-    def loss(self, predicted: Tensor, target: dict[str, Tensor]) -> Tensor: ...
+    def target(self, sample: Sample) -> Target:
+        """Targets of evaluation: arrays of one shape for all samples, except along the number of tracked objects."""
+        raise NotImplementedError
 
-    def pooled(self, predicted: np.ndarray) -> np.ndarray:
-        """What the predictions of several views of a video, `V ...`, say of it; of no use where there is one."""
-        ...
+    def train_target(self, sample: Sample) -> Target:
+        """Targets of training: arrays of one shape for all samples."""
+        return self.target(sample)
 
-    def measure(self, predicted: np.ndarray, target: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
-        """Of one sample: metric -> (sum, count)."""
-        ...
+    def predict(self, head: Head, features: Tensor, target: dict[str, Tensor]) -> Tensor:
+        raise NotImplementedError
+
+    def loss(self, predicted: Tensor, target: dict[str, Tensor]) -> Tensor:
+        raise NotImplementedError
+
+    def pool(self, predicted: np.ndarray) -> np.ndarray:
+        """Predictions `V ...` of a video's test views -> one prediction."""
+        return predicted[0]
+
+    def measure(self, predicted: np.ndarray, target: Target) -> MetricSums:
+        """Metrics of one sample."""
+        raise NotImplementedError
 
 
 def pad(values: np.ndarray, length: int) -> np.ndarray:
@@ -63,15 +82,23 @@ def pad(values: np.ndarray, length: int) -> np.ndarray:
     return np.concatenate([values, np.zeros((max(length - len(values), 0), *values.shape[1:]), values.dtype)])
 
 
-def first(target: dict[str, np.ndarray], things: int) -> dict[str, np.ndarray]:
-    """The target of so many of the things that are followed; numbers that all of them share stay."""
-    return {name: value[:things] if value.ndim else value for name, value in target.items()}
+def first_objects(target: Target, count: int) -> Target:
+    """The target of the first objects; scalars stay."""
+    return {name: value[:count] if value.ndim else value for name, value in target.items()}
 
 
-def in_parts(head: Head, features: Tensor, given: Tensor, size: int) -> Tensor:
-    """What a head says of given queries `B Q n`, asked `size` of them at a time, as it was trained."""
-    said = []
-    for part in given.split(size, 1):
-        asked = F.pad(part, (0, 0, 0, size - part.shape[1]))
-        said.append(head(features, asked)[:, : part.shape[1]])
-    return torch.cat(said, 1)
+def predict_in_chunks(head: Head, features: Tensor, queries: Tensor, size: int) -> Tensor:
+    """Predictions for given queries `B Q n`, `size` of them at a time, as in training."""
+    chunks = F.pad(queries, (0, 0, 0, -queries.shape[1] % size)).split(size, 1)
+    return torch.cat([head(features, chunk) for chunk in chunks], 1)[:, : queries.shape[1]]
+
+
+def collate(targets: Sequence[Target]) -> dict[str, Tensor]:
+    """A batch of targets. Zeros fill up where clips differ in the number of tracked objects; zeros are not valid."""
+    batch = {}
+    for name in targets[0]:
+        values = [np.asarray(target[name]) for target in targets]
+        if values[0].ndim:
+            values = [pad(value, max(map(len, values))) for value in values]
+        batch[name] = torch.from_numpy(np.stack(values))
+    return batch

@@ -1,0 +1,81 @@
+"""The commit that a run was made from: git has its code, settings and data."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import chdir
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from scaling4d import config
+from scaling4d.audit.run import SOURCE, UNCHECKED, WRONG
+from scaling4d.provenance import LockedStage, commits_of, differences, file_at, md5_at, read_lock, write_yaml_files_at
+from scaling4d.records import UserError
+
+SETTINGS = (f":(glob){config.EXPERIMENTS}/**/*.yaml", "data.dvc", ":(exclude)experiments/study")
+Stages = Mapping[str, LockedStage]
+Difference = tuple[str, str, str]  # kind of finding; setting, path or stage; message
+
+
+def differences_from_commit(stages: Stages, overrides: tuple[str, ...], changes: dict[str, Any], page: str) -> list[Difference]:
+    """How the settings and data of a run differ from those of the closest commit that has its code.
+
+    overrides: Hydra overrides that compose the settings, `profile=NAME` among them. changes: settings on top of those.
+    page: HTML; a setting that it names may differ.
+    """
+    md5 = next((dep.md5 for stage in stages.values() for dep in stage.deps if dep.path == SOURCE), None)
+    candidates: list[list[Difference]] = []
+    for commit in _commits_with(md5):
+        candidates.append([*_compare(commit, stages, overrides, changes, page)])
+        if all(kind != WRONG for kind, *_ in candidates[-1]):
+            return candidates[-1]
+    unknown = f"no commit of this clone has its {SOURCE} ({md5}), so its settings and data are not checked"
+    return min(candidates, key=len, default=[(UNCHECKED, SOURCE, unknown)])
+
+
+def _compare(commit: str, stages: Stages, overrides: tuple[str, ...], changes: dict[str, Any], page: str) -> Iterator[Difference]:
+    where = f"in commit {commit[:7]}, which has its code,"
+    settings = {key: value for stage in stages.values() for key, value in stage.params.items()}
+    try:
+        composed = config.declared({**_compose(commit, overrides), **changes}, list(settings))
+    except UserError as error:
+        yield WRONG, SOURCE, f"{where} its settings do not compose: {error}"
+        return
+    for key, value, committed in differences(settings, composed):
+        if f">{key}<" not in page:
+            yield WRONG, key, f"it has {key} = {value!r}; {where} {committed!r}"
+    for stage in stages.values():
+        for key, value, other in differences(stage.params, {key: settings[key] for key in stage.params}):
+            yield WRONG, stage.name, f"{stage.name} ran with {key} = {value!r}, other stages with {other!r}"
+    outs = {out.path for stage in stages.values() for out in stage.outs}
+    inputs = {dep.path: dep.md5 for stage in stages.values() for dep in stage.deps}
+    for path, md5 in inputs.items():
+        if path not in outs and not path.startswith("artifacts/") and (committed := _imported_md5(commit, path)) != md5:
+            kind, now = (UNCHECKED, "it is absent") if committed is None else (WRONG, committed)
+            yield kind, path, f"{path} has md5 {md5}; {where} {now}"
+
+
+@cache
+def _commits_with(md5: str | None) -> tuple[str, ...]:
+    """Commits with this code, newest first: the one that brought it, and those that changed settings or data after."""
+    return tuple(commit for commit in commits_of(SOURCE, *SETTINGS) if md5 and _imported_md5(commit, SOURCE) == md5)
+
+
+@cache
+def _imported_md5(commit: str, path: str) -> str | None:
+    """DVC's md5 of a path in a commit: its own, or that of the path from which a .dvc file imports it."""
+    text = file_at(commit, name := f"{path.split('/')[0]}.dvc")
+    if text is None:
+        return md5_at(commit, path)
+    stage = read_lock(Path(name), text)[name]
+    return md5_at(commit, stage.deps[0].path + path.removeprefix(stage.outs[0].path))
+
+
+@cache
+def _compose(commit: str, overrides: tuple[str, ...]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        write_yaml_files_at(commit, config.EXPERIMENTS.as_posix(), Path(folder))
+        with chdir(folder):
+            return config.compose(list(overrides))

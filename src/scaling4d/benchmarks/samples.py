@@ -1,0 +1,118 @@
+"""Request and answer of a reader: the clips, the samples in the order of a benchmark's list, the skipped items.
+
+An item is an entry of that list. No heavy library is imported here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scaling4d.benchmarks.queries import QUERIES
+from scaling4d.records import Sample, UserError
+
+
+@dataclass(frozen=True)
+class ClipRequest:
+    """The clips that a reader cuts: `frames` frames at `rate_hz`, shorter side resized to `side_px`, then a square.
+
+    views: clips over the time of a video, and squares along its longer side; of actions alone. Their samples follow one
+    another. queries: query frames of a video, one of `queries.QUERIES`; of points alone. Raises UserError: unknown
+    queries.
+    """
+
+    frames: int
+    rate_hz: float
+    side_px: int
+    views: tuple[int, int] = (1, 1)
+    queries: str = "frame_0"
+
+    def __post_init__(self) -> None:
+        if self.queries not in QUERIES:
+            raise UserError(f"queries = {self.queries!r}; needed one of {', '.join(QUERIES)}")
+
+    @property
+    def times_s(self) -> np.ndarray:
+        """`T` float64: time of each frame since the first one."""
+        return np.arange(self.frames) / self.rate_hz
+
+    def frame_numbers(self, stored_hz: float) -> np.ndarray:
+        """`T` int64: nearest frame of a video at `stored_hz`, counted from the clip's first frame."""
+        return np.round(np.arange(self.frames) * stored_hz / self.rate_hz).astype(int)
+
+    def too_long(self, path: Path, end_s: float) -> UserError:
+        """The error of an item that ends before its clip does."""
+        clip = f"{self.frames} frames at {self.rate_hz} Hz"
+        return UserError(f"{path} ends after {end_s:.2f} s, too early for {clip}; lower frames or raise rate_hz")
+
+
+@dataclass(frozen=True)
+class SkippedItem:
+    """An item without a sample. bad: it is damaged or missing; otherwise a rule of the protocol excludes it."""
+
+    id: str
+    why: str
+    bad: bool
+
+
+class ExcludedItem(UserError):
+    """A rule of the protocol excludes this item: it has nothing to learn or to measure."""
+
+
+class MissingFiles(UserError):
+    """A split lacks listed files. names: of the missing ones."""
+
+    def __init__(self, folder: Path, names: Sequence[str], *, listed: int, what: str) -> None:
+        super().__init__(f"{folder} lacks {len(names)} of {listed} {what}, the first is {names[0]}")
+        self.names = tuple(names)
+
+
+@dataclass(frozen=True)
+class Samples(Iterable[Sample]):
+    """The samples of a split in the order of its list.
+
+    items: a sequence, or an iterator where the list is too large for memory. load: the samples of an item. item_id: its
+    id. count: number of items in the split's list. layout: of the files, in words. missing: the error of listed files
+    that are missing. skipped: collects the items without a sample. None: a damaged or missing item raises.
+    """
+
+    items: Iterable[Any]
+    load: Callable[[Any], list[Sample]]
+    item_id: Callable[[Any], str]
+    count: int
+    layout: str
+    missing: MissingFiles | None = None
+    skipped: list[SkippedItem] | None = None
+
+    def part(self, part: slice = slice(None), skipped: list[SkippedItem] | None = None) -> Samples:
+        """The samples of a part of the items. No other item is decoded."""
+        listed = isinstance(self.items, Sequence)
+        items = self.items[part] if listed else islice(self.items, part.start, part.stop, part.step)
+        return replace(self, items=items, skipped=skipped)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (sample for _, samples in self.by_index() for sample in samples)
+
+    def by_index(self) -> Iterator[tuple[int, list[Sample]]]:
+        """Index in `items` and samples, of every item that has any."""
+        for index, item in enumerate(self.items):
+            try:
+                samples = self.load(item)
+            except UserError as error:
+                bad = not isinstance(error, ExcludedItem)
+                if self.skipped is not None:
+                    self.skipped.append(SkippedItem(self.item_id(item), str(error), bad))
+                elif bad:
+                    raise
+            else:
+                yield index, samples
+
+    def at_index(self, index: int) -> list[Sample]:
+        """The samples of one item. Raises UserError: it has none."""
+        assert isinstance(self.items, Sequence)  # true of every benchmark with a training split
+        return self.load(self.items[index])

@@ -1,0 +1,64 @@
+"""VIDEO -> CLIPS -> FEATURES: the clips of a file, and every layer of an encoder for them."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from scaling4d import video
+from scaling4d.records import UserError
+
+
+def read_clips(source: Path, clip: tuple[int, int, int], side_px: int | None) -> Tensor:
+    """Clips `B T H W 3`, uint8 or float32 in 0..1.
+
+    A `.npy` of clips (uint8, or float in 0..1) is taken as it is. Of a video file the first T frames are taken; each is
+    resized to H W, whatever its aspect ratio (bicubic, antialiased).
+
+    clip: T H W for a video file. side_px: H and W instead of the clip's.
+    Raises UserError: not clips, values outside 0..1, or a video that is too short.
+    """
+    if source.suffix == ".npy":
+        pixels = read_array(source, axes=5)
+        if pixels.shape[-1] != 3 or not pixels.size or pixels.dtype not in (np.uint8, np.float16, np.float32, np.float64):
+            raise UserError(f"{source} is {pixels.dtype} {pixels.shape}; needed B T H W 3, float in 0..1 or uint8")
+        if pixels.dtype != np.uint8:
+            pixels = pixels.astype(np.float32)
+            if not (pixels.min() >= 0 and pixels.max() <= 1):  # also refuses nan
+                raise UserError(f"{source}: values from {pixels.min()} to {pixels.max()}; needed floats in 0..1, or uint8")
+        return torch.from_numpy(pixels)
+    T, height, width = clip if side_px is None else (clip[0], side_px, side_px)
+    frames = []
+    for _, frame in video.decode_frames(source):
+        frames.append(np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC)))
+        if len(frames) == T:
+            return torch.from_numpy(np.stack(frames))[None]
+    raise UserError(f"{source} has {len(frames)} frames; needed {T}, the checkpoint's clip")
+
+
+def read_array(path: Path, *, axes: int) -> np.ndarray:
+    """A `.npy` of numbers. Raises UserError: not a `.npy`, Python objects, not numbers, or another number of axes."""
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is not a .npy of numbers: {error}") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "uif" or array.ndim != axes:
+        dtype, shape = getattr(array, "dtype", "no"), getattr(array, "shape", "")
+        raise UserError(f"{path} holds {dtype} numbers {shape}; needed numbers in {axes} axes")
+    return array
+
+
+@torch.no_grad()
+def all_features(encoder: nn.Module, pixels: Tensor) -> list[Tensor]:
+    """Every layer `B N D`. Resizes the encoder to the clips. Raises UserError: it does not take clips of this size."""
+    clip = tuple(pixels.shape[1:4])
+    if hasattr(encoder, "resize"):
+        encoder.resize(clip)
+    elif clip != encoder.clip:
+        raise UserError(f"clips T H W = {clip}; this encoder takes {encoder.clip} only")
+    return encoder.features(pixels)

@@ -1,0 +1,231 @@
+"""The cost of a scaling point on a cluster, without weights in memory: by formulas, and by a dry run of the model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from scaling4d import config
+from scaling4d.mae.encoder import Method
+from scaling4d.pretrain.plan import closed_form
+from scaling4d.pretrain.plan.closed_form import GIB, STORED, USABLE, StepLayout, flops, memory
+from scaling4d.pretrain.plan.work import Work, work_of
+from scaling4d.pretrain.settings import build_method, find_point
+from scaling4d.records import UserError
+from scaling4d.training.gpus import GPUS, NODE, UTILISATION, WRITE_GB_PER_S, Gpu
+
+COUNTS = (8, 32, 64, 256, 1024)  # GPUs in the table
+MAX_GPUS = 16384  # where the search for more shards ends
+
+
+def plan(
+    point: str,
+    *,
+    mesh: str | None = None,
+    batch: int | None = None,
+    recompute: str = "none",
+    gpu: str = "h100",
+    utilisation: float = UTILISATION,
+    write_gb_per_s: float = WRITE_GB_PER_S,
+    dry: bool = False,
+) -> dict[str, Any]:
+    """All figures of a point, units in the names; keys as `scaling4d plan --json` prints them.
+
+    Args:
+        point: of params.yaml, else of profile paper, else of another profile, which then sets steps, microbatches,
+            and the defaults of batch and mesh.
+        mesh: SHARDSxREPLICAS. batch: clips a step, over all GPUs. recompute: none, or block (activations of every block
+            are computed again in the backward pass). utilisation: share of the GPU's peak that executed FLOPs reach.
+        write_gb_per_s: of the file system, all GPUs together. dry: also step the real model, see plan.dry_run.
+    Raises:
+        UserError: no profile has the point, or a mesh, batch, gpu or utilisation is impossible.
+    """
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", mesh or "")
+    if mesh and not match:
+        raise UserError(f"--mesh {mesh!r}; needed SHARDSxREPLICAS, two numbers above 0 such as 256x1 or 8x32")
+    if recompute not in ("none", "block"):
+        raise UserError(f"--recompute {recompute!r}; needed none or block")
+    if gpu not in GPUS:
+        raise UserError(f"unknown gpu {gpu!r}; needed one of {', '.join(GPUS)}")
+    if not 0 < utilisation <= 1:
+        raise UserError(f"--utilisation {utilisation}; needed a share above 0 and at most 1")
+    if write_gb_per_s <= 0:
+        raise UserError(f"--write-gb-per-s {write_gb_per_s}; needed more than 0")
+    settings = settings_of(point)
+    training = config.section(settings, "pretrain.Training")
+    sharding = config.section(settings, f"{find_point(point, settings)[0]}.Sharding")
+    shards, replicas = map(int, match.groups()) if match else (sharding["shards"], training["ranks"] // sharding["shards"])
+    model, steps, batch, microbatches = (
+        build(point, settings),
+        training["steps"],
+        batch or training["batch"],
+        sharding["accumulate"],
+    )
+    work = work_of(model)
+    request = PlanRequest(
+        work=work,
+        steps=steps,
+        batch=batch,
+        microbatches=microbatches,
+        recompute=recompute == "block",
+        gpu=GPUS[gpu],
+        utilisation=utilisation,
+    )
+    if problem := request.division_problem(shards * replicas):
+        raise UserError(problem)
+    coarse = model.coarse_tokens.numel() if hasattr(model, "coarse_tokens") else 0
+    parameters = {"backbone": sum(p.numel() for p in model.encoder.parameters()), "coarse_tokens": coarse}
+    parameters |= {"decoder": work.parameters - sum(parameters.values()), "total": work.parameters}
+    clip, clips = flops(work, recompute=request.recompute), steps * batch
+    weights, bytes_per_s = STORED * parameters["total"], write_gb_per_s * 1e9  # a state holds two moments as well
+    storage = {"checkpoint_bytes": weights, "training_state_bytes": 3 * weights, "write_bytes_per_s": bytes_per_s}
+    storage |= {f"{name}_s": storage[f"{name}_bytes"] / bytes_per_s for name in ("checkpoint", "training_state")}
+    content = {
+        "point": point,
+        "profile": settings["profile"],
+        "method": type(model).__name__,
+        "parameters": parameters,
+        "tokens": {"visible": work.visible_tokens, "all": work.all_tokens, "coarse": work.coarse_tokens},
+        "flops_per_clip": clip,
+        "flops_per_step": {part: count * batch for part, count in clip.items()},
+        "schedule": {"steps": steps, "batch": batch, "clips": clips, "flops": clips * clip["total"]},
+        "gpu": asdict(request.gpu),
+        "utilisation": utilisation,
+        "recompute": recompute,
+        "accumulate": microbatches,
+        "storage": storage,
+        "mesh": request.with_changes(shards, replicas),
+        "meshes": [request.fastest(gpus) for gpus in COUNTS],
+    }
+    if dry:
+        from scaling4d.pretrain.plan.dry_run import dry_run
+
+        clips, held = content["mesh"]["clips_per_gpu"], content["mesh"]["memory_bytes"]["total"]
+        run = dry_run(
+            model, shards=shards, replicas=replicas, clips=clips // microbatches, recompute=recompute, microbatches=microbatches
+        )
+        ratios = {"memory": held / run["memory_bytes"]["total"], "flops": clips * clip["total"] / run["flops"]}
+        content["dry_run"] = run | {"closed_form_to_dry_run": ratios}
+    return content
+
+
+def settings_of(point: str) -> dict[str, Any]:
+    """params.yaml, or the first profile that has the point, profile paper first. Raises UserError: none has it."""
+    profiles = sorted(path.stem for path in (config.EXPERIMENTS / "profile").glob("*.yaml"))
+    known: set[str] = set()
+    for profile in (None, *sorted(profiles, key=lambda name: name != "paper")):
+        settings = config.read() if profile is None else config.compose([f"profile={profile}"])
+        points = settings["points"] | settings["distilled"]
+        if point in points:
+            return settings
+        known |= set(points)
+    raise UserError(f"no profile has a point {point!r}; points: {', '.join(sorted(known))}")
+
+
+def build(point: str, settings: Mapping[str, Any]) -> Method:
+    """A point's model on meta, with its teacher, if it has one. Reads no checkpoint.
+
+    Raises:
+        UserError: an unknown setting, or the settings lack the teacher.
+    """
+    (key, method), teacher_encoder = find_point(point, settings), None
+    model_config = config.bind(settings, [f"{key}.model"], method.config_class)[method.config_class]
+    if hasattr(model_config, "teacher"):
+        if (teacher := model_config.teacher) not in settings["points"]:
+            raise UserError(f"{point} has teacher {teacher!r}, which profile {settings['profile']} lacks; add it to points")
+        teacher_encoder = build(teacher, settings).encoder
+    return build_method(method, model_config, teacher_encoder)
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """A model's training, for which meshes of GPUs are compared.
+
+    batch: clips a step, over all GPUs. microbatches: of a GPU's clips. utilisation: share of the GPU's peak that all
+    executed FLOPs, recomputed ones too, reach.
+    """
+
+    work: Work
+    steps: int
+    batch: int
+    microbatches: int
+    recompute: bool
+    gpu: Gpu
+    utilisation: float
+
+    def division_problem(self, gpus: int) -> str:
+        """The reason why the batch does not divide among the GPUs; empty if it does."""
+        divisor, each = gpus * self.microbatches, f", {self.microbatches} microbatches each" if self.microbatches > 1 else ""
+        if self.batch % divisor == 0:
+            return ""
+        verb = "is smaller than" if self.batch < divisor else "does not divide by"
+        problem = f"a batch of {self.batch} clips {verb} the {gpus} GPUs of the mesh{each}"
+        return f"{problem}; set --batch to a multiple of {divisor}, or --mesh"
+
+    def max_clips(self, shards: int) -> int:
+        """Clips of a batch that a GPU can hold, in `microbatches` microbatches."""
+        layout, usable = StepLayout(shards, self.recompute, self.microbatches), USABLE * self.gpu.memory_bytes
+        return self.microbatches * closed_form.clips_that_fit(self.work, layout, usable_bytes=usable)
+
+    def on_mesh(self, shards: int, replicas: int) -> dict[str, Any]:
+        """The plan on one mesh. Sending runs at full speed behind the computing; the slower sets the pace."""
+        gpus, gpu, layout = shards * replicas, self.gpu, StepLayout(shards, self.recompute, self.microbatches)
+        clips, usable = self.batch // gpus, USABLE * gpu.memory_bytes
+        held = memory(self.work, layout, clips=clips // self.microbatches)
+        sent = closed_form.traffic(self.work, layout, replicas=replicas)
+        compute_s = clips * flops(self.work, recompute=self.recompute)["total"] / (gpu.bf16_flop_per_s * self.utilisation)
+        in_shards, in_all = (gpu.node_bytes_per_s if size <= NODE else gpu.network_bytes_per_s for size in (shards, gpus))
+        sending_s = sent["shards_bytes"] / in_shards + sent["replicas_bytes"] / in_all
+        step_s = max(compute_s, sending_s)
+        days = self.steps * step_s / 86400
+        row = {"shards": shards, "replicas": replicas, "gpus": gpus, "clips_per_gpu": clips}
+        row |= {"memory_bytes": held, "usable_bytes": usable, "fits": held["total"] <= usable}
+        row |= {"most_clips_per_gpu": self.max_clips(shards), **sent}
+        row |= {"compute_s": compute_s, "sending_s": sending_s, "step_s": step_s}
+        return row | {"days": days, "gpu_hours": days * 24 * gpus, "why": "", "changes": []}
+
+    def with_changes(self, shards: int, replicas: int) -> dict[str, Any]:
+        """`on_mesh`, with the reason why it does not fit, and changes that each make it fit; both empty if it fits."""
+        row = self.on_mesh(shards, replicas)
+        if row["fits"]:
+            return row
+        held = row["memory_bytes"]
+        largest = max((kind for kind in held if kind != "total"), key=held.__getitem__)
+        why = (
+            f"does not fit, because a GPU would hold {held['total'] / GIB:.1f} GiB of the {row['usable_bytes'] / GIB:.1f} GiB "
+            f"usable on {self.gpu.name} ({USABLE:.0%} of its memory), most of it {largest} ({held[largest] / GIB:.1f} GiB)"
+        )
+        changes = self._single_changes(shards, replicas)
+        if not self.recompute:
+            recomputing = replace(self, recompute=True)
+            if recomputing.max_clips(shards) >= row["clips_per_gpu"]:
+                changes = ["--recompute block", *changes]
+            elif not changes:  # two changes together only where no single one is enough
+                changes = [f"--recompute block {change}" for change in recomputing._single_changes(shards, replicas)]
+        return row | {"why": why, "changes": changes}
+
+    def _single_changes(self, shards: int, replicas: int) -> list[str]:
+        """More shards of the same GPUs, a smaller batch, more GPUs."""
+        gpus, changes = shards * replicas, []
+        divisors = (n for n in range(2 * shards, gpus + 1, shards) if gpus % n == 0)
+        if more := next((n for n in divisors if self.max_clips(n) >= self.batch // gpus), None):
+            changes.append(f"--mesh {more}x{gpus // more} (more shards of the same GPUs)")
+        if clips := self.max_clips(shards):
+            changes.append(f"--batch {clips * gpus} ({clips} clips a GPU, largest batch that fits)")
+        more = 2 * shards
+        while more <= MAX_GPUS and not self.division_problem(more * replicas):
+            if self.max_clips(more) >= self.batch // (more * replicas):
+                return [*changes, f"--mesh {more}x{replicas} (more GPUs)"]
+            more *= 2
+        return changes
+
+    def fastest(self, gpus: int) -> dict[str, Any]:
+        """The fastest mesh of so many GPUs that fits. If none fits: all GPUs as shards, with the reason."""
+        if problem := self.division_problem(gpus):
+            divisor = gpus * self.microbatches
+            return {"gpus": gpus, "fits": False, "why": problem, "changes": [f"--batch {-(-self.batch // divisor) * divisor}"]}
+        rows = [self.on_mesh(shards, gpus // shards) for shards in COUNTS if gpus % shards == 0]
+        fastest = min((row for row in rows if row["fits"]), key=lambda row: row["step_s"], default=None)
+        return fastest or self.with_changes(gpus, 1)

@@ -1,0 +1,225 @@
+"""Stage `pretrain`: clips in, the Checkpoint folder of one point out, here or on a cluster."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scaling4d import artifacts, provenance, seeds
+from scaling4d.checkpoint import Checkpoint
+from scaling4d.clips import loader
+from scaling4d.pipeline import code_hashes
+from scaling4d.pretrain.plan.closed_form import flops_per_clip
+from scaling4d.pretrain.plan.memory import check_memory
+from scaling4d.pretrain.settings import PretrainConfig, bind_pretrain
+from scaling4d.pretrain.validate import Validation, validate
+from scaling4d.records import MaskedTokens, write_json
+from scaling4d.training import distributed
+from scaling4d.training.fit import Batch, fit
+from scaling4d.training.launch import Job, first_gpu_bytes, launch, snapshot_content
+from scaling4d.training.observe import TrainingLog, peak_flops
+from scaling4d.training.optimizer import ParamGroups
+from scaling4d.training.parallelize import DTYPES, full_tensor, parallelize
+from scaling4d.training.resume import CheckpointManager, file_system_errors, fingerprint, remove_state, state_folder
+
+MASK_GROUP = 8  # clips whose masks are one draw: a clip's mask is the same on any number of ranks
+
+
+def pretrain(point: str, settings: Mapping[str, Any], *, dry: bool = False) -> Path | int:
+    """Train one point where its Launch settings say.
+
+    Args:
+        dry: print how the ranks would be started, and start none.
+    Returns:
+        The Checkpoint folder, with `losses.jsonl` and `summary.json`; or an exit code, where another process trained.
+    Raises:
+        UserError: unknown point or setting, no clips, a gradient that is not finite (before the update), no space for
+            the state.
+        Preempted: a signal asked to stop; the next call continues from the saved state.
+    """
+    pretraining = bind_pretrain(point, settings)
+    if pretraining.training.device == "cuda" and (distributed.launched_by_torchrun() or pretraining.launch.where != "slurm"):
+        check_memory(pretraining, first_gpu_bytes())  # a Slurm job is submitted from another machine
+    evidence = evidence_of(pretraining)
+    code = None if distributed.launched_by_torchrun() else launch(_job(pretraining, evidence), pretraining.launch, dry=dry)
+    if code is None:
+        train(pretraining, evidence)
+    if not code and not dry and distributed.is_main():
+        remove_state(state_folder("pretrain", fingerprint_of(pretraining, evidence)))
+    return pretraining.folder if code is None else code
+
+
+def train_rank(point: str, snapshot: Path) -> Path | None:
+    """In a rank that a launcher started: train by its snapshot. None: another rank was refused."""
+    with snapshot_content(snapshot) as content:
+        if content is None:
+            return None
+        pretraining = bind_pretrain(point, content["settings"])
+        if pretraining.training.device == "cuda":
+            check_memory(pretraining, first_gpu_bytes())
+        train(pretraining, content["evidence"])
+        return pretraining.folder
+
+
+def train(pretraining: PretrainConfig, evidence: Mapping[str, Any]) -> None:
+    """Run the ranks. Later edits of settings, code and data do not change `evidence`, see `evidence_of`.
+
+    The last training state stays; the caller removes it after success.
+    """
+    training, hang_s = pretraining.training, pretraining.runtime.hang_s
+    given = {"pretraining": pretraining, "evidence": evidence}
+    distributed.run(_train, ranks=training.ranks, device=training.device, hang_s=hang_s, **given)
+
+
+def evidence_of(pretraining: PretrainConfig) -> dict[str, Any]:
+    """Content of provenance.json: settings, the code of this process, and inputs.
+
+    The clips are named by the sha256 of croissant.json, which lists that of their table and of every shard; the audit
+    verifies the shards.
+    """
+    inputs = {"clips": artifacts.sha256(pretraining.clips / "croissant.json")}
+    if pretraining.teacher is not None:
+        inputs["teacher"] = artifacts.sha256(pretraining.teacher)
+    return artifacts.evidence("pretrain", pretraining.bound, code=code_hashes.running("pretrain"), inputs=inputs)
+
+
+def fingerprint_of(pretraining: PretrainConfig, evidence: Mapping[str, Any]) -> dict[str, Any]:
+    """All that the result depends on, except the number and layout of ranks: a run may continue with another one."""
+    settings = {key: value for key, value in evidence["settings"].items() if key != f"{pretraining.key}.Sharding"}
+    settings["pretrain.Training"] = {k: v for k, v in settings["pretrain.Training"].items() if k != "ranks"}
+    return fingerprint(pretraining.point, settings=settings, inputs=evidence["inputs"], code_sha256=evidence["code"]["sha256"])
+
+
+def _job(pretraining: PretrainConfig, evidence: Mapping[str, Any]) -> Job:
+    timings = artifacts.RUNS / pretraining.fit.name / "timings.jsonl"
+    shown_before = timings.stat().st_size if timings.is_file() else 0
+
+    def steps_done() -> int:
+        text = timings.read_text()[shown_before:] if timings.is_file() else ""
+        lines = text.split("\n")[:-1]  # without a line that is being written
+        return json.loads(lines[-1])["step"] if lines else 0
+
+    return Job(
+        name=pretraining.fit.name,
+        arguments=("pretrain", pretraining.point),
+        setting=f"{pretraining.key}.Launch",
+        ranks=pretraining.training.ranks,
+        processes=1 + pretraining.runtime.workers,
+        device=pretraining.training.device,
+        content={"point": pretraining.point, "settings": pretraining.settings, "evidence": evidence},
+        steps=pretraining.training.steps,
+        steps_done=steps_done,
+    )
+
+
+@file_system_errors()
+def _train(*, rank: int, ranks: int, pretraining: PretrainConfig, evidence: Mapping[str, Any]) -> None:
+    started, training, runtime = time.time(), pretraining.training, pretraining.runtime
+    model = pretraining.build()
+    for teacher in getattr(model, "teacher_encoder", ()):
+        teacher.to(training.device, DTYPES[training.compute])
+    parallelize(model, pretraining.sharding, training, ranks=ranks)
+    model.to_empty(device=training.device)
+    model.initialise(pretraining.seed)
+    name, state = pretraining.fit.name, fingerprint_of(pretraining, evidence)
+    peak_s_per_clip = flops_per_clip(model) / (ranks * peak_flops(training.device, DTYPES[training.compute]))
+    folder = artifacts.RUNS / name
+    log = TrainingLog(pretraining.fit, folder=folder, peak_s_per_clip=peak_s_per_clip, tensorboard=runtime.tensorboard)
+    validation = Validation(model, pretraining, log)
+    manager = CheckpointManager("pretrain", state, keep=runtime.keep, asynchronous=runtime.asynchronous)
+    batches, groups = _batches(pretraining, model, rank, ranks), param_groups(model, pretraining)
+    callbacks = (log, validation)
+    world_sizes = fit(model, batches, pretraining.fit, param_groups=groups, callbacks=callbacks, manager=manager)
+    val_loss = validate(model, pretraining)
+    weights = {}
+    for key, value in model.state_dict().items():
+        tensor = full_tensor(value)  # one at a time, by all ranks
+        if rank == 0:
+            weights[key] = tensor.cpu()
+    distributed.stop_watchdog()
+    if rank == 0:
+        losses = [line["loss"] for line in log.lines]
+        tail = losses[-max(len(losses) // 20, 1) :]
+        summary = {"train_loss": sum(tail) / len(tail), "val_loss": val_loss, "ranks": world_sizes}
+        _write(pretraining, evidence, model, weights, summary, {"losses": log.lines, "validation": validation.lines})
+        facts = {"runtime": asdict(runtime), "launch": asdict(pretraining.launch), **log.close()}
+        artifacts.write_run(name, artifacts.sha256(pretraining.folder), started=started, **facts)
+    manager.close()
+
+
+def param_groups(model: nn.Module, pretraining: PretrainConfig) -> ParamGroups:
+    """Two learning rates: of the matrices inside the network; of all parameters that are added to it or read pixels.
+
+    Source: the widths' rule for Adam of Tensor Programs V (arXiv:2203.03466); its use here is ours. Rates in
+    proportion to the batch: arXiv:2205.09113.
+    """
+    training, named = pretraining.training, list(model.named_parameters())
+    inside = {name for name, p in named if p.ndim == 2 and name.endswith("weight") and "patch_embedding" not in name}
+    factor = training.batch / training.rates_at_batch
+    return {
+        "matrices": ([item for item in named if item[0] in inside], factor * training.rate_times_width / pretraining.model.width),
+        "embeddings": ([item for item in named if item[0] not in inside], factor * training.embedding_rate),
+    }
+
+
+def _batches(pretraining: PretrainConfig, model: nn.Module, rank: int, ranks: int) -> Callable[[int], Batch]:
+    """Step -> this rank's clips and their masks; the first call decides where the loader starts."""
+    training, iterator = pretraining.training, None
+
+    def batch(step: int) -> Batch:
+        nonlocal iterator
+        if iterator is None:
+            names = ("batch", "steps", "flip", "crop", "repeats", "window_shards")
+            iterator = loader.train_batches(
+                pretraining.clips,
+                seed=pretraining.seed,
+                start=step,
+                rank=rank,
+                ranks=ranks,
+                cached_clips=pretraining.runtime.cached_clips,
+                workers=pretraining.runtime.workers,
+                **{name: getattr(training, name) for name in names},
+            )
+        clips = next(iterator)
+        masked = draw_masks(model, pretraining.seed, step, first=rank * len(clips.ids), count=len(clips.ids))
+        return Batch((clips.pixels, masked), clips.ids)
+
+    return batch
+
+
+def draw_masks(model: nn.Module, seed: int, step: int, *, first: int, count: int) -> MaskedTokens:
+    """Masks of the clips `first` ... `first + count - 1` of a step's batch. A mask depends on its clip's place."""
+    groups = range(first // MASK_GROUP, -(-(first + count) // MASK_GROUP))
+    drawn = [model.draw_mask(MASK_GROUP, seeds.stream(seed, "mask", step, group)) for group in groups]
+    skipped = first - groups[0] * MASK_GROUP
+    return MaskedTokens(torch.cat([masked.ids_keep for masked in drawn])[skipped : skipped + count], drawn[0].grid)
+
+
+def _write(
+    pretraining: PretrainConfig,
+    evidence: Mapping[str, Any],
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    summary: Mapping[str, Any],
+    lines: Mapping[str, list[dict[str, Any]]],
+) -> None:
+    training, flops, method = pretraining.training, flops_per_clip(model), pretraining.method.__name__  # FSDP renames a class
+    counts = {"parameters": sum(p.numel() for p in model.encoder.parameters()), "clips_seen": training.steps * training.batch}
+    checkpoint = Checkpoint(pretraining.point, method, asdict(pretraining.model), step=training.steps, **counts)
+    content = {"point": pretraining.point, "method": method, "seed": pretraining.seed, **counts, **summary}
+    content["parameters_total"] = sum(p.numel() for p in model.parameters())
+    content |= {"flops_per_clip": flops, "flops": flops * counts["clips_seen"]}
+    with provenance.atomic_folder(pretraining.folder) as out:
+        checkpoint.write(out, weights)
+        for name, content_lines in lines.items():
+            if content_lines:
+                (out / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in content_lines))
+        write_json(out / "summary.json", content)
+        artifacts.write_evidence(out, evidence, pretraining.bound.operative)

@@ -1,0 +1,337 @@
+"""Evidence of a run: settings by dotted key, numbers as text, atomic writes, gin's text, dvc.lock, DVC's cache, git.
+
+The only reader of locks, git and gin text.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scaling4d.records import UserError
+
+WORK_FOLDER = Path(".resume")  # training states, snapshots of launched jobs, caches of clips and features, unfinished outputs
+LOCK = Path("dvc.lock")
+DVC_CACHE = Path(".dvc/cache")
+EXPERIMENT_REFS = "refs/exps/"  # DVC keeps an experiment at refs/exps/<2>/<38 of its commit>/<name>
+MISSING = "missing"
+
+# ---- settings ----
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of nested settings. An empty mapping is a value."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def differences(some: Mapping[str, Any], others: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, value, other value) where nested settings differ. MISSING stands for a key that one side lacks."""
+    for key in sorted(some.keys() | others.keys()):
+        one, other = some.get(key, MISSING), others.get(key, MISSING)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            yield from differences(one, other, f"{prefix}{key}.")
+        elif one != other:
+            yield f"{prefix}{key}", one, other
+
+
+def is_below(key: str, parents: Iterable[str]) -> bool:
+    """Whether a dotted key is one of `parents` or lies below one."""
+    return any(key == parent or key.startswith(f"{parent}.") for parent in parents)
+
+
+# ---- numbers as text, tables as csv ----
+
+
+def format_number(value: float | int | str, spec: str) -> str:
+    """Text of a number in the report, which the audit compares. Raises ValueError for a spec that Python does not have.
+
+    spec: of Python, such as ".4f", ",d" or ".1%"; "" for a text such as a sha256. A spec that ends with M gives
+    millions: "M" is ".2fM", 2345678 -> "2.35 M"; ",.0fM" gives "2 M".
+    """
+    if spec.endswith("M"):
+        return f"{value / 1e6:{spec[:-1] or '.2f'}} M"
+    return format(value, spec)
+
+
+def to_csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """CSV text. Floats keep all digits; None is empty; other keys of a row are left out."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n", restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def parse_csv(text: str) -> list[dict[str, str]]:
+    """Rows of a csv by column."""
+    return list(csv.DictReader(text.splitlines()))
+
+
+# ---- files by rename ----
+
+
+@contextmanager
+def atomic_folder(final: Path) -> Iterator[Path]:
+    """Give an empty folder to write into. It replaces `final` when the block ends without an error."""
+    partial = WORK_FOLDER / f"partial-{final.as_posix().replace('/', '-')}-{os.getpid()}"
+    beside = final.with_name(f".{partial.name}")  # WORK_FOLDER may be on another file system, from which nothing is renamed
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        final.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(final, ignore_errors=True)
+        shutil.move(partial, beside)
+        beside.rename(final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def atomic_new(out: Path) -> Iterator[Path]:
+    """Give a name beside `out` for a file or a folder. It becomes `out` when the block ends without an error.
+
+    Raises UserError where `out` exists, or its parent folder does not.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists; choose another name or remove it")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"no folder {out.parent} to write {out.name} in; make it first")
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        yield partial
+        partial.rename(out)
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file by rename, so that no part of it ever stands alone. The folder must exist."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(text)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# ---- gin ----
+
+
+def parse_gin(text: str) -> dict[str, Any]:
+    """`Class.parameter` -> value of an operative_config.gin. Tuples become lists; other non-literals stay text."""
+    values: dict[str, Any] = {}
+    for line in text.splitlines():
+        if binding := re.match(r"[\w./]*?(\w+\.\w+) = ?(.*)", line):
+            values[binding[1]] = binding[2].removesuffix("\\")
+        elif values and not line.startswith("#"):  # a long value goes on in indented lines
+            values[next(reversed(values))] += line
+    for name, value in values.items():
+        with suppress(SyntaxError, ValueError, TypeError):
+            values[name] = json.loads(json.dumps(ast.literal_eval(value.strip())))
+    return values
+
+
+# ---- dvc.lock and DVC's cache ----
+
+
+@dataclass(frozen=True)
+class LockedFile:
+    """A file or folder in a lock. md5 is DVC's own (a folder's ends with `.dir`); size is in bytes."""
+
+    path: str
+    md5: str
+    size: int
+    nfiles: int | None
+
+
+@dataclass(frozen=True)
+class LockedStage:
+    """A stage of a lock, or a .dvc file: its command, inputs, outputs and settings by dotted key."""
+
+    name: str
+    command: str
+    deps: tuple[LockedFile, ...]
+    outs: tuple[LockedFile, ...]
+    params: Mapping[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """The name in dvc.yaml: `readout_frozen` of `readout_frozen@nano-depth`."""
+        return self.name.split("@")[0]
+
+
+def load_yaml(text: str) -> Any:
+    """Read YAML 1.2 as DVC writes it; 3e-06 is a number."""
+    from ruamel.yaml import YAML
+
+    return YAML(typ="safe", pure=True).load(text)
+
+
+def read_lock(path: Path, text: str | None = None) -> dict[str, LockedStage]:
+    """Stages of a lock by name; a .dvc file is one stage, `dvc update`. Raises UserError for a damaged file.
+
+    text: the content, if not the file's.
+    """
+    from ruamel.yaml import YAMLError
+
+    try:
+        content = load_yaml(path.read_text() if text is None else text)
+        if path.suffix == ".dvc":
+            content = {"schema": "2.0", "stages": {path.name: {"cmd": f"dvc update {path}", **content}}}
+        if content.get("schema") != "2.0":
+            raise ValueError(f"schema {content.get('schema')!r}, needed '2.0'")
+        return {name: _stage(name, stage) for name, stage in content["stages"].items()}
+    except (YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: {' '.join(str(error).split())}; take it from git again") from error
+
+
+def required(stages: Mapping[str, LockedStage], targets: Iterable[str]) -> dict[str, LockedStage]:
+    """The targets and every stage that they depend on, in the lock's order. Absent targets are left out."""
+    waiting, names = [target for target in targets if target in stages], set()
+    while waiting:
+        name = waiting.pop()
+        names.add(name)
+        for other, stage in stages.items():
+            if other not in names and any(overlap(dep.path, out.path) for dep in stages[name].deps for out in stage.outs):
+                waiting.append(other)
+    return {name: stage for name, stage in stages.items() if name in names}
+
+
+def overlap(one: str, other: str) -> bool:
+    """Whether two paths are equal or one lies inside the other."""
+    return one == other or one.startswith(f"{other}/") or other.startswith(f"{one}/")
+
+
+def cached(md5: str, dvc_cache: Path) -> bytes | None:
+    """A file's bytes from DVC's cache; None: not there. Raises UserError where it has other bytes under this name."""
+    path = dvc_cache / "files/md5" / md5[:2] / md5[2:]
+    if not path.is_file():
+        return None
+    content = path.read_bytes()
+    if hashlib.md5(content).hexdigest() != md5.removesuffix(".dir"):
+        raise UserError(f"{path} does not hold the bytes of its name; remove it and run its stage again")
+    return content
+
+
+def cached_listing(md5: str, dvc_cache: Path) -> dict[str, str] | None:
+    """md5 by relative name of a folder's files from DVC's cache; None: not there."""
+    listing = cached(md5, dvc_cache)
+    return None if listing is None else {entry["relpath"]: entry["md5"] for entry in json.loads(listing)}
+
+
+def folder_md5(files: Mapping[str, str]) -> str:
+    """DVC's md5 of a folder: relative name -> md5 of each file."""
+    listing = [{"md5": files[name], "relpath": name} for name in sorted(files)]
+    return hashlib.md5(json.dumps(listing, sort_keys=True).encode()).hexdigest() + ".dir"
+
+
+def _stage(name: str, content: Mapping[str, Any]) -> LockedStage:
+    params = content.get("params") or {}
+    if params.keys() - {"params.yaml"}:
+        raise ValueError(f"{name} has settings of {', '.join(params)}, needed params.yaml")
+    deps, outs = (tuple(map(_file, content.get(key) or ())) for key in ("deps", "outs"))
+    return LockedStage(name, content["cmd"], deps, outs, params.get("params.yaml", {}))
+
+
+def _file(entry: Mapping[str, Any]) -> LockedFile:
+    if entry.get("hash") != "md5":
+        raise ValueError(f"{entry['path']} has a hash of kind {entry.get('hash')!r}, needed md5")
+    return LockedFile(entry["path"], entry["md5"], entry["size"], entry.get("nfiles"))
+
+
+# ---- git ----
+
+
+def git(*words: str, stdin: str = "") -> bytes | None:
+    """Output of a git command; None where git fails or is not installed."""
+    try:
+        done = subprocess.run(["git", *words], input=stdin.encode(), capture_output=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def git_or_error(*words: str) -> str:
+    """Output of a git command as text. Raises UserError where git fails."""
+    done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"git {' '.join(words[:6])}: {' '.join(done.stderr.split()) or 'failed'}")
+    return done.stdout
+
+
+def file_at(commit: str, path: str) -> str | None:
+    """Text of a file in a commit; None: not in it, or no git."""
+    content = git("show", f"{commit}:./{path}")
+    return None if content is None else content.decode(errors="replace")
+
+
+def commits_of(*paths: str) -> list[str]:
+    """Commits that changed one of the paths, newest first."""
+    return (git("log", "--format=%H", "--", *paths) or b"").decode().split()
+
+
+def md5_at(commit: str, path: str) -> str | None:
+    """DVC's md5 of a file or folder in a commit; None: not in it."""
+    blobs = _blobs_at(commit, path)
+    unread = _contents(blobs.values() - _BLOB_MD5S.keys())
+    _BLOB_MD5S.update((blob, hashlib.md5(content).hexdigest()) for blob, content in unread)
+    files = {name.removeprefix(path).removeprefix("/"): _BLOB_MD5S[blob] for name, blob in blobs.items()}
+    return files[""] if "" in files else folder_md5(files) if files else None
+
+
+def write_yaml_files_at(commit: str, path: str, out: Path) -> None:
+    """Write the .yaml files below a folder, as they are in a commit, to `out`; nothing where it has none."""
+    blobs = {name: blob for name, blob in _blobs_at(commit, path).items() if name.endswith(".yaml")}
+    contents = dict(_contents(blobs.values()))
+    for name, blob in blobs.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(contents[blob])
+
+
+def edited_files(path: str) -> list[str]:
+    """Names of the files below a folder that differ from the last commit; empty without git."""
+    tracked = git("diff", "--name-only", "-z", "--relative", "HEAD", "--", path) or b""
+    new = git("ls-files", "--others", "--exclude-standard", "-z", "--", path) or b""
+    return sorted(name.removeprefix(f"{path}/") for name in (tracked + new).decode().split("\0") if name)
+
+
+def experiments() -> dict[str, str]:
+    """Git reference by name of every DVC experiment in this repository."""
+    refs = (git("for-each-ref", "--format=%(refname)", f"{EXPERIMENT_REFS}??/*/*") or b"").decode().split()
+    return {ref.rpartition("/")[2]: ref for ref in sorted(refs)}
+
+
+_BLOB_MD5S: dict[str, str] = {}  # git's name of a content -> its md5, of what was read
+
+
+def _blobs_at(commit: str, path: str) -> dict[str, str]:
+    """git's name for the content of every file at or below a path in a commit."""
+    entries = (git("ls-tree", "-r", "-z", commit, "--", path) or b"").decode().split("\0")[:-1]
+    return {name: meta.split()[2] for meta, name in (entry.split("\t", 1) for entry in entries)}
+
+
+def _contents(blobs: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+    output = io.BytesIO(git("cat-file", "--batch", stdin="\n".join(blobs)) or b"")
+    while head := output.readline():
+        blob, _, size = head.decode().split()
+        yield blob, output.read(int(size) + 1)[:-1]

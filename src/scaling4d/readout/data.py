@@ -1,0 +1,168 @@
+"""BENCHMARK -> TRAINING BATCHES AND METRIC SUMS, on each rank's part of a split."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scaling4d import benchmarks, seeds
+from scaling4d.benchmarks.samples import ClipRequest, Samples, SkippedItem
+from scaling4d.encoders.features import MemoryFeatures
+from scaling4d.readout.tasks.task import MetricSums, Target, Task, collate
+from scaling4d.readout.views import view_of
+from scaling4d.records import Sample, UserError
+from scaling4d.training.distributed import gather_round_robin, heartbeat
+
+Encode = Callable[[list[Tensor]], Tensor]  # clips, uint8 `T H W C` -> inputs of Predict, features or pixels
+Predict = Callable[[Tensor, dict[str, Tensor]], Tensor]  # inputs and targets of a batch -> predictions
+
+
+@dataclass(frozen=True)
+class RankSplit:
+    """Every `ranks`-th item of a benchmark's split, from `rank` on.
+
+    items: number of items to use, evenly spread over the split; 0: all. clip: T H W of the encoder. max_bad_share: of a
+    split's samples, damaged or missing. skipped: samples left out on this rank; filled while the split is read.
+    """
+
+    name: str
+    split: str
+    items: int
+    task: Task
+    root: Path
+    max_bad_share: float
+    clip: tuple[int, int, int]
+    rank: int
+    ranks: int
+    skipped: list[SkippedItem] = field(default_factory=list)
+
+    def samples(self) -> Samples:
+        """For validation in the task's test views and with its point queries."""
+        (frames, side_px, _), task = self.clip, self.task
+        views, queries = ((1, 1), "frame_0") if self.split == "train" else (tuple(task.test_views), task.queries_at)
+        request = ClipRequest(frames=frames, rate_hz=task.rate_hz, side_px=side_px, views=views, queries=queries)
+        samples = benchmarks.read_samples(
+            self.name, self.root, self.split, request, skipped=self.skipped, max_bad_share=self.max_bad_share
+        )
+        stride = max(samples.count // self.items, 1) if self.items else 1
+        part = slice(self.rank * stride, self.items * stride or None, self.ranks * stride)
+        return samples.part(part, self.skipped)
+
+    def by_index(self, samples: Samples) -> Iterator[tuple[int, list[Sample]]]:
+        """Items that give samples, each with its index; checks at the end that few enough are damaged or missing.
+
+        Raises UserError: fewer samples than ranks, or more than `max_bad_share` of the items of all ranks give none.
+        """
+        read = 0
+        for index, clips in samples.by_index():
+            heartbeat(f"item {index + 1} of {self.name} {self.split}")
+            read += 1
+            yield index, clips
+        skipped, total = gather_round_robin(self.skipped), sum(gather_round_robin([read]))
+        benchmarks.check_bad_share(skipped, len(skipped) + total, self.max_bad_share, f"{self.name} {self.split}")
+        if not read:
+            raise UserError(
+                f"{self.name}: too few samples in split {self.split} for {self.ranks} ranks; lower readout.Evaluation.ranks"
+            )
+
+    def training_views(self, samples: Samples) -> Iterator[tuple[int, int, str, Sample]]:
+        """(item, clip of the item, view, sample) of every training clip in every view of the task."""
+        for item, clips in self.by_index(samples):
+            for number, plain in enumerate(clips):
+                for view in self.task.views:
+                    yield item, number, view, view_of(plain, view)
+
+
+class FeatureDataset:
+    """Training clips of a frozen encoder: features, computed once, and targets. Raises as RankSplit.by_index."""
+
+    def __init__(self, split: RankSplit, source: MemoryFeatures) -> None:
+        self.source, self.keys, self.targets = source, [], []
+        for *_, sample in split.training_views(split.samples()):
+            self.keys.append(source.add(torch.from_numpy(sample.pixels)))
+            self.targets.append(split.task.train_target(sample))
+        source.flush()
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def features(self, indices: Sequence[int]) -> Tensor:
+        """`B t n D`."""
+        return self.source.stack([self.keys[index] for index in indices])
+
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Features `B t n D` and targets."""
+        return self.features(indices), collate([self.targets[index] for index in indices])
+
+
+class ClipDataset:
+    """Training clips as pixels. The first `cached_clips` stay in memory; the others are read again for each batch.
+
+    The constructor reads the whole split, to know which samples are usable. Raises UserError: as RankSplit.by_index.
+    """
+
+    def __init__(self, split: RankSplit, cached_clips: int) -> None:
+        self.task, self.samples = split.task, split.samples()
+        self.places: list[tuple[int, int, str]] = []
+        self.kept: list[tuple[np.ndarray, Target]] = []
+        for item, number, view, sample in split.training_views(self.samples):
+            self.places.append((item, number, view))
+            if len(self.kept) < cached_clips:
+                self.kept.append((sample.pixels, self.task.train_target(sample)))
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, Target]:
+        """Pixels `T H W C` and the target."""
+        if index < len(self.kept):
+            return self.kept[index]
+        item, number, view = self.places[index]
+        sample = view_of(self.samples.at_index(item)[number], view)
+        return sample.pixels, self.task.train_target(sample)
+
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Pixels `B T H W C` and targets."""
+        pixels, targets = zip(*(self[index] for index in indices), strict=True)
+        return torch.from_numpy(np.stack(pixels)), collate(targets)
+
+
+def shuffled_batch(step: int, size: int, length: int, seed: int, rank: int) -> list[int]:
+    """`size` indices of an endless sequence of shuffled passes over `length` samples; the same for equal arguments."""
+    first, last = step * size // length, ((step + 1) * size - 1) // length
+    epochs = [seeds.numpy(seed, "readout_order", rank, epoch).permutation(length) for epoch in range(first, last + 1)]
+    start = step * size - first * length
+    return np.concatenate(epochs)[start : start + size].tolist()
+
+
+@torch.no_grad()
+def evaluate(split: RankSplit, encode: Encode, predict: Predict, *, size: int) -> tuple[list[str], list[MetricSums], float]:
+    """Evaluate a split in batches of `size`. The test views of a clip follow one another and are pooled.
+
+    Returns video ids, metric sums of each clip, and the seconds of `predict` and metrics. Raises as RankSplit.by_index.
+    """
+    task, per_clip = split.task, math.prod(split.task.test_views)
+    samples = (sample for _, clips in split.by_index(split.samples()) for sample in clips)
+    videos, sums, views, seconds = [], [], [], 0.0
+    while batch := list(islice(samples, size)):
+        inputs = encode([torch.from_numpy(sample.pixels) for sample in batch])
+        videos += [sample.video for sample in batch]
+        target = collate([task.target(sample) for sample in batch])
+        started = time.monotonic()
+        predicted = predict(inputs, {name: value.to(inputs.device) for name, value in target.items()}).cpu().numpy()
+        for row, view in enumerate(predicted):
+            views.append(view)
+            if len(views) == per_clip:
+                pooled = view if per_clip == 1 else task.pool(np.stack(views))
+                sums.append(task.measure(pooled, {name: value[row].numpy() for name, value in target.items()}))
+                views = []
+        seconds += time.monotonic() - started
+    return videos[::per_clip], sums, seconds

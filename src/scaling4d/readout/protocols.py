@@ -1,0 +1,278 @@
+"""Three protocols: a readout on frozen features, fine-tuning with the same readout, and MAE-ST's classifier.
+
+A protocol says what is trained on what; readout.stage drives all three alike.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from scaling4d import checkpoint, seeds
+from scaling4d.config import require_minima
+from scaling4d.encoders.features import FeatureStore, MemoryFeatures, features_at_depth
+from scaling4d.readout.classifier import DROP_PATH, ClassifierModel, MeanPoolClassifier, layer_decay_groups, mix_clips
+from scaling4d.readout.data import ClipDataset, Encode, FeatureDataset, Predict, RankSplit, shuffled_batch
+from scaling4d.readout.heads import Head, HeadConfig
+from scaling4d.readout.tasks.task import Task
+from scaling4d.readout.whitening import Whitening
+from scaling4d.records import UserError
+from scaling4d.training.fit import Batch
+from scaling4d.training.optimizer import ParamGroups
+from scaling4d.training.parallelize import ComputeConfig, ShardingConfig
+
+Dataset = FeatureDataset | ClipDataset
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What all readouts share.
+
+    ranks: one-thread processes; results depend on it. depth_fraction: 0.95 in 4DS. whiten: whiten features over the
+    training clips (ours; released: false). position_std: deviation that the mean of a token's place keeps, see
+    readout.whitening. data: folder of the benchmarks. train_items, val_items: items of a split to use, evenly spread
+    over it; 0: all. max_bad_share: of a split's samples that may be damaged or missing; they are left out (ours).
+    feature_store: folder in which a frozen encoder's features stay for all readouts; "": in memory. cached_clips: clips
+    of a rank that stay in memory while the encoder is trained; the others are read again. hang_s: seconds of
+    standstill of a rank, after which the readout ends. cached_clips and hang_s change no result.
+    """
+
+    ranks: int
+    depth_fraction: float
+    whiten: bool
+    position_std: float
+    data: str
+    train_items: int
+    val_items: int
+    max_bad_share: float
+    feature_store: str
+    cached_clips: int
+    hang_s: float
+
+    def __post_init__(self) -> None:
+        require_minima(self, {"ranks": 1, "cached_clips": 0})
+
+
+@dataclass(frozen=True)
+class FrozenConfig:
+    """Training of a readout on frozen features. shrinkage: see readout.whitening.
+
+    rate_at_width: the matrices that read features have `learning_rate` at features of this width, and at others a rate
+    in inverse proportion (ours, after Tensor Programs V, arXiv:2203.03466); 0: one rate (released).
+    """
+
+    steps: int
+    batch: int
+    learning_rate: float
+    rate_at_width: int
+    weight_decay: float
+    warmup_steps: int
+    shrinkage: float
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Training of encoder and readout together, from the frozen readout on (ours: it saves most of the steps)."""
+
+    steps: int
+    batch: int
+    learning_rate: float
+    encoder_learning_rate: float
+    weight_decay: float
+    warmup_steps: int
+
+    def __post_init__(self) -> None:
+        if self.encoder_learning_rate <= 0:
+            raise ValueError(f"encoder_learning_rate is {self.encoder_learning_rate}; needed more than 0, or the protocol frozen")
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """MAE-ST's fine-tuning. learning_rate: of the classifier; blocks decay from it."""
+
+    steps: int
+    batch: int
+    learning_rate: float
+    warmup_steps: int
+
+    weight_decay: ClassVar[float] = 0.05  # mae_st
+
+
+@dataclass(frozen=True)
+class SavingConfig:
+    """Training state of a fine-tuning; no result depends on it. save_every: steps; 0: never. keep: number of states."""
+
+    save_every: int
+    keep: int
+
+    def __post_init__(self) -> None:
+        require_minima(self, {"save_every": 0, "keep": 1})
+
+
+@dataclass(frozen=True)
+class ReadoutConfig:
+    """folder: the encoder's Checkpoint folder. frozen_head: weights that fine-tuning starts from."""
+
+    folder: Path
+    task_name: str
+    task: Task
+    seed: int
+    evaluation: EvaluationConfig
+    recipe: FrozenConfig | FinetuneConfig | ClassifierConfig
+    head: HeadConfig | None = None
+    compute: ComputeConfig | None = None
+    sharding: ShardingConfig | None = None
+    saving: SavingConfig | None = None
+    frozen_head: Path | None = None
+
+    @property
+    def device(self) -> str:
+        return self.compute.device if self.compute else "cpu"
+
+    def new_head(self, encoder: nn.Module) -> Head:
+        return Head(self.head, self.task.queries(encoder.clip), features_width=encoder.width, frames=encoder.clip[0])
+
+
+class ReadoutModel(nn.Module):
+    """Encoder (None: inputs are features), whitening and head."""
+
+    def __init__(self, encoder: nn.Module | None, whitening: Whitening, head: nn.Module, task: Task, fraction: float) -> None:
+        super().__init__()
+        self.encoder, self.whitening, self.head, self.task, self.fraction = encoder, whitening, head, task, fraction
+
+    def forward(self, inputs: Tensor, target: dict[str, Tensor]) -> Tensor:
+        """Pixels `B T H W C` or features `B t n D` -> loss."""
+        features = inputs if self.encoder is None else features_at_depth(self.encoder, inputs, self.fraction)
+        return self.task.loss(self.predict(features, target), target)
+
+    def predict(self, features: Tensor, target: dict[str, Tensor]) -> Tensor:
+        return self.task.predict(self.head, self.whitening(features), target)
+
+
+@dataclass(frozen=True)
+class ReadoutProtocol(ABC):
+    """One way to train and evaluate. Every method runs in every rank."""
+
+    config: ReadoutConfig
+
+    name: ClassVar[str]
+    recipe_class: ClassVar[type]
+    clip_norm: ClassVar[float] = 1.0
+    evaluation_batch: ClassVar[int] = 16
+    trains_encoder: ClassVar[bool] = True
+
+    def train_set(self, split: RankSplit, encoder: nn.Module) -> Dataset:
+        return ClipDataset(split, self.config.evaluation.cached_clips)
+
+    @abstractmethod
+    def build(self, encoder: nn.Module, train_set: Dataset) -> nn.Module:
+        """The model with its first weights; `model(*inputs)` is the loss."""
+
+    def batch(self, train_set: Dataset, rank: int, step: int) -> Batch:
+        """This rank's part of a step's batch."""
+        size = self.config.recipe.batch // self.config.evaluation.ranks
+        return Batch(train_set.batch(shuffled_batch(step, size, len(train_set), self.config.seed, rank)))
+
+    @abstractmethod
+    def param_groups(self, model: nn.Module) -> ParamGroups: ...
+
+    @abstractmethod
+    def evaluator(self, model: nn.Module, train_set: Dataset) -> tuple[Encode, Predict]:
+        """`encode` and `predict` of readout.data.evaluate."""
+
+
+class Frozen(ReadoutProtocol):
+    """The encoder's features are computed once; a readout learns from them."""
+
+    name, recipe_class, trains_encoder = "frozen", FrozenConfig, False
+
+    def train_set(self, split: RankSplit, encoder: nn.Module) -> FeatureDataset:
+        store, fraction = self.config.evaluation.feature_store, self.config.evaluation.depth_fraction
+        if not store:
+            return FeatureDataset(split, MemoryFeatures(encoder, fraction))
+        return FeatureDataset(split, FeatureStore(Path(store), self.config.folder, encoder, fraction))
+
+    def build(self, encoder: nn.Module, train_set: FeatureDataset) -> ReadoutModel:
+        evaluation, recipe, head = self.config.evaluation, self.config.recipe, self.config.new_head(encoder)
+        head.initialise(self.config.seed)
+        whitening = Whitening.identity(encoder.width)
+        if evaluation.whiten:
+            strength = {"shrinkage": recipe.shrinkage, "position_std": evaluation.position_std}
+            whitening = Whitening.fit(train_set.features, len(train_set), **strength)
+        return ReadoutModel(None, whitening, head, self.config.task, evaluation.depth_fraction)
+
+    def param_groups(self, model: ReadoutModel) -> ParamGroups:
+        recipe, named = self.config.recipe, dict(model.head.named_parameters())
+        keys_values = [(name, named.pop(name)) for name in ("readout.key.weight", "readout.value.weight")]
+        share = recipe.rate_at_width / model.head.readout.key.in_features if recipe.rate_at_width else 1.0
+        rate = recipe.learning_rate
+        return {"head": (list(named.items()), rate), "keys_values": (keys_values, share * rate)}
+
+    def evaluator(self, model: ReadoutModel, train_set: FeatureDataset) -> tuple[Encode, Predict]:
+        return train_set.source.encode, model.predict
+
+
+class Finetune(ReadoutProtocol):
+    """Encoder and readout are trained together, from the frozen readout on."""
+
+    name, recipe_class = "finetune", FinetuneConfig
+
+    def build(self, encoder: nn.Module, train_set: ClipDataset) -> ReadoutModel:
+        head = self.config.new_head(encoder)
+        whitening = load_readout_weights(head, self.config.frozen_head)
+        return ReadoutModel(encoder, whitening, head, self.config.task, self.config.evaluation.depth_fraction)
+
+    def param_groups(self, model: ReadoutModel) -> ParamGroups:
+        recipe = self.config.recipe
+        head, encoder = (list(module.named_parameters()) for module in (model.head, model.encoder))
+        return {"head": (head, recipe.learning_rate), "encoder": (encoder, recipe.encoder_learning_rate)}
+
+    def evaluator(self, model: ReadoutModel, train_set: ClipDataset) -> tuple[Encode, Predict]:
+        return MemoryFeatures(model.encoder, model.fraction, self.config.device).encode, model.predict
+
+
+class Classifier(ReadoutProtocol):
+    """MAE-ST's fine-tuning for actions."""
+
+    name, recipe_class, clip_norm, evaluation_batch = "classifier", ClassifierConfig, 5.0, 8
+
+    def build(self, encoder: nn.Module, train_set: ClipDataset) -> ClassifierModel:
+        for number, block in enumerate(encoder.blocks):
+            block.drop_path = DROP_PATH * number / max(len(encoder.blocks) - 1, 1)  # rises from 0 at the first
+        head = MeanPoolClassifier(width=encoder.width, classes=self.config.task.classes)
+        head.initialise(encoder, self.config.seed)
+        return ClassifierModel(encoder, head)
+
+    def batch(self, train_set: ClipDataset, rank: int, step: int) -> Batch:
+        pixels, target = super().batch(train_set, rank, step).inputs
+        rng = seeds.numpy(self.config.seed, "mix", rank, step)
+        return Batch(mix_clips(pixels, target["action"], self.config.task.classes, rng))
+
+    def param_groups(self, model: ClassifierModel) -> ParamGroups:
+        return layer_decay_groups(model, self.config.recipe.learning_rate)
+
+    def evaluator(self, model: ClassifierModel, train_set: ClipDataset) -> tuple[Encode, Predict]:
+        return lambda clips: torch.stack(clips).to(self.config.device), lambda pixels, _: model.scores(pixels)
+
+
+PROTOCOLS: dict[str, type[ReadoutProtocol]] = {protocol.name: protocol for protocol in (Frozen, Finetune, Classifier)}
+
+
+def load_readout_weights(head: Head, path: Path) -> Whitening:
+    """Fill a head from `head.safetensors` of a frozen readout; returns its whitening.
+
+    Raises UserError: the file is damaged, or of another head.
+    """
+    tensors = checkpoint.load_tensors(path)
+    try:
+        whitening = Whitening(tensors.pop("whitening.matrix"), tensors.pop("whitening.offset"))
+        head.load_state_dict(tensors)
+    except (KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} does not fit these settings, or is of another version: {reason}") from error
+    return whitening

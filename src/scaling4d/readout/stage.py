@@ -1,0 +1,222 @@
+"""Stage `readout`: train a readout on an encoder by one of three protocols, and measure it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scaling4d import artifacts, benchmarks, checkpoint, config, provenance, seeds
+from scaling4d.checkpoint import Checkpoint
+from scaling4d.config import StageConfig
+from scaling4d.encoders.pretrained import load_encoder
+from scaling4d.mae.models import MODELS
+from scaling4d.pipeline import code_hashes
+from scaling4d.readout import metrics
+from scaling4d.readout.data import RankSplit, evaluate
+from scaling4d.readout.heads import HeadConfig
+from scaling4d.readout.protocols import (
+    PROTOCOLS,
+    Classifier,
+    EvaluationConfig,
+    Finetune,
+    ReadoutConfig,
+    ReadoutProtocol,
+    SavingConfig,
+)
+from scaling4d.readout.tasks import TASKS
+from scaling4d.readout.tasks.task import MetricSums
+from scaling4d.records import Result, UserError, write_json
+from scaling4d.training import distributed
+from scaling4d.training.fit import FitConfig, fit
+from scaling4d.training.observe import TrainingLog
+from scaling4d.training.parallelize import ComputeConfig, ShardingConfig, parallelize, unshard
+from scaling4d.training.resume import CheckpointManager, file_system_errors, fingerprint, remove_state, state_folder
+
+HEAD = "head.safetensors"
+BETAS = (0.9, 0.999)  # AdamW's default; released readouts publish none
+BOOTSTRAP_DRAWS = 1000  # ours
+
+
+def readout(encoder: str, task: str, protocol: str, settings: Mapping[str, Any]) -> Result:
+    """Checkpoint in, `result.json` and the trained head out.
+
+    Raises:
+        UserError: unknown encoder, task or protocol, no checkpoint, an unreadable benchmark, settings that do not fit.
+        Preempted: a signal asked a fine-tuning to stop; the next call continues from its saved state, if it saves any.
+    """
+    started, name = time.time(), f"readout-{encoder}-{task}-{protocol}"
+    if task not in TASKS or protocol not in PROTOCOLS or (protocol == Classifier.name and task != "actions"):
+        protocols = f"{', '.join(PROTOCOLS)} ({Classifier.name}: actions alone)"
+        raise UserError(f"unknown readout {task!r} {protocol!r}; tasks: {', '.join(TASKS)}; protocols: {protocols}")
+    final = artifacts.home(settings) / "readout" / encoder / task / protocol
+    bound, readout_config = bind_readout(encoder, task, PROTOCOLS[protocol], settings, final)
+    evaluation, saving, state = readout_config.evaluation, readout_config.saving, None
+    if distributed.is_main():
+        code = code_hashes.running("readout") if saving else artifacts.code_hash("readout")
+        evidence = artifacts.evidence("readout", bound, code=code, inputs=_inputs(readout_config))
+        if saving and saving.save_every:
+            about = {"settings": evidence["settings"], "inputs": evidence["inputs"], "code_sha256": code["sha256"]}
+            state = fingerprint(f"{encoder}/{task}/{protocol}", **about)
+    where = {"ranks": evaluation.ranks, "device": readout_config.device, "hang_s": evaluation.hang_s}
+    arguments = {"protocol": PROTOCOLS[protocol](readout_config), "name": name, "state": state}
+    videos, sums, head, skipped, seconds = distributed.run(_train_and_evaluate, **where, **arguments)
+    result = result_of(Checkpoint.read(readout_config.folder), readout_config, protocol, videos, sums)
+    if distributed.is_main():
+        with provenance.atomic_folder(final) as out:
+            checkpoint.save_tensors(out / HEAD, head)
+            if skipped:
+                write_json(out / "skipped.json", skipped)
+            result.write(out / "result.json")
+            artifacts.write_evidence(out, evidence, bound.operative)
+        artifacts.write_run(name, artifacts.sha256(final), started=started, **seconds)
+        if state is not None:
+            remove_state(state_folder("readout", state))
+    return result
+
+
+def bind_readout(
+    encoder: str, task: str, protocol: type[ReadoutProtocol], settings: Mapping[str, Any], final: Path
+) -> tuple[StageConfig, ReadoutConfig]:
+    """All that can be refused before a rank starts. final: the readout's folder. Raises UserError: as `readout`."""
+    recipe_key = f"readout.{protocol.name}" if protocol is Classifier else f"readout.{protocol.name}.{task}"
+    keys = {EvaluationConfig: "readout.Evaluation", TASKS[task]: f"readout.tasks.{task}", protocol.recipe_class: recipe_key}
+    if protocol is not Classifier:
+        keys = {HeadConfig: "readout.Head"} | keys  # a task may change it
+    if protocol.trains_encoder:
+        keys |= {ComputeConfig: "readout.tuning", ShardingConfig: "readout.tuning"}
+    bound = config.bind(settings, ["profile", "seed", *keys.values()], *keys)
+    evaluation, recipe, sharding = bound[EvaluationConfig], bound[protocol.recipe_class], bound.configs.get(ShardingConfig)
+    try:
+        if recipe.batch % evaluation.ranks:
+            raise ValueError(f"batch {recipe.batch} does not divide over {evaluation.ranks} ranks; set batch to a multiple")
+        if protocol is Classifier and recipe.batch == evaluation.ranks:
+            raise ValueError(f"batch {recipe.batch} leaves one clip to each of {evaluation.ranks} ranks, and mixup needs two")
+        if sharding:
+            sharding.check(ranks=evaluation.ranks, batch=recipe.batch)
+    except ValueError as error:
+        raise UserError(f"{recipe_key}: {error}") from error
+    folder = artifacts.home(settings) / "pretrain" / encoder
+    saved, frozen_head = Checkpoint.read(folder), final.with_name("frozen") / HEAD if protocol is Finetune else None
+    if protocol is Classifier and (saved.model not in MODELS or saved.model == "PixelTokens"):
+        raise UserError(f"{encoder} is a {saved.model}, which this protocol cannot fine-tune; take it out of encoders.classifier")
+    if frozen_head and not frozen_head.is_file():
+        command = f"scaling4d readout {encoder} {task} frozen"
+        raise UserError(f"no {frozen_head}; fine-tuning starts from the frozen readout: run `{command}`")
+    saving = config.bind(settings, ["readout.saving"], SavingConfig)[SavingConfig] if protocol.trains_encoder else None
+    return bound, ReadoutConfig(
+        folder=folder,
+        task_name=task,
+        task=bound[TASKS[task]],
+        seed=settings["seed"],
+        evaluation=evaluation,
+        recipe=recipe,
+        head=bound.configs.get(HeadConfig),
+        compute=bound.configs.get(ComputeConfig),
+        sharding=sharding,
+        saving=saving,
+        frozen_head=frozen_head,
+    )
+
+
+def _inputs(readout_config: ReadoutConfig) -> dict[str, str]:
+    """sha256 by name of all that is read."""
+    root = Path(readout_config.evaluation.data)
+    train, val = (benchmarks.find_benchmark(readout_config.task_name, root, split).folder for split in benchmarks.SPLITS)
+    paths = {"checkpoint": readout_config.folder, "benchmark": train, "head": readout_config.frozen_head}
+    paths["benchmark_val"] = val if val != train else None
+    return {name: artifacts.sha256(path) for name, path in paths.items() if path}
+
+
+@file_system_errors()
+def _train_and_evaluate(
+    *, rank: int, ranks: int, protocol: ReadoutProtocol, name: str, state: Mapping[str, Any] | None
+) -> tuple[list[str], list[MetricSums], dict[str, Tensor], list[dict[str, Any]], dict[str, float]]:
+    """One rank of a readout. Returns all ranks' videos and metric sums, the head's weights, skipped items, seconds."""
+    started, readout_config = time.monotonic(), protocol.config
+    evaluation, recipe, saving = readout_config.evaluation, readout_config.recipe, readout_config.saving
+    root, task, sharding = Path(evaluation.data), readout_config.task, readout_config.sharding
+    task.check_benchmark(root)
+    encoder = load_encoder(readout_config.folder).requires_grad_(protocol.trains_encoder)
+    where = (task, root, evaluation.max_bad_share, encoder.clip, rank, ranks)
+    train = RankSplit(readout_config.task_name, "train", evaluation.train_items, *where)
+    val = RankSplit(readout_config.task_name, "val", evaluation.val_items, *where)
+    train_set = protocol.train_set(train, encoder)
+    inputs_s = time.monotonic() - started
+    model = protocol.build(encoder, train_set)
+    if sharding:
+        parallelize(model, sharding, readout_config.compute, ranks=ranks)
+    model.to(readout_config.device)
+    fit_config = FitConfig(
+        name=name,
+        **{field: getattr(recipe, field) for field in ("steps", "batch", "weight_decay", "warmup_steps")},
+        betas=BETAS,
+        clip_norm=protocol.clip_norm,
+        seed=readout_config.seed,
+        rate_setting=f"learning_rate of {type(recipe).__name__.removesuffix('Config')}",
+        device=readout_config.device,
+        accumulate=sharding.accumulate if sharding else 1,
+        log_every=10,  # ours; no result depends on it
+        save_every=saving.save_every if saving else 0,
+    )
+    manager = None
+    if fit_config.save_every:
+        states = [state]
+        dist.broadcast_object_list(states, device=torch.device("cpu"))  # of torchrun's ranks only rank 0 hashes the inputs
+        manager = CheckpointManager("readout", states[0], keep=saving.keep, asynchronous=False)
+    batches, groups, log = partial(protocol.batch, train_set, rank), protocol.param_groups(model), TrainingLog(fit_config)
+    fit(model, batches, fit_config, param_groups=groups, callbacks=(log,), manager=manager)
+    plain = unshard(model, lambda: protocol.build(load_encoder(readout_config.folder), train_set), readout_config.compute).eval()
+    weights = plain.state_dict().items()
+    head = {name.removeprefix("head."): value.cpu() for name, value in weights if not name.startswith("encoder.")}
+    encode, predict = protocol.evaluator(plain, train_set)
+    trained = time.monotonic()
+    videos, sums, measuring_s = evaluate(val, encode, predict, size=protocol.evaluation_batch)
+    if manager:
+        manager.close()
+    inputs_s += time.monotonic() - trained - measuring_s
+    seconds = {"inputs_s": round(inputs_s, 2), "readout_s": round(time.monotonic() - started - inputs_s, 2)}
+    gather = distributed.gather_round_robin
+    skipped = [{"split": part.split, **asdict(item)} for part in (train, val) for item in gather(part.skipped)]
+    return gather(videos), gather(sums), head, skipped, seconds
+
+
+def result_of(
+    saved: Checkpoint, readout_config: ReadoutConfig, protocol: str, videos: list[str], sums: list[MetricSums]
+) -> Result:
+    """Metrics over all clips, a bootstrap interval over videos. Raises UserError: no clip can be measured."""
+    metric, name, seed = readout_config.task.metric, readout_config.task_name, readout_config.seed
+    names, rows = np.unique(videos, return_inverse=True)
+    table = {key: np.zeros((len(names), 2)) for key in sums[0]}
+    for key, pairs in table.items():
+        np.add.at(pairs, rows, [clip[key] for clip in sums])
+    table = metrics.average_tracks_by_video(table)
+    values = {key: float(pairs[:, 0].sum() / pairs[:, 1].sum()) for key, pairs in table.items() if pairs[:, 1].any()}
+    if metric.name not in values:
+        raise UserError(f"{name}: no clip of the val split can be measured by {metric.name}")
+    value = values.pop(metric.name)
+    low, high = metrics.interval(*table[metric.name].T, seeds.numpy(seed, "bootstrap", name), draws=BOOTSTRAP_DRAWS)
+    return Result(
+        encoder=saved.name,
+        parameters=saved.parameters,
+        task=name,
+        protocol=protocol,
+        metric=metric.name,
+        value=value,
+        low=min(low, value),  # rounding, where all videos are equal
+        high=max(high, value),
+        unit=metric.unit,
+        higher_is_better=metric.higher_is_better,
+        examples=len(sums),
+        seed=seed,
+        checkpoint_sha256=checkpoint.weights_sha256(readout_config.folder),
+        others=values,
+    )

@@ -1,0 +1,339 @@
+"""The sections of report.html in their order: tables of numbers with sources, and links to figures and pictures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from importlib import resources
+from typing import Any
+
+from scaling4d.provenance import flatten
+from scaling4d.report.page import Number, Page, Part, joined, part_of, text_of
+from scaling4d.report.run_results import PROTOCOLS, UNTRAINED, RunResults, read_run_results
+from scaling4d.report.tables import (
+    fidelity_columns,
+    interval,
+    label,
+    overview,
+    published,
+    published_part,
+    result_part,
+    summary_part,
+    with_interval,
+)
+from scaling4d.studies import fits
+from scaling4d.studies.markup import NOTHING
+
+PICTURES = "pictures"  # folder beside report.html
+
+
+def read_page(run: RunResults | None = None) -> Page:
+    """All sections of a run (default: of params.yaml), with ids in order. A notebook displays `page["results"]`."""
+    run = read_run_results() if run is None else run
+    page = Page(run.folder)
+    for section in SECTIONS:
+        name = section if isinstance(section, str) else section.__name__
+        content = _image(f"{name}.svg", f"figure {name}") if name == section else section(run, page)
+        page.sections[name] = f'<div class="scaling4d" id="{name}">{content}</div>'
+    return page
+
+
+def summary(run: RunResults, page: Page) -> str:
+    """Settings and data of the run, with the overrides in force."""
+    facts: dict[str, Part] = {
+        "profile": run.profile,
+        "seed": summary_part(run, run.points[0], "seed"),
+        "points": ", ".join(run.trained),
+        "tasks": ", ".join(run.tasks) or "none in this profile",
+        "overrides": joined([f"{key} = ", _override(run, page, key)] for key in run.overrides) or "none",
+    }
+    for name, sha in (run.provenances["clips"].get("inputs") or {}).items():
+        facts[f"{name}, sha256"] = part_of(sha, _provenance(run, "clips"), "inputs", name, spec="s")
+    for key, counts in run.datasheet.items():
+        if isinstance(counts, Mapping) and counts and all(isinstance(count, int | float) for count in counts.values()):
+            sheet = run.home / "clips/datasheet.json"
+            words = ([f"{name} ", part_of(count, sheet, key, name)] for name, count in counts.items())
+            facts[f"curation: {key.replace('_', ' ')}"] = joined(words)
+    return page.table(("", ""), facts.items())
+
+
+def sources(run: RunResults, page: Page) -> str:
+    """The source of the published curves, if any are drawn."""
+    paper = published()["4DS"]
+    text = f"Published values: {paper['source']}; less sure: {', '.join(paper['approximate'])}."
+    return page.paragraph(text) if run.results else ""
+
+
+def results(run: RunResults, page: Page) -> str:
+    """The main table: encoder x protocol x task."""
+    if not run.results:
+        return page.paragraph("This profile has no benchmark, so it has no readout.")
+    return page.table(*overview(run, intervals=True))
+
+
+def paper(run: RunResults, page: Page) -> str:
+    """4DS as published, in the rows and columns of our own table; `~` where the figure was hard to read."""
+    if not run.results:
+        return ""
+    known = published()["4DS"]
+    head, rows = ["published", "parameters", "protocol"], []
+    for task in run.tasks:
+        curve = known["tasks"].get(task)
+        arrow = "↑" if curve and curve["higher_is_better"] else "↓"
+        head.append(f"{task}\n{curve['metric']} {arrow}, {curve['benchmark']}" if curve else f"{task}\n{NOTHING}")
+    for size in known["sizes"]:
+        for protocol in ("frozen", "finetune"):
+            row: list[Part] = [f"4DS-{size}", published_part("4DS", "sizes", size, spec=",.0fM"), protocol]
+            for task in run.tasks:
+                unsure = "~" if f"{task} {protocol} {size}" in known["approximate"] else ""
+                place = ("4DS", "tasks", task, protocol, size)
+                there = size in known["tasks"].get(task, {}).get(protocol, {})
+                row.append([unsure, published_part(*place, spec=".3f")] if there else NOTHING)
+            rows.append(row)
+    return page.table(head, rows)
+
+
+def gains(run: RunResults, page: Page) -> str:
+    """Trained against untrained: frozen readouts of encoders with the same shape, with and without pretraining."""
+    rows, shown = [], {True: [], False: []}
+    for encoder in (encoder for encoder in run.baselines if encoder.startswith(UNTRAINED)):
+        point = encoder.removeprefix(UNTRAINED)
+        for task in run.tasks:
+            trained, untrained = run.result(point, task, "frozen"), run.result(encoder, task, "frozen")
+            if trained is None or untrained is None:
+                continue
+            name, sign = f"gain of {point} at {task}", 1 if trained.higher_is_better else -1
+            values = [result_part(run, r, "value") for r in (trained, untrained)]
+            page.derive(name, (trained.value - untrained.value) * sign, values)
+            apart = trained.low > untrained.high if sign == 1 else trained.high < untrained.low
+            shown[apart].append(f"{task} ({point})")
+            cells = [interval(run, trained), interval(run, untrained), page.derived_number(name, spec="+.4f")]
+            rows.append([point, f"{task}: {label(trained)}", *cells, "yes" if apart else "no"])
+    if not rows:
+        return page.paragraph("This profile compares no point with its untrained baseline.")
+    head = ("point", "task, frozen", "trained", "untrained baseline", "gain (+ is better)", "intervals apart")
+    text = [f"Shown: a gain over the untrained baseline on {', '.join(shown[True])}." if shown[True] else ""]
+    text += [f" Not shown: a gain over the untrained baseline on {', '.join(shown[False])}." if shown[False] else ""]
+    return page.table(head, rows) + page.paragraph("".join(text).strip())
+
+
+def sheets(run: RunResults, page: Page) -> str:
+    """A picture for each task: two frozen readouts' predictions beside the truth, on validation clips by the seed."""
+    if not run.sheets:
+        return page.paragraph("This profile draws no predictions.")
+    return "".join(_image(f"{PICTURES}/sheet_{task}.png", f"{task}: predictions beside the truth") for task in run.sheets)
+
+
+def further(run: RunResults, page: Page) -> str:
+    """Every further metric of the readouts, trivial predictions included."""
+    parts = []
+    for task in run.tasks:
+        with_others = [r for r in run.results if r.task == task and r.others]
+        names = sorted({name for r in with_others for name in r.others})
+        rows = ([r.encoder, r.protocol, *(result_part(run, r, "others", name) for name in names)] for r in with_others)
+        if names:
+            parts.append(f"<h4>{page.html(task)}</h4>" + page.table(("encoder", "protocol", *names), rows))
+    return "".join(parts) or page.paragraph("No further metrics.")
+
+
+def trends(run: RunResults, page: Page) -> str:
+    """The power law y = E + A (N / unit)^-alpha of losses and errors, ours and the published ones, by the same code.
+
+    Errors: metrics where lower is better as they are; shares where higher is better subtracted from 1.
+    """
+    rows = []
+    for curve, sizes, values, higher_is_better in _curves(run):
+        x, y = [size.value for size in sizes], [value.value for value in values]
+        y, name = ([1 - value for value in y], f"{curve}: 1 - value") if higher_is_better else (y, curve)
+        fit, test = fits.trend(x, y), fits.held_out(x, y)
+        law: dict[str, Any] = {"sizes": len(x)}
+        if fit:
+            law |= {name: (getattr(fit, name), *fit.interval(name)) for name in ("floor", "exponent")}
+            law |= {"scale": fit.scale, "unit": fit.unit}
+        if fit and test:
+            law |= {"measured": test.measured, "predicted": (test.predicted, test.low, test.high)}
+        page.derive(f"law of {name}", law, [*sizes, *values])
+        number = partial(page.derived_number, f"law of {name}")
+        spans = [with_interval(*(number(key, place) for place in range(3))) for key in law if isinstance(law[key], tuple)]
+        cells = ["no law: no fall, or fewer than four sizes", *[""] * 6]
+        if fit:
+            tested = [NOTHING, "too few points, or no law without the largest", NOTHING]
+            tested = [number("measured"), spans[2], "yes" if test.inside else "no"] if test else tested
+            cells = [*spans[:2], number("scale"), number("unit", spec=".3g"), *tested]
+        rows.append([name, number("sizes"), *cells])
+    head = ("curve", "sizes", "irreducible term E", "exponent alpha", "A", "unit of N")
+    return page.table((*head, "largest: measured", "largest: predicted from the others", "inside"), rows)
+
+
+def _curves(run: RunResults) -> Iterator[tuple[str, Sequence[Number], Sequence[Number], bool]]:
+    """Curves to fit: name, sizes, values, whether higher is better."""
+    for key, name in (("parameters", "parameters"), ("flops", "training FLOPs")):
+        sizes, losses = ([summary_part(run, point, column) for point in run.ladder] for column in (key, "val_loss"))
+        yield f"ours: validation loss, {name}", sizes, losses, False
+    for task in run.tasks:
+        for protocol in PROTOCOLS:
+            ladder = [r for point in run.ladder if (r := run.result(point, task, protocol))]
+            if len(ladder) > 3:
+                sizes, values = ([result_part(run, r, key) for r in ladder] for key in ("parameters", "value"))
+                yield f"ours: {task} {ladder[0].metric}, {protocol}", sizes, values, ladder[0].higher_is_better
+    for task in run.tasks:
+        curve = published()["4DS"]["tasks"].get(task, {})
+        for protocol in (protocol for protocol in PROTOCOLS if protocol in curve):
+            sizes = [published_part("4DS", "sizes", size, spec="g") for size in curve[protocol]]
+            values = [published_part("4DS", "tasks", task, protocol, size, spec=".3f") for size in curve[protocol]]
+            yield f"4DS: {task} {curve['metric']}, {protocol}", sizes, values, curve["higher_is_better"]
+
+
+def points(run: RunResults, page: Page) -> str:
+    """Sizes, cost and losses of the points. Losses of different methods measure different things."""
+    keys = ("point", "method", "parameters", "parameters_total", "flops", "clips_seen", "train_loss", "val_loss", "seed")
+    rows, settings = [], _settings(run)
+    for point in run.trained:
+        model, hidden = run.models[point], [NOTHING]
+        if "masking" in model:
+            words = ("distilled" if point in run.students else "points", point, "model", run.summaries[point]["method"])
+            hidden = [model["masking"], " ", replace(settings[".".join((*words, "mask_ratio"))], format=".0%")]
+        rows.append([*(summary_part(run, point, key) for key in keys), hidden])
+    table = page.table([*(key.replace("_", " ") for key in keys), "hidden"], rows)
+    for method in run.methods:
+        names = run.ladder if method == run.methods[0] else run.of_method(method)
+        sizes, losses = ([run.summaries[point][key] for point in names] for key in ("parameters", "val_loss"))
+        rho = fits.spearman(sizes, losses)
+        if rho is not None:
+            fall = 1 - losses[-1] / losses[0]
+            inputs = [summary_part(run, point, key) for point in names for key in ("parameters", "val_loss")]
+            page.derive(f"trend of {method}", {"spearman": rho, "change": abs(fall)}, inputs)
+            number = partial(page.derived_number, f"trend of {method}")
+            text = [f"{method}: Spearman correlation of size and validation loss ", number("spearman", spec="+.2f")]
+            text += [f"; the loss of {names[-1]} lies ", number("change", spec=".1%")]
+            table += page.paragraph(*text, f" {'below' if fall >= 0 else 'above'} that of {names[0]}.")
+    return table
+
+
+def reconstructions(run: RunResults, page: Page) -> str:
+    """For each clip three rows: input, masked, filled in; the points side by side."""
+    figures = []
+    for point in run.points:
+        mse, psnr = (_fidelity(run, point, *pair) for pair in (("masked_mse", ".4f"), ("psnr_db", ".1f")))
+        caption = [f"{point}, ", summary_part(run, point, "parameters", spec="M"), "\nMSE ", mse, ", ", psnr, " dB"]
+        image = _image(f"{PICTURES}/filled_{point}.png", f"{point}: input, masked, filled in")
+        figures.append(f"<figure>{image}<figcaption>{page.html(caption)}</figcaption></figure>")
+    return f'<div class="row">{"".join(figures)}</div>'
+
+
+def fidelity(run: RunResults, page: Page) -> str:
+    """Errors of filled-in pixels, with the same masks and the same hidden share for every point."""
+    columns = {"masked_mse": "hidden-pixel MSE ↓ (0..1)²", "psnr_db": "PSNR ↑ dB", **fidelity_columns(run), "clips": "clips"}
+    rows = [[point, *(_fidelity(run, point, key) for key in columns)] for point in run.points]
+    return page.table(("point", *columns.values()), rows)
+
+
+def overrides(run: RunResults, page: Page) -> str:
+    """Every setting that differs from the profile as written in experiments/."""
+    if not run.overrides:
+        return page.paragraph(f"None: every setting is that of the profile {run.profile}.")
+    rows = ([key, _override(run, page, key), ", ".join(stages)] for key, (_, stages) in run.overrides.items())
+    return page.table(("setting", "value in force", "stages that it changes"), rows)
+
+
+def deviations(run: RunResults, page: Page) -> str:
+    """Differences from the papers with their reasons, written by hand in deviations.md."""
+    from nbconvert.filters.markdown import markdown2html
+
+    return markdown2html(resources.files(__package__).joinpath("deviations.md").read_text())
+
+
+def unstated(run: RunResults, page: Page) -> str:
+    """Every choice that is ours because the paper does not state it, with its value in this run."""
+    rows, given = [], _settings(run)
+    for choice in unstated_choices():
+        lines = [[f"{key}: ", value] for key in choice.get("settings", ()) if (value := _in_force(key, given))]
+        if "fixed" in choice and run.results:
+            lines.append([f"in the code: {choice['fixed']}"])
+        if lines:
+            rows.append([choice["what"], joined(lines, "\n"), choice["known"]])
+    head = ("ours, since no paper states it", "in force", "what is known")
+    return f'<div class="words">{page.table(head, rows)}</div>'
+
+
+def _settings(run: RunResults) -> dict[str, Part]:
+    """Every setting of the stages as YAML has it, by dotted key, from the provenance of the first stage that has it."""
+    parts: dict[str, Part] = {}
+    for name, provenance in run.provenances.items():
+        for declared, content in provenance["settings"].items():
+            for key, value in flatten({declared: content}):
+                words = key.removeprefix(declared).split(".")[1:]
+                parts.setdefault(key, part_of(value, _provenance(run, name), "settings", declared, *words, spec=""))
+    return parts
+
+
+def unstated_choices() -> list[dict[str, Any]]:
+    """Entries of unstated.yaml: what, settings (dotted keys; `*` stands for one word), fixed, known."""
+    import yaml
+
+    return yaml.safe_load(resources.files(__package__).joinpath("unstated.yaml").read_text())
+
+
+def matches(pattern: str, keys: Iterator[str] | Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Dotted keys that a pattern stands for, each with the words that its `*` stand for."""
+    form = re.compile(re.escape(pattern).replace(r"\*", "([^.]+)"))
+    return ((key, match.groups()) for key in keys if (match := form.fullmatch(key)))
+
+
+def _in_force(pattern: str, given: Mapping[str, Part]) -> Part:
+    """The value of a pattern's keys; where they have several, each with its first words. Empty: no stage has one."""
+    values: dict[str, tuple[Part, list[str]]] = {}
+    for key, words in matches(pattern, given):
+        values.setdefault(text_of(given[key]), (given[key], []))[1].extend(words[:1])
+    if len(values) < 2:
+        return next((value for value, _ in values.values()), "")
+    return joined(([value, f" ({', '.join(words)})"] for value, words in values.values()), "; ")
+
+
+def lineage(run: RunResults, page: Page) -> str:
+    """The bytes and the code behind every encoder and number; `scaling4d audit` checks and explains them."""
+    weights: dict[str, Part] = {}
+    for r in run.results:
+        weights[r.encoder] = result_part(run, r, "checkpoint_sha256", spec="s")
+    for point in run.points:
+        if "checkpoint_sha256" in run.fidelity[point]:
+            weights.setdefault(point, _fidelity(run, point, "checkpoint_sha256", "s"))
+    shared: dict[tuple[str, str], tuple[Part, list[str]]] = {}
+    for name, provenance in run.provenances.items():
+        hashes = {("inputs", kind): sha for kind, sha in (provenance.get("inputs") or {}).items()}
+        if provenance.get("code"):
+            hashes = {("code", "sha256"): provenance["code"]["sha256"]} | hashes
+        for (group, kind), sha in hashes.items():
+            part = part_of(sha, _provenance(run, name), group, kind, spec="s")
+            shared.setdefault(("code" if group == "code" else kind, sha), (part, []))[1].append(name)
+    inputs = ([kind, sha, names[0] + (" and others" if names[1:] else "")] for (kind, _), (sha, names) in shared.items())
+    return page.table(("encoder", "weights, sha256"), weights.items()) + page.table(("input", "sha256", "of stage"), inputs)
+
+
+SECTIONS = (  # in the order of the page; a figure by its name
+    *(summary, "headline", sources, results, paper, gains, sheets, further, "pretraining", trends, points, "training_curves"),
+    *("methods", reconstructions, fidelity, "costs", overrides, deviations, unstated, lineage),
+)
+
+
+def _image(path: str, alt: str) -> str:
+    return f'<p><img src="{path}" alt="{alt}"></p>'
+
+
+def _fidelity(run: RunResults, point: str, key: str, spec: str | None = None) -> Part:
+    return part_of(run.fidelity[point].get(key), run.home / "reconstruct" / point / "result.json", key, spec=spec)
+
+
+def _provenance(run: RunResults, stage: str) -> str:
+    return (run.home / stage / "provenance.json").as_posix()
+
+
+def _override(run: RunResults, page: Page, key: str) -> Part:
+    """The value in force, from the first stage that it changes. One of stage `report` itself enters derived.json."""
+    value, (stage, *_) = run.overrides[key]
+    if stage != "report":
+        return part_of(value, _provenance(run, stage), "overrides", key, spec="")
+    page.derive(f"override {key}", value, ())
+    return page.derived_number(f"override {key}", spec="")

@@ -1,0 +1,74 @@
+"""CHECKPOINT, VIDEO -> FEATURES AND PREDICTIONS, as one `.npz`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scaling4d.encoders.arrays import write_npz
+from scaling4d.encoders.extract import all_features, read_array, read_clips
+from scaling4d.encoders.features import layer_index, split_time
+from scaling4d.encoders.pretrained import load_encoder
+from scaling4d.provenance import atomic_new
+from scaling4d.readout import released_heads
+from scaling4d.records import UserError
+from scaling4d.show.trained import TrainedReadout, load_trained_readout
+
+
+@torch.no_grad()
+def write_features(checkpoint: Path, video: Path, out: Path, *, side_px: int | None, queries: Path | None) -> list[str]:
+    """Write `layer_00` ... `layer_LL`, each `B N D`, and `output` where the folder has a readout. Returns their names.
+
+    Positions are resized where the clips have another size than the checkpoint's. Readouts of fixed places refuse such
+    clips.
+
+    Args:
+        checkpoint: a Checkpoint folder, or the folder of a frozen readout in artifacts/ (its encoder is used then).
+        video: a video file or a `.npy` of clips, see encoders.extract.read_clips. side_px: of the clips of a video
+        file.
+        queries: `.npy`, `Q 2` or `Q 4` in 0..1, for a readout that tracks.
+    Raises:
+        UserError: `out` exists, not a checkpoint, not clips, values outside 0..1, a video that is too short, or queries
+            that do not fit.
+    """
+    with atomic_new(out) as partial:
+        trained = load_trained_readout(checkpoint) if (checkpoint / "result.json").is_file() else None
+        released = None if trained else released_heads.read_readout(checkpoint)
+        head = released_heads.load_readout(checkpoint, released) if released else None
+        encoder = trained.encoder if trained else load_encoder(checkpoint).eval()
+        places = None  # 1 Q n
+        if queries is not None:
+            places = torch.from_numpy(read_array(queries, axes=2).astype(np.float32))[None]
+            if not ((places >= 0) & (places <= 1)).all():
+                raise UserError(
+                    f"{queries}: values from {places.min():g} to {places.max():g}; needed places in 0..1 of the picture"
+                )
+        pixels, native = read_clips(video, encoder.clip, side_px), encoder.clip
+        if (trained or released and released.kind == "depth") and tuple(pixels.shape[1:4]) != native:
+            raise UserError(f"{video}: clips T H W = {tuple(pixels.shape[1:4])}; this readout predicts for {native} only")
+        layers = all_features(encoder, pixels)
+        arrays = {f"layer_{i:02d}": layer.numpy() for i, layer in enumerate(layers)}
+        if trained:
+            arrays["output"] = _predict(trained, layers, pixels, places).numpy()
+        elif released:
+            arrays["output"] = released_heads.predict(released, head, encoder, layers, pixels, places).numpy()
+        write_npz(partial, arrays.items())
+    return list(arrays)
+
+
+def _predict(trained: TrainedReadout, layers: list[Tensor], pixels: Tensor, queries: Tensor | None) -> Tensor:
+    """Class scores, boxes `B Q T 4`, metres `B T H W`, points `B Q T 4`, or the pose `B 3 4`."""
+    encoder, model = trained.encoder, trained.model
+    target, coordinates = {"depth_m": pixels[..., 0]}, model.task.queries(encoder.clip).coordinates  # of depth only its shape
+    if coordinates:
+        if queries is None or queries.shape[-1] != coordinates:
+            raise UserError(
+                f"readouts of {trained.result.task} need objects of the first frame, Q {coordinates}; correct --queries"
+            )
+        first = queries.expand(len(pixels), -1, -1)[:, :, None]  # B Q 1 n
+        target |= {"points": first, "boxes": first}
+    features = layers[layer_index(depth=encoder.depth, fraction=model.fraction)]
+    return model.predict(split_time(features, encoder.grid), target)

@@ -1,0 +1,167 @@
+"""RESULT -> PICTURES: predictions of frozen readouts beside the truth, as a contact sheet and a video."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from scaling4d import artifacts, benchmarks, config, provenance, seeds, video
+from scaling4d.benchmarks.samples import ClipRequest
+from scaling4d.encoders.features import features_at_depth
+from scaling4d.records import Sample, UserError
+from scaling4d.show import draw
+from scaling4d.show.trained import TrainedReadout, load_trained_readout
+
+SHEET, MOVIE = "sheet.png", "clips.mp4"
+NOTES = {
+    "actions": ("bars: the likeliest classes with their probabilities; green: the true class",),
+    "boxes": ("solid: predicted; dashed: true, where labelled; the box of the first frame is given",),
+    "depth": ("grey: not measured",),
+    "points": (
+        "disc: visible, with its trail; ring: predicted to be hidden; white line: to the true place",
+        "the place in the first frame is given; the truth shows a point only where it is visible",
+    ),
+    "pose": (
+        "black: true path and last camera; grey: the first camera; coloured and dashed: the predicted last camera",
+        "lengths in the units of the readout's answer, both views alike",
+    ),
+}
+
+
+def show(folders: Sequence[Path], out: Path | None, *, clips: int, ids: Sequence[str], frames: int) -> Path:
+    """Write `sheet.png`, `clips.mp4` and their provenance to the new folder `out` (None: in `shown/`); return it.
+
+    Args:
+        folders: frozen readouts of one task in artifacts/, or their result.json. All predict the same clips.
+        clips: number of validation clips, drawn by the seed of the first result. ids: these clips instead, in this
+        order.
+        frames: of a clip on the sheet, evenly spaced from the first to the last.
+    Raises:
+        UserError: no readout, a fine-tuned one, readouts of different tasks, data or clips, an id that is not in the
+            split, or `out` exists.
+    """
+    started, bound = time.time(), config.bind(config.read(), [])
+    torch.set_num_threads(1)  # bits depend on it
+    readouts = [load_trained_readout(folder.parent if folder.name == "result.json" else folder) for folder in folders]
+    first, task = readouts[0], readouts[0].result.task
+    for other in readouts[1:]:
+        if (other.model.task, other.data) != (first.model.task, first.data):
+            raise UserError(f"{other.folder} and {first.folder} do not answer the same question; show them one by one")
+    if len({readout.encoder.clip[:2] for readout in readouts}) > 1:
+        raise UserError(f"{', '.join(map(str, folders))} are for clips of several sizes; show them one by one")
+    names = [readout.result.encoder for readout in readouts]
+    if len(set(names)) < len(names):
+        names = [f"{readout.result.encoder} ({readout.bound.declared['profile']})" for readout in readouts]
+    if len(set(names)) < len(names):
+        raise UserError(f"{', '.join(names)}: the same readout twice; name each once")
+    out = out or Path("shown") / "-".join([*names, task])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with provenance.atomic_new(out) as partial:
+        samples = choose_samples(first, clips, ids)
+        partial.mkdir()
+        write_pictures(partial, samples, dict(zip(names, readouts, strict=True)), frames)
+        inputs = {"benchmark": artifacts.sha256(benchmarks.find_benchmark(task, first.data, "val").folder)}
+        for name, readout in zip(names, readouts, strict=True):
+            inputs[f"readout/{name}/{task}/frozen"] = artifacts.sha256(readout.folder)
+            inputs[f"pretrain/{name}"] = artifacts.sha256(readout.checkpoint)
+        evidence = artifacts.evidence("show", bound, code=artifacts.code_hash("show"), inputs=inputs)
+        artifacts.write_evidence(partial, evidence, first.bound.operative)
+    artifacts.write_run(f"show-{task}", artifacts.sha256(out), started=started)
+    return out
+
+
+def choose_samples(readout: TrainedReadout, clips: int, ids: Sequence[str]) -> list[Sample]:
+    """Validation samples: those of `ids`, or `clips` readable ones in an order drawn by the result's seed."""
+    name, task, (frames, side_px, _) = readout.result.task, readout.model.task, readout.encoder.clip
+    request = ClipRequest(frames, task.rate_hz, side_px, queries=task.queries_at)
+    read = partial(benchmarks.read_samples, name, readout.data, "val", request, skipped=[], max_bad_share=1.0)
+    samples = read()
+    if not ids:
+        chosen: list[Sample] = []
+        for index in seeds.numpy(readout.result.seed, "show", name).permutation(samples.count).tolist():
+            if len(chosen) < clips:
+                chosen += islice(read().part(slice(index, index + 1), []), 1)
+        if not chosen:
+            raise UserError(f"{readout.data}: no clip of {name} val can be read; look with `scaling4d data check`")
+        return chosen
+    by_id, passed = {}, []
+    for sample in samples:
+        passed.append(sample.id)
+        if sample.id in ids:
+            by_id[sample.id] = sample
+        if len(by_id) == len(set(ids)):
+            return [by_id[one] for one in ids]
+    missing = next(one for one in ids if one not in by_id)
+    raise UserError(f"no clip {missing!r} in {name} val; there are {len(passed)}, such as {', '.join(passed[:3])}")
+
+
+@torch.no_grad()
+def predict(readout: TrainedReadout, sample: Sample) -> tuple[np.ndarray, tuple[float, float]]:
+    """The prediction for a sample, and (sum, count) of the readout's metric."""
+    model, target = readout.model, readout.model.task.target(sample)
+    features = features_at_depth(readout.encoder, torch.from_numpy(sample.pixels)[None], model.fraction)
+    batch = {name: torch.from_numpy(np.asarray(value)[None]) for name, value in target.items()}
+    predicted = model.predict(features, batch)[0].numpy()
+    return predicted, model.task.measure(predicted, target)[readout.result.metric]
+
+
+def write_pictures(out: Path, samples: Sequence[Sample], readouts: Mapping[str, TrainedReadout], frames: int) -> None:
+    """Write the sheet and the video: the same page with other frames. readouts: by the encoder's name."""
+    first, T = next(iter(readouts.values())), len(samples[0].pixels)
+    result, rate_hz = first.result, first.model.task.rate_hz
+    metric = f"{result.metric} in {result.unit}, {'higher' if result.higher_is_better else 'lower'} is better"
+    title, lines = f"{result.task}: frozen readouts on {len(samples)} validation clips; {metric}", []
+    for name, r in ((name, readout.result) for name, readout in readouts.items()):
+        value = f"{r.metric} {r.value:.3f} [{r.low:.3f}, {r.high:.3f}] over all {r.examples} clips"
+        lines.append(f"{name}: {value}, {r.parameters / 1e6:.2f} M parameters")
+    headings, predictions = [], []
+    for sample in samples:
+        heading, predicted = [sample.id], {}
+        for name, readout in readouts.items():
+            predicted[name], (total, count) = predict(readout, sample)
+            heading.append(f"{name} {total / count:.3f}" if count else f"{name} nothing to measure")
+        headings.append("   ".join(heading))
+        predictions.append(predicted)
+    panels, keys = draw_panels(first, samples, predictions)
+
+    def page(rows: list[list[list[draw.Cell]]]) -> np.ndarray:
+        blocks = [draw.block(heading, row) for heading, row in zip(headings, rows, strict=True)]
+        return draw.page(title, lines, blocks, NOTES[result.task], keys)
+
+    chosen = np.linspace(0, T - 1, frames).round().astype(int).tolist()
+    Image.fromarray(page([draw.sheet_rows(panel, chosen, rate_hz) for panel in panels])).save(out / SHEET, optimize=True)
+    pictures = np.stack([page([[draw.movie_row(panel, t)] for panel in panels]) for t in range(T)])
+    video.encode(out / MOVIE, pictures, rate_hz=rate_hz, crf=18, gop=T)
+
+
+def draw_panels(
+    readout: TrainedReadout, samples: Sequence[Sample], predictions: Sequence[Mapping[str, np.ndarray]]
+) -> tuple[list[list[draw.Panel]], list[draw.Cell]]:
+    """The panels of every clip, and keys to their colours. predictions: of each sample, by encoder."""
+    name, task, pairs = readout.result.task, readout.model.task, list(zip(samples, predictions, strict=True))
+    if name == "actions":
+        classes = benchmarks.class_names(readout.data)
+        return [draw.actions(sample, predicted, classes=classes) for sample, predicted in pairs], []
+    if name == "boxes":
+        return [draw.boxes(sample, predicted) for sample, predicted in pairs], []
+    if name == "depth":
+        true = np.concatenate([sample.labels["depth_m"][sample.valid["depth_m"]] for sample in samples])
+        near_m, far_m = np.quantile(true, [0.01, 0.99]).tolist() if len(true) else (0.0, 1.0)
+        scale = {"near_m": near_m, "far_m": max(far_m, 1.01 * near_m)}
+        return [draw.depth(sample, predicted, **scale) for sample, predicted in pairs], draw.depth_scales(**scale)
+    if name == "points":
+        panels = []
+        for sample, predicted in pairs:
+            likely = {encoder: 1 / (1 + np.exp(-raw[..., 2:].astype(np.float64))) for encoder, raw in predicted.items()}
+            visible = {encoder: (p.prod(-1) if task.certain else p[..., 0]) > 0.5 for encoder, p in likely.items()}
+            tracks = {encoder: (raw[..., :2], visible[encoder]) for encoder, raw in predicted.items()}
+            panels.append(draw.points(sample, tracks))
+        return panels, []
+    return [draw.pose(sample, predicted, true=task.target(sample)["pose"]) for sample, predicted in pairs], []

@@ -1,0 +1,135 @@
+"""Trends over size: Spearman's correlation, and the power law L = E + A * N^-alpha with bootstrap intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from scaling4d import seeds
+
+EXPONENTS = (1e-2, 4.0)  # smallest and largest that are tried
+GRID, ROUNDS = 32, 5  # exponents tried at a time; every round searches between the neighbours of the best one
+DRAWS = 1000
+QUANTILES = (0.025, 0.975)
+
+
+@dataclass(frozen=True)
+class Trend:
+    """y = floor + scale * (x / unit)^-exponent. unit: geometric mean of the fitted x. floor: the irreducible term.
+
+    draws: `draws 3` of a parametric bootstrap: floor, scale, exponent.
+    """
+
+    floor: float
+    scale: float
+    exponent: float
+    unit: float
+    draws: np.ndarray
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        return self.floor + self.scale * (np.asarray(x, dtype=float) / self.unit) ** -self.exponent
+
+    def interval(self, name: str) -> tuple[float, float]:
+        """95 % interval of `floor`, `scale` or `exponent`."""
+        return tuple(np.quantile(self.draws[:, ("floor", "scale", "exponent").index(name)], QUANTILES).tolist())
+
+    def band(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Low and high of the curve at every x, pointwise 95 %."""
+        n = np.asarray(x, dtype=float) / self.unit
+        floor, scale, exponent = (column[:, None] for column in self.draws.T)
+        return tuple(np.quantile(floor + scale * n**-exponent, QUANTILES, axis=0))
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The largest size, and its value predicted by the law of the smaller ones; low .. high: 95 %."""
+
+    x: float
+    measured: float
+    predicted: float
+    low: float
+    high: float
+
+    @property
+    def inside(self) -> bool:
+        return self.low <= self.measured <= self.high
+
+
+def trend(x: Sequence[float], y: Sequence[float]) -> Trend | None:
+    """Least squares fit with floor, scale and exponent >= 0, and its parametric bootstrap, see `_residuals`.
+
+    A draw that ends at a limit stays in, so that an interval is wide where the points do not fix a number.
+
+    Returns:
+        None with fewer than four sizes, for a flat curve, and for a fit that ends at the smallest or largest exponent.
+    """
+    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    if len(set(x.tolist())) < 4:
+        return None
+    unit = float(np.exp(np.log(x).mean()))
+    floor, scale, exponent = _fit(x / unit, y[None])[0].tolist()
+    if not 1.1 * EXPONENTS[0] < exponent < 0.99 * EXPONENTS[1] or scale < 1e-9 * float(np.abs(y).max()):
+        return None
+    curve = floor + scale * (x / unit) ** -exponent
+    return Trend(floor, scale, exponent, unit, _fit(x / unit, curve + _residuals(y - curve)[:, :-1]))
+
+
+def held_out(x: Sequence[float], y: Sequence[float]) -> HeldOut | None:
+    """Fit without the largest size and predict the mean of its values. None where the smaller sizes give no law."""
+    order = np.argsort(x, kind="stable")
+    x, y = np.asarray(x, dtype=float)[order], np.asarray(y, dtype=float)[order]
+    left = int((x < x[-1]).sum())
+    smaller = trend(x[:left], y[:left])
+    if smaller is None:
+        return None
+    floor, scale, exponent = smaller.draws.T
+    curves = floor + scale * (x[-1] / smaller.unit) ** -exponent
+    noise = _residuals(y[:left] - smaller(x[:left]))[:, -1] / np.sqrt(len(x) - left)
+    low, high = np.quantile(curves + noise, QUANTILES).tolist()
+    return HeldOut(float(x[-1]), float(y[left:].mean()), float(smaller(x[-1])), low, high)
+
+
+def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Rank correlation, ties at their mean rank. None with fewer than three points, or where all values are equal."""
+    from scipy.stats import spearmanr
+
+    if len(x) < 3 or len(set(x)) == 1 or len(set(y)) == 1:
+        return None
+    return float(spearmanr(x, y).statistic)
+
+
+def _fit(n: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Rows of y `draws points` -> `draws 3`: floor, scale, exponent. Floor and scale have a closed form."""
+    low, high = (np.full(len(y), limit) for limit in EXPONENTS)
+    rows = np.arange(len(y))
+    for _ in range(ROUNDS):
+        exponents = np.geomspace(low, high, GRID, axis=1)
+        floor, scale, error = _linear(n ** -exponents[..., None], y[:, None])
+        best = error.argmin(1)
+        low, high = (exponents[rows, at] for at in (np.maximum(best - 1, 0), np.minimum(best + 1, GRID - 1)))
+    return np.stack([floor[rows, best], scale[rows, best], exponents[rows, best]], axis=1)
+
+
+def _linear(basis: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Floor and scale >= 0 nearest to y = floor + scale * basis over the last axis, and the sum of squared errors."""
+    middle, centre = basis.mean(-1), y.mean(-1)
+    variance = ((basis - middle[..., None]) ** 2).sum(-1)
+    scale = ((basis - middle[..., None]) * y).sum(-1) / np.maximum(variance, 1e-300)
+    floor = centre - scale * middle
+    through_zero = (basis * y).sum(-1) / (basis**2).sum(-1)
+    scale = np.maximum(np.where(floor < 0, through_zero, scale), 0.0)
+    floor = np.where(floor < 0, 0.0, np.where(scale == 0, centre, floor))
+    return floor, scale, ((floor[..., None] + scale[..., None] * basis - y) ** 2).sum(-1)
+
+
+def _residuals(errors: np.ndarray) -> np.ndarray:
+    """`draws points+1`: normal residuals for the points and one more. Every call gives the same.
+
+    Their deviation is that of the errors, with three numbers fitted. It is drawn anew for every draw, as in Student's
+    t, because so few points do not fix it. In simulations the 95 % intervals held the truth in 91 to 97 % of the cases.
+    """
+    rng = seeds.numpy(0, "scatter")
+    deviation = np.sqrt((errors**2).sum() / rng.chisquare(len(errors) - 3, (DRAWS, 1)))
+    return deviation * rng.standard_normal((DRAWS, len(errors) + 1))

@@ -1,0 +1,51 @@
+"""Numbers and tables as the pages of studies, reports and comparisons write them."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Iterable, Sequence
+from importlib import resources
+from typing import Any
+
+from scaling4d.provenance import format_number
+
+NOTHING = "-"
+
+
+def number_format(value: float | int) -> str:
+    """Format spec of a number on a page: four decimals, two from 10 on, three digits where it is tiny or huge."""
+    if isinstance(value, int):
+        return ",d" if value < 1e9 else ".3g"
+    if value and not 1e-3 <= abs(value) < 1e6:
+        return ".3g"
+    return ".4f" if abs(value) < 10 else ".2f"
+
+
+def cell_text(value: Any) -> str:
+    """Text of a value in a table; `-` for None."""
+    if value is None:
+        return NOTHING
+    if isinstance(value, bool) or not isinstance(value, float | int):
+        return str(value)
+    return format_number(value, number_format(value))
+
+
+def escape(text: str) -> str:
+    """Text as HTML; a line end becomes a line break."""
+    return html.escape(text).replace("\n", "<br>")
+
+
+def html_page(title: str, body: str) -> str:
+    """A page of its own, without links to the network. title: text. body: HTML."""
+    template = resources.files(__package__).joinpath("page.html").read_text()
+    return template.replace("@TITLE@", html.escape(title)).replace("@BODY@", body)
+
+
+def html_table(head: Sequence[Any], rows: Iterable[Sequence[Any]], cell_html: Callable[[Any], str] = escape) -> str:
+    """A table. cell_html: gives the HTML of a cell; it is called in reading order."""
+
+    def line(cells: Sequence[Any], tag: str) -> str:
+        return f"<tr>{''.join(f'<{tag}>{cell_html(cell)}</{tag}>' for cell in cells)}</tr>"
+
+    top = f"<thead>{line(head, 'th')}</thead>" if any(head) else ""
+    return f'<table class="scaling4d">{top}<tbody>{"".join(line(row, "td") for row in rows)}</tbody></table>'

@@ -1,0 +1,250 @@
+"""Locks of a study's runs in; runs.csv, table.csv, fits.csv, ranks.csv, figures, study.json and study.html out."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from scaling4d import artifacts
+from scaling4d.provenance import parse_csv, read_lock, to_csv
+from scaling4d.records import UserError, write_json
+from scaling4d.studies import study as studies
+from scaling4d.studies.fits import held_out, spearman, trend
+from scaling4d.studies.markup import NOTHING, cell_text, html_page, html_table
+from scaling4d.studies.plotting import draw_law, legend, log_x, panel_title, style, subplots, to_svg
+from scaling4d.studies.study import REPORTS, Study
+
+FITS, RANKS = "fits.csv", "ranks.csv"
+FIT_COLUMNS = (
+    *("task", "ladder", "metric", "points", "floor", "floor_low", "floor_high", "exponent", "exponent_low", "exponent_high"),
+    *("largest", "measured", "predicted", "predicted_low", "predicted_high", "inside"),
+)
+RANK_COLUMNS = ("task", "ladder", "arms", "spearman", "lowest_of_a_seed", "highest_of_a_seed")
+AXES = {"parameters": "encoder parameters", "flops": "training FLOPs", "clips_seen": "clips seen"}
+Row = Mapping[str, Any]
+LAWS = "Power laws over all seeds, and the prediction of the largest size by the others"
+RANKED = "Rank correlation of the validation loss with each task"
+EXPLAINED = (
+    "Mean over {seeds} seeds ± their standard deviation. In brackets: the difference to {base}, seed by seed, and the seed noise "
+    "of such a difference at 95 %. * marks a difference larger than the noise. The noise is of training and readout seeds alone. "
+    "Losses compare only between arms that predict the same target."
+)
+
+
+def write_study(study: Study, cache: Path, run_facts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write all files of the study's folder but locks/ and findings.md. Equal locks give equal bytes.
+
+    Args:
+        cache: DVC's. A run whose results it lacks keeps its former rows, if its lock is unchanged.
+        run_facts: `arm-seed` -> experiment and, for runs of this clone, seconds and cpu_seconds. Other facts stay.
+    Raises:
+        UserError: a run without a lock or without results.
+    """
+    folder, facts_json, findings = study.folder, study.folder / studies.FACTS, study.folder / studies.FINDINGS
+    former = json.loads(facts_json.read_text()) if facts_json.is_file() else {"runs": {}, "files": {}}
+    former_rows, rows, locks, facts = studies.read_runs(folder), [], {}, {}
+    for run, (arm, seed) in study.runs.items():
+        path = study.lock(run)
+        if not path.is_file():
+            raise UserError(f"no {path}; run `{study.command}`")
+        locks[run], known = read_lock(path), {"experiment": "", **former["runs"].get(run, {})}
+        given = run_facts.get(run, known)
+        facts[run] = (known if given["experiment"] == known["experiment"] else {}) | given
+        numbers = studies.run_numbers(arm, seed, locks[run], cache, facts[run]["experiment"])
+        if numbers is None and former["files"].get(f"{studies.LOCKS}/{path.name}") == artifacts.sha256(path):
+            numbers = [row for row in former_rows if row["arm"] == arm.name and row["seed"] == str(seed)]
+        if not numbers:
+            raise UserError(f"DVC's cache lacks results that {path} names; run `{study.command}`")
+        rows += numbers
+    files = {studies.RUNS: to_csv(studies.RUN_COLUMNS, rows)}
+    rows = parse_csv(files[studies.RUNS])
+    table = studies.study_table(rows, study.base)
+    files |= {studies.TABLE: to_csv(studies.TABLE_COLUMNS, table), "runs.svg": runs_figure(study, rows, table)}
+    if study.ladders:
+        files |= {FITS: to_csv(FIT_COLUMNS, fit_rows(study, rows)), RANKS: to_csv(RANK_COLUMNS, rank_rows(study, rows))}
+        files |= {f"laws_{ladder}.svg": laws_figure(study, rows, ladder) for ladder in study.ladders}
+    files["study.html"] = study_page(study, table, files, findings.read_text() if findings.is_file() else "")
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    current = {*map(study.lock, study.runs), *(folder / name for name in files)}
+    for path in {*(folder / studies.LOCKS).glob("*.lock"), *folder.glob("*.svg")} - current:
+        path.unlink()  # of an arm, seed or ladder that the study no longer has
+    written = sorted(path for path in folder.rglob("*") if path.is_file() and path != facts_json)
+    content = studies.study_facts(study, locks, facts)
+    content["files"] = {path.relative_to(folder).as_posix(): artifacts.sha256(path) for path in written}
+    write_json(facts_json, content)
+    write_index()
+
+
+# ---- laws, for studies with ladders ----
+
+
+def fit_rows(study: Study, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+    """Rows of fits.csv: for each task and ladder the law of all seeds, and the largest size predicted by the others.
+
+    1 - value is fitted where higher is better: such metrics are shares. Columns stay empty where no law fits.
+    """
+    for ladder in study.ladders:
+        for task, points in _ladder(study, rows, ladder).items():
+            metric, higher = points[0]["metric"], points[0]["higher_is_better"]
+            sizes, errors = [point["x"] for point in points], [point["error"] for point in points]
+            row = {"task": task, "ladder": ladder, "metric": f"1 - {metric}" if higher else metric, "points": len(points)}
+            if fit := trend(sizes, errors):
+                for name in ("floor", "exponent"):
+                    low, high = fit.interval(name)
+                    row |= {name: getattr(fit, name), f"{name}_low": low, f"{name}_high": high}
+            if test := held_out(sizes, errors):
+                row |= {"largest": test.x, "measured": test.measured, "predicted": test.predicted}
+                row |= {"predicted_low": test.low, "predicted_high": test.high, "inside": test.inside}
+            yield row
+
+
+def rank_rows(study: Study, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+    """Rows of ranks.csv: for each task and ladder, Spearman's correlation of validation loss and task over the arms.
+
+    +1: the lower the loss, the better the task. Of the means over seeds, and the lowest and highest of a single seed.
+    """
+    for ladder, (_, arms) in study.ladders.items():
+        errors = {  # task -> arm -> seed -> error
+            task: {arm: {point["seed"]: point["error"] for point in points if point["arm"] == arm} for arm in arms}
+            for task, points in _ladder(study, rows, ladder).items()
+        }
+        losses = errors.pop("pretrain", None)
+        for task, by_arm in errors.items() if losses else ():
+            means = spearman(*([fmean(values[arm].values()) for arm in arms] for values in (losses, by_arm)))
+            single = [spearman([losses[arm][s] for arm in arms], [by_arm[arm][s] for arm in arms]) for s in study.seeds]
+            known = [rho for rho in single if rho is not None]
+            row = {"task": task, "ladder": ladder, "arms": len(arms), "spearman": means}
+            yield row | {"lowest_of_a_seed": min(known, default=None), "highest_of_a_seed": max(known, default=None)}
+
+
+def _ladder(study: Study, rows: Sequence[Row], name: str) -> dict[str, list[dict[str, Any]]]:
+    """By task: the rows of a ladder's runs, with numbers as numbers, `x` for the size and `error`, which is best at 0.
+
+    Raises:
+        UserError: a run without that size, such as one of an untrained encoder.
+    """
+    x, arms = study.ladders[name]
+    tasks: dict[str, list[dict[str, Any]]] = {}
+    for row in (row for row in rows if row["arm"] in arms):
+        if not row[x]:
+            arm = row["arm"]
+            raise UserError(f"ladder {name} of study {study.name} has arm {arm}, which has no {x}; take it from the ladder")
+        value, higher = float(row["value"]), row["higher_is_better"] == "True"
+        numbers = {"x": float(row[x]), "seed": int(row["seed"]), "value": value, "error": 1 - value if higher else value}
+        tasks.setdefault(row["task"], []).append({**row, **numbers, "higher_is_better": higher})
+    return tasks
+
+
+# ---- figures ----
+
+
+@style()
+def runs_figure(study: Study, rows: Sequence[Row], table: Sequence[Row]) -> str:
+    """A panel for each task: a dot for each seed, a line at each mean, and a band of seed noise around the base arm."""
+    arms, tasks = [arm.name for arm in study.arms], list(dict.fromkeys(row["task"] for row in rows))
+
+    figure, (panels,) = subplots(1, len(tasks), (max(2.4, 0.42 * len(arms) + 1.1) * len(tasks), 3.9))
+    for axes, task in zip(panels, tasks, strict=True):
+        runs, means = ([row for row in some if row["task"] == task] for some in (rows, table))
+        for row in runs:
+            axes.plot(arms.index(row["arm"]), float(row["value"]), "o", color="tab:blue", ms=4, alpha=0.55, label="a seed")
+        for row in means:
+            place = arms.index(row["arm"])
+            axes.plot([place - 0.3, place + 0.3], [row["mean"]] * 2, color="tab:blue", lw=1.6, label="mean of the seeds")
+        noise = next((row["noise"] for row in means if row["noise"] is not None), None)
+        middle = next((row["mean"] for row in means if row["arm"] == study.base), None)
+        if noise is not None and middle is not None:
+            label = f"{study.base} ± seed noise of a difference, 95 %"
+            axes.axhspan(middle - noise, middle + noise, color="0.5", alpha=0.15, lw=0, label=label)
+        axes.set_xticks(range(len(arms)), [arm.replace("_", " ") for arm in arms], rotation=35, ha="right", fontsize=8)
+        axes.set_xlim(-0.6, len(arms) - 0.4)
+        axes.set_title(_task_title(runs[0], higher_is_better=runs[0]["higher_is_better"] == "True"))
+        axes.margins(y=0.15)
+    legend(figure)
+    return to_svg(figure)
+
+
+@style()
+def laws_figure(study: Study, rows: Sequence[Row], name: str) -> str:
+    """A panel for each task over a kind of size: every seed, the law with its band, Spearman's correlation."""
+    tasks, (x, _) = _ladder(study, rows, name), study.ladders[name]
+
+    figure, (panels,) = subplots(1, len(tasks), (2.7 * len(tasks), 4.4))
+    for axes, points in zip(panels, tasks.values(), strict=True):
+        sizes, values, errors = ([point[key] for point in points] for key in ("x", "value", "error"))
+        higher, law = points[0]["higher_is_better"], "no power law"
+        axes.plot(sizes, values, "o", color="tab:blue", ms=4, alpha=0.55, label="a seed")
+        if fit := trend(sizes, errors):
+            draw_law(axes, sizes, fit, of_share=higher)
+            law = "exponent {:.2f} [{:.2f}, {:.2f}]".format(fit.exponent, *fit.interval("exponent"))
+        rho = spearman(sizes, values)
+        title = _task_title(points[0], higher_is_better=higher)
+        axes.set_title(f"{title}\n{law}" + ("" if rho is None else f"\nSpearman {rho:+.2f}"))
+        log_x(axes, sizes, AXES[x])
+        axes.margins(y=0.15)
+    legend(figure)
+    return to_svg(figure)
+
+
+def _task_title(row: Row, *, higher_is_better: bool) -> str:
+    return panel_title(row["task"], row["metric"].replace("_", " "), row["unit"], higher_is_better)
+
+
+# ---- pages ----
+
+
+def study_page(study: Study, table: Sequence[Row], files: Mapping[str, str], findings: str) -> str:
+    """Question, findings, table, laws, figures and arms on one page. files: texts by name; figures are linked."""
+    tasks = {row["task"]: row["metric"] for row in table}
+    cells = {(row["arm"], row["task"]): _cell(row) for row in table}
+    head = ("arm", *(f"{task}\n{metric}" for task, metric in tasks.items()))
+    body = [[arm.name, *(cells.get((arm.name, task), NOTHING) for task in tasks)] for arm in study.arms]
+    settings = [[arm.name, arm.encoder, ", ".join(arm.overrides) or f"profile {arm.profile} as it is"] for arm in study.arms]
+    parts = [f"<h1>{html.escape(study.name.replace('_', ' '))}</h1><p>{html.escape(study.question)}</p>"]
+    if findings:
+        text = "\n".join(line for line in findings.splitlines() if not line.startswith("#"))
+        blocks = (html.escape(" ".join(block.split())) for block in text.split("\n\n") if block.strip())
+        parts.append(f"<h2>Findings</h2>{''.join(f'<p>{block}</p>' for block in blocks)}")
+    parts.append(f"<h2>Table</h2>{html_table(head, body)}<p>{EXPLAINED.format(base=study.base, seeds=len(study.seeds))}</p>")
+    for name, columns, heading in ((FITS, FIT_COLUMNS, LAWS), (RANKS, RANK_COLUMNS, RANKED)) if study.ladders else ():
+        rows = ([_rounded(text) for text in row.values()] for row in parse_csv(files[name]))
+        parts.append(f"<h2>{heading}</h2>{html_table([column.replace('_', ' ') for column in columns], rows)}")
+    figures = [name.removesuffix(".svg") for name in files if name.endswith(".svg")]
+    parts += [f'<figure><img src="{name}.svg" alt="{name.replace("_", " ")}"></figure>' for name in figures]
+    parts.append(f"<h2>Arms</h2>{html_table(('arm', 'encoder', 'settings'), settings)}")
+    parts.append(f"<p>Again: <code>{study.command}</code>. <a href='../index.html'>All studies</a></p>")
+    return html_page(f"study {study.name}", "\n".join(parts))
+
+
+def _cell(row: Row) -> str:
+    text = cell_text(row["mean"]) + ("" if row["deviation"] is None else f" ± {cell_text(row['deviation'])}")
+    if row["noise"] is not None:
+        sign, mark = "+" if row["difference"] > 0 else "", " *" if row["beyond_noise"] else ""
+        text += f"\n({sign}{cell_text(row['difference'])} ± {cell_text(row['noise'])}){mark}"
+    return text
+
+
+def _rounded(text: str) -> str:
+    try:
+        return cell_text(int(text) if text.isdigit() else float(text)) if math.isfinite(float(text)) else text
+    except ValueError:
+        return text
+
+
+def write_index() -> None:
+    """Write reports/studies/index.html: every study, and the CPU hours of all. A shared experiment counts once."""
+    lines, seconds = [], {}
+    for path in sorted(REPORTS.glob(f"*/{studies.FACTS}")):
+        facts, name = json.loads(path.read_text()), path.parent.name
+        seconds |= {run["experiment"]: run["cpu_seconds"] for run in facts["runs"].values() if "cpu_seconds" in run}
+        link = f"<a href='{name}/study.html'>{name.replace('_', ' ')}</a>"
+        lines.append(f"<li>{link}: {html.escape(facts['question'])} ({len(facts['runs'])} runs)</li>")
+    hours = f"{len(seconds)} experiments, {sum(seconds.values()) / 3600:.2f} CPU hours, without those that were run elsewhere."
+    body = f"<h1>Studies</h1><ul>{''.join(lines)}</ul><p>Each is one command: <code>scaling4d study NAME</code>. {hours}</p>"
+    (REPORTS / "index.html").write_text(html_page("studies", body))

@@ -1,0 +1,328 @@
+"""Start a job's ranks where its LaunchConfig says: torchrun here, torchrun on several machines, or a Slurm job.
+
+Every rank runs the same command with `--snapshot FOLDER`. The folder holds settings, code and names of the inputs at
+the time of the launch, so that ranks that start again days later belong to the same run.
+
+    .resume/snapshot-<sha>/run.json    the job's content
+                           code/       this package
+                           refused     the reason of a rank that refused to continue; restarted ranks then leave at once
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import scaling4d
+from scaling4d import artifacts, provenance
+from scaling4d.config import require_minima
+from scaling4d.records import AGAIN, UserError, write_json
+from scaling4d.training.distributed import stop_requests
+
+CONTENT, CODE, REFUSED = "run.json", "code", "refused"
+ADDRESS = "ADDRESS"  # stands for the rendezvous in the command of a Slurm job
+PORT, PORTS = 29500, 1_000  # torchrun's own port, and the next ones: two jobs on one machine should not meet
+REQUEUE_S, REQUEUES = 60, 10_000  # left of a Slurm job's time to queue it again after its ranks have saved; how often
+POLL_S = 2.0
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Where a job's ranks run; results do not depend on it.
+
+    where: here (forked ranks), torchrun (on this machine), nodes (the same command on each of several machines, which
+    meet at `rendezvous`) or slurm. nodes: machines, which share the ranks. rendezvous: HOST:PORT of one of the nodes.
+    restarts: of all ranks when one is lost (torchrun). wait_s: for other nodes, and for a state to be saved. partition,
+    hours: of a Slurm job. cluster: slurm, or local for submitit's processes on this machine.
+    """
+
+    where: str
+    nodes: int
+    rendezvous: str
+    restarts: int
+    wait_s: int
+    partition: str
+    hours: int
+    cluster: str
+
+    def __post_init__(self) -> None:
+        if self.where not in ("here", "torchrun", "nodes", "slurm"):
+            raise ValueError(f"where is {self.where!r}; needed here, torchrun, nodes or slurm")
+        require_minima(self, {"nodes": 1})
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command for several ranks.
+
+    name: such as pretrain-nano. arguments: of `python -m scaling4d`. setting: dotted key of its LaunchConfig. ranks:
+    over all machines. processes: of a rank. content: for the ranks, as JSON. steps: in all. steps_done: by now.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    setting: str
+    ranks: int
+    processes: int
+    device: str
+    content: Mapping[str, Any]
+    steps: int
+    steps_done: Callable[[], int]
+
+
+def launch(job: Job, config: LaunchConfig, *, dry: bool) -> int | None:
+    """Run a job's ranks elsewhere, or print how (dry).
+
+    Returns:
+        The exit code, AGAIN after a request to stop; None: the ranks are to run in this process.
+    Raises:
+        UserError: ranks that do not divide among the nodes, no answer at the rendezvous, no Slurm, or a rank refused.
+    """
+    if job.ranks % config.nodes:
+        raise UserError(f"{job.ranks} ranks do not divide among {config.nodes} nodes; set {job.setting}.nodes")
+    if config.where == "here":
+        if dry:
+            print(f"{job.ranks} forked ranks of this process")
+        return 0 if dry else None
+    start = _slurm if config.where == "slurm" else _torchrun
+    if dry:
+        return start(job, config, provenance.WORK_FOLDER / "snapshot", dry=True)
+    shared = config.where == "nodes"
+    snapshot, code = _write_snapshot(job, "" if shared else f"-{socket.gethostname()}-{os.getpid()}"), None
+    try:
+        code = start(job, config, snapshot, dry=False)
+        if code and (snapshot / REFUSED).is_file():
+            raise UserError((snapshot / REFUSED).read_text())
+        return code
+    finally:
+        if code == 0 or not shared:
+            shutil.rmtree(snapshot, ignore_errors=True)
+
+
+@contextmanager
+def snapshot_content(snapshot: Path) -> Iterator[dict[str, Any] | None]:
+    """In a rank: the job's content; None if another rank was refused. The launcher prints the reason of a refusal.
+
+    Raises:
+        SystemExit: the block raised a UserError.
+    """
+    if (snapshot / REFUSED).is_file():
+        yield None
+        return
+    try:
+        yield json.loads((snapshot / CONTENT).read_text())
+    except UserError as error:
+        with suppress(FileExistsError), (snapshot / REFUSED).open("x") as file:
+            file.write(str(error))
+        raise SystemExit(1) from error
+
+
+def first_gpu_bytes() -> int | None:
+    """Memory of the first GPU of this machine; None: no GPU. By nvidia-smi, so that this process stays free to fork."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    words = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    return int(words[0]) * 2**20 if words and words[0].isdigit() else None
+
+
+def _write_snapshot(job: Job, suffix: str) -> Path:
+    """The snapshot's folder; launchers on several machines share that of the first."""
+    digest = hashlib.sha256(json.dumps(job.content, sort_keys=True).encode()).hexdigest()
+    folder = provenance.WORK_FOLDER / f"snapshot-{digest[:16]}{suffix}"
+    (folder / REFUSED).unlink(missing_ok=True)
+    if not folder.is_dir():
+        partial = folder.with_name(f"partial-{folder.name}-{socket.gethostname()}-{os.getpid()}")
+        source = Path(scaling4d.__file__).parent
+        shutil.copytree(source, partial / CODE / "scaling4d", ignore=shutil.ignore_patterns("__pycache__"))
+        write_json(partial / CONTENT, job.content)
+        try:
+            partial.rename(folder)
+        except OSError:  # another machine was first
+            if not folder.is_dir():
+                raise
+            shutil.rmtree(partial)
+    return folder
+
+
+def _torchrun(job: Job, config: LaunchConfig, snapshot: Path, *, dry: bool) -> int:
+    """Exit code of torchrun on this machine: 1 after a refusal, AGAIN after a request to stop."""
+    address = ""
+    if config.where == "nodes":
+        _wait_for_rendezvous(job, config, dry=dry)
+        address = config.rendezvous
+    command = _command(job, config, snapshot, address)
+    if dry:
+        print(shlex.join(command))
+        return 0
+    return _run(command, snapshot)
+
+
+def _command(job: Job, config: LaunchConfig, snapshot: Path, address: str) -> list[str]:
+    """torchrun's command on one of the machines that meet at `address`, or on a machine alone ("").
+
+    It forwards requests to stop, and gives ranks the time to save.
+    """
+    where = ["--standalone"]
+    if address:
+        where = ["--nnodes", str(config.nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", address]
+        where += ["--rdzv-id", job.name, "--rdzv-conf", f"join_timeout={config.wait_s}"]
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", str(job.ranks // config.nodes)),
+        *("--max-restarts", str(config.restarts), "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"),
+        *("--shutdown-timeout", str(config.wait_s), "-m", "scaling4d", *job.arguments, "--snapshot", str(snapshot)),
+    ]
+
+
+def _run(command: list[str], snapshot: Path) -> int:
+    torchrun: subprocess.Popen | None = None
+
+    def stop(_: int) -> None:
+        if torchrun:
+            torchrun.send_signal(signal.SIGTERM)
+
+    with stop_requests(stop) as requests:
+        torchrun = _start(command, snapshot)
+        if requests:  # while torchrun was being started
+            stop(requests[0])
+        code = torchrun.wait()
+    if (snapshot / REFUSED).is_file():  # restarted ranks leave as if they had succeeded
+        return 1
+    return AGAIN if requests and code else code
+
+
+def _start(command: list[str], snapshot: Path) -> subprocess.Popen:
+    """Start torchrun with the snapshot's code. Slurm's signal for submitit is blocked in it and its ranks."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+    try:
+        code = os.pathsep.join(path for path in (str((snapshot / CODE).resolve()), os.environ.get("PYTHONPATH")) if path)
+        added = {"PYTHONPATH": code}
+        if "--nnodes" in command:
+            added["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # of several machines only some count a restart
+        return subprocess.Popen(command, env=os.environ | added)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _wait_for_rendezvous(job: Job, config: LaunchConfig, *, dry: bool) -> None:
+    """Wait until somebody answers at the rendezvous, unless this machine is to answer there. dry: check the setting.
+
+    Raises:
+        UserError: not HOST:PORT, no such host, or no answer within `wait_s`.
+    """
+    setting, (host, _, port) = f"{job.setting}.rendezvous", config.rendezvous.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"{setting} is {config.rendezvous!r}; needed HOST:PORT of one of the nodes")
+    if dry:
+        return
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as error:
+        reason = f"no host {host} ({error.strerror})"
+        raise UserError(f"{setting} is {config.rendezvous}: {reason}; needed one of the nodes") from error
+    with socket.socket(family, kind, protocol) as trial, suppress(OSError):
+        trial.bind((address[0], 0, *address[2:]))
+        return  # an address of this machine
+    until = time.monotonic() + config.wait_s
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=POLL_S).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                why = f"nobody answers at {setting} {config.rendezvous} for {config.wait_s} s ({error})"
+                raise UserError(f"{why}; start the same command there") from error
+            time.sleep(POLL_S)
+
+
+@dataclass
+class SlurmTask:
+    """The part of a Slurm job on one machine; submitit pickles and runs it."""
+
+    command: list[str]
+    snapshot: Path
+    folder: str
+    torchrun: subprocess.Popen | None = None
+
+    def __call__(self) -> int:
+        import submitit
+
+        os.chdir(self.folder)
+        first = submitit.JobEnvironment().hostnames[0]
+        port = PORT + int(os.environ.get("SLURM_JOB_ID", "0")) % PORTS
+        self.torchrun = _start([word.replace(ADDRESS, f"{first}:{port}") for word in self.command], self.snapshot)
+        try:
+            return self.torchrun.wait() or int((self.snapshot / REFUSED).is_file())
+        finally:  # cancelled
+            self._stop()
+
+    def checkpoint(self) -> Any:
+        """Before preemption, or at the end of the job's time: ranks save their state, and the job is queued again."""
+        import submitit
+
+        self._stop()
+        return submitit.helpers.DelayedSubmission(SlurmTask(self.command, self.snapshot, self.folder))
+
+    def _stop(self) -> None:
+        """A signal handler calls this while `__call__` waits: Popen's own `wait` would then wait for itself."""
+        if self.torchrun is None or self.torchrun.returncode is not None:
+            return
+        with suppress(ProcessLookupError, ChildProcessError):  # ended already
+            os.kill(self.torchrun.pid, signal.SIGTERM)
+            os.waitid(os.P_PID, self.torchrun.pid, os.WEXITED | os.WNOWAIT)
+
+
+def _slurm(job: Job, config: LaunchConfig, snapshot: Path, *, dry: bool) -> int:
+    """Exit code of a Slurm job, whose progress is shown. A signal cancels the job, and its ranks save their state."""
+    try:
+        import submitit
+        from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
+    except ModuleNotFoundError as error:
+        raise UserError("Launch.where is slurm and submitit is not installed; run pip install 'scaling4d[cluster]'") from error
+    from rich.progress import Progress
+
+    task = SlurmTask(_command(job, config, snapshot, ADDRESS if config.nodes > 1 else ""), snapshot, os.getcwd())
+    ranks = job.ranks // config.nodes
+    parameters = {"nodes": config.nodes, "tasks_per_node": 1, "timeout_min": 60 * config.hours, "name": job.name}
+    parameters |= {"cpus_per_task": ranks * job.processes, "slurm_mem": "0"}  # all memory of a machine
+    parameters |= {"gpus_per_node": ranks} if job.device == "cuda" else {}
+    parameters |= {"slurm_signal_delay_s": config.wait_s + REQUEUE_S}
+    parameters |= {"slurm_partition": config.partition} if config.partition else {}
+    folder = artifacts.RUNS / "slurm"
+    if dry:
+        names = SlurmExecutor._equivalence_dict()
+        named = {names.get(key, key.removeprefix("slurm_")): value for key, value in parameters.items()}
+        command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {folder}"
+        print(_make_sbatch_string(command=command, folder=folder, **named) + f"# it runs: {shlex.join(task.command)}")
+        return 0
+    if config.cluster == "slurm" and shutil.which("sbatch") is None:
+        raise UserError(f"no sbatch here, so no Slurm; set {job.setting}.where to here, torchrun or nodes")
+    executor = submitit.AutoExecutor(folder / job.name, cluster=config.cluster, slurm_max_num_timeout=REQUEUES)
+    executor.update_parameters(**parameters)
+    submitted = executor.submit(task)
+    print(f"job {submitted.job_id}, log {submitted.paths.stdout}", file=sys.stderr)
+    more = (signal.SIGINT, signal.SIGHUP)
+    with stop_requests(lambda _: submitted.cancel(), more=more) as requests, Progress() as bar:
+        shown = bar.add_task(job.name, total=job.steps)
+        while not submitted.done():
+            bar.update(shown, completed=job.steps_done())
+            time.sleep(POLL_S)
+    if submitted.exception() is None:
+        return max(submitted.results(), key=abs)  # one of each machine
+    if requests:
+        return AGAIN
+    print(submitted.stderr(), file=sys.stderr)
+    return 1

@@ -1,0 +1,125 @@
+"""`scaling4d bench`: one thin command for each benchmark. Importing this module imports no torch."""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from scaling4d.records import UserError
+
+bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory, beside other libraries where there are any.")
+
+
+def _known(precision: str | list[str]) -> str | list[str]:
+    for word in [precision] if isinstance(precision, str) else precision:
+        if word not in ("fp32", "bf16"):
+            raise UserError(f"--precision {word!r}; needed fp32 or bf16")
+    return precision
+
+
+Reports = Annotated[Path, typer.Option("--out", help="Folder for the json with every single time.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Number of turns of each workload.")]
+Precision = Annotated[str, typer.Option(callback=_known, help="fp32 or bf16.")]
+MaeSt = Annotated[
+    Path | None, typer.Option(help="A checkout of facebookresearch/mae_st to measure beside ours; its code is run.")
+]
+REPORTS = Path("reports/bench")
+
+
+@bench.callback()
+def quiet_profiler() -> None:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler else prints reports on itself
+
+
+@bench.command()
+def decode(
+    out: Reports = REPORTS,
+    clips: Annotated[int, typer.Option(min=1, help="Read by each reader in each turn, of each kind of video.")] = 20,
+    repeats: Repeats = 7,
+) -> None:
+    """Clips a second from random places of videos: ours, torchcodec, OpenCV, plain PyAV, FFmpeg alone."""
+    _measure("decode", out, clips=clips, repeats=repeats)
+
+
+@bench.command()
+def loader(
+    out: Reports = REPORTS,
+    steps: Annotated[int, typer.Option(min=1, help="Batches of 8 clips in a turn.")] = 40,
+    repeats: Repeats = 5,
+    minutes: Annotated[float, typer.Option(min=0, help="Time of watching the memory.")] = 1.0,
+) -> None:
+    """Clips a second of the loader with 0, 1, 2, 4 workers, and its memory as time goes by."""
+    _measure("loader", out, steps=steps, repeats=repeats, minutes=minutes)
+
+
+@bench.command()
+def readout(
+    encoder: Annotated[str, typer.Argument(help="A name in artifacts/<profile>/pretrain.")],
+    out: Reports = REPORTS,
+    tasks: Annotated[list[str] | None, typer.Option("--task", help="One of the tasks; default: all of them.")] = None,
+) -> None:
+    """The cost of an encoder's frozen readouts beside one pass of it, and the time that stored features save."""
+    _measure("readout", out, encoder=encoder, tasks=tasks or ())
+
+
+@bench.command()
+def curate(
+    out: Reports = REPORTS,
+    files: Annotated[int, typer.Option(min=2, help="Videos of the small run.")] = 200,
+    more: Annotated[int, typer.Option(min=3, help="Videos of the large run.")] = 2000,
+    repeats: Repeats = 1,
+) -> None:
+    """Files a second of curation, its memory at two sizes, and the cost for 170 million videos that follows."""
+    _measure("curate", out, files=files, more=more, repeats=repeats)
+
+
+@bench.command()
+def pretrain(
+    out: Reports = REPORTS,
+    clips: Annotated[int, typer.Option(min=1, help="A batch, of every model.")] = 8,
+    repeats: Repeats = 5,
+    precision: Annotated[list[str], typer.Option(callback=_known, help="fp32 or bf16; give it twice for both.")] = ["fp32"],  # noqa: B006
+    mae_st: MaeSt = None,
+) -> None:
+    """Clips a second of training steps, share of the matmul peak: ours, transformers' VideoMAE, official MAE-ST."""
+    _measure("pretrain", out, clips=clips, repeats=repeats, precisions=precision, mae_st=mae_st)
+
+
+@bench.command()
+def masking(
+    out: Reports = REPORTS,
+    clips: Annotated[int, typer.Option(min=1, help="A batch.")] = 2,
+    repeats: Repeats = 5,
+    precision: Precision = "fp32",
+    workers: Annotated[int, typer.Option(min=0, help="Processes that load clips.")] = 4,
+    shards: Annotated[Path | None, typer.Option(help="A `clips` folder to load from, instead of made-up videos.")] = None,
+) -> None:
+    """Step time at 0, 75, 90 and 95 % hidden, MAE-ST's and SimpleMAE's decoding at B and L; loading clips beside it."""
+    _measure("masking", out, clips=clips, repeats=repeats, precision=precision, workers=workers, shards=shards)
+
+
+@bench.command()
+def attention(
+    out: Reports = REPORTS,
+    total: Annotated[int, typer.Option(min=1, help="Approximate number of tokens of all clips together.")] = 6272,
+    repeats: Repeats = 7,
+    precision: Precision = "fp32",
+) -> None:
+    """Attention at the token counts in use: ours, torch's, xformers; clips in a batch and packed in one sequence."""
+    _measure("attention", out, total=total, repeats=repeats, precision=precision)
+
+
+@bench.command()
+def costs(out: Reports = REPORTS, repeats: Repeats = 5) -> None:
+    """Growth of time and memory of training with clips, frames, side, depth, width and batch, beside the formulas."""
+    _measure("costs", out, repeats=repeats)
+
+
+def _measure(benchmark: str, out: Path, **options: object) -> None:
+    """Call `bench` of one of this package's modules, which imports torch."""
+    path = import_module(f"scaling4d_bench.{benchmark}").bench(out, **options)
+    print(f"wrote {path}")

@@ -1,0 +1,71 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from scaling4d import audit
+from scaling4d.audit.run import locked_runs
+
+NANO, MINI = (f"artifacts/test/readout/{point}/actions/frozen/result.json" for point in ("nano", "mini"))
+BUILT = "reports/built"
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("results.csv", "top1,0.75,", "top1,0.95,", f"line 2: mini/actions/frozen top1 value = 0.95, {MINI} has 0.75"),
+        ("results.csv", "small,6,a", "smell,6,a", "line 6: no stage of dvc.lock makes the numbers of smell/actions/frozen"),
+        ("pretrain.csv", "nano,5,0.5", "nano,5,0.4", "line 3: nano/pretrain train_loss = 0.4, artifacts/test/pretrain/nano/"),
+        ("metrics.json", '"low": 0.4,', '"low": 0.3,', "actions.top1↑ (share).frozen.nano.low = 0.3, the tables have 0.4"),
+        ("report.html", ">0.7500<", ">0.8500<", "n-1 shows 0.8500, reports/built/numbers.json has 0.7500"),
+        ("report.html", '"n-1"', '"n-x"', f"not those of {BUILT}/numbers.json in the same order: n-x only in the page, n-1 only"),
+        ("report.html", '"n-1"', '"n-0"', f"not those of {BUILT}/numbers.json in the same order: none only in the page, n-1 "),
+        ("numbers.json", '"text": "0.7500"', '"text": "0.8500"', "n-1: 0.75 with format '.4f' is 0.7500, its text is 0.8500"),
+        ("numbers.json", '".4f"', '".4q"', "n-1: 0.75 with format '.4q' is nothing (Unknown format code 'q'"),
+        ("numbers.json", '"value": 0.75', '"value": 0.85', f"n-1: value 0.85, {MINI} has 0.75 at ['value']"),
+        ("numbers.json", '"top5"', '"topX"', f"n-3: {MINI} has nothing at ['others', 'topX'] ('topX')"),
+        ("numbers.json", '"encoder": "mini"', '"encoder": "many"', "n-2: reports/built/results.csv has nothing at [{"),
+        ("numbers.json", "readout/mini", "readout/many", "n-0: no stage of dvc.lock wrote or read artifacts/test/readout/many/"),
+        ("derived.json", '"value": 0.5', '"value": 0.6', "n-5: value 0.5, reports/built/derived.json has 0.6 at ['gain mini',"),
+        ("derived.json", '"value"\n', '"vilue"\n', f"reports/built/derived.json gain mini: {MINI} has nothing at ['vilue']"),
+    ],
+)
+def test_one_changed_number_is_named_in_its_file(
+    flip: Callable, wrong: Callable, file: str, old: str, new: str, message: str
+) -> None:
+    flip(f"{BUILT}/{file}", old, new)
+    text = wrong()
+    assert f"wrong       {BUILT}/{file}: md5 " in text and message in text
+
+
+def test_a_changed_number_of_the_page_is_named_where_every_hash_was_made_to_fit(flip: Callable, wrong: Callable) -> None:
+    path = f"{BUILT}/report.html"
+    md5, sha256 = (hash_of(path) for hash_of in (locked_runs()[0].disk.md5, locked_runs()[0].disk.sha256))
+    flip(path, ">0.7500<", ">0.8500<")
+    flip("dvc.lock", md5, locked_runs()[0].disk.md5(path))
+    flip(f"{BUILT}/runs.json", sha256, locked_runs()[0].disk.sha256(path))
+    assert wrong() == f"wrong       {path}: n-1 shows 0.8500, {BUILT}/numbers.json has 0.7500"
+
+
+def test_entries_that_are_no_numbers_are_named(wrong: Callable) -> None:
+    numbers = json.loads(Path(BUILT, "numbers.json").read_text())
+    del numbers[3]["source"]
+    Path(BUILT, "numbers.json").write_text(json.dumps(numbers))
+    malformed = f"{BUILT}/numbers.json: an entry of it or of {BUILT}/derived.json is malformed: "
+    assert malformed in wrong() and "'source'; run stage report again" in wrong()
+
+
+def test_derived_numbers_need_a_hash_in_the_lock(wrong: Callable) -> None:
+    for name in ("dvc.yaml", "dvc.lock"):
+        Path(name).write_text(Path(name).read_text().replace("derived.json", "settled.json"))
+    assert f"{BUILT}/derived.json: dvc.lock has no hash of it: it has to be an out of stage report" in wrong()
+
+
+def test_numbers_whose_sources_are_absent_are_not_checked(clone: Path, messages: Callable) -> None:
+    assert f"not checked {BUILT}/numbers.json: the values of 3 sources that are not here ({MINI}, {NANO} and 1 more)" in messages(
+        "not checked"
+    )
+    assert f"not checked {BUILT}: 6 rows of its tables: their results are not in artifacts/test" in messages("not checked")
+    Path(BUILT, "numbers.json").unlink()
+    assert audit.check() == 0

@@ -1,0 +1,85 @@
+"""Clips from files, encoders by name, and features at another size."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import scaling4d
+from scaling4d.checkpoint import WEIGHTS, Checkpoint
+from scaling4d.encoders.extract import all_features, read_clips
+from scaling4d.mae.encoder import Encoder, EncoderConfig, PixelTokens, PixelTokensConfig, initialise
+from scaling4d.records import UserError
+
+CLIP = (6, 32, 48)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A Checkpoint folder with an Encoder."""
+    settings = {"width": 24, "depth": 2, "heads": 2, "mlp": 48, "clip": CLIP, "patch": (2, 16, 16)}
+    settings |= {"pixel_mean": 0.0, "pixel_scale": 1.0}
+    encoder = Encoder(EncoderConfig(**settings))
+    initialise(encoder, seed=0)
+    (tmp_path / "artifacts/smoke/pretrain/nano").mkdir(parents=True)
+    Checkpoint("nano", "Encoder", settings, 1, 0, 0).write(tmp_path / "artifacts/smoke/pretrain/nano", encoder.state_dict())
+    return tmp_path / "artifacts/smoke/pretrain/nano"
+
+
+def test_load_finds_encoders_by_folder_or_name_and_leaves_their_files_alone(folder: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(scaling4d.load(folder), Encoder) and not scaling4d.load("nano").training
+    with pytest.raises(
+        UserError, match="^0 checkpoints are called 'nothing'; needed a folder, such as artifacts/smoke/pretrain/"
+    ):
+        scaling4d.load("nothing")
+    before = (folder / WEIGHTS).read_bytes()
+    initialise(scaling4d.load(folder), seed=1)
+    assert (folder / WEIGHTS).read_bytes() == before
+
+
+def test_clips_of_another_size_resize_the_positions_and_of_the_same_size_leave_them(folder: Path) -> None:
+    encoder = scaling4d.load(folder)
+    before = encoder.positions.clone()
+    assert len(all_features(encoder, torch.zeros(1, *CLIP, 3))) == 3 and torch.equal(encoder.positions, before)
+    assert all_features(encoder, torch.zeros(1, 12, 64, 64, 3))[0].shape == (1, 6 * 4 * 4, 24)
+    with pytest.raises(UserError, match=r"clip T H W = \(12, 60, 64\) does not divide into patches"):
+        all_features(encoder, torch.zeros(1, 12, 60, 64, 3))
+    pixels = PixelTokens(PixelTokensConfig(clip=CLIP, patch=(2, 16, 16), pixel_mean=0.0, pixel_scale=1.0))
+    with pytest.raises(UserError, match=r"^clips T H W = \(6, 48, 32\); this encoder takes \(6, 32, 48\) only$"):
+        all_features(pixels, torch.zeros(1, 6, 48, 32, 3))
+
+
+def test_a_video_file_gives_its_first_frames(tmp_path: Path) -> None:
+    path = sorted((Path(__file__).parents[2] / "experiments/pocket/videos/phone").glob("*.mp4"))[0]
+    pixels = read_clips(path, CLIP, None)
+    assert pixels.shape == (1, *CLIP, 3) and pixels.dtype == torch.uint8 and pixels.float().std() > 10
+    assert read_clips(path, CLIP, 64).shape == (1, 6, 64, 64, 3)
+    with pytest.raises(UserError, match=r" has \d+ frames; needed 9999, the checkpoint's clip$"):
+        read_clips(path, (9999, 8, 8), None)
+
+
+def test_clips_of_bytes_and_of_floats_are_taken_as_they_are(tmp_path: Path) -> None:
+    for dtype, expected in ((np.uint8, torch.uint8), (np.float64, torch.float32)):
+        np.save(tmp_path / "clip.npy", np.ones((2, 6, 30, 50, 3), dtype))
+        assert torch.equal(read_clips(tmp_path / "clip.npy", CLIP, 64), torch.ones(2, 6, 30, 50, 3, dtype=expected))
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((6, 32, 48, 3), np.float32), "holds float32 numbers (6, 32, 48, 3); needed numbers in 5 axes"),
+        (np.full((1, 6, 32, 48, 3), 255.0, np.float32), "values from 255.0 to 255.0; needed floats in 0..1, or uint8"),
+        (np.zeros((1, 6, 32, 48, 1), np.float32), "needed B T H W 3, float in 0..1 or uint8"),
+        (np.zeros((0, 6, 32, 48, 3), np.float32), "needed B T H W 3, float in 0..1 or uint8"),
+        (np.zeros((1, 6, 32, 48, 3), np.int32), "needed B T H W 3, float in 0..1 or uint8"),
+        (np.full((1, 6, 32, 48, 3), np.nan, np.float32), "values from nan to nan; needed floats in 0..1, or uint8"),
+        (np.array([{}], dtype=object), "is not a .npy of numbers"),
+    ],
+)
+def test_arrays_that_are_no_clips_are_refused(array: np.ndarray, message: str, tmp_path: Path) -> None:
+    np.save(tmp_path / "clip.npy", array, allow_pickle=True)
+    with pytest.raises(UserError) as error:
+        read_clips(tmp_path / "clip.npy", CLIP, None)
+    assert message in str(error.value)

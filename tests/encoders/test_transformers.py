@@ -1,0 +1,441 @@
+"""Published encoders: tiny random ones of every kind, saved as transformers saves them."""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import scaling4d
+from scaling4d import artifacts, config, seeds
+from scaling4d.checkpoint import Checkpoint
+from scaling4d.encoders import torchvision_shim
+from scaling4d.encoders.features import features_at_depth
+from scaling4d.encoders.stage import baseline
+from scaling4d.encoders.transformers import FAMILIES, PretrainedEncoder, import_encoder
+from scaling4d.mae.encoder import initialise
+from scaling4d.mae.patches import patchify
+from scaling4d.readout.stage import readout
+from scaling4d.records import UserError
+from scaling4d.show.predict import write_features
+from scaling4d.training.distributed import run
+from scaling4d.training.parallelize import ComputeConfig, ShardingConfig, full_tensor, parallelize, reduce_gradients
+
+torchvision_shim.declare_operators()
+import transformers as tf  # noqa: E402  after the declaration, without which it cannot be imported
+
+FRAMES = 4
+SHAPE = {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 3}
+MLP = {"intermediate_size": 48}
+TEXT = {**SHAPE, **MLP, "vocab_size": 40, "max_position_embeddings": 8, "projection_size": 24}
+CROPPED = {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}}
+SQUARE = {"size": {"height": 32, "width": 32}}
+
+
+DECODER = {"decoder_hidden_size": 12, "decoder_num_attention_heads": 2, "decoder_num_hidden_layers": 1}
+PREDICTOR = {"pred_hidden_size": 12, "pred_num_attention_heads": 2, "pred_num_hidden_layers": 1, "pred_num_mask_tokens": 2}
+PRISM = {"hidden_size": 24, "num_attention_heads": 2, "num_spatial_layers": 2, "num_temporal_layers": 1}
+MODELS: dict[str, tuple] = {  # model, its config, preprocessor, patch
+    "dinov2": (  # positions 3 x 3, pictures 2 x 2, as released
+        *(tf.Dinov2Model, tf.Dinov2Config(**SHAPE, image_size=42, patch_size=14)),
+        *(tf.BitImageProcessor(crop_size={"height": 28, "width": 28}), (1, 14, 14)),
+    ),
+    "dinov2_with_registers": (
+        *(tf.Dinov2WithRegistersModel, tf.Dinov2WithRegistersConfig(**SHAPE, image_size=32, patch_size=8, num_register_tokens=3)),
+        *(tf.BitImageProcessor(**CROPPED), (1, 8, 8)),
+    ),
+    "dinov3_vit": (
+        *(tf.DINOv3ViTModel, tf.DINOv3ViTConfig(**SHAPE, **MLP, image_size=16, patch_size=8, num_register_tokens=2)),
+        *(tf.DINOv3ViTImageProcessor(**SQUARE), (1, 8, 8)),
+    ),
+    "siglip": (
+        *(tf.SiglipModel, tf.SiglipConfig(vision_config={**SHAPE, **MLP, "image_size": 32, "patch_size": 8}, text_config=TEXT)),
+        *(tf.SiglipImageProcessor(**SQUARE), (1, 8, 8)),
+    ),
+    "siglip2": (
+        *(tf.Siglip2Model, tf.Siglip2Config(vision_config={**SHAPE, **MLP, "num_patches": 9, "patch_size": 8}, text_config=TEXT)),
+        *(tf.Siglip2ImageProcessor(patch_size=8, max_num_patches=16), (1, 8, 8)),
+    ),
+    "videomae": (
+        tf.VideoMAEForPreTraining,
+        tf.VideoMAEConfig(
+            **SHAPE, **MLP, **DECODER, decoder_intermediate_size=24, image_size=32, patch_size=8, num_frames=FRAMES
+        ),
+        *(tf.VideoMAEImageProcessor(**CROPPED), (2, 8, 8)),
+    ),
+    "vjepa2": (
+        *(tf.VJEPA2Model, tf.VJEPA2Config(**SHAPE, **PREDICTOR, crop_size=32, patch_size=8, frames_per_clip=8)),
+        *(tf.VJEPA2VideoProcessor(crop_size=32), (2, 8, 8)),
+    ),
+    "videoprism_vision_model": (
+        *(tf.VideoPrismVisionModel, tf.VideoPrismVisionConfig(**PRISM, **MLP, image_size=36, num_frames=FRAMES)),
+        *(tf.LlavaOnevisionVideoProcessor(size={"height": 36, "width": 36}, do_normalize=False), (1, 18, 18)),
+    ),
+}
+VIDEO = ("videomae", "vjepa2", "videoprism_vision_model")
+every_kind = pytest.mark.parametrize("kind", MODELS)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, nn.Module, object, tuple]]:
+    """Folder, model, preprocessor and patch of a kind, made once; no weight is left at a value that hides a mistake."""
+    made: dict[str, tuple] = {}
+
+    def of(kind: str) -> tuple:
+        if kind not in made:
+            torch.manual_seed(0)
+            model_class, shape, processor, patch = MODELS[kind]
+            model = model_class(shape)
+            with torch.no_grad():
+                for weight in model.parameters():
+                    weight.add_(0.1 * torch.randn_like(weight))
+            folder = tmp_path_factory.mktemp(kind)
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
+            made[kind] = (folder, model.eval(), processor, patch)
+        return made[kind]
+
+    return of
+
+
+def imported(folder: Path, clip: tuple = (FRAMES, 32, 32)) -> PretrainedEncoder:
+    return import_encoder(folder, clip)[1]
+
+
+def last_layer(encoder: PretrainedEncoder, pixels: Tensor) -> Tensor:
+    """`B t n D`."""
+    with torch.no_grad():
+        return features_at_depth(encoder, pixels, 1.0)
+
+
+def clips(side: int, count: int = 2) -> Tensor:
+    return torch.randint(0, 256, (count, FRAMES, side, side, 3), dtype=torch.uint8, generator=seeds.stream(0, "clips", side))
+
+
+def as_the_model_sees(kind: str, processor: object, pixels: Tensor, **resize: bool) -> dict[str, Tensor]:
+    """What the model's own preprocessor makes of clips, a picture of an image model being one frame."""
+    pictures = pixels.movedim(-1, 2)  # B T C H W
+    if kind in ("vjepa2", "videoprism_vision_model"):
+        return dict(processor(list(pictures), return_tensors="pt", do_sample_frames=False, **resize))
+    given = [list(clip) for clip in pictures] if kind == "videomae" else list(pictures.flatten(0, 1))
+    return dict(processor(given, return_tensors="pt", **resize))
+
+
+@torch.no_grad()
+def hidden_states(kind: str, model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """As transformers returns them, with all tokens; VideoPrism's frames and places as `B T*n D`."""
+    if kind == "videoprism_vision_model":
+        out = model(**inputs, output_hidden_states=True)
+        states = [*out.hidden_states[:-1], out.last_temporal_hidden_state]  # it puts its normed output last
+        spatial = [state.reshape(2, -1, state.shape[-1]) for state in states[:-1]]
+        return [*spatial, states[-1].reshape(2, -1, FRAMES, 24).transpose(1, 2).flatten(1, 2)]
+    if kind == "vjepa2":
+        return list(model(**inputs, skip_predictor=True, output_hidden_states=True).hidden_states)
+    network = {"siglip": "vision_model", "siglip2": "vision_model", "videomae": "videomae"}.get(kind, "")
+    return list(model.get_submodule(network)(**inputs, output_hidden_states=True).hidden_states)
+
+
+@every_kind
+def test_features_are_the_hidden_states_of_transformers_without_extra_tokens(published, agree, kind):
+    folder, model, processor, (pt, ph, pw) = published(kind)
+    encoder = imported(folder)
+    encoder.resize((FRAMES, encoder.side_px, encoder.side_px))  # as the model sees it, so that nothing is resized
+    pixels = clips(encoder.side_px)
+    resize = {} if kind == "siglip2" else {"do_resize": False}
+    states = hidden_states(kind, model, as_the_model_sees(kind, processor, pixels, **resize))
+    with torch.no_grad():
+        layers = encoder.features(pixels)
+    t, h, w = encoder.grid
+    assert (t, h, w) == (FRAMES // pt, encoder.side_px // ph, encoder.side_px // pw)
+    assert len(layers) == len(states) == encoder.depth + 1
+    error = 0.0
+    for layer, state in zip(layers, states, strict=True):
+        patches = state if kind in VIDEO else state[:, -h * w :].reshape(2, t * h * w, -1)
+        assert layer.shape == (2, t * h * w, encoder.width)
+        error = max(error, float((layer - patches).abs().max() / patches.abs().max()))
+    agree(f"{kind}, every layer against transformers, relative", error, 1e-6)
+    assert not torch.allclose(layers[-1], layers[-2])
+
+
+@every_kind
+def test_no_block_runs_after_the_last_layer_that_is_needed(published, kind):
+    encoder = imported(published(kind)[0])
+    counted = []
+    for block in (m for m in encoder.network.modules() if isinstance(m, nn.ModuleList) for m in m):
+        block.register_forward_hook(lambda *_: counted.append(1))
+    with torch.no_grad():
+        two, layers = encoder.features(clips(32), 2), encoder.features(clips(32))
+    assert len(two) == 2 and len(counted) == 1 + encoder.depth
+    assert all(torch.equal(a, b) for a, b in zip(two, layers, strict=False))
+    assert last_layer(encoder, clips(32)).shape == (2, encoder.grid[0], encoder.grid[1] * encoder.grid[2], 24)
+
+
+@every_kind
+@pytest.mark.parametrize("side", [20, 64])
+def test_pictures_of_another_size_are_resized_as_the_models_own_preprocessor_does(published, agree, kind, side):
+    folder, _, processor, patch = published(kind)
+    encoder = imported(folder, (FRAMES, side, side))
+    assert encoder.resample == {2: "bilinear", 3: "bicubic"}[int(processor.resample)]
+    pixels = clips(side)
+    if kind == "vjepa2":  # resizes to more and cuts the middle out; our clips are cut already
+        inputs = as_the_model_sees(kind, processor, pixels, size={"height": 32, "width": 32})
+    elif kind in ("dinov2", "dinov2_with_registers", "videomae"):
+        inputs = as_the_model_sees(kind, processor, pixels, size={"shortest_edge": encoder.side_px})
+    else:
+        inputs = as_the_model_sees(kind, processor, pixels)
+    expected = next(value for name, value in inputs.items() if name in ("pixel_values", "pixel_values_videos"))
+    x = encoder.preprocess(pixels)
+    if kind == "siglip2":
+        x = patchify(x.flatten(0, 1).movedim(1, -1)[:, None], patch)
+    error = (x.reshape(expected.shape) - expected).abs().max()
+    agree(f"{kind}, {side} px resized and normalised as its preprocessor does", error, 1e-6)
+
+
+class LinearProbe(nn.Module):
+    """An encoder and a linear head."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.encoder = imported(folder)
+        self.head = nn.Linear(self.encoder.width, 3)
+        initialise(self.head, seed=0)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.head(features_at_depth(self.encoder, pixels, 1.0).mean((1, 2))).square().mean()
+
+
+def gradients(*, rank: int, ranks: int, folder: Path, compute: str, **changes: object) -> dict[str, Tensor]:
+    """Full gradients of a step, by name."""
+    model = LinearProbe(folder)
+    plain = {"shards": 1, "recompute": "none", "recompute_every": 1, "compile": False, "packed": False, "accumulate": 1}
+    parallelize(model, ShardingConfig(**plain | changes), ComputeConfig("cpu", compute), ranks=ranks)
+    model(clips(32, 2)[rank * 2 // ranks : (rank + 1) * 2 // ranks]).backward()
+    reduce_gradients(model)
+    assert len(model.encoder.blocks) == model.encoder.depth
+    return {name: full_tensor(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+
+
+@every_kind
+def test_a_sharded_published_encoder_has_the_gradients_of_a_plain_one(published, kind):
+    folder, *_ = published(kind)
+    plain = run(gradients, ranks=1, folder=folder, compute="float32")
+    sharded = run(gradients, ranks=2, folder=folder, compute="float32", shards=2, recompute="block")
+    rough = run(gradients, ranks=2, folder=folder, compute="bfloat16", shards=2)
+    assert sharded.keys() == plain.keys() == rough.keys() and len(plain) > 30
+    largest = max(gradient.norm() for gradient in plain.values())
+    for name, gradient in plain.items():
+        assert (sharded[name] - gradient).norm() < 1e-4 * gradient.norm() + 1e-6 * largest, name
+        assert (rough[name] - gradient).norm() < 0.2 * gradient.norm() + 0.02 * largest, name
+
+
+def test_features_are_the_same_at_every_call_and_for_bytes_and_floats(published):
+    encoder = imported(published("dinov3_vit")[0]).train()  # its training mode moves positions
+    assert torch.equal(last_layer(encoder, clips(32)), last_layer(encoder, clips(32)))
+    assert torch.allclose(last_layer(encoder, clips(32)), last_layer(encoder, clips(32) / 255), atol=1e-5)
+
+
+# ---- the stage ----
+
+
+@pytest.fixture
+def listed(project: Path, changed: Callable, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict]:
+    """Settings with one published encoder, `tiny`, which no profile has."""
+    monkeypatch.setattr(config, "overrides", lambda *_: {})
+
+    def make(source: Path | str, revision: str = "", clip: tuple = (16, 64, 64)) -> dict:
+        values = {"source": str(source), "revision": revision, "clip": list(clip)}
+        return changed("encoders.pretrained", {"tiny": {"Pretrained": values}})
+
+    return make
+
+
+@every_kind
+def test_the_stage_imports_what_features_need_and_gives_the_same_bytes_twice(published, kind, listed):
+    source, _, processor, _ = published(kind)
+    settings = listed(source, clip=(FRAMES, 32, 32))
+    folder = baseline("tiny", settings)
+    assert folder == Path("artifacts/smoke/pretrain/tiny")
+    sha256, encoder = artifacts.sha256(folder), scaling4d.load("tiny")
+    assert artifacts.sha256(baseline("tiny", settings)) == sha256
+    assert not any(weight.is_meta for weight in [*encoder.parameters(), *encoder.buffers()])
+    assert torch.equal(last_layer(encoder, clips(32)), last_layer(imported(source), clips(32)))
+    unused = ("network.head.", "network.predictor.", "text", "decoder")
+    assert not [name for name in load_file(folder / "model.safetensors") if name.startswith(unused)]
+    saved = Checkpoint.read(folder)
+    assert saved.parameters == sum(weight.numel() for weight in encoder.parameters())
+    assert saved.settings["std"] == (list(processor.image_std) if processor.do_normalize else [1, 1, 1])
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert provenance["inputs"]["model.safetensors"] == artifacts.sha256(source / "model.safetensors")
+    assert "Pretrained.source" in (folder / "operative_config.gin").read_text()
+
+
+def test_weights_in_several_files_and_of_half_precision_are_read(published, tmp_path):
+    source, model, processor, _ = published("dinov2")
+    deepcopy(model).half().save_pretrained(tmp_path, max_shard_size="20KB")
+    processor.save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    half, full = (last_layer(imported(folder), clips(32)) for folder in (tmp_path, source))
+    assert half.dtype == torch.float32 and 0 < (half - full).abs().max() < 0.02
+
+
+def test_a_model_of_the_hub_that_was_downloaded_before_needs_no_network(published, listed, monkeypatch, tmp_path):
+    import huggingface_hub
+
+    revision = "0123456789" * 4
+    snapshot = tmp_path / "models--owner--name/snapshots" / revision
+    snapshot.mkdir(parents=True)
+    copy(published("dinov2")[0], snapshot)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    hub = artifacts.sha256(baseline("tiny", listed("owner/name", revision)) / "model.safetensors")
+    assert hub == artifacts.sha256(baseline("tiny", listed(snapshot)) / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["siglip", "vjepa2"])
+def test_a_readout_is_trained_on_a_published_encoder_like_on_any_other(published, kind, listed, actions, tmp_path):
+    settings = listed(published(kind)[0])
+    folder = baseline("tiny", settings)
+    frozen = readout("tiny", "actions", "frozen", settings)
+    assert (frozen.encoder, frozen.examples) == ("tiny", 8)
+    assert frozen.parameters == Checkpoint.read(folder).parameters
+    assert frozen.checkpoint_sha256 == artifacts.sha256(folder / "model.safetensors")
+    assert readout("tiny", "actions", "finetune", settings).parameters == frozen.parameters
+    with pytest.raises(UserError, match="^tiny is a PretrainedEncoder, .*; take it out of encoders.classifier$"):
+        readout("tiny", "actions", "classifier", settings)
+    np.save(tmp_path / "clips.npy", np.zeros((1, 16, 64, 64, 3), np.uint8))
+    head = Path("artifacts/smoke/readout/tiny/actions/frozen")
+    names = write_features(head, tmp_path / "clips.npy", tmp_path / "out.npz", side_px=None, queries=None)
+    assert names == ["layer_00", "layer_01", "layer_02", "layer_03", "output"]
+
+
+# ---- refusals ----
+
+
+def copy(source: Path, out: Path, *, without: str = "") -> Path:
+    for path in source.iterdir():
+        if not (without and re.search(without, path.name)):
+            (out / path.name).write_bytes(path.read_bytes())
+    return out
+
+
+def refused(source: Path, message: str, clip: tuple = (FRAMES, 32, 32)) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        imported(source, clip)
+    assert "\n" not in str(caught.value)
+
+
+def rewritten(source: Path, out: Path, name: str, key: str, value: object) -> Path:
+    folder = source if source == out else copy(source, out)
+    content = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(content | {key: value}))
+    return folder
+
+
+def test_pickles_are_refused_and_named(published, tmp_path):
+    folder = copy(published("dinov2")[0], tmp_path, without="safetensors")
+    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch opened'\ntR.")
+    refused(folder, r"has no model\*.safetensors, but pytorch_model.bin, which could run code; convert it first$")
+
+
+def test_missing_weights_are_refused_and_not_drawn(published, tmp_path):
+    folder = copy(published("siglip")[0], tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    del weights["vision_model.encoder.layers.1.mlp.fc1.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    refused(folder, r"lacks 1 tensors of a siglip of this shape, the first encoder.layers.1.mlp.fc1.weight; needed the whole")
+
+
+CONFIG, PREPROCESSOR, VIDEO_PREPROCESSOR = "config.json", "preprocessor_config.json", "video_preprocessor_config.json"
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "key", "value", "message"),
+    [
+        ("dinov2", CONFIG, "model_type", "bert", r"config.json has model_type 'bert'; needed one of dinov2, .*vjepa2"),
+        ("dinov2", CONFIG, "hidden_size", "wide", r"cannot be read as a dinov2: .*expected int, got str"),
+        ("dinov2", CONFIG, "num_attention_heads", 0, r"cannot be read as a dinov2: .*zero$"),
+        ("dinov2", CONFIG, "hidden_act", "exec", r"cannot be read as a dinov2: "),
+        ("dinov2", CONFIG, "patch_size", 56, r"a dinov2 of patches \(1, 56, 56\) shown 4 frames of 28 px has no token$"),
+        ("dinov2", CONFIG, "hidden_size", 48, r"lacks \d+ tensors of a dinov2 of this shape, the first embeddings.cls_token; "),
+        ("dinov2", CONFIG, "num_hidden_layers", 4, r"lacks 18 tensors of a dinov2 of this shape, the first encoder.layer.3."),
+        ("dinov2", PREPROCESSOR, "resample", 1, "resample = 1; needed 2 .bilinear. or 3 .bicubic.$"),
+        ("dinov2", PREPROCESSOR, "do_rescale", False, "do_rescale = False, rescale_factor = 0.0039.*; needed 1 / 255$"),
+        ("dinov2", PREPROCESSOR, "crop_size", {"height": 28, "width": 42}, "pictures of .*; needed squares$"),
+        ("dinov2", PREPROCESSOR, "crop_size", None, "cannot be read as a dinov2: "),
+        ("dinov2", PREPROCESSOR, "image_std", [0.2, 0.2], "image_mean = .*, image_std = .*; needed a number for each of three"),
+        ("vjepa2", VIDEO_PREPROCESSOR, "crop_size", {"height": 48, "width": 48}, "crop_size = 32 cannot see 48 px; its files"),
+    ],
+)
+def test_files_that_do_not_fit_together_are_refused_in_one_line(published, tmp_path, kind, file, key, value, message):
+    refused(rewritten(published(kind)[0], tmp_path, file, key, value), message)
+
+
+def test_code_that_a_config_names_is_not_looked_for(published, tmp_path):
+    """transformers can fetch attention from the hub and run it, if the config says so."""
+    folder = rewritten(published("dinov2")[0], tmp_path, "config.json", "attn_implementation", "someone/kernel")
+    named = {"AutoModel": "someone.Model", "AutoConfig": "someone.Config"}
+    folder = rewritten(folder, tmp_path, "config.json", "auto_map", named)
+    encoder_config, encoder = import_encoder(folder, (FRAMES, 32, 32))
+    assert not {"attn_implementation", "auto_map"} & {*encoder_config.values}
+    assert encoder.network.config._attn_implementation == "sdpa"
+
+
+def test_a_damaged_file_and_a_folder_without_preprocessor_are_refused(published, tmp_path):
+    folder = copy(published("dinov2")[0], tmp_path)
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:999])
+    refused(folder, r"cannot be read as a dinov2: ")
+    (folder / PREPROCESSOR).unlink()
+    refused(folder, r"does not say how the model sees a picture; needed one of preprocessor_config.json, ")
+
+
+@pytest.mark.parametrize(
+    ("kind", "clip", "needed"),
+    [
+        ("vjepa2", (3, 32, 32), "a multiple of 2 frames"),
+        ("videomae", (8, 32, 32), "4 frames"),
+        ("dinov2", (4, 32, 48), "a multiple of 1 frames"),
+    ],
+)
+def test_clips_that_do_not_suit_the_model_are_refused(published, kind, clip, needed):
+    message = re.escape(f"clip T H W = {clip} does not suit a {kind}; needed {needed}, height = width")
+    refused(published(kind)[0], f"^{message}$", clip)
+
+
+@pytest.mark.parametrize(
+    ("source", "revision", "message"),
+    [
+        ("no/such", "", "^encoders.pretrained.tiny: no folder no/such; needed a folder, or a model of the hub with its commit"),
+        ("owner/name", "main", "Pretrained.revision = 'main'; needed a commit of 40 hex digits, or '' for a folder$"),
+        (
+            "owner/name",
+            "0" * 40,
+            "^encoders.pretrained.tiny: owner/name at 0{12} cannot be downloaded .*Pretrained.source",
+        ),
+    ],
+)
+def test_sources_that_cannot_be_had_are_refused_in_one_line(listed, project, monkeypatch, source, revision, message):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=message) as caught:
+        baseline("tiny", listed(source, revision))
+    assert "\n" not in str(caught.value)
+    assert not list((project / ".resume").glob("partial-*"))
+
+
+def test_without_transformers_the_extra_is_named(published, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    install = r"pip install -c requirements.lock -e '.\[baselines\]'"
+    refused(published("dinov2")[0], rf"^published encoders need transformers \(.*\); install it with: {install}")
+
+
+def test_the_tests_know_every_kind():
+    same = {"siglip_vision_model": "siglip", "siglip2_vision_model": "siglip2"}
+    assert {same.get(kind, kind) for kind in FAMILIES} == set(MODELS)

@@ -1,0 +1,37 @@
+"""Short pretrainings of the point nano, and what they wrote."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from interrupting import exit_code
+
+from scaling4d.pretrain import stage
+
+NANO = Path("artifacts/smoke/pretrain/nano")
+TIMINGS = Path(".runs/pretrain-nano/timings.jsonl")
+
+
+def steps_shown() -> list[int]:
+    """Steps of all attempts that a line was written of (log_every is 1)."""
+    return [json.loads(line)["step"] for line in TIMINGS.read_text().splitlines()] if TIMINGS.is_file() else []
+
+
+def written() -> dict[str, bytes]:
+    """What of the Checkpoint folder must be equal to the byte."""
+    return {name: (NANO / name).read_bytes() for name in ("model.safetensors", "losses.jsonl")}
+
+
+def attempt(settings: dict, *, at: int = 0, interrupt: Callable[[], None] | None = None) -> int:
+    """Exit code of a pretraining in a process of its own; rank 0 calls `interrupt` before it computes step `at`."""
+    draw_masks = stage.draw_masks
+
+    def interrupted(model: object, seed: int, step: int, **share: int) -> object:
+        if interrupt and step == at and share["first"] == 0:
+            interrupt()
+        return draw_masks(model, seed, step, **share)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "draw_masks", interrupted)
+        return exit_code(lambda: stage.pretrain("nano", settings))

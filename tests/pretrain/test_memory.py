@@ -1,0 +1,58 @@
+"""Whether a step fits the GPUs, before a rank starts."""
+
+from collections.abc import Callable
+
+import pytest
+
+from scaling4d import config
+from scaling4d.pretrain import settings as pretrain_settings
+from scaling4d.pretrain import stage
+from scaling4d.pretrain.plan.closed_form import PLAIN, USABLE, StepLayout, memory
+from scaling4d.pretrain.plan.memory import check_memory
+from scaling4d.pretrain.plan.work import work_of
+from scaling4d.pretrain.settings import bind_pretrain
+from scaling4d.pretrain.stage import pretrain
+from scaling4d.records import UserError
+
+
+def test_a_batch_that_does_not_fit_is_refused_with_one_that_does(changed: Callable) -> None:
+    for key, value in {"device": "cuda", "compute": "bfloat16", "batch": 4096, "ranks": 4}.items():
+        changed(f"pretrain.Training.{key}", value)
+    pretraining = bind_pretrain("nano", config.read())
+    check_memory(pretraining, None)  # no GPU here
+    check_memory(pretraining, 80 * 10**9)
+    refusal = (
+        r"^a step of nano with 1024 clips a GPU needs \d.\d GiB, and 90% of a GPU here is 0.\d GiB; set Sharding.accumulate=\d+, "
+    )
+    with pytest.raises(UserError, match=refusal + "or see scaling4d plan nano$") as refused:
+        check_memory(pretraining, 5 * 10**8)
+    parts = int(str(refused.value).split("accumulate=")[1].split(",")[0])
+    check_memory(bind_pretrain("nano", changed("points.nano.Sharding.accumulate", parts)), 5 * 10**8)
+
+
+def test_a_rank_that_has_all_weights_gathers_none_and_the_bytes_of_a_teacher_are_not_read(
+    changed: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretrain("nano", changed("pretrain.Training.steps", 2))
+    monkeypatch.setattr(pretrain_settings, "load_model", lambda _: pytest.fail("weights were read"))
+    pretraining = bind_pretrain("nano_distilled", config.read())
+    layout = StepLayout(shards=1, recompute=False, sizes=PLAIN)
+    needed = memory(work_of(pretraining.build(teacher_weights=False)), layout, clips=4)["total"] / USABLE
+    check_memory(pretraining, int(needed) + 1)
+    with pytest.raises(UserError, match="^a step of nano_distilled with 4 clips a GPU needs "):
+        check_memory(pretraining, int(needed) - 1)
+
+
+@pytest.mark.usefixtures("in_the_project")
+@pytest.mark.parametrize("profile", ["h100", "paper"])
+def test_every_point_of_the_large_profiles_fits_its_mesh_and_has_its_script(
+    profile: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(pretrain_settings.loader, "count_clips", lambda folder, split: 1)  # there are no clips here
+    monkeypatch.setattr(stage, "first_gpu_bytes", lambda: 80 * 10**9)
+    monkeypatch.setattr(stage, "evidence_of", lambda pretraining: {})
+    settings = config.compose([f"profile={profile}"])
+    for point in settings["points"]:
+        assert stage.pretrain(point, settings, dry=True) == 0
+        printed = capsys.readouterr().out
+        assert ("#SBATCH --gpus-per-node=8" in printed and "#SBATCH --nodes=32" in printed) == (profile == "paper"), point

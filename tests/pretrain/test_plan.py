@@ -1,0 +1,164 @@
+"""Plans of the scaling points, without a weight in memory."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from scaling4d import cli, config
+from scaling4d.mae.encoder import Encoder, EncoderConfig
+from scaling4d.pretrain.plan.closed_form import KINDS
+from scaling4d.pretrain.plan.plan import plan
+from scaling4d.records import UserError
+
+ROOT = Path(__file__).parents[2]
+# width, depth, mlp, heads of the released code's variants, and the backbone's parameters, counted by running its
+# initialisation without values (j: inferred from the published count)
+POINTS = {
+    "S": (384, 12, 1536, 6, 22_485_888),
+    "B": (768, 12, 3072, 12, 87_439_104),
+    "L": (1024, 24, 4096, 16, 305_488_896),
+    "H": (1280, 32, 5120, 16, 633_652_480),
+    "G": (1664, 48, 8192, 16, 1_846_529_664),
+    "e": (1792, 56, 15360, 16, 3_809_464_064),
+    "j": (4096, 64, 32768, 32, 21_492_011_008),
+}
+
+
+@pytest.mark.usefixtures("in_the_project")
+@pytest.mark.parametrize("point", list(POINTS))
+def test_backbones_have_the_published_number_of_parameters(point: str) -> None:
+    *shape, backbone = POINTS[point]
+    settings = config.compose(["profile=paper"])["points"][point]["model"]["SimpleMAE"]
+    assert [settings[key] for key in ("width", "depth", "mlp", "heads")] == shape
+    assert (settings["clip"], settings["patch"]) == ([16, 224, 224], [2, 16, 16])
+    parameters = plan(point)["parameters"]
+    assert parameters["backbone"] == backbone
+    assert parameters["total"] == sum(value for part, value in parameters.items() if part != "total")
+    assert parameters["coarse_tokens"] == 784 * shape[0]  # a grid of 4 x 14 x 14
+    assert parameters["decoder"] == (shape[0] + 1) * 4 * 16 * 16 * 3
+
+
+@pytest.mark.parametrize(
+    ("width", "depth", "mlp", "heads", "parameters"),
+    [(32, 1, 128, 2, 112_064), (192, 12, 768, 3, 5_934_528), (512, 12, 2048, 8, 39_418_368), (1408, 40, 6144, 16, 1_014_378_880)],
+)
+def test_the_other_variants_of_the_released_code_agree_too(width: int, depth: int, mlp: int, heads: int, parameters: int) -> None:
+    given = {"clip": (16, 224, 224), "patch": (2, 16, 16), "pixel_mean": 0.0, "pixel_scale": 1.0}
+    with torch.device("meta"):
+        encoder = Encoder(EncoderConfig(width=width, depth=depth, heads=heads, mlp=mlp, **given))
+    assert sum(p.numel() for p in encoder.parameters()) == parameters
+
+
+def test_an_unknown_point_is_refused_with_the_names_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match=r"^no profile has a point 'huge'; points: B, G, H, L, S, e, j, mae_st_B, "):
+        plan("huge")
+
+
+@pytest.fixture
+def command(
+    in_the_project: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs `scaling4d plan ...`; gives its exit code, what it printed, and its errors."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["scaling4d", "plan", *words])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return (end.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+@pytest.mark.usefixtures("in_the_project")
+@pytest.mark.parametrize("point", [*POINTS, "nano", "mae_st_tiny", "nano_distilled"])
+def test_every_point_has_a_plan_whose_figures_follow_from_each_other(point: str) -> None:
+    content = plan(point)
+    clip, step, schedule = content["flops_per_clip"], content["flops_per_step"], content["schedule"]
+    assert clip["total"] == clip["forward"] + clip["backward"] + clip["recompute"]
+    assert content["method"] != "SimpleMAE" or 3 * clip["forward"] == clip["model"]
+    assert step["total"] == clip["total"] * schedule["batch"]
+    assert schedule["flops"] == step["total"] * schedule["steps"]
+    assert content["storage"]["training_state_bytes"] == 3 * content["storage"]["checkpoint_bytes"]
+    assert content["storage"]["checkpoint_bytes"] == 4 * content["parameters"]["total"]
+    for row in (content["mesh"], *(row for row in content["meshes"] if "shards" in row)):
+        held = row["memory_bytes"]
+        assert held["total"] == sum(size for kind, size in held.items() if kind != "total")
+        assert row["fits"] == (held["total"] <= row["usable_bytes"]) == (row["clips_per_gpu"] <= row["most_clips_per_gpu"])
+        assert row["gpu_hours"] == pytest.approx(row["days"] * 24 * row["gpus"])
+        assert row["step_s"] == max(row["compute_s"], row["sending_s"])
+
+
+@pytest.mark.usefixtures("in_the_project")
+def test_a_plan_without_options_is_that_of_the_pinned_profile() -> None:
+    content = plan("S")
+    training = config.compose(["profile=paper"])["pretrain"]["Training"]
+    assert (content["schedule"]["steps"], content["schedule"]["batch"]) == (training["steps"], training["batch"])
+    assert (content["mesh"]["shards"], content["mesh"]["replicas"]) == (8, training["ranks"] // 8)
+    assert content["tokens"] == {"visible": 78, "all": 1568, "coarse": 784}
+
+
+@pytest.mark.usefixtures("in_the_project")
+def test_twice_the_utilisation_halves_the_computing() -> None:
+    slow, fast = (plan("L", utilisation=share)["mesh"] for share in (0.2, 0.4))
+    assert slow["compute_s"] == pytest.approx(2 * fast["compute_s"])
+    assert slow["sending_s"] == fast["sending_s"]
+
+
+@pytest.mark.usefixtures("in_the_project")
+@pytest.mark.parametrize(("point", "mesh"), [("j", "8x1"), ("j", "1x8"), ("G", "8x1")])
+def test_every_change_that_is_named_makes_it_fit(point: str, mesh: str) -> None:
+    content = plan(point, mesh=mesh, gpu="a100_40")["mesh"]
+    assert not content["fits"]
+    assert content["why"].startswith("does not fit, because a GPU would hold ")
+    assert content["changes"]
+    for change in content["changes"]:
+        words = change.split(" (")[0].replace("--", "").split()
+        given = {"mesh": mesh} | dict(zip(words[::2], words[1::2], strict=True))
+        if "batch" in given:
+            given["batch"] = int(given["batch"])
+        assert plan(point, gpu="a100_40", **given)["mesh"]["fits"], change
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("S", "--mesh", "8"), "--mesh '8'; needed SHARDSxREPLICAS, two numbers above 0 such as 256x1 or 8x32"),
+        (("S", "--mesh", "0x4"), "--mesh '0x4'; needed SHARDSxREPLICAS, two numbers above 0 such as 256x1 or 8x32"),
+        (
+            ("S", "--mesh", "3x1"),
+            "a batch of 4096 clips does not divide by the 3 GPUs of the mesh; set --batch to a multiple of 3, or --mesh",
+        ),
+        (
+            ("S", "--mesh", "8x2", "--batch", "4"),
+            "a batch of 4 clips is smaller than the 16 GPUs of the mesh; set --batch to a multiple of 16, or --mesh",
+        ),
+        (("S", "--gpu", "tpu"), "unknown gpu 'tpu'; needed one of h100, h200, a100, a100_40"),
+        (("S", "--recompute", "all"), "--recompute 'all'; needed none or block"),
+        (("S", "--utilisation", "40"), "--utilisation 40.0; needed a share above 0 and at most 1"),
+        (("S", "--write-gb-per-s", "0"), "--write-gb-per-s 0.0; needed more than 0"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(words: tuple[str, ...], message: str, command: Callable) -> None:
+    assert command(*words) == (1, "", f"error: {message}\n")
+
+
+def test_the_tables_show_every_kind_of_memory_and_the_meshes(command: Callable) -> None:
+    code, out, _ = command("j", "--gpu", "h200", "--recompute", "block")
+    assert code == 0
+    for word in (*KINDS, "8x32", "visible", "GPU-hours", "H200 SXM 141 GB", "training state"):
+        assert word in out
+
+
+def test_what_does_not_fit_is_an_answer_and_no_error(command: Callable) -> None:
+    code, out, _ = command("j", "--mesh", "8x1")
+    assert code == 0
+    assert "8x1 does not fit, because a GPU would hold" in out
+    assert "what would fit: --batch 216" in out
+    code, out, _ = command("j", "--mesh", "8x1", "--json")
+    assert code == 0
+    assert not json.loads(out)["mesh"]["fits"]

@@ -1,0 +1,152 @@
+"""A pretraining that was killed or asked to stop ends with the same bytes. What the trainer does: tests/training."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from interrupting import ask_to_stop, kill_a_rank, kill_all, kill_the_parent, send_to_the_parent
+from nano import NANO, attempt, steps_shown, written
+
+from scaling4d.pretrain import stage
+from scaling4d.pretrain.settings import bind_pretrain
+from scaling4d.pretrain.stage import evidence_of, fingerprint_of, pretrain
+from scaling4d.records import AGAIN, UserError
+
+COMPUTING = ("validate", "full_tensor", "artifacts.write_run")  # at the end of a run
+DECODED_APART = {"Runtime.workers": 1, "Runtime.cached_clips": 0}
+
+
+def states_left() -> list[Path]:
+    return list(Path(".resume").glob("*pretrain-*"))
+
+
+def test_killed_and_asked_to_stop_it_ends_with_the_same_bytes(short: Callable) -> None:
+    pretrain("nano", short(6))
+    undisturbed, settings = written(), short(6)
+    assert attempt(settings, at=3, interrupt=kill_all) == -9
+    assert attempt(settings, at=4, interrupt=ask_to_stop) == AGAIN
+    assert attempt(settings) == 0 and written() == undisturbed
+    assert steps_shown() == [1, 2, 3, 3, 4, 5, 6]
+    assert not states_left()  # success removes the state
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ways", [(kill_all, kill_the_parent, kill_a_rank), (send_to_the_parent,)])
+def test_interrupted_twenty_times_at_random_it_ends_with_the_same_bytes(short: Callable, ways: tuple) -> None:
+    four = {"Training.ranks": 4, "Training.batch": 32}
+    pretrain("nano", short(160, **four))
+    undisturbed, rng, settings = written(), random.Random(1), short(160, **four)
+    for _ in range(20):
+        soon = threading.Timer(rng.uniform(0, 0.3), rng.choice(ways))  # at any moment of a step or of a save
+        assert attempt(settings, at=max(steps_shown(), default=0) + rng.randint(0, 6), interrupt=soon.start) in (-9, 1, AGAIN)
+    assert attempt(settings) == 0
+    assert written() == undisturbed
+
+
+def die(*_: object, **__: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("where", "interrupt", "code"),
+    [
+        ("_write", die, 1),
+        *(pytest.param(name, die, 1, marks=pytest.mark.slow) for name in COMPUTING),
+        *(pytest.param(name, ask_to_stop, AGAIN, marks=pytest.mark.slow) for name in (*COMPUTING, "_write")),
+        pytest.param("remove_state", die, -9, marks=pytest.mark.slow),
+    ],
+)
+def test_stopped_or_killed_at_its_end_it_ends_with_the_same_bytes_and_repeats_no_step(
+    short: Callable, monkeypatch: pytest.MonkeyPatch, where: str, interrupt: Callable, code: int
+) -> None:
+    pretrain("nano", short(4))
+    undisturbed, settings = written(), short(4, **{"Runtime.save_every": 1000})
+    with monkeypatch.context() as patch:
+        patch.setattr(f"scaling4d.pretrain.stage.{where}", lambda *_, **__: interrupt())
+        assert attempt(settings) == code
+    shutil.rmtree(NANO)  # as dvc does before it runs a stage again
+    assert attempt(settings) == 0
+    assert steps_shown() == [1, 2, 3, 4] and written() == undisturbed
+    assert not states_left()
+
+
+def test_a_full_disk_at_its_end_is_one_line_and_repeats_no_step(short: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "artifacts/out")
+
+    settings = short(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "_write", full)
+        with pytest.raises(UserError, match="^artifacts/out: No space left on device; repair that, and the same command .+"):
+            pretrain("nano", settings)
+    pretrain("nano", settings)
+    assert steps_shown() == [1, 2]
+
+
+@pytest.mark.slow
+def test_how_a_run_is_fed_watched_and_launched_changes_neither_its_state_nor_its_result(
+    short: Callable, changed: Callable
+) -> None:
+    folder = pretrain("nano", short(6))
+    undisturbed = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert attempt(short(6), at=2, interrupt=ask_to_stop) == AGAIN
+    changed("points.nano.Launch.hours", 7)
+    changed("pretrain.Runtime.cached_clips", 1)
+    assert attempt(changed("pretrain.Runtime.keep", 1)) == 0
+    assert steps_shown() == [1, 2, 3, 4, 5, 6]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == undisturbed
+    (facts,) = (json.loads(path.read_text()) for path in Path(".runs").glob("pretrain-nano-*.json"))
+    assert (facts["runtime"]["cached_clips"], facts["launch"]["hours"]) == (1, 7)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "same"),
+    [
+        ("pretrain.Training.ranks", 4, True),
+        ("points.nano.Sharding.accumulate", 2, True),
+        ("points.nano.Launch.hours", 7, True),
+        ("pretrain.Runtime.save_every", 7, True),
+        ("pretrain.Training.clip_norm", 0.5, False),
+        ("points.nano.model.SimpleMAE.mask_ratio", 0.9, False),
+        ("seed", 1, False),
+    ],
+)
+def test_a_state_belongs_to_all_settings_of_the_result_but_the_layout_of_ranks(
+    short: Callable, changed: Callable, key: str, value: object, same: bool
+) -> None:
+    before, after = (bind_pretrain("nano", settings) for settings in (short(6), changed(key, value)))
+    fingerprints = [fingerprint_of(pretraining, evidence_of(pretraining)) for pretraining in (before, after)]
+    assert (fingerprints[0] == fingerprints[1]) == same
+
+
+def kill_a_worker() -> None:
+    """Of this rank."""
+    os.kill(int(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()[-1]), signal.SIGKILL)
+
+
+def ask_all_to_stop() -> None:
+    """Every process of the job, as Slurm does."""
+    os.killpg(0, signal.SIGTERM)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("interrupt", "code", "error"),
+    [(kill_a_worker, 1, r"error: step \d+: a process that decodes clips ended .+ lower .*workers"), (ask_all_to_stop, AGAIN, "")],
+)
+def test_processes_that_decode_are_left_to_their_rank_and_the_next_run_continues(
+    short: Callable, capfd: pytest.CaptureFixture, interrupt: Callable, code: int, error: str
+) -> None:
+    pretrain("nano", short(40))
+    undisturbed, settings = written(), short(40, **DECODED_APART)
+    assert attempt(settings, at=8, interrupt=interrupt) == code
+    printed = capfd.readouterr().err
+    assert re.search(error, printed) and ("error" in printed) == bool(error)
+    assert attempt(settings) == 0 and written() == undisturbed

@@ -1,0 +1,232 @@
+"""From synthetic locks and a synthetic DVC cache to a study's tables, figures and page, and the audit of them."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from scaling4d import seeds
+from scaling4d.provenance import DVC_CACHE, to_csv
+from scaling4d.records import UserError
+from scaling4d.studies import page, study
+from scaling4d.studies.study import Arm, Study
+
+SIZES = {"nano": 1e5, "micro": 3e5, "tiny": 1e6, "small": 3e6, "mini": 1e7}
+TARGETS = ("readout_frozen@{}-actions", "readout_frozen@{}-pose", "reconstruct@{}")
+ARMS = tuple(Arm(name, "pocket", (), name, tuple(target.format(name) for target in TARGETS)) for name in SIZES)
+LADDERS = {"size": ("parameters", tuple(SIZES))}
+RUN_FACTS = {"nano-0": {"experiment": "nano-0-abc", "seconds": 10.0, "cpu_seconds": 30.0}}
+
+
+def cache_out(path: str, name: str, content: dict) -> dict:
+    """Put a folder with one file into DVC's cache. Returns its entry in a lock."""
+
+    def store(content: bytes, suffix: str = "") -> str:
+        md5 = hashlib.md5(content).hexdigest() + suffix
+        file = DVC_CACHE / "files/md5" / md5[:2] / md5[2:]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+        return md5
+
+    listing = json.dumps([{"md5": store(json.dumps(content).encode()), "relpath": name}]).encode()
+    return {"path": path, "hash": "md5", "md5": store(listing, ".dir"), "size": 1}
+
+
+def write_lock(scaling: Study, arm: Arm, seed: int) -> None:
+    """Loss and tasks fall and rise by power laws, with a little noise."""
+    size, rng = SIZES[arm.encoder], seeds.numpy(seed, arm.name)
+    error = 0.3 * (size / 1e5) ** -0.3 * (1 + 0.01 * rng.standard_normal())
+    result = {"encoder": arm.encoder, "parameters": int(size), "protocol": "frozen", "unit": "", "seed": seed}
+    result |= {"checkpoint_sha256": hashlib.sha256(f"{arm.name} {seed}".encode()).hexdigest()}
+    actions = {"task": "actions", "metric": "top1", "value": 1 - error, "higher_is_better": True}
+    pose = {"task": "pose", "metric": "epe", "value": 1 + error, "higher_is_better": False}
+    results = [result | actions, result | pose, result | {"masked_mse": error / 10}]
+    outs = {name: ("result.json", content) for name, content in zip(arm.targets, results, strict=True)}
+    summary = {"parameters": int(size), "flops": 100 * size, "clips_seen": 800, "val_loss": 0.08 + error}
+    outs[f"pretrain@{arm.encoder}"] = ("summary.json", summary)
+    params = {"params.yaml": {"seed": seed, f"points.{arm.encoder}": {"width": int(size)}}}
+    stages = {
+        name: {"cmd": "", "params": params, "outs": [cache_out(f"artifacts/{name}", *content)]} for name, content in outs.items()
+    }
+    code = {"path": "artifacts/code/pretrain.json", "hash": "md5", "md5": "0", "size": 1}
+    path = scaling.lock(f"{arm.name}-{seed}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"schema": "2.0", "stages": {"code": {"cmd": "code", "outs": [code]}, **stages}}))
+
+
+@pytest.fixture
+def scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
+    """A study of five sizes and three seeds whose runs are in the cache."""
+    monkeypatch.chdir(tmp_path)
+    scaling = Study("scaling", "Does it scale?", "nano", (0, 1, 2), ARMS, LADDERS)
+    for arm in scaling.arms:
+        for seed in scaling.seeds:
+            write_lock(scaling, arm, seed)
+    return scaling
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_study_follows_from_its_locks_and_the_cache_and_is_the_same_bytes_again(scaling: Study) -> None:
+    page.write_study(scaling, DVC_CACHE, RUN_FACTS)
+    before = content(study.REPORTS)
+    assert {"index.html", "scaling/runs.csv", "scaling/table.csv", "scaling/fits.csv", "scaling/ranks.csv"} <= before.keys()
+    assert {"scaling/runs.svg", "scaling/laws_size.svg", "scaling/study.html", "scaling/study.json"} <= before.keys()
+    rows = list(csv.DictReader((scaling.folder / "runs.csv").open()))
+    assert len(rows) == 5 * 3 * 4 and rows[0]["experiment"] == "nano-0-abc"
+    page.write_study(scaling, DVC_CACHE, {})
+    assert content(study.REPORTS) == before
+
+
+def test_rows_without_results_in_the_cache_stay_as_long_as_their_lock_does(scaling: Study) -> None:
+    page.write_study(scaling, DVC_CACHE, RUN_FACTS)
+    before, message = content(study.REPORTS), "^DVC's cache lacks results that .*nano-0.lock names; run `scaling4d study scaling"
+    shutil.rmtree(DVC_CACHE)
+    page.write_study(scaling, DVC_CACHE, {})
+    assert content(study.REPORTS) == before
+    lock = scaling.lock("nano-0")
+    text = lock.read_text()
+    lock.write_text(text.replace('"seed": 0', '"seed": 7'))
+    with pytest.raises(UserError, match=message):
+        page.write_study(scaling, DVC_CACHE, {})
+    lock.write_text(text)
+    (scaling.folder / "runs.csv").unlink()
+    with pytest.raises(UserError, match=message):
+        page.write_study(scaling, DVC_CACHE, {})
+
+
+def test_a_damaged_result_in_the_cache_is_refused(scaling: Study) -> None:
+    for path in DVC_CACHE.rglob("*"):
+        if path.is_file() and path.suffix != ".dir" and b"masked_mse" in path.read_bytes():
+            path.write_bytes(path.read_bytes().replace(b"0.0", b"0.1"))
+    with pytest.raises(UserError, match="does not hold the bytes of its name; remove it"):
+        page.write_study(scaling, DVC_CACHE, {})
+
+
+def test_laws_ranks_and_the_prediction_of_the_largest_size(scaling: Study) -> None:
+    page.write_study(scaling, DVC_CACHE, {})
+    fits = {row["task"]: row for row in csv.DictReader((scaling.folder / "fits.csv").open())}
+    for task in ("pretrain", "actions"):
+        assert float(fits[task]["exponent_low"]) < 0.3 < float(fits[task]["exponent_high"])
+        assert fits[task]["points"] == "15" and fits[task]["inside"] == "True" and float(fits[task]["largest"]) == 1e7
+    assert fits["actions"]["metric"] == "1 - top1"
+    for row in csv.DictReader((scaling.folder / "ranks.csv").open()):
+        assert float(row["spearman"]) == pytest.approx(1) == float(row["lowest_of_a_seed"])
+
+
+def test_an_arm_without_the_size_of_its_ladder_is_named(scaling: Study) -> None:
+    page.write_study(replace(scaling, ladders={}), DVC_CACHE, {})
+    rows = [row | {"flops": ""} if row["arm"] == "tiny" else row for row in study.read_runs(scaling.folder)]
+    of_compute = replace(scaling, ladders={"compute": ("flops", tuple(SIZES))})
+    message = "ladder compute of study scaling has arm tiny, which has no flops; take it from the ladder"
+    with pytest.raises(UserError, match=f"^{message}$"):
+        list(page.fit_rows(of_compute, rows))
+
+
+def test_the_page_shows_question_findings_and_table_and_links_its_figures(scaling: Study) -> None:
+    scaling.folder.joinpath("findings.md").write_text("# Findings\n\nBigger is better,\nby far.\n\nNo doubt & < none.\n")
+    page.write_study(scaling, DVC_CACHE, {})
+    text = (scaling.folder / "study.html").read_text()
+    assert "Again: <code>scaling4d study scaling --seeds 0,1,2</code>" in text
+    assert "<td>size</td><td>val_loss</td><td>15</td>" in text and re.search(r"<br>\(-0\.02\d\d ± 0\.000\d+\) \*<", text)
+    assert re.findall(r'<img src="([^"]+)"', text) == ["runs.svg", "laws_size.svg"]
+    assert "<svg" not in text and "Does it scale?" in text
+    assert "<p>Bigger is better, by far.</p><p>No doubt &amp; &lt; none.</p>" in text
+
+
+def test_locks_and_figures_that_a_study_no_longer_has_are_removed(scaling: Study) -> None:
+    scaling.lock("giant-0").write_text("{}")
+    (scaling.folder / "laws_former.svg").write_text("<svg/>")
+    page.write_study(scaling, DVC_CACHE, {})
+    assert not scaling.lock("giant-0").exists()
+    assert {path.name for path in scaling.folder.glob("*.svg")} == {"runs.svg", "laws_size.svg"}
+
+
+def test_the_times_of_a_run_stay_until_another_experiment_replaces_it(scaling: Study) -> None:
+    scaling = replace(scaling, ladders={})
+    page.write_study(scaling, DVC_CACHE, RUN_FACTS)
+    before = content(study.REPORTS)
+    page.write_study(scaling, DVC_CACHE, {"nano-0": {"experiment": "nano-0-abc"}})
+    assert content(study.REPORTS) == before
+    page.write_study(scaling, DVC_CACHE, {"nano-0": {"experiment": "nano-0-def"}})
+    assert json.loads((scaling.folder / "study.json").read_text())["runs"]["nano-0"] == {"experiment": "nano-0-def"}
+
+
+# ---- the audit of a study ----
+
+
+@pytest.fixture
+def wrong(scaling: Study) -> Callable[[], list[str]]:
+    """Write the study, its definition and findings. Returns the audit of them, without unchecked inputs of locks."""
+    from scaling4d.audit import studies as audit
+
+    arms = {arm.name: {"encoder": arm.encoder} for arm in scaling.arms}
+    ladders = {name: {"x": x, "arms": list(names)} for name, (x, names) in scaling.ladders.items()}
+    targets = [target.format("{encoder}") for target in TARGETS]
+    definition = {"question": scaling.question, "base": scaling.base, "targets": targets, "arms": arms, "ladders": ladders}
+    study.DEFINITIONS.mkdir(parents=True)
+    (study.DEFINITIONS / "scaling.yaml").write_text(yaml.safe_dump(definition, sort_keys=False))
+    (scaling.folder / "findings.md").write_text("Bigger is better.\n")
+    assert study.read_study("scaling") == scaling
+    page.write_study(scaling, DVC_CACHE, RUN_FACTS)
+    return lambda: [f"{finding.where}: {finding.message}" for finding in audit.findings() if finding.kind == "wrong"]
+
+
+def test_the_audit_names_a_file_with_a_changed_byte_and_one_that_is_gone(scaling: Study, wrong: Callable[[], list[str]]) -> None:
+    assert wrong() == []
+    names = ("runs.csv", "table.csv", "fits.csv", "ranks.csv", "findings.md", "locks/tiny-1.lock", "runs.svg", "study.html")
+    for name in names:
+        path = scaling.folder / name
+        before = path.read_bytes()
+        at = max(place for place, byte in enumerate(before) if chr(byte).isalnum())
+        path.write_bytes(before[:at] + (b"0" if before[at : at + 1] != b"0" else b"1") + before[at + 1 :])
+        assert any(line.startswith(f"{path}: sha256 ") for line in wrong()), name
+        path.unlink()
+        assert any(line.startswith(f"{path}: ") and "absent on disk: take it from git again" in line for line in wrong()), name
+        path.write_bytes(before)
+
+
+def test_the_audit_names_a_changed_key_of_study_json(scaling: Study, wrong: Callable[[], list[str]]) -> None:
+    path = scaling.folder / "study.json"
+    before = path.read_text()
+    for old, new, key in (
+        ("Does it scale", "Does it grow", "question"),
+        ('"seconds": 10.0\n', '"seconds": 10.5\n', "seconds"),
+        ('"pocket"', '"packet"', "arms"),
+        ('"base": "nano"', '"base": "tiny"', "base"),
+    ):
+        path.write_text(before.replace(old, new, 1))
+        (line,) = wrong()
+        assert line.startswith(f"{path}: its {key!r} does not follow from experiments/study and the locks: ")
+    path.write_text(before.replace("nano-0-abc", "nano-0-abd"))
+    (line,) = wrong()
+    assert line.startswith("reports/studies/scaling/runs.csv: the rows of nano, seed 0, are not those of ")
+
+
+def test_the_audit_names_missing_runs_and_rows_of_unknown_runs(scaling: Study, wrong: Callable[[], list[str]]) -> None:
+    path, facts = scaling.folder / "runs.csv", scaling.folder / "study.json"
+    text, before = path.read_text(), content(scaling.folder)
+    path.write_text(text + re.sub("^mini,2", "giant,2", text.splitlines()[-1]) + "\n")
+    table = study.study_table(study.read_runs(scaling.folder), "nano")
+    (scaling.folder / "table.csv").write_text(to_csv(study.TABLE_COLUMNS, table))
+    changed = json.loads(facts.read_text())
+    for name in ("runs.csv", "table.csv"):
+        changed["files"][name] = hashlib.sha256((scaling.folder / name).read_bytes()).hexdigest()
+    facts.write_text(json.dumps(changed))
+    assert wrong() == ["reports/studies/scaling/runs.csv: it has rows of giant, seed 2, which is no run of this study"]
+    for name, text in before.items():
+        (scaling.folder / name).write_bytes(text)
+    path = study.DEFINITIONS / "scaling.yaml"
+    path.write_text(path.read_text().replace("arms:\n", "arms:\n  giant: {encoder: mini}\n", 1))
+    assert [line.split(": ")[0] for line in wrong()] == [scaling.lock(f"giant-{seed}").as_posix() for seed in (0, 1, 2)]

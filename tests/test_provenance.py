@@ -1,0 +1,154 @@
+"""Evidence: settings, numbers as text, atomic writes, gin's text, locks, DVC's cache, git."""
+
+import hashlib
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from scaling4d import provenance
+from scaling4d.provenance import LockedFile, LockedStage, differences, folder_md5, format_number, parse_gin, read_lock, required
+from scaling4d.records import UserError
+
+LOCK = """schema: '2.0'
+stages:
+  readout@nano:
+    cmd: readout nano
+    deps:
+    - {path: out/pretrain/nano, hash: md5, md5: b.dir, size: 7, nfiles: 2}
+    params:
+      params.yaml:
+        seed: 0
+        rate: 3e-06
+    outs:
+    - {path: out/readout, hash: md5, md5: c.dir, size: 9, nfiles: 1}
+  other: {cmd: other, deps: [{path: data2, hash: md5, md5: d, size: 1}]}
+  report: {cmd: report, deps: [{path: out, hash: md5, md5: e.dir, size: 9}]}
+  pretrain@nano: {cmd: pretrain, outs: [{path: out/pretrain/nano, hash: md5, md5: b.dir, size: 7, nfiles: 2}]}
+"""
+
+
+def commit(*paths: str) -> str:
+    subprocess.run(["git", "add", "-A", *paths], check=True)
+    subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-qm", "x"], check=True)
+    return subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def write(path: str, text: str) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(text)
+
+
+def test_settings_are_compared_level_by_level() -> None:
+    some, others = {"a": {"b": 1, "c": {}}, "d": [1], "e": {"f": 2}}, {"a": {"b": 2, "c": {"g": 3}}, "d": [1]}
+    expected = [("a.b", 1, 2), ("a.c.g", "missing", 3), ("e", {"f": 2}, "missing")]
+    assert [*differences(some, others)] == expected
+    assert dict(provenance.flatten(some)) == {"a.b": 1, "a.c": {}, "d": [1], "e.f": 2}
+    assert provenance.is_below("a.b", ["a"]) and not provenance.is_below("ab", ["a"])
+
+
+def test_a_number_is_written_by_its_format_and_an_unknown_format_is_refused() -> None:
+    assert [format_number(0.12345, spec) for spec in (".4f", "+.1%", ".2e")] == ["0.1235", "+12.3%", "1.23e-01"]
+    assert [format_number(2345678, spec) for spec in (",d", "M", ",.0fM")] == ["2,345,678", "2.35 M", "2 M"]
+    assert format_number("ab12", "") == "ab12"
+    with pytest.raises(ValueError, match="Unknown format code 'q'"):
+        format_number(1.0, ".2q")
+
+
+def test_long_values_of_gin_are_read_whole() -> None:
+    text = "# Parameters for A:\n# ====\npackage.A.x = \\\n    ((1, 'a = b'),\n     (2, 'c'))\nA.y = 3e-06\nB.z = @other\n"
+    assert parse_gin(text + "B.w = 'p\\\\q'\n") == {"A.x": [[1, "a = b"], [2, "c"]], "A.y": 3e-06, "B.z": "@other", "B.w": "p\\q"}
+
+
+def test_a_lock_is_read_into_stages_and_a_target_requires_the_makers_of_its_inputs() -> None:
+    stages = read_lock(Path("dvc.lock"), LOCK)
+    readout = stages["readout@nano"]
+    out, dep = LockedFile("out/readout", "c.dir", 9, 1), LockedFile("out/pretrain/nano", "b.dir", 7, 2)
+    assert readout == LockedStage("readout@nano", "readout nano", (dep,), (out,), {"seed": 0, "rate": 3e-06})
+    assert readout.kind == "readout"
+    assert [*required(stages, ["readout@nano", "absent"])] == ["readout@nano", "pretrain@nano"]
+    assert [*required(stages, ["report"])] == ["readout@nano", "report", "pretrain@nano"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("'2.0'", "'3.0'", "schema '3.0', needed '2.0'"),
+        ("hash: md5, md5: d", "md5: d", "data2 has a hash of kind None, needed md5"),
+        ("params.yaml", "other.yaml", "readout@nano has settings of other.yaml, needed params.yaml"),
+        ("stages:", "stages: [", "while parsing a flow sequence .*"),
+    ],
+)
+def test_a_damaged_lock_is_one_line(old: str, new: str, reason: str) -> None:
+    with pytest.raises(UserError, match=f"^dvc.lock is damaged: {reason}; take it from git again$"):
+        read_lock(Path("dvc.lock"), LOCK.replace(old, new))
+
+
+def test_the_cache_is_read_by_hash_and_wrong_bytes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = {"b": "2" * 32, "a/c": "1" * 32, "a-b": "3" * 32}
+    md5 = folder_md5(files)
+    listing = json.dumps([{"md5": files[name], "relpath": name} for name in ("a-b", "a/c", "b")])
+    assert md5 == hashlib.md5(listing.encode()).hexdigest() + ".dir"  # as DVC sorts: by the plain name
+    path = f"cache/files/md5/{md5[:2]}/{md5[2:]}"
+    assert provenance.cached_listing(md5, Path("cache")) is None
+    write(path, listing)
+    assert provenance.cached_listing(md5, Path("cache")) == files
+    write(path, listing + " ")
+    with pytest.raises(UserError, match=f"^{path} does not hold the bytes of its name; remove it and run its stage again$"):
+        provenance.cached(md5, Path("cache"))
+
+
+def test_files_appear_by_rename_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for text in ("first", "second"):
+        with provenance.atomic_folder(Path("out/folder")) as folder:
+            write(f"{folder}/{text}", text)
+    with pytest.raises(OSError, match="stop"), provenance.atomic_folder(Path("out/folder")) as folder:
+        raise OSError("stop")
+    assert [path.name for path in Path("out/folder").iterdir()] == ["second"] and not [*Path(".resume").iterdir()]
+    with provenance.atomic_new(Path("new")) as partial:
+        partial.write_text("new")
+    with pytest.raises(OSError, match="stop"), provenance.atomic_new(Path("other")) as partial:
+        partial.mkdir()
+        raise OSError("stop")
+    for path, message in (
+        ("new", "new exists; choose another name or remove it"),
+        ("no/x", "no folder no to write x in; make it"),
+    ):
+        with pytest.raises(UserError, match=f"^{message}"), provenance.atomic_new(Path(path)):
+            pass
+    provenance.write_text(Path("new"), "newer")
+    assert sorted(path.name for path in Path().iterdir()) == [".resume", "new", "out"] and Path("new").read_text() == "newer"
+
+
+def test_git_gives_files_hashes_and_settings_of_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert provenance.git("log") is None and provenance.commits_of("a") == []
+    subprocess.run(["git", "init", "-q"], check=True)
+    for name, text in (("src/b", "2"), ("src/a/c", "1"), ("settings/x.yaml", "x: 1"), ("settings/y.md", "y")):
+        write(name, text)
+    first = commit()
+    write("src/b", "3")
+    second = commit()
+    md5s = {"b": hashlib.md5(b"2").hexdigest(), "a/c": hashlib.md5(b"1").hexdigest()}
+    assert provenance.md5_at(first, "src") == folder_md5(md5s) and provenance.md5_at(first, "src/b") == md5s["b"]
+    assert provenance.md5_at(first, "none") is provenance.file_at(first, "none") is None
+    assert provenance.file_at(first, "src/b") == "2" and provenance.commits_of("src") == [second, first]
+    write("src/d", "4")
+    write("src/b", "5")
+    assert provenance.edited_files("src") == ["b", "d"]
+    provenance.write_yaml_files_at(first, "settings", Path("copy"))
+    provenance.write_yaml_files_at(first, "none", Path("copy"))
+    assert [path.as_posix() for path in Path("copy").rglob("*.*")] == ["copy/settings/x.yaml"]
+    for name in (f"{first[:2]}/{first[2:]}/brave-one", "stash", "exec/EXEC_HEAD"):
+        subprocess.run(["git", "update-ref", f"refs/exps/{name}", second], check=True)
+    assert provenance.experiments() == {"brave-one": f"refs/exps/{first[:2]}/{first[2:]}/brave-one"}
+    with pytest.raises(UserError, match="^git show nothing: fatal: "):
+        provenance.git_or_error("show", "nothing")
+
+
+def test_a_csv_keeps_every_digit_of_a_float() -> None:
+    rows = [{"a": 0.1 + 0.2, "b": None, "other": 1}, {"a": 1}]
+    assert provenance.to_csv(["a", "b"], rows) == "a,b\n0.30000000000000004,\n1,\n"

@@ -1,0 +1,31 @@
+"""Conditions of published results; `make release-check` runs these tests, `make test` does not."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.release, pytest.mark.timeout(1200)]
+ROOT = Path(__file__).parents[1]
+
+
+def printed(*words: str) -> str:
+    """Output of a command in the project."""
+    done = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr
+
+
+def test_the_lock_and_the_reports_are_of_this_code() -> None:
+    output = printed("dvc", "repro", "--dry", "--allow-missing")
+    stages = [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+    if stages or "ERROR" in output:
+        names = f"{', '.join(stages[:5])} and {len(stages[5:])} more" if stages[5:] else ", ".join(stages) or output[-500:]
+        pytest.fail(f"dvc.lock is older than the code: {names}; run `make repro`, commit dvc.lock and reports/", pytrace=False)
+
+
+def test_the_audit_finds_nothing_wrong() -> None:
+    output = printed("scaling4d", "audit")
+    if not output.splitlines()[-1].startswith("0 wrong"):
+        wrong = "\n".join(line for line in output.splitlines() if line.startswith("wrong"))
+        pytest.fail(f"`scaling4d audit` finds:\n{wrong[:3000]}\n{output.splitlines()[-1]}", pytrace=False)

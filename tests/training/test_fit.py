@@ -1,0 +1,221 @@
+"""The one trainer, on a model of a few weights."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from scaling4d import seeds
+from scaling4d.records import MaskedTokens, Preempted, UserError
+from scaling4d.training.distributed import run
+from scaling4d.training.fit import Batch, Callback, FitConfig, StepResult, fit
+from scaling4d.training.observe import TrainingLog
+from scaling4d.training.optimizer import build_adamw, warmup_cosine
+from scaling4d.training.resume import CheckpointManager
+
+OPTIMIZER = {"betas": (0.9, 0.95), "weight_decay": 0.1, "warmup_steps": 2, "clip_norm": 0.5, "rate_setting": "line.learning_rate"}
+CADENCE = {"accumulate": 1, "log_every": 3, "save_every": 100}
+CONFIG = FitConfig(name="line", steps=6, batch=8, seed=3, device="cpu", **OPTIMIZER, **CADENCE)
+RATE = 0.05
+
+
+class Line(nn.Module):
+    """Linear regression with dropout."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.linear, self.dropout = nn.Linear(5, 1), nn.Dropout(dropout)
+        nn.init.constant_(self.linear.weight, 0.5)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor, target: dict[str, Tensor], masked: MaskedTokens) -> Tensor:
+        assert len(x) == len(target["y"]) == len(masked.ids_keep)
+        return (self.linear(self.dropout(x)) - target["y"]).square().mean()
+
+
+def batch_of(step: int, *, rank: int, ranks: int) -> Batch:
+    x = torch.randn(CONFIG.batch, 5, generator=seeds.stream(0, "x", step))
+    ids = tuple(f"clip{step}-{n}" for n in range(CONFIG.batch))
+    part = slice(rank * len(x) // ranks, (rank + 1) * len(x) // ranks)
+    masked = MaskedTokens(torch.arange(CONFIG.batch)[:, None][part], (1, 1, 8))
+    return Batch((x[part], {"y": x[part].sum(1, keepdim=True)}, masked), ids[part])
+
+
+class History(Callback):
+    """All that a callback is told, on one rank; saved and loaded."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.begun, self.steps, self.weights = model, [], [], []
+
+    def begin(self, start: int) -> None:
+        self.begun.append(start)
+
+    def after_step(self, result: StepResult) -> None:
+        self.steps.append([result.step, result.last, result.loss.item(), result.grad_norm, result.learning_rate])
+        self.weights.append([p.detach().flatten().tolist() for p in self.model.parameters()])
+
+    def state_dict(self) -> dict:
+        return {"steps": self.steps, "weights": self.weights}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.steps, self.weights = state["steps"], state["weights"]
+
+
+def train(
+    *,
+    rank: int,
+    ranks: int,
+    config: FitConfig = CONFIG,
+    saved: bool = False,
+    dropout: float = 0.0,
+    rate: float = RATE,
+    batches: Callable = batch_of,
+    stop_at: int | None = None,
+) -> tuple[History, TrainingLog, list[int], list]:
+    """What callbacks saw of a training, the steps whose batches were asked for, and the numbers of ranks."""
+    model = Line(dropout)
+    history, log, asked = History(model), TrainingLog(config), []
+    manager = None
+    if saved:
+        manager = CheckpointManager("line", {"run": "line", "profile": "smoke"}, keep=1, asynchronous=False)
+
+    def batch(step: int) -> Batch:
+        asked.append(step)
+        if step == stop_at and rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)  # noted by this rank alone
+        return batches(step, rank=rank, ranks=ranks)
+
+    groups = {"all": (list(model.named_parameters()), rate)}
+    try:
+        world_sizes = fit(model, batch, config, param_groups=groups, callbacks=(history, log), manager=manager)
+    except Preempted as preempted:
+        world_sizes = []
+        assert str(preempted).startswith(f"stopped after step {stop_at + 1} of {config.steps}, ")
+    log.terminal = None  # which cannot be sent to the caller
+    return history, log, asked, world_sizes
+
+
+@pytest.mark.parametrize(("ranks", "accumulate"), [(1, 4), (2, 1), (2, 2)])
+def test_parts_and_ranks_add_up_to_the_whole_batch(ranks: int, accumulate: int) -> None:
+    alone, log, *_ = run(train, ranks=1)
+    parts, parts_log, *_ = run(train, ranks=ranks, config=replace(CONFIG, accumulate=accumulate))
+    assert torch.allclose(torch.tensor(parts.weights[-1][0]), torch.tensor(alone.weights[-1][0]), atol=1e-6)
+    for line, whole in zip(parts_log.lines, log.lines, strict=True):
+        assert line == pytest.approx(whole, rel=1e-5)
+    assert [line["step"] for line in log.lines] == [3, 6] and [line["clips_seen"] for line in log.lines] == [24, 48]
+
+
+def test_a_step_clips_the_gradient_and_follows_the_schedule() -> None:
+    history, log, asked, world_sizes = run(train, ranks=1)
+    assert asked == list(range(6)) and world_sizes == [[0, 1]] and history.begun == [0]
+    assert [step[0] for step in history.steps] == [1, 2, 3, 4, 5, 6] and [step[1] for step in history.steps] == [False] * 5 + [
+        True
+    ]
+    assert [step[4] for step in history.steps] == [RATE * warmup_cosine(step, steps=6, warmup=2) for step in range(6)]
+    x, target, _ = batch_of(0, rank=0, ranks=1).inputs
+    model = Line(0.0)
+    loss = (model.linear(x) - target["y"]).square().mean()
+    loss.backward()
+    assert history.steps[0][2] == pytest.approx(loss.item())
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
+    assert history.steps[0][3] == pytest.approx(norm) and norm > CONFIG.clip_norm  # told before clipping
+    adamw = torch.optim.AdamW(model.parameters(), lr=RATE / 2, betas=CONFIG.betas, weight_decay=0.1)
+    nn.utils.clip_grad_norm_(model.parameters(), CONFIG.clip_norm)
+    adamw.step()
+    assert history.weights[0][0] == pytest.approx(model.linear.weight.flatten().tolist(), abs=1e-6)
+    assert log.lines[0]["loss"] == pytest.approx(sum(step[2] for step in history.steps[:3]) / 3)
+
+
+def test_stopped_it_continues_with_the_next_batch_and_its_callbacks_forget_nothing() -> None:
+    whole, log, *_ = run(train, ranks=2, dropout=0.3)
+    _, _, first, _ = run(train, ranks=2, dropout=0.3, saved=True, stop_at=3)
+    rest, rest_log, second, world_sizes = run(train, ranks=2, dropout=0.3, saved=True)
+    assert (first, second) == ([0, 1, 2, 3], [4, 5]) and rest.begun == [4] and world_sizes == [[0, 2]]
+    assert rest.steps == whole.steps and rest.weights == whole.weights  # to the bit, the first ones from the state
+    assert rest_log.lines == log.lines  # the second line is a mean over steps of both runs
+
+
+def test_with_other_ranks_a_mean_continues_from_the_former_ranks_mean() -> None:
+    _, log, *_ = run(train, ranks=1)
+    run(train, ranks=4, saved=True, stop_at=3)
+    _, rest, _, world_sizes = run(train, ranks=2, saved=True)
+    assert world_sizes == [[0, 4], [4, 2]]
+    assert [line["loss"] for line in rest.lines] == pytest.approx([line["loss"] for line in log.lines], rel=1e-5)
+
+
+def test_a_run_that_was_saved_after_its_last_step_trains_no_step_again() -> None:
+    done, *_ = run(train, ranks=1, saved=True)
+    again, _, asked, _ = run(train, ranks=1, saved=True)
+    assert asked == [] and again.begun == [6] and again.steps == done.steps
+
+
+def not_finite(*, rank: int, ranks: int) -> tuple[str, list[float], list[float]]:
+    """The message, the weights after it, and those before the step."""
+    model, weights = Line(0.0), []
+
+    def batch(step: int) -> Batch:
+        weights.append(model.linear.weight.flatten().tolist())
+        clips = batch_of(step, rank=rank, ranks=ranks)
+        if step == 2 and rank == 1:
+            clips.inputs[0][0, 0] = float("nan")
+        return clips
+
+    with pytest.raises(UserError) as refusal:
+        fit(model, batch, CONFIG, param_groups={"all": (list(model.named_parameters()), RATE)})
+    return str(refusal.value), model.linear.weight.flatten().tolist(), weights[-1]
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update_and_names_the_clips() -> None:
+    message, after, before = run(not_finite, ranks=2)
+    path = Path(".runs/line/not-finite-00000002.json")
+    assert message == f"step 2: the gradient is nan; each rank's clips and loss are in {path}; lower line.learning_rate"
+    assert after == before != [0.5] * 5
+    content = json.loads(path.read_text())
+    assert content["step"] == 2 and [rank["loss"] == "nan" for rank in content["ranks"]] == [False, True]
+    assert content["ranks"][1]["clips"] == [f"clip2-{n}" for n in range(4, 8)]
+
+
+def ones(step: int, *, rank: int, ranks: int) -> Batch:
+    """The same batch at every step; the global random state is another each time."""
+    torch.manual_seed(1000 * os.getpid() + step)
+    return Batch((torch.ones(4, 5), {"y": torch.zeros(4, 1)}, MaskedTokens(torch.zeros(4, 1, dtype=torch.int64), (1, 1, 1))))
+
+
+def losses_of_ranks(*, rank: int, ranks: int, seed: int) -> list[list[float]]:
+    """Losses of every rank with weights that stay: what dropout draws."""
+    before = torch.get_rng_state()
+    config = replace(CONFIG, seed=seed, weight_decay=0.0)
+    history, *_ = train(rank=rank, ranks=ranks, config=config, dropout=0.5, rate=0.0, batches=ones)
+    torch.set_rng_state(before)
+    everyone: list = [None] * ranks
+    dist.all_gather_object(everyone, [step[2] for step in history.steps])
+    return everyone
+
+
+def test_dropout_depends_on_seed_rank_and_step_alone() -> None:
+    first, again, other = (run(losses_of_ranks, ranks=2, seed=seed) for seed in (0, 0, 1))
+    assert first == again and first != other
+    assert len({loss for losses in first for loss in losses}) > 8  # twelve draws: ranks and steps differ
+    assert run(losses_of_ranks, ranks=1, seed=0)[0] == first[0]
+
+
+@pytest.mark.parametrize(("step", "share"), [(0, 1 / 4), (3, 1.0), (4, 1.0), (14, 0.5), (24, 0.0)])
+def test_the_rate_rises_in_a_line_and_falls_in_a_cosine(step: int, share: float) -> None:
+    assert warmup_cosine(step, steps=24, warmup=4) == pytest.approx(share)
+
+
+def test_norms_biases_positions_and_tokens_do_not_decay_and_groups_keep_their_rates() -> None:
+    names = ("blocks.0.qkv.weight", "blocks.0.qkv.bias", "norm.weight", "positions", "mask_token", "query", "decoder.weight")
+    parameters = {name: nn.Parameter(torch.ones(2, 2)) for name in names}
+    parameters["decoder.weight"].requires_grad_(False)
+    named = list(parameters.items())
+    adamw = build_adamw({"body": (named[:1], 0.1), "rest": (named[1:], 0.2)}, betas=(0.9, 0.95), weight_decay=0.05)
+    groups = [(len(group["params"]), group["weight_decay"], group["peak"]) for group in adamw.param_groups]
+    assert groups == [(1, 0.05, 0.1), (5, 0.0, 0.2)]

@@ -1,0 +1,138 @@
+"""Where a job's ranks are started, and what a launcher hands to them."""
+
+import os
+import signal
+import socket
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from scaling4d.pipeline.code_hashes import hashes, running
+from scaling4d.records import AGAIN, UserError
+from scaling4d.training import launch
+from scaling4d.training.launch import CODE, REFUSED, Job, LaunchConfig, snapshot_content
+
+HERE = LaunchConfig(where="here", nodes=1, rendezvous="", restarts=3, wait_s=0, partition="", hours=24, cluster="slurm")
+JOB = Job(
+    name="toy",
+    arguments=("pretrain", "toy"),
+    setting="points.toy.Launch",
+    ranks=2,
+    processes=1,
+    device="cpu",
+    content={"settings": {"seed": 0}},
+    steps=6,
+    steps_done=lambda: 0,
+)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("script", "refused", "code"),
+    [("exit 0", False, 0), ("exit 1", False, AGAIN), ("exit 0", True, 1), ("exit 1", True, 1)],
+)
+def test_asked_to_stop_it_says_run_me_again_only_where_that_is_of_use(
+    tmp_path: Path, script: str, refused: bool, code: int
+) -> None:
+    """A run that had ended, or was refused, is not run again."""
+    if refused:
+        (tmp_path / REFUSED).write_text("the disk is full")
+    waiting = f"trap '{script}' TERM; touch {tmp_path}/ready; while :; do sleep 0.01; done"
+    asking = f"while [ ! -e {tmp_path}/ready ]; do sleep 0.01; done; kill -TERM {os.getpid()}"
+    with subprocess.Popen(["sh", "-c", asking]):
+        assert launch._run(["sh", "-c", waiting], tmp_path) == code
+
+
+def test_asked_to_stop_while_torchrun_is_being_started_it_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = launch._start
+
+    def start_and_ask(command: list[str], snapshot: Path) -> subprocess.Popen:
+        started = start(command, snapshot)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return started
+
+    monkeypatch.setattr(launch, "_start", start_and_ask)
+    assert launch._run(["sleep", "60"], tmp_path) == AGAIN
+
+
+def test_a_launcher_keeps_settings_and_code_for_its_ranks() -> None:
+    snapshot = launch._write_snapshot(JOB, "")
+    assert hashes(snapshot / CODE / "scaling4d", ["pretrain"])["pretrain"] == running("pretrain")
+    with snapshot_content(snapshot) as content:
+        assert content == JOB.content
+    (snapshot / REFUSED).write_text("once")
+    assert launch._write_snapshot(JOB, "") == snapshot and not (snapshot / REFUSED).exists()
+    assert launch._write_snapshot(replace(JOB, content={"settings": {"seed": 1}}), "") != snapshot
+
+
+def test_a_refusal_of_one_rank_reaches_the_launcher_and_the_other_ranks_leave() -> None:
+    snapshot = launch._write_snapshot(JOB, "")
+    with pytest.raises(SystemExit), snapshot_content(snapshot):
+        with pytest.raises(SystemExit), snapshot_content(snapshot):
+            raise UserError("the gradient is nan")
+        raise UserError("the gradient is nan here, too")
+    assert (snapshot / REFUSED).read_text() == "the gradient is nan"
+    with snapshot_content(snapshot) as content:
+        assert content is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "2 forked ranks of this process"),
+        ({"where": "torchrun"}, "--standalone --nproc-per-node 2 --max-restarts 3 "),
+        (
+            {"where": "nodes", "nodes": 2, "rendezvous": "a:1"},
+            "--nnodes 2 --rdzv-backend c10d --rdzv-endpoint a:1 --rdzv-id toy ",
+        ),
+        ({"where": "slurm", "nodes": 2, "partition": "gpu"}, "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=1\n"),
+        ({"where": "slurm", "nodes": 2, "partition": "gpu"}, "#SBATCH --partition=gpu\n"),
+    ],
+)
+def test_dry_prints_how_it_would_be_started(capsys: pytest.CaptureFixture, changes: dict, words: str) -> None:
+    if changes.get("where") == "slurm":
+        pytest.importorskip("submitit")
+    assert launch.launch(JOB, replace(HERE, **changes), dry=True) == 0
+    assert words in capsys.readouterr().out and not list(Path().iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"where": "moon"}, "where is 'moon'; needed here, torchrun, nodes or slurm"),
+        ({"where": "nodes", "nodes": 3}, "2 ranks do not divide among 3 nodes; set points.toy.Launch.nodes"),
+        ({"where": "nodes", "nodes": 2}, "points.toy.Launch.rendezvous is ''; needed HOST:PORT of one of the nodes"),
+        (
+            {"where": "nodes", "nodes": 2, "rendezvous": "nowhere.invalid:1"},
+            r"points.toy.Launch.rendezvous is nowhere.invalid:1: no host nowhere.invalid \(.+\); needed one of the nodes",
+        ),
+        (
+            {"where": "nodes", "nodes": 2, "rendezvous": "127.0.0.1:PORT"},
+            r"nobody answers at points.toy.Launch.rendezvous 127.0.0.1:\d+ for 0 s \(.+\); start the same command there",
+        ),
+        ({"where": "slurm"}, "no sbatch here, so no Slurm; set points.toy.Launch.where to here, torchrun or nodes"),
+    ],
+)
+def test_a_job_that_cannot_be_started_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, changes: dict, message: str
+) -> None:
+    if changes["where"] == "slurm":
+        pytest.importorskip("submitit")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(launch, "POLL_S", 0.01)
+    if "PORT" in changes.get("rendezvous", ""):
+        changes = changes | {"rendezvous": f"127.0.0.1:{free_port()}"}
+        monkeypatch.setattr(socket.socket, "bind", refuse_to_bind)  # as if the address were another machine's
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        launch.launch(JOB, replace(HERE, **changes), dry=False)
+
+
+def refuse_to_bind(*_: object) -> None:
+    raise OSError("not an address of this machine")

@@ -1,0 +1,178 @@
+"""One model on many ranks: the same weights at the start, the same gradients and losses, the same bits again."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import toy
+from toy import CPU, PLAIN, Toy, batch_of, build, build_sharded
+
+from scaling4d.training.distributed import run
+from scaling4d.training.optimizer import build_adamw, named_state
+from scaling4d.training.parallelize import full_tensor, parallelize, reduce_gradients, set_last_microbatch
+from scaling4d.training.resume import CheckpointManager
+
+FINGERPRINT = {"run": "toy", "profile": "smoke"}
+
+
+def gradients(*, rank: int, ranks: int, compute: str = "float32", method: str = "SimpleMAE", **sharding: object) -> tuple:
+    """First weights and a step's gradients, each as full tensors by name."""
+    given = {"compute": replace(CPU, compute=compute), "method": method}
+    model = build_sharded(replace(PLAIN, **sharding), ranks=ranks, **given)
+    first = {name: full_tensor(p.detach()).clone() for name, p in model.named_parameters()}
+    model(*batch_of(model, 0, rank=rank, ranks=ranks)).backward()
+    reduce_gradients(model)
+    assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}
+    return first, {name: full_tensor(p.grad) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("method", "ranks", "shards"), [("SimpleMAE", 4, 4), ("SimpleMAE", 4, 2), ("MAEST", 2, 2)])
+def test_sharded_first_weights_are_those_of_one_rank_and_gradients_nearly(method: str, ranks: int, shards: int) -> None:
+    first, sharded = run(gradients, ranks=ranks, method=method, shards=shards)
+    alone, plain = run(gradients, ranks=1, method=method)
+    for name, gradient in plain.items():
+        assert torch.equal(first[name], alone[name]), name
+        assert torch.allclose(sharded[name], gradient, rtol=1e-3, atol=1e-6), name
+
+
+def sizes_between_parts(*, rank: int, ranks: int, shards: int) -> tuple[int, int, int]:
+    """After a part that is not the last: numbers of full gradients, of values in a rank's shards, of parameters."""
+    model = build_sharded(replace(PLAIN, shards=shards), ranks=ranks)
+    set_last_microbatch(model, False)
+    model(*batch_of(model, 0, rank=rank, ranks=ranks)).backward()
+    states = [part._get_fsdp_state() for part in model.modules() if hasattr(part, "_get_fsdp_state")]
+    groups = [group for state in states for group in state._fsdp_param_groups]
+    full = sum(param.unsharded_accumulated_grad is not None for group in groups for param in group.fsdp_params)
+    reduced = sum(p.grad.to_local().numel() for p in model.parameters() if p.grad is not None)
+    waiting = sum(group._partial_reduce_output.numel() for group in groups if group._partial_reduce_output is not None)
+    return full, reduced + waiting, sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("shards", [4, 2])
+def test_between_the_parts_of_a_batch_gradients_lie_in_shards(shards: int) -> None:
+    full, values, parameters = run(sizes_between_parts, ranks=4, shards=shards)
+    assert full == 0
+    assert parameters // shards <= values < 1.1 * parameters / shards  # first axes are rounded up
+
+
+@pytest.mark.parametrize(
+    "sharding",
+    [
+        {"recompute": "block"},
+        {"recompute": "selective", "recompute_every": 3},
+        {"packed": True},
+        pytest.param({"compile": True}, marks=pytest.mark.slow),
+        pytest.param({"compile": True, "recompute": "selective"}, marks=pytest.mark.slow),
+    ],
+)
+def test_how_a_block_is_computed_does_not_change_its_gradients(sharding: dict) -> None:
+    _, others = run(gradients, ranks=2, shards=2, **sharding)
+    _, plain = run(gradients, ranks=2, shards=2)
+    for name, gradient in plain.items():
+        assert torch.allclose(others[name], gradient, rtol=1e-4, atol=1e-6), name
+
+
+def test_compiled_blocks_that_see_other_numbers_of_tokens_stay_graphs_of_fixed_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+
+    def note(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        shapes.append([x.shape if isinstance(x, torch.Tensor) else x for x in inputs])
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=note))
+    model = build_sharded(replace(PLAIN, compile=True), ranks=1)
+    for step in range(2):
+        model(*batch_of(model, step, rank=0, ranks=1))
+    assert len(shapes) == 2  # blocks before and after the coarse tokens join
+    assert all(isinstance(size, int) for inputs in shapes for shape in inputs for size in shape)
+
+
+def test_recomputed_blocks_are_called_twice_where_the_setting_says() -> None:
+    model = build()
+    calls = [0] * len(model.encoder.blocks)
+    for i, block in enumerate(model.encoder.blocks):
+        block.mlp_in.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
+    parallelize(model, replace(PLAIN, recompute="block", recompute_every=2), CPU, ranks=1)
+    model.to_empty(device="cpu").initialise(0)
+    model(*batch_of(model, 0, rank=0, ranks=1)).backward()
+    assert calls == [2, 1, 2, 1]
+
+
+def test_bfloat16_computes_nearly_the_same_with_float32_weights() -> None:
+    first, rounded = run(gradients, ranks=2, compute="bfloat16")
+    exact, plain = run(gradients, ranks=1)
+    for name, gradient in plain.items():
+        assert torch.equal(first[name], exact[name])
+        assert 0 < (rounded[name] - gradient).norm() < 0.1 * gradient.norm(), name
+
+
+def saved(*, rank: int, ranks: int, shards: int) -> dict:
+    """All tensors of a run, moments too, in full; written as the state of step 5."""
+    tensors = _tensors(ranks, shards)
+    for number, value in enumerate(tensors.values()):
+        value.mul_(1 + number).add_(number)  # unlike any initial value
+    manager = CheckpointManager("toy", FINGERPRINT, keep=1, asynchronous=False)
+    manager.save(5, {"step": 5}, tensors)
+    return {name: full_tensor(value).clone() for name, value in tensors.items()}
+
+
+def loaded(*, rank: int, ranks: int, shards: int) -> dict:
+    tensors = _tensors(ranks, shards)
+    manager = CheckpointManager("toy", FINGERPRINT, keep=1, asynchronous=False)
+    assert manager.load(tensors) == {"step": 5}
+    return {name: full_tensor(value).clone() for name, value in tensors.items()}
+
+
+def _tensors(ranks: int, shards: int) -> dict[str, torch.Tensor]:
+    model = build_sharded(replace(PLAIN, shards=shards), ranks=ranks)
+    adamw = build_adamw({"all": (list(model.named_parameters()), 0.0)}, betas=(0.9, 0.95), weight_decay=0.05)
+    return named_state(model, adamw)
+
+
+def test_a_state_saved_on_four_ranks_loads_exactly_on_others() -> None:
+    before = run(saved, ranks=4, shards=4)
+    for ranks, shards in ((2, 2), (1, 1), (4, 2)):
+        after = run(loaded, ranks=ranks, shards=shards)
+        assert after.keys() == before.keys() and len(after) % 3 == 0
+        for name, value in before.items():
+            assert torch.equal(after[name], value), (ranks, name)
+
+
+SHORT = Toy(steps=4, save_every=9)
+WAYS = {
+    "two": replace(SHORT, ranks=2),
+    "four": replace(SHORT, ranks=4),
+    "fsdp": replace(SHORT, ranks=4, sharding=replace(PLAIN, shards=4)),
+    "hsdp": replace(SHORT, ranks=4, sharding=replace(PLAIN, shards=2, accumulate=2)),
+    "parts": replace(SHORT, ranks=2, sharding=replace(PLAIN, accumulate=4)),
+}
+
+
+@pytest.mark.parametrize(
+    "way", ["hsdp", "parts", *(pytest.param(way, marks=pytest.mark.slow) for way in ("two", "four", "fsdp"))]
+)
+def test_losses_are_the_same_on_any_ranks_and_each_run_to_the_bit(way: str) -> None:
+    alone, first, second = (toy.train(run) for run in (replace(SHORT, ranks=1), WAYS[way], WAYS[way]))
+    assert first == second
+    losses, plain = ([line["loss"] for line in json.loads(result["losses.json"])] for result in (first, alone))
+    assert losses == pytest.approx(plain, rel=1e-5) and len(losses) == SHORT.steps
+
+
+@pytest.mark.parametrize(
+    ("sharding", "message"),
+    [
+        ({"shards": 3}, "2 ranks do not divide into copies of 3 shards; set Sharding.shards to a divisor"),
+        (
+            {"accumulate": 3},
+            "a batch of 8 clips does not divide among 2 ranks in 3 microbatches each; set batch to a multiple, or .+",
+        ),
+        ({"accumulate": 0}, "accumulate is 0; needed 1 or more"),
+        ({"recompute": "some"}, "recompute = 'some'; needed none, block or selective"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_refused(sharding: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        replace(PLAIN, **sharding).check(ranks=2, batch=8)
