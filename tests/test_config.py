@@ -8,7 +8,7 @@ from pathlib import Path
 import gin
 import pytest
 
-from scaling4d import config
+from scaling4d import config, provenance
 from scaling4d.config import bind
 from scaling4d.records import UserError
 
@@ -126,6 +126,8 @@ def test_a_changed_value_is_listed_as_an_override(project: Path, changed: Callab
             "params.yaml has pretrain.Training.stepps = 7, which no group in experiments/ knows; correct or remove it",
         ),
         ("pretrain.Training.steps", "many", r"pretrain.Training.steps = 'many' is a str; needed a int such as \d+"),
+        ("pretrain.Runtime.keep", 2, "params.yaml has pretrain.Runtime.keep = 2, which is pretrain.Runtime.keep_latest_k now"),
+        ("readout.shared", {"Head": {"width": 9}}, "params.yaml has .+ = 9, which is readout.Head.width now"),
         ("distilled", {"a": 1}, "params.yaml has distilled.a = 1, which no group .+"),
         ("pixels.PixelTokens", {}, "params.yaml .+ pixels.PixelTokens.+"),
     ],
@@ -143,6 +145,16 @@ def test_an_unknown_profile_or_key_is_one_line(project: Path) -> None:
         with pytest.raises(UserError) as caught:
             config.write([bad])
         assert "\n" not in str(caught.value) and bad.split("=")[0] in str(caught.value)
+
+
+def test_the_former_name_of_a_setting_is_answered_with_its_name_today(project: Path) -> None:
+    with pytest.raises(UserError, match=r"; points.mini.SimpleMAE.mask_ratio is points.mini.model.SimpleMAE.mask_ratio now$"):
+        config.compose(["points.mini.SimpleMAE.mask_ratio=0.5"])
+    known = dict(provenance.flatten(config.compose([])))
+    assert not [key for key in known if config.renamed(key) != key]
+    log = (ROOT / "experiments/LOG.md").read_text()
+    for words in ("pretrain.Running", "readout.shared", "Recipe", "flattening", "kept_clips", "standardise", "sharpness"):
+        assert f"`{words}" in log or f".{words}`" in log, words
 
 
 def test_composing_writes_the_overrides_to_params(project: Path) -> None:

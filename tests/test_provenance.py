@@ -139,6 +139,8 @@ def test_git_gives_files_hashes_and_settings_of_a_commit(tmp_path: Path, monkeyp
     write("src/d", "4")
     write("src/b", "5")
     assert provenance.edited_files("src") == ["b", "d"]
+    assert provenance.commit_and_edits("settings") == first[:12]
+    assert provenance.commit_and_edits("settings", "src") == f"{second[:12]}, and edits of src that are not committed"
     provenance.write_yaml_files_at(first, "settings", Path("copy"))
     provenance.write_yaml_files_at(first, "none", Path("copy"))
     assert [path.as_posix() for path in Path("copy").rglob("*.*")] == ["copy/settings/x.yaml"]

@@ -13,6 +13,6 @@ def plain(name: str) -> str:
 
 def test_what_is_pinned_installs_on_the_oldest_python_that_the_readme_names() -> None:
     pinned = {plain(line.split("==")[0]) for line in LOCK.read_text().splitlines() if "==" in line}
-    needs = {plain(found.name): found.metadata.get("Requires-Python") for found in distributions()}
+    needs = {plain(installed.name): installed.metadata.get("Requires-Python") for installed in distributions()}
     assert pinned & needs.keys()
     assert not {one: needs[one] for one in pinned & needs.keys() if needs[one] and "3.11.0" not in SpecifierSet(needs[one])}

@@ -6,9 +6,10 @@ config is a frozen dataclass that checks itself; its section in params.yaml has 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,22 @@ from scaling4d.records import UserError
 
 PARAMS = Path("params.yaml")
 EXPERIMENTS = Path("experiments")
+RENAMED = (  # former names of settings, as patterns of dotted keys; a table in experiments/LOG.md
+    (r"^((points|distilled)\.\w+)\.(SimpleMAE|MAEST|Distilled)\.", r"\1.model.\3."),
+    (r"^pretrain\.Running\.", "pretrain.Runtime."),
+    (r"^readout\.shared\.", "readout."),
+    (r"^readout\.tuning\.Tuning\.", "readout.tuning.Compute."),
+    (r"^(readout\.frozen\.\w+)\.Recipe\.", r"\1.Frozen."),
+    (r"^(readout\.finetune\.\w+)\.Recipe\.", r"\1.Finetune."),
+    (r"\.flattening$", ".shrinkage"),
+    (r"\.keep$", ".keep_latest_k"),
+    (r"\.kept_clips$", ".cached_clips"),
+    (r"\.every$", ".save_every"),
+    (r"\.standardise$", ".whiten"),
+    (r"\.place_deviation$", ".position_std"),
+    (r"\.sharpness$", ".distance_bias"),
+    (r"\.Points\.queries$", ".Points.queries_at"),
+)
 
 T = TypeVar("T")
 
@@ -168,7 +185,11 @@ def compose(overrides: list[str]) -> dict[str, Any]:
         OmegaConf.resolve(composed)
         return OmegaConf.to_container(composed)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(f"cannot compose {' '.join(overrides) or 'the defaults'}: {' '.join(str(error).split())}") from error
+        named = {override.lstrip("+~").partition("=")[0] for override in overrides}
+        hints = "".join(f"; {key} is {new} now" for key in sorted(named) if (new := renamed(key)) != key)
+        raise UserError(
+            f"cannot compose {' '.join(overrides) or 'the defaults'}: {' '.join(str(error).split())}{hints}"
+        ) from error
 
 
 def write(overrides: list[str], path: Path = PARAMS) -> None:
@@ -190,7 +211,8 @@ def overrides(settings: Mapping[str, Any], keys: list[str] | None = None) -> dic
     if keys is not None:
         composed, given = ({k: v for k, v in leaves.items() if is_below(k, keys)} for leaves in (composed, given))
     for key in sorted(given.keys() - composed.keys()):
-        raise UserError(f"params.yaml has {key} = {given[key]!r}, which no group in experiments/ knows; correct or remove it")
+        reason, new = "which no group in experiments/ knows; correct or remove it", renamed(key)
+        raise UserError(f"params.yaml has {key} = {given[key]!r}, {f'which is {new} now' if new in composed else reason}")
     for key in sorted(composed.keys() - given.keys()):
         raise UserError(f"params.yaml lacks {key}; write it anew with `scaling4d compose profile={settings['profile']}`")
     for key, value in given.items():
@@ -198,6 +220,11 @@ def overrides(settings: Mapping[str, Any], keys: list[str] | None = None) -> dic
             kind, needed = type(value).__name__, type(composed[key]).__name__
             raise UserError(f"{key} = {value!r} is a {kind}; needed a {needed} such as {composed[key]!r}")
     return {key: value for key, value in sorted(given.items()) if value != composed[key]}
+
+
+def renamed(key: str) -> str:
+    """The name today of a setting by a former name, or the key itself."""
+    return reduce(lambda new, rule: re.sub(*rule, new), RENAMED, key)
 
 
 @cache

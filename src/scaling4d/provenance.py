@@ -290,6 +290,13 @@ def commits_of(*paths: str) -> list[str]:
     return (git("log", "--format=%H", "--", *paths) or b"").decode().split()
 
 
+def commit_and_edits(*paths: str) -> str:
+    """The last commit that changed one of the paths, and the paths that differ from it, as text."""
+    edited = [path for path in paths if edited_files(path)]
+    commit = next(iter(commits_of(*paths)), "no commit")[:12]
+    return f"{commit}, and edits of {', '.join(edited)} that are not committed" if edited else commit
+
+
 def md5_at(commit: str, path: str) -> str | None:
     """DVC's md5 of a file or folder in a commit; None: not in it."""
     blobs = _blobs_at(commit, path)

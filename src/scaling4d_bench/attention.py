@@ -55,7 +55,7 @@ def bench(out: Path, *, total: int, repeats: int, precision: str, tokens: Sequen
             row["difference"] = max(float((a.float() - b.float()).abs().max()) for a, b in pairs)
             row["same"] = row["difference"] < SAME_BELOW[precision]
         measurements.raw[str(count)] = timings
-        measurements.found[str(count)] = {"clips": clips, "flops_per_clip": flops, "rows": rows, "limits": limits}
+        measurements.results[str(count)] = {"clips": clips, "flops_per_clip": flops, "rows": rows, "limits": limits}
         title = f"{count} tokens, {clips} clips, {heads} heads of {WIDTH}, {precision}, forward and backward"
         shown = [row | {"shown": f"{row['difference']:.0e}" if row["same"] else "OTHER VALUES"} for row in rows]
         measure.table(title, shown, COLUMNS)

@@ -66,11 +66,11 @@ def bench(out: Path, *, repeats: int, point: str = POINT, axes: Mapping[str, Axi
     settings = {"point": point, "batch": BATCH, "repeats": repeats, "much": MUCH} | devices.settings(device)
     measurements, lines = Measurements("costs", settings, LIBRARIES), []
     for name, (values, case_of) in axes.items():
-        timings, found = along(point, {value: case_of(value) for value in values}, device, repeats=repeats)
-        measurements.raw[name], measurements.found[name] = timings, found
-        first, *_, last = found["rows"]
+        timings, results = along(point, {value: case_of(value) for value in values}, device, repeats=repeats)
+        measurements.raw[name], measurements.results[name] = timings, results
+        first, *_, last = results["rows"]
         gib = {"first_gib": first["bytes"] / GIB, "last_gib": last["bytes"] / GIB}
-        lines.append({"name": name, "first": first, "last": last, "exponents": found["exponents"], **gib})
+        lines.append({"name": name, "first": first, "last": last, "exponents": results["exponents"], **gib})
     measure.table("what grows with what: cost = a * value^exponent", lines, COLUMNS)
     for line in lines:
         for quantity, formula in FORMULAS.items():

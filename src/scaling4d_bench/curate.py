@@ -89,8 +89,8 @@ def bench(out: Path, *, files: int, more: int, repeats: int) -> Path:
     paper = extrapolate(rates, videos=VIDEOS, video_s=VIDEO_S, cores=CORES)
     measurements.raw["seconds"] = {name: [run["seconds"] for run in several] for name, several in runs.items()}
     share = again["seconds"] / second["seconds"]
-    found = {"rows": rows, "second_run_of_first": share, "duplicates": search, "measured": rates, "paper": paper}
-    measurements.found.update(found)
+    results = {"rows": rows, "second_run_of_first": share, "duplicates": search, "measured": rates, "paper": paper}
+    measurements.results.update(results)
     lines = []
     for number, row in enumerate(rows):
         mib = {"main_mib": row["peak_main"] / 2**20, "worker_mib": row["peak_worker"] / 2**20}

@@ -64,18 +64,18 @@ def bench(out: Path, *, clips: int, repeats: int) -> Path:
             for number, path in enumerate(paths):
                 videos.write(path, SEED + number, seconds=SECONDS, size_px=(height, width), gop=gop)
             work = random_clips(paths, clips=clips, frames=round(SECONDS * RATE_HZ))
-            measurements.raw[kind], found = compare(loaded, work, repeats=repeats)
-            found["kbit_per_s"] = sum(path.stat().st_size for path in paths) * 8 / 1000 / (FILES * SECONDS)
-            measurements.found[kind] = found
-            rows, share = [], found["ffmpeg_share_of_ours"]
-            for row in found["rows"]:
+            measurements.raw[kind], results = compare(loaded, work, repeats=repeats)
+            results["kbit_per_s"] = sum(path.stat().st_size for path in paths) * 8 / 1000 / (FILES * SECONDS)
+            measurements.results[kind] = results
+            rows, share = [], results["ffmpeg_share_of_ours"]
+            for row in results["rows"]:
                 shown = f"{row['difference']:.2f}" if row.get("same_frames") else "OTHER FRAMES"
                 shown = "decodes only" if row["name"] == ALONE else shown
                 rows.append(row | {"cpu_ms": 1000 * row["cpu_s"], "shown": shown})
-            rows += [row | {"name": f"ours, {row['name']}"} for row in found["processes"]]
+            rows += [row | {"name": f"ours, {row['name']}"} for row in results["processes"]]
             title = (
-                f"{kind}, {found['kbit_per_s']:.0f} kbit/s; of our time {share['decoder']:.0%} is FFmpeg's decoder and "
-                f"{share['swscale']:.0%} swscale; same frames differ by < {SAME_BELOW:g} (one off: {found['one_off']:.1f})"
+                f"{kind}, {results['kbit_per_s']:.0f} kbit/s; of our time {share['decoder']:.0%} is FFmpeg's decoder and "
+                f"{share['swscale']:.0%} swscale; same frames differ by < {SAME_BELOW:g} (one off: {results['one_off']:.1f})"
             )
             measure.table(title, rows, COLUMNS)
     return measurements.write(out)

@@ -43,10 +43,10 @@ def bench(out: Path, *, steps: int, repeats: int, minutes: float) -> Path:
             timings, clips = measure.take_turns(runs, repeats=repeats), loader.count_clips(folder, "train")
             rows = measure.throughput(timings, dict.fromkeys(runs, steps * BATCH))
             rows = [row | {"over_all_cores": row["over_ours"] / measure.cores()} for row in rows]
-            measurements.raw[kind], measurements.found[kind] = timings, {"rows": rows, "clips": clips}
+            measurements.raw[kind], measurements.results[kind] = timings, {"rows": rows, "clips": clips}
             measure.table(f"{kind}: batches of {BATCH} from {clips} clips", rows, columns)
         for kind, folder in folders.items():
-            measurements.found[kind]["memory"] = memory = watch_memory(folder, minutes=minutes, workers=max(WORKERS))
+            measurements.results[kind]["memory"] = memory = watch_memory(folder, minutes=minutes, workers=max(WORKERS))
             mib = {name: value / 2**20 for name, value in memory.items() if name != "bytes"}
             print(
                 f"{kind}: memory with {memory['workers']} workers over {memory['minutes']:.1f} min, {memory['batches']} batches: "

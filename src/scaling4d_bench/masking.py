@@ -62,7 +62,7 @@ def bench(out: Path, *, clips: int, repeats: int, precision: str, workers: int, 
                     "times_first_method_unhidden": measure.speedup(timings, row["name"], rows[0]["name"]),
                 }
             measurements.raw[size] = timings
-            measurements.found[size] = {"rows": rows, "loading": loading, "limits": limits}
+            measurements.results[size] = {"rows": rows, "loading": loading, "limits": limits}
             title = f"{size}, {precision}, batches of {clips}; {workers} processes load"
             measure.table(title, [*rows, loading], COLUMNS)
             devices.print_limits(limits)

@@ -42,7 +42,7 @@ class Timings:
 class Measurements:
     """Content of a benchmark's JSON file.
 
-    settings: with a GPU as "device", the file's name ends with the GPU's. raw: every single time. found: all figures
+    settings: with a GPU as "device", the file's name ends with the GPU's. raw: every single time. results: all figures
     that follow. not_measured: workloads -> the reason why not. versions: of Python and of the installed libraries.
     """
 
@@ -50,7 +50,7 @@ class Measurements:
     settings: dict[str, Any]
     libraries: InitVar[Sequence[str]]
     raw: dict[str, Any] = field(default_factory=dict)
-    found: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
     not_measured: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: {"python": platform.python_version()})
 

@@ -81,7 +81,7 @@ def bench(out: Path, *, clips: int, repeats: int, precisions: Sequence[str], mae
             pairs = [pair for pair in group.pairs if set(pair) <= set(made)]
             ratios = [{"of": a, "over": b, **measure.speedup(timings, a, b)} for a, b in pairs]
             measurements.raw[title] = timings
-            measurements.found[title] = {"rows": rows, "limits": limits, "ratios": ratios}
+            measurements.results[title] = {"rows": rows, "limits": limits, "ratios": ratios}
             measure.table(title, [row | {"gflop": row["flops_per_clip"] / 1e9} for row in rows], COLUMNS)
             devices.print_limits(limits)
             for ratio in ratios:

@@ -54,11 +54,11 @@ def bench(out: Path, *, encoder: str, tasks: Sequence[str] = ()) -> Path:
             measurements.raw[name] = {task: run_readout(Path(scratch), home, encoder, task) for task in tasks}
         stored = Path(scratch, "store").rglob("*.safetensors")
         measurements.settings["stored_bytes"] = sum(path.stat().st_size for path in stored)
-    found = summary(measurements.raw)
-    measurements.found.update(found)
-    measure.table(f"{encoder}: all frozen readouts", found["rows"], COLUMNS)
+    results = summary(measurements.raw)
+    measurements.results.update(results)
+    measure.table(f"{encoder}: all frozen readouts", results["rows"], COLUMNS)
     columns = {"features": "{name}", **{task: f"{{changed[{task}]:+.5f}}" for task in tasks}}
-    measure.table("changes of the metric", found["rows"][1:], columns)
+    measure.table("changes of the metric", results["rows"][1:], columns)
     return measurements.write(out)
 
 

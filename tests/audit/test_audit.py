@@ -282,6 +282,27 @@ def test_results_without_the_checkpoints_that_they_were_read_from_are_not_called
     assert f"not checked {NANO}: {weights}" in messages("not checked")
 
 
+def test_results_of_an_earlier_commit_are_one_note_that_says_what_is_newer(
+    flip: Flip, commit: Callable, messages: Messages, wrong: Wrong
+) -> None:
+    made = provenance.git_or_error("rev-parse", "--short=7", "HEAD~1").strip()
+    Path("src/scaling4d/readout/stage.py").write_text("VALUE = 22\n")
+    assert wrong()  # no commit has this edit
+    commit("other code")
+    assert not wrong()
+    again = "`make repro` makes the results again"
+    assert messages("note") == [f"note        dvc.lock: commit {made} made the results; newer: code of readout; {again}"]
+    config.PARAMS.write_text(config.PARAMS.read_text().replace("seed: 0", "seed: 33"))
+    commit("another seed")
+    assert not wrong()
+    newer = "newer: code of readout, settings or files of 6 stages"
+    assert messages("note") == [f"note        dvc.lock: commit {made} made the results; {newer}; {again}"]
+    flip("reports/built/results.csv", "top1,0.75,", "top1,0.95,")
+    assert "wrong       reports/built/results.csv: md5 " in wrong()
+    flip("dvc.lock", "frames: 4", "frames: 6")
+    assert "clips: dvc.lock has clips.Curation.frames = 6, params.yaml 4" in wrong()  # no commit has this lock
+
+
 def test_a_kept_run_is_proven_by_the_commit_that_holds_its_code(flip: Flip, commit: Callable, wrong: Wrong) -> None:
     flip("src/scaling4d/readout/stage.py", "VALUE = 1", "VALUE = 2")
     commit("the code moves on")

@@ -40,16 +40,16 @@ def test_decoding_names_every_reader_and_marks_other_frames(tmp_path, monkeypatc
     monkeypatch.setattr(decode, "LOADERS", decode.LOADERS | {"plain PyAV": late, "OpenCV": gone})
     path = decode.bench(tmp_path, clips=2, repeats=2)
     content, shown = json.loads(path.read_text()), capsys.readouterr().out
-    raw, found = content["raw"]["128x96 GOP 12"], content["found"]["128x96 GOP 12"]
+    raw, results = content["raw"]["128x96 GOP 12"], content["results"]["128x96 GOP 12"]
     assert "OpenCV: not measured (No module named 'cv2')" in shown
     assert content["not_measured"]["OpenCV"] == "No module named 'cv2'"
     assert {"ours", "plain PyAV", "FFmpeg alone"} <= raw["one process"]["seconds"].keys()
     assert raw["one process"]["seconds"].keys() | content["not_measured"].keys() == {*decode.LOADERS, "FFmpeg alone"}
     assert all(len(seconds) == 2 for group in raw.values() for seconds in group["seconds"].values())
     assert all(f"│ {name} " in shown for name in [*raw["one process"]["seconds"], "ours, processes: 1", "ours, processes: 2"])
-    same = {row["name"]: row.get("same_frames") for row in found["rows"]}
+    same = {row["name"]: row.get("same_frames") for row in results["rows"]}
     assert same["ours"] is True and same["plain PyAV"] is False and shown.count("OTHER FRAMES") == 1
-    assert 0 < found["ffmpeg_share_of_ours"]["decoder"] + found["ffmpeg_share_of_ours"]["swscale"] < 1
+    assert 0 < results["ffmpeg_share_of_ours"]["decoder"] + results["ffmpeg_share_of_ours"]["swscale"] < 1
     assert "av" in content["versions"]
 
 
@@ -67,9 +67,9 @@ def test_the_loader_is_measured_with_every_number_of_workers(tmp_path, capsys) -
     names = ["one core, decoding alone", "workers: 0", "workers: 1"]
     for kind in ("encoded clips", "whole sources"):
         assert {name: len(seconds) for name, seconds in content["raw"][kind]["seconds"].items()} == dict.fromkeys(names, 2)
-        assert [row["name"] for row in content["found"][kind]["rows"]] == names
-        assert content["found"][kind]["memory"]["peak"] > 0
-        one = content["found"][kind]["rows"][0]
+        assert [row["name"] for row in content["results"][kind]["rows"]] == names
+        assert content["results"][kind]["memory"]["peak"] > 0
+        one = content["results"][kind]["rows"][0]
         assert (one["over_ours"], one["over_all_cores"]) == (1.0, 0.5)
     assert all(shown.count(f"│ {name} ") == 2 for name in names)
 
@@ -79,10 +79,10 @@ def test_curation_is_measured_at_two_sizes_and_again(tmp_path, capsys) -> None:
     content, shown = json.loads(path.read_text()), capsys.readouterr().out
     seconds = {name: len(times) for name, times in content["raw"]["seconds"].items()}
     assert seconds == {"2 files": 1, "3 files": 1, "1 files added": 1}
-    assert [row["files"] for row in content["found"]["rows"]] == [2, 3, 4]
-    first, second, again = content["found"]["rows"]
-    assert content["found"]["second_run_of_first"] == again["seconds"] / second["seconds"]
-    assert min(row["peak_main"] for row in content["found"]["rows"]) > 0 and second["peak_worker"] > 0
+    assert [row["files"] for row in content["results"]["rows"]] == [2, 3, 4]
+    first, second, again = content["results"]["rows"]
+    assert content["results"]["second_run_of_first"] == again["seconds"] / second["seconds"]
+    assert min(row["peak_main"] for row in content["results"]["rows"]) > 0 and second["peak_worker"] > 0
     assert "core-hours" in shown and "storage, TB" in shown
 
 

@@ -30,25 +30,25 @@ def test_attention_on_a_gpu_is_that_of_the_cpu(count: int, dtype: torch.dtype, t
     shape, rng = (2, count, 4, 64), seeds.stream(0, "attention")
     inputs = [torch.randn(shape, generator=rng) for _ in range(4)]
     wanted = attention.both_passes(attention.attention, inputs)
-    found = attention.both_passes(attention.attention, [x.to(GPU, dtype) for x in inputs])
-    for a, b in zip(found, wanted, strict=True):
+    results = attention.both_passes(attention.attention, [x.to(GPU, dtype) for x in inputs])
+    for a, b in zip(results, wanted, strict=True):
         assert float((a.float().cpu() - b).abs().max()) < tolerance
 
 
 @pytest.mark.parametrize("point", ["S", "mae_st_B"])
 def test_a_loss_and_its_gradients_on_a_gpu_are_those_of_the_cpu(point: str) -> None:
     changes = SMALL | ({"predicted_frames": 4} if point == "mae_st_B" else {})
-    found = {}
+    results = {}
     for place in (CPU, GPU):
         model = steps.build(point, changes, place)
         pixels = torch.randint(0, 256, (2, 8, 64, 64, 3), dtype=torch.uint8, generator=seeds.stream(0, "pixels")).to(place)
         masked = model.draw_mask(2, seeds.stream(0, "mask"))
         loss = model(pixels, MaskedTokens(masked.ids_keep.to(place), masked.grid))
         loss.backward()
-        found[place] = loss.item(), {name: p.grad.cpu() for name, p in model.named_parameters()}
-    assert found[GPU][0] == pytest.approx(found[CPU][0], rel=1e-5)
-    for name, gradient in found[CPU][1].items():
-        assert torch.allclose(found[GPU][1][name], gradient, rtol=1e-3, atol=1e-5), name
+        results[place] = loss.item(), {name: p.grad.cpu() for name, p in model.named_parameters()}
+    assert results[GPU][0] == pytest.approx(results[CPU][0], rel=1e-5)
+    for name, gradient in results[CPU][1].items():
+        assert torch.allclose(results[GPU][1][name], gradient, rtol=1e-3, atol=1e-5), name
 
 
 @pytest.mark.parametrize(("point", "clips"), [("S", 32), ("B", 16), ("L", 8)])
@@ -68,7 +68,7 @@ def test_a_bf16_step_has_nearly_the_loss_of_an_fp32_one() -> None:
 def test_xformers_packs_clips_in_one_sequence(tmp_path: Path) -> None:
     path = attention.bench(tmp_path, total=1024, repeats=1, precision="bf16", tokens=(78,))
     content = json.loads(path.read_text())
-    same = {row["name"]: row["same"] for row in content["found"]["78"]["rows"]}
+    same = {row["name"]: row["same"] for row in content["results"]["78"]["rows"]}
     assert same["xformers"] and same["xformers, packed"]
     assert path.name.startswith("attention-") and content["settings"]["device"] == torch.cuda.get_device_name()
 
@@ -77,7 +77,7 @@ def test_steps_are_measured_at_the_best_batch_of_a_gpu(tmp_path: Path, monkeypat
     group = pretrain.StepGroup({"ours": partial(steps.point_step, "S", 0.9, SMALL)}, best_batch=True)
     monkeypatch.setattr(pretrain, "standard_groups", lambda mae_st, device: {"all": group})
     path = pretrain.bench(tmp_path, clips=2, repeats=2, precisions=["bf16"], mae_st=None)
-    (row,) = json.loads(path.read_text())["found"]["all, bf16"]["rows"]
+    (row,) = json.loads(path.read_text())["results"]["all, bf16"]["rows"]
     assert row["clips"] >= 2 and 0 < row["share_of_peak"] < 1
 
 

@@ -51,15 +51,15 @@ def test_steps_take_turns_with_their_peers_and_missing_ones_are_named(tmp_path: 
     monkeypatch.setattr(pretrain, "standard_groups", lambda mae_st, device: {"all": group})
     path = pretrain.bench(tmp_path, clips=2, repeats=2, precisions=["fp32"], mae_st=None)
     content, shown = json.loads(path.read_text()), capsys.readouterr().out
-    found, names = content["found"]["all, fp32"], ["ours, 90 %", "MAE-ST, 90 %", "VideoMAE"]
-    assert [row["name"] for row in found["rows"]] == names
+    results, names = content["results"]["all, fp32"], ["ours, 90 %", "MAE-ST, 90 %", "VideoMAE"]
+    assert [row["name"] for row in results["rows"]] == names
     assert {name: len(seconds) for name, seconds in content["raw"]["all, fp32"]["seconds"].items()} == dict.fromkeys(
         [*names, "matrix product, fp32", "memory copy"], 2
     )
-    assert [(ratio["of"], ratio["over"]) for ratio in found["ratios"]] == [("ours, 90 %", "VideoMAE")]
+    assert [(ratio["of"], ratio["over"]) for ratio in results["ratios"]] == [("ours, 90 %", "VideoMAE")]
     assert "another, fp32: not measured (No module named 'transformers')" in shown
-    for row in found["rows"]:
-        peak = found["limits"]["matrix product, fp32"]
+    for row in results["rows"]:
+        peak = results["limits"]["matrix product, fp32"]
         assert row["share_of_peak"] == pytest.approx(row["per_s"] * row["flops_per_clip"] / peak)
         assert sum(row["parts"].values()) == pytest.approx(1) and row["parts"]["matrix products"] > 0
     assert content["settings"]["device"] == "cpu" and "transformers" in content["versions"]
@@ -143,12 +143,12 @@ def test_masking_compares_every_share_with_none_and_adds_the_loading(tmp_path: P
     monkeypatch.setattr(steps, "build", lambda point, changes, device: models[point])
     path = masking.bench(tmp_path, clips=2, repeats=2, precision="fp32", workers=0, shards=tmp_path)
     content, shown = json.loads(path.read_text()), capsys.readouterr().out
-    found = content["found"]["B"]
+    results = content["results"]["B"]
     names = [f"{method}, {share}%" for method in ("MAE-ST", "SimpleMAE") for share in (0, 75, 90, 95)]
-    assert [row["name"] for row in found["rows"]] == names
-    assert found["loading"]["per_s"] == masking.BATCHES * masking.loader.BATCH / 0.5
-    load_s = 1 / found["loading"]["per_s"]
-    for none, *others in (found["rows"][:4], found["rows"][4:]):
+    assert [row["name"] for row in results["rows"]] == names
+    assert results["loading"]["per_s"] == masking.BATCHES * masking.loader.BATCH / 0.5
+    load_s = 1 / results["loading"]["per_s"]
+    for none, *others in (results["rows"][:4], results["rows"][4:]):
         assert none["times_as_fast"] == {"median": 1.0, "low": 1.0, "high": 1.0} and none["times_as_fast_with_loading"] == 1.0
         for row in others:
             assert row["times_as_fast_by_arithmetic"] == none["flops_per_clip"] / row["flops_per_clip"] > 1
@@ -163,12 +163,12 @@ def test_every_implementation_of_attention_that_runs_here_agrees_with_ours(tmp_p
     path = attention.bench(tmp_path, total=32, repeats=1, precision="fp32", tokens=(8, 16), heads=2)
     content, shown = json.loads(path.read_text()), capsys.readouterr().out
     for count, clips in (("8", 4), ("16", 2)):
-        found = content["found"][count]
-        assert found["clips"] == clips and found["flops_per_clip"] == 14 * int(count) ** 2 * 2 * 64
-        same = {row["name"]: row["same"] for row in found["rows"]}
+        results = content["results"][count]
+        assert results["clips"] == clips and results["flops_per_clip"] == 14 * int(count) ** 2 * 2 * 64
+        same = {row["name"]: row["same"] for row in results["rows"]}
         assert same["twice"] is False and all(value for name, value in same.items() if name != "twice")
         assert {"ours", "SDPA, as torch chooses", "SDPA, math", "SDPA, packed"} <= same.keys()
-        assert found["rows"][0]["difference"] == 0
+        assert results["rows"][0]["difference"] == 0
         assert set(same) | set(content["not_measured"]) == set(attention.IMPLEMENTATIONS)
     assert shown.count("OTHER VALUES") == 2
     if not torch.cuda.is_available():
@@ -182,14 +182,14 @@ def test_costs_have_the_exponents_of_time_and_memory_and_mark_faster_growth(tmp_
         "clips seen": ((1, 2), lambda n: TrainingCase(SIMPLE, 1, n)),
     }
     path = costs.bench(tmp_path, repeats=1, axes=axes)
-    found, shown = json.loads(path.read_text())["found"], capsys.readouterr().out
-    batch, seen = (found[name]["exponents"] for name in axes)
+    results, shown = json.loads(path.read_text())["results"], capsys.readouterr().out
+    batch, seen = (results[name]["exponents"] for name in axes)
     assert batch["flops"] == pytest.approx(1) and batch["bytes"] == pytest.approx(3) and 0 < batch["bytes_by_formula"] < 1
     assert seen["flops"] == pytest.approx(1) and [seen["bytes"], seen["bytes_by_formula"]] == pytest.approx([0, 0])
     assert "clips a step: bytes grow faster than their arithmetic (3.00, " in shown
     assert "clips seen: bytes" not in shown
     assert costs.exponent([1, 2, 4, 8], [3 * x**1.5 for x in (1, 2, 4, 8)]) == pytest.approx(1.5)
-    assert found["clips seen"]["rows"][0].keys() == {"value", "seconds", "low", "high", "flops", "bytes", "bytes_by_formula"}
+    assert results["clips seen"]["rows"][0].keys() == {"value", "seconds", "low", "high", "flops", "bytes", "bytes_by_formula"}
 
 
 def test_the_measured_memory_of_training_is_near_the_formulas() -> None:

@@ -228,7 +228,7 @@ def test_a_file_that_cannot_be_read_for_the_moment_is_inspected_again(quick, vid
 
 def put_and_die(folder):
     with curate.open_cache(folder, "inspections", {"a": 1}) as known:
-        known.put("one", [1])
+        known.set("one", [1])
         os._exit(9)
 
 
@@ -246,20 +246,20 @@ def test_entries_of_a_cache_survive_a_crash_and_are_for_the_same_settings_only(t
 
 def test_a_damaged_cache_is_named_and_begun_anew(tmp_path):
     with curate.open_cache(tmp_path, "inspections", {}) as known:
-        known.put("one", [1])
+        known.set("one", [1])
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:4096] + b"x" * 4096)
     with pytest.warns(UserWarning, match=f"{path} is damaged .*; its entries are computed anew"):
         assert look_up(tmp_path) is None
     with curate.open_cache(tmp_path, "inspections", {}) as known:
-        known.put("one", [2])
+        known.set("one", [2])
     assert look_up(tmp_path) == [2]
 
 
 def test_a_cache_that_another_run_holds_is_not_taken_for_damaged(tmp_path, monkeypatch):
     monkeypatch.setattr("scaling4d.clips.curate.TIMEOUT_S", 0.1)
     with curate.open_cache(tmp_path, "inspections", {}) as known:
-        known.put("one", [1])
+        known.set("one", [1])
         known.database.execute("BEGIN EXCLUSIVE")
         with pytest.raises(UserError, match="database is locked; needed a folder on a disk with room, and no other run at work"):
             look_up(tmp_path)

@@ -42,9 +42,9 @@ def test_a_tar_counts_as_its_members_and_they_are_looked_at_where_they_lie(tmp_p
     assert paths == ["one.mp4", "some.tar/deep/two.json", "some.tar/deep/two.mp4", "some.tar/deep/two.mp4"]
     hashes = hash_sources(tmp_path, items)
     assert hashes[0] == hashes[2] == hashes[3] == video.sha256(one)
-    found = [inspect_video(tmp_path, item, sha256, CONFIG) for item, sha256 in zip(items, hashes, strict=True)]
-    assert [clip.frames for clip in found[2].clips] == [clip.frames for clip in found[0].clips] != []
-    assert [why.reason for why in found[1].rejected] == ["not a readable video"]
+    inspections = [inspect_video(tmp_path, item, sha256, CONFIG) for item, sha256 in zip(items, hashes, strict=True)]
+    assert [clip.frames for clip in inspections[2].clips] == [clip.frames for clip in inspections[0].clips] != []
+    assert [why.reason for why in inspections[1].rejected] == ["not a readable video"]
 
 
 def test_members_that_lead_elsewhere_are_refused_unread_and_named(tmp_path):
@@ -201,6 +201,6 @@ def test_names_of_any_bytes_are_found(tmp_path):
     for name in names:
         save(tmp_path / name, world(0, 40))
     os.rename(os.fsencode(tmp_path / " .mp4"), os.fsencode(tmp_path) + b"/\xff.mp4")
-    found = {item.path: inspect_video(tmp_path, item, "0" * 64, CONFIG) for item in list_sources(tmp_path)}
-    assert set(found) == {*names, os.fsdecode(b"\xff.mp4")} - {" .mp4"}
-    assert all(finding.clips for finding in found.values())
+    inspections = {item.path: inspect_video(tmp_path, item, "0" * 64, CONFIG) for item in list_sources(tmp_path)}
+    assert set(inspections) == {*names, os.fsdecode(b"\xff.mp4")} - {" .mp4"}
+    assert all(inspection.clips for inspection in inspections.values())

@@ -191,7 +191,7 @@ def test_rates_grow_with_the_batch_and_those_of_matrices_fall_with_the_width(cha
         ("pretrain.Training.ranks", 0, "pretrain.Training: ranks is 0; needed 1 or more"),
         ("points.nano.Launch.nodes", 0, "points.nano.Launch: nodes is 0; needed 1 or more"),
         ("pretrain.Training.val_clips", -1, "pretrain.Training: val_clips is -1; needed 0 or more"),
-        ("pretrain.Runtime.keep", 0, "pretrain.Runtime: keep is 0; needed 1 or more"),
+        ("pretrain.Runtime.keep_latest_k", 0, "pretrain.Runtime: keep_latest_k is 0; needed 1 or more"),
         ("pretrain.Runtime.hang_s", 0.0, "pretrain.Runtime: hang_s is 0.0; needed more than 0"),
     ],
 )

@@ -99,7 +99,7 @@ def test_how_a_run_is_fed_watched_and_launched_changes_neither_its_state_nor_its
     assert attempt(short(6), at=2, interrupt=ask_to_stop) == AGAIN
     changed("points.nano.Launch.hours", 7)
     changed("pretrain.Runtime.cached_clips", 1)
-    assert attempt(changed("pretrain.Runtime.keep", 1)) == 0
+    assert attempt(changed("pretrain.Runtime.keep_latest_k", 1)) == 0
     assert steps_shown() == [1, 2, 3, 4, 5, 6]
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == undisturbed
     (facts,) = (json.loads(path.read_text()) for path in Path(".runs").glob("pretrain-nano-*.json"))

@@ -209,7 +209,7 @@ def test_without_saving_no_state_is_written_and_another_setting_starts_anew(smal
         ("tuning.Sharding.shards", 3, "finetune.actions: 2 ranks do not divide into copies of 3 shards; set Sharding.shards to"),
         ("tuning.Compute.device", "tpu", "tuning.Compute: device = 'tpu'; needed cpu or cuda"),
         ("saving.Saving.save_every", -1, "saving.Saving: save_every is -1; needed 0 or more"),
-        ("saving.Saving.keep", 0, "saving.Saving: keep is 0; needed 1 or more"),
+        ("saving.Saving.keep_latest_k", 0, "saving.Saving: keep_latest_k is 0; needed 1 or more"),
         ("Evaluation.ranks", 0, "Evaluation: ranks is 0; needed 1 or more"),
         ("Evaluation.cached_clips", -1, "Evaluation: cached_clips is -1; needed 0 or more"),
         (

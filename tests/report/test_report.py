@@ -354,7 +354,7 @@ def keys_of(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int]]:
 
 def test_costs_have_a_column_for_each_axis_of_growth() -> None:
     path = ROOT / "reports/bench/costs.json"
-    axes, svg = json.loads(path.read_text())["found"], figures.costs(path)
+    axes, svg = json.loads(path.read_text())["results"], figures.costs(path)
     assert len(re.findall(r'<g id="axes_\d+">', svg)) == 2 * len(axes)
     for name, axis in axes.items():
         grown = axis["exponents"]

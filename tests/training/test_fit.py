@@ -84,7 +84,7 @@ def train(
     history, log, asked = History(model), TrainingLog(config), []
     manager = None
     if saved:
-        manager = CheckpointManager("line", {"run": "line", "profile": "smoke"}, keep=1, asynchronous=False)
+        manager = CheckpointManager("line", {"run": "line", "profile": "smoke"}, keep_latest_k=1, asynchronous=False)
 
     def batch(step: int) -> Batch:
         asked.append(step)

@@ -130,7 +130,7 @@ def test_a_full_disk_is_one_line_and_costs_only_the_state_that_had_no_space(
 
 
 def test_as_many_states_stay_as_the_setting_says() -> None:
-    toy = Toy(keep=3, save_every=1)
+    toy = Toy(keep_latest_k=3, save_every=1)
     assert attempt(toy, at=5, interrupt=ask_to_stop) == AGAIN
     assert states(toy) == [4, 5, 6]
 
@@ -182,12 +182,12 @@ def test_a_damaged_fingerprint_blocks_no_run(undisturbed: dict, capfd: pytest.Ca
 
 def loaded_step(*, rank: int, ranks: int) -> list[int]:
     """The step that each rank loads where the folder of the last one has not appeared yet on the machine of rank 1."""
-    manager = CheckpointManager("late", {"run": "late", "profile": "smoke"}, keep=2, asynchronous=False)
+    manager = CheckpointManager("late", {"run": "late", "profile": "smoke"}, keep_latest_k=2, asynchronous=False)
     for step in (2, 4):
         manager.save(step, {"step": step}, {"a": torch.full((3,), float(step))})
     if rank == 1:
         glob, late = Path.glob, "step-00000004"
-        Path.glob = lambda path, pattern: [found for found in glob(path, pattern) if found.name != late]
+        Path.glob = lambda path, pattern: [entry for entry in glob(path, pattern) if entry.name != late]
     steps: list = [None] * ranks
     dist.all_gather_object(steps, manager.load({"a": torch.zeros(3)})["step"])
     return steps
@@ -229,7 +229,7 @@ def synced_files(*, rank: int, ranks: int) -> tuple[list[str], list[str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", note)
         patch.setattr(Path, "rename", note_rename)
-        manager = CheckpointManager("disk", {"run": "x", "profile": "y"}, keep=1, asynchronous=False)
+        manager = CheckpointManager("disk", {"run": "x", "profile": "y"}, keep_latest_k=1, asynchronous=False)
         manager.save(1, {"step": 1}, {"weight.a": torch.ones(3)})
     return before_rename, [path.name for path in (manager.folder / "step-00000001").iterdir()]
 

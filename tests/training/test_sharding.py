@@ -114,14 +114,14 @@ def saved(*, rank: int, ranks: int, shards: int) -> dict:
     tensors = _tensors(ranks, shards)
     for number, value in enumerate(tensors.values()):
         value.mul_(1 + number).add_(number)  # unlike any initial value
-    manager = CheckpointManager("toy", FINGERPRINT, keep=1, asynchronous=False)
+    manager = CheckpointManager("toy", FINGERPRINT, keep_latest_k=1, asynchronous=False)
     manager.save(5, {"step": 5}, tensors)
     return {name: full_tensor(value).clone() for name, value in tensors.items()}
 
 
 def loaded(*, rank: int, ranks: int, shards: int) -> dict:
     tensors = _tensors(ranks, shards)
-    manager = CheckpointManager("toy", FINGERPRINT, keep=1, asynchronous=False)
+    manager = CheckpointManager("toy", FINGERPRINT, keep_latest_k=1, asynchronous=False)
     assert manager.load(tensors) == {"step": 5}
     return {name: full_tensor(value).clone() for name, value in tensors.items()}
 

@@ -41,7 +41,7 @@ class Toy:
     ranks: int = 2
     sharding: ShardingConfig = PLAIN
     save_every: int = 2
-    keep: int = 2
+    keep_latest_k: int = 2
     asynchronous: bool = False
     clip_norm: float = 1.0
     interrupt: Callable[[], None] | None = None
@@ -96,7 +96,7 @@ def train(toy: Toy) -> dict[str, bytes]:
 def _train(*, rank: int, ranks: int, toy: Toy) -> None:
     model = build_sharded(toy.sharding, ranks=ranks)
     log = TrainingLog(toy.fit, folder=LOG)
-    manager = CheckpointManager("toy", toy.fingerprint, keep=toy.keep, asynchronous=toy.asynchronous)
+    manager = CheckpointManager("toy", toy.fingerprint, keep_latest_k=toy.keep_latest_k, asynchronous=toy.asynchronous)
 
     def batch(step: int) -> Batch:
         if toy.interrupt and rank == 0 and step == toy.at:

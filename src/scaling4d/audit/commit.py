@@ -19,20 +19,22 @@ Stages = Mapping[str, LockedStage]
 Difference = tuple[str, str, str]  # kind of finding; setting, path or stage; message
 
 
-def differences_from_commit(stages: Stages, overrides: tuple[str, ...], changes: dict[str, Any], page: str) -> list[Difference]:
-    """How the settings and data of a run differ from those of the closest commit that has its code.
+def closest_commit(
+    stages: Stages, overrides: tuple[str, ...], changes: dict[str, Any], page: str
+) -> tuple[str | None, list[Difference]]:
+    """The commit that has the code of a run, and the closest settings and data; and how those of the run differ.
 
     overrides: Hydra overrides that compose the settings, `profile=NAME` among them. changes: settings on top of those.
     page: HTML; a setting that it names may differ.
     """
     md5 = next((dep.md5 for stage in stages.values() for dep in stage.deps if dep.path == SOURCE), None)
-    candidates: list[list[Difference]] = []
+    candidates: list[tuple[str | None, list[Difference]]] = []
     for commit in _commits_with(md5):
-        candidates.append([*_compare(commit, stages, overrides, changes, page)])
-        if all(kind != WRONG for kind, *_ in candidates[-1]):
+        candidates.append((commit, [*_compare(commit, stages, overrides, changes, page)]))
+        if all(kind != WRONG for kind, *_ in candidates[-1][1]):
             return candidates[-1]
     unknown = f"no commit of this clone has its {SOURCE} ({md5}), so its settings and data are not checked"
-    return min(candidates, key=len, default=[(UNCHECKED, SOURCE, unknown)])
+    return min(candidates, key=lambda candidate: len(candidate[1]), default=(None, [(UNCHECKED, SOURCE, unknown)]))
 
 
 def _compare(commit: str, stages: Stages, overrides: tuple[str, ...], changes: dict[str, Any], page: str) -> Iterator[Difference]:

@@ -90,9 +90,9 @@ class _CrateWriter:
         dvc, url = next(environment["versions"]["dvc"] for environment in environments), "https://dvc.org"
         engine = entity("#dvc", "SoftwareApplication", name="DVC", url=url, softwareVersion=dvc)
         language = entity("#dvc-yaml", "ComputerLanguage", name="DVC pipeline", url=f"{url}/doc/user-guide/pipelines")
-        about = {"@type": WORKFLOW_TYPES, "name": "the pipeline", "programmingLanguage": language}
-        about |= {"encodingFormat": _format(WORKFLOW)}
-        workflow = crate.mainEntity = crate.add_file(WORKFLOW, WORKFLOW, properties=about)
+        properties = {"@type": WORKFLOW_TYPES, "name": "the pipeline", "programmingLanguage": language}
+        properties |= {"encodingFormat": _format(WORKFLOW)}
+        workflow = crate.mainEntity = crate.add_file(WORKFLOW, WORKFLOW, properties=properties)
         kinds = dict.fromkeys(stage.kind for stage in stages)
         tools = {kind: self._tool(kind, [stage for stage in stages if stage.kind == kind]) for kind in kinds}
         steps = {}
@@ -102,18 +102,18 @@ class _CrateWriter:
         actions = [self._action(stage, tools[stage.kind], authors[0]) for stage in stages]
         controls = []
         for stage, ran in zip(stages, actions, strict=True):
-            about = {"name": f"DVC ran {stage.name}", "instrument": steps[stage.kind], "object": ran}
-            controls.append(entity(f"#control/{stage.name}", "ControlAction", **about))
+            properties = {"name": f"DVC ran {stage.name}", "instrument": steps[stage.kind], "object": ran}
+            controls.append(entity(f"#control/{stage.name}", "ControlAction", **properties))
         inputs = [dep for stage in stages for dep in stage.deps if run.maker(dep.path) is None]
         sources = [dep for dep in inputs if not dep.path.startswith("artifacts/")]
         report = [out for stage in stages for out in stage.outs if out.path.startswith(f"{run.folder}/")]
         settings = {key: value for stage in stages for key, value in stage.params.items()}
         workflow["input"], workflow["output"] = self._parameters(sources, settings), self._parameters(report, {})
-        about = {"name": f"{run.lock}: every stage that led to {run.folder}", "instrument": workflow, "agent": authors[0]}
-        about |= {"startTime": start, "endTime": end, **self._read_and_wrote(sources, settings, report)}
-        action = entity("#run", "CreateAction", **about)
-        about = {"name": "dvc repro", "instrument": engine, "object": controls, "result": action, "agent": authors[0]}
-        crate.root_dataset["mentions"] = [action, entity("#organized", "OrganizeAction", **about), *actions]
+        properties = {"name": f"{run.lock}: every stage that led to {run.folder}", "instrument": workflow, "agent": authors[0]}
+        properties |= {"startTime": start, "endTime": end, **self._read_and_wrote(sources, settings, report)}
+        action = entity("#run", "CreateAction", **properties)
+        properties = {"name": "dvc repro", "instrument": engine, "object": controls, "result": action, "agent": authors[0]}
+        crate.root_dataset["mentions"] = [action, entity("#organized", "OrganizeAction", **properties), *actions]
 
     def _tool(self, kind: str, stages: Iterable[LockedStage]) -> Entity:
         """The command of a kind of stages, with the software that it ran on."""
@@ -125,22 +125,22 @@ class _CrateWriter:
         ]
         files = {file.path: file for stage in stages for file in stage.deps if not file.path.startswith("artifacts/")}
         settings = {key: value for stage in stages for key, value in stage.params.items()}
-        about = {"name": f"{self._project['name']} {kind}", "softwareRequirements": software}
-        about |= {"softwareVersion": self._project["version"], "input": self._parameters(files.values(), settings)}
-        return self._entity(f"#tool/{kind}", "SoftwareApplication", **about)
+        properties = {"name": f"{self._project['name']} {kind}", "softwareRequirements": software}
+        properties |= {"softwareVersion": self._project["version"], "input": self._parameters(files.values(), settings)}
+        return self._entity(f"#tool/{kind}", "SoftwareApplication", **properties)
 
     def _action(self, stage: LockedStage, tool: Entity, agent: Entity) -> Entity:
-        about = {"name": stage.name, "description": f"ran `{stage.command}`", "instrument": tool, "agent": agent}
-        about |= self._read_and_wrote(stage.deps, stage.params, stage.outs)
+        properties = {"name": stage.name, "description": f"ran `{stage.command}`", "instrument": tool, "agent": agent}
+        properties |= self._read_and_wrote(stage.deps, stage.params, stage.outs)
         if environment := self._environments.get(stage.name):
             end = environment["finished_unix_s"]
-            about |= {"startTime": _time(end - environment["seconds"]), "endTime": _time(end)}
-            about["description"] += f" on {environment['machine']}"
-            about["resourceUsage"] = []
+            properties |= {"startTime": _time(end - environment["seconds"]), "endTime": _time(end)}
+            properties["description"] += f" on {environment['machine']}"
+            properties["resourceUsage"] = []
             for name, (identifier, unit) in USAGE.items():
                 usage = {"name": name, "value": str(environment[name]), "propertyID": identifier, "unitCode": unit}
-                about["resourceUsage"].append(self._entity(f"#usage/{stage.name}/{name}", "PropertyValue", **usage))
-        return self._entity(f"#run/{stage.name}", "CreateAction", **about)
+                properties["resourceUsage"].append(self._entity(f"#usage/{stage.name}/{name}", "PropertyValue", **usage))
+        return self._entity(f"#run/{stage.name}", "CreateAction", **properties)
 
     def _read_and_wrote(self, deps: Iterable[LockedFile], settings: Mapping[str, Any], outs: Iterable[LockedFile]) -> dict:
         """Properties of an action."""
@@ -149,25 +149,26 @@ class _CrateWriter:
 
     def _data(self, file: LockedFile) -> Entity:
         """The entity of a file or folder of dvc.lock. The hash stands for sources, which the crate does not hold."""
-        about = {"name": file.path, "sha256": self._run.disk.sha256(file.path), "contentSize": str(file.size)}
-        about["description"] = f"md5 {file.md5}, as {self._run.lock} has it"
+        properties = {"name": file.path, "sha256": self._run.disk.sha256(file.path), "contentSize": str(file.size)}
+        properties["description"] = f"md5 {file.md5}, as {self._run.lock} has it"
         if f"{file.path}/".startswith(("data/", "experiments/")):
-            return self._entity(f"hash://sha256/{about['sha256']}", "Dataset", **about)
+            return self._entity(f"hash://sha256/{properties['sha256']}", "Dataset", **properties)
         files = self._run.disk.files(file.path)
         if "" in files:
-            return self._file(file.path, about)
+            return self._file(file.path, properties)
         folder = self._crate.get(f"{file.path}/")
         if folder is None:
-            folder = self._crate.add_dataset(dest_path=file.path, properties=about)
+            folder = self._crate.add_dataset(dest_path=file.path, properties=properties)
             folder["hasPart"] = [self._file(f"{file.path}/{name}", {}) for name in files]
         return folder
 
     def _file(self, path: str, about: Mapping[str, Any]) -> Entity:
         digest, entity = self._run.disk.files(path)[""], self._crate.get(path)
-        about = {"contentSize": str(digest.size), "sha256": digest.sha256, **about, "name": path, "encodingFormat": _format(path)}
+        properties = {"contentSize": str(digest.size), "sha256": digest.sha256, **about}
+        properties |= {"name": path, "encodingFormat": _format(path)}
         if entity is None and digest.size > LARGEST_BYTES:
-            return self._entity(f"hash://sha256/{digest.sha256}", "File", **about)
-        return entity or self._crate.add_file(path, path, properties=about)
+            return self._entity(f"hash://sha256/{digest.sha256}", "File", **properties)
+        return entity or self._crate.add_file(path, path, properties=properties)
 
     def _settings(self, settings: Mapping[str, Any]) -> list[Entity]:
         values = {key: json.dumps(value, sort_keys=True) for key, value in settings.items()}
@@ -178,14 +179,14 @@ class _CrateWriter:
         values = [("path", file.path, "Dataset" if file.nfiles else "File", self._data(file)) for file in files]
         values += [("parameter", value["name"], "PropertyValue", value) for value in self._settings(settings)]
         for group, name, kind, value in values:
-            about = {"name": name, "additionalType": kind, "workExample": value}
-            value["exampleOfWork"] = self._entity(f"#{group}/{name}", "FormalParameter", **about)
+            properties = {"name": name, "additionalType": kind, "workExample": value}
+            value["exampleOfWork"] = self._entity(f"#{group}/{name}", "FormalParameter", **properties)
         return [value["exampleOfWork"] for *_, value in values]
 
-    def _entity(self, identifier: str, kind: str, /, **about: Any) -> Entity:
+    def _entity(self, identifier: str, kind: str, /, **properties: Any) -> Entity:
         """The entity of this identifier, added if new: a contextual one, or data that the crate does not hold."""
         model = DataEntity if identifier.startswith("hash:") else ContextEntity
-        return self._crate.get(identifier) or self._crate.add(model(self._crate, identifier, {"@type": kind, **about}))
+        return self._crate.get(identifier) or self._crate.add(model(self._crate, identifier, {"@type": kind, **properties}))
 
 
 def _format(path: str) -> str:

@@ -56,24 +56,24 @@ def table_cells(run: LockedRun, key: str) -> list[dict[str, Any]]:
     """The numbers of the rows of a key: file, line, name, value, unit, ends of the interval, sha256 of the weights."""
     cells = []
     for row_key, file, line, row in run.table_rows():
-        about = {"file": file, "line": line, "interval": [row["low"], row["high"]] if row.get("low") else []}
-        about |= {"unit": row.get("unit", ""), "weights": row.get("checkpoint_sha256", "")}
-        cells += [{"name": name, "value": value, **about} for name, value in row_numbers(row).items() if row_key == key]
+        properties = {"file": file, "line": line, "interval": [row["low"], row["high"]] if row.get("low") else []}
+        properties |= {"unit": row.get("unit", ""), "weights": row.get("checkpoint_sha256", "")}
+        cells += [{"name": name, "value": value, **properties} for name, value in row_numbers(row).items() if row_key == key]
     return cells
 
 
 def _stage(run: LockedRun, stage: LockedStage) -> dict[str, Any]:
-    about = {"name": stage.name, "command": stage.command, "settings": dict(stage.params)}
+    properties = {"name": stage.name, "command": stage.command, "settings": dict(stage.params)}
     for verb, files in (("wrote", stage.outs), ("read", stage.deps)):
-        about[verb] = [{"path": file.path, "md5": file.md5, "bytes": file.size, "count": file.nfiles or 1} for file in files]
-    about["shards"] = {name: sha for out in stage.outs for name, sha in run.shards(out.path).items()}
+        properties[verb] = [{"path": file.path, "md5": file.md5, "bytes": file.size, "count": file.nfiles or 1} for file in files]
+    properties["shards"] = {name: sha for out in stage.outs for name, sha in run.shards(out.path).items()}
     made = next((run.json_object(f"{out.path}/{PROVENANCE}") for out in stage.outs), {})
     locked = next((dep for dep in stage.deps if dep.path.startswith(f"{CODE}/")), None)
     code = run.json(locked.path) if locked and run.disk.md5(locked.path) == locked.md5 else made.get("code")
-    about["code"] = code and {"package": Path(locked.path).stem, "sha256": code["sha256"], "modules": code["modules"]}
+    properties["code"] = code and {"package": Path(locked.path).stem, "sha256": code["sha256"], "modules": code["modules"]}
     environment = (run.environment(stage) or {}).items()
-    about["environment"] = {key: value for key, value in environment if key not in ("stage", "out_sha256")}
-    return about | {"overrides": made.get("overrides") or {}}
+    properties["environment"] = {key: value for key, value in environment if key not in ("stage", "out_sha256")}
+    return properties | {"overrides": made.get("overrides") or {}}
 
 
 def as_text(explained: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from scaling4d import artifacts
-from scaling4d.audit.commit import differences_from_commit
+from scaling4d.audit.commit import closest_commit
 from scaling4d.audit.run import NOTE, UNCHECKED, WRONG, AuditFinding
 from scaling4d.provenance import DVC_CACHE, parse_csv, read_lock, to_csv
 from scaling4d.records import UserError
@@ -59,7 +59,7 @@ def _verify_study(path: Path) -> Iterator[AuditFinding]:
         if numbers is not None and parse_csv(to_csv(studies.RUN_COLUMNS, numbers)) != listed:
             yield AuditFinding(WRONG, where, f"the rows of {arm.name}, seed {seed}, are not those of {study.lock(run)}")
         overrides = (f"profile={arm.profile}", *arm.overrides)
-        for kind, _, message in differences_from_commit(locks[run], overrides, {"seed": seed}, ""):
+        for kind, _, message in closest_commit(locks[run], overrides, {"seed": seed}, "")[1]:
             unknown += kind == UNCHECKED
             if kind == WRONG:
                 yield AuditFinding(WRONG, str(study.lock(run)), message)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from scaling4d import artifacts, config, provenance
-from scaling4d.audit.commit import differences_from_commit
+from scaling4d.audit.commit import closest_commit
 from scaling4d.audit.report_numbers import verify_numbers
 from scaling4d.audit.run import CODE, NOTE, SOURCE, UNCHECKED, WRONG, AuditFinding, LockedRun, shorten
 from scaling4d.pipeline import code_hashes
@@ -17,6 +18,7 @@ from scaling4d.provenance import MISSING, LockedStage, differences, file_at, fla
 from scaling4d.records import UserError
 
 PINS = Path("requirements.lock")
+INPUTS = (SOURCE, "params.yaml", "dvc.yaml", "data.dvc", "dvc.lock")  # of the checkout's run; an edit of one is a finding
 
 
 def verify(runs: list[LockedRun]) -> list[AuditFinding]:
@@ -26,7 +28,10 @@ def verify(runs: list[LockedRun]) -> list[AuditFinding]:
 
 
 def _verify_run(run: LockedRun) -> Iterator[AuditFinding]:
-    """A kept run has the inputs of a commit; its artifacts may be here or not."""
+    """A kept run, or results of an earlier commit, have the inputs of a commit; their artifacts may be here or not."""
+    if newer := _newer_commits(run):
+        yield AuditFinding(NOTE, run.lock, newer)
+        run = replace(run, settings=None, contradictions={})
     kept = run.settings is None
     paths = [path for path in run.locked_files if not kept or run.owns(path)]
     changed = _changed_files(run, paths)
@@ -50,6 +55,22 @@ def _verify_run(run: LockedRun) -> Iterator[AuditFinding]:
         command = f"scaling4d compose profile={Path(run.home).name} && dvc repro" if kept else "dvc repro"
         what = f"{len(absent)} locked files and folders ({shorten(absent, 4)})"
         yield AuditFinding(UNCHECKED, run.lock, f"{what} are not here: run `{command}`")
+
+
+def _newer_commits(run: LockedRun) -> str:
+    """Which commit made the results, and what later commits changed; empty: nothing, or edits that no commit has."""
+    sources = [dep.md5 for stage in run.stages.values() for dep in stage.deps if dep.path == SOURCE]
+    unchanged = run.disk.md5(SOURCE) in sources and not run.contradictions
+    if run.settings is None or unchanged or any(map(provenance.edited_files, INPUTS)):
+        return ""
+    page = run.disk.text(f"{run.folder}/report.html") or ""
+    commit, _ = closest_commit(run.stages, (f"profile={Path(run.home).name}",), {}, page)
+    if commit is None:
+        return ""
+    packages = ", ".join(Path(path).stem for path in _changed_packages(run)) or "no stage"
+    stages = {name for names in run.contradictions.values() for name in names}
+    settings = f", settings or files of {len(stages)} stages" if stages else ""
+    return f"commit {commit[:7]} made the results; newer: code of {packages}{settings}; `make repro` makes the results again"
 
 
 def _lock(run: LockedRun) -> Iterator[AuditFinding]:
@@ -184,7 +205,7 @@ def _environment(run: LockedRun) -> Iterator[AuditFinding]:
 def _commit(run: LockedRun) -> Iterator[AuditFinding]:
     """The code, settings and data of a kept run are those of one commit, or its page names the setting."""
     page = run.disk.text(f"{run.folder}/report.html") or ""
-    for kind, subject, message in differences_from_commit(run.stages, (f"profile={Path(run.home).name}",), {}, page):
+    for kind, subject, message in closest_commit(run.stages, (f"profile={Path(run.home).name}",), {}, page)[1]:
         starts = run.outs_of_setting(subject) or None  # not a setting: a path
         if subject in run.stages:
             starts = [(out.path, ()) for out in run.stages[subject].outs]

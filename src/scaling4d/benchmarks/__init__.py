@@ -99,8 +99,8 @@ def find_benchmark(task: str, root: Path, split: str = "train") -> Benchmark:
     if not existing:
         lists = {b.name: f" (with {' or '.join(b.module.LIST_PATTERNS)})" for b in candidates if b.name in SHARED_FOLDER}
         places = " or ".join(f"{b.folder}{lists.get(b.name, '')}" for b in candidates)
-        put = "put the benchmark there as its authors distribute it, or leave the task out"
-        raise UserError(f"no folder {places} for task {task}; {put}")
+        remedy = "put the benchmark there as its authors distribute it, or leave the task out"
+        raise UserError(f"no folder {places} for task {task}; {remedy}")
     existing = [benchmark for benchmark in existing if benchmark.name not in SHARED_FOLDER] or existing
     fitting = [b for b in existing if len(existing) == 1 or ("train" in b.module.OFFICIAL) == (split == "train")]
     if len(fitting) != 1:

@@ -112,7 +112,7 @@ def _inspect_all(
             if error or any(why.reason == UNREADABLE for why in rejected):
                 failed[key] = rejected
             else:
-                known.put(key, asdict(future.result()))
+                known.set(key, asdict(future.result()))
         inspections = []
         for source, sha256 in hashes.items():
             if isinstance(sha256, Rejection):
@@ -161,7 +161,7 @@ def _encode_all(
                 crashed[path] = Rejection("cutting crashes", _one_line(error))
             else:
                 for name, sha256 in future.result().items():
-                    known.put(keys[name], sha256)
+                    known.set(keys[name], sha256)
     return crashed
 
 
@@ -197,7 +197,7 @@ class Cache:
         row = self.database.execute("SELECT value FROM entries WHERE name = ?", (name,)).fetchone()
         return None if row is None else json.loads(row[0])
 
-    def put(self, name: str, value: Any) -> None:
+    def set(self, name: str, value: Any) -> None:
         """Bytes become hexadecimal digits."""
         with self.database:
             self.database.execute("INSERT OR REPLACE INTO entries VALUES (?, ?)", (name, json.dumps(value, default=bytes.hex)))

@@ -63,8 +63,8 @@ def select_clips(inspections: list[Inspection], config: CurationConfig) -> tuple
                 seconds[span.reason] += span.end_s - span.start_s
             alone = spans[0].detail or f"{spans[0].start_s:.2f} to {spans[0].end_s:.2f} s"
             detail = f"{len(spans)} spans, see their rows" if len(spans) > 1 else alone
-            whole = Rejection(max(sorted(seconds), key=seconds.__getitem__), detail)
-            rejected[path] = [whole, *spans] if len(spans) > 1 else [whole]
+            of_file = Rejection(max(sorted(seconds), key=seconds.__getitem__), detail)
+            rejected[path] = [of_file, *spans] if len(spans) > 1 else [of_file]
     rows = [(path, why) for path, reasons in rejected.items() for why in reasons]
     assert {path for path, why in rows if why.start_s is None} == rejected.keys() - used
     return sorted(selected, key=lambda item: item.id), sorted(rows, key=rejection_order)

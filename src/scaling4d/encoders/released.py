@@ -315,7 +315,7 @@ def _mae_st_positions(config: MAESTEncoderConfig, name: str, key: str, width: in
         return weights
     prefix = int(config.class_token)  # the class token's position is the first row of the table
     table = {key: (1, prefix + t * h * w, width)}
-    weights = {f"{name}.whole": TensorMap((t * h * w, width), table, lambda a: a[0, prefix:])}
+    weights = {f"{name}.pos_embed": TensorMap((t * h * w, width), table, lambda a: a[0, prefix:])}
     if prefix:
         weights[f"{name}.class_token"] = TensorMap((1, width), table, lambda a: a[0, :1])
     return weights

@@ -63,22 +63,22 @@ class Positions(nn.Module):
             self.temporal = nn.Parameter(torch.empty(grid[0], width))  # t D
             self.spatial = nn.Parameter(torch.empty(grid[1] * grid[2], width))  # h*w D
         else:
-            self.whole = nn.Parameter(torch.empty(math.prod(grid), width))  # N D
+            self.pos_embed = nn.Parameter(torch.empty(math.prod(grid), width))  # N D
         if class_token:
             self.class_token = nn.Parameter(torch.empty(1, width))  # 1 D
 
     def table(self) -> Tensor:
         """`N D`."""
-        if hasattr(self, "whole"):
-            return self.whole
+        if hasattr(self, "pos_embed"):
+            return self.pos_embed
         return (self.temporal[:, None] + self.spatial[None]).flatten(0, 1)
 
     def init_sincos(self) -> None:
         t, h, w = self.grid
-        width = (self.whole if hasattr(self, "whole") else self.temporal).shape[1]
+        width = (self.pos_embed if hasattr(self, "pos_embed") else self.temporal).shape[1]
         table = sincos(self.grid, width)
-        if hasattr(self, "whole"):
-            copy_to_param_(self.whole, table)
+        if hasattr(self, "pos_embed"):
+            copy_to_param_(self.pos_embed, table)
             return
         of_time = torch.arange(width) < 2 * (width // 2 - 2 * (width // 6))  # the channels that sincos gives to time
         table = table.reshape(t, h * w, width)
@@ -88,8 +88,8 @@ class Positions(nn.Module):
     @torch.no_grad()
     def resize(self, grid: tuple[int, int, int]) -> None:
         t, h, w = grid
-        if hasattr(self, "whole"):
-            self.whole = nn.Parameter(resize(self.whole, self.grid, grid))
+        if hasattr(self, "pos_embed"):
+            self.pos_embed = nn.Parameter(resize(self.pos_embed, self.grid, grid))
         else:
             self.temporal = nn.Parameter(resize(self.temporal, (self.grid[0], 1, 1), (t, 1, 1)))
             self.spatial = nn.Parameter(resize(self.spatial, (1, *self.grid[1:]), (1, h, w)))

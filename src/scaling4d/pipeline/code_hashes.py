@@ -45,8 +45,8 @@ def hashes(source: Path, packages: Iterable[str] | None = None) -> dict[str, dic
     content = {}
     for package in packages:
         modules = {name: digest(name) for name in sorted(_reachable(f"{PACKAGE}.{package}.stage", imports))}
-        whole = hashlib.sha256("".join(f"{name} {sha}\n" for name, sha in modules.items()).encode()).hexdigest()
-        content[package] = {"package": package, "sha256": whole, "modules": modules}
+        combined = hashlib.sha256("".join(f"{name} {sha}\n" for name, sha in modules.items()).encode()).hexdigest()
+        content[package] = {"package": package, "sha256": combined, "modules": modules}
     return content
 
 

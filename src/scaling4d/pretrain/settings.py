@@ -70,22 +70,22 @@ class TrainingConfig(ComputeConfig):
 class RuntimeConfig:
     """How a run is fed, saved and watched; results do not depend on it.
 
-    workers: decoding processes of a rank, 0: the rank itself. cached_clips: decoded clips in memory, of each decoding
-    process. save_every: steps to a training state. keep: number of such states. asynchronous: write them while the
-    training continues. hang_s: seconds of standstill of all ranks, after which the run ends and names the rank that
-    hangs. tensorboard: write events to `.runs/`.
+    workers: decoding processes of a rank, 0: the rank itself. cached_clips: decoded clips in memory, of each
+    decoding process. save_every: steps to a training state. keep_latest_k: number of such states. asynchronous:
+    write them while the training continues. hang_s: seconds of standstill of all ranks, after which the run ends
+    and names the rank that hangs. tensorboard: write events to `.runs/`.
     """
 
     workers: int
     cached_clips: int
     save_every: int
-    keep: int
+    keep_latest_k: int
     asynchronous: bool
     hang_s: float
     tensorboard: bool
 
     def __post_init__(self) -> None:
-        require_minima(self, {"workers": 0, "save_every": 1, "keep": 1, "cached_clips": 0})
+        require_minima(self, {"workers": 0, "save_every": 1, "keep_latest_k": 1, "cached_clips": 0})
         if self.hang_s <= 0:
             raise ValueError(f"hang_s is {self.hang_s}; needed more than 0")
 

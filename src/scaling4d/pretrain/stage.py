@@ -133,7 +133,7 @@ def _train(*, rank: int, ranks: int, pretraining: PretrainConfig, evidence: Mapp
     folder = artifacts.RUNS / name
     log = TrainingLog(pretraining.fit, folder=folder, peak_s_per_clip=peak_s_per_clip, tensorboard=runtime.tensorboard)
     validation = Validation(model, pretraining, log)
-    manager = CheckpointManager("pretrain", state, keep=runtime.keep, asynchronous=runtime.asynchronous)
+    manager = CheckpointManager("pretrain", state, keep_latest_k=runtime.keep_latest_k, asynchronous=runtime.asynchronous)
     batches, groups = _batches(pretraining, model, rank, ranks), param_groups(model, pretraining)
     callbacks = (log, validation)
     world_sizes = fit(model, batches, pretraining.fit, param_groups=groups, callbacks=callbacks, manager=manager)

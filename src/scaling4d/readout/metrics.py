@@ -39,7 +39,7 @@ def track_sums(
 def track_metrics(sums: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
     """Ratios of sums and counts, with `average_jaccard` and `delta_avg` over the thresholds; 0/0 is NaN."""
     with np.errstate(invalid="ignore"):
-        ratios = {name: np.asarray(part, float) / whole for name, (part, whole) in sums.items()}
+        ratios = {name: np.asarray(total, float) / count for name, (total, count) in sums.items()}
     return ratios | {
         "average_jaccard": np.mean([ratios[f"jaccard_{px}"] for px in TRACK_THRESHOLDS_PX], axis=0),
         "delta_avg": np.mean([ratios[f"pts_within_{px}"] for px in TRACK_THRESHOLDS_PX], axis=0),

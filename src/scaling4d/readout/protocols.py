@@ -105,13 +105,16 @@ class ClassifierConfig:
 
 @dataclass(frozen=True)
 class SavingConfig:
-    """Training state of a fine-tuning; no result depends on it. save_every: steps; 0: never. keep: number of states."""
+    """Training state of a fine-tuning; no result depends on it.
+
+    save_every: steps; 0: never. keep_latest_k: number of states.
+    """
 
     save_every: int
-    keep: int
+    keep_latest_k: int
 
     def __post_init__(self) -> None:
-        require_minima(self, {"save_every": 0, "keep": 1})
+        require_minima(self, {"save_every": 0, "keep_latest_k": 1})
 
 
 @dataclass(frozen=True)

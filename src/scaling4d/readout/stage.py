@@ -64,8 +64,8 @@ def readout(encoder: str, task: str, protocol: str, settings: Mapping[str, Any])
         code = code_hashes.running("readout") if saving else artifacts.code_hash("readout")
         evidence = artifacts.evidence("readout", bound, code=code, inputs=_inputs(readout_config))
         if saving and saving.save_every:
-            about = {"settings": evidence["settings"], "inputs": evidence["inputs"], "code_sha256": code["sha256"]}
-            state = fingerprint(f"{encoder}/{task}/{protocol}", **about)
+            depends_on = {"settings": evidence["settings"], "inputs": evidence["inputs"], "code_sha256": code["sha256"]}
+            state = fingerprint(f"{encoder}/{task}/{protocol}", **depends_on)
     where = {"ranks": evaluation.ranks, "device": readout_config.device, "hang_s": evaluation.hang_s}
     arguments = {"protocol": PROTOCOLS[protocol](readout_config), "name": name, "state": state}
     videos, sums, head, skipped, seconds = distributed.run(_train_and_evaluate, **where, **arguments)
@@ -171,7 +171,7 @@ def _train_and_evaluate(
     if fit_config.save_every:
         states = [state]
         dist.broadcast_object_list(states, device=torch.device("cpu"))  # of torchrun's ranks only rank 0 hashes the inputs
-        manager = CheckpointManager("readout", states[0], keep=saving.keep, asynchronous=False)
+        manager = CheckpointManager("readout", states[0], keep_latest_k=saving.keep_latest_k, asynchronous=False)
     batches, groups, log = partial(protocol.batch, train_set, rank), protocol.param_groups(model), TrainingLog(fit_config)
     fit(model, batches, fit_config, param_groups=groups, callbacks=(log,), manager=manager)
     plain = unshard(model, lambda: protocol.build(load_encoder(readout_config.folder), train_set), readout_config.compute).eval()

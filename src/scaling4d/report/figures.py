@@ -130,8 +130,8 @@ def costs(path: Path = MEASURED_COSTS) -> str:
     """A column for each axis of growth: time with its quartiles above, memory below, the formulas dashed."""
     bench = json.loads(path.read_text())
 
-    figure, panels = subplots(len(COSTS), len(bench["found"]), (2.1 * len(bench["found"]) + 0.6, 5.2))
-    for (name, axis), column in zip(bench["found"].items(), panels.T, strict=True):
+    figure, panels = subplots(len(COSTS), len(bench["results"]), (2.1 * len(bench["results"]) + 0.6, 5.2))
+    for (name, axis), column in zip(bench["results"].items(), panels.T, strict=True):
         for axes, (measured, unit, label, formula, formula_name) in zip(column, COSTS, strict=True):
             x, y, predicted = (np.array([row[key] for row in axis["rows"]]) for key in ("value", measured, formula))
             if measured == "seconds":

@@ -80,8 +80,8 @@ class Page:
         if not isinstance(part, Number):
             return "".join(map(self.html, part))
         name, text = f"n-{len(self.numbers)}", text_of(part)
-        about = {"source": part.source, "key": list(part.key), "value": part.value, "format": part.format}
-        self.numbers.append({"id": name, "text": text, **about})
+        properties = {"source": part.source, "key": list(part.key), "value": part.value, "format": part.format}
+        self.numbers.append({"id": name, "text": text, **properties})
         return f'<span class="number" id="{name}">{html.escape(text)}</span>'
 
     def table(self, head: Sequence[Part], rows: Iterable[Sequence[Part]]) -> str:

@@ -38,8 +38,8 @@ REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, 
 
 def fingerprint(run: str, *, settings: Mapping[str, Any], inputs: Mapping[str, str], code_sha256: str) -> dict[str, Any]:
     """All that a run's result depends on. settings: the declared ones, `profile` among them."""
-    about = {"run": run, "profile": settings["profile"], "settings": dict(settings)}
-    return about | {"inputs": dict(inputs), "code": code_sha256}
+    identity = {"run": run, "profile": settings["profile"], "settings": dict(settings)}
+    return identity | {"inputs": dict(inputs), "code": code_sha256}
 
 
 def state_folder(stage: str, fingerprint: Mapping[str, Any]) -> Path:
@@ -132,11 +132,12 @@ class CheckpointManager:
     """Saves and loads the training state of one run. Every rank calls each method alike.
 
     Args:
-        keep: number of newest steps to keep. asynchronous: write while the training continues.
+        keep_latest_k: number of newest steps to keep. asynchronous: write while the training continues.
     """
 
-    def __init__(self, stage: str, fingerprint: Mapping[str, Any], *, keep: int, asynchronous: bool) -> None:
-        self.folder, self.keep, self.asynchronous = state_folder(stage, fingerprint), keep, asynchronous
+    def __init__(self, stage: str, fingerprint: Mapping[str, Any], *, keep_latest_k: int, asynchronous: bool) -> None:
+        self.folder, self.keep_latest_k = state_folder(stage, fingerprint), keep_latest_k
+        self.asynchronous = asynchronous
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.lock = acquire_lock(self.folder, fingerprint) if self.rank == 0 else None
         dist.barrier()
@@ -212,7 +213,7 @@ class CheckpointManager:
             self.wait()
 
     def wait(self) -> None:
-        """Wait until the pending step is written, publish it, and remove steps beyond `keep`.
+        """Wait until the pending step is written, publish it, and remove steps beyond `keep_latest_k`.
 
         Raises:
             UserError: the state cannot be written.
@@ -235,7 +236,7 @@ class CheckpointManager:
                     _sync(path)
                 partial.rename(self.folder / f"step-{step:08d}")
                 _sync(self.folder)
-            for old in sorted(self.folder.glob("step-????????"))[: -self.keep]:
+            for old in sorted(self.folder.glob("step-????????"))[: -self.keep_latest_k]:
                 shutil.rmtree(old)
         dist.barrier(self.group)
 
@@ -249,7 +250,7 @@ class CheckpointManager:
             first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
             why = " ".join(str(first).split())[:200]
             problem = f"the training state of step {step} cannot be written to {self.folder}: {why}"
-            change = "free space there, or lower keep (the state before it is whole, and the next run continues from it)"
+            change = "free space there, or lower keep_latest_k (the state before it is whole, and the next run continues from it)"
             raise UserError(f"{problem}; {change}") from error
 
     def _gather(self, value: Any) -> list:
