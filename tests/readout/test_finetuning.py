@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from interrupting import ask_to_stop, exit_code, kill_all
+from nearness import near
 
 from scaling4d import checkpoint, config
 from scaling4d.encoders.stage import baseline
@@ -123,11 +124,11 @@ def test_in_shards_it_learns_the_same_and_each_time_to_the_bit(small: Callable, 
     sharded_losses, sharded_result, sharded_head = trained(settings, protocol)
     first = written(protocol)
     assert sharded_losses == pytest.approx(losses, rel=1e-5)
-    assert sharded_result.value == pytest.approx(result.value, abs=1e-5)
+    assert sharded_result.value == pytest.approx(result.value, rel=1e-4)
     assert sharded_head.keys() == head.keys()
     for name, tensor in head.items():
         sharded = sharded_head[name]
-        assert sharded.dtype == torch.float32 and torch.allclose(sharded, tensor, rtol=1e-3, atol=1e-4), name
+        assert sharded.dtype == torch.float32 and near(sharded, tensor, 1e-4), name
     trained(settings, protocol)
     assert written(protocol) == first
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from nearness import near
 from small_tasks import HEAD, TASK, features_of, head_of, targets_of
 
 from scaling4d import seeds
@@ -37,7 +38,7 @@ def test_a_given_query_is_answered_whatever_the_others_are() -> None:
     features, queries = features_of(1), torch.rand(1, 3, 2, generator=seeds.stream(0, "q"))
     answers = head(features, queries)
     assert answers.shape == (1, 3, 4, 4)
-    assert torch.allclose(answers[:, 1:2], head(features, queries[:, 1:2]), atol=1e-6)
+    assert near(answers[:, 1:2], head(features, queries[:, 1:2]))
 
 
 @pytest.mark.parametrize("coordinates", [0, 2, 3])
@@ -46,7 +47,7 @@ def test_attention_of_few_queries_is_that_of_many_in_another_order(coordinates: 
     readout = reader(given=given)
     features, queries, places = features_and_queries(given=given, coordinates=coordinates)
     x, q = stretch_time(features, 4), readout.query_in(queries) if given else readout.query.expand(2, -1, -1)
-    assert torch.allclose(readout._attend_few(x, q, places), readout._attend(x, q, places), atol=1e-5)
+    assert near(readout._attend_few(x, q, places), readout._attend(x, q, places))
 
 
 @pytest.mark.parametrize("given", [False, True])
@@ -56,8 +57,8 @@ def test_features_that_are_not_stretched_are_read_at_the_mean_position_of_their_
     positions = readout.temporal_positions.detach().unflatten(0, (2, 2)).mean(1)
     same.load_state_dict(readout.state_dict() | {"temporal_positions": positions})
     answers = readout(features, queries, places)
-    assert torch.allclose(answers, same(features, queries, places), atol=1e-6)
-    assert not torch.allclose(answers, readout(features.flip(1), queries, places), atol=1e-3)
+    assert near(answers, same(features, queries, places))
+    assert not near(answers, readout(features.flip(1), queries, places), 1e-3)
 
 
 @pytest.mark.parametrize("coordinates", [2, 3])
@@ -67,7 +68,7 @@ def test_attention_falls_by_the_squared_distance(coordinates: int) -> None:
     of_queries, of_tokens = readout._distance_terms(places, centres)
     squared = (places[:, :, None] - centres[:, :coordinates]).square().sum(-1)[:, :, None]  # B Q 1 n
     expected = -readout.distance_bias.exp()[:, None] * squared
-    assert torch.allclose((of_queries @ of_tokens.T).softmax(-1), expected.softmax(-1), atol=1e-6)
+    assert near((of_queries @ of_tokens.T).softmax(-1), expected.softmax(-1))
 
 
 def test_the_strongest_bias_reads_only_the_token_at_the_querys_place() -> None:
@@ -138,4 +139,4 @@ def test_whitened_features_vary_alike_in_all_directions_and_by_the_set_deviation
     assert place.mean((0, 1)).abs().max() < 1e-5
     centred = (one - place).flatten(0, 2)
     assert torch.allclose(centred.T @ centred / len(centred), torch.eye(5), atol=1e-4)
-    assert torch.allclose(one, three, atol=1e-5)
+    assert near(one, three)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from nearness import near
 from small_tasks import CLIP, TASK, features_of, head_of, learn, sample, targets_of
 
 from scaling4d import seeds
@@ -158,11 +159,11 @@ def test_more_objects_are_evaluated_than_learned_and_each_by_itself(name: str) -
     assert target[mask].reshape(objects, -1).any(1).all() and len(task.train_target(sample())[mask]) == 2
     chunks = task.predict(head, features, collate([target])).detach()
     at_once = TASK[name].predict(head, features, targets_of(TASK[name], 1))[:, :objects].detach()
-    assert chunks.shape[1] == objects and torch.allclose(chunks, at_once, atol=1e-6)
+    assert chunks.shape[1] == objects and near(chunks, at_once)
     measured, expected = (task.measure(predicted[0].numpy(), target) for predicted in (chunks, at_once))
     learned = task.measure(chunks[0, :2].numpy(), task.train_target(sample()))
     for metric, (_, count) in measured.items():
-        assert measured[metric] == pytest.approx(expected[metric], abs=1e-5) and count >= learned[metric][1]
+        assert measured[metric] == pytest.approx(expected[metric], rel=1e-5) and count >= learned[metric][1]
     assert measured != learned
 
 
@@ -174,4 +175,4 @@ def test_a_batch_of_clips_with_few_and_many_objects_measures_each_as_if_it_were_
     for n, clip in enumerate((many, few)):
         alone = task.predict(head, features[n : n + 1], collate([task.target(clip)]))[0].detach().numpy()
         measured = task.measure(predicted[n], {name: value[n].numpy() for name, value in batch.items()})
-        assert measured == {name: pytest.approx(pair, abs=1e-5) for name, pair in task.measure(alone, task.target(clip)).items()}
+        assert measured == {name: pytest.approx(pair, rel=1e-5) for name, pair in task.measure(alone, task.target(clip)).items()}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from nearness import near
 from PIL import Image
 
 from scaling4d import artifacts, checkpoint, config, seeds, video
@@ -295,7 +296,7 @@ def test_features_of_a_trained_readout_come_with_its_predictions(project: Path, 
     assert names == ["layer_00", "output"]
     predicted, _ = stage.predict(loaded, clip)
     output = np.load("out.npz")["output"][0]
-    assert np.allclose(output, predicted[: len(output)], atol=1e-5)
+    assert near(output, predicted[: len(output)])
 
 
 def test_clips_are_drawn_by_the_seed_and_may_be_named(project: Path) -> None:

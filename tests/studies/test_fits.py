@@ -56,7 +56,7 @@ def test_the_largest_point_is_predicted_without_being_seen() -> None:
     moved[-1] += 0.002
     again = fits.held_out(SIZES[::-1], moved[::-1])
     assert not again.inside and again.measured == moved[-1]
-    assert again.predicted == pytest.approx(tested.predicted)
+    assert again.predicted == pytest.approx(tested.predicted, rel=1e-4)
     assert fits.held_out(SIZES[:4], y[:4]) is None  # three points do not give three numbers
 
 
