@@ -1,11 +1,15 @@
-# make repro   set everything up and run the pipeline        make test   set everything up and run the tests
-# make gpu     GPU tests and benches, on a machine that has torch, numpy and wheels/ (from `make wheels` on one with a network)
+# make repro          set everything up and run the pipeline
+# make test           set everything up and run the tests; make quick: those that start no process; make slow: the long ones
+# make release-check  whether lock, reports, README and guide belong to this code
+# make gpu            GPU tests and benches, where torch, numpy and wheels/ are (`make wheels`, on a machine with a network)
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install repro ahead test release-check lint wheels gpu measured-on-gpu
+PARALLEL = -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+.PHONY: install repro ahead test quick slow release-check lint wheels gpu measured-on-gpu
 
 install: .venv/installed
 
@@ -28,7 +32,15 @@ ahead:
 
 test: install
 	ruff check . && ruff format --check .
-	python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+	python -m pytest $(PARALLEL)
+
+# Tests that start no other process and take under half a second each.
+quick: install
+	python -m pytest $(PARALLEL) --no-processes -m "not integration and not slow and not gpu and not release"
+
+# Tests that take long: further ways to the same mechanism, and benches with real times.
+slow: install
+	python -m pytest $(PARALLEL) -m slow
 
 # What must hold when results are published: lock and reports of this code, a clean audit, numbers of README and guide.
 release-check: install

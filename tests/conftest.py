@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,22 @@ os.environ["OMP_NUM_THREADS"] = "1"  # beside other tests, threads that wait for
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The story, which takes longest, comes first: the other processes then do the rest meanwhile."""
     items.sort(key=lambda item: item.path.name != "test_story.py")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-processes", action="store_true", help="a test that starts another process fails (make quick)")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_processes(request: pytest.FixtureRequest) -> Iterator[None]:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a quick test starts a process; mark it `integration`")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.config.getoption("--no-processes"):
+            for owner, name in ((subprocess.Popen, "__init__"), (BaseProcess, "start"), (os, "fork")):
+                patch.setattr(owner, name, refuse)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -64,6 +64,7 @@ def test_every_package_has_its_level() -> None:
     assert set(ALL_PACKAGES) == {*MAY_IMPORT, "scaling4d_bench"}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("package", sorted(MAY_IMPORT))
 def test_a_package_imports_only_packages_of_earlier_levels(package: str) -> None:
     upwards = {module: packages_imported(module) - MAY_IMPORT[package] for module in MODULES if package_of(module) == package}

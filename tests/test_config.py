@@ -69,6 +69,7 @@ def test_committed_params_are_the_composition_of_their_profile() -> None:
     assert config.overrides(config.read()) == {}
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("in_the_project")
 @pytest.mark.parametrize("profile", EVERY_PROFILE)
 def test_a_profile_shows_readouts_that_it_has_and_has_benchmarks_where_it_reads_out(profile: str) -> None:
@@ -81,6 +82,7 @@ def test_a_profile_shows_readouts_that_it_has_and_has_benchmarks_where_it_reads_
         assert {show["encoder"], show["beside"]} <= set(encoders["frozen"])
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("in_the_project")
 def test_the_paper_profile_reads_out_by_the_published_recipe_whatever_pocket_does() -> None:
     """scivid's frozen readouts: 1.28 M samples in batches of 32, peak rate 3e-4, weight decay 1e-4."""
@@ -97,6 +99,7 @@ def test_the_paper_profile_reads_out_by_the_published_recipe_whatever_pocket_doe
         assert recipe["rate_at_width"] == 0
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("in_the_project")
 def test_dvc_trains_nothing_anew_for_where_a_run_is_launched_and_how_it_is_watched() -> None:
     import dvc.api

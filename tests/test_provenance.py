@@ -123,6 +123,7 @@ def test_files_appear_by_rename_or_not_at_all(tmp_path: Path, monkeypatch: pytes
     assert sorted(path.name for path in Path().iterdir()) == [".resume", "new", "out"] and Path("new").read_text() == "newer"
 
 
+@pytest.mark.integration
 def test_git_gives_files_hashes_and_settings_of_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert provenance.git("log") is None and provenance.commits_of("a") == []

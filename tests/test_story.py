@@ -19,6 +19,8 @@ import yaml
 from commands import ENVIRONMENT, cloned, commit, run
 from ruamel.yaml import YAML
 
+pytestmark = pytest.mark.integration
+
 TASKS = ("actions", "depth")
 # code clips, benchmarks, pretrain, distill, baselines, frozen, finetune, classifier, show, reconstruct, report
 STAGES = 2 + 2 + 1 + 1 + 2 + 2 * 2 + 2 + 1 + 1 + 1 + 1

@@ -12,6 +12,8 @@ from scaling4d.audit.run import locked_runs
 from scaling4d.pipeline import code_hashes
 from scaling4d.records import UserError
 
+pytestmark = pytest.mark.integration
+
 Flip = Callable[[str, str, str], None]
 Rewrite = Callable[..., None]
 Messages = Callable[[str], list[str]]

@@ -10,6 +10,8 @@ from scaling4d import artifacts, audit
 from scaling4d.audit import crate
 from scaling4d.records import UserError
 
+pytestmark = pytest.mark.integration
+
 TERMS = Path(__file__).parents[1] / "fixtures/ro_crate_1_1_terms.json"
 ANSWER = """
 import io, sys

@@ -10,6 +10,8 @@ from scaling4d.audit.explain import as_dot, explain, table_cells
 from scaling4d.audit.run import locked_runs
 from scaling4d.records import UserError
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.mark.parametrize("here", [True, False])
 def test_a_number_is_walked_back_to_the_videos(

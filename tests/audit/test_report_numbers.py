@@ -7,6 +7,8 @@ import pytest
 from scaling4d import audit
 from scaling4d.audit.run import locked_runs
 
+pytestmark = pytest.mark.integration
+
 NANO, MINI = (f"artifacts/test/readout/{point}/actions/frozen/result.json" for point in ("nano", "mini"))
 BUILT = "reports/built"
 

@@ -10,6 +10,8 @@ from scaling4d.audit import reproduced
 from scaling4d.audit.run import AuditFinding, locked_runs
 from scaling4d.records import UserError
 
+pytestmark = pytest.mark.integration
+
 NANO, SUMMARY = "artifacts/test/readout/nano/actions/frozen/result.json", "artifacts/test/pretrain/nano/summary.json"
 
 

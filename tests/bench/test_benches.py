@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,7 +11,10 @@ from typer.testing import CliRunner
 
 from scaling4d import cli
 from scaling4d_bench import curate, decode, loader, measure, videos
+from scaling4d_bench.loader import ALONE
 from scaling4d_bench.measure import Measurements
+
+pytestmark = pytest.mark.integration
 
 SMALL = (96, 128)  # height, width
 
@@ -36,7 +40,10 @@ def gone() -> decode.Reader:
     raise ImportError("No module named 'cv2'")
 
 
-def test_decoding_names_every_reader_and_marks_other_frames(tmp_path, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize("pool", ["threads", pytest.param("processes", marks=pytest.mark.slow)])
+def test_decoding_names_every_reader_and_marks_other_frames(tmp_path, monkeypatch, capsys, pool: str) -> None:
+    if pool == "threads":
+        monkeypatch.setattr(decode, "ProcessPoolExecutor", lambda count, context: ThreadPoolExecutor(count))
     monkeypatch.setattr(decode, "LOADERS", decode.LOADERS | {"plain PyAV": late, "OpenCV": gone})
     path = decode.bench(tmp_path, clips=2, repeats=2)
     content, shown = json.loads(path.read_text()), capsys.readouterr().out
@@ -61,29 +68,64 @@ def test_peers_read_the_same_frames(tmp_path) -> None:
         assert decode.difference(read, work) < decode.SAME_BELOW < decode.difference(late(), work)
 
 
+def test_the_loaders_table_follows_from_its_seconds(tmp_path, monkeypatch, capsys) -> None:
+    memory = {"workers": 1, "minutes": 0.5, "batches": 7, "bytes": [2**20, 2**21], "first": 2**20, "last": 2**21, "peak": 2**21}
+    memory |= {"slope_per_minute": 0.0, "slope_per_minute_second_half": 0.0}
+    monkeypatch.setattr(videos, "curated", lambda *_, **__: tmp_path)
+    monkeypatch.setattr(loader.loader, "count_clips", lambda folder, split: 105)
+    monkeypatch.setattr(loader, "decode", lambda folder, steps: 4.0)
+    monkeypatch.setattr(loader, "load", lambda folder, steps, workers: (5.0, 2.5)[workers])
+    monkeypatch.setattr(loader, "watch_memory", lambda folder, minutes, workers: memory)
+    content, shown = json.loads(loader.bench(tmp_path, steps=3, repeats=2, minutes=0).read_text()), capsys.readouterr().out
+    for kind in ("encoded clips", "whole sources"):
+        rows = content["results"][kind]["rows"]
+        over_ours = {ALONE: 1.0, "workers: 0": 0.8, "workers: 1": 1.6}
+        assert {row["name"]: row["over_ours"] for row in rows} == pytest.approx(over_ours)
+        assert [row["over_all_cores"] for row in rows] == pytest.approx([0.5, 0.4, 0.8])
+        assert [row["per_s"] for row in rows] == pytest.approx([3 * loader.BATCH / seconds for seconds in (4.0, 5.0, 2.5)])
+        assert content["raw"][kind]["seconds"] == {ALONE: [4.0] * 2, "workers: 0": [5.0] * 2, "workers: 1": [2.5] * 2}
+        assert content["results"][kind]["memory"] == memory
+    assert "1 workers over 0.5 min, 7 batches: 1 to 2 MiB, peak 2 MiB" in shown
+
+
+@pytest.mark.slow  # quick: the test above
 def test_the_loader_is_measured_with_every_number_of_workers(tmp_path, capsys) -> None:
-    path = loader.bench(tmp_path, steps=1, repeats=2, minutes=0)
-    content, shown = json.loads(path.read_text()), capsys.readouterr().out
-    names = ["one core, decoding alone", "workers: 0", "workers: 1"]
+    content = json.loads(loader.bench(tmp_path, steps=1, repeats=2, minutes=0).read_text())
+    names, shown = [ALONE, "workers: 0", "workers: 1"], capsys.readouterr().out
     for kind in ("encoded clips", "whole sources"):
         assert {name: len(seconds) for name, seconds in content["raw"][kind]["seconds"].items()} == dict.fromkeys(names, 2)
         assert [row["name"] for row in content["results"][kind]["rows"]] == names
         assert content["results"][kind]["memory"]["peak"] > 0
-        one = content["results"][kind]["rows"][0]
-        assert (one["over_ours"], one["over_all_cores"]) == (1.0, 0.5)
     assert all(shown.count(f"│ {name} ") == 2 for name in names)
 
 
-def test_curation_is_measured_at_two_sizes_and_again(tmp_path, capsys) -> None:
-    path = curate.bench(tmp_path, files=2, more=3, repeats=1)
-    content, shown = json.loads(path.read_text()), capsys.readouterr().out
-    seconds = {name: len(times) for name, times in content["raw"]["seconds"].items()}
-    assert seconds == {"2 files": 1, "3 files": 1, "1 files added": 1}
+def test_the_rates_of_curation_come_from_the_difference_of_two_sizes(tmp_path, monkeypatch, capsys) -> None:
+    def made_up(folder, paths, curation, *, previous) -> dict:
+        seconds = 3.0 if previous else 10.0 + len(paths)
+        sizes = {"clips": 2 * len(paths), "clip_bytes": 1000 * len(paths), "peak_main": 2**20 * len(paths), "peak_worker": 2**20}
+        return {"files": len(paths), "seconds": seconds, **sizes}
+
+    monkeypatch.setattr(curate, "ProcessPoolExecutor", lambda count, context: ThreadPoolExecutor(count))
+    monkeypatch.setattr(videos, "write", lambda path, seed, *, seconds, size_px: path)
+    monkeypatch.setattr(curate, "run_curation", made_up)
+    monkeypatch.setattr(curate, "measure_scheduler", lambda curation: 400.0)
+    content, shown = json.loads(curate.bench(tmp_path, files=2, more=3, repeats=2).read_text()), capsys.readouterr().out
+    assert content["raw"]["seconds"] == {"2 files": [12.0, 12.0], "3 files": [13.0, 13.0], "1 files added": [3.0, 3.0]}
+    assert [row["files"] for row in content["results"]["rows"]] == [2, 3, 4]
+    rates = content["results"]["measured"]
+    assert (rates["core_s_per_video_s"], rates["clips_per_video_s"]) == pytest.approx((2 / 3, 2 / 3))  # a file of 3 s, 2 workers
+    assert rates["main_bytes_per_video"] == 2**20 and rates["bytes_per_clip"] == 500 and rates["tasks_per_s"] == 400.0
+    assert content["results"]["second_run_of_first"] == 3 / 13 and "the second run took 23.1% of the first" in shown
+    assert "core-hours" in shown and "storage, TB" in shown
+
+
+@pytest.mark.slow  # quick: the test above
+def test_curation_is_measured_at_two_sizes_and_again(tmp_path) -> None:
+    content = json.loads(curate.bench(tmp_path, files=2, more=3, repeats=1).read_text())
     assert [row["files"] for row in content["results"]["rows"]] == [2, 3, 4]
     first, second, again = content["results"]["rows"]
     assert content["results"]["second_run_of_first"] == again["seconds"] / second["seconds"]
     assert min(row["peak_main"] for row in content["results"]["rows"]) > 0 and second["peak_worker"] > 0
-    assert "core-hours" in shown and "storage, TB" in shown
 
 
 def test_the_paper_calculation_multiplies_rates_up() -> None:

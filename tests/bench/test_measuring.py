@@ -62,6 +62,7 @@ def test_a_cell_without_a_value_stays_empty(capsys) -> None:
     assert lines[0].strip() == "title" and lines[-3:-1] == ["│ a │ 50% │", "│ b │     │"]
 
 
+@pytest.mark.integration
 def test_memory_of_processes_below_counts() -> None:
     code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'x = bytearray(64 << 20); input()'])"
     process, memory = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE), {}

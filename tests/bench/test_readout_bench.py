@@ -10,6 +10,8 @@ from scaling4d import cli, config
 from scaling4d.records import UserError
 from scaling4d_bench import readout
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -15,6 +15,8 @@ from scaling4d_bench import attention, costs, devices, masking, measure, pretrai
 from scaling4d_bench.costs import TrainingCase
 from scaling4d_bench.pretrain import StepGroup
 
+pytestmark = pytest.mark.integration
+
 CPU = torch.device("cpu")
 SIMPLE = {"clip": [8, 64, 64], "width": 48, "depth": 3, "heads": 3, "mlp": 96}
 MAE_ST = SIMPLE | {"decoder_width": 24, "decoder_heads": 2, "decoder_depth": 1, "predicted_frames": 4}

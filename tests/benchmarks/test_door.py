@@ -176,6 +176,7 @@ def test_data_check_fails_only_for_what_cannot_be_used(tmp_path, capsys, monkeyp
     assert re.search(expected, capsys.readouterr().out)
 
 
+@pytest.mark.integration
 def test_the_door_imports_no_heavy_library():
     program = (
         "import sys; from scaling4d import benchmarks;"

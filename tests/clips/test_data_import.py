@@ -9,6 +9,8 @@ from small_videos import contents, save, world
 from scaling4d.clips import data_import
 from scaling4d.records import UserError
 
+pytestmark = pytest.mark.integration
+
 
 def sh(*command):
     subprocess.run(command, check=True, capture_output=True)

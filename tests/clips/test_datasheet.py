@@ -61,6 +61,7 @@ def texts(svg):
     return [unescape(node.text.strip()) for node in ElementTree.fromstring(svg, parser).iter(ElementTree.Comment)]
 
 
+@pytest.mark.integration
 def test_the_figure_shows_every_histogram_and_every_reason_from_the_file_of_the_sheet_too(corpus):
     sheet = datasheet(corpus)
     write_json(corpus / "datasheet.json", sheet)
@@ -73,6 +74,7 @@ def test_the_figure_shows_every_histogram_and_every_reason_from_the_file_of_the_
     assert "5 files found, 3 used; clips: 4 for train (0.00 h) and 2 for val (0.00 h)" in shown
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("codec", ["a$b$", "x<&>y", "$\\frac{$", "-->"])
 def test_no_codec_name_breaks_the_figure(tmp_path, codec):
     svg = datasheet_svg(datasheet(write(tmp_path, codec)))

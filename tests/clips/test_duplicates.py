@@ -54,6 +54,7 @@ def slow(inspections, bits):
     return kept, removed
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("bits", [0, 1, 2, 15, 24, 60, 255])
 @pytest.mark.parametrize("dense", [1, 7, 1024])
 def test_the_same_clips_go_for_the_same_reason_as_when_each_is_compared_with_all_kept_ones(monkeypatch, bits, dense):
@@ -93,6 +94,7 @@ def test_opposite_hashes_are_different_clips_and_no_clips_are_no_duplicates():
     assert remove_near_duplicates([], 15) == remove_near_duplicates([inspection("a", [])], 0) == ([], [])
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("flips", [0, 7])
 def test_memory_does_not_grow_with_the_pairs_that_are_alike(flips):
     clips, draw = 20_000, np.random.default_rng(0)

@@ -21,6 +21,8 @@ from scaling4d.clips import loader
 from scaling4d.records import UserError
 from scaling4d.training.distributed import run as in_ranks
 
+pytestmark = pytest.mark.integration
+
 CLIPS = 23  # of `made`
 ARGUMENTS = {"batch": 4, "repeats": 1, "seed": 0, "start": 0, "steps": 12, "flip": True, "crop": (1.0, 1.0)}
 ARGUMENTS |= {"window_shards": 0, "rank": 0, "ranks": 1, "cached_clips": 0, "workers": 0}  # over two epochs of `made`

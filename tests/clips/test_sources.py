@@ -16,6 +16,8 @@ from scaling4d.clips.settings import CurationConfig
 from scaling4d.clips.sources import SourceFile, list_sources
 from scaling4d.records import UserError
 
+pytestmark = pytest.mark.integration
+
 CONFIG = CurationConfig(**SETTINGS)
 
 

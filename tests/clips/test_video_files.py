@@ -25,6 +25,7 @@ def encoded(path: Path, pixels: np.ndarray, codec: str = "libx264", pix_fmt: str
     return path
 
 
+@pytest.mark.integration
 def test_encoding_gives_the_same_bytes_whatever_memory_held_before(tmp_path):
     code = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
@@ -123,6 +124,7 @@ def test_texts_pictures_and_lists_are_no_videos_and_what_they_name_is_not_opened
         video.probe(tmp_path / name, sha256="")
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("name", "codec", "options", "from_start"), [
     ("short.mp4", "libx264", {"g": "6"}, False),
     ("long.mp4", "libx264", {"g": "250"}, False),

@@ -12,6 +12,8 @@ from scaling4d.encoders.stage import baseline
 from scaling4d.pretrain.settings import bind_pretrain
 from scaling4d.records import UserError
 
+pytestmark = pytest.mark.integration
+
 
 def test_the_untrained_baseline_is_the_point_before_its_first_step(project: Path) -> None:
     folder = baseline("untrained_nano", config.read())

@@ -153,6 +153,7 @@ def test_other_weights_code_and_libraries_have_folders_of_their_own(encoder, tmp
     assert len({first, second, third, open_store().folder}) == 4
 
 
+@pytest.mark.integration
 def test_a_readout_is_the_same_without_a_store_and_with_a_new_or_incomplete_one(project: Path, changed: Callable, actions: None):
     baseline("untrained_nano", config.read())
 

@@ -223,6 +223,7 @@ def gradients(*, rank: int, ranks: int, folder: Path, compute: str, **changes: o
     return {name: full_tensor(p.grad) for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.integration
 @every_kind
 def test_a_sharded_published_encoder_has_the_gradients_of_a_plain_one(published, kind):
     folder, *_ = published(kind)
@@ -257,6 +258,7 @@ def listed(project: Path, changed: Callable, monkeypatch: pytest.MonkeyPatch) ->
     return make
 
 
+@pytest.mark.integration
 @every_kind
 def test_the_stage_imports_what_features_need_and_gives_the_same_bytes_twice(published, kind, listed):
     source, _, processor, _ = published(kind)
@@ -286,6 +288,7 @@ def test_weights_in_several_files_and_of_half_precision_are_read(published, tmp_
     assert half.dtype == torch.float32 and 0 < (half - full).abs().max() < 0.02
 
 
+@pytest.mark.integration
 def test_a_model_of_the_hub_that_was_downloaded_before_needs_no_network(published, listed, monkeypatch, tmp_path):
     import huggingface_hub
 
@@ -299,6 +302,7 @@ def test_a_model_of_the_hub_that_was_downloaded_before_needs_no_network(publishe
     assert hub == artifacts.sha256(baseline("tiny", listed(snapshot)) / "model.safetensors")
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", ["siglip", "vjepa2"])
 def test_a_readout_is_trained_on_a_published_encoder_like_on_any_other(published, kind, listed, actions, tmp_path):
     settings = listed(published(kind)[0])
@@ -409,6 +413,7 @@ def test_clips_that_do_not_suit_the_model_are_refused(published, kind, clip, nee
     refused(published(kind)[0], f"^{message}$", clip)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("source", "revision", "message"),
     [

@@ -28,6 +28,7 @@ def test_masks_have_one_size_differ_between_clips_and_repeat_with_the_seed(strat
     assert len({tuple(mask.flatten().tolist()) for mask in masks}) > 2
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("strategy", "tolerance"), [("random", 0.06), ("tube", 0.06), ("frame", 0.06), ("block", 0.09)])
 def test_every_token_is_visible_about_as_often_as_the_ratio_says(strategy: str, tolerance: float) -> None:
     share = draw(strategy, 0.75, batch=1000).float().mean(0)

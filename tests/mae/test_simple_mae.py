@@ -78,6 +78,7 @@ def test_equal_seeds_give_equal_weights_and_others_do_not() -> None:
     assert not torch.equal(a.encoder.blocks[0].qkv.weight, c.encoder.blocks[0].qkv.weight)
 
 
+@pytest.mark.integration
 def test_a_tiny_model_learns_one_batch_by_heart() -> None:
     model = small(width=96, mlp=192, depth=4, mask_ratio=0.5, coarse_patch=(2, 8, 8))
     x = pixels(1)

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 import yaml
 
 from scaling4d.pipeline.code_hashes import hashes, running, write_hashes
@@ -49,6 +50,7 @@ def test_a_module_that_no_stage_imports_changes_nothing(tmp_path: Path) -> None:
     assert changed_packages(tmp_path, clips__spare="Z = 2\n") == set()
 
 
+@pytest.mark.integration
 def test_every_stage_of_dvc_yaml_depends_on_a_hash_that_stage_code_writes() -> None:
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     outs = {Path(path).stem for path in stages["code"]["outs"]}
@@ -63,6 +65,7 @@ def test_the_report_is_hashed_with_every_module_that_its_notebook_calls() -> Non
     assert "scaling4d.report.sections" in hashes(SOURCE, ["report"])["report"]["modules"]  # where read_page is defined
 
 
+@pytest.mark.integration
 def test_a_process_names_the_code_that_it_runs(tmp_path: Path) -> None:
     write_hashes(SOURCE, tmp_path)
     assert running("pretrain") == json.loads((tmp_path / "pretrain.json").read_text())

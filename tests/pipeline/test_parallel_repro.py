@@ -79,6 +79,7 @@ def test_a_wrong_number_of_jobs_is_one_clear_line(jobs: str) -> None:
         parallel_repro.main(jobs)
 
 
+@pytest.mark.integration
 def test_a_command_that_fails_is_named_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", ENVIRONMENT["PATH"])
     monkeypatch.chdir(tmp_path)  # no DVC repository

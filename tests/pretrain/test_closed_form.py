@@ -112,6 +112,7 @@ def test_one_gpu_sends_nothing_and_two_send_half_of_everything_three_times() -> 
     )
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak of resident memory")
 @pytest.mark.parametrize(("point", "clips"), [("S", 4), pytest.param("B", 2, marks=pytest.mark.slow)])
 def test_a_real_step_takes_the_memory_that_the_formulas_say(point: str, clips: int) -> None:

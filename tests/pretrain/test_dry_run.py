@@ -14,6 +14,8 @@ from scaling4d.pretrain.plan.dry_run import dry_run
 from scaling4d.pretrain.plan.plan import build, settings_of
 from scaling4d.pretrain.plan.work import work_of
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).parents[2]
 TOTAL = 0.02  # what a block holds at once is a bound, not a trace; measured: at most 0.007
 

@@ -17,6 +17,8 @@ from scaling4d.pretrain.settings import bind_pretrain
 from scaling4d.pretrain.stage import _job, pretrain
 from scaling4d.records import AGAIN
 
+pytestmark = pytest.mark.integration
+
 COMMAND = [sys.executable, "-m", "scaling4d", "pretrain", "nano"]
 SAVED = {"Runtime.save_every": 5}
 

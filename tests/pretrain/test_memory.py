@@ -14,6 +14,8 @@ from scaling4d.pretrain.settings import bind_pretrain
 from scaling4d.pretrain.stage import pretrain
 from scaling4d.records import UserError
 
+pytestmark = pytest.mark.integration
+
 
 def test_a_batch_that_does_not_fit_is_refused_with_one_that_does(changed: Callable) -> None:
     for key, value in {"device": "cuda", "compute": "bfloat16", "batch": 4096, "ranks": 4}.items():

@@ -53,6 +53,7 @@ def test_the_other_variants_of_the_released_code_agree_too(width: int, depth: in
     assert sum(p.numel() for p in encoder.parameters()) == parameters
 
 
+@pytest.mark.integration
 def test_an_unknown_point_is_refused_with_the_names_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=r"^no profile has a point 'huge'; points: B, G, H, L, S, e, j, mae_st_B, "):
@@ -74,6 +75,7 @@ def command(
     return run
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("in_the_project")
 @pytest.mark.parametrize("point", [*POINTS, "nano", "mae_st_tiny", "nano_distilled"])
 def test_every_point_has_a_plan_whose_figures_follow_from_each_other(point: str) -> None:
@@ -109,6 +111,7 @@ def test_twice_the_utilisation_halves_the_computing() -> None:
     assert slow["sending_s"] == fast["sending_s"]
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("in_the_project")
 @pytest.mark.parametrize(("point", "mesh"), [("j", "8x1"), ("j", "1x8"), ("G", "8x1")])
 def test_every_change_that_is_named_makes_it_fit(point: str, mesh: str) -> None:
@@ -124,6 +127,7 @@ def test_every_change_that_is_named_makes_it_fit(point: str, mesh: str) -> None:
         assert plan(point, gpu="a100_40", **given)["mesh"]["fits"], change
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -154,6 +158,7 @@ def test_the_tables_show_every_kind_of_memory_and_the_meshes(command: Callable) 
         assert word in out
 
 
+@pytest.mark.integration
 def test_what_does_not_fit_is_an_answer_and_no_error(command: Callable) -> None:
     code, out, _ = command("j", "--mesh", "8x1")
     assert code == 0

@@ -25,6 +25,8 @@ from scaling4d.training import distributed
 from scaling4d.training.distributed import run
 from scaling4d.training.parallelize import DTYPES
 
+pytestmark = pytest.mark.integration
+
 
 def start(pretraining: PretrainConfig) -> Method:
     """The model before its first step, with its teacher."""

@@ -19,6 +19,8 @@ from scaling4d.pretrain.settings import bind_pretrain
 from scaling4d.pretrain.stage import evidence_of, fingerprint_of, pretrain
 from scaling4d.records import AGAIN, UserError
 
+pytestmark = pytest.mark.integration
+
 COMPUTING = ("validate", "full_tensor", "artifacts.write_run")  # at the end of a run
 DECODED_APART = {"Runtime.workers": 1, "Runtime.cached_clips": 0}
 

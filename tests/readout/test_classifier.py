@@ -20,6 +20,8 @@ from scaling4d.readout.protocols import Classifier, ClassifierConfig, ReadoutCon
 from scaling4d.readout.stage import readout
 from scaling4d.records import UserError
 
+pytestmark = pytest.mark.integration
+
 ACTIONS = torch.tensor([0, 3, 4, 1])
 SHAPE = {"width": 24, "heads": 2, "mlp": 48, "clip": (4, 16, 16), "patch": (2, 8, 8), "pixel_mean": 0.0, "pixel_scale": 1.0}
 

@@ -81,6 +81,7 @@ def test_the_commands_convert_both_ways_and_refuse_unknown_kinds(tmp_path: Path)
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.integration
 def test_importing_the_package_needs_no_torch_and_converting_no_training_loop() -> None:
     code = "import sys, scaling4d; assert 'torch' not in sys.modules\n"
     code += "import scaling4d.readout.released_heads; print(*sys.modules)"
@@ -185,6 +186,7 @@ print(grown(lambda: sum(float(p.detach().sum()) for p in load(folder).parameters
 """
 
 
+@pytest.mark.integration
 def test_converting_holds_a_few_tensors_and_loading_one_copy(big_npz: Path, tmp_path: Path) -> None:
     command, size = [sys.executable, "-c", MEASURE, big_npz, tmp_path / "folder", tmp_path / "back.npz"], big_npz.stat().st_size
     run = subprocess.run(command, capture_output=True, text=True, check=True)

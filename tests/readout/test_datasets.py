@@ -24,6 +24,8 @@ from scaling4d.readout.tasks.points import Points
 from scaling4d.records import Sample, UserError
 from scaling4d.training.distributed import gather_round_robin, run
 
+pytestmark = pytest.mark.integration
+
 VIDEOS, CLIP = 8, (4, 16, 16)
 TEMPLATES = ("Holding [something]", "Moving [something]", "Turning [something]")
 TASKS = {

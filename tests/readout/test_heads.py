@@ -132,6 +132,7 @@ def whitened(*, rank: int, ranks: int) -> torch.Tensor:
     return Whitening.fit(lambda indices: share[list(indices)], len(share), shrinkage=0.0, position_std=0.5)(features)
 
 
+@pytest.mark.integration
 def test_whitened_features_vary_alike_in_all_directions_and_by_the_set_deviation_between_places_on_any_ranks() -> None:
     one, three = run(whitened, ranks=1), run(whitened, ranks=3)
     place = one.mean(0)

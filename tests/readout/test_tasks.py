@@ -26,6 +26,7 @@ def arrays(target: dict) -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in target.items()}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("task", list(TASK))
 def test_a_head_learns_three_clips_by_heart(task: str) -> None:
     head, features, target = head_of(TASK[task]), features_of(3), targets_of(TASK[task], 3)

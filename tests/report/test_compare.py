@@ -11,6 +11,8 @@ from scaling4d.records import Result, UserError, write_json
 from scaling4d.report import compare
 from scaling4d.report.built import read_built_report
 
+pytestmark = pytest.mark.integration
+
 LOCK = """schema: "2.0"
 stages: {code: {cmd: code, outs: [{path: artifacts/code/readout.json, hash: md5, md5: abc, size: 1}]}}
 """

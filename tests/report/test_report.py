@@ -19,6 +19,8 @@ from scaling4d.report import figures, sections, stage, tables
 from scaling4d.report.page import Page
 from scaling4d.report.sections import read_page
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).parents[2]
 OUTS = {
     *("results.csv", "pretrain.csv", "reconstruct.csv", "curves.csv", "metrics.json", "stages.json", "report.html"),

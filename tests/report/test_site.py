@@ -108,6 +108,7 @@ def test_equal_results_give_equal_bytes_without_a_link_to_the_network(pocket: di
     assert "http://" not in first.replace("http://www.w3.org/2000/svg", "") and "https://" not in first
 
 
+@pytest.mark.integration
 def test_the_server_answers_this_machine_alone(pocket: dict) -> None:
     write_site(pocket)
     with site.serve(BUILT, 0) as server:

@@ -12,6 +12,8 @@ from scaling4d.records import UserError
 from scaling4d.scenes.dataset import RenderConfig, SceneSpec, draw_sample, draw_video, render, write_dataset
 from scaling4d.scenes.scene import MOTIONS
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).parents[2]
 COUNTS = {"action": (8, 1), "room": (1, 1), "walk": (2, 1), "track": (1, 1), "drive": (1, 1), "videos": 8}
 TINY = RenderConfig(**COUNTS, frames=4, video_frames=16, side_px=32, depth_side_px=16, crf=30, workers=2)

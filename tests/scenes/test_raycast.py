@@ -93,6 +93,7 @@ def test_a_tracked_point_is_visible_exactly_while_nothing_is_in_front_of_it(inde
             assert visible[q, t] or not inside or hits.depth[q] < depth
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("index", range(4))
 def test_a_box_encloses_its_object_with_occluded_parts_to_a_pixel(index):
     scene = draw("drive", index, frames=3)

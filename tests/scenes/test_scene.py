@@ -36,6 +36,7 @@ def test_circles_turn_as_their_name_says(motion, sign):
         assert 0.45 < np.ptp(path[:, 0]) < 0.95
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("pair", range(4))
 def test_a_motion_run_backwards_looks_like_the_other_of_its_pair(pair):
     forth = paths(2 * pair, count=1500)
@@ -54,6 +55,7 @@ def test_the_two_frames_of_a_token_show_one_pose_and_the_next_token_another():
     assert np.linalg.norm(np.diff(item.poses[0::2, :3, 3], axis=0), axis=1).min() > 0.01
 
 
+@pytest.mark.integration
 def test_the_first_frame_alone_hardly_tells_the_motion():
     """A nearest-neighbour classifier of the object's true place and size, which no encoder is given."""
     count = 1600

@@ -256,6 +256,7 @@ def readout(task: str, encoder: str = "pixels") -> Path:
     return HOME / "readout" / encoder / task / "frozen"
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("task", list(TASKS))
 def test_every_task_gives_a_sheet_and_a_video_and_the_same_bytes_twice(project: Path, task: str) -> None:
     both = [readout(task), readout(task, "other") / "result.json"]

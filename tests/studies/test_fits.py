@@ -33,6 +33,7 @@ def test_flat_rising_and_too_few_values_give_no_power_law(y: list[float]) -> Non
     assert fits.trend([1e5, 1e6, 1e7, 1e8][: len(y)], y) is None
 
 
+@pytest.mark.integration
 def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
     trends = [fits.trend(SIZES, noisy(draw, 2e-5)) for draw in range(40)]
     for name, truth in (("floor", 0.014), ("exponent", 0.35)):

@@ -15,6 +15,8 @@ from commands import ENVIRONMENT, ROOT, cloned, commit, run
 from scaling4d.studies.run import failure_reason, study_runs
 from scaling4d.studies.study import Arm, Study
 
+pytestmark = pytest.mark.integration
+
 STUDY = """
 question: Do more steps help?
 profile: smoke

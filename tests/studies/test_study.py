@@ -24,6 +24,7 @@ def rows(values: dict[str, list[float]]) -> list[dict]:
     ]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("step", [pytest.param(15, id="some"), pytest.param(1, id="every", marks=pytest.mark.slow)])
 def test_an_arm_composes_and_names_stages_that_its_profile_has(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Each kind of arm once: one profile and some overrides, whatever studies have it."""

@@ -20,6 +20,8 @@ from scaling4d.records import UserError
 from scaling4d.studies import page, study
 from scaling4d.studies.study import Arm, Study
 
+pytestmark = pytest.mark.integration
+
 SIZES = {"nano": 1e5, "micro": 3e5, "tiny": 1e6, "small": 3e6, "mini": 1e7}
 TARGETS = ("readout_frozen@{}-actions", "readout_frozen@{}-pose", "reconstruct@{}")
 ARMS = tuple(Arm(name, "pocket", (), name, tuple(target.format(name) for target in TARGETS)) for name in SIZES)

@@ -19,6 +19,8 @@ from scaling4d.training import parallelize
 from scaling4d.training.distributed import gather_round_robin, heartbeat, run, stop_requests, stop_watchdog
 from scaling4d.training.parallelize import reduce_gradients
 
+pytestmark = pytest.mark.integration
+
 SIZES = (3, 1, 2, 5)
 
 

@@ -21,6 +21,8 @@ from scaling4d.training.observe import TrainingLog
 from scaling4d.training.optimizer import build_adamw, warmup_cosine
 from scaling4d.training.resume import CheckpointManager
 
+pytestmark = pytest.mark.integration
+
 OPTIMIZER = {"betas": (0.9, 0.95), "weight_decay": 0.1, "warmup_steps": 2, "clip_norm": 0.5, "rate_setting": "line.learning_rate"}
 CADENCE = {"accumulate": 1, "log_every": 3, "save_every": 100}
 CONFIG = FitConfig(name="line", steps=6, batch=8, seed=3, device="cpu", **OPTIMIZER, **CADENCE)

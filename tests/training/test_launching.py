@@ -34,6 +34,7 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("script", "refused", "code"),
     [("exit 0", False, 0), ("exit 1", False, AGAIN), ("exit 0", True, 1), ("exit 1", True, 1)],
@@ -50,6 +51,7 @@ def test_asked_to_stop_it_says_run_me_again_only_where_that_is_of_use(
         assert launch._run(["sh", "-c", waiting], tmp_path) == code
 
 
+@pytest.mark.integration
 def test_asked_to_stop_while_torchrun_is_being_started_it_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start = launch._start
 

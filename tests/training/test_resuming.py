@@ -22,6 +22,8 @@ from scaling4d.training import resume
 from scaling4d.training.distributed import run
 from scaling4d.training.resume import FINGERPRINT, CheckpointManager, acquire_lock, remove_state
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:

@@ -16,6 +16,8 @@ from scaling4d.training.optimizer import build_adamw, named_state
 from scaling4d.training.parallelize import full_tensor, parallelize, reduce_gradients, set_last_microbatch
 from scaling4d.training.resume import CheckpointManager
 
+pytestmark = pytest.mark.integration
+
 FINGERPRINT = {"run": "toy", "profile": "smoke"}
 
 
