@@ -124,6 +124,15 @@ def test_nothing_is_called_by_a_word_without_meaning() -> None:
     assert not {path.stem for path in SOURCES.rglob("*")} & {"utils", "util", "common", "misc", "helpers", "helper"}
 
 
+def test_no_name_is_of_a_private_language() -> None:
+    for module in MODULES:
+        nodes = list(ast.walk(tree_of(module)))
+        names = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        names |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        names |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+        assert not names & {"found", "asked", "mine", "judged", "settle", "put", "keep"}, module
+
+
 def test_files_of_tests_have_names_of_their_own() -> None:
     names = Counter(path.name for path in Path(__file__).parent.rglob("*.py") if path.name != "conftest.py")
     assert not [name for name, count in names.items() if count > 1]

@@ -1,10 +1,12 @@
 """Conditions of published results; `make release-check` runs these tests, `make test` does not."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from published_numbers import README, statements
 
 pytestmark = [pytest.mark.release, pytest.mark.timeout(1200)]
 ROOT = Path(__file__).parents[1]
@@ -29,3 +31,18 @@ def test_the_audit_finds_nothing_wrong() -> None:
     if not output.splitlines()[-1].startswith("0 wrong"):
         wrong = "\n".join(line for line in output.splitlines() if line.startswith("wrong"))
         pytest.fail(f"`scaling4d audit` finds:\n{wrong[:3000]}\n{output.splitlines()[-1]}", pytrace=False)
+
+
+def plain(text: str) -> str:
+    """In one line, without the space before a percent sign."""
+    return " ".join(text.split()).replace(" %", "%")
+
+
+def test_the_numbers_of_readme_and_guide_are_those_of_the_tables() -> None:
+    wrong = [f"{file}: {text}" for file, text in statements() if plain(text) not in plain((ROOT / file).read_text())]
+    if wrong:
+        pytest.fail("by the committed tables these sentences should stand there:\n" + "\n".join(wrong), pytrace=False)
+    results = plain((ROOT / README).read_text().partition("Results of the pocket:")[2].partition("Profile `desk`")[0])
+    for _, text in statements():
+        results = results.replace(plain(text), "")
+    assert not re.findall(r"\d+", results), f"numbers without a table: {results}"

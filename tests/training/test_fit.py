@@ -82,15 +82,15 @@ def train(
     batches: Callable = batch_of,
     stop_at: int | None = None,
 ) -> tuple[History, TrainingLog, list[int], list]:
-    """What callbacks saw of a training, the steps whose batches were asked for, and the numbers of ranks."""
+    """What callbacks saw of a training, the steps whose batches were requested for, and the numbers of ranks."""
     model = Line(dropout)
-    history, log, asked = History(model), TrainingLog(config), []
+    history, log, requested = History(model), TrainingLog(config), []
     manager = None
     if saved:
         manager = CheckpointManager("line", {"run": "line", "profile": "smoke"}, keep_latest_k=1, asynchronous=False)
 
     def batch(step: int) -> Batch:
-        asked.append(step)
+        requested.append(step)
         if step == stop_at and rank == 0:
             os.kill(os.getpid(), signal.SIGTERM)  # noted by this rank alone
         return batches(step, rank=rank, ranks=ranks)
@@ -102,7 +102,7 @@ def train(
         world_sizes = []
         assert str(preempted).startswith(f"stopped after step {stop_at + 1} of {config.steps}, ")
     log.terminal = None  # which cannot be sent to the caller
-    return history, log, asked, world_sizes
+    return history, log, requested, world_sizes
 
 
 @pytest.mark.parametrize(("ranks", "accumulate"), [(1, 4), (2, 1), (2, 2)])
@@ -116,8 +116,8 @@ def test_parts_and_ranks_add_up_to_the_whole_batch(ranks: int, accumulate: int) 
 
 
 def test_a_step_clips_the_gradient_and_follows_the_schedule() -> None:
-    history, log, asked, world_sizes = run(train, ranks=1)
-    assert asked == list(range(6)) and world_sizes == [[0, 1]] and history.begun == [0]
+    history, log, requested, world_sizes = run(train, ranks=1)
+    assert requested == list(range(6)) and world_sizes == [[0, 1]] and history.begun == [0]
     assert [step[0] for step in history.steps] == [1, 2, 3, 4, 5, 6] and [step[1] for step in history.steps] == [False] * 5 + [
         True
     ]
@@ -155,8 +155,8 @@ def test_with_other_ranks_a_mean_continues_from_the_former_ranks_mean() -> None:
 
 def test_a_run_that_was_saved_after_its_last_step_trains_no_step_again() -> None:
     done, *_ = run(train, ranks=1, saved=True)
-    again, _, asked, _ = run(train, ranks=1, saved=True)
-    assert asked == [] and again.begun == [6] and again.steps == done.steps
+    again, _, requested, _ = run(train, ranks=1, saved=True)
+    assert requested == [] and again.begun == [6] and again.steps == done.steps
 
 
 def not_finite(*, rank: int, ranks: int) -> tuple[str, list[float], list[float]]:

@@ -1,0 +1,120 @@
+"""The sentences of README and guide that state a measured number, with the number computed from committed tables."""
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+README, GUIDE = "README.md", "experiments/GUIDE.md"
+
+
+def _rows(path: str) -> list[dict[str, str]]:
+    return list(csv.DictReader((ROOT / "reports" / path).open()))
+
+
+def _row(path: str, **wanted: str) -> dict[str, str]:
+    (row,) = (row for row in _rows(path) if wanted.items() <= row.items())
+    return row
+
+
+def _bench(name: str) -> Any:
+    return json.loads((ROOT / f"reports/bench/{name}.json").read_text())["results"]
+
+
+def _named(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    (row,) = (row for row in rows if row["name"] == name)
+    return row
+
+
+def statements() -> Iterator[tuple[str, str]]:
+    """(file, sentence)."""
+    yield from ((README, sentence) for sentence in _results())
+    yield from ((README, sentence) for sentence in _curation())
+    yield from ((GUIDE, sentence) for sentence in (*_decoding(), *_loading(), *_training(), *_masking()))
+
+
+def _results() -> Iterator[str]:
+    losses = [float(row["val_loss"]) for row in _rows("built/pretrain.csv") if row["method"] == "SimpleMAE"]
+    order = "falls from each model to the next larger one" if losses == sorted(losses, reverse=True) else "does not fall in order"
+    yield f"The validation loss {order}, by {1 - losses[-1] / losses[0]:.0%} in all (seed 0)."
+    table, runs = "studies/seeds/table.csv", "studies/seeds/runs.csv"
+    actions, depth = (_row(table, arm="mini", task=task) for task in ("actions", "depth"))
+    untrained = {task: float(_row(table, arm="untrained_mini", task=task)["mean"]) for task in ("actions", "depth")}
+    gains = [
+        float(_row(runs, arm="mini", seed=seed, task="actions")["value"])
+        - float(_row(runs, arm="untrained_mini", seed=seed, task="actions")["value"])
+        for seed in "012"
+    ]
+    yield (
+        f"Actions: `mini` is {100 * float(actions['difference']):.1f} points better than its untrained baseline over "
+        f"three seeds ({100 * float(actions['mean']):.0f} and {untrained['actions']:.0%} right; chance is {1 / 8:.1%}; "
+        f"{100 * gains[0]:.0f}, {100 * gains[1]:.0f} and {100 * gains[2]:.0f} points by seed). A difference of "
+        f"{100 * float(actions['noise']):.1f} points would still be noise."
+    )
+    values = (f"{float(depth['mean']):.3f}", f"{untrained['depth']:.3f}", f"{float(depth['noise']):.3f}")
+    yield "Depth: the relative error is {} instead of {} (noise {}).".format(*(value.removeprefix("0") for value in values))
+
+
+def _curation() -> Iterator[str]:
+    results = _bench("curate")
+    small, large, again = results["rows"]
+    paper, mib = results["paper"], 2**20
+    yield (
+        f"{large['files']:,} files took {large['seconds']:.0f} s, and {again['files'] - large['files']} more files "
+        f"{again['seconds']:.0f} s ({results['second_run_of_first']:.1%} of the time). The main process held "
+        f"{small['peak_main'] / mib:.0f} MiB for {small['files']} files and "
+        f"{large['peak_main'] / mib:.0f} for {large['files']:,}."
+    )
+    yield (
+        f"{round(paper['core-hours'], -3):,.0f} core-hours ({paper['1,000 cores: days']:.1f} days on 1,000 cores), "
+        f"{paper['clips'] / 1e9:.1f} billion clips, {paper['storage, TB']:.0f} TB."
+    )
+
+
+def _decoding() -> Iterator[str]:
+    results, peers = _bench("decode"), ("torchcodec", "torchcodec exact", "torchcodec, torch resizes", "OpenCV", "plain PyAV")
+    kinds = [results[f"{size} GOP {gop}"] for size in ("640x360", "1280x720") for gop in (12, 250)]
+    best = [1 / max(_named(kind["rows"], peer)["over_ours"] for peer in peers) for kind in kinds]
+    yield (
+        f"{best[0]:.2f} times theirs (640x360, a key frame every 12), {best[1]:.2f} times (every 250), {best[2]:.2f} and "
+        f"{best[3]:.2f} times (1280x720; the last within the spread)."
+    )
+    four = [f"{_named(kind['processes'], 'processes: 4')['over_ours']:.1f}" for kind in kinds]
+    yield f"Four processes decode {', '.join(four[:3])} and {four[3]} times as many clips as one."
+    shares = [sum(kind["ffmpeg_share_of_ours"].values()) for kind in kinds]
+    yield f"FFmpeg takes {100 * min(shares):.0f} to {max(shares):.0%} of our time."
+
+
+def _loading() -> Iterator[str]:
+    sources, clips = (_named(_bench("loader")[kind]["rows"], "workers: 4") for kind in ("whole sources", "encoded clips"))
+    yield (
+        f"{sources['over_all_cores']:.0%} of four times the rate of one core from whole sources, and "
+        f"{clips['over_all_cores']:.0%} from clips encoded at 224 px"
+    )
+
+
+def _training() -> Iterator[str]:
+    videomae, mae_st = (_bench("pretrain")[f"beside {peer}, fp32"] for peer in ("VideoMAE", "MAE-ST"))
+    times = {ratio["of"]: ratio["median"] for group in (videomae, mae_st) for ratio in group["ratios"]}
+    shares = [_named(videomae["rows"], f"SimpleMAE B, {hidden} %, 196 coarse tokens")["share_of_peak"] for hidden in (90, 95)]
+    yield (
+        f"on {times['SimpleMAE B, 90 %, 196 coarse tokens']:.1f} times as many clips a second where both hide 90 %, and on "
+        f"{times['SimpleMAE B, 95 %, 196 coarse tokens']:.1f} times as many where it hides its own 95 %, at "
+        f"{100 * shares[0]:.0f} and {shares[1]:.0%} of the matrix product's peak."
+    )
+    yield f"the factors are {times['SimpleMAE B, 90 %']:.1f} and {times['SimpleMAE B, 95 %']:.1f}."
+    yield f"MAE-ST-B trains on {times['MAE-ST B, 90 %']:.2f} times as many clips a second as the official code"
+
+
+def _masking() -> Iterator[str]:
+    large, base = (_bench("masking-fp32")[size]["rows"] for size in "LB")
+    fast = [_named(rows, "MAE-ST, 90%")["times_as_fast"]["median"] for rows in (large, base)]
+    yield f"hiding 90 % makes a step of MAE-ST {fast[0]:.1f} times as fast at L and {fast[1]:.1f} times at B"
+    simple = [_named(rows, "SimpleMAE, 95%")["over_ours"] for rows in (large, base)]
+    loaded = [_named(large, f"{method}, 95%")["times_as_fast_with_loading"] for method in ("MAE-ST", "SimpleMAE")]
+    yield (
+        f"SimpleMAE at 95 % is {simple[0]:.1f} times as fast as MAE-ST without hiding at L and {simple[1]:.1f} times at B "
+        f"(with the loading of its clips {loaded[0]:.1f} to {loaded[1]:.1f} times for L at 95 %, each against its own)."
+    )
