@@ -30,9 +30,9 @@ OUTS = {
 
 
 def outs() -> dict[str, bytes]:
-    """The files of the report by name, without runs.json, which differs from run to run."""
+    """The files of the report by name, without runs.json and commit.js, which differ from run to run."""
     files = {path.relative_to(BUILT).as_posix(): path.read_bytes() for path in BUILT.rglob("*") if path.is_file()}
-    assert files.pop("runs.json")
+    assert files.pop("runs.json") and files.pop("commit.js")
     return files
 
 
@@ -114,6 +114,8 @@ def test_the_folder_opens_from_any_place_with_all_its_pictures(built: Path, tmp_
         assert page.value("document.images.length") == 5 + len(TASKS) + len(SIZES)
         assert page.value("[...document.images].filter(image => !image.naturalWidth).length") == 0
         assert all(url.startswith("file://") for url in page.requested)
+        cell = "[...document.querySelectorAll('#summary tr')].find(row => row.cells[0].textContent === 'commit').cells[1]"
+        assert page.value(f"{cell}.textContent") == "no commit"
 
 
 def test_every_number_of_the_page_is_listed_with_the_file_and_place_that_hold_it(built: Path) -> None:

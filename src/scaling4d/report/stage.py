@@ -16,7 +16,7 @@ from typing import Any
 from unittest.mock import patch
 
 from scaling4d import artifacts
-from scaling4d.provenance import WORK_FOLDER, atomic_folder, write_text
+from scaling4d.provenance import WORK_FOLDER, atomic_folder, commit_and_edits, write_text
 from scaling4d.records import UserError, write_json
 from scaling4d.report import site, tables
 from scaling4d.report.built import read_built_report
@@ -27,7 +27,8 @@ from scaling4d.report.sections import PICTURES, read_page
 from scaling4d.studies.markup import html_page
 
 NOTEBOOK = Path("reports/scaling.ipynb")
-RUNS = "runs.json"
+RUNS, COMMIT = "runs.json", "commit.js"  # no outs: equal results of other commits are equal
+INPUTS = ("src", "dvc.yaml", "params.yaml", "data.dvc")
 JUPYTER_FOLDERS = ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")
 
 
@@ -68,6 +69,7 @@ def build(settings: Mapping[str, Any]) -> None:
     page_sha256 = artifacts.sha256(run.folder / "report.html")
     artifacts.write_run("report", page_sha256, started=started)
     write_runs(run, also={page_sha256})
+    write_commit(run)
     print(tables.table_text(run))
 
 
@@ -83,6 +85,13 @@ def write_runs(run: RunResults, *, also: set[str]) -> None:
     runs = [one for key, one in sorted(by_out.items()) if key[1] in current]
     content = {"runs": runs, "seconds": round(sum(one["seconds"] for one in runs), 1)}
     write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def write_commit(run: RunResults) -> None:
+    """Write commit.js, which enters the commit of the results into the page's summary."""
+    text = json.dumps(commit_and_edits(*INPUTS))
+    rows = 'for (const row of document.querySelectorAll("#summary tr"))'
+    write_text(run.folder / COMMIT, f'{rows}\n  if (row.cells[0].textContent === "commit") row.cells[1].textContent = {text};\n')
 
 
 def _execute(path: Path, page: Page) -> str:
@@ -116,7 +125,7 @@ def _execute(path: Path, page: Page) -> str:
     exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
     body = exporter.from_notebook_node(notebook)[0]
     check_sections(body, list(page.sections))
-    return html_page("scaling4d", body)
+    return html_page("scaling4d", f'{body}\n<script src="{COMMIT}"></script>')
 
 
 def check_sections(body: str, names: list[str]) -> None:
