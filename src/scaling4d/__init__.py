@@ -1,6 +1,8 @@
 """scaling4d: scaling curves of masked video autoencoders, from videos to figures.
 
 `scaling4d.load` gives the encoder of a checkpoint. It is imported at first use, since it needs torch.
+
+"ours" in comments, docstrings and settings marks a choice of this project that no paper states.
 """
 
 from __future__ import annotations

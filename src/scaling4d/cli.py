@@ -18,7 +18,8 @@ from scaling4d import config  # noqa: E402
 from scaling4d.records import AGAIN, Preempted, UserError  # noqa: E402
 from scaling4d.training.gpus import UTILISATION, WRITE_GB_PER_S  # noqa: E402
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+HELP = "Pretrain masked video autoencoders of growing size, evaluate them with readouts, and build the scaling report."
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
 data = typer.Typer(no_args_is_help=True, help="The data that the pipeline reads.")
 app.add_typer(data, name="data")
 if find_spec("scaling4d_bench"):
@@ -49,7 +50,7 @@ def _settings() -> dict:
 
 
 def _is_first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("RANK", "0") == "0"  # distributed.is_main imports torch
 
 
 @app.command()
@@ -123,9 +124,9 @@ def show(
     out: Annotated[Path | None, typer.Option(help="New folder for sheet.png and clips.mp4; default: one in shown/.")] = None,
     clips: Annotated[int, typer.Option(min=1, help="Number of validation clips, drawn by the result's seed.")] = 4,
     ids: Annotated[list[str] | None, typer.Option("--id", help="This clip instead; may be given several times.")] = None,
-    frames: Annotated[int, typer.Option(min=1, help="Of each clip on the sheet.")] = 4,
+    frames: Annotated[int, typer.Option(min=1, help="Frames of each clip on the sheet.")] = 4,
 ) -> None:
-    """Draw predictions beside the truth: depth maps, tracks, boxes, camera paths, top classes (a DVC stage)."""
+    """Draw predictions beside the ground truth: depth maps, tracks, boxes, camera paths, top classes (a DVC stage)."""
     from scaling4d.show import stage
 
     print(f"wrote {stage.show(results, out, clips=clips, ids=ids or [], frames=frames)}")
@@ -158,7 +159,7 @@ def table() -> None:
 @app.command()
 def compare(
     rev_a: Annotated[str, typer.Argument(help="A git revision, a DVC experiment, or `workspace`.")],
-    rev_b: Annotated[str, typer.Argument(help="Likewise.")] = "workspace",
+    rev_b: Annotated[str, typer.Argument(help="The second revision or experiment.")] = "workspace",
     out: Annotated[Path | None, typer.Option(help="The page; default: compare-REV_A-REV_B.html.")] = None,
 ) -> None:
     """Two reports side by side in one HTML page: settings, code, numbers with significance, figures overlaid."""
@@ -253,10 +254,10 @@ def plan(
     point: str,
     mesh: Annotated[str | None, typer.Option(help="SHARDSxREPLICAS, such as 256x1; default: the profile's.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Clips a step over all GPUs; default: the profile's.")] = None,
-    recompute: Annotated[str, typer.Option(help="none, or block: make activations again in the backward pass.")] = "none",
+    recompute: Annotated[str, typer.Option(help="none, or block: recompute activations in the backward pass.")] = "none",
     gpu: Annotated[str, typer.Option(help="h100, h200, a100 or a100_40.")] = "h100",
-    utilisation: Annotated[float, typer.Option(help="Reached share of the GPU's peak; ours.")] = UTILISATION,
-    write_gb_per_s: Annotated[float, typer.Option(help="Speed of writing checkpoints; ours.")] = WRITE_GB_PER_S,
+    utilisation: Annotated[float, typer.Option(help="Reached share of the GPU's peak, an assumption.")] = UTILISATION,
+    write_gb_per_s: Annotated[float, typer.Option(help="Speed of writing checkpoints, an assumption.")] = WRITE_GB_PER_S,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Also step the real model, sharded, on fake tensors.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
@@ -281,10 +282,10 @@ def convert(
     source: Path,
     out: Annotated[Path, typer.Argument(help="New Checkpoint folder; for 4ds also FOLDER -> FILE.npz.")],
     heads: Annotated[int | None, typer.Option(help="mae_st: attention heads, where the width is not an official one.")] = None,
-    decoder_heads: Annotated[int | None, typer.Option(help="mae_st: of the decoder, likewise.")] = None,
+    decoder_heads: Annotated[int | None, typer.Option(help="mae_st: of the decoder, where the width is not official.")] = None,
     frames: Annotated[int, typer.Option(min=1, help="mae_st: of a clip, if positions are one table for space and time.")] = 16,
     mask_ratio: Annotated[float, typer.Option(help="mae_st: of its pretraining, if the file does not say.")] = 0.9,
-    normalise_target: Annotated[bool, typer.Option(help="mae_st: likewise, whether it predicted normalised pixels.")] = True,
+    normalise_target: Annotated[bool, typer.Option(help="mae_st: predicts normalised pixels, if the file does not say.")] = True,
 ) -> None:
     """Turn published weights into a Checkpoint folder, and a folder back into the released 4DS layout."""
     from scaling4d.encoders.released import MAESTOptions
@@ -309,7 +310,9 @@ def features(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
     video: Annotated[Path, typer.Argument(help="A video file, or a .npy of clips B T H W C (float in 0..1, or uint8).")],
     out: Annotated[Path, typer.Option(help="The .npz to write: layer_00, layer_01, ..., and output if there is a readout.")],
-    side_px: Annotated[int | None, typer.Option(min=1, help="Of a clip from a video file, instead of the checkpoint's.")] = None,
+    side_px: Annotated[
+        int | None, typer.Option(min=1, help="Clip side in pixels, of a video file; default: the checkpoint's.")
+    ] = None,
     queries: Annotated[Path | None, typer.Option(help="A .npy, Q 2 or Q 4 in 0..1: queries of a tracking readout.")] = None,
 ) -> None:
     """Write the features of every layer of an encoder, and the output of its readout."""

@@ -1,4 +1,4 @@
-"""Step lines on the terminal: fixed columns, one line an interval. No code parses them."""
+"""Step lines on the terminal: fixed columns, at most one line an interval. No code parses them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Evidence of a run: settings by dotted key, numbers as text, atomic writes, gin's text, dvc.lock, DVC's cache, git.
+"""Dotted settings, numbers as text, atomic writes, gin's text, dvc.lock, DVC's cache and git.
 
-The only reader of locks, git and gin text.
+The only reader of locks, git and gin text. `artifacts` writes the file provenance.json.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Records that packages exchange: frozen, and checked at construction.
+"""Records that packages exchange, frozen and checked at construction; errors, exit code 75, and JSON files.
 
 Axis letters, the same in the whole project:
   B clips   T frames   H W pixels   C channels   t h w token grid   N = t*h*w tokens
-  K kept tokens   D width   P values per patch   Q queries   L blocks
+  K visible tokens   D width   P values per patch   Q queries   L blocks
 Pixels are uint8 `B T H W C` until the model; times are seconds (`_s`), rates hertz (`_hz`), sides pixels (`_px`).
 """
 
@@ -119,7 +119,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Result:
-    """A measured number and its origin.
+    """A measured number and its origin. `readout.stage.result_of` computes it from `Task.measure`.
 
     value lies in [low, high], the 95 % bootstrap interval over videos. checkpoint_sha256: of the encoder's weights.
     others: further metrics of the same readout.

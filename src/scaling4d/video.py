@@ -137,7 +137,7 @@ def decode_all(source: VideoInput) -> tuple[np.ndarray, np.ndarray]:
 
 
 def frame_indices_at(times_s: np.ndarray, wanted_s: Times) -> np.ndarray:
-    """Index of the frame shown at each wanted time: the last frame that starts at or before it, within 1 ms."""
+    """Index of the frame shown at each wanted time: the last frame that starts at most 1 ms after it."""
     return np.clip(np.searchsorted(times_s, np.asarray(wanted_s) + TOLERANCE_S, side="right") - 1, 0, len(times_s) - 1)
 
 
@@ -225,7 +225,8 @@ def encode(
     """Encode uint8 `T H W 3` by one thread, `.webm` as VP9 and other files as H.264: equal input gives equal bytes.
 
     crf: constant quality, 0 (best) to 51 (H.264) or 63 (VP9). gop: frames from key frame to key frame. times_s: `T`,
-    rounded to milliseconds, where frames do not follow `rate_hz`. rotation_deg: a player's turn, counter-clockwise.
+    rounded to milliseconds, where frames do not follow `rate_hz`. rotation_deg: a player turns the
+    frames by it, counter-clockwise.
     """
     codec = "libvpx-vp9" if path.suffix == ".webm" else "libx264"
     options = {"crf": str(crf), "threads": "1"} | CODEC_OPTIONS[codec]

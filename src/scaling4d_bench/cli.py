@@ -114,6 +114,16 @@ def attention(
 
 
 @bench.command()
+def render(
+    out: Reports = REPORTS,
+    clips: Annotated[int, typer.Option(min=1, help="Of each kind in a turn.")] = 8,
+    repeats: Repeats = 5,
+) -> None:
+    """CPU time to draw a labelled clip of each kind, and an unlabelled video, of the pocket's worlds."""
+    _measure("render", out, clips=clips, repeats=repeats)
+
+
+@bench.command()
 def costs(out: Reports = REPORTS, repeats: Repeats = 5) -> None:
     """Growth of time and memory of training with clips, frames, side, depth, width and batch, beside the formulas."""
     _measure("costs", out, repeats=repeats)

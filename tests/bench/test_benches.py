@@ -4,13 +4,15 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from scaling4d import cli
-from scaling4d_bench import curate, decode, loader, measure, videos
+from scaling4d.scenes.scene import KINDS
+from scaling4d_bench import curate, decode, loader, measure, render, videos
 from scaling4d_bench.loader import ALONE
 from scaling4d_bench.measure import Measurements
 
@@ -128,6 +130,16 @@ def test_curation_is_measured_at_two_sizes_and_again(tmp_path) -> None:
     assert min(row["peak_main"] for row in content["results"]["rows"]) > 0 and second["peak_worker"] > 0
 
 
+def test_drawing_is_measured_for_every_kind(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.setattr(render, "draw_sample", lambda spec: None)
+    monkeypatch.setattr(render, "draw_video", lambda spec: None)
+    content, shown = json.loads(render.bench(tmp_path, clips=2, repeats=3).read_text()), capsys.readouterr().out
+    assert [row["name"] for row in content["results"]["rows"]] == [*KINDS, "video"] and content["settings"]["frames"] > 1
+    assert all(len(seconds) == 3 for seconds in content["raw"]["seconds"]["seconds"].values())
+    assert all(f"│ {kind} " in shown for kind in KINDS)
+
+
 def test_the_paper_calculation_multiplies_rates_up() -> None:
     rates = {"core_s_per_video_s": 0.2, "clips_per_video_s": 0.5, "bytes_per_clip": 100_000, "tasks_per_video": 2.0}
     rates |= {"tasks_per_s": 400.0, "dedupe_bytes_per_clip": 168, "comparisons_per_s": 1e6, "hash_bits": 15}
@@ -153,7 +165,7 @@ def test_the_paper_calculation_multiplies_rates_up() -> None:
 def test_every_benchmark_has_a_command_whose_help_needs_no_torch() -> None:
     code = "import sys\nfrom scaling4d.cli import app\nassert 'torch' not in sys.modules\napp()"
     shown = subprocess.run([sys.executable, "-c", code, "bench", "--help"], capture_output=True, text=True, check=True).stdout
-    names = ("attention", "costs", "curate", "decode", "loader", "masking", "pretrain", "readout")
+    names = ("attention", "costs", "curate", "decode", "loader", "masking", "pretrain", "readout", "render")
     assert all(f" {name} " in shown for name in names)
     refused = CliRunner().invoke(cli.app, ["bench", "masking", "--precision", "fp16"])
     assert str(refused.exception) == "--precision 'fp16'; needed fp32 or bf16"

@@ -97,7 +97,7 @@ class Positions(nn.Module):
 
 
 class MAESTEncoder(Encoder):
-    """Backbone of MAE-ST: 4DS's with exact GELU, a final norm, separable positions and a class token."""
+    """Backbone of MAE-ST: 4DS's with exact GELU, separable positions, a class token, the norm before the decoder."""
 
     config_class = MAESTEncoderConfig
     gelu = "none"

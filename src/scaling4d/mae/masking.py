@@ -1,4 +1,4 @@
-"""Which tokens the encoder sees."""
+"""Random masks: the tokens that stay visible, by one of four strategies (random, tube, frame, block)."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What DVC runs beside the stages of the story: hashes of the code, and stages in parallel."""
+"""Hashes of the code, a DVC stage of its own, and `dvc repro` with several stages at a time."""

@@ -147,7 +147,7 @@ class PretrainConfig:
 
 
 def bind_pretrain(point: str, settings: Mapping[str, Any]) -> PretrainConfig:
-    """All that can be refused before a rank starts or a clip is read.
+    """Bind and check the settings of one point, before a rank starts or a clip is read.
 
     Raises:
         UserError: unknown point or setting, a mesh or a batch that does not divide, no teacher, no clips.

@@ -57,7 +57,7 @@ def pretrain(point: str, settings: Mapping[str, Any], *, dry: bool = False) -> P
 
 
 def train_rank(point: str, snapshot: Path) -> Path | None:
-    """In a rank that a launcher started: train by its snapshot. None: another rank was refused."""
+    """In a rank that a launcher started: train by its snapshot. None: another rank failed with a UserError."""
     with snapshot_content(snapshot) as content:
         if content is None:
             return None

@@ -47,7 +47,8 @@ class Validation(Callback):
 
 @torch.no_grad()
 def validate(model: nn.Module, pretraining: PretrainConfig) -> float:
-    """Mean loss over `val_clips` validation clips. Their masks are the same for all ranks and models.
+    """Mean loss over `val_clips` validation clips. Their masks are the same for all ranks, and for
+    all models with the same token grid, strategy and mask ratio.
 
     A rank without clips left takes part for the ranks that need its weights, and counts for nothing.
     """

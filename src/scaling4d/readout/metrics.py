@@ -1,4 +1,7 @@
-"""Metrics of the benchmarks as pure functions. Most give a sum and a count: means are never means of means.
+"""Metrics of the benchmarks as pure functions.
+
+Most give a sum and a count, so a clip weighs by its number of measurements. Two are means of means: TAP-Vid's averages
+over videos, and `mean_iou_per_object` over objects.
 
 Coordinates are x y in 0..1 of (width, height).
 """
@@ -73,7 +76,7 @@ def box_overlaps(boxes: np.ndarray, true_boxes: np.ndarray, present: np.ndarray)
     """Sums and counts of IoU: `mean_iou` over all objects and frames, `mean_iou_per_object` over means of objects.
 
     Args:
-        boxes, true_boxes: `Q T 4`. present: bool `Q T`, labelled and not given (the first frame is).
+        boxes, true_boxes: `Q T 4`. present: bool `Q T`, labelled, without the frame of the queries (the first).
     Source: InternVideo-Next's account of 4DS's protocol (all objects and frames but the first); Perception Test's
     notebook (objects each with the same weight).
     """
@@ -86,7 +89,7 @@ def box_overlaps(boxes: np.ndarray, true_boxes: np.ndarray, present: np.ndarray)
 
 
 def depth_errors(depth_m: np.ndarray, true_m: np.ndarray, valid: np.ndarray) -> dict[str, tuple[float, float]]:
-    """Sums and counts over the valid pixels: absolute relative error, and share within a factor of 1.25.
+    """Sums and counts over the valid pixels: AbsRel (`abs_rel`), and the share within a factor of 1.25 (`delta1`).
 
     Source: kauldron's MeanAbsoluteRelativeError (eps 1e-6) and Delta1 (prediction clipped at 0).
     """

@@ -86,7 +86,7 @@ def readout(encoder: str, task: str, protocol: str, settings: Mapping[str, Any])
 def bind_readout(
     encoder: str, task: str, protocol: type[ReadoutProtocol], settings: Mapping[str, Any], final: Path
 ) -> tuple[StageConfig, ReadoutConfig]:
-    """All that can be refused before a rank starts. final: the readout's folder. Raises UserError: as `readout`."""
+    """Bind and check a readout's settings before a rank starts. final: its folder. Raises UserError: as `readout`."""
     recipe_key = f"readout.{protocol.name}" if protocol is Classifier else f"readout.{protocol.name}.{task}"
     keys = {EvaluationConfig: "readout.Evaluation", TASKS[task]: f"readout.tasks.{task}", protocol.recipe_class: recipe_key}
     if protocol is not Classifier:

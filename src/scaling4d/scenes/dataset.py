@@ -95,13 +95,13 @@ class SceneSpec:
 
 
 def render(out: Path, settings: Mapping[str, Any]) -> Path:
-    """Command `render`: draw the data set of section `render` into the new folder `out`."""
+    """Command `render`: render the data set of section `render` into the new folder `out`."""
     bound = config.bind(settings, ["seed", "render"], RenderConfig)
     return write_dataset(out, seed=bound.declared["seed"], settings=bound[RenderConfig])
 
 
 def write_dataset(out: Path, *, seed: int, settings: RenderConfig) -> Path:
-    """Draw the data set into the new folder `out`. Same seed and settings, same bytes.
+    """Render the data set into the new folder `out`. Same seed and settings, same bytes.
 
     Raises:
         UserError: `out` exists.

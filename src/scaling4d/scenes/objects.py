@@ -16,12 +16,12 @@ PATTERNS = ("checker", "stripes", "blobs", "waves")
 def mesh(shape: str) -> tuple[np.ndarray, np.ndarray]:
     """A shape about the origin with a bounding radius of 1: vertices `V 3` float64, faces `F 3` int32."""
     made = {
-        "ball": lambda: trimesh.creation.icosphere(subdivisions=3),
+        "ball": lambda: trimesh.creation.icosphere(subdivisions=2),
         "box": lambda: trimesh.creation.box((1.2, 1.0, 0.8)),
-        "cylinder": lambda: trimesh.creation.cylinder(radius=0.6, height=1.3, sections=28),
-        "torus": lambda: trimesh.creation.torus(major_radius=0.7, minor_radius=0.3, major_sections=28, minor_sections=14),
-        "capsule": lambda: trimesh.creation.capsule(radius=0.45, height=1.0, count=(16, 16)),
-        "cone": lambda: trimesh.creation.cone(radius=0.7, height=1.4, sections=28),
+        "cylinder": lambda: trimesh.creation.cylinder(radius=0.6, height=1.3, sections=24),
+        "torus": lambda: trimesh.creation.torus(major_radius=0.7, minor_radius=0.3, major_sections=24, minor_sections=10),
+        "capsule": lambda: trimesh.creation.capsule(radius=0.45, height=1.0, count=(12, 12)),
+        "cone": lambda: trimesh.creation.cone(radius=0.7, height=1.4, sections=24),
     }[shape]()
     vertices = np.asarray(made.vertices, np.float64)
     vertices = vertices - (vertices.min(0) + vertices.max(0)) / 2
@@ -60,18 +60,29 @@ class Texture:
 
     def color(self, positions: np.ndarray) -> np.ndarray:
         """Colour `R 3` in 0..1 at positions `R 3`, metres in the object's own frame."""
-        p = positions * self.per_m + self.phase
+        dtype = positions.dtype
+        colors, p = self.colors.astype(dtype), positions * dtype.type(self.per_m) + self.phase.astype(dtype)
         if self.pattern == "checker":
-            return self.colors[np.floor(p).astype(np.int64).sum(-1) % 2]
+            return colors[np.floor(p).sum(-1).astype(np.int64) % 2]
         if self.pattern == "stripes":
-            return self.colors[np.floor(2 * (p @ self.axis)).astype(np.int64) % 3]
+            return colors[np.floor(2 * (p @ self.axis.astype(dtype))).astype(np.int64) % 3]
         if self.pattern == "blobs":  # Voronoi cells of random centres, repeated every 3 periods
-            offset = np.abs(p[:, None] % 3 - self.centres)  # R m 3
-            nearest = (np.minimum(offset, 3 - offset) ** 2).sum(-1).argmin(-1)
-            return self.colors[nearest % len(self.colors)]
-        angle = 2 * np.pi * p  # waves: a smooth mixture of three colours
-        weights = 1 + np.sin(angle + np.sin(np.roll(angle, 1, axis=-1)))
-        return (weights / (weights.sum(-1, keepdims=True) + 1e-9)) @ self.colors[:3]
+            return colors[_nearest(p % 3, self.centres.astype(dtype)) % len(colors)]
+        angle = dtype.type(2 * np.pi) * p  # waves: a smooth mixture of three colours
+        weights = 1 + np.sin(angle + np.sin(angle[:, [2, 0, 1]]))
+        return (weights / (weights.sum(-1, keepdims=True) + 1e-9)) @ colors[:3]
+
+
+def _nearest(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """Index `R` of the centre nearest to each point `R 3`, in a cube of side 3 that repeats itself."""
+    nearest, least = np.zeros(len(points), np.int64), np.full(len(points), np.inf, points.dtype)
+    for index, centre in enumerate(centres):
+        offset = np.abs(points - centre)
+        offset = np.minimum(offset, 3 - offset)
+        squared = np.einsum("rd,rd->r", offset, offset)
+        nearer = squared < least
+        nearest[nearer], least = index, np.minimum(squared, least)
+    return nearest
 
 
 def _palette(rng: np.random.Generator, count: int) -> np.ndarray:

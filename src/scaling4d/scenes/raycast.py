@@ -1,7 +1,8 @@
 """SCENE -> FRAMES AND GROUND TRUTH by ray casting: objects with embree, the room in closed form.
 
-Embree finds in float32 the triangle that a ray hits. The hit's position is then computed in float64. Camera rays have
-z = 1 in the camera's frame, so the length along a ray equals the z-depth.
+Embree finds in float32 the triangle that a ray hits. The length up to its plane is then computed in float64, so labels
+are exact. Pictures are shaded in float32. Camera rays have z = 1 in the camera's frame, so the length along a ray
+equals the z-depth.
 Pixel (i, j) covers [j, j+1) x [i, i+1). Its centre is (j + 0.5, i + 0.5).
 """
 
@@ -46,37 +47,42 @@ class RayCaster:
     def __init__(self, scene: Scene, frame: int, *, object_ids: Sequence[int] | None = None) -> None:
         """object_ids: the objects in it, by default all; the room is always in it."""
         self.half = scene.room.size / 2
-        self.object_ids = range(1, len(scene.objects) + 1) if object_ids is None else object_ids
-        self.embree, self.triangles = EmbreeScene(), []
+        self.object_ids = np.arange(1, len(scene.objects) + 1) if object_ids is None else np.array(object_ids, int)
+        self.embree, triangles = EmbreeScene(), [np.empty((0, 3, 3))]
         for object_id in self.object_ids:
             vertices, faces = world_vertices(scene, object_id, frame), mesh(scene.objects[object_id - 1].shape)[1]
             TriangleMesh(self.embree, vertices.astype(np.float32), faces)
-            self.triangles.append(vertices[faces])  # F 3 3
+            triangles.append(vertices[faces])
+        self.first_face = np.cumsum([len(faces) for faces in triangles])  # of each object
+        self.triangles = np.concatenate(triangles)  # F 3 3
 
     def cast(self, origin: np.ndarray, directions: np.ndarray) -> RayHits:
-        """origin: `3`, inside the room. directions: `R 3`, of any length."""
+        """origin: `3`, inside the room. directions: `R 3`, of any length; the hits have their dtype."""
+        origin, towards = origin.astype(directions.dtype), directions > 0
+        half = self.half.astype(directions.dtype)
         with np.errstate(divide="ignore"):
-            exits = (np.sign(directions) * self.half - origin) / directions  # R 3
-        axis = np.nanargmin(np.where(np.isfinite(exits), exits, np.inf), axis=1)
-        rays = np.arange(len(directions))
-        depth, side = exits[rays, axis], np.sign(directions[rays, axis])
+            x, y, z = ((half - np.where(towards, origin, -origin)) / np.abs(directions)).T  # lengths up to the walls
+        axis = np.where(x <= y, np.where(x <= z, 0, 2), np.where(y <= z, 1, 2))
+        rays, depth = np.arange(len(directions)), np.minimum(np.minimum(x, y), z)
+        positive = towards[rays, axis]
         normal = np.zeros_like(directions)
-        normal[rays, axis] = -side
+        normal[rays, axis] = np.where(positive, -1, 1)
         object_id = np.full(len(directions), ROOM)
         origins = np.broadcast_to(origin.astype(np.float32), directions.shape).copy()
         first = self.embree.run(origins, directions.astype(np.float32), output=1)
-        for index, (candidate, triangles) in enumerate(zip(self.object_ids, self.triangles, strict=True)):
-            (hit,) = np.nonzero(first["geomID"] == index)
-            a, b, c = triangles[first["primID"][hit]].transpose(1, 0, 2)
-            n = np.cross(b - a, c - a)
-            n /= np.linalg.norm(n, axis=1, keepdims=True)
-            cosine = (n * directions[hit]).sum(-1)
-            with np.errstate(divide="ignore", invalid="ignore"):
-                t = (n * (a - origin)).sum(-1) / cosine
-            nearer = (t > 0) & (t < depth[hit])
-            hit, n, t, cosine = hit[nearer], n[nearer], t[nearer], cosine[nearer]
-            depth[hit], object_id[hit], normal[hit] = t, candidate, n * -np.sign(cosine)[:, None]
-        return RayHits(object_id, depth, origin + depth[:, None] * directions, normal, 2 * axis + (side > 0))
+        (hit,) = np.nonzero(first["geomID"] >= 0)
+        index = first["geomID"][hit]
+        a, b, c = self.triangles[self.first_face[index] + first["primID"][hit]].transpose(1, 0, 2)
+        n, ray = np.cross(b - a, c - a), directions[hit].astype(float)
+        n /= np.linalg.norm(n, axis=1, keepdims=True)
+        cosine = np.einsum("rd,rd->r", n, ray)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            t = np.einsum("rd,rd->r", n, a - origin) / cosine
+        nearer = (t > 0) & (t < depth[hit])
+        hit = hit[nearer]
+        depth[hit], object_id[hit] = t[nearer], self.object_ids[index[nearer]]
+        normal[hit] = n[nearer] * -np.sign(cosine[nearer])[:, None]
+        return RayHits(object_id, depth, origin + depth[:, None] * directions, normal, 2 * axis + positive)
 
 
 def world_vertices(scene: Scene, object_id: int, frame: int) -> np.ndarray:
@@ -88,16 +94,25 @@ def world_vertices(scene: Scene, object_id: int, frame: int) -> np.ndarray:
 
 def pixel_rays(scene: Scene, frame: int, *, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Rays through the centres of a grid over the frame: origin `3`, directions `height*width 3` with z = 1."""
-    y, x = np.meshgrid((np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width, indexing="ij")
-    return rays_through(scene, frame, np.stack([x.ravel(), y.ravel()], -1))
+    return rays_through(scene, frame, _centres(height, width))
 
 
 def rays_through(scene: Scene, frame: int, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """As `pixel_rays`, through points `R 2`, x y in 0..1 of the frame."""
-    k = scene.intrinsics
-    in_camera = np.column_stack([(points - [k[0, 2], k[1, 2]]) / [k[0, 0], k[1, 1]], np.ones(len(points))])
     pose = scene.camera_to_world[frame]
-    return pose[:3, 3], in_camera @ pose[:3, :3].T
+    return pose[:3, 3], _in_camera(scene, points) @ pose[:3, :3].T
+
+
+def _centres(height: int, width: int) -> np.ndarray:
+    """Centres of a grid over the frame, x y in 0..1: `height*width 2`."""
+    y, x = np.meshgrid((np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width, indexing="ij")
+    return np.stack([x.ravel(), y.ravel()], -1)
+
+
+def _in_camera(scene: Scene, points: np.ndarray) -> np.ndarray:
+    """Directions `R 3` in the camera's frame, with z = 1, through points `R 2`."""
+    k = scene.intrinsics
+    return np.column_stack([(points - [k[0, 2], k[1, 2]]) / [k[0, 0], k[1, 1]], np.ones(len(points))])
 
 
 def project(scene: Scene, frame: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -111,24 +126,26 @@ def project(scene: Scene, frame: int, positions: np.ndarray) -> tuple[np.ndarray
 
 
 def render_frames(scene: Scene) -> np.ndarray:
-    """uint8 `T H W 3`: 2 x 2 rays a pixel, Lambert shading by one point light plus ambient light."""
+    """uint8 `T H W 3`: 2 x 2 rays a pixel, Lambert shading by one point light plus ambient light, in float32."""
     height, width = scene.height_px, scene.width_px
+    in_camera = _in_camera(scene, _centres(2 * height, 2 * width)).astype(np.float32)
     frames = []
     for t in range(scene.frames):
-        origin, directions = pixel_rays(scene, t, height=2 * height, width=2 * width)
-        hits = RayCaster(scene, t).cast(origin, directions)
-        color = np.empty_like(directions)
+        camera = scene.camera_to_world[t].astype(np.float32)
+        hits = RayCaster(scene, t).cast(camera[:3, 3], in_camera @ camera[:3, :3].T)
+        color = np.empty_like(hits.position)
         on_room = hits.object_id == ROOM
         color[on_room] = scene.room.color(hits.position[on_room], hits.wall[on_room])
         for object_id, item in enumerate(scene.objects, start=1):
             on_object = hits.object_id == object_id
             if on_object.any():
-                pose = item.poses[t]
+                pose = item.poses[t].astype(np.float32)
                 color[on_object] = item.texture.color((hits.position[on_object] - pose[:3, 3]) @ pose[:3, :3])
-        to_light = scene.light - hits.position
-        lambert = np.clip((hits.normal * to_light).sum(-1) / np.linalg.norm(to_light, axis=1), 0, 1)
-        color *= (scene.ambient + (1 - scene.ambient) * lambert)[:, None]
-        mean = color.reshape(height, 2, width, 2, 3).mean((1, 3))
+        to_light = scene.light.astype(np.float32) - hits.position
+        along, length = (np.einsum("rd,rd->r", to_light, other) for other in (hits.normal, to_light))
+        color *= (scene.ambient + (1 - scene.ambient) * np.clip(along / np.sqrt(length), 0, 1))[:, None]
+        rows = color.reshape(height, 2, width, 2, 3)
+        mean = (rows[:, 0, :, 0] + rows[:, 0, :, 1] + rows[:, 1, :, 0] + rows[:, 1, :, 1]) / 4
         frames.append(np.clip(np.rint(255 * mean), 0, 255).astype(np.uint8))
     return np.stack(frames)
 

@@ -32,7 +32,8 @@ class FitConfig:
 
     name: of the run, for messages and its folder in .runs. batch: clips a step, over all ranks. clip_norm: of the
     gradient. rate_setting: the setting to lower when a gradient is not finite, for the message. device: cpu or cuda.
-    accumulate: microbatches of a rank's batch, one after another. log_every, save_every: steps.
+    accumulate: microbatches of a rank's batch, one after another. log_every, save_every: steps; save_every at
+    least 1 with a manager.
     """
 
     name: str
@@ -60,7 +61,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """step: steps done. loss: mean over this rank's clips. grad_norm: before clipping. waited_s: for the batch."""
+    """step: steps done. loss: mean over this rank's clips. grad_norm: before clipping. waited_s: for the batch.
+
+    learning_rate: of the first parameter group.
+    """
 
     step: int
     last: bool

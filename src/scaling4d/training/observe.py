@@ -1,6 +1,7 @@
-"""Progress of a run on the terminal and in `.runs/<name>/`: step lines, timings, TensorBoard events, pictures.
+"""Metrics and progress of a training.
 
-Rank 0 alone shows it, outside DVC's outs; results do not depend on it.
+`TrainingLog.lines` becomes losses.jsonl and `train_loss`, which are results. Step lines, timings, TensorBoard events
+and pictures go to the terminal and to `.runs/<name>/`, by rank 0 alone; no result depends on them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""AdamW with the usual exceptions from decay, and a warm-up with a cosine."""
+"""AdamW without decay of biases, norms, positions and tokens; the learning-rate schedule: warm-up, cosine decay."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def named_state(model: nn.Module, adamw: torch.optim.AdamW) -> dict[str, Tensor]
 
 
 def warmup_cosine(step: int, *, steps: int, warmup: int) -> float:
-    """Share of the peak learning rate at `step` of 0..steps: linear from 0 over `warmup` steps, then a cosine to 0."""
+    """Factor on the peak learning rate at step 0, 1, ...: (step + 1) / warmup, then a cosine that ends at `steps`."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))

@@ -67,7 +67,7 @@ class ShardingConfig:
 
 
 def parallelize(model: nn.Module, sharding: ShardingConfig, compute: ComputeConfig, *, ranks: int) -> None:
-    """Place a model on the ranks in place. Its weights stay, or go to their shards.
+    """Apply packed attention, activation checkpointing, torch.compile and FSDP2 or HSDP to a model, in place.
 
     With one shard in float32 every rank holds a plain model. Otherwise FSDP2 wraps each block, a readout's head, and
     the rest of the model (also with one shard, for bfloat16). Weights, gradients and moments stay float32; so do

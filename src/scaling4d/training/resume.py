@@ -150,7 +150,7 @@ class CheckpointManager:
             self.lock.close()
 
     def load(self, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Fill the tensors, by name and in place, from the newest intact step.
+        """Fill the tensors, by name and in place, from the newest intact step. A damaged one is renamed.
 
         Returns:
             The step's progress; None: no step, and no tensor was changed.

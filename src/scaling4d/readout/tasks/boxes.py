@@ -21,8 +21,8 @@ SMOOTH_L1_BETA = 0.05  # ours, of the picture's side
 class Boxes(Task):
     """Loss: smooth L1 (ours).
 
-    objects: learned boxes of a clip at most, and boxes of a query chunk. relative: predict the change of the given box
-    (ours), not the box itself (released).
+    objects: boxes of a clip to train on at most, and boxes of a query chunk. relative: predict the change of the given
+    box (ours), not the box itself (released).
     """
 
     objects: int

@@ -21,7 +21,7 @@ OFFSET_M = 3.0  # ours: the head predicts the difference from it
 
 @dataclass(frozen=True, kw_only=True)
 class Depth(Task):
-    """The loss is AbsRel (ours)."""
+    """The loss is AbsRel of a batch (ours), without the eps of the metric, see readout.metrics.depth_errors."""
 
     metric: ClassVar = Metric("abs_rel", "ratio", False)
 

@@ -25,7 +25,7 @@ CERTAIN_PX = 6  # of RASTER_PX: a closer prediction counts as certain
 class Points(Task):
     """Loss: Huber on the distance (weight 100) + visibility and certainty cross-entropies (0.1), as scivid trains.
 
-    tracks: learned points of a clip at most, and points of a query chunk. certain: a point is predicted visible if it
+    tracks: most points of a clip to train on, and points of a query chunk. certain: a point is predicted visible if it
     is probably visible and certain (released), or probably visible (false; ours, for coarse readouts, which are never
     certain). relative: predict the change of the given point (ours), not the point. queries_at: frames of a validation
     video in which points are given, see benchmarks.queries; in training frame 0.

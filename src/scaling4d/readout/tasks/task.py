@@ -73,7 +73,7 @@ class Task:
         return predicted[0]
 
     def measure(self, predicted: np.ndarray, target: Target) -> MetricSums:
-        """Metrics of one sample."""
+        """Sum and count of each metric for one sample."""
         raise NotImplementedError
 
 
