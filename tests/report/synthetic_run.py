@@ -135,7 +135,16 @@ def _filled(home: Path, name: str, size: int) -> None:
     filled = home / "reconstruct" / name
     _provenance(filled, "reconstruct", {"checkpoint": sha(name), "clips": sha("clips")})
     sets = {f"{kind}_{metric}": 0.5 for kind in ("frame", "clip") for metric in ("fid", "kid", "precision", "recall")}
-    measured = {"masked_mse": _loss(size), "psnr_db": 18.3, **sets, "clips": 60, "frames": 480, "seed": 0}
+    measured = {
+        "masked_mse": _loss(size),
+        "psnr_db": 18.3,
+        "moving_mse": 2 * _loss(size),
+        "true_patch_statistics": False,
+        **sets,
+        "clips": 60,
+        "frames": 480,
+        "seed": 0,
+    }
     write_json(filled / "result.json", {"point": name, **measured, "checkpoint_sha256": sha(name)})
     x = np.linspace(0, 255, 4 * 16, dtype=np.uint8)
     Image.fromarray(np.stack([np.tile(x, (96, 1))] * 3, axis=-1)).save(filled / "filled.png")

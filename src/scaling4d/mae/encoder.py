@@ -198,6 +198,7 @@ class Method(nn.Module):
 
     round_visible_down = False  # see random_masking
     xavier = False  # see initialise
+    true_patch_statistics = False  # whether `reconstruct` takes each patch's mean and deviation from the true pixels
     encoder: Encoder
 
     def __init__(self, config: MethodConfig) -> None:

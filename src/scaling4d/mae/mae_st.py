@@ -157,6 +157,10 @@ class MAEST(Method):
         self.decoder_norm = nn.LayerNorm(width, LAYER_NORM_EPS)
         self.decoder = nn.Linear(width, math.prod(self.predicted_patch) * 3)
 
+    @property
+    def true_patch_statistics(self) -> bool:
+        return self.config.normalise_target
+
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
         """Draw all weights, as the official code does; equal seeds give equal weights."""

@@ -31,6 +31,7 @@ BATCH = 64  # frames or clips in one pass of an encoder
 INCEPTION_LAYER = "2048"  # the layer that defines FID, KID, precision and recall
 FRAME_EXTRACTORS = ("frame", "inception")  # on single frames; the others are on clips
 METRICS = ("fid", "kid", "precision", "recall")
+DIGITS = 9  # the order of sums in linear algebra changes later ones, from one number of threads to another
 
 Extractor = Callable[[Tensor], Tensor]  # uint8 `n T H W 3` (T = 1 for FRAME_EXTRACTORS) -> features `n D`
 
@@ -107,11 +108,9 @@ def load_inception(path: Path) -> Extractor:
 
 
 def fidelity(features: Mapping[str, np.ndarray]) -> dict[str, float | None]:
-    """`<extractor>_<metric>` of features `2 n D` (filled-in, true) by extractor.
-
-    The last digits depend on the number of threads of numpy's BLAS, which the command line sets to one.
-    """
-    return {f"{name}_{key}": value for name, pair in features.items() for key, value in compare(*pair).items()}
+    """`<extractor>_<metric>` of features `2 n D` (filled-in, true) by extractor, to DIGITS digits."""
+    pairs = {f"{name}_{key}": value for name, pair in features.items() for key, value in compare(*pair).items()}
+    return {key: None if value is None else float(f"{value:.{DIGITS}g}") for key, value in pairs.items()}
 
 
 def compare(filled: np.ndarray, true: np.ndarray) -> dict[str, float | None]:

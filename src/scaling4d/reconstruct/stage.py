@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,14 +16,17 @@ from torch import Tensor
 from scaling4d import artifacts, checkpoint, config, provenance, seeds
 from scaling4d.clips import loader
 from scaling4d.encoders.load import load_model
+from scaling4d.mae.encoder import Method
 from scaling4d.mae.masking import hidden_pixels, random_masking
 from scaling4d.reconstruct.fidelity import FRAME_EXTRACTORS, Extractor, FidelityConfig, fidelity, load_extractors
 from scaling4d.records import MaskedTokens, write_json
 from scaling4d.training.distributed import gather_round_robin, run
 
 MASK_RATIO = 0.9  # of random masking, one for all methods; MAE-ST, arXiv:2205.09113
-FRAMES = 4  # of a clip, evenly spaced: in the picture and in the set of frames; ours
-CLIPS_SHOWN = 2
+FRAMES = 4  # of a clip, evenly spaced, in the set of frames; ours
+CLIPS_SHOWN, FRAMES_SHOWN = 2, 8  # at most so many frames of a clip, evenly spaced; ours
+MOVING = 0.08  # difference from the median over the clip from which on a pixel moves, in 0..1; ours
+MOVING_SHARE = 0.15  # of a shown clip's pixels, as nearly as the split has it: something moves, and most does not; ours
 BATCH = 8
 
 
@@ -39,21 +42,25 @@ class FillingConfig:
 
 
 class FilledClip(NamedTuple):
-    """error: mean squared error over the hidden pixels, in 0..1.
+    """Measurements of a clip. Errors are squared, in 0..1.
 
-    strips: input, masked and filled-in, each uint8 `FRAMES H W 3`; empty but for a rank's first CLIPS_SHOWN clips.
-    features: by extractor, of the filled-in and of the true clip, `2 1 D`, or of their frames, `2 FRAMES D`.
+    error: mean over the hidden pixels. moving_error, moving_pixels: sum over the hidden pixels that move, their number.
+    moving_share: of all pixels. features: by extractor, of the filled-in and of the true clip, `2 1 D`, or of their
+    frames, `2 FRAMES D`.
     """
 
     error: float
-    strips: tuple[np.ndarray, ...]
+    moving_error: float
+    moving_pixels: int
+    moving_share: float
     features: dict[str, np.ndarray]
 
 
 def reconstruct(point: str, settings: Mapping[str, Any]) -> Path:
-    """The stage `reconstruct` of one point: `result.json` and `filled.png` (input, masked, filled in).
+    """The stage `reconstruct` of one point: `result.json` and `filled.png` (a row of frames: input, masked, filled in).
 
-    masked_mse and psnr_db are over hidden pixels in 0..1. frame_fid, clip_kid, ... are described in `fidelity`.
+    masked_mse, psnr_db and moving_mse are over hidden pixels in 0..1. frame_fid, clip_kid, ... are described in
+    `fidelity`. A model that takes each patch's mean and deviation from the true pixels is not measured.
     """
     started = time.time()
     bound = config.bind(settings, ["profile", "seed", "reconstruct"], FillingConfig, FidelityConfig)
@@ -62,21 +69,20 @@ def reconstruct(point: str, settings: Mapping[str, Any]) -> Path:
     folder, clips, final = home / "pretrain" / point, home / "clips", home / "reconstruct" / point
     with provenance.atomic_folder(final) as out:
         filled = run(fill_clips, ranks=ranks, folder=folder, clips=clips, extractors=extractors, seed=seed)
-        features = {name: np.concatenate([clip.features[name] for clip in filled], axis=1) for name in filled[0].features}
-        masked_mse = float(np.mean([clip.error for clip in filled]))
+        model = load_model(folder)
         result = {
             "point": point,
-            "masked_mse": masked_mse,
-            "psnr_db": float(-10 * np.log10(masked_mse)),
-            **fidelity(features),
+            "true_patch_statistics": model.true_patch_statistics,
+            **({} if model.true_patch_statistics else measurements(filled)),
             "clips": len(filled),
             "frames": len(filled) * FRAMES,
             "seed": seed,
             "checkpoint_sha256": checkpoint.weights_sha256(folder),
         }
         write_json(out / "result.json", result)
-        strips = [np.concatenate(list(strip), axis=1) for clip in filled[:CLIPS_SHOWN] for strip in clip.strips]
-        Image.fromarray(np.concatenate(strips, axis=0)).save(out / "filled.png", optimize=True)
+        numbers = np.argsort([abs(clip.moving_share - MOVING_SHARE) for clip in filled], kind="stable")[:CLIPS_SHOWN]
+        strips = [picture(model, clips, number, len(filled), seed) for number in sorted(numbers.tolist())]
+        Image.fromarray(np.concatenate(strips)).save(out / "filled.png", optimize=True)
         inputs = {"checkpoint": artifacts.sha256(folder), "clips": artifacts.sha256(clips)}
         inputs |= {f"{name}_features": artifacts.sha256(path) for name, path in extractors.files().items()}
         content = artifacts.evidence("reconstruct", bound, code=artifacts.code_hash("reconstruct"), inputs=inputs)
@@ -85,36 +91,70 @@ def reconstruct(point: str, settings: Mapping[str, Any]) -> Path:
     return final
 
 
+def measurements(filled: Sequence[FilledClip]) -> dict[str, float | None]:
+    """Errors and fidelity of a split. moving_mse: None where no hidden pixel moves."""
+    features = {name: np.concatenate([clip.features[name] for clip in filled], axis=1) for name in filled[0].features}
+    masked_mse, moving = float(np.mean([clip.error for clip in filled])), sum(clip.moving_pixels for clip in filled)
+    return {
+        "masked_mse": masked_mse,
+        "psnr_db": float(-10 * np.log10(masked_mse)),
+        "moving_mse": sum(clip.moving_error for clip in filled) / moving if moving else None,
+        **fidelity(features),
+    }
+
+
 @torch.no_grad()
 def fill_clips(*, rank: int, ranks: int, folder: Path, clips: Path, extractors: FidelityConfig, seed: int) -> list[FilledClip]:
     """Fill in this rank's validation clips. Returns those of all ranks, in the order of the clips."""
     model = load_model(folder)
-    clip, patch, grid = model.encoder.clip, model.encoder.patch, model.encoder.grid
-    masking = {"batch": 1, "grid": grid, "mask_ratio": MASK_RATIO, "round_down": model.round_visible_down}
-    features_of = load_extractors(extractors, clip, seed)
-    shown = torch.linspace(0, clip[0] - 1, FRAMES).round().long()
+    features_of = load_extractors(extractors, model.encoder.clip, seed)
+    frames = torch.linspace(0, model.encoder.clip[0] - 1, FRAMES).round().long()
     results: list[FilledClip] = []
     for batch in loader.eval_batches(clips, split="val", batch=BATCH, rank=rank, ranks=ranks):
-        masks = [random_masking("random", **masking, rng=seeds.stream(seed, "fill_mask", name)) for name in batch.ids]
-        masked = MaskedTokens(torch.cat([mask.ids_keep for mask in masks]), grid)
-        true, hidden = batch.pixels.float() / 255, hidden_pixels(masked, clip, patch)  # B T H W 3, B T H W 1
-        predicted = model.reconstruct(batch.pixels, masked)
-        error = ((predicted - true).square() * hidden).mean(-1).sum((1, 2, 3)) / hidden.sum((1, 2, 3, 4))
-        filled = _to_uint8(torch.where(hidden.bool(), predicted, true))
-        features = {}
-        for name, extract in features_of.items():
-            pair = [_features(extract, name, pixels, shown) for pixels in (filled, batch.pixels)]
-            features[name] = np.stack(pair, axis=1)  # B 2 n D
-        strips = [part[:, shown].numpy() for part in (batch.pixels, _to_uint8(true * (1 - hidden) + 0.5 * hidden), filled)]
-        for i, clip_error in enumerate(error.tolist()):
-            clip_strips = tuple(strip[i] for strip in strips) if len(results) < CLIPS_SHOWN else ()
-            results.append(FilledClip(clip_error, clip_strips, {name: values[i] for name, values in features.items()}))
+        predicted, hidden = fill(model, batch, seed)
+        true, moving = batch.pixels.float() / 255, moving_pixels(batch.pixels)
+        error = (predicted - true).square().mean(-1, keepdim=True) * hidden  # B T H W 1
+        pairs = (_to_uint8(torch.where(hidden.bool(), predicted, true)), batch.pixels)
+        features = {
+            name: np.stack([_features(extract, name, pixels, frames) for pixels in pairs], axis=1)  # B 2 n D
+            for name, extract in features_of.items()
+        }
+        for i in range(len(true)):
+            sums = error[i].sum() / hidden[i].sum(), error[i][moving[i]].sum(), (hidden[i].bool() & moving[i]).sum()
+            own = {name: values[i] for name, values in features.items()}
+            results.append(FilledClip(*(value.item() for value in (*sums, moving[i].float().mean())), own))
     return gather_round_robin(results)
 
 
-def _features(extract: Extractor, name: str, pixels: Tensor, shown: Tensor) -> np.ndarray:
-    """uint8 `B T H W 3` -> `B 1 D`, or `B FRAMES D` of the frames `shown`."""
-    parts = pixels[:, shown].flatten(0, 1)[:, None] if name in FRAME_EXTRACTORS else pixels  # n T H W 3
+def fill(model: Method, batch: loader.ClipBatch, seed: int) -> tuple[Tensor, Tensor]:
+    """Every pixel as predicted, `B T H W 3` in 0..1, and 1 at hidden pixels, `B T H W 1`. A clip's mask is its own."""
+    encoder = model.encoder
+    masking = {"batch": 1, "grid": encoder.grid, "mask_ratio": MASK_RATIO, "round_down": model.round_visible_down}
+    masks = [random_masking("random", **masking, rng=seeds.stream(seed, "fill_mask", name)) for name in batch.ids]
+    masked = MaskedTokens(torch.cat([mask.ids_keep for mask in masks]), encoder.grid)
+    return model.reconstruct(batch.pixels, masked), hidden_pixels(masked, encoder.clip, encoder.patch)
+
+
+def moving_pixels(pixels: Tensor) -> Tensor:
+    """uint8 `B T H W 3` -> bool `B T H W 1`: pixels that differ by more than MOVING from their median over the clip."""
+    x = pixels.float() / 255
+    return (x - x.median(1, keepdim=True).values).abs().mean(-1, keepdim=True) > MOVING
+
+
+@torch.no_grad()
+def picture(model: Method, clips: Path, number: int, count: int, seed: int) -> np.ndarray:
+    """uint8 `3*H n*W 3` of the validation clip of this number among `count`: rows input, masked, filled in."""
+    (batch,) = loader.eval_batches(clips, split="val", batch=1, rank=number, ranks=count)
+    predicted, hidden = fill(model, batch, seed)
+    true = batch.pixels.float() / 255
+    frames = torch.linspace(0, true.shape[1] - 1, min(FRAMES_SHOWN, true.shape[1])).round().long()
+    rows = (true, true * (1 - hidden) + 0.5 * hidden, torch.where(hidden.bool(), predicted, true))
+    return np.concatenate([np.concatenate(list(_to_uint8(row[0, frames]).numpy()), axis=1) for row in rows])
+
+
+def _features(extract: Extractor, name: str, pixels: Tensor, frames: Tensor) -> np.ndarray:
+    """uint8 `B T H W 3` -> `B 1 D`, or `B FRAMES D` of these frames."""
+    parts = pixels[:, frames].flatten(0, 1)[:, None] if name in FRAME_EXTRACTORS else pixels  # n T H W 3
     return extract(parts).unflatten(0, (len(pixels), -1)).numpy()
 
 

@@ -113,7 +113,7 @@ def methods(run: RunResults) -> str:
             results = [r for name in names if (r := run.result(name, task, protocol))]
             _draw_results(axes, [names.index(r.encoder) + shift for r in results], results, protocol)
         axes.set_title(_task_title(run, task))
-    filled = [name for name in names if name in run.fidelity]
+    filled = [name for name in names if "masked_mse" in run.fidelity.get(name, {})]
     mse = [run.fidelity[name]["masked_mse"] for name in filled]
     panels[-1].plot([names.index(name) for name in filled], mse, "D", color="tab:green")
     panels[-1].set_title(panel_title("filled-in pixels", "hidden-pixel MSE", "", False))

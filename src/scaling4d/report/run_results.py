@@ -111,7 +111,7 @@ def read_run_results(settings: Mapping[str, Any] | None = None) -> RunResults:
         losses[point] = _parsed(folder / "losses.jsonl", command, lambda text: list(map(json.loads, text.splitlines())))
     for point in points:
         folder, command = folders[f"reconstruct/{point}"] = home / "reconstruct" / point, f"reconstruct {point}"
-        fidelity[point] = _with_keys(folder / "result.json", command, ("masked_mse", "psnr_db"))
+        fidelity[point] = _with_keys(folder / "result.json", command, ("true_patch_statistics",))
         pictures[point] = _existing(folder / "filled.png", command)
     for protocol, names in encoders.items():
         for encoder in names:

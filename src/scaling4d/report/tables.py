@@ -20,6 +20,12 @@ RESULTS = (
     *("unit", "higher_is_better", "examples", "seed", "checkpoint_sha256"),
 )
 FIDELITY = {"fid": "FID ↓", "kid": "KID ↓", "precision": "precision ↑", "recall": "recall ↑"}
+MSE = ("masked_mse", "moving_mse")  # of `reconstruct`, in metrics.json
+ERRORS = {
+    "masked_mse": "hidden pixels\nMSE ↓ (0..1)²",
+    "psnr_db": "hidden pixels\nPSNR ↑ dB",
+    "moving_mse": "hidden pixels that move\nMSE ↓ (0..1)²",
+}
 FEATURES = {"frame": "frames", "clip": "whole clips", "inception": "frames, Inception", "checkpoint": "whole clips, checkpoint"}
 PUBLISHED = Path("src/scaling4d/report/published.yaml")
 CURVES = ("point", "step", "clips_seen", "loss", "lr", "grad")
@@ -50,7 +56,7 @@ def pretrain_csv(run: RunResults) -> str:
 
 def reconstruct_csv(run: RunResults) -> str:
     """A row for each point that fills in pixels."""
-    columns = ("point", "masked_mse", "psnr_db", *fidelity_columns(run), "clips", "frames", "seed", "checkpoint_sha256")
+    columns = ("point", *ERRORS, *fidelity_columns(run), "true_patch_statistics", "clips", "frames", "seed", "checkpoint_sha256")
     return to_csv(columns, [{"point": point, **run.fidelity[point]} for point in run.points])
 
 
@@ -66,8 +72,9 @@ def metrics(run: RunResults) -> dict[str, Any]:
     """
     nested: dict[str, Any] = {
         "val_loss": {"↓": {point: run.summaries[point]["val_loss"] for point in run.trained}},
-        "masked_mse": {"↓": {point: run.fidelity[point]["masked_mse"] for point in run.points}},
     }
+    for name in MSE:
+        nested[name] = {"↓": {point: value for point in run.points if (value := run.fidelity[point].get(name)) is not None}}
     for r in run.results:
         encoders = nested.setdefault(r.task, {}).setdefault(f"{r.metric}{_arrow(r)} ({r.unit})", {}).setdefault(r.protocol, {})
         encoders[r.encoder] = {"value": r.value, "low": r.low, "high": r.high}
