@@ -78,7 +78,7 @@ def _tables(run: LockedRun) -> Iterator[AuditFinding]:
 
 def _metrics(run: LockedRun) -> Iterator[AuditFinding]:
     """metrics.json follows from the tables: task -> `metric↑ (unit)` -> protocol -> encoder -> value, low, high."""
-    path, expected = f"{run.folder}/metrics.json", {name: {"↓": {}} for name in ("val_loss", *MSE)}
+    path, expected = f"{run.folder}/metrics.json", {"val_loss": {"↓": {}}}
     for key, _, _, row in run.table_rows():
         if row.get("low"):  # a further metric of a result has no interval
             encoder, task, protocol = key.split("/")
@@ -86,7 +86,7 @@ def _metrics(run: LockedRun) -> Iterator[AuditFinding]:
             encoders = expected.setdefault(task, {}).setdefault(name, {}).setdefault(protocol, {})
             encoders[encoder] = {column: row.get(column) for column in ("value", "low", "high")}
         for name in (name for name in ("val_loss", *MSE) if row.get(name)):
-            expected[name]["↓"][key.split("/")[0]] = row[name]
+            expected.setdefault(name, {}).setdefault("↓", {})[key.split("/")[0]] = row[name]
     texts, expected = ({key: str(value) for key, value in flatten(tree)} for tree in (run.json_object(path), expected))
     for key, value, other in differences(texts, expected) if run.disk.text(path) else ():
         yield AuditFinding(WRONG, path, f"{key} = {value}, the tables have {other}")

@@ -74,7 +74,8 @@ def metrics(run: RunResults) -> dict[str, Any]:
         "val_loss": {"↓": {point: run.summaries[point]["val_loss"] for point in run.trained}},
     }
     for name in MSE:
-        nested[name] = {"↓": {point: value for point in run.points if (value := run.fidelity[point].get(name)) is not None}}
+        if values := {point: value for point in run.points if (value := run.fidelity[point].get(name)) is not None}:
+            nested[name] = {"↓": values}
     for r in run.results:
         encoders = nested.setdefault(r.task, {}).setdefault(f"{r.metric}{_arrow(r)} ({r.unit})", {}).setdefault(r.protocol, {})
         encoders[r.encoder] = {"value": r.value, "low": r.low, "high": r.high}
