@@ -72,6 +72,7 @@ def metrics(run: RunResults) -> dict[str, Any]:
     """
     nested: dict[str, Any] = {
         "val_loss": {"↓": {point: run.summaries[point]["val_loss"] for point in run.trained}},
+        "masked_mse": {"↓": {}},
     }
     for name in MSE:
         if values := {point: value for point in run.points if (value := run.fidelity[point].get(name)) is not None}:
