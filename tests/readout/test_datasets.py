@@ -156,6 +156,17 @@ def test_a_readout_lists_the_samples_that_it_left_out(changed: Callable, actions
     assert [(row["split"], row["id"], row["bad"]) for row in rows] == [("val", "val3", True)]
 
 
+def test_a_linear_probe_beside_a_frozen_readout_is_alike_on_any_number_of_ranks(
+    changed: Callable, actions: None
+) -> None:
+    baseline("untrained_nano", config.read())
+    shares = []
+    for ranks in (1, 2):
+        result = readout("untrained_nano", "actions", "frozen", changed("readout.Evaluation.ranks", ranks))
+        shares.append(result.others["top1_linear"])
+    assert shares[0] == shares[1] >= 2 / 8  # it tells brighter from darker, as the eight classes are, in turn
+
+
 def evaluated_actions(*, rank: int, ranks: int, data: Path) -> tuple[list[int], list[int], list[str], list[dict]]:
     """Sizes of batches, clips in memory at each prediction, videos, and sums; the predictions are right."""
     clips, alive, sizes = [], [], []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -144,25 +144,34 @@ def shuffled_batch(step: int, size: int, length: int, seed: int, rank: int) -> l
 
 
 @torch.no_grad()
-def evaluate(split: RankSplit, encode: Encode, predict: Predict, *, size: int) -> tuple[list[str], list[MetricSums], float]:
+def evaluate(
+    split: RankSplit, encode: Encode, predict: Predict, *, size: int, probes: Mapping[str, Predict] | None = None
+) -> tuple[list[str], list[MetricSums], float]:
     """Evaluate a split in batches of `size`. The test views of a clip follow one another and are pooled.
 
+    probes: further ways to predict, by name. Of each the task's own metric is measured, as `<metric>_<name>`.
     Returns video ids, metric sums of each clip, and the seconds of `predict` and metrics. Raises as RankSplit.by_index.
     """
     task, per_clip = split.task, math.prod(split.task.test_views)
     samples = (sample for _, clips in split.by_index(split.samples()) for sample in clips)
+    predictors = {"": predict} | dict(probes or {})
     videos, sums, views, seconds = [], [], [], 0.0
     while batch := list(islice(samples, size)):
         inputs = encode([torch.from_numpy(sample.pixels) for sample in batch])
         videos += [sample.video for sample in batch]
         target = collate([task.target(sample) for sample in batch])
         started = time.monotonic()
-        predicted = predict(inputs, {name: value.to(inputs.device) for name, value in target.items()}).cpu().numpy()
-        for row, view in enumerate(predicted):
-            views.append(view)
+        on_device = {name: value.to(inputs.device) for name, value in target.items()}
+        predicted = [run(inputs, on_device).cpu().numpy() for run in predictors.values()]
+        for row in range(len(batch)):
+            views.append([values[row] for values in predicted])
             if len(views) == per_clip:
-                pooled = view if per_clip == 1 else task.pool(np.stack(views))
-                sums.append(task.measure(pooled, {name: value[row].numpy() for name, value in target.items()}))
+                truth = {name: value[row].numpy() for name, value in target.items()}
+                pooled = [view[0] if per_clip == 1 else task.pool(np.stack(view)) for view in zip(*views, strict=True)]
+                measured = task.measure(pooled[0], truth)
+                for name, values in zip([*predictors][1:], pooled[1:], strict=True):
+                    measured[f"{task.metric.name}_{name}"] = task.measure(values, truth)[task.metric.name]
+                sums.append(measured)
                 views = []
         seconds += time.monotonic() - started
     return videos[::per_clip], sums, seconds

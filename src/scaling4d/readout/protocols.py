@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,6 +20,7 @@ from scaling4d.encoders.features import FeatureStore, MemoryFeatures, features_a
 from scaling4d.readout.classifier import DROP_PATH, ClassifierModel, MeanPoolClassifier, layer_decay_groups, mix_clips
 from scaling4d.readout.data import ClipDataset, Encode, FeatureDataset, Predict, RankSplit, shuffled_batch
 from scaling4d.readout.heads import Head, HeadConfig
+from scaling4d.readout.linear import fit_probe
 from scaling4d.readout.tasks.task import Task
 from scaling4d.readout.whitening import Whitening
 from scaling4d.records import UserError
@@ -27,6 +29,8 @@ from scaling4d.training.optimizer import ParamGroups
 from scaling4d.training.parallelize import ComputeConfig, ShardingConfig
 
 Dataset = FeatureDataset | ClipDataset
+LABELLED_CLIPS = (300, 1000)  # of which linear probes are fitted, beside all: label efficiency; ours
+PROBE_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -188,6 +192,10 @@ class ReadoutProtocol(ABC):
     def evaluator(self, model: nn.Module, train_set: Dataset) -> tuple[Encode, Predict]:
         """`encode` and `predict` of readout.data.evaluate."""
 
+    def probes(self, train_set: Dataset) -> dict[str, Predict]:
+        """`probes` of readout.data.evaluate."""
+        return {}
+
 
 class Frozen(ReadoutProtocol):
     """The encoder's features are computed once; a readout learns from them."""
@@ -218,6 +226,19 @@ class Frozen(ReadoutProtocol):
 
     def evaluator(self, model: ReadoutModel, train_set: FeatureDataset) -> tuple[Encode, Predict]:
         return train_set.source.encode, model.predict
+
+    def probes(self, train_set: FeatureDataset) -> dict[str, Predict]:
+        """Linear probes of the features as they are, fitted to the first of LABELLED_CLIPS and to all."""
+        task, ranks, probes = self.config.task, self.config.evaluation.ranks, {}
+        if not task.linear:
+            return probes
+        views = len(task.views)
+        for clips in (*(count for count in LABELLED_CLIPS if count // ranks * views < len(train_set)), None):
+            last = len(train_set) if clips is None else clips // ranks * views
+            parts = (range(first, min(first + PROBE_BATCH, last)) for first in range(0, last, PROBE_BATCH))
+            probe = fit_probe(task.regression(*train_set.batch(part)) for part in parts)
+            probes["linear" if clips is None else f"linear_{clips}"] = partial(task.predict_linear, probe)
+        return probes
 
 
 class Finetune(ReadoutProtocol):

@@ -179,7 +179,8 @@ def _train_and_evaluate(
     head = {name.removeprefix("head."): value.cpu() for name, value in weights if not name.startswith("encoder.")}
     encode, predict = protocol.evaluator(plain, train_set)
     trained = time.monotonic()
-    videos, sums, measuring_s = evaluate(val, encode, predict, size=protocol.evaluation_batch)
+    probes = protocol.probes(train_set)
+    videos, sums, measuring_s = evaluate(val, encode, predict, size=protocol.evaluation_batch, probes=probes)
     if manager:
         manager.close()
     inputs_s += time.monotonic() - trained - measuring_s

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from scaling4d import benchmarks
 from scaling4d.readout.heads import Head, Queries
+from scaling4d.readout.linear import LinearProbe, pooled
 from scaling4d.readout.tasks.task import Metric, MetricSums, Target, Task
 from scaling4d.records import Sample, UserError
 
@@ -25,6 +26,7 @@ class Actions(Task):
     test_views: tuple[int, int] = field()  # no default
 
     metric: ClassVar = Metric("top1", "share", True)
+    linear: ClassVar = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,6 +56,13 @@ class Actions(Task):
 
     def loss(self, predicted: Tensor, target: dict[str, Tensor]) -> Tensor:
         return F.cross_entropy(predicted, target["action"])
+
+    def regression(self, features: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        classes = F.one_hot(target["action"], self.classes).float()[:, None]
+        return pooled(features), classes, torch.ones(classes.shape[:2], dtype=torch.bool)
+
+    def predict_linear(self, probe: LinearProbe, features: Tensor, target: dict[str, Tensor]) -> Tensor:
+        return probe(pooled(features))[:, 0]
 
     def pool(self, predicted: np.ndarray) -> np.ndarray:
         """`V classes` logits -> `classes`: mean probabilities. Source: num_test_clips of the released evaluation."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from scaling4d.readout.heads import Head, Queries
+from scaling4d.readout.linear import LinearProbe
 from scaling4d.readout.views import VIEWS
 from scaling4d.records import Sample
 
@@ -42,6 +43,7 @@ class Task:
     metric: ClassVar[Metric]
     test_views: ClassVar[tuple[int, int]] = (1, 1)  # clips over the time of a video, and squares cut out of each
     queries_at: ClassVar[str] = "frame_0"  # frames of a validation video in which points are given
+    linear: ClassVar[bool] = False  # whether a linear probe is fitted beside a frozen readout
 
     def __post_init__(self) -> None:
         if not self.views or not set(self.views) <= set(VIEWS):
@@ -66,6 +68,14 @@ class Task:
         raise NotImplementedError
 
     def loss(self, predicted: Tensor, target: dict[str, Tensor]) -> Tensor:
+        raise NotImplementedError
+
+    def regression(self, features: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Features `B P d`, targets `B P o` and which count, bool `B P`, of a linear probe."""
+        raise NotImplementedError
+
+    def predict_linear(self, probe: LinearProbe, features: Tensor, target: dict[str, Tensor]) -> Tensor:
+        """Predictions of a linear probe, as those of `predict`."""
         raise NotImplementedError
 
     def pool(self, predicted: np.ndarray) -> np.ndarray:
