@@ -156,9 +156,7 @@ def test_a_readout_lists_the_samples_that_it_left_out(changed: Callable, actions
     assert [(row["split"], row["id"], row["bad"]) for row in rows] == [("val", "val3", True)]
 
 
-def test_a_linear_probe_beside_a_frozen_readout_is_alike_on_any_number_of_ranks(
-    changed: Callable, actions: None
-) -> None:
+def test_a_linear_probe_beside_a_frozen_readout_is_alike_on_any_number_of_ranks(changed: Callable, actions: None) -> None:
     baseline("untrained_nano", config.read())
     shares = []
     for ranks in (1, 2):
