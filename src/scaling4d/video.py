@@ -16,6 +16,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.bitstream import BitStreamFilterContext
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from scaling4d.records import UserError, Video
@@ -239,14 +240,21 @@ def encode(
             stream.set_display_rotation(rotation_deg)
         if times_s is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
+        # x264 writes its own settings, 600 bytes, into each file
+        filters = BitStreamFilterContext("filter_units=remove_types=6", stream) if codec == "libx264" else None
         reformatter = VideoReformatter()
         for index, rgb in enumerate(pixels):
             frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")
             frame = reformatter.reformat(frame, format="yuv420p", interpolation=BILINEAR, threads=1)
             if times_s is not None:
                 frame.pts, frame.time_base = round(1000 * times_s[index]), Fraction(1, 1000)
-            out.mux(stream.encode(frame))
-        out.mux(stream.encode())
+            _mux(out, stream.encode(frame), filters)
+        _mux(out, stream.encode(), filters)
+
+
+def _mux(out: av.container.OutputContainer, packets: Sequence[av.Packet], filters: BitStreamFilterContext | None) -> None:
+    for packet in packets:
+        out.mux(filters.filter(packet) if filters else packet)
 
 
 @contextmanager

@@ -307,8 +307,8 @@ def test_clips_are_drawn_by_the_seed_and_may_be_named(project: Path) -> None:
     assert [sample.id for sample in stage.choose_samples(one, 3, ids[::-1])] == ids[::-1]
     for examples in (1, 5000):  # a video with queries in several frames counts as several examples, a damaged one as none
         counted = replace(one, result=replace(one.result, examples=examples))
-        assert [sample.id for sample in stage.choose_samples(counted, 28, [])][:3] == ids
-    with pytest.raises(UserError, match="^no clip 'nobody' in depth val; there are 28, such as scene"):
+        assert [sample.id for sample in stage.choose_samples(counted, 160, [])][:3] == ids
+    with pytest.raises(UserError, match="^no clip 'nobody' in depth val; there are 160, such as scene"):
         stage.show([readout("depth")], Path("out"), clips=3, ids=["nobody"], frames=2)
     assert not Path("out").exists()
 

@@ -18,7 +18,6 @@ from scaling4d.records import Sample, UserError
 from scaling4d.scenes import defects, raycast
 from scaling4d.scenes.scene import KINDS, MOTIONS, Scene, draw_scene
 
-RATE_HZ, DRIVE_RATE_HZ = 8.0, 10.0  # of all kinds but drive (ours), of drive (Waymo)
 TRACKS, TRACKS_ON_ROOM = 12, 3  # ours
 VP9_CRF, JPEG_QUALITY, GOP = 36, 40, 16  # ours; GOP: frames between key frames
 MIN_START_BOX_PX = 8.0  # an object with a smaller box in frame 0 gets no track of boxes
@@ -34,9 +33,10 @@ Small 4D worlds, drawn by `scaling4d render` (seed {seed}).
 * `benchmarks/` in the on-disk formats of Something-Something v2, ScanNet, RealEstate10K, Perception Test and Waymo Open.
 
 Pictures and labels are synthetic, exact and our own; only the formats are those of the benchmarks. What differs from the
-originals: clips are 16 frames of 64 x 64 px; the eight action classes are our own set, worded after Something-Something's
-templates; a Waymo box is that of the whole object, hidden parts included, is left out where under a fifth of it shows,
-and every object is a vehicle; RealEstate10K's translations are in metres.
+originals: clips are 8 frames of 64 x 64 px, 4 a second; the eight action classes are our own set, worded after
+Something-Something's templates; depth is rounded to centimetres; a Waymo box is that of the whole object, hidden parts
+included, is left out where under a fifth of it shows, and every object is a vehicle; RealEstate10K's translations are in
+metres.
 
 Licence: Apache-2.0, as the code.
 """
@@ -47,7 +47,8 @@ class RenderConfig:
     """Size of the rendered data set.
 
     action, room, walk, track, drive: clips of that kind for training and for validation. videos: unlabelled videos,
-    without the defective ones. frames, video_frames: length of a clip and of a video. side_px: of a clip, even.
+    without the defective ones. frames, video_frames: length of a clip and of a video, at rate_hz. side_px: of a clip,
+    even.
     depth_side_px: of a depth map. crf: x264's quality, lower is better. workers: processes; no byte depends on them.
     """
 
@@ -59,6 +60,7 @@ class RenderConfig:
     videos: int
     frames: int
     video_frames: int
+    rate_hz: float
     side_px: int
     depth_side_px: int
     crf: int
@@ -110,7 +112,7 @@ def write_dataset(out: Path, *, seed: int, settings: RenderConfig) -> Path:
         raise UserError(f"{out} exists; render writes a new folder, choose another name or remove it")
     splits = [(kind, split) for kind in KINDS for split in ("train", "val")]
     total = sum(len(settings.clips(*split)) for split in splits) + settings.videos + len(defects.SHOT_SIZES)
-    h264 = {"rate_hz": RATE_HZ, "crf": settings.crf, "gop": GOP}
+    h264 = {"rate_hz": settings.rate_hz, "crf": settings.crf, "gop": GOP}
     with (
         provenance.atomic_folder(out) as folder,
         multiprocessing.get_context("spawn").Pool(settings.workers) as pool,
@@ -126,10 +128,10 @@ def write_dataset(out: Path, *, seed: int, settings: RenderConfig) -> Path:
         root, videos = folder / "benchmarks", folder / "videos"
         writers = {
             "action": partial(ssv2.write, root / "ssv2", templates=MOTIONS, **h264 | {"crf": VP9_CRF}),
-            "room": partial(scannet.write, root / "scannet", rate_hz=RATE_HZ, jpeg_quality=JPEG_QUALITY),
+            "room": partial(scannet.write, root / "scannet", rate_hz=settings.rate_hz, jpeg_quality=JPEG_QUALITY),
             "walk": partial(realestate10k.write, root / "realestate10k", **h264),
             "track": partial(perception_test.write, root / "perception_test", **h264),
-            "drive": partial(waymo.write, root / "waymo", rate_hz=DRIVE_RATE_HZ, jpeg_quality=JPEG_QUALITY),
+            "drive": partial(waymo.write, root / "waymo", rate_hz=settings.rate_hz, jpeg_quality=JPEG_QUALITY),
         }
         for kind, split in splits:
             writers[kind](split, draw_all(draw_sample, kind, settings.clips(kind, split)))
@@ -149,7 +151,7 @@ def draw_sample(spec: SceneSpec) -> Sample:
     Classes of kind action come in turn, so every split is balanced. Every scene of kind drive has a box at its start.
     """
     kind, index, s = spec.kind, spec.index, spec.settings
-    size = {"frames": s.frames, "height_px": s.side_px, "width_px": s.side_px}
+    size = {"frames": s.frames, "rate_hz": s.rate_hz, "height_px": s.side_px, "width_px": s.side_px}
     rng, motion = seeds.numpy(spec.seed, "world", kind, index), index % len(MOTIONS) if kind == "action" else None
     scene = draw_scene(rng, kind, motion=motion, **size)
     while kind == "drive" and not _boxed_at_start(scene, *raycast.bounding_boxes(scene, frames=[0])).any():
@@ -163,7 +165,8 @@ def draw_sample(spec: SceneSpec) -> Sample:
         name, source = f"scene{index:04d}_00", f"scene{index:04d}"
         labels |= {"camera_to_world": scene.camera_to_world, "intrinsics": scene.intrinsics}
         if kind == "room":
-            labels["depth_m"], _ = raycast.depth_and_object_ids(scene, height=s.depth_side_px, width=s.depth_side_px)
+            depth_m, _ = raycast.depth_and_object_ids(scene, height=s.depth_side_px, width=s.depth_side_px)
+            labels["depth_m"] = depth_m.round(2)  # the files become half as large
         else:
             val = index - len(s.clips("walk", "train"))
             group = index // CLIPS_PER_YOUTUBE_VIDEO if val < 0 else f"val{val // CLIPS_PER_YOUTUBE_VIDEO}"
@@ -191,4 +194,6 @@ def draw_video(spec: SceneSpec) -> np.ndarray:
     sizes, s = defects.SHOT_SIZES if spec.kind == "defect" else VIDEO_SIZES, spec.settings
     height, width = (2 * round(px * s.side_px / SIDE_PX / 2) for px in sizes[spec.index % len(sizes)])  # even
     rng, kind = seeds.numpy(spec.seed, "world", spec.kind, spec.index), KINDS[spec.index % len(KINDS)]
-    return raycast.render_frames(draw_scene(rng, kind, frames=s.video_frames, height_px=height, width_px=width))
+    return raycast.render_frames(
+        draw_scene(rng, kind, frames=s.video_frames, rate_hz=s.rate_hz, height_px=height, width_px=width)
+    )

@@ -1,7 +1,7 @@
 """RANDOM STREAM -> SCENE of one of five kinds: a textured room, objects on trajectories, a moving camera.
 
 World frame: metres, z up, the room centred on the origin. Camera frame: x right, y down, z forward (OpenCV).
-A trajectory is a chain of *segments*. A segment is the motion of one clip of 16 frames, so speed does not depend on the
+A trajectory is a chain of *segments* of SEGMENT_S seconds, the motion of one clip, so speed does not depend on the
 length of a scene. Time is counted in segments.
 View coordinates: x, y from the frame's centre in half shorter sides of the frame (y down), and the log of the depth in
 metres.
@@ -17,9 +17,9 @@ import numpy as np
 
 from scaling4d.scenes.objects import PATTERNS, SHAPES, Room, SceneObject, Texture
 
-CONTRAST = {"action": 0.15, "room": 0.3, "walk": 0.5, "track": 0.45, "drive": 0.7}  # of a room's texture; objects: 1
+CONTRAST = {"action": 0.15, "room": 0.3, "walk": 0.5, "track": 0.3, "drive": 0.7}  # of a room's texture; objects: 1
 KINDS = tuple(CONTRAST)
-SEGMENT_FRAMES = 16
+SEGMENT_S = 1.75  # from the first to the last frame of a clip: 8 frames at 4 Hz
 HALL = ((6.5, 6.5, 4.5), (8.0, 8.0, 5.5))
 CHAMBER = ((5.5, 6.5, 2.9), (7.0, 8.0, 3.4))
 STREET = ((8.0, 28.0, 4.0), (10.0, 30.0, 5.0))
@@ -71,10 +71,17 @@ class Scene:
 
 
 def draw_scene(
-    rng: np.random.Generator, kind: str, *, frames: int, height_px: int, width_px: int, motion: int | None = None
+    rng: np.random.Generator,
+    kind: str,
+    *,
+    frames: int,
+    rate_hz: float,
+    height_px: int,
+    width_px: int,
+    motion: int | None = None,
 ) -> Scene:
     """A random scene of one of KINDS. motion: the class of kind action, of the first segment; None draws one."""
-    time = np.arange(frames) / (SEGMENT_FRAMES - 1)
+    time = np.arange(frames) / (rate_hz * SEGMENT_S)
     tan = np.tan(np.radians(rng.uniform(56, 64)) / 2)  # of half the field of view of the shorter side
     shorter = min(height_px, width_px)
     intrinsics = np.array([[shorter / width_px / tan / 2, 0, 0.5], [0, shorter / height_px / tan / 2, 0.5], [0, 0, 1]])
@@ -146,8 +153,8 @@ def circle(rng: np.random.Generator, radius: float, sweep: float) -> Segment:
 
 
 def segments_in(time: np.ndarray) -> range:
-    """One number for every segment that times `T` reach; T frames, so T - 1 intervals."""
-    return range(-(-(len(time) - 1) // (SEGMENT_FRAMES - 1)))
+    """One number for every segment that times `T` reach."""
+    return range(max(1, int(np.ceil(time[-1] - 1e-9))))
 
 
 def chain(segments: list[Segment], time: np.ndarray) -> np.ndarray:
@@ -228,18 +235,14 @@ def _handheld_camera(rng: np.random.Generator, room: Room, tan: float, time: np.
 
 
 def action_object(rng: np.random.Generator, to_world: ToWorld, time: np.ndarray, motion: int) -> SceneObject:
-    """The object whose motion is the label. In later segments it makes other motions.
-
-    It is animated "on twos": two consecutive frames show one pose, so the two frames of a token hide the motion.
-    """
+    """The object whose motion is the label. In later segments it makes other motions."""
     motions = [motion, *(int(m) for m in rng.permutation(len(MOTIONS))[: len(segments_in(time)) - 1])]
     trajectory = [motion_segment(rng, m) for m in motions]
-    on_twos = (np.arange(len(time)) // 2 * 2 + 0.5) / (SEGMENT_FRAMES - 1)
-    offsets = chain(trajectory, on_twos)
+    offsets = chain(trajectory, time)
     low, high = ACTION_VIEW[0] - offsets.min(0), ACTION_VIEW[1] - offsets.max(0)  # starts that stay in view
     view = offsets + rng.uniform(np.minimum(low, high), np.maximum(low, high))
     view[:, 2] = np.clip(view[:, 2], *ACTION_DEPTH)
-    return _random_object(rng, to_world(view), on_twos, radius_m=rng.uniform(0.6, 0.9), spin=0.8)
+    return _random_object(rng, to_world(view), time, radius_m=rng.uniform(0.6, 0.9), spin=0.8)
 
 
 def _distractors(rng: np.random.Generator, to_world: ToWorld, time: np.ndarray) -> list[SceneObject]:
@@ -255,23 +258,21 @@ def _distractors(rng: np.random.Generator, to_world: ToWorld, time: np.ndarray) 
 
 
 def _crossing_objects(rng: np.random.Generator, to_world: ToWorld, time: np.ndarray) -> list[SceneObject]:
-    """Two or three objects on curved trajectories at different depths, which occlude each other, and a static one."""
-    count = int(rng.integers(2, 4))
-    depths = np.sort(rng.uniform(1.9, 3.0, count) + np.linspace(0, 1.4, count))
+    """One or two large objects that move far on curved trajectories at different depths, and may hide each other."""
+    count = int(rng.integers(1, 3))
+    depths = np.sort(rng.uniform(1.9, 2.6, count) + np.linspace(0, 1.2, count))
     objects = []
     for depth in depths:
         trajectory = []
         for _ in segments_in(time):
-            if rng.uniform() < 0.3:
-                trajectory.append(circle(rng, rng.uniform(0.1, 0.2), rng.choice([-1, 1]) * rng.uniform(3, 6)))
+            if rng.uniform() < 0.2:
+                trajectory.append(circle(rng, rng.uniform(0.25, 0.4), rng.choice([-1, 1]) * rng.uniform(3, 6)))
             else:
-                heading, length = rng.uniform(0, 2 * np.pi), rng.uniform(0.25, 0.6)
+                heading, length = rng.uniform(0, 2 * np.pi), rng.uniform(0.5, 1.1)
                 delta = np.array([length * np.cos(heading), length * np.sin(heading), rng.uniform(-0.12, 0.12)])
                 trajectory.append(line(rng, delta, np.array([0.12, 0.12, 0.03])))
-        view = _centred(chain(trajectory, time), [rng.uniform(-0.4, 0.4), rng.uniform(-0.4, 0.4), np.log(depth)])
-        objects.append(_random_object(rng, to_world(view), time, radius_m=rng.uniform(0.55, 0.8), spin=0.6))
-    static = np.array([[rng.uniform(-0.8, 0.8), rng.uniform(-0.8, 0.8), np.log(4.6)]]).repeat(len(time), 0)
-    objects.append(_random_object(rng, to_world(static), time, radius_m=rng.uniform(0.4, 0.6), spin=0.0))
+        view = _centred(chain(trajectory, time), [rng.uniform(-0.25, 0.25), rng.uniform(-0.25, 0.25), np.log(depth)])
+        objects.append(_random_object(rng, to_world(view), time, radius_m=rng.uniform(0.6, 0.85), spin=0.4))
     return objects
 
 
@@ -303,29 +304,29 @@ def _walk(rng: np.random.Generator, room: Room, time: np.ndarray) -> tuple[np.nd
 
 
 def _drive(rng: np.random.Generator, room: Room, tan: float, time: np.ndarray) -> tuple[np.ndarray, list[SceneObject]]:
-    """A camera that drives down a street with two to four objects, most of which move."""
+    """A camera that drives down a street with one or two near objects that cross it fast."""
     floor = -room.size[2] / 2
     start = np.array([rng.uniform(-0.6, 0.6), -room.size[1] / 2 + 1, floor + rng.uniform(1.1, 1.5)])
     ahead = rng.uniform(0.4, 1.2)
     trajectory, bend = [], np.array([0.05, 0.1, 0.03, 0.01, 0.01, 0.005])
     for _ in segments_in(time):
-        aside, turn = rng.uniform(-0.2, 0.2), np.radians(rng.uniform([-4, -1, -0.5], [4, 1, 0.5]))
-        trajectory.append(line(rng, np.array([aside, ahead, 0, *turn]), bend))
+        drift, turn = rng.uniform(-0.2, 0.2), np.radians(rng.uniform([-4, -1, -0.5], [4, 1, 0.5]))
+        trajectory.append(line(rng, np.array([drift, ahead, 0, *turn]), bend))
     path = chain(trajectory, time) + np.concatenate([start, np.zeros(3)])  # T 6
     objects: list[SceneObject] = []
-    count = int(rng.integers(2, 5))
+    count = int(rng.integers(1, 3))
     while len(objects) < count:
-        radius, distance = rng.uniform(0.6, 0.95), rng.uniform(3.2, 7.0)
-        first = start + np.array([rng.uniform(-0.8, 0.8) * distance * tan, distance, 0])
+        radius, distance = rng.uniform(0.6, 0.95), rng.uniform(2.6, 4.2)
+        side = rng.choice([-1, 1])
+        first = start + np.array([-side * rng.uniform(0.1, 0.8) * distance * tan, distance, 0])
         first[2] = floor + 0.75 * radius + (rng.uniform(0, 1.2) if rng.uniform() < 0.3 else 0.0)
-        speed = np.array([rng.uniform(-0.9, 0.9), ahead + rng.uniform(-0.8, 1.1), 0])  # metres a segment
-        moves = rng.uniform() < 0.8
-        trajectory = [line(rng, speed * moves, np.array([0.25, 0.25, 0.0]) * moves) for _ in segments_in(time)]
+        speed = np.array([side * rng.uniform(0.8, 2.2), ahead + rng.uniform(-0.8, 1.1), 0])  # metres a segment
+        trajectory = [line(rng, speed, np.array([0.25, 0.25, 0.0])) for _ in segments_in(time)]
         position = chain(trajectory, time) + first
-        side = room.size[0] / 2 - radius
-        position[:, 0] = np.clip(position[:, 0], -side, side)
-        gap = np.linalg.norm(position[:SEGMENT_FRAMES] - path[:SEGMENT_FRAMES, :3], axis=1).min()
+        aside = room.size[0] / 2 - radius
+        position[:, 0] = np.clip(position[:, 0], -aside, aside)
+        gap = np.linalg.norm(position - path[:, :3], axis=1)[time <= 1].min()
         apart = all(np.linalg.norm(other.poses[0, :3, 3] - first) > other.radius_m + radius for other in objects)
-        if gap > 1.2 * radius + 1.0 and apart and abs(first[0]) < side:
+        if gap > 1.2 * radius + 0.6 and apart and abs(first[0]) < aside:
             objects.append(_random_object(rng, position, time, radius_m=radius, spin=0.5))
     return camera_poses(path[:, :3], *path[:, 3:].T), objects
