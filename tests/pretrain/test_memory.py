@@ -39,9 +39,9 @@ def test_a_rank_that_has_all_weights_gathers_none_and_the_bytes_of_a_teacher_are
     monkeypatch.setattr(pretrain_settings, "load_model", lambda _: pytest.fail("weights were read"))
     pretraining = bind_pretrain("nano_distilled", config.read())
     layout = StepLayout(shards=1, recompute=False, sizes=PLAIN)
-    needed = memory(work_of(pretraining.build(teacher_weights=False)), layout, clips=4)["total"] / USABLE
+    needed = memory(work_of(pretraining.build(teacher_weights=False)), layout, clips=8)["total"] / USABLE
     check_memory(pretraining, int(needed) + 1)
-    with pytest.raises(UserError, match="^a step of nano_distilled with 4 clips a GPU needs "):
+    with pytest.raises(UserError, match="^a step of nano_distilled with 8 clips a GPU needs "):
         check_memory(pretraining, int(needed) - 1)
 
 

@@ -56,7 +56,7 @@ def test_training_lowers_the_loss_and_writes_what_made_it(short: Callable) -> No
     provenance = json.loads((folder / "provenance.json").read_text())
     assert provenance["overrides"]["pretrain.Training.steps"] == 60 and len(provenance["inputs"]["clips"]) == 64
     operative = (folder / "operative_config.gin").read_text()
-    assert "SimpleMAE.width = 32" in operative and "Runtime" not in operative and "Launch" not in operative
+    assert "SimpleMAE.width = 16" in operative and "Runtime" not in operative and "Launch" not in operative
     (facts,) = Path(".runs").glob("pretrain-nano-*.json")
     assert {"runtime", "launch", "clips_per_s"} <= json.loads(facts.read_text()).keys()
 
@@ -101,7 +101,7 @@ def test_a_student_learns_its_teachers_features_and_keeps_no_teacher(changed: Ca
 def test_the_target_is_the_teachers_feature_of_the_same_token_in_sight_of_the_whole_clip(changed: Callable) -> None:
     teacher = encoder_of(load_model(pretrain("nano", changed("pretrain.Training.steps", 4))))
     model = start(bind_pretrain("nano_distilled", config.read()))
-    clip = torch.randint(0, 256, (2, 16, 64, 64, 3), dtype=torch.uint8)
+    clip = torch.randint(0, 256, (2, 8, 64, 64, 3), dtype=torch.uint8)
     masked = draw_masks(model, 0, 0, first=0, count=2)
     target, layer = model.target(clip, masked), teacher.features(clip)[model.config.teacher_layer]
     for b in range(2):
@@ -130,7 +130,7 @@ def test_a_teacher_that_is_missing_or_does_not_fit_is_refused(short: Callable, c
         pretrain("nano_distilled", changed(f"{key}.teacher", "nobody"))
     pretrain("nano", short(2))
     changed(f"{key}.teacher", "nano")
-    with pytest.raises(UserError, match=r"teacher nano has width 32, grid \(8, 8, 8\), 3 layers; needed width 288, grid"):
+    with pytest.raises(UserError, match=r"teacher nano has width 16, grid \(8, 8, 8\), 3 layers; needed width 288, grid"):
         pretrain("nano_distilled", changed(f"{key}.teacher_width", 288))
 
 
@@ -148,7 +148,7 @@ def test_a_picture_shows_the_clip_its_visible_patches_and_the_model_of_all_of_it
     pretraining = bind_pretrain("nano", config.read())
     true, visible, filled = picture(start(pretraining), pretraining).split(64)
     shown = visible != 0
-    assert torch.equal(visible[shown], true[shown]) and 0.01 < shown.float().mean() < 0.1
+    assert torch.equal(visible[shown], true[shown]) and 0.01 < shown.float().mean() < 0.2
     assert filled.shape == true.shape == (64, 4 * 64, 3) and not torch.equal(filled, true)
 
 
@@ -166,8 +166,8 @@ def test_rates_grow_with_the_batch_and_those_of_matrices_fall_with_the_width(cha
     pretraining = bind_pretrain("nano", changed("pretrain.Training.rates_at_batch", 4))
     training, groups = pretraining.training, param_groups(pretraining.build(), pretraining)
     (matrices, matrix_rate), (embeddings, embedding_rate) = groups["matrices"], groups["embeddings"]
-    assert matrix_rate == pytest.approx(2 * training.rate_times_width / 32) and training.batch == 8
-    assert embedding_rate == pytest.approx(2 * training.embedding_rate)
+    assert matrix_rate == pytest.approx(4 * training.rate_times_width / 16) and training.batch == 16
+    assert embedding_rate == pytest.approx(4 * training.embedding_rate)
     assert {name for name, _ in matrices} >= {"encoder.blocks.0.qkv.weight", "decoder.weight"}
     assert {name for name, _ in embeddings} >= {"encoder.patch_embedding.weight", "encoder.positions", "decoder.bias"}
     assert all(p.ndim == 2 for _, p in matrices) and len(matrices) + len(embeddings) == len(
@@ -183,7 +183,7 @@ def test_rates_grow_with_the_batch_and_those_of_matrices_fall_with_the_width(cha
         ("points.nano.Launch.where", "moon", "points.nano.Launch: where is 'moon'; needed here, torchrun, nodes or slurm"),
         ("pretrain.Training.batch", 7, "pretrain.Training: .*batch.* 7 .*does not divide among 2 ranks.+"),
         ("pretrain.Training.compute", "float8", "pretrain.Training: compute = 'float8'; needed float32 or bfloat16"),
-        ("pretrain.Training.repeats", 3, "pretrain.Training: .*batch.* 8 .*does not divide among 2 ranks, each clip 3 times.+"),
+        ("pretrain.Training.repeats", 3, "pretrain.Training: .*batch.* 16 .*does not divide among 2 ranks, each clip 3 times.+"),
         (
             "pretrain.Training.crop",
             [0.5, 0.1],

@@ -100,7 +100,7 @@ def write_run(
 def _model(name: str) -> dict:
     """A point with mae_st in its name is of MAE-ST; one with tube hides tubes."""
     masking = {"masking": "tube" if "tube" in name else "random", "mask_ratio": 0.95}
-    return {"MAEST" if "mae_st" in name else "SimpleMAE": {"width": 32, **masking}}
+    return {"MAEST" if "mae_st" in name else "SimpleMAE": {"width": 32, "clip": [8, 16, 16], **masking}}
 
 
 def _provenance(folder: Path, stage: str, inputs: dict[str, str], settings: dict | None = None) -> None:

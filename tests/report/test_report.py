@@ -78,7 +78,8 @@ def built(built_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_report_is_the_same_bytes_twice_and_needs_no_network(built: Path, capsys: pytest.CaptureFixture) -> None:
     first = outs()
-    pictures = {f"pictures/filled_{point}.png" for point in SIZES} | {f"pictures/sheet_{task}.png" for task in TASKS}
+    strips = {f"pictures/clip_{clip}_{row}.png" for clip in (0, 1) for row in ("input", "masked", *SIZES, "difference")}
+    pictures = strips | {f"pictures/clip_{clip}.webm" for clip in (0, 1)} | {f"pictures/sheet_{task}.png" for task in TASKS}
     assert set(first) == OUTS | pictures
     report.build(config.read())
     assert outs() == first
@@ -99,6 +100,7 @@ def test_page_and_notebook_link_every_figure_and_picture_and_hold_none(built: Pa
         text = files[name].decode().replace('\\"', '"')
         links = re.findall(r'<img [^>]*src="([^"]+)"', text)
         assert sorted(links) == sorted(name for name in files if name.endswith((".svg", ".png")))
+        assert re.findall(r'<video [^>]*src="([^"]+)"', text) == ["pictures/clip_0.webm", "pictures/clip_1.webm"]
         assert "<svg" not in text and "base64" not in text and "data:image" not in text
     for task in TASKS:
         assert files[f"pictures/sheet_{task}.png"] == Path(f"artifacts/test/show/{task}/sheet.png").read_bytes()
@@ -111,7 +113,7 @@ def test_the_folder_opens_from_any_place_with_all_its_pictures(built: Path, tmp_
     with chromium.browser(tmp_path / "browser") as page:
         page.open((tmp_path / "moved/report.html").as_uri())
         page.wait("[...document.images].every(image => image.complete)")
-        assert page.value("document.images.length") == 5 + len(TASKS) + len(SIZES)
+        assert page.value("document.images.length") == 5 + len(TASKS) + 2 * (len(SIZES) + 3)
         assert page.value("[...document.images].filter(image => !image.naturalWidth).length") == 0
         assert all(url.startswith("file://") for url in page.requested)
         cell = "[...document.querySelectorAll('#summary tr')].find(row => row.cells[0].textContent === 'commit').cells[1]"
@@ -201,7 +203,8 @@ def test_own_videos_without_benchmarks_are_reported(new_run: Callable[..., dict]
     assert (BUILT / "results.csv").read_text().count("\n") == 1
     page = (BUILT / "report.html").read_text()
     assert "no benchmark" in page and "draws no predictions" in page
-    assert set(outs()) == OUTS | {"pictures/filled_nano.png"}
+    strips = {f"pictures/clip_{clip}_{row}.png" for clip in (0, 1) for row in ("input", "masked", "nano")}
+    assert set(outs()) == OUTS | strips | {f"pictures/clip_{clip}.webm" for clip in (0, 1)}
 
 
 @pytest.mark.parametrize(
@@ -256,7 +259,7 @@ def test_a_notebook_that_does_not_show_every_section_once_is_refused(built: Path
         UserError, match="^reports/scaling.ipynb does not show the section 'costs'; let one of its cells display it$"
     ):
         stage.check_sections(body.replace('id="costs"', 'id="results"'), names)
-    with pytest.raises(UserError, match="shows the sections summary, .*; needed each once, as summary, headline, "):
+    with pytest.raises(UserError, match="shows the sections verdict, .*; needed each once, as verdict, headline, "):
         stage.check_sections(body + body, names)
 
 

@@ -13,7 +13,6 @@ from scaling4d import config
 from scaling4d.audit.run import UNCHECKED, WRONG, AuditFinding, LockedRun, csv_rows, parse_json, recorded_row, shorten
 from scaling4d.provenance import MISSING, differences, flatten, format_number, load_yaml
 from scaling4d.records import Result
-from scaling4d.report.tables import MSE
 
 SPAN = re.compile(r'<span class="number" id="([^"]*)">([^<]*)')  # as the report writes it
 cached_yaml = cache(load_yaml)
@@ -85,7 +84,7 @@ def _metrics(run: LockedRun) -> Iterator[AuditFinding]:
             name = f"{row['metric']}{'↑' if row.get('higher_is_better') == 'True' else '↓'} ({row.get('unit')})"
             encoders = expected.setdefault(task, {}).setdefault(name, {}).setdefault(protocol, {})
             encoders[encoder] = {column: row.get(column) for column in ("value", "low", "high")}
-        for name in (name for name in ("val_loss", *MSE) if row.get(name)):
+        for name in (name for name in ("val_loss", "masked_mse", "moving_mse") if row.get(name)):
             expected.setdefault(name, {}).setdefault("↓", {})[key.split("/")[0]] = row[name]
     texts, expected = ({key: str(value) for key, value in flatten(tree)} for tree in (run.json_object(path), expected))
     for key, value, other in differences(texts, expected) if run.disk.text(path) else ():

@@ -74,6 +74,11 @@ class RunResults:
         return f"{model['masking']} {model['mask_ratio']:.0%}" if "masking" in model else ""
 
     @property
+    def side_px(self) -> int:
+        """Side of the clips, which all points share."""
+        return self.models[self.trained[0]]["clip"][1]
+
+    @property
     def trained(self) -> tuple[str, ...]:
         """All points, those with a teacher last."""
         return (*self.points, *self.students)

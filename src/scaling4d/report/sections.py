@@ -11,6 +11,7 @@ from typing import Any
 
 from scaling4d.provenance import flatten
 from scaling4d.report.page import Number, Page, Part, joined, part_of, text_of
+from scaling4d.report.pictures import count_clips, strip_name, video_name
 from scaling4d.report.run_results import PROTOCOLS, UNTRAINED, RunResults, read_run_results
 from scaling4d.report.tables import (
     ERRORS,
@@ -24,6 +25,7 @@ from scaling4d.report.tables import (
     summary_part,
     with_interval,
 )
+from scaling4d.report.verdict import verdict
 from scaling4d.studies import fits
 from scaling4d.studies.markup import NOTHING
 
@@ -215,17 +217,22 @@ def points(run: RunResults, page: Page) -> str:
 
 
 def reconstructions(run: RunResults, page: Page) -> str:
-    """For each clip three rows: input, masked, filled in; a figure for each point."""
-    figures = []
+    """For each clip a looping video, and strips of its frames: input, masked, filled in by every point."""
+    labels: dict[str, Part] = {"input": "input", "masked": "masked, hidden is grey"}
     for point in run.points:
-        mse, psnr = (_fidelity(run, point, *pair) for pair in (("masked_mse", ".4f"), ("psnr_db", ".1f")))
-        measured = ["MSE ", mse, ", ", psnr, " dB"]
+        measured: Part = [", MSE ", _fidelity(run, point, "masked_mse", ".4f")]
         if run.fidelity[point]["true_patch_statistics"]:
-            measured = ["each patch has its true mean and deviation, so it is not compared"]
-        caption = [f"{point}, ", summary_part(run, point, "parameters", spec="M"), "\n", *measured]
-        image = _image(f"{PICTURES}/filled_{point}.png", f"{point}: input, masked, filled in")
-        figures.append(f"<figure>{image}<figcaption>{page.html(caption)}</figcaption></figure>")
-    return f'<div class="row">{"".join(figures)}</div>'
+            measured = ", each patch with its true mean and deviation, so it is not measured"
+        labels[point] = [f"{point}, ", summary_part(run, point, "parameters", spec="M"), measured]
+    if len(run.ladder) > 1:
+        labels["difference"] = f"difference of {run.ladder[-1]} and {run.ladder[0]}, amplified"
+    content = []
+    for clip in range(count_clips(run.pictures, run.side_px)):
+        source = f"{PICTURES}/{video_name(clip)}"
+        content.append(f'<p><video src="{source}" autoplay loop muted playsinline controls></video></p>')
+        strips = ((page.html(label), _image(f"{PICTURES}/{strip_name(clip, row)}", row)) for row, label in labels.items())
+        content.extend(f'<figure class="strip"><figcaption>{label}</figcaption>{image}</figure>' for label, image in strips)
+    return "".join(content)
 
 
 def fidelity(run: RunResults, page: Page) -> str:
@@ -322,8 +329,8 @@ def lineage(run: RunResults, page: Page) -> str:
 
 
 SECTIONS = (  # in the order of the page; a figure by its name
-    *(summary, "headline", sources, results, paper, gains, sheets, further, "pretraining", trends, points, "training_curves"),
-    *("methods", reconstructions, fidelity, "costs", overrides, deviations, unstated, lineage),
+    *(verdict, "headline", sources, results, paper, gains, sheets, further, "pretraining", trends, points, "training_curves"),
+    *("methods", reconstructions, fidelity, "costs", summary, overrides, deviations, unstated, lineage),
 )
 
 

@@ -22,6 +22,7 @@ from scaling4d.report import site, tables
 from scaling4d.report.built import read_built_report
 from scaling4d.report.figures import draw_figures
 from scaling4d.report.page import Page
+from scaling4d.report.pictures import draw_strips
 from scaling4d.report.run_results import RunResults, read_run_results
 from scaling4d.report.sections import PICTURES, read_page
 from scaling4d.studies.markup import html_page
@@ -51,9 +52,9 @@ def build(settings: Mapping[str, Any]) -> None:
         for name, svg in draw_figures(run).items():
             (out / f"{name}.svg").write_text(svg)
         (out / PICTURES).mkdir()
-        for kind, pictures in (("sheet", run.sheets), ("filled", run.pictures)):
-            for name, path in pictures.items():
-                shutil.copyfile(path, out / PICTURES / f"{kind}_{name}.png")
+        for name, path in run.sheets.items():
+            shutil.copyfile(path, out / PICTURES / f"sheet_{name}.png")
+        draw_strips(run.pictures, run.side_px, run.ladder, out / PICTURES)
         page = read_page(run)
         page.write_json(out)
         (out / "report.html").write_text(_execute(out / NOTEBOOK.name, page))

@@ -1,0 +1,85 @@
+"""The verdict at the top of the page, and the strips of filled-in clips."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from scaling4d import report, video
+from scaling4d.report.page import Page
+from scaling4d.report.pictures import draw_strips
+from scaling4d.report.run_results import RunResults
+from scaling4d.report.verdict import NO, NOISE, YES, better, beyond, verdict
+
+
+@pytest.fixture
+def run(pocket: dict) -> RunResults:
+    return report.read_run_results(pocket)
+
+
+def rows(run: RunResults) -> dict[str, list[str]]:
+    """Cells of the table by the first one, as text."""
+    lines = re.findall(r"<tr>(.*?)</tr>", verdict(run, Page(Path("out"))).partition("<tbody>")[2])
+    cells = [[re.sub("<[^>]+>", " ", cell).strip() for cell in re.findall(r"<td>(.*?)</td>", line)] for line in lines]
+    return {name: rest for name, *rest in cells}
+
+
+def changed(run: RunResults, encoder: str, task: str, **values: float) -> RunResults:
+    """The run with other numbers of a frozen readout."""
+    results = [replace(r, **values) if (r.encoder, r.task, r.protocol) == (encoder, task, "frozen") else r for r in run.results]
+    return replace(run, results=tuple(results))
+
+
+def test_a_result_is_better_where_its_interval_is_apart_on_the_better_side(run: RunResults) -> None:
+    low = replace(run.result("nano", "pose", "frozen"), value=1.0, low=0.9, high=1.1)  # an error: less is better
+    high = replace(low, value=2.0, low=1.9, high=2.1)
+    assert (better(low, high), better(high, low), better(low, low)) == (YES, NO, NOISE)
+    share = {"higher_is_better": True}
+    assert better(replace(high, **share), replace(low, **share)) == YES
+    assert (beyond(low, 1.5), beyond(low, 0.5), beyond(low, 1.05)) == (YES, NO, NOISE)
+
+
+def test_the_page_says_of_every_measure_whether_size_and_training_help(run: RunResults) -> None:
+    run = changed(run, "mini", "pose", value=0.5, low=0.4, high=0.6)
+    run = changed(run, "untrained_mini", "pose", value=0.55, low=0.45, high=0.65)
+    run = changed(run, "nano", "pose", value=0.9, low=0.8, high=1.0)
+    run = changed(run, "pixels", "pose", value=0.3, low=0.2, high=0.35)
+    table = rows(run)
+    assert len(table) == 3 + len(run.tasks)
+    (pose,) = (cells for name, cells in table.items() if "camera" in name)
+    assert pose[2].startswith(YES) and pose[3].startswith(NOISE) and pose[4].startswith(NO)
+    loss = table["validation loss of pretraining ↓"]
+    losses = [run.summaries[point]["val_loss"] for point in run.ladder]
+    assert loss[2] == (YES if losses == sorted(set(losses), reverse=True) else NO)
+
+
+def test_a_loss_that_rises_at_one_step_of_size_is_not_better_with_size(run: RunResults) -> None:
+    summaries = {name: dict(summary) for name, summary in run.summaries.items()}
+    summaries["tiny"]["val_loss"] = summaries["nano"]["val_loss"] + 1
+    assert rows(replace(run, summaries=summaries))["validation loss of pretraining ↓"][2] == NO
+
+
+def test_one_size_alone_has_no_verdict(run: RunResults) -> None:
+    assert "nothing can be said" in verdict(replace(run, points=("nano",), students=()), Page(Path("out")))
+
+
+def test_strips_and_video_show_every_row_and_the_difference_of_the_ends(tmp_path: Path) -> None:
+    pictures = {}
+    for name, level in (("nano", 100), ("mini", 110)):
+        picture = np.full((2 * 3 * 16, 4 * 16, 3), 50, np.uint8)
+        picture[2 * 16 : 3 * 16] = level  # filled in, of the first clip
+        pictures[name] = tmp_path / f"{name}.png"
+        Image.fromarray(picture).save(pictures[name])
+    out = tmp_path / "out"
+    out.mkdir()
+    draw_strips(pictures, 16, ["nano", "mini"], out)
+    strips = {path.stem: np.asarray(Image.open(path)) for path in out.glob("*.png")}
+    assert strips.keys() == {f"clip_{n}_{row}" for n in (0, 1) for row in ("input", "masked", "nano", "mini", "difference")}
+    assert {strip.shape for strip in strips.values()} == {(16, 64, 3)}
+    assert (strips["clip_0_difference"] == 30).all() and not strips["clip_1_difference"].any()
+    _, frames = video.decode_all(out / "clip_0.webm")
+    assert frames.shape == (4, 32, 5 * 32, 3)
+    assert abs(int(frames[0, 16, 2 * 32 + 16, 0]) - 100) < 6 and abs(int(frames[0, 16, 3 * 32 + 16, 0]) - 110) < 6
