@@ -1,6 +1,7 @@
 """The sentences of README and guide that state a measured number, with the number computed from committed tables."""
 
 import csv
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +13,6 @@ README, GUIDE = "README.md", "experiments/GUIDE.md"
 
 def _rows(path: str) -> list[dict[str, str]]:
     return list(csv.DictReader((ROOT / "reports" / path).open()))
-
-
-def _row(path: str, **wanted: str) -> dict[str, str]:
-    (row,) = (row for row in _rows(path) if wanted.items() <= row.items())
-    return row
 
 
 def _bench(name: str) -> Any:
@@ -31,30 +27,60 @@ def _named(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
 def statements() -> Iterator[tuple[str, str]]:
     """(file, sentence)."""
     yield from ((README, sentence) for sentence in _results())
-    yield from ((README, sentence) for sentence in _curation())
+    yield from ((GUIDE, sentence) for sentence in _curation())
     yield from ((GUIDE, sentence) for sentence in (*_decoding(), *_loading(), *_training(), *_masking()))
 
 
+MEASURES = {  # task -> its row's name, and the further metric or the number that is the trivial answer
+    "actions": ("actions, share named right ↑", 1 / 8),
+    "boxes": ("boxes, mean IoU ↑", "mean_iou_first_box_repeated"),
+    "depth": ("depth, relative error ↓", None),
+    "points": ("points, average Jaccard ↑", None),
+    "pose": ("camera motion, end-point error ↓", "epe_standing_still"),
+}
+
+
 def _results() -> Iterator[str]:
-    losses = [float(row["val_loss"]) for row in _rows("built/pretrain.csv") if row["method"] == "SimpleMAE"]
-    order = "falls from each model to the next larger one" if losses == sorted(losses, reverse=True) else "does not fall in order"
-    yield f"The validation loss {order}, by {1 - losses[-1] / losses[0]:.0%} in all (seed 0)."
-    table, runs = "studies/seeds/table.csv", "studies/seeds/runs.csv"
-    actions, depth = (_row(table, arm="mini", task=task) for task in ("actions", "depth"))
-    untrained = {task: float(_row(table, arm="untrained_mini", task=task)["mean"]) for task in ("actions", "depth")}
-    gains = [
-        float(_row(runs, arm="mini", seed=seed, task="actions")["value"])
-        - float(_row(runs, arm="untrained_mini", seed=seed, task="actions")["value"])
-        for seed in "012"
-    ]
-    yield (
-        f"Actions: `mini` is {100 * float(actions['difference']):.1f} points better than its untrained baseline over "
-        f"three seeds ({100 * float(actions['mean']):.0f} and {untrained['actions']:.0%} right; chance is {1 / 8:.1%}; "
-        f"{100 * gains[0]:.0f}, {100 * gains[1]:.0f} and {100 * gains[2]:.0f} points by seed). A difference of "
-        f"{100 * float(actions['noise']):.1f} points would still be noise."
+    """The rows of README's table, of the report's one run."""
+    ladder = [row for row in _rows("built/pretrain.csv") if row["method"] == "SimpleMAE"]
+    ladder.sort(key=lambda row: int(row["parameters"]))
+    first, last = ladder[0]["point"], ladder[-1]["point"]
+    sizes = (f"{int(row['parameters']) / 1e6:.2f} M" for row in (ladder[0], ladder[-1]))
+    yield "| | {}, {} | {}, {} | untrained {} | pixels | trivial | better with size |".format(
+        *(word for pair in zip((first, last), sizes, strict=True) for word in pair), last
     )
-    values = (f"{float(depth['mean']):.3f}", f"{untrained['depth']:.3f}", f"{float(depth['noise']):.3f}")
-    yield "Depth: the relative error is {} instead of {} (noise {}).".format(*(value.removeprefix("0") for value in values))
+    errors = {row["point"]: row.get("moving_mse", "") for row in _rows("built/reconstruct.csv")}
+    for name, values in (
+        ("validation loss ↓", [row["val_loss"] for row in ladder]),
+        ("squared error of hidden pixels that move ↓", [errors.get(row["point"], "") for row in ladder]),
+    ):
+        if all(values):
+            numbers = [float(value) for value in values]
+            falls = all(larger < smaller for smaller, larger in itertools.pairwise(numbers))
+            yield f"| {name} | {_short(numbers[0])} | {_short(numbers[-1])} | - | - | - | {'yes' if falls else 'no'} |"
+    for task, (name, trivial) in MEASURES.items():
+        rows = {row["encoder"]: row for row in _rows("built/results.csv") if _is(row, task) and row["low"]}
+        further = {row["metric"]: float(row["value"]) for row in _rows("built/results.csv") if _is(row, task, last)}
+        answer = further.get(trivial, trivial)
+        shown = [_short(float(rows[encoder]["value"])) for encoder in (first, last, f"untrained_{last}", "pixels")]
+        shown.append("-" if answer is None else _short(answer))
+        yield f"| {name} | {' | '.join(shown)} | {_scales(rows[first], rows[last])} |"
+
+
+def _is(row: dict[str, str], task: str, encoder: str = "") -> bool:
+    return row["task"] == task and row["protocol"] == "frozen" and encoder in ("", row["encoder"])
+
+
+def _short(value: float) -> str:
+    return f"{value:.4f}" if value < 0.1 else f"{value:.3f}"
+
+
+def _scales(small: dict[str, str], large: dict[str, str]) -> str:
+    """As scaling4d.report.verdict says it."""
+    if float(large["low"]) <= float(small["high"]) and float(small["low"]) <= float(large["high"]):
+        return "within noise"
+    higher = float(large["value"]) > float(small["value"])
+    return "yes" if higher == (large["higher_is_better"] == "True") else "no"
 
 
 def _curation() -> Iterator[str]:
@@ -118,3 +144,7 @@ def _masking() -> Iterator[str]:
         f"SimpleMAE at 95 % is {simple[0]:.1f} times as fast as MAE-ST without hiding at L and {simple[1]:.1f} times at B "
         f"(with the loading of its clips {loaded[0]:.1f} to {loaded[1]:.1f} times for L at 95 %, each against its own)."
     )
+
+
+if __name__ == "__main__":
+    print("\n".join(sentence for file, sentence in statements() if file == README))

@@ -42,7 +42,11 @@ def test_the_numbers_of_readme_and_guide_are_those_of_the_tables() -> None:
     wrong = [f"{file}: {text}" for file, text in statements() if plain(text) not in plain((ROOT / file).read_text())]
     if wrong:
         pytest.fail("by the committed tables these sentences should stand there:\n" + "\n".join(wrong), pytrace=False)
-    results = plain((ROOT / README).read_text().partition("Results of the pocket:")[2].partition("Profile `desk`")[0])
+    results = plain((ROOT / README).read_text().partition("Results of the pocket:")[2].partition("## Two commands")[0])
     for _, text in statements():
         results = results.replace(plain(text), "")
     assert not re.findall(r"\d+", results), f"numbers without a table: {results}"
+
+
+def test_the_readme_has_two_screens() -> None:
+    assert len((ROOT / README).read_text().split()) <= 700

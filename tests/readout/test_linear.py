@@ -52,6 +52,21 @@ def test_few_noisy_samples_get_a_larger_penalty_than_many() -> None:
     assert PENALTIES[0] < 1e-3 and PENALTIES[-1] > 10
 
 
+def test_with_fewer_samples_than_features_the_penalty_is_chosen_by_what_it_predicts() -> None:
+    """Interpolation of the samples is not taken for a perfect fit."""
+    rng = seeds.numpy(0, "wide")
+    truth = rng.normal(size=(60, 1)) / np.sqrt(60)
+    x = rng.normal(size=(250, 1, 60))
+    y = x @ truth + 2.0 * rng.normal(size=(250, 1, 1))
+    errors = {}
+    for count in (50, 200):
+        sums = RegressionSums(1, 60, 1)
+        sums.add(torch.from_numpy(x[:count]), torch.from_numpy(y[:count]), torch.ones(count, 1, dtype=torch.bool))
+        predicted = sums.solve()(torch.from_numpy(x[200:]).float()).numpy()
+        errors[count] = np.square(predicted - x[200:] @ truth).mean()
+    assert errors[200] < errors[50] < 2  # without features: 1; with the least penalty: 15
+
+
 def test_pooled_features_are_means_of_cells_in_the_order_of_channels() -> None:
     features = torch.arange(8 * 16 * 3, dtype=torch.float32).reshape(1, 8, 16, 3)  # t, 4 x 4 places
     cells = features.reshape(4, 2, 2, 2, 2, 2, 3).mean((1, 3, 5))  # t h w D

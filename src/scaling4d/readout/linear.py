@@ -60,7 +60,8 @@ class RegressionSums:
             shrunk = values + penalty * samples
             weight = projected / shrunk[:, None]
             residual = yy - 2 * (weight * projected).sum(0) + (values[:, None] * weight.square()).sum(0)
-            score = (residual.sum() / (samples - degrees - (values / shrunk).sum()).clamp(min=1).square()).item()
+            freedom = samples - degrees - len(values) + (penalty * samples / shrunk).sum()  # exact where it is small
+            score = (residual.sum() / freedom.square()).item()
             if score < least:
                 best, least = weight, score
         weight = scale[:, None] * (vectors @ best)
