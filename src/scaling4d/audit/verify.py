@@ -14,7 +14,7 @@ from scaling4d.audit.commit import closest_commit
 from scaling4d.audit.report_numbers import verify_numbers
 from scaling4d.audit.run import CODE, NOTE, SOURCE, UNCHECKED, WRONG, AuditFinding, LockedRun, shorten
 from scaling4d.pipeline import code_hashes
-from scaling4d.provenance import MISSING, LockedStage, differences, file_at, flatten, overlap, read_lock
+from scaling4d.provenance import LOCK, MISSING, LockedStage, differences, file_at, flatten, overlap, read_lock, required
 from scaling4d.records import UserError
 
 PINS = Path("requirements.lock")
@@ -31,7 +31,8 @@ def _verify_run(run: LockedRun) -> Iterator[AuditFinding]:
     """A kept run, or results of an earlier commit, have the inputs of a commit; their artifacts may be here or not."""
     if newer := _newer_commits(run):
         yield AuditFinding(NOTE, run.lock, newer)
-        run = replace(run, settings=None, contradictions={})
+        stages = required(read_lock(LOCK), ["report"])  # with those that today's settings no longer have, on their own data
+        run = replace(run, stages=stages, settings=None, contradictions={})
     kept = run.settings is None
     paths = [path for path in run.locked_files if not kept or run.owns(path)]
     changed = _changed_files(run, paths)
