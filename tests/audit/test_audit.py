@@ -1,11 +1,13 @@
 import json
 import shutil
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from scaling4d import artifacts, audit, cli, config, provenance
 from scaling4d.audit.run import locked_runs
@@ -299,6 +301,14 @@ def test_results_of_an_earlier_commit_are_one_note_that_says_what_is_newer(
     assert not wrong()
     newer = "newer: code of readout, settings or files of 6 stages"
     assert messages("note") == [f"note        dvc.lock: commit {made} made the results; {newer}; {again}"]
+    settings = yaml.safe_load(config.PARAMS.read_text())
+    del settings["points"]["mini"]
+    config.PARAMS.write_text(yaml.safe_dump(settings))
+    Path("experiments/pocket/videos/c.mp4").write_text("a new video")
+    subprocess.run([sys.executable, "-m", "dvc", "update", "-q", "data.dvc"], check=True, capture_output=True)
+    commit("a point less, and other data")
+    assert not wrong()
+    assert len(messages("note")) == 1
     flip("reports/built/results.csv", "top1,0.75,", "top1,0.95,")
     assert "wrong       reports/built/results.csv: md5 " in wrong()
     flip("dvc.lock", "frames: 4", "frames: 6")
