@@ -104,6 +104,14 @@ def test_batches_are_shuffled_passes_that_depend_on_seed_rank_and_step_alone() -
     assert len({tuple(shuffled_batch(0, 8, 100, seed, rank)) for seed in (0, 1) for rank in (0, 1)}) == 4
 
 
+def test_all_views_of_a_held_out_item_are_held_out_and_no_other_clip(data: Path) -> None:
+    def held_out(**where: Any) -> tuple[list[int], list[int]]:
+        train_set = FeatureDataset(part("actions", "train", data=data, **where), PixelSource(None, 1.0), hold_out=4)
+        return train_set.held_out, train_set.trained_on
+
+    assert run(held_out, ranks=1) == ([0, 1, 8, 9], [2, 3, 4, 5, 6, 7, 10, 11, 12, 13, 14, 15])  # of eight items in two views
+
+
 def usable_items(*, items: int = 0, **where: Any) -> tuple[list[str], list[SkippedItem]]:
     """Item of each training clip of all ranks, in order, and what all of them skipped."""
     split = part("actions", "train", items=items, **where)
@@ -163,6 +171,19 @@ def test_a_linear_probe_beside_a_frozen_readout_is_alike_on_any_number_of_ranks(
         result = readout("untrained_nano", "actions", "frozen", changed("readout.Evaluation.ranks", ranks))
         shares.append(result.others["top1_linear"])
     assert shares[0] == shares[1] >= 2 / 8  # it tells brighter from darker, as the eight classes are, in turn
+
+
+def test_a_frozen_readout_says_where_its_held_out_loss_was_lowest(changed: Callable, actions: None) -> None:
+    baseline("untrained_nano", config.read())
+    recipe = {"steps": 40, "batch": 2, "patience": 8}
+    settings = config.read()
+    settings["readout"]["frozen"]["actions"]["Frozen"] |= recipe
+    readout("untrained_nano", "actions", "frozen", settings)
+    folder = Path("artifacts/smoke/readout/untrained_nano/actions/frozen")
+    lines = [json.loads(line) for line in (folder / "held_out.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, lines[-1]["step"] + 1)) and lines[-1]["step"] <= 40
+    losses = [line["held_out_loss"] for line in lines]
+    assert len(losses) == 40 or losses.index(min(losses)) == len(losses) - 9  # eight steps without a lower one
 
 
 def evaluated_actions(*, rank: int, ranks: int, data: Path) -> tuple[list[int], list[int], list[str], list[dict]]:

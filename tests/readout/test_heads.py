@@ -94,7 +94,7 @@ def test_a_query_of_depth_attends_to_the_part_of_the_clip_that_it_answers_for() 
 def test_keys_and_values_of_wider_features_learn_as_much_slower(width: int, at_width: int, share: float) -> None:
     """AdamW's first step moves a weight by its learning rate, whatever the gradient."""
     recipe = FrozenConfig(
-        steps=1, batch=3, learning_rate=0.01, rate_at_width=at_width, weight_decay=0.0, warmup_steps=0, shrinkage=1.0
+        steps=1, batch=3, learning_rate=0.01, rate_at_width=at_width, weight_decay=0.0, warmup_steps=0, shrinkage=1.0, patience=0
     )
     task, head = TASK["actions"], head_of(TASK["actions"], width=width)
     before = {name: weight.detach().clone() for name, weight in head.named_parameters()}

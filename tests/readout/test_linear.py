@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from scaling4d import seeds
-from scaling4d.readout.linear import PENALTIES, LinearProbe, RegressionSums, pooled
+from scaling4d.readout.linear import PENALTIES, LinearProbe, RegressionSums, fit_probes, pooled
 from scaling4d.readout.tasks.depth import Depth
+from scaling4d.training.distributed import run
 
 P, D, OUT = 3, 6, 2
 
@@ -40,6 +41,18 @@ def test_samples_that_do_not_count_change_nothing_and_parts_add_up() -> None:
     bad = (torch.full_like(x, torch.nan), torch.full_like(y, torch.nan), torch.zeros_like(counts))
     parts = solved((x[:40], y[:40], counts[:40]), bad, (x[40:], y[40:], counts[40:]))
     assert nearness.near(parts(x), whole(x))
+
+
+def test_probes_of_growing_parts_are_those_of_each_part_alone_and_the_trivial_answer_is_the_mean() -> None:
+    first, second = samples(100, 0.3), samples(60, 0.3)
+
+    def probes(*, rank: int, ranks: int) -> list[torch.Tensor]:
+        mean, fitted = fit_probes([[first], [second]])
+        return [probe(first[0]) for probe in (mean, *fitted)]
+
+    mean, of_first, of_both = run(probes, ranks=1)
+    assert nearness.near(of_first, solved(first)(first[0])) and nearness.near(of_both, solved(first, second)(first[0]))
+    assert nearness.near(mean[0], torch.cat([first[1], second[1]]).mean(0)) and torch.equal(mean[0], mean[1])
 
 
 def test_few_noisy_samples_get_a_larger_penalty_than_many() -> None:

@@ -104,7 +104,17 @@ def test_clips_of_one_video_make_one_jaccard_and_each_video_weighs_the_same(tmp_
     right, wrong = measured_points(points, seen, seen), measured_points(points[:1], seen[:1], ~seen[:1])
     table = result(tmp_path, "points", ["a", "a", "b"], [right, wrong, wrong])
     assert table.value == pytest.approx((2 / 3 + 0) / 2)  # and not the mean of three clips, 1 / 3
-    assert set(table.others) == {"delta_avg", "occlusion_accuracy", "distance_px256", "distance_px256_standing_still"}
+    names = {"delta_avg", "occlusion_accuracy", "distance_px256"}
+    assert set(table.others) == names | {f"{name}_standing_still" for name in (*names, "average_jaccard")}
+
+
+def test_the_trivial_answer_to_points_is_that_they_stay_and_are_visible() -> None:
+    points, seen = np.full((2, T, 2), 0.5, np.float32), np.ones((2, T), bool)
+    points[1, 1:] = 0.9  # the second one moves far
+    measured = measured_points(points, seen, ~seen)
+    table = metrics.average_tracks_by_video({name: np.array([value]) for name, value in measured.items()})
+    assert table["average_jaccard_standing_still"][0].tolist() == [pytest.approx(1 / 3), 1]  # one of two right, one wrong place
+    assert table["average_jaccard"][0].tolist() == [0, 1]  # predicted right, and hidden
 
 
 def test_a_video_in_which_nothing_is_measured_has_no_weight() -> None:

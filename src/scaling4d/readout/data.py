@@ -82,14 +82,27 @@ class RankSplit:
 
 
 class FeatureDataset:
-    """Training clips of a frozen encoder: features, computed once, and targets. Raises as RankSplit.by_index."""
+    """Training clips of a frozen encoder: features, computed once, and targets.
 
-    def __init__(self, split: RankSplit, source: MemoryFeatures) -> None:
-        self.source, self.keys, self.targets = source, [], []
-        for *_, sample in split.training_views(split.samples()):
+    hold_out: of so many items each the first is held out, with all its views; 0: none.
+    Attributes:
+        held_out, trained_on: indices of the clips.
+    Raises UserError: as RankSplit.by_index, or the only item of a rank is held out.
+    """
+
+    def __init__(self, split: RankSplit, source: MemoryFeatures, hold_out: int = 0) -> None:
+        self.source, self.keys, self.targets, self.held_out, self.trained_on = source, [], [], [], []
+        items: list[int] = []  # that are usable
+        for item, _, _, sample in split.training_views(split.samples()):
+            if items[-1:] != [item]:
+                items.append(item)
+            part = self.held_out if hold_out and len(items) % hold_out == 1 else self.trained_on
+            part.append(len(self.keys))
             self.keys.append(source.add(torch.from_numpy(sample.pixels)))
             self.targets.append(split.task.train_target(sample))
         source.flush()
+        if not self.trained_on:
+            raise UserError(f"{split.name}: the only training item of a rank is held out; set patience of Frozen to 0, or fewer ranks")
 
     def __len__(self) -> int:
         return len(self.targets)

@@ -7,6 +7,7 @@ all ranks they are added up, and the penalty is chosen on them by generalised cr
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
 
@@ -39,10 +40,16 @@ class RegressionSums:
         self.xy += x.T @ y
         self.yy += y.square().sum(0)
 
-    def all_reduce(self) -> None:
-        """Add up the sums of all ranks."""
-        for value in vars(self).values():
+    def over_ranks(self) -> RegressionSums:
+        """The sums of all ranks, added up."""
+        total = copy.deepcopy(self)
+        for value in vars(total).values():
             dist.all_reduce(value)
+        return total
+
+    def means(self) -> LinearProbe:
+        """The trivial answer: the mean of the targets at each place, whatever the features are."""
+        return LinearProbe(self.xy.new_zeros(self.xy.shape).float(), (self.y / self.count.clamp(min=1)).float())
 
     def solve(self) -> LinearProbe:
         """The ridge regression of deviations from each place's means, with the best of PENALTIES."""
@@ -88,11 +95,15 @@ def pooled(features: Tensor) -> Tensor:
     return F.adaptive_avg_pool3d(volume, grid).flatten(1)[:, None]
 
 
-def fit_probe(batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> LinearProbe:
-    """The probe of all ranks' batches of features, targets and which count; see RegressionSums."""
-    sums = None
-    for x, y, counts in batches:
-        sums = sums or RegressionSums(x.shape[1], x.shape[2], y.shape[2])
-        sums.add(x, y, counts)
-    sums.all_reduce()
-    return sums.solve()
+def fit_probes(groups: Iterable[Iterable[tuple[Tensor, Tensor, Tensor]]]) -> tuple[LinearProbe, list[LinearProbe]]:
+    """Probes of batches of features, targets and which count, see RegressionSums, over all ranks.
+
+    Returns the trivial answer of all batches, and a ridge regression after each group of batches.
+    """
+    sums, probes = None, []
+    for batches in groups:
+        for x, y, counts in batches:
+            sums = sums or RegressionSums(x.shape[1], x.shape[2], y.shape[2])
+            sums.add(x, y, counts)
+        probes.append(sums.over_ranks().solve())
+    return sums.over_ranks().means(), probes

@@ -15,6 +15,7 @@ import numpy as np
 TRACK_THRESHOLDS_PX = (1, 2, 4, 8, 16)  # TAP-Vid: of a raster of RASTER_PX x RASTER_PX
 RASTER_PX = 256
 TRACK_AVERAGES = ("average_jaccard", "delta_avg", "occlusion_accuracy")
+STANDING_STILL = "_standing_still"  # ends the names of the trivial answer's metrics: every point stays and is visible
 CUBE = np.stack(np.meshgrid([-5.0, 5.0], [-5.0, 5.0], [0.0, 10.0], indexing="ij"), axis=-1).reshape(8, 3)
 
 
@@ -52,15 +53,18 @@ def track_metrics(sums: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str
 def average_tracks_by_video(table: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Sums and counts `V 2` by metric, in which the averages of tracks are those of whole videos, not of their clips.
 
-    They come from track_sums, if the table has them. A video in which nothing is measured has the weight 0, others 1.
+    They come from track_sums, if the table has them, also under names that end in STANDING_STILL. A video in which
+    nothing is measured has the weight 0, others 1.
     Source: tapnet and kauldron, which average over videos; kauldron leaves those without a denominator out.
     """
+    averaged = dict(table)
     names = [f"{kind}_{px}" for kind in ("jaccard", "pts_within") for px in TRACK_THRESHOLDS_PX] + ["occlusion_accuracy"]
-    if not set(names) <= set(table):
-        return dict(table)
-    ratios = track_metrics({name: tuple(table[name].T) for name in names})
-    rest = {name: pairs for name, pairs in table.items() if name not in names}
-    return rest | {name: np.stack([np.nan_to_num(ratios[name]), np.isfinite(ratios[name])], -1) for name in TRACK_AVERAGES}
+    for end in ("", STANDING_STILL):
+        if {name + end for name in names} <= set(table):
+            ratios = track_metrics({name: tuple(averaged.pop(name + end).T) for name in names})
+            for name in TRACK_AVERAGES:
+                averaged[name + end] = np.stack([np.nan_to_num(ratios[name]), np.isfinite(ratios[name])], -1)
+    return averaged
 
 
 def box_iou(boxes: np.ndarray, true_boxes: np.ndarray) -> np.ndarray:

@@ -5,13 +5,17 @@ A protocol says what is trained on what; readout.stage drives all three alike.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise, starmap
 from pathlib import Path
 from typing import ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from scaling4d import checkpoint, seeds
@@ -20,17 +24,19 @@ from scaling4d.encoders.features import FeatureStore, MemoryFeatures, features_a
 from scaling4d.readout.classifier import DROP_PATH, ClassifierModel, MeanPoolClassifier, layer_decay_groups, mix_clips
 from scaling4d.readout.data import ClipDataset, Encode, FeatureDataset, Predict, RankSplit, shuffled_batch
 from scaling4d.readout.heads import Head, HeadConfig
-from scaling4d.readout.linear import fit_probe
+from scaling4d.readout.linear import fit_probes
 from scaling4d.readout.tasks.task import Task
 from scaling4d.readout.whitening import Whitening
 from scaling4d.records import UserError
-from scaling4d.training.fit import Batch
+from scaling4d.training.fit import Batch, Callback, StepResult
 from scaling4d.training.optimizer import ParamGroups
 from scaling4d.training.parallelize import ComputeConfig, ShardingConfig
 
 Dataset = FeatureDataset | ClipDataset
 LABELLED_CLIPS = (300, 1000)  # of which linear probes are fitted, beside all: label efficiency; ours
 PROBE_BATCH = 64
+HOLD_OUT = 10  # every so many-th training item is held out; ours
+CHECKS = 8  # measurements of the held-out clips within the patience; ours
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,8 @@ class EvaluationConfig:
 class FrozenConfig:
     """Training of a readout on frozen features. shrinkage: see readout.whitening.
 
+    steps: at most. patience: steps without a lower loss of held-out training clips, after which the training stops; the
+    weights with the lowest one are kept (ours). 0: none is held out, all steps are done, the last weights are kept.
     rate_at_width: the matrices that read features have `learning_rate` at features of this width, and at others a rate
     in inverse proportion (ours, after Tensor Programs V, arXiv:2203.03466); 0: one rate (released).
     """
@@ -77,6 +85,11 @@ class FrozenConfig:
     weight_decay: float
     warmup_steps: int
     shrinkage: float
+    patience: int
+
+    def __post_init__(self) -> None:
+        if self.patience and self.patience < CHECKS:
+            raise ValueError(f"patience = {self.patience}; needed 0 or at least {CHECKS} steps")
 
 
 @dataclass(frozen=True)
@@ -161,6 +174,42 @@ class ReadoutModel(nn.Module):
         return self.task.predict(self.head, self.whitening(features), target)
 
 
+class EarlyStopping(Callback):
+    """Stops when the loss of held-out clips no longer falls; `restore` then gives the model its best weights.
+
+    Attributes:
+        lines: so far, each {"step", "held_out_loss"}.
+    """
+
+    def __init__(self, model: ReadoutModel, train_set: FeatureDataset, recipe: FrozenConfig) -> None:
+        self.model, self.train_set, self.recipe = model, train_set, recipe
+        self.lines: list[dict[str, float]] = []
+        self.best_step, self.best_loss, self.best_weights = 0, math.inf, {}
+
+    def after_step(self, result: StepResult) -> bool:
+        if result.step % (self.recipe.patience // CHECKS) and not result.last:
+            return False
+        loss = self.held_out_loss()
+        self.lines.append({"step": result.step, "held_out_loss": loss})
+        if loss < self.best_loss:
+            weights = {name: weight.clone() for name, weight in self.model.head.state_dict().items()}
+            self.best_step, self.best_loss, self.best_weights = result.step, loss, weights
+        return result.step - self.best_step >= self.recipe.patience
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float:
+        """Mean over the held-out clips of all ranks."""
+        clips, size, total = self.train_set.held_out, self.recipe.batch, torch.zeros(2, dtype=torch.float64)
+        for first in range(0, len(clips), size):
+            part = clips[first : first + size]
+            total += torch.tensor([self.model(*self.train_set.batch(part)).item() * len(part), len(part)], dtype=torch.float64)
+        dist.all_reduce(total)
+        return (total[0] / total[1]).item()
+
+    def restore(self) -> None:
+        self.model.head.load_state_dict(self.best_weights)
+
+
 @dataclass(frozen=True)
 class ReadoutProtocol(ABC):
     """One way to train and evaluate. Every method runs in every rank."""
@@ -188,6 +237,10 @@ class ReadoutProtocol(ABC):
     @abstractmethod
     def param_groups(self, model: nn.Module) -> ParamGroups: ...
 
+    def early_stopping(self, model: nn.Module, train_set: Dataset) -> EarlyStopping | None:
+        """The rule that ends the training before its last step, if there is one."""
+        return None
+
     @abstractmethod
     def evaluator(self, model: nn.Module, train_set: Dataset) -> tuple[Encode, Predict]:
         """`encode` and `predict` of readout.data.evaluate."""
@@ -204,9 +257,15 @@ class Frozen(ReadoutProtocol):
 
     def train_set(self, split: RankSplit, encoder: nn.Module) -> FeatureDataset:
         store, fraction = self.config.evaluation.feature_store, self.config.evaluation.depth_fraction
-        if not store:
-            return FeatureDataset(split, MemoryFeatures(encoder, fraction))
-        return FeatureDataset(split, FeatureStore(Path(store), self.config.folder, encoder, fraction))
+        source = MemoryFeatures(encoder, fraction)
+        if store:
+            source = FeatureStore(Path(store), self.config.folder, encoder, fraction)
+        return FeatureDataset(split, source, hold_out=HOLD_OUT if self.config.recipe.patience else 0)
+
+    def batch(self, train_set: FeatureDataset, rank: int, step: int) -> Batch:
+        size, clips = self.config.recipe.batch // self.config.evaluation.ranks, train_set.trained_on
+        drawn = shuffled_batch(step, size, len(clips), self.config.seed, rank)
+        return Batch(train_set.batch([clips[index] for index in drawn]))
 
     def build(self, encoder: nn.Module, train_set: FeatureDataset) -> ReadoutModel:
         evaluation, recipe, head = self.config.evaluation, self.config.recipe, self.config.new_head(encoder)
@@ -224,21 +283,26 @@ class Frozen(ReadoutProtocol):
         rate = recipe.learning_rate
         return {"head": (list(named.items()), rate), "keys_values": (keys_values, share * rate)}
 
+    def early_stopping(self, model: ReadoutModel, train_set: FeatureDataset) -> EarlyStopping | None:
+        return EarlyStopping(model, train_set, self.config.recipe) if self.config.recipe.patience else None
+
     def evaluator(self, model: ReadoutModel, train_set: FeatureDataset) -> tuple[Encode, Predict]:
         return train_set.source.encode, model.predict
 
     def probes(self, train_set: FeatureDataset) -> dict[str, Predict]:
-        """Linear probes of the features as they are, fitted to the first of LABELLED_CLIPS and to all."""
-        task, ranks, probes = self.config.task, self.config.evaluation.ranks, {}
+        """Linear probes of the features as they are, of the first LABELLED_CLIPS and of all; and the trivial answer."""
+        task, ranks, views = self.config.task, self.config.evaluation.ranks, len(self.config.task.views)
         if not task.linear:
-            return probes
-        views = len(task.views)
-        for clips in (*(count for count in LABELLED_CLIPS if count // ranks * views < len(train_set)), None):
-            last = len(train_set) if clips is None else clips // ranks * views
-            parts = (range(first, min(first + PROBE_BATCH, last)) for first in range(0, last, PROBE_BATCH))
-            probe = fit_probe(task.regression(*train_set.batch(part)) for part in parts)
-            probes["linear" if clips is None else f"linear_{clips}"] = partial(task.predict_linear, probe)
-        return probes
+            return {}
+        ends = {f"linear_{clips}": last for clips in LABELLED_CLIPS if (last := clips // ranks * views) < len(train_set)}
+        ends |= {"linear": len(train_set)}
+
+        def batches(first: int, last: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+            for start in range(first, last, PROBE_BATCH):
+                yield task.regression(*train_set.batch(range(start, min(start + PROBE_BATCH, last))))
+
+        mean, fitted = fit_probes(starmap(batches, pairwise([0, *ends.values()])))
+        return {name: partial(task.predict_linear, probe) for name, probe in zip(["mean", *ends], [mean, *fitted], strict=True)}
 
 
 class Finetune(ReadoutProtocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -68,11 +69,13 @@ def readout(encoder: str, task: str, protocol: str, settings: Mapping[str, Any])
             state = fingerprint(f"{encoder}/{task}/{protocol}", **depends_on)
     where = {"ranks": evaluation.ranks, "device": readout_config.device, "hang_s": evaluation.hang_s}
     arguments = {"protocol": PROTOCOLS[protocol](readout_config), "name": name, "state": state}
-    videos, sums, head, skipped, seconds = distributed.run(_train_and_evaluate, **where, **arguments)
+    videos, sums, head, held_out, skipped, seconds = distributed.run(_train_and_evaluate, **where, **arguments)
     result = result_of(Checkpoint.read(readout_config.folder), readout_config, protocol, videos, sums)
     if distributed.is_main():
         with provenance.atomic_folder(final) as out:
             checkpoint.save_tensors(out / HEAD, head)
+            if held_out:
+                (out / "held_out.jsonl").write_text("".join(json.dumps(line) + "\n" for line in held_out))
             if skipped:
                 write_json(out / "skipped.json", skipped)
             result.write(out / "result.json")
@@ -139,8 +142,11 @@ def _inputs(readout_config: ReadoutConfig) -> dict[str, str]:
 @file_system_errors()
 def _train_and_evaluate(
     *, rank: int, ranks: int, protocol: ReadoutProtocol, name: str, state: Mapping[str, Any] | None
-) -> tuple[list[str], list[MetricSums], dict[str, Tensor], list[dict[str, Any]], dict[str, float]]:
-    """One rank of a readout. Returns all ranks' videos and metric sums, the head's weights, skipped items, seconds."""
+) -> tuple[list[str], list[MetricSums], dict[str, Tensor], list[dict[str, float]], list[dict[str, Any]], dict[str, float]]:
+    """One rank of a readout.
+
+    Returns all ranks' videos and metric sums, the head's weights, held-out losses, skipped items, seconds.
+    """
     started, readout_config = time.monotonic(), protocol.config
     evaluation, recipe, saving = readout_config.evaluation, readout_config.recipe, readout_config.saving
     root, task, sharding = Path(evaluation.data), readout_config.task, readout_config.sharding
@@ -173,7 +179,11 @@ def _train_and_evaluate(
         dist.broadcast_object_list(states, device=torch.device("cpu"))  # of torchrun's ranks only rank 0 hashes the inputs
         manager = CheckpointManager("readout", states[0], keep_latest_k=saving.keep_latest_k, asynchronous=False)
     batches, groups, log = partial(protocol.batch, train_set, rank), protocol.param_groups(model), TrainingLog(fit_config)
-    fit(model, batches, fit_config, param_groups=groups, callbacks=(log,), manager=manager)
+    early_stopping = protocol.early_stopping(model, train_set)
+    callbacks = (log, early_stopping) if early_stopping else (log,)
+    fit(model, batches, fit_config, param_groups=groups, callbacks=callbacks, manager=manager)
+    if early_stopping:
+        early_stopping.restore()
     plain = unshard(model, lambda: protocol.build(load_encoder(readout_config.folder), train_set), readout_config.compute).eval()
     weights = plain.state_dict().items()
     head = {name.removeprefix("head."): value.cpu() for name, value in weights if not name.startswith("encoder.")}
@@ -187,7 +197,7 @@ def _train_and_evaluate(
     seconds = {"inputs_s": round(inputs_s, 2), "readout_s": round(time.monotonic() - started - inputs_s, 2)}
     gather = distributed.gather_round_robin
     skipped = [{"split": part.split, **asdict(item)} for part in (train, val) for item in gather(part.skipped)]
-    return gather(videos), gather(sums), head, skipped, seconds
+    return gather(videos), gather(sums), head, early_stopping.lines if early_stopping else [], skipped, seconds
 
 
 def result_of(

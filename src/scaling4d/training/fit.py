@@ -80,7 +80,8 @@ class Callback:
     def begin(self, start: int) -> None:
         """Before the first step of this process. start: steps done before."""
 
-    def after_step(self, result: StepResult) -> None: ...
+    def after_step(self, result: StepResult) -> bool | None:
+        """After each step. True ends a training that saves no state; every rank must answer alike."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -142,10 +143,13 @@ def fit(
             adamw.step()
             adamw.zero_grad()
             done, last, learning_rate = step + 1, step + 1 == config.steps, adamw.param_groups[0]["lr"]
-            for callback in callbacks:
-                callback.after_step(StepResult(done, last, loss, grad_norm.item(), learning_rate, waited_s))
+            result = StepResult(done, last, loss, grad_norm.item(), learning_rate, waited_s)
+            early = any([callback.after_step(result) for callback in callbacks])
             if manager is None:
+                if early:
+                    break
                 continue
+            assert not early, "a training that saves its state runs all its steps"
             if last or done % config.log_every == 0:
                 manager.wait()
             stop = any_rank(bool(requests))

@@ -82,20 +82,20 @@ class Points(Task):
         probability = 1 / (1 + np.exp(-predicted[..., 2:].astype(np.float64)))
         frames = np.arange(predicted.shape[1])
         evaluated = (frames > 0) & target["queried"][:, None]  # Q T: strictly after the query, as TAP-Vid's mode `first`
-        sums = metrics.track_sums(
-            points=predicted[..., :2],
-            visible=(probability.prod(-1) if self.certain else probability[..., 0]) > 0.5,
-            true_points=target["points"],
-            true_visible=target["visible"],
-            evaluated=evaluated,
-        )
-        clip = {name: (float(part.sum()), float(total.sum())) for name, (part, total) in sums.items()}
+        truth = {"true_points": target["points"], "true_visible": target["visible"], "evaluated": evaluated}
+        visible = (probability.prod(-1) if self.certain else probability[..., 0]) > 0.5
+        still = np.broadcast_to(target["points"][:, :1], target["points"].shape)
+        answers = {"": (predicted[..., :2], visible), metrics.STANDING_STILL: (still, np.ones_like(visible))}
+        clip = {}
+        for end, (points, shown) in answers.items():
+            sums = metrics.track_sums(points=points, visible=shown, **truth)
+            clip |= {name + end: (float(part.sum()), float(total.sum())) for name, (part, total) in sums.items()}
         ratios = metrics.track_metrics(clip)
         for name in ("average_jaccard", "delta_avg"):  # of this clip; a result's: metrics.average_tracks_by_video
             clip[name] = (float(np.nan_to_num(ratios[name])), float(np.isfinite(ratios[name])))
         seen = target["visible"] & evaluated
         distance_px = metrics.RASTER_PX * np.linalg.norm(predicted[..., :2] - target["points"], axis=-1)
-        still_px = metrics.RASTER_PX * np.linalg.norm(target["points"][:, :1] - target["points"], axis=-1)
+        still_px = metrics.RASTER_PX * np.linalg.norm(still - target["points"], axis=-1)
         for name, distance in (("distance_px256", distance_px), ("distance_px256_standing_still", still_px)):
             clip[name] = (float(distance[seen].sum()), float(seen.sum()))
         return clip
