@@ -195,18 +195,26 @@ def serve(
 
 @app.command()
 def study(
-    names: Annotated[list[str] | None, typer.Argument(help="Files of experiments/study; none: list them.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Files of experiments/study; none: list, or collect, all.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Experiments side by side, each of `ranks` processes.")] = 4,
     seeds: Annotated[str, typer.Option(help="Such as 0,1,2; default: the study's own.")] = "",
     dry: Annotated[bool, typer.Option("--dry", help="Print the experiments, and which exist already; run none.")] = False,
-    collect: Annotated[bool, typer.Option("--collect", help="Run none: make table, figures and page again.")] = False,
+    collect: Annotated[bool, typer.Option("--collect", help="Run none: make tables, figures and pages again.")] = False,
 ) -> None:
     """Run every arm of studies with every seed as DVC experiments, and write the outcome to reports/studies/NAME.
 
     Finished runs are not repeated; a stopped study continues with the same command.
     """
-    from scaling4d.studies.study import read_study, study_names, with_seeds
+    from scaling4d.studies.study import FACTS, REPORTS, made_study, read_study, study_names, with_seeds
 
+    if collect:
+        from scaling4d.studies.page import write_study
+        from scaling4d.studies.run import dvc_cache_folder
+
+        for folder in [REPORTS / name for name in names or ()] or [path.parent for path in sorted(REPORTS.glob(f"*/{FACTS}"))]:
+            write_study(made_study(folder), dvc_cache_folder(), {})
+            print(f"wrote {folder}")
+        return
     if not names:
         for name in study_names():
             print(f"{name}: {read_study(name).question}")
@@ -215,7 +223,7 @@ def study(
     from scaling4d.studies.page import write_study
 
     chosen = [with_seeds(one, seeds) if seeds else one for one in map(read_study, names)]
-    by_study = {} if collect else {one.name: study_run.study_runs(one) for one in chosen}
+    by_study = {one.name: study_run.study_runs(one) for one in chosen}
     runs = list({run.name: run for some in by_study.values() for run in some}.values())
     if dry:
         known = study_run.experiments()
@@ -224,7 +232,7 @@ def study(
         return
     failed = study_run.run_experiments(runs, jobs=jobs, report=lambda line: print(line, flush=True))
     for one in chosen:
-        study_runs = by_study.get(one.name, ())
+        study_runs = by_study[one.name]
         if not any(run.name in failed for run in study_runs):
             write_study(one, study_run.dvc_cache_folder(), study_run.save_locks(one, study_runs))
             print(f"wrote {one.folder}")

@@ -84,8 +84,19 @@ def pretrain(
     repeats: Repeats = 5,
     precision: Annotated[list[str], typer.Option(callback=_known, help="fp32 or bf16; give it twice for both.")] = ["fp32"],  # noqa: B006
     mae_st: MaeSt = None,
+    ladder: Annotated[
+        bool, typer.Option("--ladder", help="The default profile's points alone, as it trains them: its batch, fp32, one thread.")
+    ] = False,
+    against: Annotated[
+        str | None, typer.Option(metavar="REVISION", help="With --ladder: a git revision to measure in alternating turns.")
+    ] = None,
 ) -> None:
     """Clips a second of training steps, share of the matmul peak: ours, transformers' VideoMAE, official MAE-ST."""
+    if ladder:
+        _measure("ladder", out, repeats=repeats, against=against)
+        return
+    if against:
+        raise UserError(f"--against {against} needs --ladder")
     _measure("pretrain", out, clips=clips, repeats=repeats, precisions=precision, mae_st=mae_st)
 
 

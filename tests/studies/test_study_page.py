@@ -22,6 +22,7 @@ from scaling4d.studies.study import Arm, Study
 
 pytestmark = pytest.mark.integration
 
+ROOT = Path(__file__).parents[2]
 SIZES = {"nano": 1e5, "micro": 3e5, "tiny": 1e6, "small": 3e6, "mini": 1e7}
 TARGETS = ("readout_frozen@{}-actions", "readout_frozen@{}-pose", "reconstruct@{}")
 ARMS = tuple(Arm(name, "pocket", (), name, tuple(target.format(name) for target in TARGETS)) for name in SIZES)
@@ -147,6 +148,43 @@ def test_the_page_shows_question_findings_and_table_and_links_its_figures(scalin
     assert "<p>Bigger is better, by far.</p><p>No doubt &amp; &lt; none.</p>" in text
 
 
+def test_the_index_has_question_finding_seeds_and_code_of_every_study(scaling: Study) -> None:
+    findings = "# Three seeds\n\nBigger is better, by 0.1. [table: mini pretrain]\n\nBy far.\n"
+    scaling.folder.joinpath("findings.md").write_text(findings)
+    page.write_study(scaling, DVC_CACHE, {})
+    index = (study.REPORTS / "index.html").read_text()
+    assert "<p>Does it scale?</p>\n<p><b>Bigger is better, by 0.1.</b></p>" in index and "By far" not in index
+    assert "<small>Seeds 0, 1, 2; 15 runs; code: pretrain 0</small>" in index
+
+
+def test_index_and_page_say_which_code_is_older_than_that_of_the_lock(scaling: Study) -> None:
+    def lock(md5: str) -> str:
+        hashes = {"pretrain": md5, "readout": "1", "scenes": "2", "report": "3"}  # a study's numbers need no scenes or reports
+        outs = [{"path": f"artifacts/code/{name}.json", "hash": "md5", "md5": value, "size": 1} for name, value in hashes.items()]
+        return json.dumps({"schema": "2.0", "stages": {"code": {"cmd": "code", "outs": outs}}})
+
+    pages, shown = (study.REPORTS / "index.html", scaling.folder / "study.html"), "Made with older code: "
+    for md5, older in (("0", "readout"), ("4", "pretrain, readout")):
+        Path("dvc.lock").write_text(lock(md5))
+        page.write_study(scaling, DVC_CACHE, {})
+        again = f"{shown}{older}; run <code>scaling4d study scaling</code> again."
+        assert all(again in path.read_text() for path in pages)
+    Path("dvc.lock").write_text(lock("0").replace('"1"', '"0"').replace("readout", "pretrain"))
+    page.write_study(scaling, DVC_CACHE, {})
+    assert not any(shown in path.read_text() for path in pages)
+
+
+def test_the_findings_of_every_study_begin_with_one_line() -> None:
+    folders = [path.parent for path in sorted((ROOT / study.REPORTS).glob("*/study.json"))]
+    for folder in folders:
+        lines = folder.joinpath("findings.md").read_text().splitlines()
+        assert lines[0].startswith("# ") and lines[1] == lines[3] == "", folder
+        assert re.search(r"\d.*\. \[(table|fits|ranks): [^]]+\]$", lines[2]) and len(page.REFERENCES.sub("", lines[2])) <= 200, (
+            folder
+        )
+    assert folders
+
+
 def test_locks_and_figures_that_a_study_no_longer_has_are_removed(scaling: Study) -> None:
     scaling.lock("giant-0").write_text("{}")
     (scaling.folder / "laws_former.svg").write_text("<svg/>")
@@ -203,14 +241,15 @@ def test_the_audit_names_a_changed_key_of_study_json(scaling: Study, wrong: Call
     path = scaling.folder / "study.json"
     before = path.read_text()
     for old, new, key in (
-        ("Does it scale", "Does it grow", "question"),
         ('"seconds": 10.0\n', '"seconds": 10.5\n', "seconds"),
-        ('"pocket"', '"packet"', "arms"),
-        ('"base": "nano"', '"base": "tiny"', "base"),
+        ('"points.micro.width"', '"points.micro.depth"', "arms"),
     ):
+        assert old in before
         path.write_text(before.replace(old, new, 1))
         (line,) = wrong()
-        assert line.startswith(f"{path}: its {key!r} does not follow from experiments/study and the locks: ")
+        assert line.startswith(f"{path}: its {key!r} does not follow from the locks: ")
+    path.write_text(before.replace('"base": "nano"', '"base": "tiny"', 1))
+    assert "reports/studies/scaling/table.csv: it does not follow from runs.csv" in wrong()
     path.write_text(before.replace("nano-0-abc", "nano-0-abd"))
     (line,) = wrong()
     assert line.startswith("reports/studies/scaling/runs.csv: the rows of nano, seed 0, are not those of ")
@@ -229,6 +268,27 @@ def test_the_audit_names_missing_runs_and_rows_of_unknown_runs(scaling: Study, w
     assert wrong() == ["reports/studies/scaling/runs.csv: it has rows of giant, seed 2, which is no run of this study"]
     for name, text in before.items():
         (scaling.folder / name).write_bytes(text)
+    scaling.lock("tiny-1").unlink()
+    assert f"{scaling.lock('tiny-1')}: absent, though {facts} needs it: run `{scaling.command}`" in wrong()
+
+
+def test_an_outcome_of_another_definition_and_an_old_index_are_noted(scaling: Study, wrong: Callable[[], list[str]]) -> None:
+    from scaling4d.audit import studies as audit
+
+    notes = lambda: [finding.message for finding in audit.findings() if finding.kind == "note"]  # noqa: E731
+    assert notes() == []
     path = study.DEFINITIONS / "scaling.yaml"
     path.write_text(path.read_text().replace("arms:\n", "arms:\n  giant: {encoder: mini}\n", 1))
-    assert [line.split(": ")[0] for line in wrong()] == [scaling.lock(f"giant-{seed}").as_posix() for seed in (0, 1, 2)]
+    Path("dvc.lock").write_text(scaling.lock("nano-0").read_text().replace('"0"', '"1"'))
+    again = "it does not follow from the studies and dvc.lock; run `scaling4d study --collect`"
+    assert notes() == [f"experiments/study now defines it otherwise; `{scaling.command}` makes it anew", again]
+    page.write_study(study.made_study(scaling.folder), DVC_CACHE, {})
+    path.unlink()
+    assert notes() == ["experiments/study no longer has this study"] and wrong() == []
+
+
+def test_an_outcome_names_the_study_that_it_was_made_of(scaling: Study) -> None:
+    page.write_study(scaling, DVC_CACHE, {})
+    assert study.made_study(scaling.folder) == scaling
+    with pytest.raises(UserError, match="^no reports/studies/none/study.json; run `scaling4d study none`$"):
+        study.made_study(study.REPORTS / "none")

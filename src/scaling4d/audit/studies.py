@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from scaling4d import artifacts
@@ -15,38 +16,43 @@ from scaling4d.studies import study as studies
 
 
 def findings() -> Iterator[AuditFinding]:
-    """Findings about every study in reports/studies."""
+    """Findings about every study in reports/studies, and about their index."""
+    from scaling4d.studies.page import INDEX, index_page
+
+    index, damaged = studies.REPORTS / INDEX, False
     for path in sorted(studies.REPORTS.glob(f"*/{studies.FACTS}")):
         try:
             yield from _verify_study(path)
         except (UserError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+            damaged = True
             yield AuditFinding(WRONG, path.parent.as_posix(), f"{' '.join(str(error).split())}; take it from git again")
+    if not damaged and index.is_file() and index.read_text() != index_page():
+        yield AuditFinding(NOTE, str(index), "it does not follow from the studies and dvc.lock; run `scaling4d study --collect`")
 
 
 def _verify_study(path: Path) -> Iterator[AuditFinding]:
     """path: of study.json."""
     folder, facts = path.parent, json.loads(path.read_text())
-    seeds = ",".join(map(str, facts["seeds"]))
-    again = f"take it from git again, or run `scaling4d study {folder.name} --seeds {seeds} --collect`"
+    again = f"take it from git again, or run `scaling4d study {folder.name} --collect`"
     here = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file() and file != path}
     for name in sorted(here | facts["files"].keys()):
         listed, now = facts["files"].get(name, "none"), artifacts.sha256(folder / name) if name in here else "absent"
         if listed != now:
             yield AuditFinding(WRONG, f"{folder}/{name}", f"sha256 {listed} in {path}, {now} on disk: {again}")
+    study = studies.made_study(folder)
     if folder.name not in studies.study_names():
         yield AuditFinding(NOTE, str(path), f"{studies.DEFINITIONS} no longer has this study")
-        return
-    study = studies.with_seeds(studies.read_study(folder.name), seeds)
+    elif replace(studies.read_study(folder.name), seeds=study.seeds) != study:
+        yield AuditFinding(NOTE, str(path), f"{studies.DEFINITIONS} now defines it otherwise; `{study.command}` makes it anew")
     needed = [*map(study.lock, study.runs), folder / studies.RUNS, folder / studies.TABLE]
     if absent := [file for file in needed if not file.is_file()]:
-        message = f"absent, though {studies.DEFINITIONS}/{folder.name}.yaml needs it: run `{study.command}`"
-        yield from (AuditFinding(WRONG, str(file), message) for file in absent)
+        yield from (AuditFinding(WRONG, str(file), f"absent, though {path} needs it: run `{study.command}`") for file in absent)
         return
     locks = {run: read_lock(study.lock(run)) for run in study.runs}
     expected = json.loads(json.dumps(studies.study_facts(study, locks, facts["runs"])))
     for key in sorted(expected.keys() | facts.keys() - {"files"}):
         if facts.get(key) != expected.get(key):
-            message = f"its {key!r} does not follow from {studies.DEFINITIONS} and the locks: {again}"
+            message = f"its {key!r} does not follow from the locks: {again}"
             yield AuditFinding(WRONG, str(path), message)
     where, rows = f"{folder}/{studies.RUNS}", studies.read_runs(folder)
     if to_csv(studies.TABLE_COLUMNS, studies.study_table(rows, study.base)) != (folder / studies.TABLE).read_text():

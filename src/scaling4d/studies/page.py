@@ -5,21 +5,24 @@ from __future__ import annotations
 import html
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from scaling4d import artifacts
-from scaling4d.provenance import parse_csv, read_lock, to_csv
+from scaling4d.provenance import LOCK, parse_csv, read_lock, to_csv
 from scaling4d.records import UserError, write_json
 from scaling4d.studies import study as studies
 from scaling4d.studies.fits import held_out, spearman, trend
 from scaling4d.studies.markup import NOTHING, cell_text, html_page, html_table
 from scaling4d.studies.plotting import draw_law, legend, log_x, panel_title, style, subplots, to_svg
+from scaling4d.studies.run import UNMEASURED
 from scaling4d.studies.study import REPORTS, Study
 
-FITS, RANKS = "fits.csv", "ranks.csv"
+FITS, RANKS, INDEX = "fits.csv", "ranks.csv", "index.html"
+REFERENCES = re.compile(r" \[[^]]*\]")  # of a sentence of findings.md: the rows of table.csv, or the figure
 FIT_COLUMNS = (
     *("task", "ladder", "metric", "points", "floor", "floor_low", "floor_high", "exponent", "exponent_low", "exponent_high"),
     *("largest", "measured", "predicted", "predicted_low", "predicted_high", "inside"),
@@ -68,14 +71,15 @@ def write_study(study: Study, cache: Path, run_facts: Mapping[str, Mapping[str, 
     if study.ladders:
         files |= {FITS: to_csv(FIT_COLUMNS, fit_rows(study, rows)), RANKS: to_csv(RANK_COLUMNS, rank_rows(study, rows))}
         files |= {f"laws_{ladder}.svg": laws_figure(study, rows, ladder) for ladder in study.ladders}
-    files["study.html"] = study_page(study, table, files, findings.read_text() if findings.is_file() else "")
+    content = studies.study_facts(study, locks, facts)
+    text = findings.read_text() if findings.is_file() else ""
+    files["study.html"] = study_page(study, table, files, text, content["code"])
     for name, text in files.items():
         (folder / name).write_text(text)
     current = {*map(study.lock, study.runs), *(folder / name for name in files)}
     for path in {*(folder / studies.LOCKS).glob("*.lock"), *folder.glob("*.svg")} - current:
         path.unlink()  # of an arm, seed or ladder that the study no longer has
     written = sorted(path for path in folder.rglob("*") if path.is_file() and path != facts_json)
-    content = studies.study_facts(study, locks, facts)
     content["files"] = {path.relative_to(folder).as_posix(): artifacts.sha256(path) for path in written}
     write_json(facts_json, content)
     write_index()
@@ -199,18 +203,22 @@ def _task_title(row: Row, *, higher_is_better: bool) -> str:
 # ---- pages ----
 
 
-def study_page(study: Study, table: Sequence[Row], files: Mapping[str, str], findings: str) -> str:
-    """Question, findings, table, laws, figures and arms on one page. files: texts by name; figures are linked."""
+def study_page(study: Study, table: Sequence[Row], files: Mapping[str, str], findings: str, code: Mapping[str, str]) -> str:
+    """Question, findings, table, laws, figures and arms on one page.
+
+    Args:
+        files: texts by name; figures are linked. code: of study.json.
+    """
     tasks = {row["task"]: row["metric"] for row in table}
     cells = {(row["arm"], row["task"]): _cell(row) for row in table}
     head = ("arm", *(f"{task}\n{metric}" for task, metric in tasks.items()))
     body = [[arm.name, *(cells.get((arm.name, task), NOTHING) for task in tasks)] for arm in study.arms]
     settings = [[arm.name, arm.encoder, ", ".join(arm.overrides) or f"profile {arm.profile} as it is"] for arm in study.arms]
-    parts = [f"<h1>{html.escape(study.name.replace('_', ' '))}</h1><p>{html.escape(study.question)}</p>"]
+    parts = [
+        f"<h1>{html.escape(study.name.replace('_', ' '))}</h1>{banner(study.name, code)}<p>{html.escape(study.question)}</p>"
+    ]
     if findings:
-        text = "\n".join(line for line in findings.splitlines() if not line.startswith("#"))
-        blocks = (html.escape(" ".join(block.split())) for block in text.split("\n\n") if block.strip())
-        parts.append(f"<h2>Findings</h2>{''.join(f'<p>{block}</p>' for block in blocks)}")
+        parts.append(f"<h2>Findings</h2>{''.join(f'<p>{html.escape(block)}</p>' for block in paragraphs(findings))}")
     parts.append(f"<h2>Table</h2>{html_table(head, body)}<p>{EXPLAINED.format(base=study.base, seeds=len(study.seeds))}</p>")
     for name, columns, heading in ((FITS, FIT_COLUMNS, LAWS), (RANKS, RANK_COLUMNS, RANKED)) if study.ladders else ():
         rows = ([_rounded(text) for text in row.values()] for row in parse_csv(files[name]))
@@ -218,7 +226,8 @@ def study_page(study: Study, table: Sequence[Row], files: Mapping[str, str], fin
     figures = [name.removesuffix(".svg") for name in files if name.endswith(".svg")]
     parts += [f'<figure><img src="{name}.svg" alt="{name.replace("_", " ")}"></figure>' for name in figures]
     parts.append(f"<h2>Arms</h2>{html_table(('arm', 'encoder', 'settings'), settings)}")
-    parts.append(f"<p>Again: <code>{study.command}</code>. <a href='../index.html'>All studies</a></p>")
+    made = f"Code: {code_text(code)}. Again: <code>{study.command}</code>."
+    parts.append(f"<p>{made} <a href='../index.html'>All studies</a></p>")
     return html_page(f"study {study.name}", "\n".join(parts))
 
 
@@ -237,14 +246,51 @@ def _rounded(text: str) -> str:
         return text
 
 
+def paragraphs(findings: str) -> list[str]:
+    """The paragraphs of findings.md in one line each, without headings."""
+    text = "\n".join(line for line in findings.splitlines() if not line.startswith("#"))
+    return [" ".join(block.split()) for block in text.split("\n\n") if block.strip()]
+
+
+def older_code(code: Mapping[str, str]) -> list[str]:
+    """Packages that make numbers and whose code is not that of dvc.lock; none without a lock. code: of study.json."""
+    if not LOCK.is_file():
+        return []
+    present = {out.path: out.md5 for out in read_lock(LOCK)["code"].outs}
+    different = (path for path in code.keys() | present.keys() if code.get(path) != present.get(path))
+    return sorted({Path(path).stem for path in different} - {*UNMEASURED})
+
+
+def banner(name: str, code: Mapping[str, str]) -> str:
+    """HTML that says with which older code a study was made; empty for the present code. code: of study.json."""
+    older = ", ".join(older_code(code))
+    again = f"run <code>scaling4d study {name}</code> again"
+    return f'<p style="background: #fff3cd; padding: .3em .7em">Made with older code: {older}; {again}.</p>' if older else ""
+
+
+def code_text(code: Mapping[str, str]) -> str:
+    """The packages that make numbers, with the first digits of their hashes. code: of study.json."""
+    hashes = {Path(path).stem: md5[:7] for path, md5 in sorted(code.items())}
+    return ", ".join(f"{package} {md5}" for package, md5 in hashes.items() if package not in UNMEASURED)
+
+
 def write_index() -> None:
-    """Write reports/studies/index.html: every study, and the CPU hours of all. A shared experiment counts once."""
-    lines, seconds = [], {}
+    """Write reports/studies/index.html."""
+    (REPORTS / INDEX).write_text(index_page())
+
+
+def index_page() -> str:
+    """Every study with its finding, seeds and code, and the CPU hours of all. A shared experiment counts once."""
+    parts, seconds = ["<h1>Studies</h1>"], {}
     for path in sorted(REPORTS.glob(f"*/{studies.FACTS}")):
-        facts, name = json.loads(path.read_text()), path.parent.name
+        facts, name, findings = json.loads(path.read_text()), path.parent.name, path.with_name(studies.FINDINGS)
         seconds |= {run["experiment"]: run["cpu_seconds"] for run in facts["runs"].values() if "cpu_seconds" in run}
-        link = f"<a href='{name}/study.html'>{name.replace('_', ' ')}</a>"
-        lines.append(f"<li>{link}: {html.escape(facts['question'])} ({len(facts['runs'])} runs)</li>")
+        parts.append(f"<h2><a href='{name}/study.html'>{name.replace('_', ' ')}</a></h2>{banner(name, facts['code'])}")
+        parts.append(f"<p>{html.escape(facts['question'])}</p>")
+        if findings.is_file() and (texts := paragraphs(findings.read_text())):
+            parts.append(f"<p><b>{html.escape(REFERENCES.sub('', texts[0]))}</b></p>")
+        seeds = ", ".join(map(str, facts["seeds"]))
+        parts.append(f"<p><small>Seeds {seeds}; {len(facts['runs'])} runs; code: {code_text(facts['code'])}</small></p>")
     hours = f"{len(seconds)} experiments, {sum(seconds.values()) / 3600:.2f} CPU hours, without those that were run elsewhere."
-    body = f"<h1>Studies</h1><ul>{''.join(lines)}</ul><p>Each is one command: <code>scaling4d study NAME</code>. {hours}</p>"
-    (REPORTS / "index.html").write_text(html_page("studies", body))
+    parts.append(f"<p>Each is one command: <code>scaling4d study NAME</code>. {hours}</p>")
+    return html_page("studies", "\n".join(parts))

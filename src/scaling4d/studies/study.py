@@ -103,6 +103,28 @@ def read_study(name: str) -> Study:
         raise UserError(f"{path} is no study: {' '.join(str(error).split())}; compare it with another file there") from error
 
 
+def made_study(folder: Path) -> Study:
+    """The study as its outcome in a folder was made, whatever its definition says now.
+
+    Raises:
+        UserError: no study.json, or a damaged one.
+    """
+    path = folder / FACTS
+    if not path.is_file():
+        raise UserError(f"no {path}; run `scaling4d study {folder.name}`")
+    try:
+        facts = json.loads(path.read_text())
+        order = list(dict.fromkeys([*(row["arm"] for row in read_runs(folder)), *facts["arms"]]))
+        arms = tuple(
+            Arm(name, given["profile"], tuple(given["overrides"]), given["encoder"], tuple(given["targets"]))
+            for name, given in sorted(facts["arms"].items(), key=lambda item: order.index(item[0]))
+        )
+        ladders = {name: (x, tuple(names)) for name, x, names in facts["ladders"]}
+        return Study(folder.name, facts["question"], facts["base"], tuple(facts["seeds"]), arms, ladders)
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {' '.join(str(error).split())}; take it from git again") from error
+
+
 def read_runs(folder: Path) -> list[dict[str, str]]:
     """Rows of a study's runs.csv as text; none without the file."""
     return parse_csv((folder / RUNS).read_text()) if (folder / RUNS).is_file() else []
@@ -253,4 +275,5 @@ def study_facts(study: Study, locks: Mapping[str, Stages], runs: Mapping[str, Ma
     times = {key: round(sum(run[key] for run in timed), 1) for key in ("seconds", "cpu_seconds")}
     code = {out.path: out.md5 for lock in locks.values() for out in lock["code"].outs}
     facts = {"study": study.name, "question": study.question, "base": study.base, "seeds": study.seeds}
+    facts["ladders"] = [(name, x, names) for name, (x, names) in study.ladders.items()]  # in order, which keys lose
     return {**facts, "arms": arms, "code": code, "runs": runs, **times}
