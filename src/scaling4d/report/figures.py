@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterable, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -46,6 +48,41 @@ def headline(run: RunResults) -> str:
     panels[1, 0].set_ylabel("4DS as published: other data,\nother sizes, not comparable in value")
     legend(figure)
     return to_svg(figure)
+
+
+@style()
+def label_efficiency(run: RunResults) -> str:
+    """A panel for each task with linear probes: their metric over the number of labelled clips, for every encoder."""
+    probes = {(r.encoder, r.task): _linear_probes(r) for r in run.results if r.protocol == "frozen"}
+    tasks = [task for task in run.tasks if any(probes.get((encoder, task)) for encoder in run.ladder)]
+    if not tasks:
+        return _note("This profile has no readout with linear probes.")
+    colours = mpl.colormaps["viridis"](np.linspace(0, 0.9, len(run.ladder)))
+    looks = {name: {"color": colour, "marker": "o"} for name, colour in zip(run.ladder, colours, strict=True)}
+    for name, dashes in zip(run.baselines, cycle(BASELINES), strict=False):
+        looks[name] = {"color": "0.35", "marker": "s", "ls": dashes}
+
+    figure, (panels,) = subplots(1, len(tasks), (4.7 * len(tasks), 4.2))
+    for axes, task in zip(panels, tasks, strict=True):
+        places = list(max((probes.get((name, task), {}) for name in looks), key=len))
+        for name, look in looks.items():
+            values = probes.get((name, task), {})
+            x = [places.index(clips) for clips in values]
+            axes.plot(x, list(values.values()), label=name if name in run.ladder else baseline_words(name), ms=4, lw=1.2, **look)
+        axes.set_xticks(range(len(places)), places)
+        axes.set_xlabel("labelled clips of the linear probe")
+        axes.set_title(_task_title(run, task))
+        axes.margins(x=0.08, y=0.12)
+    legend(figure)
+    return to_svg(figure)
+
+
+def _linear_probes(r: Result) -> dict[str, float]:
+    """The metric of the linear probes by the number of labelled clips, few to many; `all`: the training split."""
+    name = re.compile(rf"{r.metric}_linear(?:_(\d+))?")
+    names = {other: match for other in r.others if (match := name.fullmatch(other))}
+    by_clips = {int(match[1]) if match[1] else math.inf: r.others[other] for other, match in names.items()}
+    return {"all" if clips == math.inf else f"{clips:,}": value for clips, value in sorted(by_clips.items())}
 
 
 @style()
@@ -164,7 +201,7 @@ def costs(path: Path = MEASURED_COSTS) -> str:
 
 def draw_figures(run: RunResults) -> dict[str, str]:
     """svg by name."""
-    drawn = (headline, pretraining, training_curves, methods)
+    drawn = (headline, label_efficiency, pretraining, training_curves, methods)
     return {figure.__name__: figure(run) for figure in drawn} | {"costs": costs()}
 
 
