@@ -7,13 +7,14 @@ from html import escape, unescape
 from pathlib import Path
 from statistics import fmean, stdev
 
+import published_numbers
 import pytest
-from synthetic_run import write_seed_study
+from synthetic_run import BUILT, write_seed_study, write_tables
 
 from scaling4d import report
 from scaling4d.audit.report_numbers import _value_at
 from scaling4d.records import write_json
-from scaling4d.report import figures
+from scaling4d.report import figures, tables
 from scaling4d.report.page import Page
 from scaling4d.report.run_results import RunResults
 from scaling4d.report.seeds import FOLDER
@@ -149,3 +150,32 @@ def test_the_headline_shows_means_and_this_run(run: RunResults) -> None:
 def test_without_a_study_the_headline_shows_intervals_over_videos(pocket: dict) -> None:
     svg = figures.headline(report.read_run_results(pocket))
     assert ">frozen, 95 % interval over videos</text>" in svg and "of 3 seeds" not in svg and ">trivial answer</text>" in svg
+
+
+def readme_table(settings: dict, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Cells of the rows that README should have."""
+    write_tables(settings)
+    (BUILT / "reconstruct.csv").write_text(tables.reconstruct_csv(report.read_run_results(settings)))
+    monkeypatch.setattr(published_numbers, "ROOT", Path.cwd())
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in published_numbers._results()]
+
+
+def test_the_table_of_the_readme_has_means_of_a_study_that_belongs_to_the_run(
+    run: RunResults, pocket: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head, *table = readme_table(pocket, monkeypatch)
+    assert head[0] == "" and [row[0].split(",")[0].rstrip(" ↓") for row in table] == [
+        *("validation loss", "actions", "boxes", "depth", "points", "camera motion")
+    ]
+    pose, mini = table[-1], run.over_seeds.of("mini", "pose", "epe")
+    assert pose[2] == f"{mini.mean:.3f} ± {mini.deviation:.3f}" and pose[5] == "1.300" and pose[6] == YES
+    assert rows(run)[escape(MEASURES["epe"])][2].startswith(pose[6])
+
+
+def test_the_table_of_the_readme_has_the_one_run_where_the_study_is_stale(
+    with_study: Callable[..., RunResults], pocket: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = with_study(seeds_=(0,))
+    _, *table = readme_table(pocket, monkeypatch)
+    assert len(table) == 7 and table[-1][2] == f"{run.result('mini', 'pose', 'frozen').value:.3f}"
+    assert "±" not in str(table)
