@@ -48,8 +48,10 @@ SEEDS = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """A row. values: of the smallest and of the largest point. scales: YES, NOISE or NO. size: more on the change with
-    size. beats: baseline -> cell."""
+    """A row. values: of the smallest and of the largest point. scales: YES, NOISE or NO. beats: baseline -> cell.
+
+    size: the change from the smallest to the largest point; empty where intervals tell more.
+    """
 
     name: str
     values: tuple[Part, Part]
