@@ -1,11 +1,16 @@
 """The sentences of README and guide that state a measured number, with the number computed from committed tables."""
 
+import contextlib
 import csv
 import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from scaling4d.report.seeds import SeedStudy, read_seed_study
+from scaling4d.report.verdict import TRIVIAL, beyond_noise
+from scaling4d.studies.study import PIXELS
 
 ROOT = Path(__file__).parents[1]
 README, GUIDE = "README.md", "experiments/GUIDE.md"
@@ -31,44 +36,77 @@ def statements() -> Iterator[tuple[str, str]]:
     yield from ((GUIDE, sentence) for sentence in (*_decoding(), *_loading(), *_training(), *_masking()))
 
 
-MEASURES = {  # task -> its row's name, and the further metric or the number that is the trivial answer
-    "actions": ("actions, share named right ↑", 1 / 8),
-    "boxes": ("boxes, mean IoU ↑", "mean_iou_first_box_repeated"),
-    "depth": ("depth, relative error ↓", None),
-    "points": ("points, average Jaccard ↑", None),
-    "pose": ("camera motion, end-point error ↓", "epe_standing_still"),
+MEASURES = {  # task -> name of its row
+    "actions": "actions, share named right ↑",
+    "boxes": "boxes, mean IoU ↑",
+    "depth": "depth, relative error ↓",
+    "points": "points, average Jaccard ↑",
+    "pose": "camera motion, end-point error ↓",
 }
+LOSSES = (  # task and metric as a study has them, name of the row
+    ("pretrain", "val_loss", "validation loss ↓"),
+    ("reconstruct_moving", "moving_mse", "squared error of hidden pixels that move ↓"),
+)
+CHANCE = 1 / 8  # of actions
 
 
 def _results() -> Iterator[str]:
-    """The rows of README's table, of the report's one run."""
+    """The rows of README's table: means over seeds if the study of seeds belongs to the report's run, else that run."""
     ladder = [row for row in _rows("built/pretrain.csv") if row["method"] == "SimpleMAE"]
     ladder.sort(key=lambda row: int(row["parameters"]))
-    first, last = ladder[0]["point"], ladder[-1]["point"]
+    points = [row["point"] for row in ladder]
     sizes = (f"{int(row['parameters']) / 1e6:.2f} M" for row in (ladder[0], ladder[-1]))
     yield "| | {}, {} | {}, {} | untrained {} | pixels | trivial | better with size |".format(
-        *(word for pair in zip((first, last), sizes, strict=True) for word in pair), last
+        *(word for pair in zip((points[0], points[-1]), sizes, strict=True) for word in pair), points[-1]
     )
-    errors = {row["point"]: row.get("moving_mse", "") for row in _rows("built/reconstruct.csv")}
-    for name, values in (
-        ("validation loss ↓", [row["val_loss"] for row in ladder]),
-        ("squared error of hidden pixels that move ↓", [errors.get(row["point"], "") for row in ladder]),
-    ):
-        if all(values):
-            numbers = [float(value) for value in values]
+    seed, measured = int(ladder[0]["seed"]), {}
+    for row in _rows("built/pretrain.csv"):
+        measured[row["point"], "pretrain", "val_loss"] = seed, float(row["val_loss"]), ""
+    for row in _rows("built/reconstruct.csv"):
+        for metric in (metric for metric in PIXELS if row.get(metric)):
+            measured[row["point"], PIXELS[metric], metric] = seed, float(row[metric]), row["checkpoint_sha256"]
+    readouts = [row for row in _rows("built/results.csv") if row["protocol"] == "frozen" and row["low"]]
+    for row in readouts:
+        measured[row["encoder"], row["task"], row["metric"]] = seed, float(row["value"]), row["checkpoint_sha256"]
+    stages = json.loads((ROOT / "reports/built/stages.json").read_text())
+    with contextlib.chdir(ROOT):
+        study = read_seed_study(stages["profile"], stages["code"], measured)
+    fresh = study if study and not study.stale else None
+    for task, metric, name in LOSSES[:1] if fresh else LOSSES:
+        if all((point, task, metric) in measured for point in points):
+            numbers = [fresh.of(point, task, metric).mean if fresh else measured[point, task, metric][1] for point in points]
             falls = all(larger < smaller for smaller, larger in itertools.pairwise(numbers))
-            yield f"| {name} | {_short(numbers[0])} | {_short(numbers[-1])} | - | - | - | {'yes' if falls else 'no'} |"
-    for task, (name, trivial) in MEASURES.items():
-        rows = {row["encoder"]: row for row in _rows("built/results.csv") if _is(row, task) and row["low"]}
-        further = {row["metric"]: float(row["value"]) for row in _rows("built/results.csv") if _is(row, task, last)}
-        answer = further.get(trivial, trivial)
-        shown = [_short(float(rows[encoder]["value"])) for encoder in (first, last, f"untrained_{last}", "pixels")]
-        shown.append("-" if answer is None else _short(answer))
-        yield f"| {name} | {' | '.join(shown)} | {_scales(rows[first], rows[last])} |"
+            ends = [_shown(fresh, measured, (point, task, metric)) for point in (points[0], points[-1])]
+            yield f"| {name} | {' | '.join(ends)} | - | - | - | {'yes' if falls else 'no'} |"
+    for task, name in MEASURES.items():
+        rows = {row["encoder"]: row for row in readouts if row["task"] == task}
+        small, large = rows[points[0]], rows[points[-1]]
+        key = task, large["metric"]
+        trivial = CHANCE if task == "actions" else _further(points[-1], task, TRIVIAL[task])
+        encoders = (points[0], points[-1], f"untrained_{points[-1]}", "pixels")
+        cells = [_shown(fresh, measured, (encoder, *key)) for encoder in encoders]
+        cells.append("-" if trivial is None else _short(trivial))
+        scales = _scales(small, large)
+        if fresh:
+            first, last = (fresh.of(point, *key) for point in (points[0], points[-1]))
+            scales = beyond_noise(last.mean, first.mean, last.noise, large["higher_is_better"] == "True")
+        yield f"| {name} | {' | '.join(cells)} | {scales} |"
 
 
-def _is(row: dict[str, str], task: str, encoder: str = "") -> bool:
-    return row["task"] == task and row["protocol"] == "frozen" and encoder in ("", row["encoder"])
+def _shown(study: SeedStudy | None, measured: dict[tuple[str, str, str], Any], key: tuple[str, str, str]) -> str:
+    """Mean ± standard deviation over seeds, or the value of the one run."""
+    if study is None:
+        return _short(measured[key][1])
+    over_seeds = study.of(*key)
+    return f"{_short(over_seeds.mean)} ± {over_seeds.deviation:.{4 if over_seeds.mean < 0.1 else 3}f}"
+
+
+def _further(encoder: str, task: str, metric: str) -> float | None:
+    """A further metric of a frozen readout; None where it has none."""
+    place = (encoder, task, "frozen", metric)
+    columns = ("encoder", "task", "protocol", "metric")
+    values = [row["value"] for row in _rows("built/results.csv") if tuple(row[column] for column in columns) == place]
+    return float(values[0]) if values else None
 
 
 def _short(value: float) -> str:
@@ -76,7 +114,7 @@ def _short(value: float) -> str:
 
 
 def _scales(small: dict[str, str], large: dict[str, str]) -> str:
-    """As scaling4d.report.verdict says it."""
+    """As scaling4d.report.verdict says it of one run."""
     if float(large["low"]) <= float(small["high"]) and float(small["low"]) <= float(large["high"]):
         return "within noise"
     higher = float(large["value"]) > float(small["value"])

@@ -15,8 +15,12 @@ import yaml
 from PIL import Image
 
 from scaling4d import config, report, seeds
+from scaling4d.provenance import parse_csv, to_csv
 from scaling4d.records import Result, write_json
 from scaling4d.report import tables
+from scaling4d.report.run_results import RunResults
+from scaling4d.report.seeds import FOLDER
+from scaling4d.studies.study import PIXELS, RUN_COLUMNS, TABLE_COLUMNS, study_table
 
 NOTEBOOK = Path(__file__).parents[2] / "reports/scaling.ipynb"
 BUILT = Path("reports/built")
@@ -176,3 +180,33 @@ def write_tables(settings: dict) -> dict:
 def git(*command: str) -> str:
     identity = ("-c", "user.name=a", "-c", "user.email=a@example.org")
     return subprocess.run(["git", *identity, *command], check=True, capture_output=True, text=True).stdout
+
+
+def write_seed_study(run: RunResults, *, seeds_: tuple[int, ...] = (0, 1, 2), deviation: float = 0.005) -> None:
+    """Write a study of seeds that belongs to the run: its numbers as those of its seed, other seeds near them.
+
+    deviation: of other seeds, relative to the value.
+    """
+    measured = [(r.encoder, r.task, r.metric, r.value, r.higher_is_better, r.checkpoint_sha256) for r in run.results]
+    for point in run.trained:
+        measured.append((point, "pretrain", "val_loss", run.summaries[point]["val_loss"], False, ""))
+        for metric, task in PIXELS.items() if point in run.fidelity else ():
+            measured.append((point, task, metric, run.fidelity[point][metric], False, run.fidelity[point]["checkpoint_sha256"]))
+    rows = []
+    protocols = [*(r.protocol for r in run.results), *[""] * len(measured)]
+    for (encoder, task, metric, value, higher, weights), protocol in zip(measured, protocols, strict=False):
+        for seed in seeds_ if protocol in ("frozen", "") else ():
+            noise = deviation * seeds.numpy(seed, encoder, task, metric).standard_normal() if seed != run.seed else 0
+            row = {"arm": encoder, "seed": seed, "encoder": encoder, "task": task, "protocol": protocol, "metric": metric}
+            row |= {"value": value * (1 + noise), "higher_is_better": higher, "experiment": f"{encoder}-{seed}"}
+            rows.append(row | {"checkpoint_sha256": weights if seed == run.seed else weights and sha(f"{weights} {seed}")})
+    code = {}
+    for package in {p["code"]["package"]: p["code"] for p in run.provenances.values()}.values():
+        write_json(Path("code.json"), package)
+        code[f"artifacts/code/{package['package']}.json"] = hashlib.md5(Path("code.json").read_bytes()).hexdigest()
+    Path("code.json").unlink()
+    arms = {row["arm"]: {"encoder": row["encoder"], "profile": run.profile} for row in rows}
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    write_json(FOLDER / "study.json", {"study": "seeds", "seeds": seeds_, "arms": arms, "code": code})
+    (FOLDER / "runs.csv").write_text(to_csv(RUN_COLUMNS, rows))
+    (FOLDER / "table.csv").write_text(to_csv(TABLE_COLUMNS, study_table(parse_csv(to_csv(RUN_COLUMNS, rows)), "untrained_mini")))

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 OUTS = {
     *("results.csv", "pretrain.csv", "reconstruct.csv", "curves.csv", "metrics.json", "stages.json", "report.html"),
     *("numbers.json", "derived.json", "scaling.ipynb", "site/index.html"),
-    *("headline.svg", "pretraining.svg", "training_curves.svg", "methods.svg", "costs.svg"),
+    *("headline.svg", "label_efficiency.svg", "pretraining.svg", "training_curves.svg", "methods.svg", "costs.svg"),
 }
 
 
@@ -113,7 +113,7 @@ def test_the_folder_opens_from_any_place_with_all_its_pictures(built: Path, tmp_
     with chromium.browser(tmp_path / "browser") as page:
         page.open((tmp_path / "moved/report.html").as_uri())
         page.wait("[...document.images].every(image => image.complete)")
-        assert page.value("document.images.length") == 5 + len(TASKS) + 2 * (len(SIZES) + 3)
+        assert page.value("document.images.length") == 6 + len(TASKS) + 2 * (len(SIZES) + 3)
         assert page.value("[...document.images].filter(image => !image.naturalWidth).length") == 0
         assert all(url.startswith("file://") for url in page.requested)
         cell = "[...document.querySelectorAll('#summary tr')].find(row => row.cells[0].textContent === 'commit').cells[1]"

@@ -14,6 +14,7 @@ from scaling4d.records import UserError
 from scaling4d.studies import study
 
 ROOT = Path(__file__).parents[2]
+TASKS = ("actions", "boxes", "depth", "points", "pose")
 
 
 def rows(values: dict[str, list[float]]) -> list[dict]:
@@ -115,3 +116,15 @@ def test_a_bad_definition_is_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(UserError, match=f"^{re.escape(message)}") as caught:
         study.read_study("bad")
     assert "\n" not in str(caught.value)
+
+
+def test_the_study_of_seeds_measures_every_frozen_readout_of_the_pocket(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the report leaves it out."""
+    monkeypatch.chdir(ROOT)
+    seeds, settings = study.read_study("seeds"), config.compose(["profile=pocket"])
+    readouts = {f"readout_frozen@{encoder}-{task}" for encoder in settings["encoders"]["frozen"] for task in TASKS}
+    targets = {target for arm in seeds.arms for target in arm.targets}
+    assert {target for target in targets if target.startswith("readout")} == readouts
+    sizes = [name for name, point in settings["points"].items() if "SimpleMAE" in point["model"]]
+    assert targets - readouts == {f"reconstruct@{point}" for point in sizes}
+    assert all((arm.name, arm.overrides, arm.profile) == (arm.encoder, (), "pocket") for arm in seeds.arms)

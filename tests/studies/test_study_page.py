@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from scaling4d import seeds
-from scaling4d.provenance import DVC_CACHE, to_csv
+from scaling4d.provenance import DVC_CACHE, read_lock, to_csv
 from scaling4d.records import UserError
 from scaling4d.studies import page, study
 from scaling4d.studies.study import Arm, Study
@@ -52,7 +52,7 @@ def write_lock(scaling: Study, arm: Arm, seed: int) -> None:
     result |= {"checkpoint_sha256": hashlib.sha256(f"{arm.name} {seed}".encode()).hexdigest()}
     actions = {"task": "actions", "metric": "top1", "value": 1 - error, "higher_is_better": True}
     pose = {"task": "pose", "metric": "epe", "value": 1 + error, "higher_is_better": False}
-    results = [result | actions, result | pose, result | {"masked_mse": error / 10}]
+    results = [result | actions, result | pose, result | {"masked_mse": error / 10, "moving_mse": error / 5}]
     outs = {name: ("result.json", content) for name, content in zip(arm.targets, results, strict=True)}
     summary = {"parameters": int(size), "flops": 100 * size, "clips_seen": 800, "val_loss": 0.08 + error}
     outs[f"pretrain@{arm.encoder}"] = ("summary.json", summary)
@@ -87,9 +87,26 @@ def test_a_study_follows_from_its_locks_and_the_cache_and_is_the_same_bytes_agai
     assert {"index.html", "scaling/runs.csv", "scaling/table.csv", "scaling/fits.csv", "scaling/ranks.csv"} <= before.keys()
     assert {"scaling/runs.svg", "scaling/laws_size.svg", "scaling/study.html", "scaling/study.json"} <= before.keys()
     rows = list(csv.DictReader((scaling.folder / "runs.csv").open()))
-    assert len(rows) == 5 * 3 * 4 and rows[0]["experiment"] == "nano-0-abc"
+    assert len(rows) == 5 * 3 * 5 and rows[0]["experiment"] == "nano-0-abc"
     page.write_study(scaling, DVC_CACHE, {})
     assert content(study.REPORTS) == before
+
+
+def test_hidden_pixels_that_move_have_their_own_row_and_none_where_nothing_was_measured(scaling: Study) -> None:
+    arm = replace(scaling.arms[0], targets=("reconstruct@nano",))
+    weights = {"checkpoint_sha256": "0"}
+
+    def rows(measured: dict) -> list[tuple]:
+        out = cache_out("artifacts/reconstruct/nano", "result.json", weights | measured)
+        lock = scaling.lock("nano-0")
+        lock.write_text(json.dumps({"schema": "2.0", "stages": {"reconstruct@nano": {"cmd": "", "outs": [out]}}}))
+        numbers = study.run_numbers(arm, 0, read_lock(lock), DVC_CACHE, "")
+        return [(row["task"], row["metric"], row["value"]) for row in numbers]
+
+    all_hidden, moving = ("reconstruct", "masked_mse", 0.1), ("reconstruct_moving", "moving_mse", 0.3)
+    assert rows({"masked_mse": 0.1, "moving_mse": 0.3}) == [all_hidden, moving]
+    assert rows({"masked_mse": 0.1, "moving_mse": None}) == rows({"masked_mse": 0.1}) == [all_hidden]
+    assert rows({"true_patch_statistics": True}) == []
 
 
 def test_rows_without_results_in_the_cache_stay_as_long_as_their_lock_does(scaling: Study) -> None:

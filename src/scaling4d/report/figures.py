@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterable, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -14,14 +16,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from scaling4d.records import Result
-from scaling4d.report.run_results import RunResults
+from scaling4d.report.page import Page
+from scaling4d.report.run_results import RunResults, baseline_words
 from scaling4d.report.tables import published
+from scaling4d.report.verdict import trivial_answer
 from scaling4d.studies.fits import held_out, spearman, trend
 from scaling4d.studies.plotting import draw_intervals, draw_law, legend, log_x, panel_title, style, subplots, to_svg
 
 MEASURED_COSTS = Path("reports/bench/costs.json")
 LOOK = {"frozen": ("tab:blue", "o", "-"), "finetune": ("tab:orange", "s", "--"), "classifier": ("tab:red", "^", ":")}
 BASELINES = ((0, (5, 2)), (0, (5, 2, 1, 2)), (0, (1, 2)), (0, (9, 2)), (0, (5, 1, 1, 1, 1, 1)))  # dashes, in order
+TRIVIAL_LINE = (0, (1, 1))
 OTHERS = ("tab:green", "tab:purple", "tab:brown", "tab:pink")  # points of other methods than the ladder's
 COSTS = (  # measured, its unit, y label, formula, name of the formula in the legend
     ("seconds", 1.0, "seconds", "flops", "FLOPs at one speed"),
@@ -39,10 +44,45 @@ def headline(run: RunResults) -> str:
     for task, ours, theirs in zip(run.tasks, *panels, strict=True):
         _our_panel(ours, run, task)
         _published_panel(theirs, task)
-    panels[0, 0].set_ylabel("ours: this run")
+    panels[0, 0].set_ylabel("ours")
     panels[1, 0].set_ylabel("4DS as published: other data,\nother sizes, not comparable in value")
     legend(figure)
     return to_svg(figure)
+
+
+@style()
+def label_efficiency(run: RunResults) -> str:
+    """A panel for each task with linear probes: their metric over the number of labelled clips, for every encoder."""
+    probes = {(r.encoder, r.task): _linear_probes(r) for r in run.results if r.protocol == "frozen"}
+    tasks = [task for task in run.tasks if any(probes.get((encoder, task)) for encoder in run.ladder)]
+    if not tasks:
+        return _note("This profile has no readout with linear probes.")
+    colours = mpl.colormaps["viridis"](np.linspace(0, 0.9, len(run.ladder)))
+    looks = {name: {"color": colour, "marker": "o"} for name, colour in zip(run.ladder, colours, strict=True)}
+    for name, dashes in zip(run.baselines, cycle(BASELINES), strict=False):
+        looks[name] = {"color": "0.35", "marker": "s", "ls": dashes}
+
+    figure, (panels,) = subplots(1, len(tasks), (4.7 * len(tasks), 4.2))
+    for axes, task in zip(panels, tasks, strict=True):
+        places = list(max((probes.get((name, task), {}) for name in looks), key=len))
+        for name, look in looks.items():
+            values = probes.get((name, task), {})
+            x = [places.index(clips) for clips in values]
+            axes.plot(x, list(values.values()), label=name if name in run.ladder else baseline_words(name), ms=4, lw=1.2, **look)
+        axes.set_xticks(range(len(places)), places)
+        axes.set_xlabel("labelled clips of the linear probe")
+        axes.set_title(_task_title(run, task))
+        axes.margins(x=0.08, y=0.12)
+    legend(figure)
+    return to_svg(figure)
+
+
+def _linear_probes(r: Result) -> dict[str, float]:
+    """The metric of the linear probes by the number of labelled clips, few to many; `all`: the training split."""
+    name = re.compile(rf"{r.metric}_linear(?:_(\d+))?")
+    names = {other: match for other in r.others if (match := name.fullmatch(other))}
+    by_clips = {int(match[1]) if match[1] else math.inf: r.others[other] for other, match in names.items()}
+    return {"all" if clips == math.inf else f"{clips:,}": value for clips, value in sorted(by_clips.items())}
 
 
 @style()
@@ -111,7 +151,7 @@ def methods(run: RunResults) -> str:
     for axes, task in zip(panels, run.tasks, strict=False):
         for protocol, shift in (("frozen", -0.15), ("finetune", 0.0), ("classifier", 0.15)):
             results = [r for name in names if (r := run.result(name, task, protocol))]
-            _draw_results(axes, [names.index(r.encoder) + shift for r in results], results, protocol)
+            _draw_results(axes, [names.index(r.encoder) + shift for r in results], results, protocol, run)
         axes.set_title(_task_title(run, task))
     filled = [name for name in names if "masked_mse" in run.fidelity.get(name, {})]
     mse = [run.fidelity[name]["masked_mse"] for name in filled]
@@ -161,29 +201,49 @@ def costs(path: Path = MEASURED_COSTS) -> str:
 
 def draw_figures(run: RunResults) -> dict[str, str]:
     """svg by name."""
-    return {figure.__name__: figure(run) for figure in (headline, pretraining, training_curves, methods)} | {"costs": costs()}
+    drawn = (headline, label_efficiency, pretraining, training_curves, methods)
+    return {figure.__name__: figure(run) for figure in drawn} | {"costs": costs()}
 
 
 def _our_panel(axes: Axes, run: RunResults, task: str) -> None:
-    """Points with intervals, baselines as horizontal lines."""
+    """Points with intervals, baselines and the trivial answer as horizontal lines.
+
+    With a study of seeds, frozen readouts are drawn as mean and standard deviation, and this run's values beside them.
+    """
     ladder, results = set(run.ladder), [r for r in run.results if r.task == task]
     baselines = dict(zip(run.baselines, cycle(BASELINES), strict=False))
     names = dict.fromkeys([*run.trained, *(r.encoder for r in results)])  # the points, then published encoders
     others = dict(zip((name for name in names if name not in ladder | baselines.keys()), cycle(OTHERS), strict=False))
     for protocol, (colour, _, line) in LOOK.items():
         if points := [r for r in results if r.protocol == protocol and r.encoder in ladder]:
-            _draw_results(axes, [r.parameters for r in points], points, protocol)
+            _draw_results(axes, [r.parameters for r in points], points, protocol, run)
             sizes = sorted({r.parameters for r in points})
-            means = [np.mean([r.value for r in points if r.parameters == size]) for size in sizes]
+            means = [np.mean([_drawn(run, r)[0] for r in points if r.parameters == size]) for size in sizes]
             axes.plot(sizes, means, color=colour, ls=line, lw=1.2, zorder=2)
     for r in results:
+        value, low, high = _drawn(run, r)
         if r.encoder in baselines:
-            axes.axhline(r.value, color="0.35", lw=1.2, ls=baselines[r.encoder], label=r.encoder.replace("_", " "))
+            axes.axhline(value, color="0.35", lw=1.2, ls=baselines[r.encoder], label=baseline_words(r.encoder))
+            if run.over_seeds:
+                axes.axhspan(low, high, color="0.35", alpha=0.12, lw=0)
         elif r.encoder not in ladder:
             look = {"color": others[r.encoder], "marker": "D" if r.protocol == "frozen" else LOOK[r.protocol][1], "ms": 5}
-            draw_intervals(axes, [r.parameters], [(r.value, r.low, r.high)], label=f"{r.encoder}, {r.protocol}", **look)
+            draw_intervals(axes, [r.parameters], [(value, low, high)], label=f"{r.encoder}, {r.protocol}", **look)
+        if run.over_seeds and r.protocol == "frozen" and r.encoder not in baselines:
+            axes.plot(r.parameters, r.value, "x", color="black", ms=4.5, zorder=4, label="this run")
+    largest = next((r for point in reversed(run.ladder) if (r := run.result(point, task, "frozen"))), None)
+    if largest and (trivial := trivial_answer(run, Page(run.folder), largest)):
+        axes.axhline(trivial.value, color="tab:red", lw=1, ls=TRIVIAL_LINE, label="trivial answer")
     axes.set_title(_task_title(run, task))
     log_x(axes, [r.parameters for r in results if r.encoder not in baselines], "encoder parameters")
+
+
+def _drawn(run: RunResults, r: Result) -> tuple[float, float, float]:
+    """Value, low and high: over seeds the mean and one standard deviation, else the interval over validation videos."""
+    measured = run.over_seeds and r.protocol == "frozen" and run.over_seeds.of(r.encoder, r.task, r.metric)
+    if not measured:
+        return r.value, r.low, r.high
+    return measured.mean, measured.mean - measured.deviation, measured.mean + measured.deviation
 
 
 def _published_panel(axes: Axes, task: str) -> None:
@@ -196,16 +256,21 @@ def _published_panel(axes: Axes, task: str) -> None:
     for protocol, (colour, marker, line) in LOOK.items():
         if values := curves.get(protocol):
             x = [paper["sizes"][size] for size in values]
-            axes.plot(x, list(values.values()), color=colour, marker=marker, ls=line, ms=4, lw=1.2, mfc="white")
+            look = {"color": colour, "marker": marker, "ls": line, "ms": 4, "lw": 1.2, "mfc": "white"}
+            axes.plot(x, list(values.values()), label=f"4DS, {protocol}", **look)
     axes.set_title(panel_title(curves["benchmark"], curves["metric"], curves["unit"], curves["higher_is_better"]))
     log_x(axes, list(paper["sizes"].values()), "parameters")
 
 
-def _draw_results(axes: Axes, x: Sequence[float], results: Sequence[Result], protocol: str) -> None:
+def _draw_results(axes: Axes, x: Sequence[float], results: Sequence[Result], protocol: str, run: RunResults) -> None:
     if results:
         color, marker, _ = LOOK[protocol]
         look = {"color": color, "marker": marker, "ms": 4.5, "zorder": 3}
-        draw_intervals(axes, x, [(r.value, r.low, r.high) for r in results], label=protocol, **look)
+        label = f"{protocol}, 95 % interval over videos"
+        if run.over_seeds and protocol == "frozen":
+            seeds = run.over_seeds.of(results[0].encoder, results[0].task, results[0].metric).seeds
+            label = f"{protocol}, mean of {seeds} seeds, standard deviation"
+        draw_intervals(axes, x, [_drawn(run, r) for r in results], label=label, **look)
 
 
 def _plain_log_y(axes: Axes, ticks: Iterable[float]) -> None:

@@ -18,12 +18,15 @@ DERIVED, NUMBERS = "derived.json", "numbers.json"
 
 @dataclass(frozen=True)
 class Number:
-    """A number on the page. format: a spec of `format_number`. source: path in the project. key: place there."""
+    """A number on the page. format: a spec of `format_number`. source: path in the project.
+
+    key: place there, in a csv ({column: value} of the row, column).
+    """
 
     value: float | int | str
     format: str
     source: str
-    key: tuple[str | int, ...]
+    key: tuple[Any, ...]
 
 
 Part = str | Number | Sequence["Part"]

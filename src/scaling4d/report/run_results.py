@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 from scaling4d import artifacts, config
 from scaling4d.provenance import is_below, parse_gin
 from scaling4d.records import Result, UserError
+from scaling4d.report.seeds import SeedStudy, read_seed_study
+from scaling4d.studies.study import PIXELS
 
 KEYS = ["profile", "seed", "points", "distilled", "encoders", "benchmarks.tasks", "show.tasks", "report"]  # declared in dvc.yaml
 PROTOCOLS = ("frozen", "finetune", "classifier")
@@ -29,7 +31,7 @@ class RunResults:
     of the settings. summaries, losses (lines of losses.jsonl), fidelity (result.json of `reconstruct`) and pictures
     (filled.png): by point. sheets: of stage `show`, by task. models: by point, the method's settings. provenances: by
     `stage/name`. operative: likewise, the settings in force. overrides: dotted key -> (value in force, names of the
-    stages that it changes).
+    stages that it changes). seed_study: None where the profile has none.
     """
 
     home: Path
@@ -51,6 +53,12 @@ class RunResults:
     operative: Mapping[str, Mapping[str, Any]]
     overrides: Mapping[str, tuple[Any, tuple[str, ...]]]
     datasheet: Mapping[str, Any]
+    seed_study: SeedStudy | None
+
+    @property
+    def over_seeds(self) -> SeedStudy | None:
+        """The study of seeds, if there is one and it belongs to this run."""
+        return self.seed_study if self.seed_study and not self.seed_study.stale else None
 
     def result(self, encoder: str, task: str, protocol: str) -> Result | None:
         """None where the profile has no such readout."""
@@ -136,6 +144,8 @@ def read_run_results(settings: Mapping[str, Any] | None = None) -> RunResults:
     for stage, values in [*((name, p.get("overrides") or {}) for name, p in provenances.items()), ("report", own)]:
         for key, value in values.items():
             overrides.setdefault(key, (value, []))[1].append(stage)
+    codes = {p["code"]["package"]: p["code"] for p in provenances.values() if p.get("code")}
+    numbers = _numbers_by_seed(declared["seed"], results.values(), summaries, fidelity)
     return RunResults(
         home=home,
         folder=Path(config.section(settings, "report.folder")),
@@ -156,12 +166,33 @@ def read_run_results(settings: Mapping[str, Any] | None = None) -> RunResults:
         operative={name: _parsed(folder / artifacts.OPERATIVE, c, parse_gin) for name, (folder, c) in folders.items()},
         overrides={key: (value, tuple(stages)) for key, (value, stages) in sorted(overrides.items())},
         datasheet=_parsed(home / "clips" / "datasheet.json", "clips"),
+        seed_study=read_seed_study(declared["profile"], codes, numbers),
     )
+
+
+def _numbers_by_seed(
+    seed: int,
+    results: Iterable[Result],
+    summaries: Mapping[str, Mapping[str, Any]],
+    fidelity: Mapping[str, Mapping[str, Any]],
+) -> dict[tuple[str, str, str], tuple[int, float, str]]:
+    """The numbers that a study of seeds measures too, as `read_seed_study` takes them."""
+    numbers = {(point, "pretrain", "val_loss"): (seed, summary["val_loss"], "") for point, summary in summaries.items()}
+    for point, measured in fidelity.items():
+        for metric in (metric for metric in PIXELS if measured.get(metric) is not None):
+            numbers[point, PIXELS[metric], metric] = seed, measured[metric], measured["checkpoint_sha256"]
+    frozen = [r for r in results if r.protocol == "frozen"]
+    return numbers | {(r.encoder, r.task, r.metric): (seed, r.value, r.checkpoint_sha256) for r in frozen}
 
 
 def is_baseline(encoder: str) -> bool:
     """Whether an encoder is raw pixels or an untrained one."""
     return encoder == "pixels" or encoder.startswith(UNTRAINED)
+
+
+def baseline_words(encoder: str) -> str:
+    """A baseline as a reader calls it: raw pixels, untrained mini."""
+    return "raw pixels" if encoder == "pixels" else encoder.replace("_", " ")
 
 
 def _existing(path: Path, command: str) -> Path:

@@ -329,8 +329,9 @@ def lineage(run: RunResults, page: Page) -> str:
 
 
 SECTIONS = (  # in the order of the page; a figure by its name
-    *(verdict, "headline", sources, results, paper, gains, sheets, further, "pretraining", trends, points, "training_curves"),
-    *("methods", reconstructions, fidelity, "costs", summary, overrides, deviations, unstated, lineage),
+    *(verdict, "headline", sources, results, paper, gains, "label_efficiency", sheets, further),
+    *("pretraining", trends, points, "training_curves", "methods", reconstructions, fidelity, "costs"),
+    *(summary, overrides, deviations, unstated, lineage),
 )
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from scaling4d.records import Result
 from scaling4d.report.page import Number, Page, Part, joined, part_of
-from scaling4d.report.run_results import UNTRAINED, RunResults
-from scaling4d.report.tables import MSE, result_part, summary_part
+from scaling4d.report.run_results import UNTRAINED, RunResults, baseline_words
+from scaling4d.report.seeds import OverSeeds
+from scaling4d.report.tables import MSE, interval, result_part, summary_part
+from scaling4d.studies.fits import spearman
 from scaling4d.studies.markup import NOTHING
+from scaling4d.studies.study import PIXELS
 
 YES, NOISE, NO = "yes", "within noise", "no"
 MEASURES = {  # metric -> words for the page
@@ -22,80 +26,146 @@ MEASURES = {  # metric -> words for the page
     "average_jaccard": "tracked points, average Jaccard ↑",
     "epe": "error of the camera's motion, end-point ↓",
 }
-TRIVIAL = {"boxes": "mean_iou_first_box_repeated", "pose": "epe_standing_still"}  # task -> further metric of its readouts
+TRIVIAL = {  # task -> further metric of its readouts
+    "boxes": "mean_iou_first_box_repeated",
+    "depth": "abs_rel_mean_depth",
+    "points": "average_jaccard_standing_still",
+    "pose": "epe_standing_still",
+}
 TRIVIAL_ANSWER, CHANCE = "the trivial answer", "chance of actions"
-RULES = (
-    "Better with size: of losses, every point is better than the next smaller one; of tasks, the 95 % intervals over "
-    "validation videos of the largest and the smallest point do not overlap. Better than a baseline: the intervals do not "
-    "overlap. This is one run; the noise between seeds is not in its intervals."
+LOSSES = "Better with size: of losses, every point is better than the next smaller one; of tasks, "
+ONE_RUN = (
+    f"{LOSSES}the 95 % intervals over validation videos of the largest and the smallest point do not overlap. Better than "
+    "a baseline: the intervals do not overlap. This is one run; the noise between seeds is not in its intervals."
+)
+SEEDS = (
+    f" seeds, ± their standard deviation. {LOSSES}the largest point differs from the smallest by more than the noise of "
+    "seeds: the 95 % limit of the difference of two equal encoders, pooled over all encoders of the study. Better than a "
+    "baseline or the trivial answer: likewise. A seed changes weights, masks, crops and the order of clips; worlds and "
+    "validation videos stay, so their choice is not in this noise."
 )
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A row. values: of the smallest and of the largest point. scales: YES, NOISE or NO. beats: baseline -> cell."""
+    """A row. values: of the smallest and of the largest point. scales: YES, NOISE or NO. beats: baseline -> cell.
+
+    size: the change from the smallest to the largest point; empty where intervals tell more.
+    """
 
     name: str
     values: tuple[Part, Part]
     scales: str
+    size: Part
     beats: dict[str, Part]
 
 
 def verdict(run: RunResults, page: Page) -> str:
-    """What improves with size in one sentence, and a row for each measure. Tasks: frozen readouts."""
+    """What improves with size in one sentence, and a row for each measure. Tasks: frozen readouts.
+
+    With a study of seeds that belongs to the run, means over seeds are compared, else the intervals of this run.
+    """
     if len(run.ladder) < 2:
         return page.paragraph("This profile has one size alone, so nothing can be said of size.")
-    rows = [*_losses(run), *_tasks(run, page)]
+    rows = [*_losses(run, page), *_tasks(run, page)]
     named = [(answer, [row.name.rsplit(" ", 1)[0] for row in rows if row.scales == answer]) for answer in (YES, NOISE, NO)]
-    heads = {YES: "Better with size", NOISE: "Within the noise of this run", NO: "Not better with size"}
+    noise = "the noise of seeds" if run.over_seeds else "the noise of this run"
+    heads = {YES: "Better with size", NOISE: f"Within {noise}", NO: "Not better with size"}
     sentence = " ".join(f"{heads[answer]}: {'; '.join(names)}." for answer, names in named if names)
     baselines = list(dict.fromkeys(name for row in rows for name in row.beats))
     head = ["measure", f"{run.ladder[0]}, smallest", f"{run.ladder[-1]}, largest", "better with size"]
-    table = ([row.name, *row.values, row.scales, *(row.beats.get(name, NOTHING) for name in baselines)] for row in rows)
-    top = page.paragraph(sentence) + page.table([*head, *(f"largest better than\n{name}" for name in baselines)], table)
-    return top + page.paragraph(RULES)
+    head += [f"largest better than\n{name}" for name in baselines]
+    table = []
+    for row in rows:
+        cells = [row.beats.get(name, NOTHING) for name in baselines]
+        table.append([row.name, *row.values, joined([row.scales, *filter(None, [row.size])], "\n"), *cells])
+    top = page.paragraph(sentence) + page.table(head, table)
+    if run.over_seeds:
+        return top + page.paragraph("Means of ", next(iter(run.over_seeds.numbers.values())).part("seeds"), SEEDS)
+    stale = f" {run.seed_study.stale}" if run.seed_study else ""
+    return top + page.paragraph(f"{ONE_RUN}{stale}")
 
 
-def _losses(run: RunResults) -> Iterator[Verdict]:
-    """Measures without an interval."""
-    measured = {"val_loss": {point: run.summaries[point]["val_loss"] for point in run.ladder}}
-    measured |= {name: {point: run.fidelity.get(point, {}).get(name) for point in run.ladder} for name in MSE}
-    for name, values in measured.items():
-        if None in values.values():
-            continue
-        ends = run.ladder[0], run.ladder[-1]
-        if name == "val_loss":
-            parts = [summary_part(run, point, name) for point in ends]
+def _losses(run: RunResults, page: Page) -> Iterator[Verdict]:
+    """Measures without an interval: over seeds the means, else the values of this run."""
+    for name in ("val_loss", *MSE):
+        if run.over_seeds:
+            measured = [run.over_seeds.of(point, PIXELS.get(name, "pretrain"), name) for point in run.ladder]
+            parts = [NOTHING if over_seeds is None else over_seeds.part("mean") for over_seeds in measured]
+        elif name == "val_loss":
+            parts = [summary_part(run, point, name) for point in run.ladder]
         else:
-            parts = [part_of(values[point], run.home / "reconstruct" / point / "result.json", name) for point in ends]
-        numbers = list(values.values())
+            sources = [run.home / "reconstruct" / point / "result.json" for point in run.ladder]
+            values = [run.fidelity.get(point, {}).get(name) for point in run.ladder]
+            parts = [part_of(value, source, name) for value, source in zip(values, sources, strict=True)]
+        if NOTHING in parts:
+            continue
+        numbers, sizes = [part.value for part in parts], [summary_part(run, point, "parameters") for point in run.ladder]
         falls = all(larger < smaller for smaller, larger in zip(numbers, numbers[1:], strict=False))
-        yield Verdict(MEASURES[name], (parts[0], parts[1]), YES if falls else NO, {})
+        change = {"relative": numbers[-1] / numbers[0] - 1, "spearman": spearman([size.value for size in sizes], numbers)}
+        page.derive(f"change of {name} with size", change, [*sizes, *parts])
+        number = partial(page.derived_number, f"change of {name} with size")
+        size = [number("relative", spec="+.1%"), "\nSpearman ", number("spearman", spec="+.2f")]
+        first, last = map(_with_deviation, (measured[0], measured[-1])) if run.over_seeds else (parts[0], parts[-1])
+        yield Verdict(MEASURES[name], (first, last), YES if falls else NO, size, {})
 
 
 def _tasks(run: RunResults, page: Page) -> Iterator[Verdict]:
     smallest, largest = run.ladder[0], run.ladder[-1]
-    baselines = {f"{UNTRAINED}{largest}": f"untrained {largest}", "pixels": "raw pixels"}
+    baselines = (f"{UNTRAINED}{largest}", "pixels")
     for task in run.tasks:
         first, last = (run.result(point, task, "frozen") for point in (smallest, largest))
-        if first is None or last is None:
-            continue
-        beats = {}
-        for encoder, words in baselines.items():
-            if (other := run.result(encoder, task, "frozen")) is not None:
-                beats[words] = joined([better(last, other), result_part(run, other, "value")], "\n")
-        if (name := TRIVIAL.get(task)) in last.others:
-            beats[TRIVIAL_ANSWER] = joined([beyond(last, last.others[name]), result_part(run, last, "others", name)], "\n")
-        elif task == "actions" and (classes := _classes(run, last)) is not None:
-            page.derive(CHANCE, 1 / classes.value, [classes])
-            beats[TRIVIAL_ANSWER] = joined([beyond(last, 1 / classes.value), page.derived_number(CHANCE)], "\n")
-        values = (_with_interval(run, first), _with_interval(run, last))
-        yield Verdict(MEASURES.get(last.metric, f"{task}: {last.metric}"), values, better(last, first), beats)
+        if first is not None and last is not None:
+            others = {baseline_words(name): r for name in baselines if (r := run.result(name, task, "frozen"))}
+            row = _task_over_seeds if run.over_seeds else _task_of_one_run
+            yield row(run, page, first, last, others)
 
 
-def _with_interval(run: RunResults, r: Result) -> Sequence[Part]:
-    low, high = (result_part(run, r, key) for key in ("low", "high"))
-    return [result_part(run, r, "value"), "\n[", low, ", ", high, "]"]
+def _task_over_seeds(run: RunResults, page: Page, first: Result, last: Result, others: Mapping[str, Result]) -> Verdict:
+    """others: the largest point is compared with them too."""
+    small, large = (run.over_seeds.of(r.encoder, r.task, r.metric) for r in (first, last))
+    compared: dict[str, tuple[float, Part]] = {}
+    for words, r in others.items():
+        other = run.over_seeds.of(r.encoder, r.task, r.metric)
+        compared[words] = other.mean, _with_deviation(other)
+    if trivial := trivial_answer(run, page, last):
+        compared[TRIVIAL_ANSWER] = trivial.value, trivial
+
+    def answer(value: float) -> str:
+        return beyond_noise(large.mean, value, large.noise, last.higher_is_better)
+
+    name = f"change of {last.task} with size"
+    page.derive(name, large.mean - small.mean, [large.part("mean"), small.part("mean")])
+    size = [page.derived_number(name, spec="+.4f"), "\nnoise ", large.part("noise")]
+    beats = {words: joined([answer(value), shown], "\n") for words, (value, shown) in compared.items()}
+    return Verdict(_measure(last), (_with_deviation(small), _with_deviation(large)), answer(small.mean), size, beats)
+
+
+def _task_of_one_run(run: RunResults, page: Page, first: Result, last: Result, others: Mapping[str, Result]) -> Verdict:
+    beats = {words: joined([better(last, r), result_part(run, r, "value")], "\n") for words, r in others.items()}
+    if trivial := trivial_answer(run, page, last):
+        beats[TRIVIAL_ANSWER] = joined([beyond(last, trivial.value), trivial], "\n")
+    values = (interval(run, first, "\n"), interval(run, last, "\n"))
+    return Verdict(_measure(last), values, better(last, first), "", beats)
+
+
+def _measure(r: Result) -> str:
+    return MEASURES.get(r.metric, f"{r.task}: {r.metric}")
+
+
+def _with_deviation(measured: OverSeeds) -> Part:
+    """`mean ± deviation`."""
+    return [measured.part("mean"), " ± ", measured.part("deviation")]
+
+
+def trivial_answer(run: RunResults, page: Page, r: Result) -> Number | None:
+    """The metric of an answer that looks at no video: of actions chance; of other tasks TRIVIAL, if it was measured."""
+    if (name := TRIVIAL.get(r.task)) in r.others:
+        return result_part(run, r, "others", name)
+    if r.task != "actions" or (classes := _classes(run, r)) is None:
+        return None
+    page.derive(CHANCE, 1 / classes.value, [classes])
+    return page.derived_number(CHANCE)
 
 
 def _classes(run: RunResults, r: Result) -> Number | None:
@@ -106,6 +176,13 @@ def _classes(run: RunResults, r: Result) -> Number | None:
         value = value.get(word, {})
     source = (run.home / stage / "provenance.json").as_posix()
     return Number(value, ",d", source, ("settings", *words)) if value else None
+
+
+def beyond_noise(value: float, other: float, noise: float | None, higher_is_better: bool) -> str:
+    """Whether a mean over seeds is better than another number by more than the noise of seeds (None: unknown)."""
+    if noise is None or abs(value - other) <= noise:
+        return NOISE
+    return YES if (value > other) == higher_is_better else NO
 
 
 def beyond(r: Result, value: float) -> str:

@@ -24,6 +24,7 @@ DEFINITIONS = config.EXPERIMENTS / "study"
 REPORTS = Path("reports/studies")
 LOCKS, RUNS, TABLE, FINDINGS, FACTS = "locks", "runs.csv", "table.csv", "findings.md", "study.json"
 READOUTS, TRAINING = ("readout_frozen", "readout_finetune", "readout_classifier"), ("pretrain", "distill")
+PIXELS = {"masked_mse": "reconstruct", "moving_mse": "reconstruct_moving"}  # metric of `reconstruct` -> task in runs.csv
 SIZES = ("parameters", "flops", "clips_seen")
 RESULT = ("task", "protocol", "metric", "value", "unit", "higher_is_better", "checkpoint_sha256")  # of result.json
 RUN_COLUMNS = ("arm", "seed", "encoder", *RESULT[:-1], *SIZES, "experiment", RESULT[-1])
@@ -176,6 +177,8 @@ def _arm(name: str, given: Mapping[str, Any] | list[str], shared: Mapping[str, A
 def run_numbers(arm: Arm, seed: int, stages: Stages, cache: Path, experiment: str) -> list[dict[str, Any]] | None:
     """Rows of runs.csv of one run: the validation loss of its encoder and the result of every target.
 
+    A reconstruction has a row for all hidden pixels and one for those that move, if any was measured.
+
     Args:
         stages: of the run's lock. cache: DVC's.
     Returns:
@@ -192,12 +195,15 @@ def run_numbers(arm: Arm, seed: int, stages: Stages, cache: Path, experiment: st
             return None
         if name in trained:
             run |= {key: content[key] for key in SIZES}
-            numbers = ("pretrain", "", "val_loss", content["val_loss"], "", False, "")
+            numbers = [("pretrain", "", "val_loss", content["val_loss"], "", False, "")]
         elif name.startswith("reconstruct@"):
-            numbers = ("reconstruct", "", "masked_mse", content["masked_mse"], "", False, content["checkpoint_sha256"])
+            errors = {metric: content[metric] for metric in PIXELS if content.get(metric) is not None}
+            weights = content["checkpoint_sha256"]
+            numbers = [(PIXELS[metric], "", metric, error, "", False, weights) for metric, error in errors.items()]
         else:
-            numbers = [content[key] for key in RESULT]
-        rows.append({"parameters": content.get("parameters")} | run | dict(zip(RESULT, numbers, strict=True)))
+            numbers = [[content[key] for key in RESULT]]
+        common = {"parameters": content.get("parameters")} | run
+        rows += [common | dict(zip(RESULT, row, strict=True)) for row in numbers]
     return rows
 
 

@@ -1,0 +1,181 @@
+"""The study of seeds: whether it belongs to a run, and its means in the verdict and the figures."""
+
+import json
+import re
+from collections.abc import Callable
+from html import escape, unescape
+from pathlib import Path
+from statistics import fmean, stdev
+
+import published_numbers
+import pytest
+from synthetic_run import BUILT, write_seed_study, write_tables
+
+from scaling4d import report
+from scaling4d.audit.report_numbers import _value_at
+from scaling4d.records import write_json
+from scaling4d.report import figures, tables
+from scaling4d.report.page import Page
+from scaling4d.report.run_results import RunResults
+from scaling4d.report.seeds import FOLDER
+from scaling4d.report.verdict import MEASURES, NO, NOISE, YES, verdict
+
+STUDY, RUNS = FOLDER / "study.json", FOLDER / "runs.csv"
+
+
+@pytest.fixture
+def with_study(pocket: dict) -> Callable[..., RunResults]:
+    """Write a study of seeds of the run, and read the run with it."""
+
+    def write(**properties: object) -> RunResults:
+        write_seed_study(report.read_run_results(pocket), **properties)
+        return report.read_run_results(pocket)
+
+    return write
+
+
+@pytest.fixture
+def run(with_study: Callable[..., RunResults]) -> RunResults:
+    return with_study()
+
+
+def rows(run: RunResults) -> dict[str, list[str]]:
+    """Cells of the verdict's table by the first one, as text."""
+    lines = re.findall(r"<tr>(.*?)</tr>", verdict(run, Page(Path("out"))).partition("<tbody>")[2])
+    cells = [[re.sub("<[^>]+>", "", cell) for cell in re.findall(r"<td>(.*?)</td>", line)] for line in lines]
+    return {name: rest for name, *rest in cells}
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def test_every_number_has_its_values_mean_and_deviation_over_seeds(run: RunResults) -> None:
+    measured = run.over_seeds.numbers["mini", "pose", "epe"]
+    assert measured.values[0] == run.result("mini", "pose", "frozen").value and list(measured.values) == [0, 1, 2]
+    assert measured.mean == pytest.approx(fmean(measured.values.values()))
+    assert measured.deviation == pytest.approx(stdev(measured.values.values()))
+    assert len(run.over_seeds.numbers) == 10 * 5 + 7 + 2 * 6  # frozen readouts, losses, errors of pixels
+
+
+def test_a_study_of_other_code_is_left_out_of_the_verdict(run: RunResults, pocket: dict) -> None:
+    facts = json.loads(STUDY.read_text())
+    facts["code"]["artifacts/code/readout.json"] = "0" * 32
+    write_json(STUDY, facts)
+    run = report.read_run_results(pocket)
+    text = verdict(run, Page(Path("out")))
+    assert run.over_seeds is None and "±" not in text and "±" not in figures.headline(run)
+    assert "The study of seeds is of other code (readout): run `scaling4d study seeds`." in text
+
+
+def test_code_that_makes_no_number_leaves_the_study_in_force(run: RunResults, pocket: dict) -> None:
+    facts = json.loads(STUDY.read_text())
+    facts["code"]["artifacts/code/show.json"] = "0" * 32
+    write_json(STUDY, facts)
+    assert report.read_run_results(pocket).over_seeds
+
+
+def test_a_study_with_other_numbers_of_the_same_seed_is_of_other_settings(run: RunResults, pocket: dict) -> None:
+    edit(RUNS, run.result("tiny", "boxes", "frozen").checkpoint_sha256, "0" * 64)
+    stale = report.read_run_results(pocket).seed_study.stale
+    assert re.match("The study of seeds has other numbers of tiny at .* with seed 0, so other settings, data or machines", stale)
+
+
+def test_a_study_without_one_of_the_runs_encoders_is_left_out(run: RunResults, pocket: dict) -> None:
+    lines = RUNS.read_text().splitlines(keepends=True)
+    RUNS.write_text("".join(line for line in lines if not line.startswith("small,0,small,depth")))
+    assert report.read_run_results(pocket).seed_study.stale.startswith("The study of seeds lacks small at depth with seed 0: ")
+
+
+def test_one_seed_alone_and_another_profile_give_no_means(with_study: Callable[..., RunResults], pocket: dict) -> None:
+    assert with_study(seeds_=(0,)).seed_study.stale.startswith("The study of seeds has one seed alone: ")
+    facts = json.loads(STUDY.read_text())
+    facts["arms"]["nano"]["profile"] = "desk"
+    write_json(STUDY, facts)
+    assert report.read_run_results(pocket).seed_study is None
+
+
+def test_the_verdict_compares_means_beyond_the_noise_of_seeds(run: RunResults) -> None:
+    table = rows(run)
+    assert len(table) == 3 + len(run.tasks)
+    (pose,) = (cells for name, cells in table.items() if "camera" in name)
+    numbers = run.over_seeds.numbers
+    nano, mini = (numbers[point, "pose", "epe"] for point in ("nano", "mini"))
+    assert pose[0] == f"{nano.mean:.4f} ± {nano.deviation:.4f}" and nano.mean > mini.mean
+    assert pose[2].startswith(YES)
+    assert f"{mini.mean - nano.mean:+.4f}" in pose[2] and f"{mini.noise:.4f}" in pose[2]
+    assert all(cell.startswith(YES) for cell in pose[3:])  # untrained nano and mini, pixels, standing still
+
+
+def test_a_difference_within_the_noise_of_seeds_is_no_answer(with_study: Callable[..., RunResults]) -> None:
+    noisy = rows(with_study(deviation=0.4))
+    assert all(noisy[escape(MEASURES[metric])][2].startswith(NOISE) for metric in ("top1", "mean_iou", "abs_rel", "epe"))
+
+
+def test_a_mean_loss_that_rises_at_one_step_of_size_is_not_better_with_size(run: RunResults, pocket: dict) -> None:
+    loss = run.over_seeds.numbers["small", "pretrain", "val_loss"].mean
+    edit(FOLDER / "table.csv", f"small,pretrain,val_loss,3,{loss}", f"small,pretrain,val_loss,3,{loss * 2}")
+    table = rows(report.read_run_results(pocket))
+    cells = table["validation loss of pretraining ↓"]
+    assert cells[2].startswith(NO) and "Spearman" in cells[2]
+    assert table["squared error of hidden pixels ↓"][2].startswith(YES)
+
+
+def test_every_number_of_the_verdict_stands_in_its_source(run: RunResults) -> None:
+    page = Page(Path("out"))
+    text = verdict(run, page)
+    page.write_json(Path())
+    shown = re.sub(r'<span class="number".*?</span>|<[^>]+>|95 %', "", unescape(text))
+    assert not re.search(r"\d", shown), shown
+    references = [(number["source"], number["key"], number["value"]) for number in page.numbers]
+    assert any(source.endswith("table.csv") for source, _, _ in references)
+    for source, key, value in references:
+        path = Path(source.removeprefix("out/"))
+        assert _value_at(source, path.read_text(), key) in (value, str(value))
+    for entry in page.derived.values():
+        assert entry["from"]
+        for source, key in entry["from"]:
+            _value_at(source, Path(source).read_text(), key)
+
+
+def test_the_headline_shows_means_and_this_run(run: RunResults) -> None:
+    svg = figures.headline(run)
+    for words in ("frozen, mean of 3 seeds, standard deviation", "this run", "untrained mini", "raw pixels", "trivial answer"):
+        assert f">{words}</text>" in svg
+    assert svg == figures.headline(run)
+
+
+def test_without_a_study_the_headline_shows_intervals_over_videos(pocket: dict) -> None:
+    svg = figures.headline(report.read_run_results(pocket))
+    assert ">frozen, 95 % interval over videos</text>" in svg and "of 3 seeds" not in svg and ">trivial answer</text>" in svg
+
+
+def readme_table(settings: dict, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Cells of the rows that README should have."""
+    write_tables(settings)
+    (BUILT / "reconstruct.csv").write_text(tables.reconstruct_csv(report.read_run_results(settings)))
+    monkeypatch.setattr(published_numbers, "ROOT", Path.cwd())
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in published_numbers._results()]
+
+
+def test_the_table_of_the_readme_has_means_of_a_study_that_belongs_to_the_run(
+    run: RunResults, pocket: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head, *table = readme_table(pocket, monkeypatch)
+    assert head[0] == "" and [row[0].split(",")[0].rstrip(" ↓") for row in table] == [
+        *("validation loss", "actions", "boxes", "depth", "points", "camera motion")
+    ]
+    pose, mini = table[-1], run.over_seeds.of("mini", "pose", "epe")
+    assert pose[2] == f"{mini.mean:.3f} ± {mini.deviation:.3f}" and pose[5] == "1.300" and pose[6] == YES
+    assert rows(run)[escape(MEASURES["epe"])][2].startswith(pose[6])
+
+
+def test_the_table_of_the_readme_has_the_one_run_where_the_study_is_stale(
+    with_study: Callable[..., RunResults], pocket: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = with_study(seeds_=(0,))
+    _, *table = readme_table(pocket, monkeypatch)
+    assert len(table) == 7 and table[-1][2] == f"{run.result('mini', 'pose', 'frozen').value:.3f}"
+    assert "±" not in str(table)
