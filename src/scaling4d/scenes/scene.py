@@ -317,10 +317,10 @@ def _drive(rng: np.random.Generator, room: Room, tan: float, time: np.ndarray) -
     count = int(rng.integers(1, 3))
     while len(objects) < count:
         radius, distance = rng.uniform(0.6, 0.95), rng.uniform(2.6, 4.2)
-        side = rng.choice([-1, 1])  # of the motion, which the place does not tell
-        first = start + np.array([rng.uniform(-0.6, 0.6) * distance * tan, distance, 0])
+        side = rng.choice([-1, 1])
+        first = start + np.array([-side * rng.uniform(0.1, 0.8) * distance * tan, distance, 0])
         first[2] = floor + 0.75 * radius + (rng.uniform(0, 1.2) if rng.uniform() < 0.3 else 0.0)
-        speed = np.array([side * rng.uniform(0.6, 1.8), ahead + rng.uniform(-0.8, 1.1), 0])  # metres a segment
+        speed = np.array([side * rng.uniform(0.8, 2.2), ahead + rng.uniform(-0.8, 1.1), 0])  # metres a segment
         trajectory = [line(rng, speed, np.array([0.25, 0.25, 0.0])) for _ in segments_in(time)]
         position = chain(trajectory, time) + first
         aside = room.size[0] / 2 - radius
