@@ -54,9 +54,9 @@ def page_numbers(page: str) -> list[tuple[str, str]]:
 class ReportNumber:
     """An entry of numbers.json: a number that report.html shows.
 
-    id, text: of its span of class `number`. source: path of the file that has it. key: its place there, in a csv ({column:
-    value} of the row, column), else a list of keys and indices. value: at full precision; a sha256 is a text. format: a
-    spec of `provenance.format_number`.
+    id, text: of its span of class `number`. source: path of the file that has it. key: its place there, in a csv
+    ({column: value} of the row, column), else a list of keys and indices. value: at full precision; a sha256 is a text.
+    format: a spec of `provenance.format_number`.
     """
 
     id: str

@@ -10,18 +10,9 @@ from scaling4d.report.page import Number, Page, Part, joined, part_of
 from scaling4d.report.run_results import UNTRAINED, RunResults
 from scaling4d.report.tables import MSE, result_part, summary_part
 from scaling4d.studies.markup import NOTHING
+from scaling4d.studies.words import MEASURES
 
 YES, NOISE, NO = "yes", "within noise", "no"
-MEASURES = {  # metric -> words for the page
-    "val_loss": "validation loss of pretraining ↓",
-    "masked_mse": "squared error of hidden pixels ↓",
-    "moving_mse": "squared error of hidden pixels that move ↓",
-    "top1": "actions named right, share ↑",
-    "mean_iou": "overlap of tracked boxes, mean IoU ↑",
-    "abs_rel": "relative error of depth ↓",
-    "average_jaccard": "tracked points, average Jaccard ↑",
-    "epe": "error of the camera's motion, end-point ↓",
-}
 TRIVIAL = {"boxes": "mean_iou_first_box_repeated", "pose": "epe_standing_still"}  # task -> further metric of its readouts
 TRIVIAL_ANSWER, CHANCE = "the trivial answer", "chance of actions"
 RULES = (

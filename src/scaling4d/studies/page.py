@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -15,9 +14,10 @@ from scaling4d.provenance import parse_csv, read_lock, to_csv
 from scaling4d.records import UserError, write_json
 from scaling4d.studies import study as studies
 from scaling4d.studies.fits import held_out, spearman, trend
-from scaling4d.studies.markup import NOTHING, cell_text, html_page, html_table
+from scaling4d.studies.markup import NOTHING, cell_text, csv_cell_text, html_page, html_table
 from scaling4d.studies.plotting import draw_law, legend, log_x, panel_title, style, subplots, to_svg
 from scaling4d.studies.study import REPORTS, Study
+from scaling4d.studies.words import measure_head
 
 FITS, RANKS = "fits.csv", "ranks.csv"
 FIT_COLUMNS = (
@@ -203,7 +203,7 @@ def study_page(study: Study, table: Sequence[Row], files: Mapping[str, str], fin
     """Question, findings, table, laws, figures and arms on one page. files: texts by name; figures are linked."""
     tasks = {row["task"]: row["metric"] for row in table}
     cells = {(row["arm"], row["task"]): _cell(row) for row in table}
-    head = ("arm", *(f"{task}\n{metric}" for task, metric in tasks.items()))
+    head = ("arm", *(f"{task}\n{measure_head(metric)}" for task, metric in tasks.items()))
     body = [[arm.name, *(cells.get((arm.name, task), NOTHING) for task in tasks)] for arm in study.arms]
     settings = [[arm.name, arm.encoder, ", ".join(arm.overrides) or f"profile {arm.profile} as it is"] for arm in study.arms]
     parts = [f"<h1>{html.escape(study.name.replace('_', ' '))}</h1><p>{html.escape(study.question)}</p>"]
@@ -213,7 +213,7 @@ def study_page(study: Study, table: Sequence[Row], files: Mapping[str, str], fin
         parts.append(f"<h2>Findings</h2>{''.join(f'<p>{block}</p>' for block in blocks)}")
     parts.append(f"<h2>Table</h2>{html_table(head, body)}<p>{EXPLAINED.format(base=study.base, seeds=len(study.seeds))}</p>")
     for name, columns, heading in ((FITS, FIT_COLUMNS, LAWS), (RANKS, RANK_COLUMNS, RANKED)) if study.ladders else ():
-        rows = ([_rounded(text) for text in row.values()] for row in parse_csv(files[name]))
+        rows = ([csv_cell_text(text) for text in row.values()] for row in parse_csv(files[name]))
         parts.append(f"<h2>{heading}</h2>{html_table([column.replace('_', ' ') for column in columns], rows)}")
     figures = [name.removesuffix(".svg") for name in files if name.endswith(".svg")]
     parts += [f'<figure><img src="{name}.svg" alt="{name.replace("_", " ")}"></figure>' for name in figures]
@@ -228,13 +228,6 @@ def _cell(row: Row) -> str:
         sign, mark = "+" if row["difference"] > 0 else "", " *" if row["beyond_noise"] else ""
         text += f"\n({sign}{cell_text(row['difference'])} ± {cell_text(row['noise'])}){mark}"
     return text
-
-
-def _rounded(text: str) -> str:
-    try:
-        return cell_text(int(text) if text.isdigit() else float(text)) if math.isfinite(float(text)) else text
-    except ValueError:
-        return text
 
 
 def write_index() -> None:
