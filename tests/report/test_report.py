@@ -2,6 +2,7 @@ import csv
 import json
 import re
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -125,8 +126,9 @@ def test_the_tables_of_the_notebook_are_the_csv_files(built: Path) -> None:
         assert "_" not in "".join(re.findall(r"<th>(.*?)</th>", table)) and "sha256" not in table
 
 
-def test_a_built_report_adds_at_most_two_megabytes_to_git(built: Path) -> None:
-    assert sum(len(content) for content in outs().values()) < 2_000_000
+def test_the_kept_report_adds_at_most_two_megabytes_to_git() -> None:
+    files = [path for path in (ROOT / "reports/built").rglob("*") if path.is_file()]
+    assert sum(len(zlib.compress(path.read_bytes())) for path in files) < 2_000_000  # git stores zlib's
 
 
 def test_no_table_head_shows_a_raw_key(built: Path) -> None:
