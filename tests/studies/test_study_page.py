@@ -142,7 +142,8 @@ def test_the_page_shows_question_findings_and_table_and_links_its_figures(scalin
     text = (scaling.folder / "study.html").read_text()
     assert "Again: <code>scaling4d study scaling --seeds 0,1,2</code>" in text
     assert "<td>size</td><td>val_loss</td><td>15</td>" in text and re.search(r"<br>\(-0\.02\d\d ± 0\.000\d+\) \*<", text)
-    assert re.findall(r'<img src="([^"]+)"', text) == ["runs.svg", "laws_size.svg"]
+    assert re.findall(r'<img [^>]*src="([^"]+)"', text) == ["runs.svg", "laws_size.svg"]
+    assert f"The baseline is the arm {scaling.base};" in text and text.count("<figcaption>") == 2
     assert "<svg" not in text and "Does it scale?" in text
     assert "<th>pretrain<br>validation loss of pretraining ↓</th>" in text
     assert not [head for head in re.findall("<th>(.*?)</th>", text) if "_" in head]

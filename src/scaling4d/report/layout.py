@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from scaling4d.report import sections
 from scaling4d.report.page import Page
 from scaling4d.report.run_results import RunResults, read_run_results
-from scaling4d.report.sections import code_html, figure
 from scaling4d.report.verdict import verdict
-from scaling4d.studies.markup import html_page
+from scaling4d.studies.markup import code_html, html_figure, html_page
 from scaling4d.studies.words import encoder_words
 
 TITLE = "Scaling 4D representations, in small"
@@ -51,7 +50,7 @@ class Section:
 
 def headline(run: RunResults, page: Page) -> str:
     lines = ", ".join(map(encoder_words, run.baselines)) or "none in this profile"
-    return figure(
+    return html_figure(
         "headline.svg",
         "each task over the size of the encoder",
         "Above: our points with 95 % intervals over validation videos. Horizontal lines: the baselines, which saw no video "
@@ -62,7 +61,7 @@ def headline(run: RunResults, page: Page) -> str:
 
 
 def pretraining(run: RunResults, page: Page) -> str:
-    return figure(
+    return html_figure(
         "pretraining.svg",
         "validation loss over the size of the encoder and over training FLOPs",
         "Validation loss of the points that differ in size alone, over their parameters and over their training FLOPs, with a "
@@ -72,12 +71,15 @@ def pretraining(run: RunResults, page: Page) -> str:
 
 
 def training_curves(run: RunResults, page: Page) -> str:
-    caption = "Training loss over clips seen. Each method has a panel, because losses of different methods do not compare."
-    return figure("training_curves.svg", "training loss over clips seen", caption)
+    caption = (
+        "Training loss over clips seen. Each method has a panel, because losses of different methods do not compare. "
+        "There is no baseline: untrained encoders and raw pixels have no training loss."
+    )
+    return html_figure("training_curves.svg", "training loss over clips seen", caption)
 
 
 def methods(run: RunResults, page: Page) -> str:
-    return figure(
+    return html_figure(
         "methods.svg",
         "points of other methods and maskings",
         f"Points of other methods or maskings. The baseline of each is the point of {run.methods[0]} nearest in size, which "
@@ -86,7 +88,7 @@ def methods(run: RunResults, page: Page) -> str:
 
 
 def costs(run: RunResults, page: Page) -> str:
-    return figure(
+    return html_figure(
         "costs.svg",
         "time and memory of a training step",
         "Time (median and quartiles) and memory of a training step as one quantity grows and the others stay. The baseline is "

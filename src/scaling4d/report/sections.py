@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -27,7 +26,7 @@ from scaling4d.report.tables import (
     with_interval,
 )
 from scaling4d.studies import fits
-from scaling4d.studies.markup import NOTHING, escape, html_table
+from scaling4d.studies.markup import NOTHING, code_html, html_figure, html_table
 from scaling4d.studies.words import encoder_words, measure, measure_head
 
 PICTURES = "pictures"  # folder beside report.html
@@ -122,7 +121,7 @@ def sheets(run: RunResults, page: Page) -> str:
         words = [f"{encoder_words(encoder)}{' (the baseline)' if is_baseline(encoder) else ''}" for encoder in encoders]
         title = f"{task}: {labels.get(task, 'predictions')}"
         caption = f"{title}. Frozen readouts of {' and '.join(words)}, beside the truth, on validation clips."
-        figures.append(figure(f"{PICTURES}/sheet_{task}.png", f"{task}: predictions beside the truth", caption))
+        figures.append(html_figure(f"{PICTURES}/sheet_{task}.png", f"{task}: predictions beside the truth", caption))
     return "".join(figures)
 
 
@@ -327,17 +326,6 @@ def lineage(run: RunResults, page: Page) -> str:
     inputs = ([kind, sha, names[0] + (" and others" if names[1:] else "")] for (kind, _), (sha, names) in shared.items())
     encoders = ([encoder_words(name), sha] for name, sha in weights.items())
     return page.table(("encoder", "weights, sha256"), encoders) + page.table(("input", "sha256", "of stage"), inputs)
-
-
-def figure(path: str, alt: str, caption: str) -> str:
-    """A picture that a click opens alone, above its caption."""
-    image = f'<a href="{path}"><img alt="{html.escape(alt)}" src="{path}"></a>'
-    return f"<figure>{image}<figcaption>{code_html(caption)}</figcaption></figure>"
-
-
-def code_html(text: str) -> str:
-    """Text as HTML, with `code` between backticks."""
-    return "".join(f"<code>{part}</code>" if index % 2 else part for index, part in enumerate(escape(text).split("`")))
 
 
 def _fidelity(run: RunResults, point: str, key: str, spec: str | None = None) -> Part:

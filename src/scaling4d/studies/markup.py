@@ -44,6 +44,17 @@ def escape(text: str) -> str:
     return html.escape(text).replace("\n", "<br>")
 
 
+def code_html(text: str) -> str:
+    """Text as HTML, with `code` between backticks."""
+    return "".join(f"<code>{part}</code>" if index % 2 else part for index, part in enumerate(escape(text).split("`")))
+
+
+def html_figure(path: str, alt: str, caption: str) -> str:
+    """A picture that a click opens alone, above its caption."""
+    image = f'<a href="{path}"><img alt="{html.escape(alt)}" src="{path}"></a>'
+    return f"<figure>{image}<figcaption>{code_html(caption)}</figcaption></figure>"
+
+
 def page_style() -> str:
     """The style sheet of every page."""
     return resources.files(__package__).joinpath("style.css").read_text()

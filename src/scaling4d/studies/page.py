@@ -14,7 +14,7 @@ from scaling4d.provenance import parse_csv, read_lock, to_csv
 from scaling4d.records import UserError, write_json
 from scaling4d.studies import study as studies
 from scaling4d.studies.fits import held_out, spearman, trend
-from scaling4d.studies.markup import NOTHING, cell_text, csv_cell_text, html_page, html_table
+from scaling4d.studies.markup import NOTHING, cell_text, csv_cell_text, html_figure, html_page, html_table
 from scaling4d.studies.plotting import draw_law, legend, log_x, panel_title, style, subplots, to_svg
 from scaling4d.studies.study import REPORTS, Study
 from scaling4d.studies.words import measure_head
@@ -29,6 +29,14 @@ AXES = {"parameters": "encoder parameters", "flops": "training FLOPs", "clips_se
 Row = Mapping[str, Any]
 LAWS = "Power laws over all seeds, and the prediction of the largest size by the others"
 RANKED = "Rank correlation of the validation loss with each task"
+RUNS_CAPTION = (
+    "A dot for each seed, a line at the mean of each arm. The baseline is the arm {base}; the band around it is the seed noise "
+    "of a difference at 95 %."
+)
+LAWS_CAPTION = (
+    "Every seed over the {size}, with a power law and its 95 % band where one fits. There is no baseline: sizes are compared "
+    "with each other."
+)
 EXPLAINED = (
     "Mean over {seeds} seeds ± their standard deviation. In brackets: the difference to {base}, seed by seed, and the seed noise "
     "of such a difference at 95 %. * marks a difference larger than the noise. The noise is of training and readout seeds alone. "
@@ -215,8 +223,9 @@ def study_page(study: Study, table: Sequence[Row], files: Mapping[str, str], fin
     for name, columns, heading in ((FITS, FIT_COLUMNS, LAWS), (RANKS, RANK_COLUMNS, RANKED)) if study.ladders else ():
         rows = ([csv_cell_text(text) for text in row.values()] for row in parse_csv(files[name]))
         parts.append(f"<h2>{heading}</h2>{html_table([column.replace('_', ' ') for column in columns], rows)}")
-    figures = [name.removesuffix(".svg") for name in files if name.endswith(".svg")]
-    parts += [f'<figure><img src="{name}.svg" alt="{name.replace("_", " ")}"></figure>' for name in figures]
+    captions = {"runs": RUNS_CAPTION.format(base=study.base)}
+    captions |= {f"laws_{ladder}": LAWS_CAPTION.format(size=AXES[x]) for ladder, (x, _) in study.ladders.items()}
+    parts += [html_figure(f"{name}.svg", name.replace("_", " "), text) for name, text in captions.items()]
     parts.append(f"<h2>Arms</h2>{html_table(('arm', 'encoder', 'settings'), settings)}")
     parts.append(f"<p>Again: <code>{study.command}</code>. <a href='../index.html'>All studies</a></p>")
     return html_page(f"study {study.name}", "\n".join(parts))
