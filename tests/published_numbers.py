@@ -47,7 +47,6 @@ LOSSES = (  # task and metric as a study has them, name of the row
     ("pretrain", "val_loss", "validation loss ↓"),
     ("reconstruct_moving", "moving_mse", "squared error of hidden pixels that move ↓"),
 )
-CHANCE = 1 / 8  # of actions
 
 
 def _results() -> Iterator[str]:
@@ -82,7 +81,7 @@ def _results() -> Iterator[str]:
         rows = {row["encoder"]: row for row in readouts if row["task"] == task}
         small, large = rows[points[0]], rows[points[-1]]
         key = task, large["metric"]
-        trivial = CHANCE if task == "actions" else _further(points[-1], task, TRIVIAL[task])
+        trivial = _further(points[-1], task, TRIVIAL[task])
         encoders = (points[0], points[-1], f"untrained_{points[-1]}", "pixels")
         cells = [_shown(fresh, measured, (encoder, *key)) for encoder in encoders]
         cells.append("-" if trivial is None else _short(trivial))

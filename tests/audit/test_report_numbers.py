@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from scaling4d import audit
+from scaling4d.audit.report_numbers import page_numbers
 from scaling4d.audit.run import locked_runs
 
 pytestmark = pytest.mark.integration
@@ -39,6 +40,17 @@ def test_one_changed_number_is_named_in_its_file(
     flip(f"{BUILT}/{file}", old, new)
     text = wrong()
     assert f"wrong       {BUILT}/{file}: md5 " in text and message in text
+
+
+def test_numbers_of_a_page_are_read_as_a_browser_shows_them() -> None:
+    shown = '<p><span id="n-0" class="number">1 &lt; 2</span> and <span class="number" id="n-1">3<span>4</span></span></p>'
+    hidden = """<!-- <span class="number" id="n-2">5</span> --><script>'<span class="number" id="n-3">6</span>'</script>"""
+    assert page_numbers(f"{shown}{hidden}<p>7</p>") == [("n-0", "1 < 2"), ("n-1", "34")]
+
+
+def test_a_number_that_the_page_hides_in_a_comment_is_missed(flip: Callable, wrong: Callable) -> None:
+    flip(f"{BUILT}/report.html", '<span class="number" id="n-1">0.7500</span>', '<!--an class="number" id="n-1">0.7500</s-->')
+    assert f"not those of {BUILT}/numbers.json in the same order: none only in the page, n-1 only in" in wrong()
 
 
 def test_a_changed_number_of_the_page_is_named_where_every_hash_was_made_to_fit(flip: Callable, wrong: Callable) -> None:

@@ -61,8 +61,8 @@ def test_every_stage_of_dvc_yaml_depends_on_a_hash_that_stage_code_writes() -> N
 def test_the_report_is_hashed_with_every_module_that_its_notebook_calls() -> None:
     cells = json.loads((ROOT / "reports/scaling.ipynb").read_text())["cells"]
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    assert re.findall(r"^(?:from|import) (.*)$", code, re.MULTILINE) == ["scaling4d.report import read_page"]
-    assert "scaling4d.report.sections" in hashes(SOURCE, ["report"])["report"]["modules"]  # where read_page is defined
+    assert re.findall(r"^(?:from|import) (.*)$", code, re.MULTILINE) == ["scaling4d.report import show_table"]
+    assert "scaling4d.report.notebook" in hashes(SOURCE, ["report"])["report"]["modules"]  # where show_table is defined
 
 
 @pytest.mark.integration

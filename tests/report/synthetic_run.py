@@ -31,6 +31,16 @@ TASKS = {
     "points": ("average_jaccard", "share", True, 0.4),
     "pose": ("epe", "scene units", False, 1.1),
 }
+OTHERS = {  # further metrics
+    "actions": {"top1_mean": 0.2},
+    "boxes": {"mean_iou_per_object": 0.5, "mean_iou_first_box_repeated": 0.3},
+    "depth": {"delta1": 0.6, "abs_rel_mean": 0.3},
+    "points": {
+        **{"delta_avg": 0.5, "occlusion_accuracy": 0.9, "distance_px256": 9.0, "distance_px256_standing_still": 12.0},
+        **{"average_jaccard_standing_still": 0.2, "delta_avg_standing_still": 0.3, "occlusion_accuracy_standing_still": 0.8},
+    },
+    "pose": {"epe_so3": 1.0, "epe_standing_still": 1.3, "rotation_error_deg": 4.0, "translation_error": 0.6},
+}
 SIZES = {"nano": 180_000, "micro": 460_000, "tiny": 1_060_000, "small": 3_120_000, "mini": 8_350_000, "mae_st_tiny": 1_060_000}
 POCKET = {  # six points and a student, two of them fine-tuned, two with a classifier, three baselines
     "points": SIZES,
@@ -163,8 +173,7 @@ def _readout(home: Path, encoder: str, points: dict[str, int], task: str, protoc
     value = float(middle * (1 + gain if higher else 1 - gain))
     content = {"encoder": encoder, "parameters": size, "task": task, "protocol": protocol, "metric": metric, "unit": unit}
     content |= {"value": value, "low": value * 0.97, "high": value * 1.03, "higher_is_better": higher, "examples": 160, "seed": 0}
-    others = {"epe_standing_still": 1.3} if task == "pose" else {}
-    Result(**content, checkpoint_sha256=sha(encoder), others=others).write(folder / "result.json")
+    Result(**content, checkpoint_sha256=sha(encoder), others=OTHERS[task]).write(folder / "result.json")
 
 
 def write_tables(settings: dict) -> dict:

@@ -14,11 +14,12 @@ from synthetic_run import BUILT, write_seed_study, write_tables
 from scaling4d import report
 from scaling4d.audit.report_numbers import _value_at
 from scaling4d.records import write_json
-from scaling4d.report import figures, tables
+from scaling4d.report import figures, layout, tables
 from scaling4d.report.page import Page
 from scaling4d.report.run_results import RunResults
 from scaling4d.report.seeds import FOLDER
-from scaling4d.report.verdict import MEASURES, NO, NOISE, YES, verdict
+from scaling4d.report.verdict import NO, NOISE, YES, verdict
+from scaling4d.studies.words import MEASURES
 
 STUDY, RUNS = FOLDER / "study.json", FOLDER / "runs.csv"
 
@@ -145,10 +146,14 @@ def test_the_headline_shows_means_and_this_run(run: RunResults) -> None:
     for words in ("frozen, mean of 3 seeds, standard deviation", "this run", "untrained mini", "raw pixels", "trivial answer"):
         assert f">{words}</text>" in svg
     assert svg == figures.headline(run)
+    caption = layout.headline(run, Page(Path("out")))
+    assert "means and standard deviations over seeds, this run&#x27;s values as crosses" in caption
 
 
 def test_without_a_study_the_headline_shows_intervals_over_videos(pocket: dict) -> None:
-    svg = figures.headline(report.read_run_results(pocket))
+    run = report.read_run_results(pocket)
+    svg = figures.headline(run)
+    assert "our points with 95 % intervals over validation videos" in layout.headline(run, Page(Path("out")))
     assert ">frozen, 95 % interval over videos</text>" in svg and "of 3 seeds" not in svg and ">trivial answer</text>" in svg
 
 

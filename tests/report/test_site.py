@@ -63,6 +63,19 @@ def _filtering(page: Browser) -> None:
 
 
 @needs_chromium
+def test_the_page_names_metrics_in_words_and_fits_a_telephone(pocket: dict, tmp_path: Path) -> None:
+    write_site(pocket)
+    with chromium.browser(tmp_path / "browser") as page:
+        page.open((tmp_path / BUILT / "site/index.html").as_uri() + "#table")
+        page.call("Emulation.setDeviceMetricsOverride", width=390, height=800, deviceScaleFactor=1, mobile=True)
+        page.wait("document.querySelectorAll('#rows tbody tr').length > 0")
+        heads = page.texts("#rows thead tr:first-child th")
+        assert not [head for head in heads if "_" in head]
+        assert {"validation loss of pretraining ↓", "depthrelative error of depth ↓", "actionsactions named right ↑"} <= {*heads}
+        assert page.value("document.documentElement.scrollWidth") == page.value("innerWidth") == 390
+
+
+@needs_chromium
 def test_every_number_of_the_page_leads_back_to_data_and_code(pocket: dict, tmp_path: Path) -> None:
     write_site(pocket)
     with chromium.browser(tmp_path / "browser") as page:

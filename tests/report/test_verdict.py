@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from synthetic_run import OTHERS
 
 from scaling4d import report, video
 from scaling4d.report.page import Page
 from scaling4d.report.pictures import draw_strips
 from scaling4d.report.run_results import RunResults
-from scaling4d.report.verdict import NO, NOISE, YES, better, beyond, verdict
+from scaling4d.report.verdict import NO, NOISE, TRIVIAL, YES, better, beyond, trivial_answer, verdict
 
 
 @pytest.fixture
@@ -61,6 +62,14 @@ def test_a_loss_that_rises_at_one_step_of_size_is_not_better_with_size(run: RunR
     summaries = {name: dict(summary) for name, summary in run.summaries.items()}
     summaries["tiny"]["val_loss"] = summaries["nano"]["val_loss"] + 1
     assert rows(replace(run, summaries=summaries))["validation loss of pretraining ↓"][2].startswith(NO)
+
+
+def test_every_task_has_a_trivial_answer_where_it_was_measured(run: RunResults) -> None:
+    trivial = {task: OTHERS[task][metric] for task, metric in TRIVIAL.items()}
+    assert trivial.keys() == {*run.tasks}
+    shown = [cells[-1] for cells in rows(run).values()][-len(run.tasks) :]
+    assert [float(cell.split()[-1]) for cell in shown] == [trivial[task] for task in run.tasks]
+    assert trivial_answer(run, replace(run.result("mini", "depth", "frozen"), others={})) is None
 
 
 def test_one_size_alone_has_no_verdict(run: RunResults) -> None:

@@ -160,8 +160,14 @@ def test_the_page_shows_question_findings_and_table_and_links_its_figures(scalin
     text = (scaling.folder / "study.html").read_text()
     assert "Again: <code>scaling4d study scaling --seeds 0,1,2</code>" in text
     assert "<td>size</td><td>val_loss</td><td>15</td>" in text and re.search(r"<br>\(-0\.02\d\d ± 0\.000\d+\) \*<", text)
-    assert re.findall(r'<img src="([^"]+)"', text) == ["runs.svg", "laws_size.svg"]
+    assert re.findall(r'<img [^>]*src="([^"]+)"', text) == ["runs.svg", "laws_size.svg"]
+    assert f"The baseline is the arm {scaling.base};" in text and text.count("<figcaption>") == 2
     assert "<svg" not in text and "Does it scale?" in text
+    assert "<th>pretrain<br>validation loss of pretraining ↓</th>" in text
+    assert not [head for head in re.findall("<th>(.*?)</th>", text) if "_" in head]
+    svg = (scaling.folder / "laws_size.svg").read_text()
+    assert all(f">{line}</text>" in svg for line in ("reconstruct moving", "squared error of hidden pixels", "that move"))
+    assert not [line for line in re.findall("<text[^>]*>([^<]*)</text>", svg) if "_" in line]
     assert "<p>Bigger is better, by far.</p><p>No doubt &amp; &lt; none.</p>" in text
 
 

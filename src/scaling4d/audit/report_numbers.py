@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import html
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from html.parser import HTMLParser
 from typing import Any
 
 from scaling4d import config
@@ -14,17 +13,50 @@ from scaling4d.audit.run import UNCHECKED, WRONG, AuditFinding, LockedRun, csv_r
 from scaling4d.provenance import MISSING, differences, flatten, format_number, load_yaml
 from scaling4d.records import Result
 
-SPAN = re.compile(r'<span class="number" id="([^"]*)">([^<]*)')  # as the report writes it
 cached_yaml = cache(load_yaml)
+
+
+class NumberParser(HTMLParser):
+    """Reads the numbers of a page: ids and texts of its spans of class `number`, in page order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers: list[tuple[str, str]] = []
+        self.spans = 0  # open ones, from that of a number on
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        attributes = dict(attrs)
+        if tag == "span" and self.spans:
+            self.spans += 1
+        elif tag == "span" and attributes.get("class") == "number":
+            self.numbers.append((attributes.get("id") or "", ""))
+            self.spans = 1
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "span" and self.spans:
+            self.spans -= 1
+
+    def handle_data(self, data: str) -> None:
+        if self.spans:
+            name, text = self.numbers.pop()
+            self.numbers.append((name, text + data))
+
+
+def page_numbers(page: str) -> list[tuple[str, str]]:
+    """(id, text) of every number of a page."""
+    parser = NumberParser()
+    parser.feed(page)
+    parser.close()
+    return parser.numbers
 
 
 @dataclass(frozen=True)
 class ReportNumber:
     """An entry of numbers.json: a number that report.html shows.
 
-    id, text: of its element `SPAN`. source: path of the file that has it. key: its place there, in a csv ({column:
-    value} of the row, column), else a list of keys and indices. value: at full precision; a sha256 is a text. format: a
-    spec of `provenance.format_number`.
+    id, text: of its span of class `number`. source: path of the file that has it. key: its place there, in a csv
+    ({column: value} of the row, column), else a list of keys and indices. value: at full precision; a sha256 is a text.
+    format: a spec of `provenance.format_number`.
     """
 
     id: str
@@ -94,7 +126,7 @@ def _metrics(run: LockedRun) -> Iterator[AuditFinding]:
 def _page(run: LockedRun, path: str) -> Iterator[AuditFinding]:
     """report.html shows the numbers of numbers.json, each the number of its source. path: of numbers.json."""
     page, derived = f"{run.folder}/report.html", f"{run.folder}/derived.json"
-    shown = [(name, html.unescape(text)) for name, text in SPAN.findall(run.disk.text(page) or "")]
+    shown = page_numbers(run.disk.text(page) or "")
     try:
         numbers = [ReportNumber(**entry) for entry in run.json(path) or ()]
         references = [(number.id, number.source, number.key, number.value) for number in numbers]

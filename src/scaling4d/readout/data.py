@@ -102,7 +102,9 @@ class FeatureDataset:
             self.targets.append(split.task.train_target(sample))
         source.flush()
         if not self.trained_on:
-            raise UserError(f"{split.name}: the only training item of a rank is held out; set patience of Frozen to 0, or fewer ranks")
+            raise UserError(
+                f"{split.name}: the only training item of a rank is held out; set patience of Frozen to 0, or fewer ranks"
+            )
 
     def __len__(self) -> int:
         return len(self.targets)

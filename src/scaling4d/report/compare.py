@@ -17,6 +17,7 @@ from scaling4d.report.figures import LOOK
 from scaling4d.report.run_results import PROTOCOLS
 from scaling4d.studies.markup import cell_text, html_page, html_table
 from scaling4d.studies.plotting import draw_intervals, legend, log_x, panel_title, style, subplots, to_svg
+from scaling4d.studies.words import measure
 
 COLOURS = ("tab:blue", "tab:orange")
 EXPLAINED = (
@@ -176,7 +177,7 @@ def _page(a: BuiltReport, b: BuiltReport, changes: list[Delta]) -> str:
     numbers = []
     for d in changes:
         values = (f"{cell_text(row['value'])} {_span(row['low'], row['high'])}" for row in (d.a, d.b))
-        name = f"{d.metric} {'↑' if d.higher_is_better else '↓'}, {d.unit}"
+        name = f"{measure(d.metric, '↑' if d.higher_is_better else '↓')}, {d.unit}"
         numbers.append((*d.key, name, *values, f"{d.change:+.4f} {_span(d.low, d.high)}", d.verdict))
     losses, others = [], {row["point"]: row["val_loss"] for row in b.points}
     for point, before in ((row["point"], row["val_loss"]) for row in a.points if row["point"] in others):
@@ -192,7 +193,7 @@ def _page(a: BuiltReport, b: BuiltReport, changes: list[Delta]) -> str:
         _section("Settings, in force", ("setting", "A", "B", "reason", "in"), in_force, not_compared),
         _section("Code", ("package", "modules that differ in meaning"), list(package_differences(a, b))),
         _section("Data", ("stage", "input", "A, sha256", "B, sha256"), data, not_compared),
-        f"<h2>Figures</h2>{overlay(a, b)}",
+        f'<h2>Figures</h2><div class="scroll">{overlay(a, b)}</div>',
         _section("Numbers", ("encoder", "task", "protocol", "metric", "A", "B", "B - A", "verdict"), numbers),
         f"<p>{EXPLAINED}</p>",
         _section("Validation loss", ("point", "A", "B", "change"), losses),

@@ -16,12 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from scaling4d.records import Result
-from scaling4d.report.page import Page
-from scaling4d.report.run_results import RunResults, baseline_words
+from scaling4d.report.run_results import RunResults
 from scaling4d.report.tables import published
 from scaling4d.report.verdict import trivial_answer
 from scaling4d.studies.fits import held_out, spearman, trend
 from scaling4d.studies.plotting import draw_intervals, draw_law, legend, log_x, panel_title, style, subplots, to_svg
+from scaling4d.studies.words import encoder_words
 
 MEASURED_COSTS = Path("reports/bench/costs.json")
 LOOK = {"frozen": ("tab:blue", "o", "-"), "finetune": ("tab:orange", "s", "--"), "classifier": ("tab:red", "^", ":")}
@@ -68,7 +68,7 @@ def label_efficiency(run: RunResults) -> str:
         for name, look in looks.items():
             values = probes.get((name, task), {})
             x = [places.index(clips) for clips in values]
-            axes.plot(x, list(values.values()), label=name if name in run.ladder else baseline_words(name), ms=4, lw=1.2, **look)
+            axes.plot(x, list(values.values()), label=encoder_words(name), ms=4, lw=1.2, **look)
         axes.set_xticks(range(len(places)), places)
         axes.set_xlabel("labelled clips of the linear probe")
         axes.set_title(_task_title(run, task))
@@ -156,7 +156,7 @@ def methods(run: RunResults) -> str:
     filled = [name for name in names if "masked_mse" in run.fidelity.get(name, {})]
     mse = [run.fidelity[name]["masked_mse"] for name in filled]
     panels[-1].plot([names.index(name) for name in filled], mse, "D", color="tab:green")
-    panels[-1].set_title(panel_title("filled-in pixels", "hidden-pixel MSE", "", False))
+    panels[-1].set_title(panel_title("filled-in pixels", "masked_mse", "", False))
     for axes in panels:
         axes.set_xticks(range(len(names)), ticks, fontsize=7)
         axes.set_xlim(-0.6, len(names) - 0.4)
@@ -223,7 +223,7 @@ def _our_panel(axes: Axes, run: RunResults, task: str) -> None:
     for r in results:
         value, low, high = _drawn(run, r)
         if r.encoder in baselines:
-            axes.axhline(value, color="0.35", lw=1.2, ls=baselines[r.encoder], label=baseline_words(r.encoder))
+            axes.axhline(value, color="0.35", lw=1.2, ls=baselines[r.encoder], label=encoder_words(r.encoder))
             if run.over_seeds:
                 axes.axhspan(low, high, color="0.35", alpha=0.12, lw=0)
         elif r.encoder not in ladder:
@@ -232,7 +232,7 @@ def _our_panel(axes: Axes, run: RunResults, task: str) -> None:
         if run.over_seeds and r.protocol == "frozen" and r.encoder not in baselines:
             axes.plot(r.parameters, r.value, "x", color="black", ms=4.5, zorder=4, label="this run")
     largest = next((r for point in reversed(run.ladder) if (r := run.result(point, task, "frozen"))), None)
-    if largest and (trivial := trivial_answer(run, Page(run.folder), largest)):
+    if largest and (trivial := trivial_answer(run, largest)):
         axes.axhline(trivial.value, color="tab:red", lw=1, ls=TRIVIAL_LINE, label="trivial answer")
     axes.set_title(_task_title(run, task))
     log_x(axes, [r.parameters for r in results if r.encoder not in baselines], "encoder parameters")

@@ -70,12 +70,6 @@ class Page:
     numbers: list[dict[str, Any]] = field(default_factory=list)
     derived: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def __getitem__(self, name: str) -> Any:
-        """A section, as a notebook displays it."""
-        from IPython.display import HTML
-
-        return HTML(self.sections[name])
-
     def html(self, part: Part) -> str:
         """A part as HTML. Every number in it is listed and gets the next id."""
         if isinstance(part, str):

@@ -190,11 +190,6 @@ def is_baseline(encoder: str) -> bool:
     return encoder == "pixels" or encoder.startswith(UNTRAINED)
 
 
-def baseline_words(encoder: str) -> str:
-    """A baseline as a reader calls it: raw pixels, untrained mini."""
-    return "raw pixels" if encoder == "pixels" else encoder.replace("_", " ")
-
-
 def _existing(path: Path, command: str) -> Path:
     if not path.is_file():
         raise UserError(f"the report needs {path}, which is missing: run `dvc repro`, or `scaling4d {command}` alone")

@@ -1,4 +1,4 @@
-"""The sections of report.html in their order: tables of numbers with sources, and links to figures and pictures."""
+"""Sections of report.html: tables of numbers with sources, and links to pictures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from scaling4d.provenance import flatten
 from scaling4d.report.page import Number, Page, Part, joined, part_of, text_of
 from scaling4d.report.pictures import count_clips, strip_name, video_name
-from scaling4d.report.run_results import PROTOCOLS, UNTRAINED, RunResults, read_run_results
+from scaling4d.report.run_results import PROTOCOLS, UNTRAINED, RunResults, is_baseline
 from scaling4d.report.tables import (
     ERRORS,
     fidelity_columns,
@@ -25,22 +25,11 @@ from scaling4d.report.tables import (
     summary_part,
     with_interval,
 )
-from scaling4d.report.verdict import verdict
 from scaling4d.studies import fits
-from scaling4d.studies.markup import NOTHING
+from scaling4d.studies.markup import NOTHING, code_html, html_figure, html_table
+from scaling4d.studies.words import encoder_words, measure, measure_head
 
 PICTURES = "pictures"  # folder beside report.html
-
-
-def read_page(run: RunResults | None = None) -> Page:
-    """All sections of a run (default: of params.yaml), with ids in order. A notebook displays `page["results"]`."""
-    run = read_run_results() if run is None else run
-    page = Page(run.folder)
-    for section in SECTIONS:
-        name = section if isinstance(section, str) else section.__name__
-        content = _image(f"{name}.svg", f"figure {name}") if name == section else section(run, page)
-        page.sections[name] = f'<div class="scaling4d" id="{name}">{content}</div>'
-    return page
 
 
 def summary(run: RunResults, page: Page) -> str:
@@ -63,18 +52,15 @@ def summary(run: RunResults, page: Page) -> str:
     return page.table(("", ""), facts.items())
 
 
-def sources(run: RunResults, page: Page) -> str:
-    """The source of the published curves, if any are drawn."""
-    paper = published()["4DS"]
-    text = f"Published values: {paper['source']}; less sure: {', '.join(paper['approximate'])}."
-    return page.paragraph(text) if run.results else ""
-
-
 def results(run: RunResults, page: Page) -> str:
     """The main table: encoder x protocol x task."""
     if not run.results:
         return page.paragraph("This profile has no benchmark, so it has no readout.")
-    return page.table(*overview(run, intervals=True))
+    labels = {r.task: label(r) for r in run.results}
+    head = ["encoder", "parameters", "protocol", measure("val_loss"), *(f"{task}\n{labels.get(task, '')}" for task in run.tasks)]
+    rows = ([encoder_words(encoder), *cells] for encoder, *cells in overview(run, intervals=True))
+    table = page.table(head, rows)
+    return table + page.paragraph("In brackets: 95 % bootstrap intervals over the validation videos of this one run.")
 
 
 def paper(run: RunResults, page: Page) -> str:
@@ -96,7 +82,8 @@ def paper(run: RunResults, page: Page) -> str:
                 there = size in known["tasks"].get(task, {}).get(protocol, {})
                 row.append([unsure, published_part(*place, spec=".3f")] if there else NOTHING)
             rows.append(row)
-    return page.table(head, rows)
+    text = f"The same protocols and metrics, on other data and at other sizes. Source: {known['source']}; less sure, marked ~: "
+    return page.paragraph(f"{text}{', '.join(known['approximate'])}.") + page.table(head, rows)
 
 
 def gains(run: RunResults, page: Page) -> str:
@@ -113,11 +100,11 @@ def gains(run: RunResults, page: Page) -> str:
             page.derive(name, (trained.value - untrained.value) * sign, values)
             apart = trained.low > untrained.high if sign == 1 else trained.high < untrained.low
             shown[apart].append(f"{task} ({point})")
-            cells = [interval(run, trained), interval(run, untrained), page.derived_number(name, spec="+.4f")]
-            rows.append([point, f"{task}: {label(trained)}", *cells, "yes" if apart else "no"])
+            cells = [interval(run, trained, "\n"), interval(run, untrained, "\n"), page.derived_number(name, spec="+.4f")]
+            rows.append([f"{task}: {label(trained)}", point, *cells, "yes" if apart else "no"])
     if not rows:
         return page.paragraph("This profile compares no point with its untrained baseline.")
-    head = ("point", "task, frozen", "trained", "untrained baseline", "gain (+ is better)", "intervals apart")
+    head = ("task, frozen", "point", "trained", "untrained baseline", "gain (+ is better)", "intervals apart")
     text = [f"Shown: a gain over the untrained baseline on {', '.join(shown[True])}." if shown[True] else ""]
     text += [f" Not shown: a gain over the untrained baseline on {', '.join(shown[False])}." if shown[False] else ""]
     return page.table(head, rows) + page.paragraph("".join(text).strip())
@@ -127,7 +114,15 @@ def sheets(run: RunResults, page: Page) -> str:
     """A picture for each task: two frozen readouts' predictions beside the truth, on validation clips by the seed."""
     if not run.sheets:
         return page.paragraph("This profile draws no predictions.")
-    return "".join(_image(f"{PICTURES}/sheet_{task}.png", f"{task}: predictions beside the truth") for task in run.sheets)
+    labels, figures = {r.task: label(r) for r in run.results}, []
+    for task in run.sheets:
+        inputs = [name.split("/") for name in run.provenances[f"show/{task}"]["inputs"] if name.startswith("readout/")]
+        encoders = sorted((encoder for _, encoder, _, _ in inputs), key=is_baseline)
+        words = [f"{encoder_words(encoder)}{' (the baseline)' if is_baseline(encoder) else ''}" for encoder in encoders]
+        title = f"{task}: {labels.get(task, 'predictions')}"
+        caption = f"{title}. Frozen readouts of {' and '.join(words)}, beside the truth, on validation clips."
+        figures.append(html_figure(f"{PICTURES}/sheet_{task}.png", f"{task}: predictions beside the truth", caption))
+    return "".join(figures)
 
 
 def further(run: RunResults, page: Page) -> str:
@@ -136,9 +131,10 @@ def further(run: RunResults, page: Page) -> str:
     for task in run.tasks:
         with_others = [r for r in run.results if r.task == task and r.others]
         names = sorted({name for r in with_others for name in r.others})
-        rows = ([r.encoder, r.protocol, *(result_part(run, r, "others", name) for name in names)] for r in with_others)
+        values = ([result_part(run, r, "others", name) for name in names] for r in with_others)
+        rows = ([encoder_words(r.encoder), r.protocol, *cells] for r, cells in zip(with_others, values, strict=True))
         if names:
-            parts.append(f"<h4>{page.html(task)}</h4>" + page.table(("encoder", "protocol", *names), rows))
+            parts.append(f"<h4>{page.html(task)}</h4>" + page.table(("encoder", "protocol", *map(measure_head, names)), rows))
     return "".join(parts) or page.paragraph("No further metrics.")
 
 
@@ -181,7 +177,7 @@ def _curves(run: RunResults) -> Iterator[tuple[str, Sequence[Number], Sequence[N
             ladder = [r for point in run.ladder if (r := run.result(point, task, protocol))]
             if len(ladder) > 3:
                 sizes, values = ([result_part(run, r, key) for r in ladder] for key in ("parameters", "value"))
-                yield f"ours: {task} {ladder[0].metric}, {protocol}", sizes, values, ladder[0].higher_is_better
+                yield f"ours: {task}, {measure(ladder[0].metric)}, {protocol}", sizes, values, ladder[0].higher_is_better
     for task in run.tasks:
         curve = published()["4DS"]["tasks"].get(task, {})
         for protocol in (protocol for protocol in PROTOCOLS if protocol in curve):
@@ -192,15 +188,17 @@ def _curves(run: RunResults) -> Iterator[tuple[str, Sequence[Number], Sequence[N
 
 def points(run: RunResults, page: Page) -> str:
     """Sizes, cost and losses of the points. Losses of different methods measure different things."""
-    keys = ("point", "method", "parameters", "parameters_total", "flops", "clips_seen", "train_loss", "val_loss", "seed")
+    heads = {"point": "point", "method": "method", "parameters": "encoder\nparameters", "parameters_total": "all\nparameters"}
+    heads |= {"flops": "training\nFLOPs", "clips_seen": "clips seen"}
+    heads |= {"train_loss": measure("train_loss"), "val_loss": measure("val_loss"), "seed": "seed"}
     rows, settings = [], _settings(run)
     for point in run.trained:
         model, hidden = run.models[point], [NOTHING]
         if "masking" in model:
             words = ("distilled" if point in run.students else "points", point, "model", run.summaries[point]["method"])
             hidden = [model["masking"], " ", replace(settings[".".join((*words, "mask_ratio"))], format=".0%")]
-        rows.append([*(summary_part(run, point, key) for key in keys), hidden])
-    table = page.table([*(key.replace("_", " ") for key in keys), "hidden"], rows)
+        rows.append([*(summary_part(run, point, key) for key in heads), hidden])
+    table = page.table([*heads.values(), "hidden"], rows)
     for method in run.methods:
         names = run.ladder if method == run.methods[0] else run.of_method(method)
         sizes, losses = ([run.summaries[point][key] for point in names] for key in ("parameters", "val_loss"))
@@ -229,9 +227,10 @@ def reconstructions(run: RunResults, page: Page) -> str:
     content = []
     for clip in range(count_clips(run.pictures, run.side_px)):
         source = f"{PICTURES}/{video_name(clip)}"
-        content.append(f'<p><video src="{source}" autoplay loop muted playsinline controls></video></p>')
-        strips = ((page.html(label), _image(f"{PICTURES}/{strip_name(clip, row)}", row)) for row, label in labels.items())
-        content.extend(f'<figure class="strip"><figcaption>{label}</figcaption>{image}</figure>' for label, image in strips)
+        content.append(f'<video src="{source}" autoplay loop muted playsinline controls></video>')
+        for row, words in labels.items():
+            strip = f'<img alt="{row}" src="{PICTURES}/{strip_name(clip, row)}">'
+            content.append(f'<figure class="strip"><figcaption>{page.html(words)}</figcaption>{strip}</figure>')
     return "".join(content)
 
 
@@ -240,10 +239,10 @@ def fidelity(run: RunResults, page: Page) -> str:
 
     Left out: points that take the mean and the deviation of each patch from the true pixels (MAE-ST).
     """
-    columns = {**ERRORS, **fidelity_columns(run), "clips": "clips"}
+    columns = [*ERRORS, *fidelity_columns(run)]
     measured = [point for point in run.points if not run.fidelity[point]["true_patch_statistics"]]
-    rows = [[point, *(_fidelity(run, point, key) for key in columns)] for point in measured]
-    return page.table(("point", *columns.values()), rows)
+    rows = [[point, *(_fidelity(run, point, key) for key in (*columns, "clips"))] for point in measured]
+    return page.table(("point", *map(measure_head, columns), "clips"), rows)
 
 
 def overrides(run: RunResults, page: Page) -> str:
@@ -255,10 +254,10 @@ def overrides(run: RunResults, page: Page) -> str:
 
 
 def deviations(run: RunResults, page: Page) -> str:
-    """Differences from the papers with their reasons, written by hand in deviations.md."""
-    from nbconvert.filters.markdown import markdown2html
-
-    return markdown2html(resources.files(__package__).joinpath("deviations.md").read_text())
+    """Differences from the papers with their reasons, written by hand: the table of deviations.md."""
+    text = resources.files(__package__).joinpath("deviations.md").read_text()
+    head, _, *rows = (line.strip("| ").split(" | ") for line in text.splitlines())
+    return html_table(head, rows, code_html)
 
 
 def unstated(run: RunResults, page: Page) -> str:
@@ -325,18 +324,8 @@ def lineage(run: RunResults, page: Page) -> str:
             part = part_of(sha, _provenance(run, name), group, kind, spec="s")
             shared.setdefault(("code" if group == "code" else kind, sha), (part, []))[1].append(name)
     inputs = ([kind, sha, names[0] + (" and others" if names[1:] else "")] for (kind, _), (sha, names) in shared.items())
-    return page.table(("encoder", "weights, sha256"), weights.items()) + page.table(("input", "sha256", "of stage"), inputs)
-
-
-SECTIONS = (  # in the order of the page; a figure by its name
-    *(verdict, "headline", sources, results, paper, gains, "label_efficiency", sheets, further),
-    *("pretraining", trends, points, "training_curves", "methods", reconstructions, fidelity, "costs"),
-    *(summary, overrides, deviations, unstated, lineage),
-)
-
-
-def _image(path: str, alt: str) -> str:
-    return f'<p><img src="{path}" alt="{alt}"></p>'
+    encoders = ([encoder_words(name), sha] for name, sha in weights.items())
+    return page.table(("encoder", "weights, sha256"), encoders) + page.table(("input", "sha256", "of stage"), inputs)
 
 
 def _fidelity(run: RunResults, point: str, key: str, spec: str | None = None) -> Part:

@@ -14,6 +14,8 @@ from scaling4d.provenance import commits_of, experiments, write_text
 from scaling4d.records import UserError
 from scaling4d.report.built import BuiltReport, read_built_report
 from scaling4d.report.run_results import UNTRAINED
+from scaling4d.studies.markup import page_style
+from scaling4d.studies.words import MEASURES
 
 FOLDER, PAGE, EXPERIMENTS = "site", "index.html", "experiments.js"
 HISTORY = 20  # earlier reports that `serve` searches
@@ -23,6 +25,7 @@ HIDDEN = ("points", "distilled", "encoders", "recipes", "render", "benchmarks", 
 def site_page(report: BuiltReport) -> str:
     """index.html with one report in it. It shows ../report.html and, once written, experiments.js beside it."""
     template = resources.files(__package__).joinpath("site.html").read_text()
+    template = template.replace("@STYLE@", page_style()).replace("@WORDS@", _json(MEASURES))
     return template.replace("@RUN@", _json(page_content(report)))
 
 

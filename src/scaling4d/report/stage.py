@@ -1,19 +1,14 @@
-"""Stage `report`: write csv, json, svg and png files and execute the notebook that shows them, as equal bytes."""
+"""Stage `report`: write csv, json, svg, png and HTML and execute the notebook that shows them, as equal bytes."""
 
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from scaling4d import artifacts
 from scaling4d.provenance import WORK_FOLDER, atomic_folder, commit_and_edits, write_text
@@ -21,23 +16,21 @@ from scaling4d.records import UserError, write_json
 from scaling4d.report import site, tables
 from scaling4d.report.built import read_built_report
 from scaling4d.report.figures import draw_figures
-from scaling4d.report.page import Page
+from scaling4d.report.layout import read_page, report_html
+from scaling4d.report.notebook import NOTEBOOK, execute
 from scaling4d.report.pictures import draw_strips
 from scaling4d.report.run_results import RunResults, read_run_results
-from scaling4d.report.sections import PICTURES, read_page
-from scaling4d.studies.markup import html_page
+from scaling4d.report.sections import PICTURES
 
-NOTEBOOK = Path("reports/scaling.ipynb")
 RUNS, COMMIT = "runs.json", "commit.js"  # no outs: equal results of other commits are equal
 INPUTS = ("src", "dvc.yaml", "params.yaml", "data.dvc")
-JUPYTER_FOLDERS = ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")
 
 
 def build(settings: Mapping[str, Any]) -> None:
-    """Results in; csv, json, svg, png, executed notebook and HTML out, and runs.json beside them. Prints the table.
+    """Results in; csv, json, svg, png, HTML and executed notebook out, and runs.json beside them. Prints the table.
 
     Raises:
-        UserError: a file of the settings is missing (names the stage to run), or the notebook fails or lacks a section.
+        UserError: a file of the settings is missing (names the stage to run), or the notebook fails.
     """
     started = time.time()
     run = read_run_results(settings)
@@ -57,7 +50,8 @@ def build(settings: Mapping[str, Any]) -> None:
         draw_strips(run.pictures, run.side_px, run.ladder, out / PICTURES)
         page = read_page(run)
         page.write_json(out)
-        (out / "report.html").write_text(_execute(out / NOTEBOOK.name, page))
+        (out / "report.html").write_text(report_html(page, COMMIT))
+        execute(out)
         (out / site.FOLDER).mkdir()
         report = replace(read_built_report(folder=out.as_posix()), name="this report")
         (out / site.FOLDER / site.PAGE).write_text(site.site_page(report))
@@ -93,57 +87,3 @@ def write_commit(run: RunResults) -> None:
     text = json.dumps(commit_and_edits(*INPUTS))
     rows = 'for (const row of document.querySelectorAll("#summary tr"))'
     write_text(run.folder / COMMIT, f'{rows}\n  if (row.cells[0].textContent === "commit") row.cells[1].textContent = {text};\n')
-
-
-def _execute(path: Path, page: Page) -> str:
-    """Execute the notebook, drop timing, ids and versions, which differ from run to run, and return it as HTML.
-
-    Raises:
-        UserError: a cell fails, or the notebook does not show every section once, in order.
-    """
-    import nbformat
-    import papermill
-    from nbconvert import HTMLExporter
-    from papermill.exceptions import PapermillExecutionError
-
-    with _private_jupyter():
-        try:
-            papermill.execute_notebook(str(NOTEBOOK), str(path), kernel_name="python3", cwd=".", progress_bar=False)
-        except PapermillExecutionError as error:
-            raise UserError(f"{NOTEBOOK} fails in cell {error.exec_count}: {error.ename}: {error.evalue}") from error
-    notebook = nbformat.read(path, as_version=4)
-    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    notebook.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
-    for index, cell in enumerate(notebook.cells):
-        cell.id, cell.metadata = f"cell-{index:02d}", {}
-        if cell.cell_type == "code":
-            cell.execution_count = index
-            cell.outputs = [output for output in cell.outputs if output.output_type != "stream"]  # warnings of libraries
-            for output in cell.outputs:
-                if output.output_type == "execute_result":
-                    output.execution_count = index
-    nbformat.write(notebook, path)
-    exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
-    body = exporter.from_notebook_node(notebook)[0]
-    check_sections(body, list(page.sections))
-    return html_page("scaling4d", f'{body}\n<script src="{COMMIT}"></script>')
-
-
-def check_sections(body: str, names: list[str]) -> None:
-    """Refuse a notebook that does not show every section once, in order."""
-    shown = re.findall(r'<div class="scaling4d" id="(\w+)">', body)
-    for name in names:
-        if name not in shown:
-            raise UserError(f"{NOTEBOOK} does not show the section {name!r}; let one of its cells display it")
-    if shown != names:
-        raise UserError(f"{NOTEBOOK} shows the sections {', '.join(shown)}; needed each once, as {', '.join(names)}")
-
-
-@contextmanager
-def _private_jupyter() -> Iterator[None]:
-    """Jupyter's and IPython's folders in an empty place, so that nothing of the user's home changes the result."""
-    with tempfile.TemporaryDirectory(prefix="scaling4d-") as empty, patch.dict(os.environ, dict.fromkeys(JUPYTER_FOLDERS, empty)):
-        quiet = Path(empty) / "profile_default/ipython_kernel_config.json"
-        quiet.parent.mkdir()
-        quiet.write_text('{"IPKernelApp": {"log_level": 40}}')  # errors only
-        yield

@@ -14,19 +14,14 @@ from scaling4d.records import Result
 from scaling4d.report.page import Part, part_of, text_of
 from scaling4d.report.run_results import PROTOCOLS, SUMMARY, RunResults
 from scaling4d.studies.markup import NOTHING
+from scaling4d.studies.words import FIDELITY, measure
 
 RESULTS = (
     *("encoder", "parameters", "task", "protocol", "metric", "value", "low", "high"),
     *("unit", "higher_is_better", "examples", "seed", "checkpoint_sha256"),
 )
-FIDELITY = {"fid": "FID ↓", "kid": "KID ↓", "precision": "precision ↑", "recall": "recall ↑"}
 MSE = ("masked_mse", "moving_mse")  # of `reconstruct`, in metrics.json
-ERRORS = {
-    "masked_mse": "hidden pixels\nMSE ↓ (0..1)²",
-    "psnr_db": "hidden pixels\nPSNR ↑ dB",
-    "moving_mse": "hidden pixels that move\nMSE ↓ (0..1)²",
-}
-FEATURES = {"frame": "frames", "clip": "whole clips", "inception": "frames, Inception", "checkpoint": "whole clips, checkpoint"}
+ERRORS = ("masked_mse", "psnr_db", "moving_mse")
 PUBLISHED = Path("src/scaling4d/report/published.yaml")
 CURVES = ("point", "step", "clips_seen", "loss", "lr", "grad")
 
@@ -106,11 +101,10 @@ def stages(run: RunResults) -> dict[str, Any]:
     return {"profile": run.profile, "seed": run.seed, "stages": content, "code": packages}
 
 
-def fidelity_columns(run: RunResults) -> dict[str, str]:
-    """Metrics of sets of frames and clips: key in a `reconstruct` result -> head of a column."""
+def fidelity_columns(run: RunResults) -> list[str]:
+    """Metrics of sets of frames and clips that a `reconstruct` result has."""
     measured = {key for point in run.points for key in run.fidelity[point]}
-    names = {f"{kind}_{metric}": f"{FIDELITY[metric]}\n{FEATURES[kind]}" for kind in FEATURES for metric in FIDELITY}
-    return {key: name for key, name in names.items() if key in measured}
+    return [key for key in FIDELITY if key in measured]
 
 
 # ---- numbers with their sources ----
@@ -146,14 +140,13 @@ def published_part(*key: str, spec: str) -> Part:
 
 
 def label(r: Result) -> str:
-    """`top1 ↑, share`."""
-    return f"{r.metric} {_arrow(r)}, {r.unit}"
+    """`actions named right ↑, share`."""
+    return f"{measure(r.metric, _arrow(r))}, {r.unit}"
 
 
-def overview(run: RunResults, *, intervals: bool) -> tuple[list[str], list[list[Part]]]:
-    """Head and rows of the main table; `-` where the profile has no such readout."""
-    labels = {task: next((label(r) for r in run.results if r.task == task), "") for task in run.tasks}
-    head, rows = ["encoder", "parameters", "protocol", "val loss ↓", *(f"{task}\n{labels[task]}" for task in run.tasks)], []
+def overview(run: RunResults, *, intervals: bool) -> list[list[Part]]:
+    """Rows of the main table: encoder, parameters, protocol, validation loss, tasks; `-` without such a readout."""
+    rows = []
     for encoder in dict.fromkeys([*run.trained, *(name for names in run.encoders.values() for name in names)]):
         protocols = [protocol for protocol in PROTOCOLS if encoder in run.encoders[protocol]] or [NOTHING]
         for protocol in protocols:
@@ -164,20 +157,21 @@ def overview(run: RunResults, *, intervals: bool) -> tuple[list[str], list[list[
             loss = summary_part(run, encoder, "val_loss") if protocol == protocols[0] else ""
             cells = [(interval(run, r, "\n") if intervals else result_part(run, r, "value")) if r else NOTHING for r in results]
             rows.append([encoder, size, protocol, loss, *cells])
-    return head, rows
+    return rows
 
 
 def table_text(run: RunResults) -> str:
-    """Point x protocol x task as text of at most 120 columns."""
+    """Point x protocol x task as text of at most 120 columns, with the keys that commands take."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    head, rows = overview(run, intervals=False)
     table = Table(box=box.SIMPLE, title=f"profile {run.profile}, seed {run.seed}", title_justify="left")
-    for index, name in enumerate(head):
-        table.add_column(name.split(",")[0], justify="left" if index in (0, 2) else "right", no_wrap=True)
-    for row in rows:
+    first = [next((r for r in run.results if r.task == task), None) for task in run.tasks]
+    tasks = [f"{r.task}\n{r.metric} {_arrow(r)}" for r in first if r]
+    for index, name in enumerate(("encoder", "parameters", "protocol", "val loss ↓", *tasks)):
+        table.add_column(name, justify="left" if index in (0, 2) else "right", no_wrap=True)
+    for row in overview(run, intervals=False):
         table.add_row(*map(text_of, row))
     console = Console(file=io.StringIO(), width=120)
     console.print(table)

@@ -8,31 +8,23 @@ from functools import partial
 
 from scaling4d.records import Result
 from scaling4d.report.page import Number, Page, Part, joined, part_of
-from scaling4d.report.run_results import UNTRAINED, RunResults, baseline_words
+from scaling4d.report.run_results import UNTRAINED, RunResults
 from scaling4d.report.seeds import OverSeeds
 from scaling4d.report.tables import MSE, interval, result_part, summary_part
 from scaling4d.studies.fits import spearman
 from scaling4d.studies.markup import NOTHING
 from scaling4d.studies.study import PIXELS
+from scaling4d.studies.words import MEASURES, encoder_words
 
 YES, NOISE, NO = "yes", "within noise", "no"
-MEASURES = {  # metric -> words for the page
-    "val_loss": "validation loss of pretraining ↓",
-    "masked_mse": "squared error of hidden pixels ↓",
-    "moving_mse": "squared error of hidden pixels that move ↓",
-    "top1": "actions named right, share ↑",
-    "mean_iou": "overlap of tracked boxes, mean IoU ↑",
-    "abs_rel": "relative error of depth ↓",
-    "average_jaccard": "tracked points, average Jaccard ↑",
-    "epe": "error of the camera's motion, end-point ↓",
-}
-TRIVIAL = {  # task -> further metric of its readouts
+TRIVIAL = {  # task -> further metric of its readouts: that of an answer that looks at no video
+    "actions": "top1_mean",
     "boxes": "mean_iou_first_box_repeated",
-    "depth": "abs_rel_mean_depth",
+    "depth": "abs_rel_mean",
     "points": "average_jaccard_standing_still",
     "pose": "epe_standing_still",
 }
-TRIVIAL_ANSWER, CHANCE = "the trivial answer", "chance of actions"
+TRIVIAL_ANSWER = "the trivial answer"
 LOSSES = "Better with size: of losses, every point is better than the next smaller one; of tasks, "
 ONE_RUN = (
     f"{LOSSES}the 95 % intervals over validation videos of the largest and the smallest point do not overlap. Better than "
@@ -116,7 +108,7 @@ def _tasks(run: RunResults, page: Page) -> Iterator[Verdict]:
     for task in run.tasks:
         first, last = (run.result(point, task, "frozen") for point in (smallest, largest))
         if first is not None and last is not None:
-            others = {baseline_words(name): r for name in baselines if (r := run.result(name, task, "frozen"))}
+            others = {encoder_words(name): r for name in baselines if (r := run.result(name, task, "frozen"))}
             row = _task_over_seeds if run.over_seeds else _task_of_one_run
             yield row(run, page, first, last, others)
 
@@ -128,7 +120,7 @@ def _task_over_seeds(run: RunResults, page: Page, first: Result, last: Result, o
     for words, r in others.items():
         other = run.over_seeds.of(r.encoder, r.task, r.metric)
         compared[words] = other.mean, _with_deviation(other)
-    if trivial := trivial_answer(run, page, last):
+    if trivial := trivial_answer(run, last):
         compared[TRIVIAL_ANSWER] = trivial.value, trivial
 
     def answer(value: float) -> str:
@@ -143,7 +135,7 @@ def _task_over_seeds(run: RunResults, page: Page, first: Result, last: Result, o
 
 def _task_of_one_run(run: RunResults, page: Page, first: Result, last: Result, others: Mapping[str, Result]) -> Verdict:
     beats = {words: joined([better(last, r), result_part(run, r, "value")], "\n") for words, r in others.items()}
-    if trivial := trivial_answer(run, page, last):
+    if trivial := trivial_answer(run, last):
         beats[TRIVIAL_ANSWER] = joined([beyond(last, trivial.value), trivial], "\n")
     values = (interval(run, first, "\n"), interval(run, last, "\n"))
     return Verdict(_measure(last), values, better(last, first), "", beats)
@@ -158,24 +150,10 @@ def _with_deviation(measured: OverSeeds) -> Part:
     return [measured.part("mean"), " ± ", measured.part("deviation")]
 
 
-def trivial_answer(run: RunResults, page: Page, r: Result) -> Number | None:
-    """The metric of an answer that looks at no video: of actions chance; of other tasks TRIVIAL, if it was measured."""
-    if (name := TRIVIAL.get(r.task)) in r.others:
-        return result_part(run, r, "others", name)
-    if r.task != "actions" or (classes := _classes(run, r)) is None:
-        return None
-    page.derive(CHANCE, 1 / classes.value, [classes])
-    return page.derived_number(CHANCE)
-
-
-def _classes(run: RunResults, r: Result) -> Number | None:
-    """The number of classes in the settings of a readout of actions."""
-    stage, words = f"readout/{r.encoder}/{r.task}/{r.protocol}", ("readout.tasks.actions", "Actions", "classes")
-    value = run.provenances[stage]["settings"]
-    for word in words:
-        value = value.get(word, {})
-    source = (run.home / stage / "provenance.json").as_posix()
-    return Number(value, ",d", source, ("settings", *words)) if value else None
+def trivial_answer(run: RunResults, r: Result) -> Number | None:
+    """The task's metric of TRIVIAL, if it was measured beside this result."""
+    name = TRIVIAL.get(r.task)
+    return result_part(run, r, "others", name) if name in r.others else None
 
 
 def beyond_noise(value: float, other: float, noise: float | None, higher_is_better: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from typing import Any
@@ -30,22 +31,46 @@ def cell_text(value: Any) -> str:
     return format_number(value, number_format(value))
 
 
+def csv_cell_text(text: str) -> str:
+    """Text of a csv's cell in a table: a number in its usual format, other text as it is."""
+    try:
+        return cell_text(int(text) if text.isdigit() else float(text)) if math.isfinite(float(text)) else text
+    except ValueError:
+        return text
+
+
 def escape(text: str) -> str:
     """Text as HTML; a line end becomes a line break."""
     return html.escape(text).replace("\n", "<br>")
 
 
+def code_html(text: str) -> str:
+    """Text as HTML, with `code` between backticks."""
+    return "".join(f"<code>{part}</code>" if index % 2 else part for index, part in enumerate(escape(text).split("`")))
+
+
+def html_figure(path: str, alt: str, caption: str) -> str:
+    """A picture that a click opens alone, in a box that scrolls by itself, above its caption."""
+    image = f'<a href="{path}"><img alt="{html.escape(alt)}" src="{path}"></a>'
+    return f'<figure><div class="scroll">{image}</div><figcaption>{code_html(caption)}</figcaption></figure>'
+
+
+def page_style() -> str:
+    """The style sheet of every page."""
+    return resources.files(__package__).joinpath("style.css").read_text()
+
+
 def html_page(title: str, body: str) -> str:
     """A page of its own, without links to the network. title: text. body: HTML."""
     template = resources.files(__package__).joinpath("page.html").read_text()
-    return template.replace("@TITLE@", html.escape(title)).replace("@BODY@", body)
+    return template.replace("@STYLE@", page_style()).replace("@TITLE@", html.escape(title)).replace("@BODY@", body)
 
 
 def html_table(head: Sequence[Any], rows: Iterable[Sequence[Any]], cell_html: Callable[[Any], str] = escape) -> str:
-    """A table. cell_html: gives the HTML of a cell; it is called in reading order."""
+    """A table in a box that scrolls by itself. cell_html: gives the HTML of a cell; it is called in reading order."""
 
     def line(cells: Sequence[Any], tag: str) -> str:
         return f"<tr>{''.join(f'<{tag}>{cell_html(cell)}</{tag}>' for cell in cells)}</tr>"
 
     top = f"<thead>{line(head, 'th')}</thead>" if any(head) else ""
-    return f'<table class="scaling4d">{top}<tbody>{"".join(line(row, "td") for row in rows)}</tbody></table>'
+    return f'<div class="scroll"><table>{top}<tbody>{"".join(line(row, "td") for row in rows)}</tbody></table></div>'

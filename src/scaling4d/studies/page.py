@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,10 +15,11 @@ from scaling4d.provenance import LOCK, parse_csv, read_lock, to_csv
 from scaling4d.records import UserError, write_json
 from scaling4d.studies import study as studies
 from scaling4d.studies.fits import held_out, spearman, trend
-from scaling4d.studies.markup import NOTHING, cell_text, html_page, html_table
+from scaling4d.studies.markup import NOTHING, cell_text, csv_cell_text, html_figure, html_page, html_table
 from scaling4d.studies.plotting import draw_law, legend, log_x, panel_title, style, subplots, to_svg
 from scaling4d.studies.run import UNMEASURED
 from scaling4d.studies.study import REPORTS, Study
+from scaling4d.studies.words import measure_head
 
 FITS, RANKS, INDEX = "fits.csv", "ranks.csv", "index.html"
 REFERENCES = re.compile(r" \[[^]]*\]")  # of a sentence of findings.md: the rows of table.csv, or the figure
@@ -32,6 +32,14 @@ AXES = {"parameters": "encoder parameters", "flops": "training FLOPs", "clips_se
 Row = Mapping[str, Any]
 LAWS = "Power laws over all seeds, and the prediction of the largest size by the others"
 RANKED = "Rank correlation of the validation loss with each task"
+RUNS_CAPTION = (
+    "A dot for each seed, a line at the mean of each arm. The baseline is the arm {base}; the band around it is the seed noise "
+    "of a difference at 95 %."
+)
+LAWS_CAPTION = (
+    "Every seed over the {size}, with a power law and its 95 % band where one fits. There is no baseline: sizes are compared "
+    "with each other."
+)
 EXPLAINED = (
     "Mean over {seeds} seeds ± their standard deviation. In brackets: the difference to {base}, seed by seed, and the seed noise "
     "of such a difference at 95 %. * marks a difference larger than the noise. The noise is of training and readout seeds alone. "
@@ -197,7 +205,7 @@ def laws_figure(study: Study, rows: Sequence[Row], name: str) -> str:
 
 
 def _task_title(row: Row, *, higher_is_better: bool) -> str:
-    return panel_title(row["task"], row["metric"].replace("_", " "), row["unit"], higher_is_better)
+    return panel_title(row["task"].replace("_", " "), row["metric"], row["unit"], higher_is_better)
 
 
 # ---- pages ----
@@ -211,7 +219,7 @@ def study_page(study: Study, table: Sequence[Row], files: Mapping[str, str], fin
     """
     tasks = {row["task"]: row["metric"] for row in table}
     cells = {(row["arm"], row["task"]): _cell(row) for row in table}
-    head = ("arm", *(f"{task}\n{metric}" for task, metric in tasks.items()))
+    head = ("arm", *(f"{task.replace('_', ' ')}\n{measure_head(metric)}" for task, metric in tasks.items()))
     body = [[arm.name, *(cells.get((arm.name, task), NOTHING) for task in tasks)] for arm in study.arms]
     settings = [[arm.name, arm.encoder, ", ".join(arm.overrides) or f"profile {arm.profile} as it is"] for arm in study.arms]
     parts = [
@@ -221,10 +229,11 @@ def study_page(study: Study, table: Sequence[Row], files: Mapping[str, str], fin
         parts.append(f"<h2>Findings</h2>{''.join(f'<p>{html.escape(block)}</p>' for block in paragraphs(findings))}")
     parts.append(f"<h2>Table</h2>{html_table(head, body)}<p>{EXPLAINED.format(base=study.base, seeds=len(study.seeds))}</p>")
     for name, columns, heading in ((FITS, FIT_COLUMNS, LAWS), (RANKS, RANK_COLUMNS, RANKED)) if study.ladders else ():
-        rows = ([_rounded(text) for text in row.values()] for row in parse_csv(files[name]))
+        rows = ([csv_cell_text(text) for text in row.values()] for row in parse_csv(files[name]))
         parts.append(f"<h2>{heading}</h2>{html_table([column.replace('_', ' ') for column in columns], rows)}")
-    figures = [name.removesuffix(".svg") for name in files if name.endswith(".svg")]
-    parts += [f'<figure><img src="{name}.svg" alt="{name.replace("_", " ")}"></figure>' for name in figures]
+    captions = {"runs": RUNS_CAPTION.format(base=study.base)}
+    captions |= {f"laws_{ladder}": LAWS_CAPTION.format(size=AXES[x]) for ladder, (x, _) in study.ladders.items()}
+    parts += [html_figure(f"{name}.svg", name.replace("_", " "), text) for name, text in captions.items()]
     parts.append(f"<h2>Arms</h2>{html_table(('arm', 'encoder', 'settings'), settings)}")
     made = f"Code: {code_text(code)}. Again: <code>{study.command}</code>."
     parts.append(f"<p>{made} <a href='../index.html'>All studies</a></p>")
@@ -237,13 +246,6 @@ def _cell(row: Row) -> str:
         sign, mark = "+" if row["difference"] > 0 else "", " *" if row["beyond_noise"] else ""
         text += f"\n({sign}{cell_text(row['difference'])} ± {cell_text(row['noise'])}){mark}"
     return text
-
-
-def _rounded(text: str) -> str:
-    try:
-        return cell_text(int(text) if text.isdigit() else float(text)) if math.isfinite(float(text)) else text
-    except ValueError:
-        return text
 
 
 def paragraphs(findings: str) -> list[str]:
@@ -265,7 +267,7 @@ def banner(name: str, code: Mapping[str, str]) -> str:
     """HTML that says with which older code a study was made; empty for the present code. code: of study.json."""
     older = ", ".join(older_code(code))
     again = f"run <code>scaling4d study {name}</code> again"
-    return f'<p style="background: #fff3cd; padding: .3em .7em">Made with older code: {older}; {again}.</p>' if older else ""
+    return f'<p class="banner">Made with older code: {older}; {again}.</p>' if older else ""
 
 
 def code_text(code: Mapping[str, str]) -> str:

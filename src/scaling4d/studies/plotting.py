@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from scaling4d.studies.fits import Trend
+from scaling4d.studies.words import metric_words
 
+TITLE_WIDTH = 31  # letters that fit above a panel
 STYLE = {
     "svg.hashsalt": "scaling4d",
     "svg.fonttype": "none",  # text stays text: a tenth of the bytes of outlines
@@ -54,9 +57,10 @@ def to_svg(figure: Figure) -> str:
 
 
 def panel_title(name: str, metric: str, unit: str, higher_is_better: bool) -> str:
-    """Three lines: name, metric (unit), direction."""
+    """Name; the metric's words (unit) in at most two lines, if words.WORDS has them; direction."""
+    words = f"{metric_words(metric)}{f' ({unit})' if unit else ''}"
     direction = "↑ higher is better" if higher_is_better else "↓ lower is better"
-    return f"{name}\n{metric}{f' ({unit})' if unit else ''}\n{direction}"
+    return "\n".join([name, *textwrap.wrap(words, TITLE_WIDTH), direction])
 
 
 def log_x(axes: Axes, values: Sequence[float], name: str) -> None:

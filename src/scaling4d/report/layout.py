@@ -1,0 +1,164 @@
+"""report.html: its sections in order, with headings, texts and captions. Details are folded."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from scaling4d.report import sections
+from scaling4d.report.page import Page
+from scaling4d.report.run_results import RunResults, read_run_results
+from scaling4d.report.verdict import verdict
+from scaling4d.studies.markup import code_html, html_figure, html_page
+from scaling4d.studies.words import encoder_words
+
+TITLE = "Scaling 4D representations, in small"
+INTRODUCTION = """<p>The points of our ladder, trained and measured by <code>dvc repro</code>, beside the curves of <i>Scaling 4D
+Representations</i> (arXiv:2412.15212) and the method of <i>Masked Autoencoders As Spatiotemporal Learners</i>
+(arXiv:2205.09113).</p>"""
+ORIGIN = """<p>Every number comes from a file of a stage. <code>numbers.json</code> beside this page names file and place.
+<code>scaling4d audit --explain encoder/task/protocol</code> shows the bytes, settings and code behind a number.
+<a href="../studies/index.html">Studies</a> vary single settings.</p>"""
+LAWS = (
+    "L = E + A (N / unit)^-alpha is fitted to losses and errors, ours and the published ones, by the same code. In brackets: "
+    "95 % intervals of a parametric bootstrap. They hold the scatter of the points around the curve, not that of other seeds. "
+    "The prediction of the largest point is by the law of all others, with the interval of one new point. With five points, "
+    "four are left to fit three numbers, hence its width. An interval of the exponent that reaches an end of the search means "
+    "that the points do not fix it."
+)
+FILLED = (
+    "Two validation clips in which about a seventh of the pixels move: as a looping video with all rows side by side, and as "
+    "strips of frames. The same tokens are hidden for every point."
+)
+FIDELITY = (
+    "Errors of hidden pixels, and distances of sets of filled-in and true frames and clips on features of untrained encoders "
+    "(no download), unless the column names others. They compare these points, not points of the literature."
+)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page. write: gives its HTML; its name is the part's id. heading, text: above it. folded: its title
+    where it is folded; empty: always in sight."""
+
+    write: Callable[[RunResults, Page], str]
+    heading: str = ""
+    text: str = ""
+    folded: str = ""
+
+
+def headline(run: RunResults, page: Page) -> str:
+    points = "our points with 95 % intervals over validation videos"
+    if run.over_seeds:
+        points = (
+            "frozen readouts of our points with means and standard deviations over seeds, this run's values as crosses; other "
+            "readouts with 95 % intervals over validation videos"
+        )
+    return html_figure(
+        "headline.svg",
+        "each task over the size of the encoder",
+        f"Above: {points}. Horizontal lines: the baselines, which saw no video ({_baselines(run)}), and the trivial answer, "
+        "which looks at no video. An untrained encoder has random weights and the shape of the point that it is named after; raw "
+        "pixels are patches without an encoder. Below: 4DS as published. The axes differ on purpose: data and sizes differ, and "
+        "only the shape can be compared.",
+    )
+
+
+def label_efficiency(run: RunResults, page: Page) -> str:
+    return html_figure(
+        "label_efficiency.svg",
+        "linear probes over the number of labelled clips",
+        "Linear probes of frozen features, fitted to the first labelled training clips and to all of them. Coloured: the points "
+        f"that differ in size alone. Grey: the baselines, which saw no video ({_baselines(run)}). One run, without intervals.",
+    )
+
+
+def _baselines(run: RunResults) -> str:
+    return ", ".join(map(encoder_words, run.baselines)) or "none in this profile"
+
+
+def pretraining(run: RunResults, page: Page) -> str:
+    return html_figure(
+        "pretraining.svg",
+        "validation loss over the size of the encoder and over training FLOPs",
+        "Validation loss of the points that differ in size alone, over their parameters and over their training FLOPs, with a "
+        "power law if one fits. The cross is the largest point as the law of the others predicts it. There is no baseline: "
+        "losses of untrained encoders are not measured.",
+    )
+
+
+def training_curves(run: RunResults, page: Page) -> str:
+    caption = (
+        "Training loss over clips seen. Each method has a panel, because losses of different methods do not compare. "
+        "There is no baseline: untrained encoders and raw pixels have no training loss."
+    )
+    return html_figure("training_curves.svg", "training loss over clips seen", caption)
+
+
+def methods(run: RunResults, page: Page) -> str:
+    bars = "95 % intervals over validation videos"
+    if run.over_seeds:
+        bars = f"standard deviations over seeds around means (frozen readouts), else {bars}"
+    return html_figure(
+        "methods.svg",
+        "points of other methods and maskings",
+        f"Points of other methods or maskings. The baseline of each is the point of {run.methods[0]} nearest in size, which "
+        f"stands before it. Bars: {bars}.",
+    )
+
+
+def costs(run: RunResults, page: Page) -> str:
+    return html_figure(
+        "costs.svg",
+        "time and memory of a training step",
+        "Time (median and quartiles) and memory of a training step as one quantity grows and the others stay. The baseline is "
+        "the formula, dashed. Measured by `scaling4d bench costs`, not in this run: see `reports/bench/costs.json`.",
+    )
+
+
+SECTIONS = (
+    Section(verdict, "What improves with size"),
+    Section(headline, "Tasks over the size of the encoder"),
+    Section(sections.results),
+    Section(sections.gains),
+    Section(sections.further, folded="Further metrics of every readout"),
+    Section(sections.paper, folded="4DS as published, in the rows and columns of our table"),
+    Section(label_efficiency, "Tasks over the number of labelled clips"),
+    Section(sections.sheets, "Predictions beside the truth"),
+    Section(pretraining, "Pretraining"),
+    Section(sections.points),
+    Section(training_curves),
+    Section(sections.trends, text=LAWS, folded="Power laws of losses and errors, and the prediction of the largest size"),
+    Section(methods, "Other methods and maskings"),
+    Section(sections.reconstructions, "Filled-in pixels", FILLED),
+    Section(sections.fidelity, text=FIDELITY, folded="Fidelity of filled-in frames and clips"),
+    Section(costs, "Cost of a training step"),
+    Section(sections.summary, "This run"),
+    Section(sections.overrides, folded="Settings that differ from the profile"),
+    Section(sections.deviations, folded="Differences from the papers"),
+    Section(sections.unstated, folded="Choices that no paper states"),
+    Section(sections.lineage, folded="Lineage: hashes of weights, data and code"),
+)
+
+
+def read_page(run: RunResults | None = None) -> Page:
+    """All sections of a run (default: of params.yaml), with ids of numbers in order."""
+    run = read_run_results() if run is None else run
+    page = Page(run.folder)
+    for section in SECTIONS:
+        name, content = section.write.__name__, section.write(run, page)
+        if not content:
+            continue
+        content = (f"<p>{code_html(section.text)}</p>" if section.text else "") + content
+        if section.folded:
+            content = f"<details><summary>{html.escape(section.folded)}</summary>{content}</details>"
+        heading = f"<h2>{html.escape(section.heading)}</h2>" if section.heading else ""
+        page.sections[name] = f'<section id="{name}">{heading}{content}</section>'
+    return page
+
+
+def report_html(page: Page, script: str) -> str:
+    """The page as a file. script: path of the script that enters the commit."""
+    body = "\n".join([f"<h1>{TITLE}</h1>", INTRODUCTION, *page.sections.values(), ORIGIN, f'<script src="{script}"></script>'])
+    return html_page(TITLE, body)
