@@ -17,7 +17,7 @@ from scaling4d.benchmarks import perception_test, ssv2
 from scaling4d.benchmarks.samples import Samples, SkippedItem
 from scaling4d.encoders.features import MemoryFeatures
 from scaling4d.encoders.stage import baseline
-from scaling4d.readout.data import ClipDataset, FeatureDataset, RankSplit, evaluate, shuffled_batch
+from scaling4d.readout.data import ClipDataset, FeatureDataset, RankSplit, evaluate, held_out_videos, shuffled_batch
 from scaling4d.readout.stage import readout
 from scaling4d.readout.tasks.actions import Actions
 from scaling4d.readout.tasks.points import Points
@@ -104,12 +104,26 @@ def test_batches_are_shuffled_passes_that_depend_on_seed_rank_and_step_alone() -
     assert len({tuple(shuffled_batch(0, 8, 100, seed, rank)) for seed in (0, 1) for rank in (0, 1)}) == 4
 
 
-def test_all_views_of_a_held_out_item_are_held_out_and_no_other_clip(data: Path) -> None:
-    def held_out(**where: Any) -> tuple[list[int], list[int]]:
-        train_set = FeatureDataset(part("actions", "train", data=data, **where), PixelSource(None, 1.0), hold_out=4)
-        return train_set.held_out, train_set.trained_on
+def held_out_clips(**where: Any) -> tuple[list[int], list[int], int]:
+    train_set = FeatureDataset(part("actions", "train", **where), PixelSource(None, 1.0))
+    return train_set.held_out, train_set.trained_on, len(train_set)
 
-    assert run(held_out, ranks=1) == ([0, 1, 8, 9], [2, 3, 4, 5, 6, 7, 10, 11, 12, 13, 14, 15])  # of eight items in two views
+
+def test_all_views_of_a_held_out_video_are_held_out_and_every_other_clip_is_trained_on(data: Path) -> None:
+    held_out, trained_on, clips = run(held_out_clips, ranks=1, data=data)  # one of eight videos, in two views
+    assert len(held_out) == 2 and held_out[0] % 2 == 0 and held_out[1] == held_out[0] + 1
+    assert sorted(held_out + trained_on) == list(range(clips))
+
+
+def test_held_out_videos_are_a_tenth_at_least_one_and_alike_on_any_ranks_and_in_any_order() -> None:
+    names = [f"video {number}" for number in range(200)]
+
+    def chosen(*, rank: int, ranks: int, count: int = 200) -> set[str]:
+        return held_out_videos([*names[:count][rank::ranks]] * 2)
+
+    alone = run(chosen, ranks=1)
+    assert len(alone) == 20 and run(chosen, ranks=2) == alone and len(run(chosen, ranks=1, count=3)) == 1
+    assert len({int(name.split()[1]) % 8 for name in alone}) == 8  # not of a few places alone
 
 
 def usable_items(*, items: int = 0, **where: Any) -> tuple[list[str], list[SkippedItem]]:

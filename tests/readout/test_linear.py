@@ -2,11 +2,10 @@
 
 import nearness
 import numpy as np
-import pytest
 import torch
 
 from scaling4d import seeds
-from scaling4d.readout.linear import PENALTIES, LinearProbe, RegressionSums, fit_probes, pooled
+from scaling4d.readout.linear import LinearProbe, RegressionBatch, fit_probes, pooled
 from scaling4d.readout.tasks.depth import Depth
 from scaling4d.training.distributed import run
 
@@ -22,61 +21,48 @@ def samples(count: int, noise: float) -> tuple[torch.Tensor, torch.Tensor, torch
     return torch.from_numpy(x).float(), torch.from_numpy(y).float(), torch.ones(count, P, dtype=torch.bool)
 
 
-def solved(*parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> LinearProbe:
-    sums = RegressionSums(P, D, OUT)
-    for part in parts:
-        sums.add(*part)
-    return sums.solve()
+def probes(*groups: tuple[list[RegressionBatch], list[RegressionBatch]]) -> list[LinearProbe]:
+    """The trivial answer, and a probe after each group of batches to fit and to choose the penalty."""
+
+    def fit(*, rank: int, ranks: int) -> list[LinearProbe]:
+        mean, fitted = fit_probes(groups)
+        return [mean, *fitted]
+
+    return run(fit, ranks=1)
 
 
 def test_a_linear_function_of_features_of_any_scale_is_learned_with_an_offset_for_each_place() -> None:
-    probe = solved(samples(200, 0.0))
-    x, y, _ = samples(50, 0.0)
-    assert nearness.near(probe(x), y, 1e-3)
+    x, y, counts = samples(250, 0.0)
+    part = [(x[:200], y[:200], counts[:200])]
+    assert nearness.near(probes((part, part))[1](x[200:]), y[200:], 1e-3)
 
 
 def test_samples_that_do_not_count_change_nothing_and_parts_add_up() -> None:
     x, y, counts = samples(100, 0.3)
-    whole = solved((x, y, counts))
     bad = (torch.full_like(x, torch.nan), torch.full_like(y, torch.nan), torch.zeros_like(counts))
-    parts = solved((x[:40], y[:40], counts[:40]), bad, (x[40:], y[40:], counts[40:]))
-    assert nearness.near(parts(x), whole(x))
+    whole, parts = (x, y, counts), [(x[:40], y[:40], counts[:40]), bad, (x[40:], y[40:], counts[40:])]
+    assert nearness.near(probes((parts, [bad, whole]))[1](x), probes(([whole], [whole]))[1](x))
 
 
 def test_probes_of_growing_parts_are_those_of_each_part_alone_and_the_trivial_answer_is_the_mean() -> None:
     first, second = samples(100, 0.3), samples(60, 0.3)
-
-    def probes(*, rank: int, ranks: int) -> list[torch.Tensor]:
-        mean, fitted = fit_probes([[first], [second]])
-        return [probe(first[0]) for probe in (mean, *fitted)]
-
-    mean, of_first, of_both = run(probes, ranks=1)
-    assert nearness.near(of_first, solved(first)(first[0])) and nearness.near(of_both, solved(first, second)(first[0]))
-    assert nearness.near(mean[0], torch.cat([first[1], second[1]]).mean(0)) and torch.equal(mean[0], mean[1])
+    mean, of_first, of_both = probes(([first], [first]), ([second], [first]))
+    assert torch.equal(of_first.weight, probes(([first], [first]))[1].weight)
+    assert torch.equal(of_both.weight, probes(([first, second], [first]))[1].weight)
+    assert nearness.near(mean(first[0])[0], torch.cat([first[1], second[1]]).mean(0)) and not mean.weight.any()
 
 
-def test_few_noisy_samples_get_a_larger_penalty_than_many() -> None:
-    def length(count: int) -> float:
-        x, y, counts = samples(count, 20.0)
-        return float((solved((x, y, counts)).weight * 10.0 ** torch.arange(-2, 4)[:, None]).norm())
-
-    exact = float(np.linalg.norm(seeds.numpy(0, "truth").normal(size=(D, OUT))))
-    assert length(4) < 2 * exact and length(20000) == pytest.approx(exact, rel=0.3)
-    assert PENALTIES[0] < 1e-3 and PENALTIES[-1] > 10
-
-
-def test_with_fewer_samples_than_features_the_penalty_is_chosen_by_what_it_predicts() -> None:
+def test_with_fewer_samples_than_features_held_out_samples_choose_a_penalty_that_predicts() -> None:
     """Interpolation of the samples is not taken for a perfect fit."""
     rng = seeds.numpy(0, "wide")
-    truth = rng.normal(size=(60, 1)) / np.sqrt(60)
-    x = rng.normal(size=(250, 1, 60))
-    y = x @ truth + 2.0 * rng.normal(size=(250, 1, 1))
+    truth, x = rng.normal(size=(60, 1)) / np.sqrt(60), rng.normal(size=(350, 1, 60))
+    y = x @ truth + 2.0 * rng.normal(size=(350, 1, 1))
+    samples = (torch.from_numpy(x).float(), torch.from_numpy(y).float(), torch.ones(350, 1, dtype=torch.bool))
     errors = {}
     for count in (50, 200):
-        sums = RegressionSums(1, 60, 1)
-        sums.add(torch.from_numpy(x[:count]), torch.from_numpy(y[:count]), torch.ones(count, 1, dtype=torch.bool))
-        predicted = sums.solve()(torch.from_numpy(x[200:]).float()).numpy()
-        errors[count] = np.square(predicted - x[200:] @ truth).mean()
+        fitted, held_out = (tuple(value[part] for value in samples) for part in (slice(count), slice(200, 250)))
+        predicted = probes(([fitted], [held_out]))[1](samples[0][250:]).numpy()
+        errors[count] = np.square(predicted - x[250:] @ truth).mean()
     assert errors[200] < errors[50] < 2  # without features: 1; with the least penalty: 15
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -22,6 +23,7 @@ from scaling4d.records import Sample, UserError
 from scaling4d.training.distributed import gather_round_robin, heartbeat
 
 Encode = Callable[[list[Tensor]], Tensor]  # clips, uint8 `T H W C` -> inputs of Predict, features or pixels
+HELD_OUT = 0.1  # share of the training videos that choose weights and penalties; ours
 Predict = Callable[[Tensor, dict[str, Tensor]], Tensor]  # inputs and targets of a batch -> predictions
 
 
@@ -84,27 +86,23 @@ class RankSplit:
 class FeatureDataset:
     """Training clips of a frozen encoder: features, computed once, and targets.
 
-    hold_out: of so many items each the first is held out, with all its views; 0: none.
     Attributes:
-        held_out, trained_on: indices of the clips.
-    Raises UserError: as RankSplit.by_index, or the only item of a rank is held out.
+        held_out: indices of the clips of `held_out_videos`. trained_on: of the others.
+    Raises UserError: as RankSplit.by_index, or no clip of a rank is left to train on.
     """
 
-    def __init__(self, split: RankSplit, source: MemoryFeatures, hold_out: int = 0) -> None:
-        self.source, self.keys, self.targets, self.held_out, self.trained_on = source, [], [], [], []
-        items: list[int] = []  # that are usable
-        for item, _, _, sample in split.training_views(split.samples()):
-            if items[-1:] != [item]:
-                items.append(item)
-            part = self.held_out if hold_out and len(items) % hold_out == 1 else self.trained_on
-            part.append(len(self.keys))
+    def __init__(self, split: RankSplit, source: MemoryFeatures) -> None:
+        self.source, self.keys, self.targets, videos = source, [], [], []
+        for *_, sample in split.training_views(split.samples()):
             self.keys.append(source.add(torch.from_numpy(sample.pixels)))
             self.targets.append(split.task.train_target(sample))
+            videos.append(sample.video)
         source.flush()
+        held_out = held_out_videos(videos)
+        self.held_out = [index for index, video in enumerate(videos) if video in held_out]
+        self.trained_on = [index for index, video in enumerate(videos) if video not in held_out]
         if not self.trained_on:
-            raise UserError(
-                f"{split.name}: the only training item of a rank is held out; set patience of Frozen to 0, or fewer ranks"
-            )
+            raise UserError(f"{split.name}: all training clips of a rank are held out; lower readout.Evaluation.ranks")
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -116,6 +114,12 @@ class FeatureDataset:
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
         """Features `B t n D` and targets."""
         return self.features(indices), collate([self.targets[index] for index in indices])
+
+
+def held_out_videos(videos: Iterable[str]) -> set[str]:
+    """A share HELD_OUT of the videos of all ranks, at least one, by their names' sha256; alike on any ranks."""
+    names = sorted({*gather_round_robin(list(videos))}, key=lambda name: hashlib.sha256(name.encode()).digest())
+    return set(names[: max(round(HELD_OUT * len(names)), 1)])
 
 
 class ClipDataset:

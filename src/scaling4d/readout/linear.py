@@ -1,8 +1,7 @@
 """Linear probes: ridge regression in closed form on a frozen encoder's features, without steps and without a seed.
 
 The field's usual probe, beside the attention readouts of the papers (ours). Sums over the training clips are enough: of
-all ranks they are added up, and the penalty is chosen on them by generalised cross-validation (Golub, Heath and Wahba,
-1979).
+all ranks they are added up. Held-out clips choose the penalty.
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+RegressionBatch = tuple[Tensor, Tensor, Tensor]  # features `B P d`, targets `B P o`, which count, bool `B P`
+Batches = Iterable[RegressionBatch]
 PENALTIES = tuple(10.0**power for power in range(-5, 3))  # of the mean variance of a feature; ours
 CLIP_GRID = (4, 2, 2)  # steps, rows and columns of means that stand for a clip; ours
 CONSTANT = 1e-12  # a feature with a smaller variance is left out
@@ -27,7 +28,7 @@ class RegressionSums:
     def __init__(self, places: int, features: int, targets: int) -> None:
         zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64)  # noqa: E731
         self.count, self.x, self.y = zeros(places, 1), zeros(places, features), zeros(places, targets)
-        self.xx, self.xy, self.yy = zeros(features, features), zeros(features, targets), zeros(targets)
+        self.xx, self.xy = zeros(features, features), zeros(features, targets)
 
     def add(self, x: Tensor, y: Tensor, counts: Tensor) -> None:
         mask = counts[..., None]
@@ -38,7 +39,6 @@ class RegressionSums:
         x, y = x.flatten(0, 1), y.flatten(0, 1)
         self.xx += x.T @ x
         self.xy += x.T @ y
-        self.yy += y.square().sum(0)
 
     def over_ranks(self) -> RegressionSums:
         """The sums of all ranks, added up."""
@@ -51,28 +51,20 @@ class RegressionSums:
         """The trivial answer: the mean of the targets at each place, whatever the features are."""
         return LinearProbe(self.xy.new_zeros(self.xy.shape).float(), (self.y / self.count.clamp(min=1)).float())
 
-    def solve(self) -> LinearProbe:
-        """The ridge regression of deviations from each place's means, with the best of PENALTIES."""
+    def solve(self) -> list[LinearProbe]:
+        """The ridge regression of deviations from each place's means, with each of PENALTIES."""
         count = self.count.clamp(min=1)
         mean_x, mean_y = self.x / count, self.y / count
-        xx, xy = self.xx - self.x.T @ mean_x, self.xy - self.x.T @ mean_y
-        yy = self.yy - (self.y * mean_y).sum(0)
-        samples, degrees = self.count.sum(), (self.count > 0).sum()
+        xx, xy, samples = self.xx - self.x.T @ mean_x, self.xy - self.x.T @ mean_y, self.count.sum()
         variance = xx.diagonal() / samples
         scale = torch.where(variance > CONSTANT, variance, torch.inf).rsqrt()
         values, vectors = torch.linalg.eigh(xx * scale[:, None] * scale)
-        values, projected = values.clamp(min=0), vectors.T @ (scale[:, None] * xy)  # d, d o
-        best, least = values.new_zeros(projected.shape), math.inf
+        projected = vectors.T @ (scale[:, None] * xy)  # d o
+        probes = []
         for penalty in PENALTIES:
-            shrunk = values + penalty * samples
-            weight = projected / shrunk[:, None]
-            residual = yy - 2 * (weight * projected).sum(0) + (values[:, None] * weight.square()).sum(0)
-            freedom = samples - degrees - len(values) + (penalty * samples / shrunk).sum()  # exact where it is small
-            score = (residual.sum() / freedom.square()).item()
-            if score < least:
-                best, least = weight, score
-        weight = scale[:, None] * (vectors @ best)
-        return LinearProbe(weight.float(), (mean_y - mean_x @ weight).float())
+            weight = scale[:, None] * (vectors @ (projected / (values.clamp(min=0) + penalty * samples)[:, None]))
+            probes.append(LinearProbe(weight.float(), (mean_y - mean_x @ weight).float()))
+        return probes
 
 
 class LinearProbe(nn.Module):
@@ -95,15 +87,24 @@ def pooled(features: Tensor) -> Tensor:
     return F.adaptive_avg_pool3d(volume, grid).flatten(1)[:, None]
 
 
-def fit_probes(groups: Iterable[Iterable[tuple[Tensor, Tensor, Tensor]]]) -> tuple[LinearProbe, list[LinearProbe]]:
-    """Probes of batches of features, targets and which count, see RegressionSums, over all ranks.
+def fit_probes(groups: Iterable[tuple[Batches, Batches]]) -> tuple[LinearProbe, list[LinearProbe]]:
+    """Probes over all ranks.
 
-    Returns the trivial answer of all batches, and a ridge regression after each group of batches.
+    Args:
+        groups: batches to fit, in addition to those before, and all batches that choose the penalty.
+    Returns:
+        the trivial answer of all fitted batches, and a ridge regression after each group.
     """
     sums, probes = None, []
-    for batches in groups:
-        for x, y, counts in batches:
+    for fitted, held_out in groups:
+        for x, y, counts in fitted:
             sums = sums or RegressionSums(x.shape[1], x.shape[2], y.shape[2])
             sums.add(x, y, counts)
-        probes.append(sums.over_ranks().solve())
+        candidates = sums.over_ranks().solve()
+        errors = torch.zeros(len(candidates), dtype=torch.float64)
+        for x, y, counts in held_out:
+            for number, probe in enumerate(candidates):
+                errors[number] += torch.where(counts[..., None], probe(x) - y, 0.0).square().sum()
+        dist.all_reduce(errors)
+        probes.append(candidates[int(errors.argmin())])
     return sums.over_ranks().means(), probes

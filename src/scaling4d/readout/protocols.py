@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise, starmap
+from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
 
@@ -24,7 +24,7 @@ from scaling4d.encoders.features import FeatureStore, MemoryFeatures, features_a
 from scaling4d.readout.classifier import DROP_PATH, ClassifierModel, MeanPoolClassifier, layer_decay_groups, mix_clips
 from scaling4d.readout.data import ClipDataset, Encode, FeatureDataset, Predict, RankSplit, shuffled_batch
 from scaling4d.readout.heads import Head, HeadConfig
-from scaling4d.readout.linear import fit_probes
+from scaling4d.readout.linear import RegressionBatch, fit_probes
 from scaling4d.readout.tasks.task import Task
 from scaling4d.readout.whitening import Whitening
 from scaling4d.records import UserError
@@ -35,7 +35,6 @@ from scaling4d.training.parallelize import ComputeConfig, ShardingConfig
 Dataset = FeatureDataset | ClipDataset
 LABELLED_CLIPS = (300, 1000)  # of which linear probes are fitted, beside all: label efficiency; ours
 PROBE_BATCH = 64
-HOLD_OUT = 10  # every so many-th training item is held out; ours
 CHECKS = 8  # measurements of the held-out clips within the patience; ours
 
 
@@ -73,7 +72,7 @@ class FrozenConfig:
     """Training of a readout on frozen features. shrinkage: see readout.whitening.
 
     steps: at most. patience: steps without a lower loss of held-out training clips, after which the training stops; the
-    weights with the lowest one are kept (ours). 0: none is held out, all steps are done, the last weights are kept.
+    weights with the lowest one are kept (ours). 0: all clips are trained on for all steps, the last weights are kept.
     rate_at_width: the matrices that read features have `learning_rate` at features of this width, and at others a rate
     in inverse proportion (ours, after Tensor Programs V, arXiv:2203.03466); 0: one rate (released).
     """
@@ -260,10 +259,11 @@ class Frozen(ReadoutProtocol):
         source = MemoryFeatures(encoder, fraction)
         if store:
             source = FeatureStore(Path(store), self.config.folder, encoder, fraction)
-        return FeatureDataset(split, source, hold_out=HOLD_OUT if self.config.recipe.patience else 0)
+        return FeatureDataset(split, source)
 
     def batch(self, train_set: FeatureDataset, rank: int, step: int) -> Batch:
-        size, clips = self.config.recipe.batch // self.config.evaluation.ranks, train_set.trained_on
+        size = self.config.recipe.batch // self.config.evaluation.ranks
+        clips = train_set.trained_on if self.config.recipe.patience else range(len(train_set))
         drawn = shuffled_batch(step, size, len(clips), self.config.seed, rank)
         return Batch(train_set.batch([clips[index] for index in drawn]))
 
@@ -290,19 +290,27 @@ class Frozen(ReadoutProtocol):
         return train_set.source.encode, model.predict
 
     def probes(self, train_set: FeatureDataset) -> dict[str, Predict]:
-        """Linear probes of the features as they are, of the first LABELLED_CLIPS and of all; and the trivial answer."""
+        """Linear probes of the features as they are, of the first LABELLED_CLIPS and of all; and the trivial answer.
+
+        Held-out clips among them choose the penalty, the others are fitted.
+        """
         task, ranks, views = self.config.task, self.config.evaluation.ranks, len(self.config.task.views)
         if not task.linear:
             return {}
-        ends = {f"linear_{clips}": last for clips in LABELLED_CLIPS if (last := clips // ranks * views) < len(train_set)}
+        shortest = torch.tensor(len(train_set))
+        dist.all_reduce(shortest, dist.ReduceOp.MIN)
+        ends = {f"linear_{clips}": last for clips in LABELLED_CLIPS if (last := clips // ranks * views) < shortest}
         ends |= {"linear": len(train_set)}
 
-        def batches(first: int, last: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-            for start in range(first, last, PROBE_BATCH):
-                yield task.regression(*train_set.batch(range(start, min(start + PROBE_BATCH, last))))
+        def batches(clips: list[int], first: int, last: int) -> Iterator[RegressionBatch]:
+            part = [index for index in clips if first <= index < last]
+            for start in range(0, len(part), PROBE_BATCH):
+                yield task.regression(*train_set.batch(part[start : start + PROBE_BATCH]))
 
-        mean, fitted = fit_probes(starmap(batches, pairwise([0, *ends.values()])))
-        return {name: partial(task.predict_linear, probe) for name, probe in zip(["mean", *ends], [mean, *fitted], strict=True)}
+        fitted, held_out = train_set.trained_on, train_set.held_out
+        groups = ((batches(fitted, *span), batches(held_out, 0, span[1])) for span in pairwise([0, *ends.values()]))
+        mean, probes = fit_probes(groups)
+        return {name: partial(task.predict_linear, probe) for name, probe in zip(["mean", *ends], [mean, *probes], strict=True)}
 
 
 class Finetune(ReadoutProtocol):
