@@ -10,7 +10,7 @@ from typing import Any
 
 from scaling4d.report.seeds import SeedStudy, read_seed_study
 from scaling4d.report.verdict import TRIVIAL, beyond_noise
-from scaling4d.studies.study import PIXELS
+from scaling4d.studies.study import RECONSTRUCT_METRICS
 
 ROOT = Path(__file__).parents[1]
 README, GUIDE = "README.md", "experiments/GUIDE.md"
@@ -62,8 +62,8 @@ def _results() -> Iterator[str]:
     for row in _rows("built/pretrain.csv"):
         measured[row["point"], "pretrain", "val_loss"] = seed, float(row["val_loss"]), ""
     for row in _rows("built/reconstruct.csv"):
-        for metric in (metric for metric in PIXELS if row.get(metric)):
-            measured[row["point"], PIXELS[metric], metric] = seed, float(row[metric]), row["checkpoint_sha256"]
+        for metric in (metric for metric in RECONSTRUCT_METRICS if row.get(metric)):
+            measured[row["point"], RECONSTRUCT_METRICS[metric], metric] = seed, float(row[metric]), row["checkpoint_sha256"]
     readouts = [row for row in _rows("built/results.csv") if row["protocol"] == "frozen" and row["low"]]
     for row in readouts:
         measured[row["encoder"], row["task"], row["metric"]] = seed, float(row["value"]), row["checkpoint_sha256"]

@@ -17,7 +17,7 @@ from scaling4d.studies import study as studies
 
 def findings() -> Iterator[AuditFinding]:
     """Findings about every study in reports/studies, and about their index."""
-    from scaling4d.studies.page import INDEX, index_page
+    from scaling4d.studies.page import INDEX, index_page, without_banners
 
     index, damaged = studies.REPORTS / INDEX, False
     for path in sorted(studies.REPORTS.glob(f"*/{studies.FACTS}")):
@@ -26,8 +26,13 @@ def findings() -> Iterator[AuditFinding]:
         except (UserError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             damaged = True
             yield AuditFinding(WRONG, path.parent.as_posix(), f"{' '.join(str(error).split())}; take it from git again")
-    if not damaged and index.is_file() and index.read_text() != index_page():
-        yield AuditFinding(NOTE, str(index), "it does not follow from the studies and dvc.lock; run `scaling4d study --collect`")
+    if damaged or not index.is_file() or (shown := index.read_text()) == (expected := index_page()):
+        return
+    again = "run `scaling4d study --collect`"
+    if without_banners(shown) != without_banners(expected):
+        yield AuditFinding(WRONG, str(index), f"it does not follow from the studies; take it from git again, or {again}")
+    else:
+        yield AuditFinding(NOTE, str(index), f"its banners on code do not follow from dvc.lock; {again}")
 
 
 def _verify_study(path: Path) -> Iterator[AuditFinding]:
@@ -42,8 +47,14 @@ def _verify_study(path: Path) -> Iterator[AuditFinding]:
     study = studies.made_study(folder)
     if folder.name not in studies.study_names():
         yield AuditFinding(NOTE, str(path), f"{studies.DEFINITIONS} no longer has this study")
-    elif replace(studies.read_study(folder.name), seeds=study.seeds) != study:
-        yield AuditFinding(NOTE, str(path), f"{studies.DEFINITIONS} now defines it otherwise; `{study.command}` makes it anew")
+    elif (defined := replace(studies.read_study(folder.name), seeds=study.seeds)) != study:
+        if defined.question != study.question and defined.arms == study.arms:
+            message = f"its 'question' is not that of {studies.DEFINITIONS}: take it from git again, or run `{study.command}`"
+            yield AuditFinding(WRONG, str(path), message)
+        else:
+            yield AuditFinding(
+                NOTE, str(path), f"{studies.DEFINITIONS} now defines it otherwise; `{study.command}` makes it anew"
+            )
     needed = [*map(study.lock, study.runs), folder / studies.RUNS, folder / studies.TABLE]
     if absent := [file for file in needed if not file.is_file()]:
         yield from (AuditFinding(WRONG, str(file), f"absent, though {path} needs it: run `{study.command}`") for file in absent)

@@ -13,7 +13,7 @@ from scaling4d import artifacts, config
 from scaling4d.provenance import is_below, parse_gin
 from scaling4d.records import Result, UserError
 from scaling4d.report.seeds import SeedStudy, read_seed_study
-from scaling4d.studies.study import PIXELS
+from scaling4d.studies.study import RECONSTRUCT_METRICS
 
 KEYS = ["profile", "seed", "points", "distilled", "encoders", "benchmarks.tasks", "show.tasks", "report"]  # declared in dvc.yaml
 PROTOCOLS = ("frozen", "finetune", "classifier")
@@ -179,8 +179,8 @@ def _numbers_by_seed(
     """The numbers that a study of seeds measures too, as `read_seed_study` takes them."""
     numbers = {(point, "pretrain", "val_loss"): (seed, summary["val_loss"], "") for point, summary in summaries.items()}
     for point, measured in fidelity.items():
-        for metric in (metric for metric in PIXELS if measured.get(metric) is not None):
-            numbers[point, PIXELS[metric], metric] = seed, measured[metric], measured["checkpoint_sha256"]
+        for metric in (metric for metric in RECONSTRUCT_METRICS if measured.get(metric) is not None):
+            numbers[point, RECONSTRUCT_METRICS[metric], metric] = seed, measured[metric], measured["checkpoint_sha256"]
     frozen = [r for r in results if r.protocol == "frozen"]
     return numbers | {(r.encoder, r.task, r.metric): (seed, r.value, r.checkpoint_sha256) for r in frozen}
 

@@ -13,7 +13,7 @@ from scaling4d.report.seeds import OverSeeds
 from scaling4d.report.tables import MSE, interval, result_part, summary_part
 from scaling4d.studies.fits import spearman
 from scaling4d.studies.markup import NOTHING
-from scaling4d.studies.study import PIXELS
+from scaling4d.studies.study import RECONSTRUCT_METRICS
 from scaling4d.studies.words import MEASURES, encoder_words
 
 YES, NOISE, NO = "yes", "within noise", "no"
@@ -82,7 +82,7 @@ def _losses(run: RunResults, page: Page) -> Iterator[Verdict]:
     """Measures without an interval: over seeds the means, else the values of this run."""
     for name in ("val_loss", *MSE):
         if run.over_seeds:
-            measured = [run.over_seeds.of(point, PIXELS.get(name, "pretrain"), name) for point in run.ladder]
+            measured = [run.over_seeds.of(point, RECONSTRUCT_METRICS.get(name, "pretrain"), name) for point in run.ladder]
             parts = [NOTHING if over_seeds is None else over_seeds.part("mean") for over_seeds in measured]
         elif name == "val_loss":
             parts = [summary_part(run, point, name) for point in run.ladder]
