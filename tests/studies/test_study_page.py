@@ -186,7 +186,10 @@ def test_index_and_page_name_the_packages_of_other_code_than_that_of_the_lock(sc
         outs = [{"path": f"artifacts/code/{name}.json", "hash": "md5", "md5": value, "size": 1} for name, value in hashes.items()]
         return json.dumps({"schema": "2.0", "stages": {"code": {"cmd": "code", "outs": outs}}})
 
-    pages, shown = (study.REPORTS / "index.html", scaling.folder / "study.html"), "Made with other code than <code>dvc.lock</code> names: "
+    pages, shown = (
+        (study.REPORTS / "index.html", scaling.folder / "study.html"),
+        "Made with other code than <code>dvc.lock</code> names: ",
+    )
     for md5, packages in (("0", "readout"), ("4", "pretrain, readout")):
         Path("dvc.lock").write_text(lock(md5))
         page.write_study(scaling, DVC_CACHE, {})
