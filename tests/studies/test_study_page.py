@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,10 @@ TARGETS = ("readout_frozen@{}-actions", "readout_frozen@{}-pose", "reconstruct@{
 ARMS = tuple(Arm(name, "pocket", (), name, tuple(target.format(name) for target in TARGETS)) for name in SIZES)
 LADDERS = {"size": ("parameters", tuple(SIZES))}
 RUN_FACTS = {"nano-0": {"experiment": "nano-0-abc", "seconds": 10.0, "cpu_seconds": 30.0}}
+
+
+def git(*words: str) -> None:
+    subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@example.org", *words], check=True)
 
 
 def cache_out(path: str, name: str, content: dict) -> dict:
@@ -276,7 +281,7 @@ def test_the_audit_names_a_changed_key_of_study_json(scaling: Study, wrong: Call
         assert line.startswith(f"{path}: its {key!r} does not follow from the locks: ")
     path.write_text(before.replace("Does it scale", "Does it grow", 1))
     question, _ = wrong()  # the index shows the question too
-    assert question.startswith(f"{path}: its 'question' is not that of experiments/study: take it from git again, or run ")
+    assert question.startswith(f"{path}: its 'question' is not that of experiments/study, nor of a commit of it: ")
     path.write_text(before.replace('"base": "nano"', '"base": "tiny"', 1))
     assert "reports/studies/scaling/table.csv: it does not follow from runs.csv" in wrong()
     path.write_text(before.replace("nano-0-abc", "nano-0-abd"))
@@ -302,6 +307,15 @@ def test_the_audit_names_an_index_with_a_changed_number(scaling: Study, wrong: C
 def test_an_edited_question_of_other_arms_is_another_definition(scaling: Study, wrong: Callable[[], list[str]]) -> None:
     path = study.DEFINITIONS / "scaling.yaml"
     path.write_text(path.read_text().replace("arms:\n", "arms:\n  giant: {encoder: mini}\n", 1).replace("scale?", "grow?"))
+    assert wrong() == []
+
+
+def test_a_question_that_was_edited_later_is_that_of_a_commit(scaling: Study, wrong: Callable[[], list[str]]) -> None:
+    git("init", "-q")
+    git("add", str(study.DEFINITIONS))
+    git("commit", "-qm", "definition")
+    path = study.DEFINITIONS / "scaling.yaml"
+    path.write_text(path.read_text().replace("scale?", "grow?"))
     assert wrong() == []
 
 

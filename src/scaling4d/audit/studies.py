@@ -10,7 +10,7 @@ from pathlib import Path
 from scaling4d import artifacts
 from scaling4d.audit.commit import closest_commit
 from scaling4d.audit.run import NOTE, UNCHECKED, WRONG, AuditFinding
-from scaling4d.provenance import DVC_CACHE, parse_csv, read_lock, to_csv
+from scaling4d.provenance import DVC_CACHE, commits_of, file_at, git, load_yaml, parse_csv, read_lock, to_csv
 from scaling4d.records import UserError
 from scaling4d.studies import study as studies
 
@@ -35,6 +35,14 @@ def findings() -> Iterator[AuditFinding]:
         yield AuditFinding(NOTE, str(index), f"its banners on code do not follow from dvc.lock; {again}")
 
 
+def _questions(name: str) -> Iterator[str]:
+    """Questions of a study's definition in the commits that changed it, newest first."""
+    path = (studies.DEFINITIONS / f"{name}.yaml").as_posix()
+    for text in (file_at(commit, path) for commit in commits_of(path)):
+        if text is not None:
+            yield load_yaml(text)["question"].strip()
+
+
 def _verify_study(path: Path) -> Iterator[AuditFinding]:
     """path: of study.json."""
     folder, facts = path.parent, json.loads(path.read_text())
@@ -48,13 +56,14 @@ def _verify_study(path: Path) -> Iterator[AuditFinding]:
     if folder.name not in studies.study_names():
         yield AuditFinding(NOTE, str(path), f"{studies.DEFINITIONS} no longer has this study")
     elif (defined := replace(studies.read_study(folder.name), seeds=study.seeds)) != study:
-        if defined.question != study.question and defined.arms == study.arms:
-            message = f"its 'question' is not that of {studies.DEFINITIONS}: take it from git again, or run `{study.command}`"
-            yield AuditFinding(WRONG, str(path), message)
+        if defined.question != study.question and defined.arms == study.arms and study.question not in _questions(folder.name):
+            shallow = git("rev-parse", "--is-shallow-repository") == b"true\n"
+            message = f"its 'question' is not that of {studies.DEFINITIONS}, nor of a commit of it: "
+            message += f"take it from git again, or run `{study.command}`"
+            yield AuditFinding(UNCHECKED if shallow else WRONG, str(path), message)
         else:
-            yield AuditFinding(
-                NOTE, str(path), f"{studies.DEFINITIONS} now defines it otherwise; `{study.command}` makes it anew"
-            )
+            message = f"{studies.DEFINITIONS} now defines it otherwise; `{study.command}` makes it anew"
+            yield AuditFinding(NOTE, str(path), message)
     needed = [*map(study.lock, study.runs), folder / studies.RUNS, folder / studies.TABLE]
     if absent := [file for file in needed if not file.is_file()]:
         yield from (AuditFinding(WRONG, str(file), f"absent, though {path} needs it: run `{study.command}`") for file in absent)
