@@ -2,15 +2,15 @@
 
 import contextlib
 import csv
-import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from scaling4d.report.seeds import SeedStudy, read_seed_study
-from scaling4d.report.verdict import TRIVIAL, beyond_noise
-from scaling4d.studies.study import PIXELS
+from scaling4d.provenance import flatten, load_yaml
+from scaling4d.report.seeds import SeedStudy, noise_of_seeds, read_seed_study
+from scaling4d.report.verdict import TRIVIAL, beyond_noise, falls, falls_beyond_noise
+from scaling4d.studies.study import RECONSTRUCT_METRICS
 
 ROOT = Path(__file__).parents[1]
 README, GUIDE = "README.md", "experiments/GUIDE.md"
@@ -49,21 +49,38 @@ LOSSES = (  # task and metric as a study has them, name of the row
 )
 
 
+ONE_RUN = (
+    'Results of the pocket: one run with frozen readouts, without the noise of seeds. "Better with size" compares the smallest '
+    "and the largest point: yes where their intervals over validation videos do not overlap (losses: where every larger point "
+    "is better)."
+)
+SEEDS = (
+    "Results of the pocket: means over {seeds} seeds with standard deviations, of frozen readouts. "
+    '"Better with size" compares the smallest and the largest point: yes where the largest is better by more than the noise of '
+    "seeds (losses: and every larger point is better)."
+)
+
+EARLIER = " The run is of earlier settings; that of today's comes next."
+
+
 def _results() -> Iterator[str]:
-    """The rows of README's table: means over seeds if the study of seeds belongs to the report's run, else that run."""
+    """README's table and the sentences above it.
+
+    Both are of means over seeds if the study of seeds belongs to the report's run, else of that run.
+    """
     ladder = [row for row in _rows("built/pretrain.csv") if row["method"] == "SimpleMAE"]
     ladder.sort(key=lambda row: int(row["parameters"]))
     points = [row["point"] for row in ladder]
     sizes = (f"{int(row['parameters']) / 1e6:.2f} M" for row in (ladder[0], ladder[-1]))
-    yield "| | {}, {} | {}, {} | untrained {} | pixels | trivial | better with size |".format(
+    head = "| | {}, {} | {}, {} | untrained {} | pixels | trivial | better with size |".format(
         *(word for pair in zip((points[0], points[-1]), sizes, strict=True) for word in pair), points[-1]
     )
     seed, measured = int(ladder[0]["seed"]), {}
     for row in _rows("built/pretrain.csv"):
         measured[row["point"], "pretrain", "val_loss"] = seed, float(row["val_loss"]), ""
     for row in _rows("built/reconstruct.csv"):
-        for metric in (metric for metric in PIXELS if row.get(metric)):
-            measured[row["point"], PIXELS[metric], metric] = seed, float(row[metric]), row["checkpoint_sha256"]
+        for metric in (metric for metric in RECONSTRUCT_METRICS if row.get(metric)):
+            measured[row["point"], RECONSTRUCT_METRICS[metric], metric] = seed, float(row[metric]), row["checkpoint_sha256"]
     readouts = [row for row in _rows("built/results.csv") if row["protocol"] == "frozen" and row["low"]]
     for row in readouts:
         measured[row["encoder"], row["task"], row["metric"]] = seed, float(row["value"]), row["checkpoint_sha256"]
@@ -71,12 +88,17 @@ def _results() -> Iterator[str]:
     with contextlib.chdir(ROOT):
         study = read_seed_study(stages["profile"], stages["code"], measured)
     fresh = study if study and not study.stale else None
-    for task, metric, name in LOSSES[:1] if fresh else LOSSES:
+    sentences = SEEDS.format(seeds=fresh.of(points[0], "pretrain", "val_loss").seeds) if fresh else ONE_RUN
+    yield sentences + (EARLIER if _of_earlier_settings(stages) else "")
+    yield head
+    for task, metric, name in LOSSES:
         if all((point, task, metric) in measured for point in points):
-            numbers = [fresh.of(point, task, metric).mean if fresh else measured[point, task, metric][1] for point in points]
-            falls = all(larger < smaller for smaller, larger in itertools.pairwise(numbers))
+            scales = "yes" if falls([measured[point, task, metric][1] for point in points]) else "no"
+            if fresh:
+                by_point = [fresh.of(point, task, metric) for point in points]
+                scales = falls_beyond_noise([statistics.mean for statistics in by_point], noise_of_seeds(by_point))
             ends = [_shown(fresh, measured, (point, task, metric)) for point in (points[0], points[-1])]
-            yield f"| {name} | {' | '.join(ends)} | - | - | - | {'yes' if falls else 'no'} |"
+            yield f"| {name} | {' | '.join(ends)} | - | - | - | {scales} |"
     for task, name in MEASURES.items():
         rows = {row["encoder"]: row for row in readouts if row["task"] == task}
         small, large = rows[points[0]], rows[points[-1]]
@@ -92,12 +114,19 @@ def _results() -> Iterator[str]:
         yield f"| {name} | {' | '.join(cells)} | {scales} |"
 
 
+def _of_earlier_settings(stages: dict[str, Any]) -> bool:
+    """Whether params.yaml has other settings than the report's run. stages: of stages.json."""
+    today = dict(flatten(load_yaml((ROOT / "params.yaml").read_text())))
+    settings = (flatten({key: value}) for stage in stages["stages"].values() for key, value in stage["settings"].items())
+    return any(today.get(key) != value for pairs in settings for key, value in pairs)
+
+
 def _shown(study: SeedStudy | None, measured: dict[tuple[str, str, str], Any], key: tuple[str, str, str]) -> str:
     """Mean ± standard deviation over seeds, or the value of the one run."""
     if study is None:
         return _short(measured[key][1])
-    over_seeds = study.of(*key)
-    return f"{_short(over_seeds.mean)} ± {over_seeds.deviation:.{4 if over_seeds.mean < 0.1 else 3}f}"
+    statistics = study.of(*key)
+    return f"{_short(statistics.mean)} ± {statistics.deviation:.{4 if statistics.mean < 0.1 else 3}f}"
 
 
 def _further(encoder: str, task: str, metric: str) -> float | None:

@@ -42,7 +42,9 @@ def test_the_numbers_of_readme_and_guide_are_those_of_the_tables() -> None:
     wrong = [f"{file}: {text}" for file, text in statements() if plain(text) not in plain((ROOT / file).read_text())]
     if wrong:
         pytest.fail("by the committed tables these sentences should stand there:\n" + "\n".join(wrong), pytrace=False)
-    results = plain((ROOT / README).read_text().partition("Results of the pocket:")[2].partition("## Two commands")[0])
+    _, start, rest = (ROOT / README).read_text().partition("Results of the pocket:")
+    assert plain(start + rest.partition("\n\n")[0]) in [plain(text) for _, text in statements()], "other words above the table"
+    results = plain(start + rest.partition("## Two commands")[0])
     for _, text in statements():
         results = results.replace(plain(text), "")
     assert not re.findall(r"\d+", results), f"numbers without a table: {results}"

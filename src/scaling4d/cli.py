@@ -195,6 +195,7 @@ def serve(
 
 @app.command()
 def study(
+    context: typer.Context,
     names: Annotated[list[str] | None, typer.Argument(help="Files of experiments/study; none: list, or collect, all.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Experiments side by side, each of `ranks` processes.")] = 4,
     seeds: Annotated[str, typer.Option(help="Such as 0,1,2; default: the study's own.")] = "",
@@ -208,6 +209,10 @@ def study(
     from scaling4d.studies.study import FACTS, REPORTS, made_study, read_study, study_names, with_seeds
 
     if collect:
+        given = [name for name in ("jobs", "seeds", "dry") if context.get_parameter_source(name).name == "COMMANDLINE"]
+        if given:
+            options = " and ".join(f"--{name}" for name in given)
+            raise UserError(f"--collect runs nothing and takes the seeds of each study.json; leave out {options}")
         from scaling4d.studies.page import write_study
         from scaling4d.studies.run import dvc_cache_folder
 

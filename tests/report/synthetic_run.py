@@ -20,7 +20,7 @@ from scaling4d.records import Result, write_json
 from scaling4d.report import tables
 from scaling4d.report.run_results import RunResults
 from scaling4d.report.seeds import FOLDER
-from scaling4d.studies.study import PIXELS, RUN_COLUMNS, TABLE_COLUMNS, study_table
+from scaling4d.studies.study import RECONSTRUCT_METRICS, RUN_COLUMNS, TABLE_COLUMNS, study_table
 
 NOTEBOOK = Path(__file__).parents[2] / "reports/scaling.ipynb"
 BUILT = Path("reports/built")
@@ -42,6 +42,7 @@ OTHERS = {  # further metrics
     "pose": {"epe_so3": 1.0, "epe_standing_still": 1.3, "rotation_error_deg": 4.0, "translation_error": 0.6},
 }
 SIZES = {"nano": 180_000, "micro": 460_000, "tiny": 1_060_000, "small": 3_120_000, "mini": 8_350_000, "mae_st_tiny": 1_060_000}
+STUDENT = {"Distilled": {"teacher": "mini", "width": 32}}  # settings of its model
 POCKET = {  # six points and a student, two of them fine-tuned, two with a classifier, three baselines
     "points": SIZES,
     "students": ("nano_distilled",),
@@ -69,7 +70,7 @@ def write_run(
         "seed": 0,
         "pretrain": {"Training": {"steps": 1000}},
         "points": {name: {"model": _model(name)} for name in points},
-        "distilled": {name: {"model": {"Distilled": {"teacher": "mini", "width": 32}}} for name in students},
+        "distilled": {name: {"model": STUDENT} for name in students},
         "encoders": {
             "pretrained": {name: {} for name in published},
             "untrained": [],
@@ -131,7 +132,8 @@ def _loss(size: int) -> float:
 
 def _point(home: Path, name: str, method: str, size: int) -> None:
     folder, loss = home / "pretrain" / name, _loss(size)
-    _provenance(folder, "pretrain", {"clips": sha("clips")}, {f"points.{name}.model": _model(name)})
+    settings = {f"distilled.{name}.model": STUDENT} if method == "Distilled" else {f"points.{name}.model": _model(name)}
+    _provenance(folder, "pretrain", {"clips": sha("clips")}, settings)
     summary = {"point": name, "method": method, "parameters": size, "parameters_total": round(size * 1.1), "seed": 0}
     summary |= {"flops_per_clip": 300.0 * size, "flops": 300.0 * size * 8000, "clips_seen": 8000}
     summary |= {"train_loss": loss * 0.99, "val_loss": loss}
@@ -173,6 +175,10 @@ def _readout(home: Path, encoder: str, points: dict[str, int], task: str, protoc
     value = float(middle * (1 + gain if higher else 1 - gain))
     content = {"encoder": encoder, "parameters": size, "task": task, "protocol": protocol, "metric": metric, "unit": unit}
     content |= {"value": value, "low": value * 0.97, "high": value * 1.03, "higher_is_better": higher, "examples": 160, "seed": 0}
+    if protocol == "frozen" and encoder != "pixels":
+        losses = (0.9, 0.5, 0.7, 0.5, 0.8)
+        lines = [{"step": 60 * index, "held_out_loss": loss} for index, loss in enumerate(losses, 1)]
+        (folder / "held_out.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     Result(**content, checkpoint_sha256=sha(encoder), others=OTHERS[task]).write(folder / "result.json")
 
 
@@ -199,7 +205,7 @@ def write_seed_study(run: RunResults, *, seeds_: tuple[int, ...] = (0, 1, 2), de
     measured = [(r.encoder, r.task, r.metric, r.value, r.higher_is_better, r.checkpoint_sha256) for r in run.results]
     for point in run.trained:
         measured.append((point, "pretrain", "val_loss", run.summaries[point]["val_loss"], False, ""))
-        for metric, task in PIXELS.items() if point in run.fidelity else ():
+        for metric, task in RECONSTRUCT_METRICS.items() if point in run.fidelity else ():
             measured.append((point, task, metric, run.fidelity[point][metric], False, run.fidelity[point]["checkpoint_sha256"]))
     rows = []
     protocols = [*(r.protocol for r in run.results), *[""] * len(measured)]

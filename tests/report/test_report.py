@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import chromium
 import pytest
@@ -14,6 +15,7 @@ import yaml
 from synthetic_run import BUILT, NOTEBOOK, OTHERS, POCKET, SIZES, TASKS, write_run
 
 from scaling4d import artifacts, config, report
+from scaling4d.audit.report_numbers import _value_at
 from scaling4d.provenance import WORK_FOLDER, flatten, format_number, load_yaml
 from scaling4d.records import UserError, write_json
 from scaling4d.report import figures, notebook, sections, stage, tables
@@ -210,7 +212,12 @@ def test_every_number_of_the_page_is_listed_with_the_file_and_place_that_hold_it
     spans = re.findall(r'<span class="number" id="([^"]+)">([^<]*)</span>', (BUILT / "report.html").read_text())
     assert spans == [(number["id"], number["text"]) for number in numbers]
     assert len({number["id"] for number in numbers}) == len(numbers) > 600
-    read = cache(lambda name: load_yaml(Path(name.replace("src/", f"{ROOT}/src/")).read_text()))
+
+    @cache
+    def read(name: str) -> Any:
+        text = Path(name.replace("src/", f"{ROOT}/src/")).read_text()
+        return list(map(json.loads, text.splitlines())) if name.endswith(".jsonl") else load_yaml(text)
+
     for number in numbers:
         content = read(number["source"])
         for key in number["key"]:
@@ -224,6 +231,16 @@ def test_no_digit_of_a_table_of_numbers_stands_outside_a_number(page: Page) -> N
         body = re.sub(r"<thead>.*?</thead>|<summary>.*?</summary>|<h2>.*?</h2>", "", page.sections[name])
         text = re.sub(r'<span class="number".*?</span>|<[^>]+>|4DS|95 %|0\.\.1|&#x27;', "", body)
         assert not re.search(r"\d", text), (name, text)
+
+
+def test_further_metrics_say_at_which_step_early_stopping_took_the_weights(page: Page, pocket: dict) -> None:
+    assert page.sections["further"].count("<th>step with the lowest<br>held-out loss</th><th>last step</th></tr>") == len(TASKS)
+    steps = {(encoder, protocol): cells[-2:] for encoder, protocol, *cells in filter(None, rows_of(page.sections["further"]))}
+    assert steps["mini", "frozen"] == steps["untrained nano", "frozen"] == ["120", "300"]  # the first of two equal losses
+    assert steps["mini", "finetune"] == steps["raw pixels", "frozen"] == ["-", "-"]
+    run = report.read_run_results(pocket)
+    number, _ = tables.held_out_parts(run, run.result("mini", "pose", "frozen"))
+    assert number.value == _value_at(number.source, Path(number.source).read_text(), number.key) == 120
 
 
 def test_derived_numbers_name_the_numbers_that_they_come_from(built: Path) -> None:

@@ -9,9 +9,10 @@ from statistics import fmean, stdev
 
 import published_numbers
 import pytest
+import yaml
 from synthetic_run import BUILT, write_seed_study, write_tables
 
-from scaling4d import report
+from scaling4d import config, report
 from scaling4d.audit.report_numbers import _value_at
 from scaling4d.records import write_json
 from scaling4d.report import figures, layout, tables
@@ -19,6 +20,7 @@ from scaling4d.report.page import Page
 from scaling4d.report.run_results import RunResults
 from scaling4d.report.seeds import FOLDER
 from scaling4d.report.verdict import NO, NOISE, YES, verdict
+from scaling4d.studies.study import seed_noise
 from scaling4d.studies.words import MEASURES
 
 STUDY, RUNS = FOLDER / "study.json", FOLDER / "runs.csv"
@@ -54,11 +56,11 @@ def edit(path: Path, old: str, new: str) -> None:
 
 
 def test_every_number_has_its_values_mean_and_deviation_over_seeds(run: RunResults) -> None:
-    measured = run.over_seeds.numbers["mini", "pose", "epe"]
+    measured = run.fresh_seed_study.numbers["mini", "pose", "epe"]
     assert measured.values[0] == run.result("mini", "pose", "frozen").value and list(measured.values) == [0, 1, 2]
     assert measured.mean == pytest.approx(fmean(measured.values.values()))
     assert measured.deviation == pytest.approx(stdev(measured.values.values()))
-    assert len(run.over_seeds.numbers) == 10 * 5 + 7 + 2 * 6  # frozen readouts, losses, errors of pixels
+    assert len(run.fresh_seed_study.numbers) == 10 * 5 + 7 + 2 * 6  # frozen readouts, losses, errors of pixels
 
 
 def test_a_study_of_other_code_is_left_out_of_the_verdict(run: RunResults, pocket: dict) -> None:
@@ -67,15 +69,17 @@ def test_a_study_of_other_code_is_left_out_of_the_verdict(run: RunResults, pocke
     write_json(STUDY, facts)
     run = report.read_run_results(pocket)
     text = verdict(run, Page(Path("out")))
-    assert run.over_seeds is None and "±" not in text and "±" not in figures.headline(run)
-    assert "The study of seeds is of other code (readout): run `scaling4d study seeds`." in text
+    assert run.fresh_seed_study is None and "±" not in text
+    svg = figures.headline(run)
+    assert "standard deviation" not in svg and "this run" not in svg
+    assert "The study of seeds is of other code (readout): run `scaling4d study seeds --seeds 0,1,2`." in text
 
 
 def test_code_that_makes_no_number_leaves_the_study_in_force(run: RunResults, pocket: dict) -> None:
     facts = json.loads(STUDY.read_text())
     facts["code"]["artifacts/code/show.json"] = "0" * 32
     write_json(STUDY, facts)
-    assert report.read_run_results(pocket).over_seeds
+    assert report.read_run_results(pocket).fresh_seed_study
 
 
 def test_a_study_with_other_numbers_of_the_same_seed_is_of_other_settings(run: RunResults, pocket: dict) -> None:
@@ -91,18 +95,23 @@ def test_a_study_without_one_of_the_runs_encoders_is_left_out(run: RunResults, p
 
 
 def test_one_seed_alone_and_another_profile_give_no_means(with_study: Callable[..., RunResults], pocket: dict) -> None:
-    assert with_study(seeds_=(0,)).seed_study.stale.startswith("The study of seeds has one seed alone: ")
+    assert with_study(seeds_=(0,)).seed_study.stale == "The study of seeds has one seed alone: run `scaling4d study seeds`."
     facts = json.loads(STUDY.read_text())
     facts["arms"]["nano"]["profile"] = "desk"
     write_json(STUDY, facts)
     assert report.read_run_results(pocket).seed_study is None
 
 
+def test_a_study_without_the_runs_seed_names_the_seeds_to_run(with_study: Callable[..., RunResults]) -> None:
+    stale = with_study(seeds_=(1, 2)).seed_study.stale
+    assert stale == "The study of seeds lacks this run's seed, 0: run `scaling4d study seeds --seeds 0,1,2`."
+
+
 def test_the_verdict_compares_means_beyond_the_noise_of_seeds(run: RunResults) -> None:
     table = rows(run)
     assert len(table) == 3 + len(run.tasks)
     (pose,) = (cells for name, cells in table.items() if "camera" in name)
-    numbers = run.over_seeds.numbers
+    numbers = run.fresh_seed_study.numbers
     nano, mini = (numbers[point, "pose", "epe"] for point in ("nano", "mini"))
     assert pose[0] == f"{nano.mean:.4f} ± {nano.deviation:.4f}" and nano.mean > mini.mean
     assert pose[2].startswith(YES)
@@ -112,16 +121,28 @@ def test_the_verdict_compares_means_beyond_the_noise_of_seeds(run: RunResults) -
 
 def test_a_difference_within_the_noise_of_seeds_is_no_answer(with_study: Callable[..., RunResults]) -> None:
     noisy = rows(with_study(deviation=0.4))
-    assert all(noisy[escape(MEASURES[metric])][2].startswith(NOISE) for metric in ("top1", "mean_iou", "abs_rel", "epe"))
+    assert all(
+        noisy[escape(MEASURES[metric])][2].startswith(NOISE) for metric in ("top1", "mean_iou", "abs_rel", "epe", "val_loss")
+    )
 
 
 def test_a_mean_loss_that_rises_at_one_step_of_size_is_not_better_with_size(run: RunResults, pocket: dict) -> None:
-    loss = run.over_seeds.numbers["small", "pretrain", "val_loss"].mean
+    loss = run.fresh_seed_study.numbers["small", "pretrain", "val_loss"].mean
     edit(FOLDER / "table.csv", f"small,pretrain,val_loss,3,{loss}", f"small,pretrain,val_loss,3,{loss * 2}")
     table = rows(report.read_run_results(pocket))
     cells = table["validation loss of pretraining ↓"]
-    assert cells[2].startswith(NO) and "Spearman" in cells[2]
+    assert cells[2].startswith(NO) and "Spearman" in cells[2] and "noise" in cells[2]
     assert table["squared error of hidden pixels ↓"][2].startswith(YES)
+
+
+def test_the_noise_of_a_loss_is_of_the_points_that_differ_in_size_alone(run: RunResults) -> None:
+    measured = {point: run.fresh_seed_study.of(point, "pretrain", "val_loss") for point in run.trained}
+    values = [list(measured[point].values.values()) for point in run.ladder]
+    noise = seed_noise(values)
+    assert noise != pytest.approx(seed_noise([list(statistics.values.values()) for statistics in measured.values()]))
+    smallest, largest = measured["nano"].mean, measured["mini"].mean
+    shown = rows(run)["validation loss of pretraining ↓"][2]
+    assert shown.startswith(f"{YES}{largest / smallest - 1:+.1%}noise {noise / smallest:.1%}Spearman")
 
 
 def test_every_number_of_the_verdict_stands_in_its_source(run: RunResults) -> None:
@@ -157,22 +178,25 @@ def test_without_a_study_the_headline_shows_intervals_over_videos(pocket: dict) 
     assert ">frozen, 95 % interval over videos</text>" in svg and "of 3 seeds" not in svg and ">trivial answer</text>" in svg
 
 
-def readme_table(settings: dict, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Cells of the rows that README should have."""
+def readme_results(settings: dict, monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[list[str]]]:
+    """The sentences and the cells of the rows that README should have."""
     write_tables(settings)
     (BUILT / "reconstruct.csv").write_text(tables.reconstruct_csv(report.read_run_results(settings)))
     monkeypatch.setattr(published_numbers, "ROOT", Path.cwd())
-    return [[cell.strip() for cell in row.strip("|").split("|")] for row in published_numbers._results()]
+    sentences, *lines = published_numbers._results()
+    return sentences, [[cell.strip() for cell in row.strip("|").split("|")] for row in lines]
 
 
 def test_the_table_of_the_readme_has_means_of_a_study_that_belongs_to_the_run(
     run: RunResults, pocket: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    head, *table = readme_table(pocket, monkeypatch)
+    sentences, (head, *table) = readme_results(pocket, monkeypatch)
+    assert sentences.startswith("Results of the pocket: means over 3 seeds with standard deviations, ")
+    assert "noise of seeds" in sentences and "one run" not in sentences and "earlier" not in sentences
     assert head[0] == "" and [row[0].split(",")[0].rstrip(" ↓") for row in table] == [
-        *("validation loss", "actions", "boxes", "depth", "points", "camera motion")
+        *("validation loss", "squared error of hidden pixels that move", "actions", "boxes", "depth", "points", "camera motion")
     ]
-    pose, mini = table[-1], run.over_seeds.of("mini", "pose", "epe")
+    pose, mini = table[-1], run.fresh_seed_study.of("mini", "pose", "epe")
     assert pose[2] == f"{mini.mean:.3f} ± {mini.deviation:.3f}" and pose[5] == "1.300" and pose[6] == YES
     assert rows(run)[escape(MEASURES["epe"])][2].startswith(pose[6])
 
@@ -181,6 +205,10 @@ def test_the_table_of_the_readme_has_the_one_run_where_the_study_is_stale(
     with_study: Callable[..., RunResults], pocket: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = with_study(seeds_=(0,))
-    _, *table = readme_table(pocket, monkeypatch)
+    sentences, (_, *table) = readme_results(pocket, monkeypatch)
+    assert sentences.startswith("Results of the pocket: one run with frozen readouts, ") and "do not overlap" in sentences
     assert len(table) == 7 and table[-1][2] == f"{run.result('mini', 'pose', 'frozen').value:.3f}"
-    assert "±" not in str(table)
+    assert "±" not in str(table) and "earlier" not in sentences
+    pocket["points"]["nano"]["model"]["SimpleMAE"]["width"] += 8
+    config.PARAMS.write_text(yaml.safe_dump(pocket))
+    assert published_numbers.EARLIER in next(published_numbers._results())

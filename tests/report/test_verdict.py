@@ -13,7 +13,7 @@ from scaling4d import report, video
 from scaling4d.report.page import Page
 from scaling4d.report.pictures import draw_strips
 from scaling4d.report.run_results import RunResults
-from scaling4d.report.verdict import NO, NOISE, TRIVIAL, YES, better, beyond, trivial_answer, verdict
+from scaling4d.report.verdict import NO, NOISE, TRIVIAL, YES, better, beyond, falls_beyond_noise, trivial_answer, verdict
 
 
 @pytest.fixture
@@ -56,6 +56,13 @@ def test_the_page_says_of_every_measure_whether_size_and_training_help(run: RunR
     losses = [run.summaries[point]["val_loss"] for point in run.ladder]
     assert losses == sorted(set(losses), reverse=True)
     assert loss[2] == f"{YES}  {losses[-1] / losses[0] - 1:+.1%}  Spearman  -1.00"
+
+
+def test_means_of_a_loss_have_to_fall_at_every_step_and_in_all_beyond_the_noise() -> None:
+    assert falls_beyond_noise([3.0, 2.0, 1.0], 1.9) == YES
+    assert falls_beyond_noise([3.0, 2.0, 1.0], 2.0) == falls_beyond_noise([3.0, 2.0, 1.0], None) == NOISE
+    assert falls_beyond_noise([3.0, 1.0, 4.0], 1.0) == NOISE
+    assert falls_beyond_noise([3.0, 3.5, 1.0], 1.0) == falls_beyond_noise([1.0, 2.0, 3.0], 1.0) == NO
 
 
 def test_a_loss_that_rises_at_one_step_of_size_is_not_better_with_size(run: RunResults) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.stats import t
+from typer.testing import CliRunner
 
-from scaling4d import config
+from scaling4d import cli, config
 from scaling4d.provenance import flatten
 from scaling4d.records import UserError
 from scaling4d.studies import study
@@ -93,6 +94,24 @@ def test_an_arm_without_a_task_does_not_keep_the_others_from_being_compared_at_i
     assert ("untrained", "pretrain") not in table and table["one", "pretrain"]["difference"] == pytest.approx(0.95)
     without = study.study_table([*some, *all_], "untrained")
     assert {row["difference"] for row in without if row["task"] == "pretrain"} == {None}
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [(["--seeds", "0,1"], "--seeds"), (["--dry"], "--dry"), (["--jobs", "4", "--dry"], "--jobs and --dry")],
+)
+def test_collecting_refuses_the_options_of_a_run(options: list[str], named: str) -> None:
+    done = CliRunner().invoke(cli.app, ["study", "none", "--collect", *options])
+    message = f"--collect runs nothing and takes the seeds of each study.json; leave out {named}"
+    assert isinstance(done.exception, UserError) and str(done.exception) == message
+
+
+def test_packages_of_other_code_are_those_that_make_numbers() -> None:
+    code = {f"artifacts/code/{name}.json": "0" for name in ("pretrain", "readout", "clips", "show", "report", "scenes")}
+    other = {path: "1" if Path(path).stem in ("readout", "show", "report", "scenes") else "0" for path in code}
+    assert study.changed_packages(code, code) == [] and study.changed_packages(code, other) == ["readout"]
+    assert study.changed_packages(code, {**code, "artifacts/code/mae.json": "0"}) == ["mae"]
+    assert study.changed_packages({**code, "artifacts/code/mae.json": "0"}, code) == ["mae"]
 
 
 def test_one_seed_alone_gives_no_noise() -> None:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,10 @@ TARGETS = ("readout_frozen@{}-actions", "readout_frozen@{}-pose", "reconstruct@{
 ARMS = tuple(Arm(name, "pocket", (), name, tuple(target.format(name) for target in TARGETS)) for name in SIZES)
 LADDERS = {"size": ("parameters", tuple(SIZES))}
 RUN_FACTS = {"nano-0": {"experiment": "nano-0-abc", "seconds": 10.0, "cpu_seconds": 30.0}}
+
+
+def git(*words: str) -> None:
+    subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@example.org", *words], check=True)
 
 
 def cache_out(path: str, name: str, content: dict) -> dict:
@@ -180,17 +185,20 @@ def test_the_index_has_question_finding_seeds_and_code_of_every_study(scaling: S
     assert "<small>Seeds 0, 1, 2; 15 runs; code: pretrain 0</small>" in index
 
 
-def test_index_and_page_say_which_code_is_older_than_that_of_the_lock(scaling: Study) -> None:
+def test_index_and_page_name_the_packages_of_other_code_than_that_of_the_lock(scaling: Study) -> None:
     def lock(md5: str) -> str:
         hashes = {"pretrain": md5, "readout": "1", "scenes": "2", "report": "3"}  # a study's numbers need no scenes or reports
         outs = [{"path": f"artifacts/code/{name}.json", "hash": "md5", "md5": value, "size": 1} for name, value in hashes.items()]
         return json.dumps({"schema": "2.0", "stages": {"code": {"cmd": "code", "outs": outs}}})
 
-    pages, shown = (study.REPORTS / "index.html", scaling.folder / "study.html"), "Made with older code: "
-    for md5, older in (("0", "readout"), ("4", "pretrain, readout")):
+    pages, shown = (
+        (study.REPORTS / "index.html", scaling.folder / "study.html"),
+        "Made with other code than <code>dvc.lock</code> names: ",
+    )
+    for md5, packages in (("0", "readout"), ("4", "pretrain, readout")):
         Path("dvc.lock").write_text(lock(md5))
         page.write_study(scaling, DVC_CACHE, {})
-        again = f"{shown}{older}; run <code>scaling4d study scaling</code> again."
+        again = f"{shown}{packages}; run <code>scaling4d study scaling</code> again."
         assert all(again in path.read_text() for path in pages)
     Path("dvc.lock").write_text(lock("0").replace('"1"', '"0"').replace("readout", "pretrain"))
     page.write_study(scaling, DVC_CACHE, {})
@@ -271,11 +279,44 @@ def test_the_audit_names_a_changed_key_of_study_json(scaling: Study, wrong: Call
         path.write_text(before.replace(old, new, 1))
         (line,) = wrong()
         assert line.startswith(f"{path}: its {key!r} does not follow from the locks: ")
+    path.write_text(before.replace("Does it scale", "Does it grow", 1))
+    question, _ = wrong()  # the index shows the question too
+    assert question.startswith(f"{path}: its 'question' is not that of experiments/study, nor of a commit of it: ")
     path.write_text(before.replace('"base": "nano"', '"base": "tiny"', 1))
     assert "reports/studies/scaling/table.csv: it does not follow from runs.csv" in wrong()
     path.write_text(before.replace("nano-0-abc", "nano-0-abd"))
     (line,) = wrong()
     assert line.startswith("reports/studies/scaling/runs.csv: the rows of nano, seed 0, are not those of ")
+
+
+def test_the_audit_names_an_index_with_a_changed_number(scaling: Study, wrong: Callable[[], list[str]]) -> None:
+    index = study.REPORTS / "index.html"
+    changed = f"{index}: it does not follow from the studies; take it from git again, or run `scaling4d study --collect`"
+    Path("dvc.lock").write_text(scaling.lock("nano-0").read_text().replace('"0"', '"1"'))
+    page.write_index()
+    before = index.read_text()
+    assert before.count('class="banner"') == 1 and "15 runs" in before and wrong() == []
+    index.write_text(before.replace("15 runs", "16 runs"))
+    assert wrong() == [changed]
+    index.write_text(before.replace("names: pretrain", "names: readout"))
+    assert wrong() == []
+    index.write_text(before.replace("</p>", " 3 of 3.</p>", 1))
+    assert wrong() == [changed]
+
+
+def test_an_edited_question_of_other_arms_is_another_definition(scaling: Study, wrong: Callable[[], list[str]]) -> None:
+    path = study.DEFINITIONS / "scaling.yaml"
+    path.write_text(path.read_text().replace("arms:\n", "arms:\n  giant: {encoder: mini}\n", 1).replace("scale?", "grow?"))
+    assert wrong() == []
+
+
+def test_a_question_that_was_edited_later_is_that_of_a_commit(scaling: Study, wrong: Callable[[], list[str]]) -> None:
+    git("init", "-q")
+    git("add", str(study.DEFINITIONS))
+    git("commit", "-qm", "definition")
+    path = study.DEFINITIONS / "scaling.yaml"
+    path.write_text(path.read_text().replace("scale?", "grow?"))
+    assert wrong() == []
 
 
 def test_the_audit_names_missing_runs_and_rows_of_unknown_runs(scaling: Study, wrong: Callable[[], list[str]]) -> None:
@@ -303,7 +344,7 @@ def test_an_outcome_of_another_definition_and_an_old_index_are_noted(scaling: St
     path = study.DEFINITIONS / "scaling.yaml"
     path.write_text(path.read_text().replace("arms:\n", "arms:\n  giant: {encoder: mini}\n", 1))
     Path("dvc.lock").write_text(scaling.lock("nano-0").read_text().replace('"0"', '"1"'))
-    again = "it does not follow from the studies and dvc.lock; run `scaling4d study --collect`"
+    again = "its banners on code do not follow from dvc.lock; run `scaling4d study --collect`"
     assert notes() == [f"experiments/study now defines it otherwise; `{scaling.command}` makes it anew", again]
     page.write_study(study.made_study(scaling.folder), DVC_CACHE, {})
     path.unlink()

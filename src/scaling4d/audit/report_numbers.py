@@ -55,8 +55,8 @@ class ReportNumber:
     """An entry of numbers.json: a number that report.html shows.
 
     id, text: of its span of class `number`. source: path of the file that has it. key: its place there, in a csv
-    ({column: value} of the row, column), else a list of keys and indices. value: at full precision; a sha256 is a text.
-    format: a spec of `provenance.format_number`.
+    ({column: value} of the row, column), else a list of keys and indices, in a jsonl that of the line first.
+    value: at full precision; a sha256 is a text. format: a spec of `provenance.format_number`.
     """
 
     id: str
@@ -174,14 +174,20 @@ def _page(run: LockedRun, path: str) -> Iterator[AuditFinding]:
 
 
 def _value_at(source: str, text: str, key: Sequence[Any]) -> Any:
-    """The value at a key of a file; of a csv the text of a cell. Raises LookupError or TypeError where it has none."""
+    """The value at a key of a file; of a csv the text of a cell; a jsonl is the list of its lines.
+
+    Raises LookupError or TypeError where it has none.
+    """
     if source.endswith(".csv"):
         values, column = key
         rows = [row for row in csv_rows(text) if all(row[name] == str(value) for name, value in values.items())]
         if len(rows) != 1:
             raise LookupError(f"{len(rows)} such rows")
         return rows[0][column]
-    content = cached_yaml(text) if source.endswith(".yaml") else parse_json(text)
+    if source.endswith(".jsonl"):
+        content = [parse_json(line) for line in text.splitlines()]
+    else:
+        content = cached_yaml(text) if source.endswith(".yaml") else parse_json(text)
     for word in key:
         content = content[word]
     return content

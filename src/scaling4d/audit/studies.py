@@ -10,14 +10,14 @@ from pathlib import Path
 from scaling4d import artifacts
 from scaling4d.audit.commit import closest_commit
 from scaling4d.audit.run import NOTE, UNCHECKED, WRONG, AuditFinding
-from scaling4d.provenance import DVC_CACHE, parse_csv, read_lock, to_csv
+from scaling4d.provenance import DVC_CACHE, commits_of, file_at, git, load_yaml, parse_csv, read_lock, to_csv
 from scaling4d.records import UserError
 from scaling4d.studies import study as studies
 
 
 def findings() -> Iterator[AuditFinding]:
     """Findings about every study in reports/studies, and about their index."""
-    from scaling4d.studies.page import INDEX, index_page
+    from scaling4d.studies.page import INDEX, index_page, without_banners
 
     index, damaged = studies.REPORTS / INDEX, False
     for path in sorted(studies.REPORTS.glob(f"*/{studies.FACTS}")):
@@ -26,8 +26,21 @@ def findings() -> Iterator[AuditFinding]:
         except (UserError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             damaged = True
             yield AuditFinding(WRONG, path.parent.as_posix(), f"{' '.join(str(error).split())}; take it from git again")
-    if not damaged and index.is_file() and index.read_text() != index_page():
-        yield AuditFinding(NOTE, str(index), "it does not follow from the studies and dvc.lock; run `scaling4d study --collect`")
+    if damaged or not index.is_file() or (shown := index.read_text()) == (expected := index_page()):
+        return
+    again = "run `scaling4d study --collect`"
+    if without_banners(shown) != without_banners(expected):
+        yield AuditFinding(WRONG, str(index), f"it does not follow from the studies; take it from git again, or {again}")
+    else:
+        yield AuditFinding(NOTE, str(index), f"its banners on code do not follow from dvc.lock; {again}")
+
+
+def _questions(name: str) -> Iterator[str]:
+    """Questions of a study's definition in the commits that changed it, newest first."""
+    path = (studies.DEFINITIONS / f"{name}.yaml").as_posix()
+    for text in (file_at(commit, path) for commit in commits_of(path)):
+        if text is not None:
+            yield load_yaml(text)["question"].strip()
 
 
 def _verify_study(path: Path) -> Iterator[AuditFinding]:
@@ -42,8 +55,15 @@ def _verify_study(path: Path) -> Iterator[AuditFinding]:
     study = studies.made_study(folder)
     if folder.name not in studies.study_names():
         yield AuditFinding(NOTE, str(path), f"{studies.DEFINITIONS} no longer has this study")
-    elif replace(studies.read_study(folder.name), seeds=study.seeds) != study:
-        yield AuditFinding(NOTE, str(path), f"{studies.DEFINITIONS} now defines it otherwise; `{study.command}` makes it anew")
+    elif (defined := replace(studies.read_study(folder.name), seeds=study.seeds)) != study:
+        if defined.question != study.question and defined.arms == study.arms and study.question not in _questions(folder.name):
+            shallow = git("rev-parse", "--is-shallow-repository") == b"true\n"
+            message = f"its 'question' is not that of {studies.DEFINITIONS}, nor of a commit of it: "
+            message += f"take it from git again, or run `{study.command}`"
+            yield AuditFinding(UNCHECKED if shallow else WRONG, str(path), message)
+        else:
+            message = f"{studies.DEFINITIONS} now defines it otherwise; `{study.command}` makes it anew"
+            yield AuditFinding(NOTE, str(path), message)
     needed = [*map(study.lock, study.runs), folder / studies.RUNS, folder / studies.TABLE]
     if absent := [file for file in needed if not file.is_file()]:
         yield from (AuditFinding(WRONG, str(file), f"absent, though {path} needs it: run `{study.command}`") for file in absent)

@@ -224,12 +224,12 @@ def _our_panel(axes: Axes, run: RunResults, task: str) -> None:
         value, low, high = _drawn(run, r)
         if r.encoder in baselines:
             axes.axhline(value, color="0.35", lw=1.2, ls=baselines[r.encoder], label=encoder_words(r.encoder))
-            if run.over_seeds:
+            if run.fresh_seed_study:
                 axes.axhspan(low, high, color="0.35", alpha=0.12, lw=0)
         elif r.encoder not in ladder:
             look = {"color": others[r.encoder], "marker": "D" if r.protocol == "frozen" else LOOK[r.protocol][1], "ms": 5}
             draw_intervals(axes, [r.parameters], [(value, low, high)], label=f"{r.encoder}, {r.protocol}", **look)
-        if run.over_seeds and r.protocol == "frozen" and r.encoder not in baselines:
+        if run.fresh_seed_study and r.protocol == "frozen" and r.encoder not in baselines:
             axes.plot(r.parameters, r.value, "x", color="black", ms=4.5, zorder=4, label="this run")
     largest = next((r for point in reversed(run.ladder) if (r := run.result(point, task, "frozen"))), None)
     if largest and (trivial := trivial_answer(run, largest)):
@@ -240,7 +240,7 @@ def _our_panel(axes: Axes, run: RunResults, task: str) -> None:
 
 def _drawn(run: RunResults, r: Result) -> tuple[float, float, float]:
     """Value, low and high: over seeds the mean and one standard deviation, else the interval over validation videos."""
-    measured = run.over_seeds and r.protocol == "frozen" and run.over_seeds.of(r.encoder, r.task, r.metric)
+    measured = run.fresh_seed_study and r.protocol == "frozen" and run.fresh_seed_study.of(r.encoder, r.task, r.metric)
     if not measured:
         return r.value, r.low, r.high
     return measured.mean, measured.mean - measured.deviation, measured.mean + measured.deviation
@@ -267,8 +267,8 @@ def _draw_results(axes: Axes, x: Sequence[float], results: Sequence[Result], pro
         color, marker, _ = LOOK[protocol]
         look = {"color": color, "marker": marker, "ms": 4.5, "zorder": 3}
         label = f"{protocol}, 95 % interval over videos"
-        if run.over_seeds and protocol == "frozen":
-            seeds = run.over_seeds.of(results[0].encoder, results[0].task, results[0].metric).seeds
+        if run.fresh_seed_study and protocol == "frozen":
+            seeds = run.fresh_seed_study.of(results[0].encoder, results[0].task, results[0].metric).seeds
             label = f"{protocol}, mean of {seeds} seeds, standard deviation"
         draw_intervals(axes, x, [_drawn(run, r) for r in results], label=label, **look)
 

@@ -23,13 +23,13 @@ ORIGIN = """<p>Every number comes from a file of a stage. <code>numbers.json</co
 LAWS = (
     "L = E + A (N / unit)^-alpha is fitted to losses and errors, ours and the published ones, by the same code. In brackets: "
     "95 % intervals of a parametric bootstrap. They hold the scatter of the points around the curve, not that of other seeds. "
-    "The prediction of the largest point is by the law of all others, with the interval of one new point. With five points, "
-    "four are left to fit three numbers, hence its width. An interval of the exponent that reaches an end of the search means "
-    "that the points do not fix it."
+    "The prediction of the largest point is by the law of all others, with the interval of one new point. It is wide, because "
+    "a law has hardly fewer numbers than there are points left to fit them. An interval of the exponent that reaches an end of "
+    "the search means that the points do not fix it."
 )
 FILLED = (
-    "Two validation clips in which about a seventh of the pixels move: as a looping video with all rows side by side, and as "
-    "strips of frames. The same tokens are hidden for every point."
+    "Validation clips in which some of the pixels move: each as a looping video with all rows side by side, and as strips of "
+    "frames. The same tokens are hidden for every point."
 )
 FIDELITY = (
     "Errors of hidden pixels, and distances of sets of filled-in and true frames and clips on features of untrained encoders "
@@ -50,7 +50,7 @@ class Section:
 
 def headline(run: RunResults, page: Page) -> str:
     points = "our points with 95 % intervals over validation videos"
-    if run.over_seeds:
+    if run.fresh_seed_study:
         points = (
             "frozen readouts of our points with means and standard deviations over seeds, this run's values as crosses; other "
             "readouts with 95 % intervals over validation videos"
@@ -98,7 +98,7 @@ def training_curves(run: RunResults, page: Page) -> str:
 
 def methods(run: RunResults, page: Page) -> str:
     bars = "95 % intervals over validation videos"
-    if run.over_seeds:
+    if run.fresh_seed_study:
         bars = f"standard deviations over seeds around means (frozen readouts), else {bars}"
     return html_figure(
         "methods.svg",

@@ -13,12 +13,13 @@ from scaling4d import artifacts, config
 from scaling4d.provenance import is_below, parse_gin
 from scaling4d.records import Result, UserError
 from scaling4d.report.seeds import SeedStudy, read_seed_study
-from scaling4d.studies.study import PIXELS
+from scaling4d.studies.study import RECONSTRUCT_METRICS
 
 KEYS = ["profile", "seed", "points", "distilled", "encoders", "benchmarks.tasks", "show.tasks", "report"]  # declared in dvc.yaml
 PROTOCOLS = ("frozen", "finetune", "classifier")
 PROTOCOL_TASKS = {"classifier": ("actions",)}  # of a protocol that not every task has
 UNTRAINED = "untrained_"
+HELD_OUT = "held_out.jsonl"  # of a readout that stops early; others have none
 SUMMARY = ("point", "method", "parameters", "flops", "clips_seen", "train_loss", "val_loss", "seed")
 
 
@@ -29,9 +30,10 @@ class RunResults:
     home: folder of the artifacts. folder: of the report. students: points that have a teacher; they predict no pixels,
     so they have no fidelity and no picture. tasks: empty without readouts. encoders: by protocol. results: in the order
     of the settings. summaries, losses (lines of losses.jsonl), fidelity (result.json of `reconstruct`) and pictures
-    (filled.png): by point. sheets: of stage `show`, by task. models: by point, the method's settings. provenances: by
-    `stage/name`. operative: likewise, the settings in force. overrides: dotted key -> (value in force, names of the
-    stages that it changes). seed_study: None where the profile has none.
+    (filled.png): by point. held_out: lines of held_out.jsonl by `readout/name`, of readouts that have one. sheets: of
+    stage `show`, by task. models: by point, the method's settings. provenances: by `stage/name`. operative: likewise,
+    the settings in force. overrides: dotted key -> (value in force, names of the stages that it changes). seed_study:
+    None where the profile has none.
     """
 
     home: Path
@@ -43,6 +45,7 @@ class RunResults:
     tasks: tuple[str, ...]
     encoders: Mapping[str, tuple[str, ...]]
     results: tuple[Result, ...]
+    held_out: Mapping[str, list[Mapping[str, float]]]
     summaries: Mapping[str, Mapping[str, Any]]
     losses: Mapping[str, list[Mapping[str, float]]]
     fidelity: Mapping[str, Mapping[str, Any]]
@@ -56,7 +59,7 @@ class RunResults:
     seed_study: SeedStudy | None
 
     @property
-    def over_seeds(self) -> SeedStudy | None:
+    def fresh_seed_study(self) -> SeedStudy | None:
         """The study of seeds, if there is one and it belongs to this run."""
         return self.seed_study if self.seed_study and not self.seed_study.stale else None
 
@@ -117,11 +120,11 @@ def read_run_results(settings: Mapping[str, Any] | None = None) -> RunResults:
     points, students = tuple(declared["points"]), tuple(declared["distilled"])
     tasks = tuple(declared["benchmarks.tasks"] if any(encoders.values()) else ())
     folders = {"clips": (home / "clips", "clips")}  # by stage: a folder with provenance, and the command that makes it
-    summaries, losses, fidelity, pictures, results, sheets = {}, {}, {}, {}, {}, {}
+    summaries, losses, fidelity, pictures, results, held_out, sheets = {}, {}, {}, {}, {}, {}, {}
     for point in (*points, *students):
         folder, command = folders[f"pretrain/{point}"] = home / "pretrain" / point, f"pretrain {point}"
         summaries[point] = _with_keys(folder / "summary.json", command, SUMMARY)
-        losses[point] = _parsed(folder / "losses.jsonl", command, lambda text: list(map(json.loads, text.splitlines())))
+        losses[point] = _parsed(folder / "losses.jsonl", command, _json_lines)
     for point in points:
         folder, command = folders[f"reconstruct/{point}"] = home / "reconstruct" / point, f"reconstruct {point}"
         fidelity[point] = _with_keys(folder / "result.json", command, ("true_patch_statistics",))
@@ -134,6 +137,8 @@ def read_run_results(settings: Mapping[str, Any] | None = None) -> RunResults:
                 name = f"readout/{encoder}/{task}/{protocol}"
                 folder, command = folders[name] = home / name, f"readout {encoder} {task} {protocol}"
                 results[name] = _parsed(folder / "result.json", command, lambda text: Result(**json.loads(text)))
+                if (folder / HELD_OUT).is_file():
+                    held_out[name] = _parsed(folder / HELD_OUT, command, _json_lines)
     for task in declared["show.tasks"]:
         folder = home / "show" / task
         _, command = folders[f"show/{task}"] = folder, f"show RESULT... --out {folder}"
@@ -156,6 +161,7 @@ def read_run_results(settings: Mapping[str, Any] | None = None) -> RunResults:
         tasks=tasks,
         encoders=encoders,
         results=tuple(results.values()),
+        held_out=held_out,
         summaries=summaries,
         losses=losses,
         fidelity=fidelity,
@@ -179,8 +185,8 @@ def _numbers_by_seed(
     """The numbers that a study of seeds measures too, as `read_seed_study` takes them."""
     numbers = {(point, "pretrain", "val_loss"): (seed, summary["val_loss"], "") for point, summary in summaries.items()}
     for point, measured in fidelity.items():
-        for metric in (metric for metric in PIXELS if measured.get(metric) is not None):
-            numbers[point, PIXELS[metric], metric] = seed, measured[metric], measured["checkpoint_sha256"]
+        for metric in (metric for metric in RECONSTRUCT_METRICS if measured.get(metric) is not None):
+            numbers[point, RECONSTRUCT_METRICS[metric], metric] = seed, measured[metric], measured["checkpoint_sha256"]
     frozen = [r for r in results if r.protocol == "frozen"]
     return numbers | {(r.encoder, r.task, r.metric): (seed, r.value, r.checkpoint_sha256) for r in frozen}
 
@@ -194,6 +200,10 @@ def _existing(path: Path, command: str) -> Path:
     if not path.is_file():
         raise UserError(f"the report needs {path}, which is missing: run `dvc repro`, or `scaling4d {command}` alone")
     return path
+
+
+def _json_lines(text: str) -> list[dict[str, float]]:
+    return list(map(json.loads, text.splitlines()))
 
 
 def _parsed(path: Path, command: str, parse: Callable[[str], Any] = json.loads) -> Any:

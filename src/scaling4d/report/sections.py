@@ -16,6 +16,7 @@ from scaling4d.report.run_results import PROTOCOLS, UNTRAINED, RunResults, is_ba
 from scaling4d.report.tables import (
     ERRORS,
     fidelity_columns,
+    held_out_parts,
     interval,
     label,
     overview,
@@ -30,6 +31,7 @@ from scaling4d.studies.markup import NOTHING, code_html, html_figure, html_table
 from scaling4d.studies.words import encoder_words, measure, measure_head
 
 PICTURES = "pictures"  # folder beside report.html
+STOPPING = ("step with the lowest\nheld-out loss", "last step")
 
 
 def summary(run: RunResults, page: Page) -> str:
@@ -126,15 +128,16 @@ def sheets(run: RunResults, page: Page) -> str:
 
 
 def further(run: RunResults, page: Page) -> str:
-    """Every further metric of the readouts, trivial predictions included."""
+    """Every further metric of the readouts, trivial predictions included, and the steps of their early stopping."""
     parts = []
     for task in run.tasks:
-        with_others = [r for r in run.results if r.task == task and r.others]
-        names = sorted({name for r in with_others for name in r.others})
-        values = ([result_part(run, r, "others", name) for name in names] for r in with_others)
-        rows = ([encoder_words(r.encoder), r.protocol, *cells] for r, cells in zip(with_others, values, strict=True))
-        if names:
-            parts.append(f"<h4>{page.html(task)}</h4>" + page.table(("encoder", "protocol", *map(measure_head, names)), rows))
+        results = [r for r in run.results if r.task == task and (r.others or held_out_parts(run, r) != [NOTHING, NOTHING])]
+        names = sorted({name for r in results for name in r.others})
+        head = ("encoder", "protocol", *map(measure_head, names), *STOPPING)
+        values = ([result_part(run, r, "others", name) for name in names] + held_out_parts(run, r) for r in results)
+        rows = ([encoder_words(r.encoder), r.protocol, *cells] for r, cells in zip(results, values, strict=True))
+        if results:
+            parts.append(f"<h4>{page.html(task)}</h4>" + page.table(head, rows))
     return "".join(parts) or page.paragraph("No further metrics.")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,11 @@ from scaling4d.studies import study as studies
 from scaling4d.studies.markup import number_format
 
 FOLDER = studies.REPORTS / "seeds"
-UNMEASURED = ("show",)  # package whose code changes no number of the study
-AGAIN = f"run `scaling4d study {FOLDER.name}`"
 Key = tuple[str, str, str]  # encoder, task, metric, as in runs.csv
 
 
 @dataclass(frozen=True)
-class OverSeeds:
+class SeedStatistics:
     """One measure of one encoder. values: by seed. noise: limit of a difference, as in `studies.study.study_table`."""
 
     arm: str
@@ -38,16 +36,27 @@ class OverSeeds:
         place = ({"arm": self.arm, "task": self.task}, column)
         return Number(value, number_format(value), (FOLDER / studies.TABLE).as_posix(), place)
 
+    def value_part(self, seed: int) -> Number:
+        """The value of a seed, a number of runs.csv."""
+        value, place = self.values[seed], ({"arm": self.arm, "seed": seed, "task": self.task}, "value")
+        return Number(value, number_format(value), (FOLDER / studies.RUNS).as_posix(), place)
+
 
 @dataclass(frozen=True)
 class SeedStudy:
     """stale: why the study does not belong to the run, as a sentence; empty where it does."""
 
-    numbers: Mapping[Key, OverSeeds]
+    numbers: Mapping[Key, SeedStatistics]
     stale: str = ""
 
-    def of(self, encoder: str, task: str, metric: str) -> OverSeeds | None:
+    def of(self, encoder: str, task: str, metric: str) -> SeedStatistics | None:
         return self.numbers.get((encoder, task, metric))
+
+
+def noise_of_seeds(measured: Sequence[SeedStatistics]) -> float | None:
+    """The `seed_noise` of some encoders alone, over the seeds that all of them have."""
+    seeds = sorted(set.intersection(*({*statistics.values} for statistics in measured)))
+    return studies.seed_noise([[statistics.values[seed] for seed in seeds] for statistics in measured])
 
 
 def read_seed_study(profile: str, codes: Mapping[str, Any], results: Mapping[Key, tuple[int, float, str]]) -> SeedStudy | None:
@@ -69,28 +78,36 @@ def read_seed_study(profile: str, codes: Mapping[str, Any], results: Mapping[Key
         seed, value = int(row["seed"]), float(row["value"])
         values.setdefault((row["arm"], row["task"]), {})[seed] = value
         recorded[row["encoder"], row["task"], row["metric"], seed] = value, row["checkpoint_sha256"]
+    needed = {*facts["seeds"], *(seed for seed, _, _ in results.values())}
+    option = f" --seeds {','.join(map(str, sorted(needed)))}" if len(needed) > 1 else ""  # else the seeds of its definition
+    again = f"run `scaling4d study {FOLDER.name}{option}`"
     if len(facts["seeds"]) < 2:
-        return SeedStudy({}, f"The study of seeds has one seed alone: {AGAIN}.")
+        return SeedStudy({}, f"The study of seeds has one seed alone: {again}.")
     numbers = {}
     for row in parse_csv((FOLDER / studies.TABLE).read_text()):
         encoder, place = facts["arms"][row["arm"]]["encoder"], (row["arm"], row["task"])
         mean, deviation, noise = (float(row[name]) if row[name] else None for name in ("mean", "deviation", "noise"))
-        measured = OverSeeds(*place, int(row["seeds"]), values[place], mean, deviation, noise)
-        numbers[encoder, row["task"], row["metric"]] = measured
-    return SeedStudy(numbers, _stale(facts["code"], codes, recorded, results))
+        statistics = SeedStatistics(*place, int(row["seeds"]), values[place], mean, deviation, noise)
+        numbers[encoder, row["task"], row["metric"]] = statistics
+    reason = _stale(facts, codes, recorded, results)
+    return SeedStudy(numbers, f"The study of seeds {reason}: {again}." if reason else "")
 
 
-def _stale(code: Mapping[str, str], codes: Mapping[str, Any], recorded: Mapping[Any, Any], results: Mapping[Key, Any]) -> str:
-    other = [name for name in codes if name not in UNMEASURED and code.get(f"{artifacts.CODE}/{name}.json") != _md5(codes[name])]
-    if other:
-        return f"The study of seeds is of other code ({', '.join(sorted(other))}): {AGAIN}."
+def _stale(facts: Mapping[str, Any], codes: Mapping[str, Any], recorded: Mapping[Any, Any], results: Mapping[Key, Any]) -> str:
+    """Why a study does not belong to the run, as the end of a sentence; empty where it does. facts: study.json."""
+    of_run = {f"{artifacts.CODE}/{name}.json": _md5(code) for name, code in codes.items()}
+    of_study = {path: md5 for path, md5 in facts["code"].items() if path in of_run}  # a run's stages need not be of all packages
+    if packages := studies.changed_packages(of_study, of_run):
+        return f"is of other code ({', '.join(packages)})"
+    if absent := {seed for seed, _, _ in results.values()} - {*facts["seeds"]}:
+        return f"lacks this run's seed, {', '.join(map(str, sorted(absent)))}"
     for (encoder, task, metric), (seed, *numbers) in results.items():
         there = recorded.get((encoder, task, metric, seed))
         if there is None:
-            return f"The study of seeds lacks {encoder} at {task} with seed {seed}: {AGAIN}."
+            return f"lacks {encoder} at {task} with seed {seed}"
         if there != tuple(numbers):
             where = f"of {encoder} at {task} with seed {seed}"
-            return f"The study of seeds has other numbers {where}, so other settings, data or machines made them: {AGAIN}."
+            return f"has other numbers {where}, so other settings, data or machines made them"
     return ""
 
 

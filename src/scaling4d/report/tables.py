@@ -12,15 +12,15 @@ from typing import Any
 from scaling4d.provenance import to_csv
 from scaling4d.records import Result
 from scaling4d.report.page import Part, part_of, text_of
-from scaling4d.report.run_results import PROTOCOLS, SUMMARY, RunResults
+from scaling4d.report.run_results import HELD_OUT, PROTOCOLS, SUMMARY, RunResults
 from scaling4d.studies.markup import NOTHING
+from scaling4d.studies.study import RECONSTRUCT_METRICS
 from scaling4d.studies.words import FIDELITY, measure
 
 RESULTS = (
     *("encoder", "parameters", "task", "protocol", "metric", "value", "low", "high"),
     *("unit", "higher_is_better", "examples", "seed", "checkpoint_sha256"),
 )
-MSE = ("masked_mse", "moving_mse")  # of `reconstruct`, in metrics.json
 ERRORS = ("masked_mse", "psnr_db", "moving_mse")
 PUBLISHED = Path("src/scaling4d/report/published.yaml")
 CURVES = ("point", "step", "clips_seen", "loss", "lr", "grad")
@@ -69,7 +69,7 @@ def metrics(run: RunResults) -> dict[str, Any]:
         "val_loss": {"↓": {point: run.summaries[point]["val_loss"] for point in run.trained}},
         "masked_mse": {"↓": {}},
     }
-    for name in MSE:
+    for name in RECONSTRUCT_METRICS:
         if values := {point: value for point in run.points if (value := run.fidelity[point].get(name)) is not None}:
             nested[name] = {"↓": values}
     for r in run.results:
@@ -114,6 +114,16 @@ def result_part(run: RunResults, r: Result, *key: str, spec: str | None = None) 
     """A number of a Result: a field, or (`others`, name)."""
     value = getattr(r, key[0]) if len(key) == 1 else r.others.get(key[1])
     return part_of(value, run.home / "readout" / r.encoder / r.task / r.protocol / "result.json", *key, spec=spec)
+
+
+def held_out_parts(run: RunResults, r: Result) -> list[Part]:
+    """The step of the lowest held-out loss, whose weights were kept, and the last step; `-` without such losses."""
+    name = f"readout/{r.encoder}/{r.task}/{r.protocol}"
+    if not (lines := run.held_out.get(name)):
+        return [NOTHING, NOTHING]
+    lowest = min(range(len(lines)), key=lambda line: lines[line]["held_out_loss"])
+    last = len(lines) - 1
+    return [part_of(lines[line]["step"], run.home / name / HELD_OUT, line, "step") for line in (lowest, last)]
 
 
 def interval(run: RunResults, r: Result, gap: str = " ") -> list[Part]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 from scaling4d.records import Result
 from scaling4d.report.page import Number, Page, Part, joined, part_of
 from scaling4d.report.run_results import UNTRAINED, RunResults
-from scaling4d.report.seeds import OverSeeds
-from scaling4d.report.tables import MSE, interval, result_part, summary_part
+from scaling4d.report.seeds import SeedStatistics, noise_of_seeds
+from scaling4d.report.tables import interval, result_part, summary_part
 from scaling4d.studies.fits import spearman
 from scaling4d.studies.markup import NOTHING
-from scaling4d.studies.study import PIXELS
+from scaling4d.studies.study import RECONSTRUCT_METRICS
 from scaling4d.studies.words import MEASURES, encoder_words
 
 YES, NOISE, NO = "yes", "within noise", "no"
@@ -25,16 +26,19 @@ TRIVIAL = {  # task -> further metric of its readouts: that of an answer that lo
     "pose": "epe_standing_still",
 }
 TRIVIAL_ANSWER = "the trivial answer"
-LOSSES = "Better with size: of losses, every point is better than the next smaller one; of tasks, "
 ONE_RUN = (
-    f"{LOSSES}the 95 % intervals over validation videos of the largest and the smallest point do not overlap. Better than "
-    "a baseline: the intervals do not overlap. This is one run; the noise between seeds is not in its intervals."
+    "Better with size: of losses, every point is better than the next smaller one; of tasks, the 95 % intervals over validation "
+    "videos of the largest and the smallest point do not overlap. Better than a baseline: the intervals do not overlap. This is "
+    "one run; the noise between seeds is not in its intervals."
 )
 SEEDS = (
-    f" seeds, ± their standard deviation. {LOSSES}the largest point differs from the smallest by more than the noise of "
-    "seeds: the 95 % limit of the difference of two equal encoders, pooled over all encoders of the study. Better than a "
-    "baseline or the trivial answer: likewise. A seed changes weights, masks, crops and the order of clips; worlds and "
-    "validation videos stay, so their choice is not in this noise."
+    " seeds, ± their standard deviation. Better with size: yes where the largest point is better than the smallest by more than "
+    "the noise of seeds and, of losses, where the mean falls at every step of size; within noise where the change from the "
+    "smallest to the largest does not exceed the noise; else no. The noise is the 95 % limit of the difference of two equal "
+    "encoders. For a task it is pooled over all encoders of the study. For a loss it is pooled over the points that differ in "
+    "size alone, because other methods predict other targets; change and noise of a loss are shares of the smallest point's "
+    "mean. Better than a baseline or the trivial answer: by more than the noise. A seed changes weights, masks, crops and the "
+    "order of clips; worlds and validation videos stay, so their choice is not in this noise."
 )
 
 
@@ -42,13 +46,13 @@ SEEDS = (
 class Verdict:
     """A row. values: of the smallest and of the largest point. scales: YES, NOISE or NO. beats: baseline -> cell.
 
-    size: the change from the smallest to the largest point; empty where intervals tell more.
+    change: from the smallest to the largest point; empty where intervals tell more.
     """
 
     name: str
     values: tuple[Part, Part]
     scales: str
-    size: Part
+    change: Part
     beats: dict[str, Part]
 
 
@@ -61,7 +65,7 @@ def verdict(run: RunResults, page: Page) -> str:
         return page.paragraph("This profile has one size alone, so nothing can be said of size.")
     rows = [*_losses(run, page), *_tasks(run, page)]
     named = [(answer, [row.name.rsplit(" ", 1)[0] for row in rows if row.scales == answer]) for answer in (YES, NOISE, NO)]
-    noise = "the noise of seeds" if run.over_seeds else "the noise of this run"
+    noise = "the noise of seeds" if run.fresh_seed_study else "the noise of this run"
     heads = {YES: "Better with size", NOISE: f"Within {noise}", NO: "Not better with size"}
     sentence = " ".join(f"{heads[answer]}: {'; '.join(names)}." for answer, names in named if names)
     baselines = list(dict.fromkeys(name for row in rows for name in row.beats))
@@ -70,36 +74,43 @@ def verdict(run: RunResults, page: Page) -> str:
     table = []
     for row in rows:
         cells = [row.beats.get(name, NOTHING) for name in baselines]
-        table.append([row.name, *row.values, joined([row.scales, *filter(None, [row.size])], "\n"), *cells])
+        table.append([row.name, *row.values, joined([row.scales, *filter(None, [row.change])], "\n"), *cells])
     top = page.paragraph(sentence) + page.table(head, table)
-    if run.over_seeds:
-        return top + page.paragraph("Means of ", next(iter(run.over_seeds.numbers.values())).part("seeds"), SEEDS)
+    if run.fresh_seed_study:
+        return top + page.paragraph("Means of ", next(iter(run.fresh_seed_study.numbers.values())).part("seeds"), SEEDS)
     stale = f" {run.seed_study.stale}" if run.seed_study else ""
     return top + page.paragraph(f"{ONE_RUN}{stale}")
 
 
 def _losses(run: RunResults, page: Page) -> Iterator[Verdict]:
     """Measures without an interval: over seeds the means, else the values of this run."""
-    for name in ("val_loss", *MSE):
-        if run.over_seeds:
-            measured = [run.over_seeds.of(point, PIXELS.get(name, "pretrain"), name) for point in run.ladder]
-            parts = [NOTHING if over_seeds is None else over_seeds.part("mean") for over_seeds in measured]
-        elif name == "val_loss":
-            parts = [summary_part(run, point, name) for point in run.ladder]
+    sizes = [summary_part(run, point, "parameters") for point in run.ladder]
+    for metric in ("val_loss", *RECONSTRUCT_METRICS):
+        name, change, inputs, measured = f"change of {metric} with size", {}, [], []
+        if study := run.fresh_seed_study:
+            task = RECONSTRUCT_METRICS.get(metric, "pretrain")
+            measured = [statistics for point in run.ladder if (statistics := study.of(point, task, metric))]
+            parts = [statistics.part("mean") for statistics in measured]
+        elif metric == "val_loss":
+            parts = [summary_part(run, point, metric) for point in run.ladder]
         else:
             sources = [run.home / "reconstruct" / point / "result.json" for point in run.ladder]
-            values = [run.fidelity.get(point, {}).get(name) for point in run.ladder]
-            parts = [part_of(value, source, name) for value, source in zip(values, sources, strict=True)]
-        if NOTHING in parts:
+            values = [run.fidelity.get(point, {}).get(metric) for point in run.ladder]
+            parts = [part_of(value, source, metric) for value, source in zip(values, sources, strict=True)]
+        if NOTHING in parts or len(parts) < len(run.ladder):
             continue
-        numbers, sizes = [part.value for part in parts], [summary_part(run, point, "parameters") for point in run.ladder]
-        falls = all(larger < smaller for smaller, larger in zip(numbers, numbers[1:], strict=False))
-        change = {"relative": numbers[-1] / numbers[0] - 1, "spearman": spearman([size.value for size in sizes], numbers)}
-        page.derive(f"change of {name} with size", change, [*sizes, *parts])
-        number = partial(page.derived_number, f"change of {name} with size")
-        size = [number("relative", spec="+.1%"), "\nSpearman ", number("spearman", spec="+.2f")]
-        first, last = map(_with_deviation, (measured[0], measured[-1])) if run.over_seeds else (parts[0], parts[-1])
-        yield Verdict(MEASURES[name], (first, last), YES if falls else NO, size, {})
+        losses = [part.value for part in parts]
+        scales, ends = YES if falls(losses) else NO, (parts[0], parts[-1])
+        if measured:
+            noise = noise_of_seeds(measured)
+            scales, ends = falls_beyond_noise(losses, noise), (_with_deviation(measured[0]), _with_deviation(measured[-1]))
+            change = {"noise": None if noise is None else noise / losses[0]}
+            inputs = [statistics.value_part(seed) for statistics in measured for seed in statistics.values]
+        change |= {"relative": losses[-1] / losses[0] - 1, "spearman": spearman([size.value for size in sizes], losses)}
+        page.derive(name, change, [*sizes, *parts, *inputs])
+        number = partial(page.derived_number, name)
+        shown = [number("relative", spec="+.1%"), *(["\nnoise ", number("noise", spec=".1%")] if measured else [])]
+        yield Verdict(MEASURES[metric], ends, scales, [*shown, "\nSpearman ", number("spearman", spec="+.2f")], {})
 
 
 def _tasks(run: RunResults, page: Page) -> Iterator[Verdict]:
@@ -109,16 +120,16 @@ def _tasks(run: RunResults, page: Page) -> Iterator[Verdict]:
         first, last = (run.result(point, task, "frozen") for point in (smallest, largest))
         if first is not None and last is not None:
             others = {encoder_words(name): r for name in baselines if (r := run.result(name, task, "frozen"))}
-            row = _task_over_seeds if run.over_seeds else _task_of_one_run
+            row = _task_over_seeds if run.fresh_seed_study else _task_of_one_run
             yield row(run, page, first, last, others)
 
 
 def _task_over_seeds(run: RunResults, page: Page, first: Result, last: Result, others: Mapping[str, Result]) -> Verdict:
     """others: the largest point is compared with them too."""
-    small, large = (run.over_seeds.of(r.encoder, r.task, r.metric) for r in (first, last))
+    small, large = (run.fresh_seed_study.of(r.encoder, r.task, r.metric) for r in (first, last))
     compared: dict[str, tuple[float, Part]] = {}
     for words, r in others.items():
-        other = run.over_seeds.of(r.encoder, r.task, r.metric)
+        other = run.fresh_seed_study.of(r.encoder, r.task, r.metric)
         compared[words] = other.mean, _with_deviation(other)
     if trivial := trivial_answer(run, last):
         compared[TRIVIAL_ANSWER] = trivial.value, trivial
@@ -128,9 +139,9 @@ def _task_over_seeds(run: RunResults, page: Page, first: Result, last: Result, o
 
     name = f"change of {last.task} with size"
     page.derive(name, large.mean - small.mean, [large.part("mean"), small.part("mean")])
-    size = [page.derived_number(name, spec="+.4f"), "\nnoise ", large.part("noise")]
+    change = [page.derived_number(name, spec="+.4f"), "\nnoise ", large.part("noise")]
     beats = {words: joined([answer(value), shown], "\n") for words, (value, shown) in compared.items()}
-    return Verdict(_measure(last), (_with_deviation(small), _with_deviation(large)), answer(small.mean), size, beats)
+    return Verdict(_measure(last), (_with_deviation(small), _with_deviation(large)), answer(small.mean), change, beats)
 
 
 def _task_of_one_run(run: RunResults, page: Page, first: Result, last: Result, others: Mapping[str, Result]) -> Verdict:
@@ -145,7 +156,7 @@ def _measure(r: Result) -> str:
     return MEASURES.get(r.metric, f"{r.task}: {r.metric}")
 
 
-def _with_deviation(measured: OverSeeds) -> Part:
+def _with_deviation(measured: SeedStatistics) -> Part:
     """`mean ± deviation`."""
     return [measured.part("mean"), " ± ", measured.part("deviation")]
 
@@ -161,6 +172,17 @@ def beyond_noise(value: float, other: float, noise: float | None, higher_is_bett
     if noise is None or abs(value - other) <= noise:
         return NOISE
     return YES if (value > other) == higher_is_better else NO
+
+
+def falls(losses: Sequence[float]) -> bool:
+    """Whether every loss is below the one before it."""
+    return all(larger < smaller for smaller, larger in pairwise(losses))
+
+
+def falls_beyond_noise(means: Sequence[float], noise: float | None) -> str:
+    """Whether the means of a loss, from small to large, fall at every step, and from first to last beyond the noise."""
+    answer = beyond_noise(means[-1], means[0], noise, higher_is_better=False)
+    return NO if answer == YES and not falls(means) else answer
 
 
 def beyond(r: Result, value: float) -> str:

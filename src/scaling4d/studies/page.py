@@ -17,8 +17,7 @@ from scaling4d.studies import study as studies
 from scaling4d.studies.fits import held_out, spearman, trend
 from scaling4d.studies.markup import NOTHING, cell_text, csv_cell_text, html_figure, html_page, html_table
 from scaling4d.studies.plotting import draw_law, legend, log_x, panel_title, style, subplots, to_svg
-from scaling4d.studies.run import UNMEASURED
-from scaling4d.studies.study import REPORTS, Study
+from scaling4d.studies.study import REPORTS, UNMEASURED, Study
 from scaling4d.studies.words import measure_head
 
 FITS, RANKS, INDEX = "fits.csv", "ranks.csv", "index.html"
@@ -28,6 +27,10 @@ FIT_COLUMNS = (
     *("largest", "measured", "predicted", "predicted_low", "predicted_high", "inside"),
 )
 RANK_COLUMNS = ("task", "ladder", "arms", "spearman", "lowest_of_a_seed", "highest_of_a_seed")
+BANNER = (
+    '<p class="banner">Made with other code than <code>dvc.lock</code> names: {packages}; '
+    "run <code>scaling4d study {name}</code> again.</p>"
+)
 AXES = {"parameters": "encoder parameters", "flops": "training FLOPs", "clips_seen": "clips seen"}
 Row = Mapping[str, Any]
 LAWS = "Power laws over all seeds, and the prediction of the largest size by the others"
@@ -254,20 +257,23 @@ def paragraphs(findings: str) -> list[str]:
     return [" ".join(block.split()) for block in text.split("\n\n") if block.strip()]
 
 
-def older_code(code: Mapping[str, str]) -> list[str]:
+def other_code(code: Mapping[str, str]) -> list[str]:
     """Packages that make numbers and whose code is not that of dvc.lock; none without a lock. code: of study.json."""
     if not LOCK.is_file():
         return []
-    present = {out.path: out.md5 for out in read_lock(LOCK)["code"].outs}
-    different = (path for path in code.keys() | present.keys() if code.get(path) != present.get(path))
-    return sorted({Path(path).stem for path in different} - {*UNMEASURED})
+    return studies.changed_packages(code, {out.path: out.md5 for out in read_lock(LOCK)["code"].outs})
 
 
 def banner(name: str, code: Mapping[str, str]) -> str:
-    """HTML that says with which older code a study was made; empty for the present code. code: of study.json."""
-    older = ", ".join(older_code(code))
-    again = f"run <code>scaling4d study {name}</code> again"
-    return f'<p class="banner">Made with older code: {older}; {again}.</p>' if older else ""
+    """HTML that names the packages of other code; empty for the code of dvc.lock. code: of study.json."""
+    packages = other_code(code)
+    return BANNER.format(packages=", ".join(packages), name=name) if packages else ""
+
+
+def without_banners(page: str) -> str:
+    """A page without what `banner` wrote into it."""
+    pattern = re.escape(BANNER.format(packages="@", name="@")).replace("@", r"[\w, ]+")
+    return re.sub(pattern, "", page)
 
 
 def code_text(code: Mapping[str, str]) -> str:

@@ -32,14 +32,13 @@ from scaling4d import artifacts, config
 from scaling4d.pipeline import code_hashes
 from scaling4d.provenance import EXPERIMENT_REFS, LOCK, experiments, file_at, git_or_error, load_yaml, read_lock, required
 from scaling4d.records import UserError, write_json
-from scaling4d.studies.study import Arm, Study
+from scaling4d.studies.study import UNMEASURED, Arm, Study
 
 CLONES = Path(".dvc/tmp/studies")
 TIMES = artifacts.RUNS / "studies"  # not beside the stages' own, all of which the report reads
 STASH = f"{EXPERIMENT_REFS}stash"  # DVC runs every experiment in its stash, also that of a killed run
 INPUTS = ("src", "experiments", "dvc.yaml", "dvc.lock", "data.dvc", ".dvc/config", ":(exclude)*.md")  # of every run
 VIDEO_LISTS = config.EXPERIMENTS / "listed"  # for clips.Curation.listed, whose value names a file; the name holds its hash
-UNMEASURED = ("scenes", "show", "report")  # packages whose code changes no number of a study
 
 
 @dataclass(frozen=True)

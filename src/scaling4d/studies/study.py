@@ -24,7 +24,8 @@ DEFINITIONS = config.EXPERIMENTS / "study"
 REPORTS = Path("reports/studies")
 LOCKS, RUNS, TABLE, FINDINGS, FACTS = "locks", "runs.csv", "table.csv", "findings.md", "study.json"
 READOUTS, TRAINING = ("readout_frozen", "readout_finetune", "readout_classifier"), ("pretrain", "distill")
-PIXELS = {"masked_mse": "reconstruct", "moving_mse": "reconstruct_moving"}  # metric of `reconstruct` -> task in runs.csv
+RECONSTRUCT_METRICS = {"masked_mse": "reconstruct", "moving_mse": "reconstruct_moving"}  # -> task in runs.csv
+UNMEASURED = ("scenes", "show", "report")  # packages whose code changes no number of a study
 SIZES = ("parameters", "flops", "clips_seen")
 RESULT = ("task", "protocol", "metric", "value", "unit", "higher_is_better", "checkpoint_sha256")  # of result.json
 RUN_COLUMNS = ("arm", "seed", "encoder", *RESULT[:-1], *SIZES, "experiment", RESULT[-1])
@@ -197,9 +198,9 @@ def run_numbers(arm: Arm, seed: int, stages: Stages, cache: Path, experiment: st
             run |= {key: content[key] for key in SIZES}
             numbers = [("pretrain", "", "val_loss", content["val_loss"], "", False, "")]
         elif name.startswith("reconstruct@"):
-            errors = {metric: content[metric] for metric in PIXELS if content.get(metric) is not None}
+            errors = {metric: content[metric] for metric in RECONSTRUCT_METRICS if content.get(metric) is not None}
             weights = content["checkpoint_sha256"]
-            numbers = [(PIXELS[metric], "", metric, error, "", False, weights) for metric, error in errors.items()]
+            numbers = [(RECONSTRUCT_METRICS[metric], "", metric, error, "", False, weights) for metric, error in errors.items()]
         else:
             numbers = [[content[key] for key in RESULT]]
         common = {"parameters": content.get("parameters")} | run
@@ -236,7 +237,7 @@ def study_table(rows: Sequence[Mapping[str, Any]], base: str) -> list[dict[str, 
         metric = next(row["metric"] for row in rows if row["task"] == task)
         seeds = sorted(set.intersection(*(set(by_seed) for by_seed in values.values())))
         compared = seeds and base in values
-        noise = _noise([[by_seed[seed] for seed in seeds] for by_seed in values.values()]) if compared else None
+        noise = seed_noise([[by_seed[seed] for seed in seeds] for by_seed in values.values()]) if compared else None
         for arm, by_seed in values.items():
             row = {"arm": arm, "task": task, "metric": metric, "seeds": len(by_seed), "mean": fmean(by_seed.values())}
             row |= {"deviation": stdev(by_seed.values()) if len(by_seed) > 1 else None}
@@ -250,7 +251,7 @@ def study_table(rows: Sequence[Mapping[str, Any]], base: str) -> list[dict[str, 
     return sorted(table, key=lambda row: order.index(row["arm"]))
 
 
-def _noise(values: Sequence[Sequence[float]]) -> float | None:
+def seed_noise(values: Sequence[Sequence[float]]) -> float | None:
     """t * s * sqrt(2 / seeds) of `study_table`, from arms x seeds; None with fewer than two of either."""
     from scipy.stats import t
 
@@ -261,6 +262,15 @@ def _noise(values: Sequence[Sequence[float]]) -> float | None:
     residuals = [value - arms[a] - seeds[s] + fmean(arms) for a, row in enumerate(values) for s, value in enumerate(row)]
     deviation = math.sqrt(sum(residual**2 for residual in residuals) / freedom)
     return float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * deviation * math.sqrt(2 / len(seeds))
+
+
+def changed_packages(code: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+    """Packages whose code differs or is in one of the two alone, without UNMEASURED.
+
+    code, other: md5 by the path of a file of stage `code`, as study.json has them.
+    """
+    changed = (path for path in code.keys() | other.keys() if code.get(path) != other.get(path))
+    return sorted({Path(path).stem for path in changed} - {*UNMEASURED})
 
 
 def study_facts(study: Study, locks: Mapping[str, Stages], runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
