@@ -41,7 +41,7 @@ MEASURES = {  # task -> name of its row
     "boxes": "boxes, mean IoU ↑",
     "depth": "depth, relative error ↓",
     "points": "points, average Jaccard ↑",
-    "pose": "camera motion, end-point error ↓",
+    "pose": "camera motion, end-point error in scene units ↓",
 }
 LOSSES = (  # task and metric as a study has them, name of the row
     ("pretrain", "val_loss", "validation loss ↓"),
@@ -50,14 +50,15 @@ LOSSES = (  # task and metric as a study has them, name of the row
 
 
 ONE_RUN = (
-    'Results of the pocket: one run with frozen readouts, without the noise of seeds. "Better with size" compares the smallest '
-    "and the largest point: yes where their intervals over validation videos do not overlap (losses: where every larger point "
-    "is better)."
+    'Results of the pocket: one run, one seed. "Better with size" compares the smallest and the largest encoder: yes where their '
+    "95 % intervals over validation videos do not overlap (losses: where every larger encoder is better). "
+    '"Than untrained" compares the largest one with its untrained baseline alike. Differences between seeds are not measured yet.'
 )
 SEEDS = (
     "Results of the pocket: means over {seeds} seeds with standard deviations, of frozen readouts. "
-    '"Better with size" compares the smallest and the largest point: yes where the largest is better by more than the noise of '
-    "seeds (losses: and every larger point is better)."
+    '"Better with size" compares the smallest and the largest encoder: yes where the largest is better by more than the noise of '
+    'seeds (losses: and every larger encoder is better). "Than untrained" compares the largest one with its untrained '
+    "baseline alike."
 )
 
 EARLIER = " The run is of earlier settings; that of today's comes next."
@@ -72,7 +73,7 @@ def _results() -> Iterator[str]:
     ladder.sort(key=lambda row: int(row["parameters"]))
     points = [row["point"] for row in ladder]
     sizes = (f"{int(row['parameters']) / 1e6:.2f} M" for row in (ladder[0], ladder[-1]))
-    head = "| | {}, {} | {}, {} | untrained {} | pixels | trivial | better with size |".format(
+    head = "| | {}, {} | {}, {} | untrained {} | raw pixels | trivial | better with size | than untrained |".format(
         *(word for pair in zip((points[0], points[-1]), sizes, strict=True) for word in pair), points[-1]
     )
     seed, measured = int(ladder[0]["seed"]), {}
@@ -98,20 +99,22 @@ def _results() -> Iterator[str]:
                 by_point = [fresh.of(point, task, metric) for point in points]
                 scales = falls_beyond_noise([statistics.mean for statistics in by_point], noise_of_seeds(by_point))
             ends = [_shown(fresh, measured, (point, task, metric)) for point in (points[0], points[-1])]
-            yield f"| {name} | {' | '.join(ends)} | - | - | - | {scales} |"
+            yield f"| {name} | {' | '.join(ends)} | - | - | - | {scales} | - |"
     for task, name in MEASURES.items():
         rows = {row["encoder"]: row for row in readouts if row["task"] == task}
-        small, large = rows[points[0]], rows[points[-1]]
+        large = rows[points[-1]]
         key = task, large["metric"]
         trivial = _further(points[-1], task, TRIVIAL[task])
         encoders = (points[0], points[-1], f"untrained_{points[-1]}", "pixels")
         cells = [_shown(fresh, measured, (encoder, *key)) for encoder in encoders]
         cells.append("-" if trivial is None else _short(trivial))
-        scales = _scales(small, large)
-        if fresh:
-            first, last = (fresh.of(point, *key) for point in (points[0], points[-1]))
-            scales = beyond_noise(last.mean, first.mean, last.noise, large["higher_is_better"] == "True")
-        yield f"| {name} | {' | '.join(cells)} | {scales} |"
+        for other in (encoders[0], encoders[2]):
+            answer = _scales(rows[other], large)
+            if fresh:
+                first, last = (fresh.of(encoder, *key) for encoder in (other, points[-1]))
+                answer = beyond_noise(last.mean, first.mean, last.noise, large["higher_is_better"] == "True")
+            cells.append(answer)
+        yield f"| {name} | {' | '.join(cells)} |"
 
 
 def _of_earlier_settings(stages: dict[str, Any]) -> bool:
