@@ -206,7 +206,7 @@ def test_the_table_of_the_readme_has_the_one_run_where_the_study_is_stale(
 ) -> None:
     run = with_study(seeds_=(0,))
     sentences, (_, *table) = readme_results(pocket, monkeypatch)
-    assert sentences.startswith("Results of the pocket: one run with frozen readouts, ") and "do not overlap" in sentences
+    assert sentences.startswith("Results of the pocket: one run, one seed. ") and "do not overlap" in sentences
     assert len(table) == 7 and table[-1][2] == f"{run.result('mini', 'pose', 'frozen').value:.3f}"
     assert "±" not in str(table) and "earlier" not in sentences
     pocket["points"]["nano"]["model"]["SimpleMAE"]["width"] += 8
