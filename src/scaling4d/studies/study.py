@@ -106,7 +106,7 @@ def read_study(name: str) -> Study:
 
 
 def made_study(folder: Path) -> Study:
-    """The study as its outcome in a folder was made, whatever its definition says now.
+    """The study as its outcome in a folder was made, also where its definition differs now.
 
     Raises:
         UserError: no study.json, or a damaged one.
