@@ -21,8 +21,7 @@ install: .venv/installed
 	touch .venv/installed
 
 repro: install
-	dvc status --quiet || $(MAKE) --no-print-directory ahead
-	dvc repro
+	dvc status --quiet || { $(MAKE) --no-print-directory ahead && dvc repro; }
 	scaling4d table
 
 JOBS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
