@@ -19,7 +19,7 @@ from scaling4d.audit.report_numbers import _value_at
 from scaling4d.provenance import WORK_FOLDER, flatten, format_number, load_yaml
 from scaling4d.records import UserError, write_json
 from scaling4d.report import figures, notebook, sections, stage, tables
-from scaling4d.report.layout import SECTIONS, read_page
+from scaling4d.report.layout import SECTIONS, read_page, report_html
 from scaling4d.report.page import Page
 from scaling4d.studies.plotting import panel_title
 from scaling4d.studies.words import WORDS, measure, metric_words
@@ -172,9 +172,11 @@ def test_the_title_of_a_panel_has_words_in_at_most_two_lines(pocket: dict) -> No
 
 def test_the_answer_comes_first_and_details_are_folded(page: Page) -> None:
     assert [*page.sections] == [section.write.__name__ for section in SECTIONS]
-    assert [*page.sections][:3] == ["verdict", "headline", "results"]
+    assert [*page.sections][:5] == ["conclusion", "verdict", "rules", "headline", "results"]
+    assert re.search(r"</h1>\n<section[^>]*><p>(Better|Within|Not)", report_html(page, "commit.js"))
     folded = {name for name, content in page.sections.items() if "<details>" in content}
-    assert folded == {"further", "paper", "trends", "fidelity", "overrides", "deviations", "unstated", "lineage"}
+    details = {"further", "paper", "trends", "fidelity", "overrides", "deviations", "unstated", "lineage"}
+    assert folded == {"rules", "gains"} | details
 
 
 @pytest.mark.skipif(chromium.PROGRAM is None, reason="no chromium on this machine (Debian: apt install chromium)")

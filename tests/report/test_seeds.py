@@ -19,7 +19,7 @@ from scaling4d.report import figures, layout, tables
 from scaling4d.report.page import Page
 from scaling4d.report.run_results import RunResults
 from scaling4d.report.seeds import FOLDER
-from scaling4d.report.verdict import NO, NOISE, YES, verdict
+from scaling4d.report.verdict import NO, NOISE, YES, conclusion, rules, verdict
 from scaling4d.studies.study import seed_noise
 from scaling4d.studies.words import MEASURES
 
@@ -68,11 +68,11 @@ def test_a_study_of_other_code_is_left_out_of_the_verdict(run: RunResults, pocke
     facts["code"]["artifacts/code/readout.json"] = "0" * 32
     write_json(STUDY, facts)
     run = report.read_run_results(pocket)
-    text = verdict(run, Page(Path("out")))
+    text = verdict(run, Page(Path("out"))) + rules(run, Page(Path("out")))
     assert run.fresh_seed_study is None and "±" not in text
     svg = figures.headline(run)
     assert "standard deviation" not in svg and "this run" not in svg
-    assert "The study of seeds is of other code (readout): run `scaling4d study seeds --seeds 0,1,2`." in text
+    assert "The study of seeds is of other code (readout): run <code>scaling4d study seeds --seeds 0,1,2</code>." in text
 
 
 def test_code_that_makes_no_number_leaves_the_study_in_force(run: RunResults, pocket: dict) -> None:
@@ -113,16 +113,16 @@ def test_the_verdict_compares_means_beyond_the_noise_of_seeds(run: RunResults) -
     (pose,) = (cells for name, cells in table.items() if "camera" in name)
     numbers = run.fresh_seed_study.numbers
     nano, mini = (numbers[point, "pose", "epe"] for point in ("nano", "mini"))
-    assert pose[0] == f"{nano.mean:.4f} ± {nano.deviation:.4f}" and nano.mean > mini.mean
-    assert pose[2].startswith(YES)
-    assert f"{mini.mean - nano.mean:+.4f}" in pose[2] and f"{mini.noise:.4f}" in pose[2]
+    assert pose[1] == f"{nano.mean:.4f} ± {nano.deviation:.4f}" and nano.mean > mini.mean
+    assert pose[0].startswith(YES)
+    assert f"{mini.mean - nano.mean:+.4f}" in pose[0] and f"{mini.noise:.4f}" in pose[0]
     assert all(cell.startswith(YES) for cell in pose[3:])  # untrained nano and mini, pixels, standing still
 
 
 def test_a_difference_within_the_noise_of_seeds_is_no_answer(with_study: Callable[..., RunResults]) -> None:
     noisy = rows(with_study(deviation=0.4))
     assert all(
-        noisy[escape(MEASURES[metric])][2].startswith(NOISE) for metric in ("top1", "mean_iou", "abs_rel", "epe", "val_loss")
+        noisy[escape(MEASURES[metric])][0].startswith(NOISE) for metric in ("top1", "mean_iou", "abs_rel", "epe", "val_loss")
     )
 
 
@@ -131,8 +131,8 @@ def test_a_mean_loss_that_rises_at_one_step_of_size_is_not_better_with_size(run:
     edit(FOLDER / "table.csv", f"small,pretrain,val_loss,3,{loss}", f"small,pretrain,val_loss,3,{loss * 2}")
     table = rows(report.read_run_results(pocket))
     cells = table["validation loss of pretraining ↓"]
-    assert cells[2].startswith(NO) and "Spearman" in cells[2] and "noise" in cells[2]
-    assert table["squared error of hidden pixels ↓"][2].startswith(YES)
+    assert cells[0].startswith(NO) and "Spearman" in cells[0] and "noise" in cells[0]
+    assert table["squared error of hidden pixels ↓"][0].startswith(YES)
 
 
 def test_the_noise_of_a_loss_is_of_the_points_that_differ_in_size_alone(run: RunResults) -> None:
@@ -141,13 +141,13 @@ def test_the_noise_of_a_loss_is_of_the_points_that_differ_in_size_alone(run: Run
     noise = seed_noise(values)
     assert noise != pytest.approx(seed_noise([list(statistics.values.values()) for statistics in measured.values()]))
     smallest, largest = measured["nano"].mean, measured["mini"].mean
-    shown = rows(run)["validation loss of pretraining ↓"][2]
+    shown = rows(run)["validation loss of pretraining ↓"][0]
     assert shown.startswith(f"{YES}{largest / smallest - 1:+.1%}noise {noise / smallest:.1%}Spearman")
 
 
 def test_every_number_of_the_verdict_stands_in_its_source(run: RunResults) -> None:
     page = Page(Path("out"))
-    text = verdict(run, page)
+    text = conclusion(run, page) + verdict(run, page) + rules(run, page)
     page.write_json(Path())
     shown = re.sub(r'<span class="number".*?</span>|<[^>]+>|95 %', "", unescape(text))
     assert not re.search(r"\d", shown), shown
@@ -198,7 +198,7 @@ def test_the_table_of_the_readme_has_means_of_a_study_that_belongs_to_the_run(
     ]
     pose, mini = table[-1], run.fresh_seed_study.of("mini", "pose", "epe")
     assert pose[2] == f"{mini.mean:.3f} ± {mini.deviation:.3f}" and pose[5] == "1.300" and pose[6] == YES
-    assert rows(run)[escape(MEASURES["epe"])][2].startswith(pose[6])
+    assert rows(run)[escape(MEASURES["epe"])][0].startswith(pose[6])
 
 
 def test_the_table_of_the_readme_has_the_one_run_where_the_study_is_stale(

@@ -13,7 +13,19 @@ from scaling4d import report, video
 from scaling4d.report.page import Page
 from scaling4d.report.pictures import draw_strips
 from scaling4d.report.run_results import RunResults
-from scaling4d.report.verdict import NO, NOISE, TRIVIAL, YES, better, beyond, falls_beyond_noise, trivial_answer, verdict
+from scaling4d.report.verdict import (
+    NO,
+    NOISE,
+    TRIVIAL,
+    YES,
+    better,
+    beyond,
+    conclusion,
+    falls_beyond_noise,
+    rules,
+    trivial_answer,
+    verdict,
+)
 
 
 @pytest.fixture
@@ -40,7 +52,27 @@ def test_a_result_is_better_where_its_interval_is_apart_on_the_better_side(run: 
     assert (better(low, high), better(high, low), better(low, low)) == (YES, NO, NOISE)
     share = {"higher_is_better": True}
     assert better(replace(high, **share), replace(low, **share)) == YES
-    assert (beyond(low, 1.5), beyond(low, 0.5), beyond(low, 1.05)) == (YES, NO, NOISE)
+
+
+def test_the_trivial_answer_is_compared_as_if_its_interval_were_as_wide_as_the_results(run: RunResults) -> None:
+    r = replace(run.result("nano", "pose", "frozen"), value=1.0, low=0.9, high=1.1)
+    assert (beyond(r, 1.5), beyond(r, 0.5), beyond(r, 1.15), beyond(r, 0.85)) == (YES, NO, NOISE, NOISE)
+    text = verdict(run, Page(Path("out")))
+    assert text.index("as wide as that of the largest point") < text.index("<table>")
+
+
+def test_the_answer_stands_beside_the_measure(run: RunResults) -> None:
+    heads = re.findall("<th>(.*?)</th>", verdict(run, Page(Path("out"))))
+    assert heads[:4] == ["measure", "better with size", "nano, smallest", "mini, largest"]
+
+
+def test_the_conclusion_names_every_measure_by_its_answer(run: RunResults) -> None:
+    run = changed(run, "mini", "pose", value=0.5, low=0.4, high=0.6)
+    run = changed(run, "mini", "depth", value=0.5, low=0.4, high=0.6)
+    text = conclusion(run, Page(Path("out")))
+    assert "camera" in re.search(r"^<p>Better with size: (.*?)\. ", text)[1]
+    assert text.endswith("Not better with size: relative error of depth.</p>")
+    assert all(name.rsplit(" ", 1)[0] in text for name in rows(run))
 
 
 def test_the_page_says_of_every_measure_whether_size_and_training_help(run: RunResults) -> None:
@@ -51,11 +83,11 @@ def test_the_page_says_of_every_measure_whether_size_and_training_help(run: RunR
     table = rows(run)
     assert len(table) == 3 + len(run.tasks)
     (pose,) = (cells for name, cells in table.items() if "camera" in name)
-    assert pose[2].startswith(YES) and pose[3].startswith(NOISE) and pose[4].startswith(NO)
+    assert pose[0].startswith(YES) and pose[3].startswith(NOISE) and pose[4].startswith(NO)
     loss = table["validation loss of pretraining ↓"]
     losses = [run.summaries[point]["val_loss"] for point in run.ladder]
     assert losses == sorted(set(losses), reverse=True)
-    assert loss[2] == f"{YES}  {losses[-1] / losses[0] - 1:+.1%}  Spearman  -1.00"
+    assert loss[0] == f"{YES}  {losses[-1] / losses[0] - 1:+.1%}  Spearman  -1.00"
 
 
 def test_means_of_a_loss_have_to_fall_at_every_step_and_in_all_beyond_the_noise() -> None:
@@ -68,7 +100,7 @@ def test_means_of_a_loss_have_to_fall_at_every_step_and_in_all_beyond_the_noise(
 def test_a_loss_that_rises_at_one_step_of_size_is_not_better_with_size(run: RunResults) -> None:
     summaries = {name: dict(summary) for name, summary in run.summaries.items()}
     summaries["tiny"]["val_loss"] = summaries["nano"]["val_loss"] + 1
-    assert rows(replace(run, summaries=summaries))["validation loss of pretraining ↓"][2].startswith(NO)
+    assert rows(replace(run, summaries=summaries))["validation loss of pretraining ↓"][0].startswith(NO)
 
 
 def test_every_task_has_a_trivial_answer_where_it_was_measured(run: RunResults) -> None:
@@ -80,7 +112,8 @@ def test_every_task_has_a_trivial_answer_where_it_was_measured(run: RunResults) 
 
 
 def test_one_size_alone_has_no_verdict(run: RunResults) -> None:
-    assert "nothing can be said" in verdict(replace(run, points=("nano",), students=()), Page(Path("out")))
+    run, page = replace(run, points=("nano",), students=()), Page(Path("out"))
+    assert "nothing can be said" in conclusion(run, page) and verdict(run, page) == rules(run, page) == ""
 
 
 def test_strips_and_video_show_every_row_and_the_difference_of_the_ends(tmp_path: Path) -> None:

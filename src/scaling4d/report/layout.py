@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from scaling4d.report import sections
 from scaling4d.report.page import Page
 from scaling4d.report.run_results import RunResults, read_run_results
-from scaling4d.report.verdict import verdict
+from scaling4d.report.verdict import conclusion, rules, verdict
 from scaling4d.studies.markup import code_html, html_figure, html_page
 from scaling4d.studies.words import encoder_words
 
 TITLE = "Scaling 4D representations, in small"
-INTRODUCTION = """<p>The points of our ladder, trained and measured by <code>dvc repro</code>, beside the curves of <i>Scaling 4D
-Representations</i> (arXiv:2412.15212) and the method of <i>Masked Autoencoders As Spatiotemporal Learners</i>
-(arXiv:2205.09113).</p>"""
+INTRODUCTION = """<p><small>The points of our ladder, trained and measured by <code>dvc repro</code>, beside the curves of
+<i>Scaling 4D Representations</i> (arXiv:2412.15212) and the method of <i>Masked Autoencoders As Spatiotemporal Learners</i>
+(arXiv:2205.09113).</small></p>"""
 ORIGIN = """<p>Every number comes from a file of a stage. <code>numbers.json</code> beside this page names file and place.
 <code>scaling4d audit --explain encoder/task/protocol</code> shows the bytes, settings and code behind a number.
 <a href="../studies/index.html">Studies</a> vary single settings.</p>"""
@@ -118,10 +118,12 @@ def costs(run: RunResults, page: Page) -> str:
 
 
 SECTIONS = (
+    Section(conclusion),
     Section(verdict, "What improves with size"),
+    Section(rules, folded="The rules in full"),
     Section(headline, "Tasks over the size of the encoder"),
     Section(sections.results),
-    Section(sections.gains),
+    Section(sections.gains, folded="Gains over the untrained baselines"),
     Section(sections.further, folded="Further metrics of every readout"),
     Section(sections.paper, folded="4DS as published, in the rows and columns of our table"),
     Section(label_efficiency, "Tasks over the number of labelled clips"),
@@ -159,6 +161,7 @@ def read_page(run: RunResults | None = None) -> Page:
 
 
 def report_html(page: Page, script: str) -> str:
-    """The page as a file. script: path of the script that enters the commit."""
-    body = "\n".join([f"<h1>{TITLE}</h1>", INTRODUCTION, *page.sections.values(), ORIGIN, f'<script src="{script}"></script>'])
+    """The page as a file: the conclusion comes first. script: path of the script that enters the commit."""
+    first, *others = page.sections.values()
+    body = "\n".join([f"<h1>{TITLE}</h1>", first, INTRODUCTION, *others, ORIGIN, f'<script src="{script}"></script>'])
     return html_page(TITLE, body)

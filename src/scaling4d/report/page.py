@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from scaling4d.provenance import format_number
-from scaling4d.studies.markup import NOTHING, escape, html_table, number_format
+from scaling4d.studies.markup import NOTHING, code_html, html_table, number_format
 
 DERIVED, NUMBERS = "derived.json", "numbers.json"
 
@@ -71,9 +71,9 @@ class Page:
     derived: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def html(self, part: Part) -> str:
-        """A part as HTML. Every number in it is listed and gets the next id."""
+        """A part as HTML, with `code` between backticks. Every number in it is listed and gets the next id."""
         if isinstance(part, str):
-            return escape(part)
+            return code_html(part)
         if not isinstance(part, Number):
             return "".join(map(self.html, part))
         name, text = f"n-{len(self.numbers)}", text_of(part)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 
@@ -27,18 +27,23 @@ TRIVIAL = {  # task -> further metric of its readouts: that of an answer that lo
 }
 TRIVIAL_ANSWER = "the trivial answer"
 ONE_RUN = (
-    "Better with size: of losses, every point is better than the next smaller one; of tasks, the 95 % intervals over validation "
-    "videos of the largest and the smallest point do not overlap. Better than a baseline: the intervals do not overlap. This is "
-    "one run; the noise between seeds is not in its intervals."
+    "Better: the 95 % intervals over validation videos do not overlap. The trivial answer has no interval of its own; it is "
+    "given one as wide as that of the largest point. A loss has no interval; it has to fall at every step of size."
+)
+ONE_RUN_IN_FULL = (
+    "Better with size compares the largest and the smallest point. Within noise: the intervals overlap. They are of one run "
+    "and do not hold the noise between seeds."
 )
 SEEDS = (
-    " seeds, ± their standard deviation. Better with size: yes where the largest point is better than the smallest by more than "
-    "the noise of seeds and, of losses, where the mean falls at every step of size; within noise where the change from the "
-    "smallest to the largest does not exceed the noise; else no. The noise is the 95 % limit of the difference of two equal "
-    "encoders. For a task it is pooled over all encoders of the study. For a loss it is pooled over the points that differ in "
-    "size alone, because other methods predict other targets; change and noise of a loss are shares of the smallest point's "
-    "mean. Better than a baseline or the trivial answer: by more than the noise. A seed changes weights, masks, crops and the "
-    "order of clips; worlds and validation videos stay, so their choice is not in this noise."
+    " seeds, ± their standard deviation. Better: by more than the noise of seeds. The trivial answer has no noise of its "
+    "own; the noise of two encoders is taken for it too. A loss also has to fall at every step of size."
+)
+SEEDS_IN_FULL = (
+    "Better with size compares the largest and the smallest point. Within noise: the change does not exceed the noise, the "
+    "95 % limit of the difference of two equal encoders. For a task it is pooled over all encoders of the study. For a loss "
+    "it is pooled over the points that differ in size alone, because other methods predict other targets; change and noise "
+    "of a loss are shares of the smallest point's mean. A seed changes weights, masks, crops and the order of clips; worlds "
+    "and validation videos stay, so their choice is not in this noise."
 )
 
 
@@ -56,30 +61,49 @@ class Verdict:
     beats: dict[str, Part]
 
 
+def conclusion(run: RunResults, page: Page) -> str:
+    """What improves with size: the measures by answer, in a sentence each."""
+    if len(run.ladder) < 2:
+        return page.paragraph("This profile has one size alone, so nothing can be said of size.")
+    rows = _verdicts(run, page)
+    named = [(answer, [row.name.rsplit(" ", 1)[0] for row in rows if row.scales == answer]) for answer in (YES, NOISE, NO)]
+    noise = "the noise of seeds" if run.fresh_seed_study else "the noise of this run"
+    heads = {YES: "Better with size", NOISE: f"Within {noise}", NO: "Not better with size"}
+    return page.paragraph(" ".join(f"{heads[answer]}: {'; '.join(names)}." for answer, names in named if names))
+
+
 def verdict(run: RunResults, page: Page) -> str:
-    """What improves with size in one sentence, and a row for each measure. Tasks: frozen readouts.
+    """The rule of the answers, and a row for each measure. Tasks: frozen readouts.
 
     With a study of seeds that belongs to the run, means over seeds are compared, else the intervals of this run.
     """
     if len(run.ladder) < 2:
-        return page.paragraph("This profile has one size alone, so nothing can be said of size.")
-    rows = [*_losses(run, page), *_tasks(run, page)]
-    named = [(answer, [row.name.rsplit(" ", 1)[0] for row in rows if row.scales == answer]) for answer in (YES, NOISE, NO)]
-    noise = "the noise of seeds" if run.fresh_seed_study else "the noise of this run"
-    heads = {YES: "Better with size", NOISE: f"Within {noise}", NO: "Not better with size"}
-    sentence = " ".join(f"{heads[answer]}: {'; '.join(names)}." for answer, names in named if names)
+        return ""
+    rows = _verdicts(run, page)
     baselines = list(dict.fromkeys(name for row in rows for name in row.beats))
-    head = ["measure", f"{run.ladder[0]}, smallest", f"{run.ladder[-1]}, largest", "better with size"]
+    head = ["measure", "better with size", f"{run.ladder[0]}, smallest", f"{run.ladder[-1]}, largest"]
     head += [f"largest better than\n{name}" for name in baselines]
     table = []
     for row in rows:
         cells = [row.beats.get(name, NOTHING) for name in baselines]
-        table.append([row.name, *row.values, joined([row.scales, *filter(None, [row.change])], "\n"), *cells])
-    top = page.paragraph(sentence) + page.table(head, table)
+        table.append([row.name, joined([row.scales, *filter(None, [row.change])], "\n"), *row.values, *cells])
+    rule: list[Part] = [ONE_RUN]
     if run.fresh_seed_study:
-        return top + page.paragraph("Means of ", next(iter(run.fresh_seed_study.numbers.values())).part("seeds"), SEEDS)
-    stale = f" {run.seed_study.stale}" if run.seed_study else ""
-    return top + page.paragraph(f"{ONE_RUN}{stale}")
+        rule = ["Means of ", next(iter(run.fresh_seed_study.numbers.values())).part("seeds"), SEEDS]
+    return page.paragraph(*rule) + page.table(head, table)
+
+
+def rules(run: RunResults, page: Page) -> str:
+    """The rest of the rule, and why a study of seeds was left out."""
+    if len(run.ladder) < 2:
+        return ""
+    if run.fresh_seed_study:
+        return page.paragraph(SEEDS_IN_FULL)
+    return page.paragraph(" ".join(filter(None, [ONE_RUN_IN_FULL, run.seed_study and run.seed_study.stale])))
+
+
+def _verdicts(run: RunResults, page: Page) -> list[Verdict]:
+    return [*_losses(run, page), *_tasks(run, page)]
 
 
 def _losses(run: RunResults, page: Page) -> Iterator[Verdict]:
@@ -186,10 +210,8 @@ def falls_beyond_noise(means: Sequence[float], noise: float | None) -> str:
 
 
 def beyond(r: Result, value: float) -> str:
-    """Whether a result's interval lies on the better side of a value."""
-    if r.low <= value <= r.high:
-        return NOISE
-    return YES if (r.value > value) == r.higher_is_better else NO
+    """Whether a result is better than a value without an interval, which is given one as wide as the result's."""
+    return better(r, replace(r, value=value, low=value - (r.value - r.low), high=value + (r.high - r.value)))
 
 
 def better(a: Result, b: Result) -> str:
