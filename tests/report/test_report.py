@@ -12,6 +12,7 @@ from typing import Any
 import chromium
 import pytest
 import yaml
+from matplotlib.figure import Figure
 from synthetic_run import BUILT, NOTEBOOK, OTHERS, POCKET, SIZES, TASKS, write_run
 
 from scaling4d import artifacts, config, report
@@ -373,6 +374,33 @@ def test_an_untrained_baseline_shows_the_gain_of_pretraining(page: Page) -> None
     assert float(pose[4]) > 0  # a smaller error counts as a gain
     shown, not_shown = re.search(r"<p>Shown: .* on (.*?)\. Not shown: .* on (.*)\.</p>", section).groups()
     assert ("pose (mini)" in shown) == (pose[5] == "yes") and len(f"{shown}, {not_shown}".split(", ")) == 10
+
+
+def test_the_main_table_has_losses_of_one_method_and_the_table_of_points_has_all(page: Page, pocket: dict) -> None:
+    rows = {row[0]: row for row in rows_of(page.sections["results"])[1:] if row[2] == "frozen"}
+    assert "<th>validation loss of pretraining ↓<br>SimpleMAE</th>" in page.sections["results"]
+    assert rows["mae_st_tiny"][3] == rows["nano_distilled"][3] == "-" and float(rows["mini"][3]) > 0
+    text = report.table_text(report.read_run_results(pocket))
+    assert next(line for line in text.splitlines() if "mae_st_tiny" in line).split()[4] == "-"
+    points = {row[0]: row for row in rows_of(page.sections["points"])[1:]}
+    assert float(points["mae_st_tiny"][7]) > 0 and "do not compare" in page.sections["points"]
+
+
+def test_captions_say_how_clips_are_chosen_and_why_probes_and_readouts_differ(page: Page) -> None:
+    assert page.sections["sheets"].count(sections.DRAWN_CLIPS) == len(TASKS)
+    assert "ridge regression" in page.sections["label_efficiency"] and "gradient steps" in page.sections["label_efficiency"]
+
+
+def test_a_trivial_answer_beyond_the_encoders_is_named_at_the_edge_and_does_not_stretch_the_axis(pocket: dict) -> None:
+    axes = Figure().subplots()
+    axes.plot([1, 2], [0.6, 0.7])
+    low, high = axes.get_ylim()
+    figures._draw_trivial(axes, 0.65)
+    assert axes.get_ylim() == (low, high) and not axes.texts
+    figures._draw_trivial(axes, 0.1)
+    assert axes.get_ylim()[1] == high and low - 0.2 * (high - low) < axes.get_ylim()[0] < low
+    assert [text.get_text() for text in axes.texts] == ["↓ trivial answer 0.1"]
+    assert ">↑ trivial answer 0.3</text>" in figures.headline(report.read_run_results(pocket))  # an error of depth
 
 
 def test_points_with_another_masking_are_no_part_of_the_ladder(new_run: Callable[..., dict]) -> None:

@@ -206,7 +206,7 @@ def draw_figures(run: RunResults) -> dict[str, str]:
 
 
 def _our_panel(axes: Axes, run: RunResults, task: str) -> None:
-    """Points with intervals, baselines and the trivial answer as horizontal lines.
+    """Points with intervals, baselines and the trivial answer (`_draw_trivial`) as horizontal lines.
 
     With a study of seeds, frozen readouts are drawn as mean and standard deviation, and this run's values beside them.
     """
@@ -233,9 +233,22 @@ def _our_panel(axes: Axes, run: RunResults, task: str) -> None:
             axes.plot(r.parameters, r.value, "x", color="black", ms=4.5, zorder=4, label="this run")
     largest = next((r for point in reversed(run.ladder) if (r := run.result(point, task, "frozen"))), None)
     if largest and (trivial := trivial_answer(run, largest)):
-        axes.axhline(trivial.value, color="tab:red", lw=1, ls=TRIVIAL_LINE, label="trivial answer")
+        _draw_trivial(axes, trivial.value)
     axes.set_title(_task_title(run, task))
     log_x(axes, [r.parameters for r in results if r.encoder not in baselines], "encoder parameters")
+
+
+def _draw_trivial(axes: Axes, value: float) -> None:
+    """A line; where it lies beyond the encoders, an arrow and the value at that edge, and the y axis stays theirs."""
+    low, high = axes.get_ylim()
+    axes.axhline(value, color="tab:red", lw=1, ls=TRIVIAL_LINE, label="trivial answer")
+    if low <= value <= high:
+        return
+    above, room = value > high, 0.12 * (high - low)  # of the text
+    axes.set_ylim((low, high + room) if above else (low - room, high))
+    place = {"x": 0.98, "y": 0.99 if above else 0.01, "ha": "right", "va": "top" if above else "bottom"}
+    text = f"{'↑' if above else '↓'} trivial answer {value:.3g}"
+    axes.text(**place, s=text, color="tab:red", fontsize=8, transform=axes.transAxes)
 
 
 def _drawn(run: RunResults, r: Result) -> tuple[float, float, float]:

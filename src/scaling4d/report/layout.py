@@ -59,9 +59,9 @@ def headline(run: RunResults, page: Page) -> str:
         "headline.svg",
         "each task over the size of the encoder",
         f"Above: {points}. Horizontal lines: the baselines, which saw no video ({_baselines(run)}), and the trivial answer, "
-        "which looks at no video. An untrained encoder has random weights and the shape of the point that it is named after; raw "
-        "pixels are patches without an encoder. Below: 4DS as published. The axes differ on purpose: data and sizes differ, and "
-        "only the shape can be compared.",
+        "which looks at no video; an arrow names it where it lies beyond the axis. An untrained encoder has random weights "
+        "and the shape of the point that it is named after; raw pixels are patches without an encoder. Below: 4DS as "
+        "published. The axes differ on purpose: data and sizes differ, and only the shape can be compared.",
     )
 
 
@@ -69,8 +69,11 @@ def label_efficiency(run: RunResults, page: Page) -> str:
     return html_figure(
         "label_efficiency.svg",
         "linear probes over the number of labelled clips",
-        "Linear probes of frozen features, fitted to the first labelled training clips and to all of them. Coloured: the points "
-        f"that differ in size alone. Grey: the baselines, which saw no video ({_baselines(run)}). One run, without intervals.",
+        "Linear probes of frozen features, fitted to the first labelled training clips and to all of them. Coloured: the "
+        f"points that differ in size alone. Grey: the baselines, which saw no video ({_baselines(run)}). One run, without "
+        "intervals. A linear probe is a ridge regression in closed form: for actions on means over a coarse grid of the clip, "
+        "for depth on each token alone. The attention readouts of the other sections are trained by gradient steps and attend "
+        "to all tokens, with their places in time; so their numbers for one encoder differ.",
     )
 
 

@@ -31,6 +31,7 @@ from scaling4d.studies.markup import NOTHING, code_html, html_figure, html_table
 from scaling4d.studies.words import encoder_words, measure, measure_head
 
 PICTURES = "pictures"  # folder beside report.html
+DRAWN_CLIPS = "The seed draws the validation clips, whatever the readouts predict, so all of them may be wrong."
 STOPPING = ("step with the lowest\nheld-out loss", "last step")
 
 
@@ -59,7 +60,8 @@ def results(run: RunResults, page: Page) -> str:
     if not run.results:
         return page.paragraph("This profile has no benchmark, so it has no readout.")
     labels = {r.task: label(r) for r in run.results}
-    head = ["encoder", "parameters", "protocol", measure("val_loss"), *(f"{task}\n{labels.get(task, '')}" for task in run.tasks)]
+    head = ["encoder", "parameters", "protocol", f"{measure('val_loss')}\n{run.methods[0]}"]
+    head += [f"{task}\n{labels.get(task, '')}" for task in run.tasks]
     rows = ([encoder_words(encoder), *cells] for encoder, *cells in overview(run, intervals=True))
     table = page.table(head, rows)
     return table + page.paragraph("In brackets: 95 % bootstrap intervals over the validation videos of this one run.")
@@ -122,7 +124,7 @@ def sheets(run: RunResults, page: Page) -> str:
         encoders = sorted((encoder for _, encoder, _, _ in inputs), key=is_baseline)
         words = [f"{encoder_words(encoder)}{' (the baseline)' if is_baseline(encoder) else ''}" for encoder in encoders]
         title = f"{task}: {labels.get(task, 'predictions')}"
-        caption = f"{title}. Frozen readouts of {' and '.join(words)}, beside the truth, on validation clips."
+        caption = f"{title}. Frozen readouts of {' and '.join(words)}, beside the truth. {DRAWN_CLIPS}"
         figures.append(html_figure(f"{PICTURES}/sheet_{task}.png", f"{task}: predictions beside the truth", caption))
     return "".join(figures)
 
@@ -190,7 +192,7 @@ def _curves(run: RunResults) -> Iterator[tuple[str, Sequence[Number], Sequence[N
 
 
 def points(run: RunResults, page: Page) -> str:
-    """Sizes, cost and losses of the points. Losses of different methods measure different things."""
+    """Sizes, cost and losses of the points."""
     heads = {"point": "point", "method": "method", "parameters": "encoder\nparameters", "parameters_total": "all\nparameters"}
     heads |= {"flops": "training\nFLOPs", "clips_seen": "clips seen"}
     heads |= {"train_loss": measure("train_loss"), "val_loss": measure("val_loss"), "seed": "seed"}
@@ -202,6 +204,8 @@ def points(run: RunResults, page: Page) -> str:
             hidden = [model["masking"], " ", replace(settings[".".join((*words, "mask_ratio"))], format=".0%")]
         rows.append([*(summary_part(run, point, key) for key in heads), hidden])
     table = page.table([*heads.values(), "hidden"], rows)
+    if len(run.methods) > 1:
+        table += page.paragraph("Losses of different methods have different targets and do not compare.")
     for method in run.methods:
         names = run.ladder if method == run.methods[0] else run.of_method(method)
         sizes, losses = ([run.summaries[point][key] for point in names] for key in ("parameters", "val_loss"))

@@ -155,7 +155,10 @@ def label(r: Result) -> str:
 
 
 def overview(run: RunResults, *, intervals: bool) -> list[list[Part]]:
-    """Rows of the main table: encoder, parameters, protocol, validation loss, tasks; `-` without such a readout."""
+    """Rows of the main table: encoder, parameters, protocol, validation loss, tasks; `-` without such a readout.
+
+    The loss is that of the ladder's method alone: other methods predict other targets.
+    """
     rows = []
     for encoder in dict.fromkeys([*run.trained, *(name for names in run.encoders.values() for name in names)]):
         protocols = [protocol for protocol in PROTOCOLS if encoder in run.encoders[protocol]] or [NOTHING]
@@ -164,7 +167,8 @@ def overview(run: RunResults, *, intervals: bool) -> list[list[Part]]:
             size = summary_part(run, encoder, "parameters", spec="M")
             if size == NOTHING and (first := next(filter(None, results), None)):
                 size = result_part(run, first, "parameters", spec="M" if first.parameters else ",d")
-            loss = summary_part(run, encoder, "val_loss") if protocol == protocols[0] else ""
+            loss = summary_part(run, encoder, "val_loss") if encoder in run.of_method(run.methods[0]) else NOTHING
+            loss = loss if protocol == protocols[0] else ""
             cells = [(interval(run, r, "\n") if intervals else result_part(run, r, "value")) if r else NOTHING for r in results]
             rows.append([encoder, size, protocol, loss, *cells])
     return rows
@@ -179,7 +183,7 @@ def table_text(run: RunResults) -> str:
     table = Table(box=box.SIMPLE, title=f"profile {run.profile}, seed {run.seed}", title_justify="left")
     first = [next((r for r in run.results if r.task == task), None) for task in run.tasks]
     tasks = [f"{r.task}\n{r.metric} {_arrow(r)}" for r in first if r]
-    for index, name in enumerate(("encoder", "parameters", "protocol", "val loss ↓", *tasks)):
+    for index, name in enumerate(("encoder", "parameters", "protocol", f"val loss ↓\n{run.methods[0]}", *tasks)):
         table.add_column(name, justify="left" if index in (0, 2) else "right", no_wrap=True)
     for row in overview(run, intervals=False):
         table.add_row(*map(text_of, row))
