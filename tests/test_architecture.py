@@ -17,9 +17,9 @@ LEVELS = (  # a package imports packages of earlier levels only
     {"training"},
     {"encoders"},
     {"pretrain", "readout"},
-    {"scenes", "show", "reconstruct"},
+    {"scenes", "reconstruct"},
     {"studies"},
-    {"report", "audit"},
+    {"show", "report", "audit"},
 )
 MAY_IMPORT = {package: set().union(*LEVELS[:level]) for level, packages in enumerate(LEVELS) for package in packages}
 MAY_IMPORT["scenes"] = {"benchmarks"}

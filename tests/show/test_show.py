@@ -27,6 +27,7 @@ from scaling4d.records import Result, Sample, UserError, write_json
 from scaling4d.show import draw, stage
 from scaling4d.show.predict import write_features
 from scaling4d.show.trained import load_trained_readout
+from scaling4d.studies.words import WORDS
 
 ROOT = Path(__file__).parents[2]
 T, SIDE = 4, 16
@@ -188,6 +189,16 @@ def test_bars_are_as_long_as_probabilities_and_the_true_class_is_never_left_out(
     assert next_ / longest == pytest.approx(np.exp(-1), abs=0.02)
 
 
+def test_the_likeliest_class_is_marked_right_or_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[list[tuple]] = []
+    monkeypatch.setattr(draw, "_bars", lambda given, side: rows.append(given) or np.zeros((side, side, 3), np.uint8))
+    draw.actions(sample(), {"a": np.array([2.0, 3, 1]), "b": np.array([3.0, 2, 1])}, classes=["x", "y", "z"])  # y is true
+    assert [[(name, mark) for name, _, _, mark in one] for one in rows] == [
+        [("y", "right"), ("x", ""), ("z", "")],
+        [("x", "wrong"), ("y", "true"), ("z", "")],
+    ]
+
+
 def test_a_long_class_name_is_wrapped_inside_its_panel() -> None:
     font = draw._font(11)
     name = "Putting something that cannot actually stand upright upright on the table, so it falls on its side"
@@ -278,6 +289,26 @@ def test_the_value_beside_a_clip_is_the_metric_of_the_drawn_prediction(project: 
         predicted, (total, count) = stage.predict(loaded, clip)
         true = metrics.relative_pose(clip.labels["camera_to_world"], source=0, target=-1)
         assert total / count == pytest.approx(metrics.pose_end_point_error(predicted.astype(float), true), rel=1e-5)
+
+
+@pytest.mark.parametrize("task", list(TASKS))
+def test_a_page_has_words_for_metrics_and_drawn_clips(project: Path, task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts: list[str] = []
+    monkeypatch.setattr(
+        stage.draw, "page", lambda title, lines, *rest: texts.extend([title, *lines]) or np.zeros((2, 2, 3), np.uint8)
+    )
+    monkeypatch.setattr(stage.draw, "block", lambda heading, rows: texts.append(heading))
+    monkeypatch.setattr(stage.video, "encode", lambda *arguments, **options: None)
+    loaded = load_trained_readout(readout(task))
+    (clip,) = stage.choose_samples(loaded, 1, [])
+    for named in (False, True):
+        texts.clear()
+        stage.write_pictures(Path(), [clip], {"raw pixels": loaded}, 2, named=named)
+        heading, title, line, *_ = texts
+        assert WORDS[loaded.result.metric][0] in title and loaded.result.metric not in title.split() + line.split()
+        assert ("drawn by the seed" in title) is not named and line.startswith("raw pixels: 0.500 [")
+        assert heading.startswith(f"{clip.id if named else 'clip 1'}   raw pixels ")
+        assert (heading.split()[-1] in ("right", "wrong")) == (task == "actions")
 
 
 @pytest.mark.parametrize("task", list(TASKS))

@@ -89,7 +89,10 @@ class Overlay:
 
 
 def actions(sample: Sample, predicted: Mapping[str, np.ndarray], *, classes: Sequence[str]) -> list[Panel]:
-    """predicted: logits `classes`. Probabilities of the likeliest classes; the true one is marked, never left out."""
+    """predicted: logits `classes`. Probabilities of the likeliest classes; the true one is marked, never left out.
+
+    The likeliest class is marked as right or wrong.
+    """
     frames = enlarge(sample.pixels)
     true, side = int(sample.labels["action"]), frames.shape[1]
     panels = [Panel("clip", frames)]
@@ -99,7 +102,9 @@ def actions(sample: Sample, predicted: Mapping[str, np.ndarray], *, classes: Seq
         shown = np.argsort(-share, kind="stable")[:CLASSES].tolist()
         if true not in shown:
             shown[-1] = true
-        panels.append(Panel(name, _bars([(classes[i], share[i], i == true) for i in shown], side)[None], still=True))
+        marks = ["right" if shown[0] == true else "wrong", *("true" if i == true else "" for i in shown[1:])]
+        rows = [(classes[i], share[i], i == true, mark) for i, mark in zip(shown, marks, strict=True)]
+        panels.append(Panel(name, _bars(rows, side)[None], still=True))
     return panels
 
 
@@ -224,15 +229,15 @@ def _camera_views(
     return np.stack(pictures)
 
 
-def _bars(rows: list[tuple[str, float, bool]], side: int) -> np.ndarray:
-    """Bars of names, probabilities and truth; `side` high and one and a half times as wide."""
+def _bars(rows: list[tuple[str, float, bool, str]], side: int) -> np.ndarray:
+    """Bars of names, probabilities, truth and marks; `side` high and one and a half times as wide."""
     font, width, step = _font(11), 3 * side // 2, side / CLASSES
     image, right = Image.new("RGB", (width, side), PAPER), width - 96
     draw = ImageDraw.Draw(image)
-    for row, (name, share, true) in enumerate(rows):
+    for row, (name, share, true, mark) in enumerate(rows):
         y = round(row * step)
         draw.rectangle([0, y + 3, max(1, round(share * right)), y + 11], fill=COLOURS[2] if true else (150, 150, 150))
-        draw.text((right + 6, y), f"{share:.3f}" + (" true" if true else ""), fill=INK, font=font)
+        draw.text((right + 6, y), f"{share:.3f} {mark}", fill=INK, font=font)
         for line, text in enumerate(_wrapped(name, width, font, lines=max(1, int(step - 14) // 12))):
             draw.text((0, y + 13 + 12 * line), text, fill=TRUE if true else INK, font=font)
     return np.asarray(image)

@@ -18,10 +18,14 @@ from scaling4d.encoders.features import features_at_depth
 from scaling4d.records import Sample, UserError
 from scaling4d.show import draw
 from scaling4d.show.trained import TrainedReadout, load_trained_readout
+from scaling4d.studies.words import encoder_words, measure
 
 SHEET, MOVIE = "sheet.png", "clips.mp4"
 NOTES = {
-    "actions": ("bars: the likeliest classes with their probabilities; green: the true class",),
+    "actions": (
+        "bars: the likeliest classes with their probabilities; green: the true class",
+        "right, wrong: the likeliest class is the true one, or not",
+    ),
     "boxes": ("solid: predicted; dashed: true, where labelled; the box of the first frame is given",),
     "depth": ("grey: not measured",),
     "points": (
@@ -66,7 +70,8 @@ def show(folders: Sequence[Path], out: Path | None, *, clips: int, ids: Sequence
     with provenance.atomic_new(out) as partial:
         samples = choose_samples(first, clips, ids)
         partial.mkdir()
-        write_pictures(partial, samples, dict(zip(names, readouts, strict=True)), frames)
+        drawn = dict(zip(map(encoder_words, names), readouts, strict=True))
+        write_pictures(partial, samples, drawn, frames, named=bool(ids))
         inputs = {"benchmark": artifacts.sha256(benchmarks.find_benchmark(task, first.data, "val").folder)}
         for name, readout in zip(names, readouts, strict=True):
             inputs[f"readout/{name}/{task}/frozen"] = artifacts.sha256(readout.folder)
@@ -112,21 +117,32 @@ def predict(readout: TrainedReadout, sample: Sample) -> tuple[np.ndarray, tuple[
     return predicted, model.task.measure(predicted, target)[readout.result.metric]
 
 
-def write_pictures(out: Path, samples: Sequence[Sample], readouts: Mapping[str, TrainedReadout], frames: int) -> None:
-    """Write the sheet and the video: the same page with other frames. readouts: by the encoder's name."""
+def write_pictures(
+    out: Path, samples: Sequence[Sample], readouts: Mapping[str, TrainedReadout], frames: int, *, named: bool
+) -> None:
+    """Write the sheet and the video: the same page with other frames.
+
+    Args:
+        readouts: by the encoder's words. named: the user named the clips, so their ids head them; else they are
+            numbered.
+    """
     first, T = next(iter(readouts.values())), len(samples[0].pixels)
     result, rate_hz = first.result, first.model.task.rate_hz
-    metric = f"{result.metric} in {result.unit}, {'higher' if result.higher_is_better else 'lower'} is better"
-    title, lines = f"{result.task}: frozen readouts on {len(samples)} validation clips; {metric}", []
+    metric = f"{measure(result.metric, '↑' if result.higher_is_better else '↓')}, {result.unit}"
+    clips = f"{len(samples)} validation clips{'' if named else ' drawn by the seed'}"
+    title, lines = f"{result.task}: frozen readouts on {clips}; {metric}", []
     for name, r in ((name, readout.result) for name, readout in readouts.items()):
-        value = f"{r.metric} {r.value:.3f} [{r.low:.3f}, {r.high:.3f}] over all {r.examples} clips"
+        value = f"{r.value:.3f} [{r.low:.3f}, {r.high:.3f}] over all {r.examples} clips"
         lines.append(f"{name}: {value}, {r.parameters / 1e6:.2f} M parameters")
     headings, predictions = [], []
-    for sample in samples:
-        heading, predicted = [sample.id], {}
+    for number, sample in enumerate(samples, 1):
+        heading, predicted = [sample.id if named else f"clip {number}"], {}
         for name, readout in readouts.items():
             predicted[name], (total, count) = predict(readout, sample)
-            heading.append(f"{name} {total / count:.3f}" if count else f"{name} nothing to measure")
+            value = f"{total / count:.3f}" if count else "nothing to measure"
+            if result.task == "actions":
+                value = "right" if total else "wrong"
+            heading.append(f"{name} {value}")
         headings.append("   ".join(heading))
         predictions.append(predicted)
     panels, keys = draw_panels(first, samples, predictions)
