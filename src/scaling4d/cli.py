@@ -339,7 +339,7 @@ def audit(
     explain: Annotated[
         str,
         typer.Option(
-            help="Walk a number back: ENCODER/TASK/PROTOCOL, POINT/pretrain, POINT/reconstruct; desk/... of a kept run."
+            help="Walk a number back: ENCODER/TASK/PROTOCOL, POINT/pretrain, POINT/reconstruct; FOLDER/... of a kept run."
         ),
     ] = "",
     form: Annotated[str, typer.Option("--as", help="Format of --explain: text, json, or dot (Graphviz).")] = "text",

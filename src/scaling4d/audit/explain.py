@@ -18,7 +18,7 @@ def explain(runs: list[LockedRun], key: str) -> dict[str, Any]:
 
     Args:
         key: `encoder/task/protocol`, `point/pretrain` or `point/reconstruct`; `/metric` after it for one number of the
-            row; the report's folder before it for a kept run: `desk/mini/depth/frozen`.
+            row; the report's folder before it for a kept run (a lock beside a report).
     Returns:
         key, cells (see `table_cells`), result and checkpoint (path, sha256), stages, and `again`, the command that
         repeats the last stage. A stage has name, level (steps back from the number), command, read and wrote (path,
