@@ -1,4 +1,4 @@
-"""Distillation: from 5 % of the tokens, a small encoder predicts the features that a large one makes of the whole clip.
+"""Distillation: from visible tokens, a small encoder predicts their features in a large one that sees the whole clip.
 
 The released 4DS-B was distilled from 4DS-e; the recipe is not published. This recipe is ours.
 """
@@ -25,7 +25,7 @@ class DistilledConfig(MethodConfig):
 
 
 class Distilled(Method):
-    """A student encoder with a linear layer that predicts its teacher's features.
+    """A student encoder with a linear layer that predicts its teacher's features. Ours: of neither paper.
 
     Args:
         teacher_encoder: the teacher; only training needs it, and it is no part of the model.

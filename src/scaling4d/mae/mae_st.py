@@ -135,7 +135,7 @@ class MAESTEncoder(Encoder):
 
 
 class MAEST(Method):
-    """Masked autoencoder of MAE-ST."""
+    """Masked autoencoder of MAE-ST, arXiv:2205.09113, as mae_st's code has it."""
 
     config_class = MAESTConfig
     round_visible_down = xavier = True

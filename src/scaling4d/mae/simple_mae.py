@@ -41,7 +41,7 @@ class SimpleMAEConfig(MethodConfig):
 
 
 class SimpleMAE(Method):
-    """Masked autoencoder of video with coarse-token decoding."""
+    """Masked autoencoder of video with coarse-token decoding: the method figure of 4DS, arXiv:2412.15212."""
 
     config_class = SimpleMAEConfig
 

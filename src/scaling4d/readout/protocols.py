@@ -250,7 +250,12 @@ class ReadoutProtocol(ABC):
 
 
 class Frozen(ReadoutProtocol):
-    """The encoder's features are computed once; a readout learns from them."""
+    """The encoder's features are computed once; a readout learns from them.
+
+    4DS's frozen curves (arXiv:2412.15212, headline figure): the AttentionReadout of representations4d at 95 % of the
+    depth. The recipe is not published; profile `paper` takes scivid's. Ours: whitening, early stopping, linear probes,
+    clipping.
+    """
 
     name, recipe_class, trains_encoder = "frozen", FrozenConfig, False
 
@@ -314,7 +319,10 @@ class Frozen(ReadoutProtocol):
 
 
 class Finetune(ReadoutProtocol):
-    """Encoder and readout are trained together, from the frozen readout on."""
+    """Encoder and readout are trained together, from the frozen readout on.
+
+    4DS's fine-tuned curves (arXiv:2412.15212, headline figure). The recipe is not published; start and rates are ours.
+    """
 
     name, recipe_class = "finetune", FinetuneConfig
 
@@ -333,7 +341,7 @@ class Finetune(ReadoutProtocol):
 
 
 class Classifier(ReadoutProtocol):
-    """MAE-ST's fine-tuning for actions."""
+    """MAE-ST's fine-tuning for actions (arXiv:2205.09113, by the settings of mae_st); see readout.classifier."""
 
     name, recipe_class, clip_norm, evaluation_batch = "classifier", ClassifierConfig, 5.0, 8
 

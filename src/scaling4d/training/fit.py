@@ -1,5 +1,7 @@
 """One trainer for pretraining, distillation, readouts and fine-tuning.
 
+Stages parallelize the model and start the ranks (pretrain.stage, readout.stage).
+
 An interrupted and resumed run gives the same bits as an uninterrupted one: the batch of a step is a pure function of
 the step, and all state is saved.
 """

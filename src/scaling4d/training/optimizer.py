@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-NO_DECAY = ("bias", "norm", "positions", "token", "query")  # both papers: no decay on biases, norms and learned positions
+NO_DECAY = ("bias", "norm", "positions", "token", "query")  # mae_st: no decay on biases, norms and learned positions
 ParamGroups = dict[str, tuple[list[tuple[str, nn.Parameter]], float]]  # named parameters and their peak learning rate
 
 
