@@ -70,7 +70,7 @@ def test_the_conclusion_names_every_measure_by_its_answer(run: RunResults) -> No
     run = changed(run, "mini", "pose", value=0.5, low=0.4, high=0.6)
     run = changed(run, "mini", "depth", value=0.5, low=0.4, high=0.6)
     text = conclusion(run, Page(Path("out")))
-    assert "camera" in re.search(r"^<p>Better with size: (.*?)\. ", text)[1]
+    assert "camera" in re.search(r"^<p>Better with size \(from .*? parameters\): (.*?)\. ", text)[1]
     assert text.endswith("Not better with size: relative error of depth.</p>")
     assert all(name.rsplit(" ", 1)[0] in text for name in rows(run))
 
