@@ -55,7 +55,7 @@ ONE_RUN = (
     '"Than untrained" compares the largest one with its untrained baseline alike. Differences between seeds are not measured yet.'
 )
 SEEDS = (
-    "Results of the pocket: means over {seeds} seeds with standard deviations, of frozen readouts. "
+    "Results of the pocket: means and standard deviations over {seeds} seeds. "
     '"Better with size" compares the smallest and the largest encoder: yes where the largest is better by more than the noise of '
     'seeds (losses: and every larger encoder is better). "Than untrained" compares the largest one with its untrained '
     "baseline alike."
@@ -125,11 +125,11 @@ def _of_earlier_settings(stages: dict[str, Any]) -> bool:
 
 
 def _shown(study: SeedStudy | None, measured: dict[tuple[str, str, str], Any], key: tuple[str, str, str]) -> str:
-    """Mean ± standard deviation over seeds, or the value of the one run."""
+    """Mean±standard deviation over seeds, or the value of the one run."""
     if study is None:
         return _short(measured[key][1])
     statistics = study.of(*key)
-    return f"{_short(statistics.mean)} ± {statistics.deviation:.{4 if statistics.mean < 0.1 else 3}f}"
+    return f"{_short(statistics.mean)}±{statistics.deviation:.{4 if statistics.mean < 0.1 else 3}f}"
 
 
 def _further(encoder: str, task: str, metric: str) -> float | None:
