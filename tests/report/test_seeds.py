@@ -191,13 +191,13 @@ def test_the_table_of_the_readme_has_means_of_a_study_that_belongs_to_the_run(
     run: RunResults, pocket: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sentences, (head, *table) = readme_results(pocket, monkeypatch)
-    assert sentences.startswith("Results of the pocket: means over 3 seeds with standard deviations, ")
+    assert sentences.startswith("Results of the pocket: means and standard deviations over 3 seeds. ")
     assert "noise of seeds" in sentences and "one run" not in sentences and "earlier" not in sentences
     assert head[0] == "" and [row[0].split(",")[0].rstrip(" ↓") for row in table] == [
         *("validation loss", "squared error of hidden pixels that move", "actions", "boxes", "depth", "points", "camera motion")
     ]
     pose, mini = table[-1], run.fresh_seed_study.of("mini", "pose", "epe")
-    assert pose[2] == f"{mini.mean:.3f} ± {mini.deviation:.3f}" and pose[5] == "1.300" and pose[6] == YES
+    assert pose[2] == f"{mini.mean:.3f}±{mini.deviation:.3f}" and pose[5] == "1.300" and pose[6] == YES
     assert rows(run)[escape(MEASURES["epe"])][0].startswith(pose[6])
 
 

@@ -1,4 +1,4 @@
-"""Distillation: from visible tokens, a small encoder predicts their features in a large one that sees the whole clip.
+"""Distillation: from visible tokens, a small encoder predicts their features in a large one that sees all tokens.
 
 The released 4DS-B was distilled from 4DS-e; the recipe is not published. This recipe is ours.
 """

@@ -69,11 +69,11 @@ def conclusion(run: RunResults, page: Page) -> str:
     named = [(answer, [row.name.rsplit(" ", 1)[0] for row in rows if row.scales == answer]) for answer in (YES, NOISE, NO)]
     noise = "the noise of seeds" if run.fresh_seed_study else "the noise of this run"
     heads = {YES: "Better with size", NOISE: f"Within {noise}", NO: "Not better with size"}
-    first, *others = (f"{heads[answer]}: {'; '.join(names)}." for answer, names in named if names)
     smallest, largest = (summary_part(run, point, "parameters", spec="M") for point in (run.ladder[0], run.ladder[-1]))
-    head, colon, rest = first.partition(":")
-    span = [" (from ", smallest, " to ", largest, " parameters)"]
-    return page.paragraph(head, *span, " ".join([colon + rest, *others]))
+    span, sentences = [" (from ", smallest, " to ", largest, " parameters)"], []
+    for answer, names in ((answer, names) for answer, names in named if names):
+        sentences.append([heads[answer], *([] if sentences else span), f": {'; '.join(names)}."])
+    return page.paragraph(*joined(sentences, " "))
 
 
 def verdict(run: RunResults, page: Page) -> str:
