@@ -101,8 +101,6 @@ def test_keys_and_values_of_wider_features_learn_as_much_slower(width: int, at_w
     model = ReadoutModel(None, Whitening.identity(width), head, task, 0.95)
     groups = Frozen(ReadoutConfig(None, "actions", task, 0, None, recipe)).param_groups(model)
     adamw = build_adamw(groups, betas=(0.9, 0.999), weight_decay=0.0)
-    for group in adamw.param_groups:
-        group["lr"] = group["peak"]
     model(features_of(3, width=width), targets_of(task, 3)).backward()
     adamw.step()
     moved = {name: (weight - before[name]).abs().median().item() for name, weight in head.named_parameters()}

@@ -220,5 +220,5 @@ def test_norms_biases_positions_and_tokens_do_not_decay_and_groups_keep_their_ra
     parameters["decoder.weight"].requires_grad_(False)
     named = list(parameters.items())
     adamw = build_adamw({"body": (named[:1], 0.1), "rest": (named[1:], 0.2)}, betas=(0.9, 0.95), weight_decay=0.05)
-    groups = [(len(group["params"]), group["weight_decay"], group["peak"]) for group in adamw.param_groups]
+    groups = [(len(group["params"]), group["weight_decay"], group["lr"]) for group in adamw.param_groups]
     assert groups == [(1, 0.05, 0.1), (5, 0.0, 0.2)]

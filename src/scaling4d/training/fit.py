@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from scaling4d import artifacts, seeds
 from scaling4d.records import MaskedTokens, Preempted, UserError, write_json
@@ -123,6 +124,7 @@ def fit(
                 callback.load_state_dict(state)
         for state in adamw.state.values():
             state["step"].fill_(start)
+    schedule = LambdaLR(adamw, lambda n: warmup_cosine(start + n, steps=config.steps, warmup=config.warmup_steps))
     for callback in callbacks:
         callback.begin(start)
     done, stop = start, False
@@ -139,12 +141,10 @@ def fit(
             grad_norm = full_tensor(nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm))
             if not torch.isfinite(grad_norm):
                 raise UserError(_not_finite(config, step, grad_norm.item(), batch, loss))
-            share = warmup_cosine(step, steps=config.steps, warmup=config.warmup_steps)
-            for group in adamw.param_groups:
-                group["lr"] = group["peak"] * share
             adamw.step()
             adamw.zero_grad()
-            done, last, learning_rate = step + 1, step + 1 == config.steps, adamw.param_groups[0]["lr"]
+            done, last, learning_rate = step + 1, step + 1 == config.steps, schedule.get_last_lr()[0]
+            schedule.step()
             result = StepResult(done, last, loss, grad_norm.item(), learning_rate, waited_s)
             early = any([callback.after_step(result) for callback in callbacks])
             if manager is None:

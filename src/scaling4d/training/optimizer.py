@@ -12,14 +12,14 @@ ParamGroups = dict[str, tuple[list[tuple[str, nn.Parameter]], float]]  # named p
 
 
 def build_adamw(groups: ParamGroups, *, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over parameter groups, with its state. Each of its groups has the peak learning rate as "peak"."""
+    """AdamW over parameter groups at their peak learning rates, with its state."""
     param_groups = []
     for parameters, peak in groups.values():
         for decay, exempt in ((weight_decay, False), (0.0, True)):
             params = [p for name, p in parameters if p.requires_grad and any(word in name for word in NO_DECAY) == exempt]
             if params:
-                param_groups.append({"params": params, "weight_decay": decay, "peak": peak})
-    adamw = torch.optim.AdamW(param_groups, lr=0.0, betas=betas, fused=True)
+                param_groups.append({"params": params, "weight_decay": decay, "lr": peak})
+    adamw = torch.optim.AdamW(param_groups, betas=betas, fused=True)
     for group in adamw.param_groups:  # the state that AdamW itself would make in its first step, to load another one into
         for p in group["params"]:
             zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
