@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gin
@@ -189,6 +189,16 @@ def test_a_stage_gets_one_config_of_each_class_and_the_text_of_all_values_in_for
     for line in ("Box.width = 3", "Box.height = 2.5", "Ball.radius = 2"):  # a class's own default, too
         assert line in bound.operative
     assert gin.operative_config_str() == ""  # nothing stays behind
+
+
+def test_an_unrecorded_class_is_built_and_leaves_the_record_as_it_is(boxes: dict) -> None:
+    boxes["shelf"]["Ball"]["radius"] = 6
+    recorded, bound = (
+        bind(boxes, ["point.Box"], BoxConfig),
+        bind(boxes, ["point.Box"], BoxConfig, unrecorded={"shelf": BallConfig}),
+    )
+    assert bound[BallConfig].radius == 6 and bound[BoxConfig] == recorded[BoxConfig]
+    assert replace(bound, configs=recorded.configs) == recorded
 
 
 def test_a_later_section_wins_a_key_may_name_a_class_itself_and_overrides_count_where_declared(boxes: dict) -> None:

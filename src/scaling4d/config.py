@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, reduce
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import gin
@@ -85,7 +86,7 @@ class StageConfig:
     """The settings of a stage, bound once.
 
     declared: by dotted key, as dvc.yaml declares them. overrides: those that differ from the profile. operative: gin's
-    text of all values in force, class defaults included.
+    text of all values in force, class defaults included. configs: by class, with those that are not recorded.
     """
 
     declared: Mapping[str, Any]
@@ -98,17 +99,25 @@ class StageConfig:
         return self.configs[kind]
 
 
-def bind(settings: Mapping[str, Any], keys: list[str], *classes: type) -> StageConfig:
+def bind(
+    settings: Mapping[str, Any], keys: list[str], *classes: type, unrecorded: Mapping[str, type] = MappingProxyType({})
+) -> StageConfig:
     """Build one config of each class from the declared settings; a later key wins over an earlier one.
 
     Args:
         keys: dotted keys of sections that hold classes (`clips`: {Curation: {...}}), of a class itself
             (`pretrain.Training`), or of plain values (`seed`).
+        unrecorded: classes by dotted key, on which no result depends. Their configs are built too; `declared`,
+            `overrides` and `operative` leave them out.
     Raises:
         UserError: an unknown section or parameter, a missing one, or a value that the class refuses.
     """
     values, overridden = declared(settings, keys), overrides(settings, keys)
-    return replace(build(values, *classes), overrides=overridden)
+    bound = replace(build(values, *classes), overrides=overridden)
+    if unrecorded:
+        configs = bind(settings, [*unrecorded], *unrecorded.values()).configs
+        bound = replace(bound, configs={**bound.configs, **configs})
+    return bound
 
 
 def build(values: Mapping[str, Any], *classes: type) -> StageConfig:

@@ -31,7 +31,7 @@ def test_the_progress_of_a_job_is_that_of_its_own_steps(short: Callable) -> None
     settings = short(6)
     TIMINGS.parent.mkdir(parents=True)
     TIMINGS.write_text('{"step": 6}\n')  # of a run before
-    job = _job(bind_pretrain("nano", settings), {})
+    job = _job(bind_pretrain("nano", settings), settings, {})
     assert job.steps_done() == 0
     with TIMINGS.open("a") as file:
         file.write('{"step": 2}\n{"ste')  # and a line that is being written

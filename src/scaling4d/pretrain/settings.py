@@ -94,13 +94,14 @@ class RuntimeConfig:
 class PretrainConfig:
     """All settings of a point's training.
 
-    bound: the settings on which the result depends; launch and runtime are not among them.
+    key: dotted, of the point's settings. home: folder of the profile's artifacts. bound: records the settings on which
+    the result depends; launch and runtime are not among them.
     """
 
     point: str
     key: str
+    home: Path
     seed: int
-    settings: Mapping[str, Any]
     bound: StageConfig
     method: type[Method]
     model: MethodConfig
@@ -111,17 +112,17 @@ class PretrainConfig:
 
     @property
     def clips(self) -> Path:
-        return artifacts.home(self.settings) / "clips"
+        return self.home / "clips"
 
     @property
     def folder(self) -> Path:
         """The point's Checkpoint folder."""
-        return artifacts.home(self.settings) / "pretrain" / self.point
+        return self.home / "pretrain" / self.point
 
     @property
     def teacher(self) -> Path | None:
         """The teacher's Checkpoint folder; None for a point without one."""
-        return artifacts.home(self.settings) / "pretrain" / self.model.teacher if hasattr(self.model, "teacher") else None
+        return self.home / "pretrain" / self.model.teacher if hasattr(self.model, "teacher") else None
 
     @property
     def fit(self) -> FitConfig:
@@ -155,7 +156,8 @@ def bind_pretrain(point: str, settings: Mapping[str, Any]) -> PretrainConfig:
     key, method = find_point(point, settings)
     training_key, sharding_key = "pretrain.Training", f"{key}.Sharding"
     keys = ["profile", "seed", training_key, f"{key}.model", sharding_key]
-    bound = config.bind(settings, keys, TrainingConfig, method.config_class, ShardingConfig)
+    unrecorded = {"pretrain.Runtime": RuntimeConfig, f"{key}.Launch": LaunchConfig}
+    bound = config.bind(settings, keys, TrainingConfig, method.config_class, ShardingConfig, unrecorded=unrecorded)
     training, sharding = bound[TrainingConfig], bound[ShardingConfig]
     try:
         sharding.check(ranks=training.ranks, batch=training.batch)
@@ -164,15 +166,15 @@ def bind_pretrain(point: str, settings: Mapping[str, Any]) -> PretrainConfig:
     pretraining = PretrainConfig(
         point=point,
         key=key,
-        seed=settings["seed"],
-        settings=settings,
+        home=artifacts.home(settings),
+        seed=bound.declared["seed"],
         bound=bound,
         method=method,
         model=bound[method.config_class],
         training=training,
         sharding=sharding,
-        runtime=config.bind(settings, ["pretrain.Runtime"], RuntimeConfig)[RuntimeConfig],
-        launch=config.bind(settings, [f"{key}.Launch"], LaunchConfig)[LaunchConfig],
+        runtime=bound[RuntimeConfig],
+        launch=bound[LaunchConfig],
     )
     if pretraining.teacher is not None:
         Checkpoint.read(pretraining.teacher)

@@ -48,7 +48,9 @@ def pretrain(point: str, settings: Mapping[str, Any], *, dry: bool = False) -> P
     if pretraining.training.device == "cuda" and (distributed.launched_by_torchrun() or pretraining.launch.where != "slurm"):
         check_memory(pretraining, first_gpu_bytes())  # a Slurm job is submitted from another machine
     evidence = evidence_of(pretraining)
-    code = None if distributed.launched_by_torchrun() else launch(_job(pretraining, evidence), pretraining.launch, dry=dry)
+    code = (
+        None if distributed.launched_by_torchrun() else launch(_job(pretraining, settings, evidence), pretraining.launch, dry=dry)
+    )
     if code is None:
         train(pretraining, evidence)
     if not code and not dry and distributed.is_main():
@@ -97,7 +99,7 @@ def fingerprint_of(pretraining: PretrainConfig, evidence: Mapping[str, Any]) -> 
     return fingerprint(pretraining.point, settings=settings, inputs=evidence["inputs"], code_sha256=evidence["code"]["sha256"])
 
 
-def _job(pretraining: PretrainConfig, evidence: Mapping[str, Any]) -> Job:
+def _job(pretraining: PretrainConfig, settings: Mapping[str, Any], evidence: Mapping[str, Any]) -> Job:
     timings = artifacts.RUNS / pretraining.fit.name / "timings.jsonl"
     shown_before = timings.stat().st_size if timings.is_file() else 0
 
@@ -113,7 +115,7 @@ def _job(pretraining: PretrainConfig, evidence: Mapping[str, Any]) -> Job:
         ranks=pretraining.training.ranks,
         processes=1 + pretraining.runtime.workers,
         device=pretraining.training.device,
-        content={"point": pretraining.point, "settings": pretraining.settings, "evidence": evidence},
+        content={"point": pretraining.point, "settings": settings, "evidence": evidence},
         steps=pretraining.training.steps,
         steps_done=steps_done,
     )

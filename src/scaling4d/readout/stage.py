@@ -29,6 +29,7 @@ from scaling4d.readout.protocols import (
     Classifier,
     EvaluationConfig,
     Finetune,
+    Frozen,
     ReadoutConfig,
     ReadoutProtocol,
     SavingConfig,
@@ -58,8 +59,9 @@ def readout(encoder: str, task: str, protocol: str, settings: Mapping[str, Any])
     if task not in TASKS or protocol not in PROTOCOLS or (protocol == Classifier.name and task != "actions"):
         protocols = f"{', '.join(PROTOCOLS)} ({Classifier.name}: actions alone)"
         raise UserError(f"unknown readout {task!r} {protocol!r}; tasks: {', '.join(TASKS)}; protocols: {protocols}")
-    final = artifacts.home(settings) / "readout" / encoder / task / protocol
-    bound, readout_config = bind_readout(encoder, task, PROTOCOLS[protocol], settings, final)
+    home = artifacts.home(settings)
+    final = home / "readout" / encoder / task / protocol
+    bound, readout_config = bind_readout(encoder, task, PROTOCOLS[protocol], settings, home)
     evaluation, saving, state = readout_config.evaluation, readout_config.saving, None
     if distributed.is_main():
         code = code_hashes.running("readout") if saving else artifacts.code_hash("readout")
@@ -87,16 +89,20 @@ def readout(encoder: str, task: str, protocol: str, settings: Mapping[str, Any])
 
 
 def bind_readout(
-    encoder: str, task: str, protocol: type[ReadoutProtocol], settings: Mapping[str, Any], final: Path
+    encoder: str, task: str, protocol: type[ReadoutProtocol], settings: Mapping[str, Any], home: Path
 ) -> tuple[StageConfig, ReadoutConfig]:
-    """Bind and check a readout's settings before a rank starts. final: its folder. Raises UserError: as `readout`."""
+    """Bind and check a readout's settings before a rank starts. Raises UserError: as `readout`.
+
+    home: folder of the profile's artifacts.
+    """
     recipe_key = f"readout.{protocol.name}" if protocol is Classifier else f"readout.{protocol.name}.{task}"
     keys = {EvaluationConfig: "readout.Evaluation", TASKS[task]: f"readout.tasks.{task}", protocol.recipe_class: recipe_key}
     if protocol is not Classifier:
         keys = {HeadConfig: "readout.Head"} | keys  # a task may change it
     if protocol.trains_encoder:
         keys |= {ComputeConfig: "readout.tuning", ShardingConfig: "readout.tuning"}
-    bound = config.bind(settings, ["profile", "seed", *keys.values()], *keys)
+    unrecorded = {"readout.saving": SavingConfig} if protocol.trains_encoder else {}
+    bound = config.bind(settings, ["profile", "seed", *keys.values()], *keys, unrecorded=unrecorded)
     evaluation, recipe, sharding = bound[EvaluationConfig], bound[protocol.recipe_class], bound.configs.get(ShardingConfig)
     try:
         if recipe.batch % evaluation.ranks:
@@ -107,25 +113,25 @@ def bind_readout(
             sharding.check(ranks=evaluation.ranks, batch=recipe.batch)
     except ValueError as error:
         raise UserError(f"{recipe_key}: {error}") from error
-    folder = artifacts.home(settings) / "pretrain" / encoder
-    saved, frozen_head = Checkpoint.read(folder), final.with_name("frozen") / HEAD if protocol is Finetune else None
+    folder = home / "pretrain" / encoder
+    saved = Checkpoint.read(folder)
+    frozen_head = home / "readout" / encoder / task / Frozen.name / HEAD if protocol is Finetune else None
     if protocol is Classifier and (saved.model not in MODELS or saved.model == "PixelTokens"):
         raise UserError(f"{encoder} is a {saved.model}, which this protocol cannot fine-tune; take it out of encoders.classifier")
     if frozen_head and not frozen_head.is_file():
         command = f"scaling4d readout {encoder} {task} frozen"
         raise UserError(f"no {frozen_head}; fine-tuning starts from the frozen readout: run `{command}`")
-    saving = config.bind(settings, ["readout.saving"], SavingConfig)[SavingConfig] if protocol.trains_encoder else None
     return bound, ReadoutConfig(
         folder=folder,
         task_name=task,
         task=bound[TASKS[task]],
-        seed=settings["seed"],
+        seed=bound.declared["seed"],
         evaluation=evaluation,
         recipe=recipe,
         head=bound.configs.get(HeadConfig),
         compute=bound.configs.get(ComputeConfig),
         sharding=sharding,
-        saving=saving,
+        saving=bound.configs.get(SavingConfig),
         frozen_head=frozen_head,
     )
 
