@@ -19,8 +19,7 @@ from scaling4d.checkpoint import Checkpoint
 from scaling4d.mae.encoder import PixelTokens, PixelTokensConfig
 from scaling4d.readout import metrics
 from scaling4d.readout.heads import Head, HeadConfig
-from scaling4d.readout.protocols import EvaluationConfig
-from scaling4d.readout.stage import HEAD
+from scaling4d.readout.protocols import HEAD, EvaluationConfig
 from scaling4d.readout.tasks import TASKS
 from scaling4d.readout.whitening import Whitening
 from scaling4d.records import Result, Sample, UserError, write_json

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from scaling4d import checkpoint, seeds
 from scaling4d.config import require_minima
 from scaling4d.encoders.features import FeatureStore, MemoryFeatures, features_at_depth
+from scaling4d.mae.models import MODELS
 from scaling4d.readout.classifier import DROP_PATH, ClassifierModel, MeanPoolClassifier, layer_decay_groups, mix_clips
 from scaling4d.readout.data import ClipDataset, Encode, FeatureDataset, Predict, RankSplit, shuffled_batch
 from scaling4d.readout.heads import Head, HeadConfig
 from scaling4d.readout.linear import RegressionBatch, fit_probes
+from scaling4d.readout.tasks import TASKS
 from scaling4d.readout.tasks.task import Task
 from scaling4d.readout.whitening import Whitening
 from scaling4d.records import UserError
@@ -33,6 +35,7 @@ from scaling4d.training.optimizer import ParamGroups
 from scaling4d.training.parallelize import ComputeConfig, ShardingConfig
 
 Dataset = FeatureDataset | ClipDataset
+HEAD = "head.safetensors"  # weights of the head and its whitening
 LABELLED_CLIPS = (300, 1000)  # of which linear probes are fitted, beside all: label efficiency; ours
 PROBE_BATCH = 64
 CHECKS = 8  # measurements of the held-out clips within the patience; ours
@@ -211,7 +214,10 @@ class EarlyStopping(Callback):
 
 @dataclass(frozen=True)
 class ReadoutProtocol(ABC):
-    """One way to train and evaluate. Every method runs in every rank."""
+    """One way to train and evaluate. Class methods serve the binding of settings; the others run in every rank.
+
+    tasks: names of the tasks that it trains. trains_encoder: whether the encoder's weights change, too.
+    """
 
     config: ReadoutConfig
 
@@ -220,6 +226,38 @@ class ReadoutProtocol(ABC):
     clip_norm: ClassVar[float] = 1.0
     evaluation_batch: ClassVar[int] = 16
     trains_encoder: ClassVar[bool] = True
+    tasks: ClassVar[tuple[str, ...]] = tuple(TASKS)
+
+    @classmethod
+    def recipe_key(cls, task: str) -> str:
+        """Dotted key of the section that holds the recipe."""
+        return f"readout.{cls.name}.{task}"
+
+    @classmethod
+    def config_keys(cls, task: str) -> dict[type, str]:
+        """Dotted key of each config's section, for `config.bind`. A task's section may change the head."""
+        keys = {HeadConfig: "readout.Head", EvaluationConfig: "readout.Evaluation", TASKS[task]: f"readout.tasks.{task}"}
+        keys[cls.recipe_class] = cls.recipe_key(task)
+        return keys | (dict.fromkeys((ComputeConfig, ShardingConfig), "readout.tuning") if cls.trains_encoder else {})
+
+    @classmethod
+    def check_batch(cls, batch: int, ranks: int) -> None:
+        """Raises ValueError: the batch does not suit the number of ranks."""
+        if batch % ranks:
+            raise ValueError(f"batch {batch} does not divide over {ranks} ranks; set batch to a multiple")
+
+    @classmethod
+    def supports(cls, model: str) -> bool:
+        """Whether the protocol can train on an encoder. model: its class, as a Checkpoint names it."""
+        return True
+
+    @classmethod
+    def frozen_head(cls, home: Path, encoder: str, task: str) -> Path | None:
+        """Weights of the frozen readout that the training starts from, if there is one. Raises UserError: no such file.
+
+        home: folder of the profile's artifacts.
+        """
+        return None
 
     def train_set(self, split: RankSplit, encoder: nn.Module) -> Dataset:
         return ClipDataset(split, self.config.evaluation.cached_clips)
@@ -326,6 +364,14 @@ class Finetune(ReadoutProtocol):
 
     name, recipe_class = "finetune", FinetuneConfig
 
+    @classmethod
+    def frozen_head(cls, home: Path, encoder: str, task: str) -> Path:
+        path = home / "readout" / encoder / task / Frozen.name / HEAD
+        if not path.is_file():
+            command = f"scaling4d readout {encoder} {task} {Frozen.name}"
+            raise UserError(f"no {path}; fine-tuning starts from the frozen readout: run `{command}`")
+        return path
+
     def build(self, encoder: nn.Module, train_set: ClipDataset) -> ReadoutModel:
         head = self.config.new_head(encoder)
         whitening = load_readout_weights(head, self.config.frozen_head)
@@ -344,6 +390,25 @@ class Classifier(ReadoutProtocol):
     """MAE-ST's fine-tuning for actions (arXiv:2205.09113, by the settings of mae_st); see readout.classifier."""
 
     name, recipe_class, clip_norm, evaluation_batch = "classifier", ClassifierConfig, 5.0, 8
+    tasks = ("actions",)
+
+    @classmethod
+    def recipe_key(cls, task: str) -> str:
+        return f"readout.{cls.name}"
+
+    @classmethod
+    def config_keys(cls, task: str) -> dict[type, str]:
+        return {kind: key for kind, key in super().config_keys(task).items() if kind is not HeadConfig}
+
+    @classmethod
+    def check_batch(cls, batch: int, ranks: int) -> None:
+        super().check_batch(batch, ranks)
+        if batch == ranks:
+            raise ValueError(f"batch {batch} leaves one clip to each of {ranks} ranks, and mixup needs two")
+
+    @classmethod
+    def supports(cls, model: str) -> bool:
+        return model in MODELS and model != "PixelTokens"
 
     def build(self, encoder: nn.Module, train_set: ClipDataset) -> ClassifierModel:
         for number, block in enumerate(encoder.blocks):

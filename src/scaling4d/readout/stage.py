@@ -19,21 +19,11 @@ from scaling4d import artifacts, benchmarks, checkpoint, config, provenance, see
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.config import StageConfig
 from scaling4d.encoders.pretrained import load_encoder
-from scaling4d.mae.models import MODELS
 from scaling4d.pipeline import code_hashes
 from scaling4d.readout import metrics
 from scaling4d.readout.data import RankSplit, evaluate
 from scaling4d.readout.heads import HeadConfig
-from scaling4d.readout.protocols import (
-    PROTOCOLS,
-    Classifier,
-    EvaluationConfig,
-    Finetune,
-    Frozen,
-    ReadoutConfig,
-    ReadoutProtocol,
-    SavingConfig,
-)
+from scaling4d.readout.protocols import HEAD, PROTOCOLS, EvaluationConfig, ReadoutConfig, ReadoutProtocol, SavingConfig
 from scaling4d.readout.tasks import TASKS
 from scaling4d.readout.tasks.task import MetricSums
 from scaling4d.records import Result, UserError, write_json
@@ -43,7 +33,6 @@ from scaling4d.training.observe import TrainingLog
 from scaling4d.training.parallelize import ComputeConfig, ShardingConfig, parallelize, unshard
 from scaling4d.training.resume import CheckpointManager, file_system_errors, fingerprint, remove_state, state_folder
 
-HEAD = "head.safetensors"
 BETAS = (0.9, 0.999)  # AdamW's default; released readouts publish none
 BOOTSTRAP_DRAWS = 1000  # ours
 
@@ -56,8 +45,9 @@ def readout(encoder: str, task: str, protocol: str, settings: Mapping[str, Any])
         Preempted: a signal asked a fine-tuning to stop; the next call continues from its saved state, if it saves any.
     """
     started, name = time.time(), f"readout-{encoder}-{task}-{protocol}"
-    if task not in TASKS or protocol not in PROTOCOLS or (protocol == Classifier.name and task != "actions"):
-        protocols = f"{', '.join(PROTOCOLS)} ({Classifier.name}: actions alone)"
+    if protocol not in PROTOCOLS or task not in PROTOCOLS[protocol].tasks:
+        limits = [f"{p.name}: {', '.join(p.tasks)} alone" for p in PROTOCOLS.values() if p.tasks != tuple(TASKS)]
+        protocols = f"{', '.join(PROTOCOLS)} ({'; '.join(limits)})"
         raise UserError(f"unknown readout {task!r} {protocol!r}; tasks: {', '.join(TASKS)}; protocols: {protocols}")
     home = artifacts.home(settings)
     final = home / "readout" / encoder / task / protocol
@@ -95,32 +85,20 @@ def bind_readout(
 
     home: folder of the profile's artifacts.
     """
-    recipe_key = f"readout.{protocol.name}" if protocol is Classifier else f"readout.{protocol.name}.{task}"
-    keys = {EvaluationConfig: "readout.Evaluation", TASKS[task]: f"readout.tasks.{task}", protocol.recipe_class: recipe_key}
-    if protocol is not Classifier:
-        keys = {HeadConfig: "readout.Head"} | keys  # a task may change it
-    if protocol.trains_encoder:
-        keys |= {ComputeConfig: "readout.tuning", ShardingConfig: "readout.tuning"}
+    keys = protocol.config_keys(task)
     unrecorded = {"readout.saving": SavingConfig} if protocol.trains_encoder else {}
     bound = config.bind(settings, ["profile", "seed", *keys.values()], *keys, unrecorded=unrecorded)
     evaluation, recipe, sharding = bound[EvaluationConfig], bound[protocol.recipe_class], bound.configs.get(ShardingConfig)
     try:
-        if recipe.batch % evaluation.ranks:
-            raise ValueError(f"batch {recipe.batch} does not divide over {evaluation.ranks} ranks; set batch to a multiple")
-        if protocol is Classifier and recipe.batch == evaluation.ranks:
-            raise ValueError(f"batch {recipe.batch} leaves one clip to each of {evaluation.ranks} ranks, and mixup needs two")
+        protocol.check_batch(recipe.batch, evaluation.ranks)
         if sharding:
             sharding.check(ranks=evaluation.ranks, batch=recipe.batch)
     except ValueError as error:
-        raise UserError(f"{recipe_key}: {error}") from error
+        raise UserError(f"{protocol.recipe_key(task)}: {error}") from error
     folder = home / "pretrain" / encoder
-    saved = Checkpoint.read(folder)
-    frozen_head = home / "readout" / encoder / task / Frozen.name / HEAD if protocol is Finetune else None
-    if protocol is Classifier and (saved.model not in MODELS or saved.model == "PixelTokens"):
-        raise UserError(f"{encoder} is a {saved.model}, which this protocol cannot fine-tune; take it out of encoders.classifier")
-    if frozen_head and not frozen_head.is_file():
-        command = f"scaling4d readout {encoder} {task} frozen"
-        raise UserError(f"no {frozen_head}; fine-tuning starts from the frozen readout: run `{command}`")
+    if not protocol.supports(model := Checkpoint.read(folder).model):
+        problem = f"{encoder} is a {model}, which this protocol cannot fine-tune"
+        raise UserError(f"{problem}; take it out of encoders.{protocol.name}")
     return bound, ReadoutConfig(
         folder=folder,
         task_name=task,
@@ -132,7 +110,7 @@ def bind_readout(
         compute=bound.configs.get(ComputeConfig),
         sharding=sharding,
         saving=bound.configs.get(SavingConfig),
-        frozen_head=frozen_head,
+        frozen_head=protocol.frozen_head(home, encoder, task),
     )
 
 

@@ -13,8 +13,7 @@ from scaling4d.artifacts import PROVENANCE
 from scaling4d.config import StageConfig
 from scaling4d.encoders.pretrained import load_encoder
 from scaling4d.readout.heads import Head, HeadConfig
-from scaling4d.readout.protocols import EvaluationConfig, Frozen, ReadoutModel, load_readout_weights
-from scaling4d.readout.stage import HEAD
+from scaling4d.readout.protocols import HEAD, EvaluationConfig, Frozen, ReadoutModel, load_readout_weights
 from scaling4d.readout.tasks import TASKS
 from scaling4d.records import Result, UserError
 
