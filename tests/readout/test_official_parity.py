@@ -16,8 +16,15 @@ from scaling4d.encoders.features import layer_index
 from scaling4d.encoders.load import load_model
 from scaling4d.encoders.released import MAESTOptions, WeightMap, check_shapes
 from scaling4d.mae.resize import cubic_weights, resize
-from scaling4d.readout.heads import AttentionReadout, Head, HeadConfig, Queries, fourier_embedding, stretch_time
-from scaling4d.readout.released_heads import TRACKING, attention_weight_map, from_4ds, from_mae_st, tracking_weight_map
+from scaling4d.readout.heads import Head, HeadConfig, Queries, fourier_embedding, stretch_time
+from scaling4d.readout.released_heads import (
+    TRACKING,
+    ReleasedReadout,
+    attention_weight_map,
+    from_4ds,
+    from_mae_st,
+    tracking_weight_map,
+)
 from scaling4d.records import MaskedTokens
 from scaling4d.show.predict import write_features
 
@@ -81,7 +88,9 @@ def test_stand_alone_readouts_equal_the_official_ones(name: str, agree: Compare)
 
     for head, queries, plain in (("cls_vjepa", 1, False), ("cls_plain", 1, True), ("given_queries", 0, False)):
         shape = {"queries": queries, "query_width": given.shape[-1], "width": heads * d, "heads": heads, "out": 7, "plain": plain}
-        module = loaded(head, AttentionReadout(**size, **shape), attention_weight_map(size | shape, f"{head}/params/"))
+        settings = size | shape
+        module = ReleasedReadout("attention", settings, 0.95).build()
+        module = loaded(head, module, attention_weight_map(settings, f"{head}/params/"))
         output, expected = module(inputs) if queries else module(inputs, given), io[f"{head}/output"]
         agree(f"{name}/heads {head}", np.abs(output.numpy().reshape(expected.shape) - expected).max(), 5e-6)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,34 +19,34 @@ from scaling4d.mae.encoder import LAYER_NORM_EPS, initialise, sincos
 from scaling4d.mae.resize import cubic_weights
 
 
-class AttentionReadout(nn.Module):
-    """One cross-attention block and a linear layer: `B t n C` -> `B Q out`.
+class CrossAttention(nn.Module):
+    """The attention that both readouts share: queries read features `B t n C`.
 
     Args:
+        features_norm: of the features. bias: whether keys and values have biases.
         queries: number of learned queries; 0: forward receives queries of `query_width`.
         biased: attention falls with the distance between a token and the place (and time) of a query.
         stretched: features are stretched to `frames` time steps, as released; else they keep their own t steps, each at
             the mean temporal position of its frames (ours: with t = frames / 2 at half the cost).
-        plain: the released code's simpler variant, without norm, key and value biases, and the residual mlp.
     """
 
     def __init__(
         self,
+        features_norm: nn.Module,
         *,
+        bias: bool,
         features_width: int,
         frames: int,
         queries: int,
         query_width: int,
         width: int,
         heads: int,
-        out: int,
         biased: bool = False,
         stretched: bool = True,
-        plain: bool = False,
     ) -> None:
         super().__init__()
-        self.frames, self.heads, self.stretched, self.plain = frames, heads, stretched, plain
-        self.features_norm = nn.Identity() if plain else nn.LayerNorm(features_width, LAYER_NORM_EPS)
+        self.frames, self.heads, self.stretched = frames, heads, stretched
+        self.features_norm = features_norm
         self.temporal_positions = nn.Parameter(torch.empty(frames, 1, features_width))
         if queries:
             self.query = nn.Parameter(torch.empty(queries, width))
@@ -53,28 +54,13 @@ class AttentionReadout(nn.Module):
             self.query_in = nn.Linear(query_width, width)
         if biased:
             self.distance_bias = nn.Parameter(torch.empty(heads))  # logarithm of the factor of squared distances
-        self.key = nn.Linear(features_width, width, bias=not plain)
-        self.value = nn.Linear(features_width, width, bias=not plain)
-        if not plain:
-            self.project = nn.Linear(width, width)
-            self.mlp_norm = nn.LayerNorm(width, LAYER_NORM_EPS)
-            self.mlp_in = nn.Linear(width, 4 * width)
-            self.mlp_out = nn.Linear(4 * width, width)
-        self.out = nn.Linear(width, out)
+        self.key = nn.Linear(features_width, width, bias=bias)
+        self.value = nn.Linear(features_width, width, bias=bias)
 
-    def forward(self, features: Tensor, queries: Tensor | None = None, places: Tensor | None = None) -> Tensor:
-        """features `B t n C`, queries `B Q Dq` or none -> `B Q out`.
-
-        places: of the queries, with a distance bias: `B Q 2` (x y in 0..1) or `B Q 3` (and time).
-        """
-        x = stretch_time(features, self.frames) if self.stretched else features  # B T n C, or t for T
-        q = self.query.expand(x.shape[0], -1, -1) if queries is None else self.query_in(queries)  # B Q D
-        if self.plain:
-            return self.out(self._attend(x, q, places))
-        few = q.shape[1] * self.heads < q.shape[2]
-        y = q + self.project((self._attend_few if few else self._attend)(x, q, places))
-        y = y + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(y)), approximate="tanh"))
-        return self.out(y)
+    def _inputs(self, features: Tensor, queries: Tensor | None) -> tuple[Tensor, Tensor]:
+        """features `B t n C`, queries `B Q Dq` or none -> x `B T n C` (t for T, if not stretched), q `B Q D`."""
+        x = stretch_time(features, self.frames) if self.stretched else features
+        return x, self.query.expand(x.shape[0], -1, -1) if queries is None else self.query_in(queries)
 
     def _attend(self, x: Tensor, q: Tensor, places: Tensor | None) -> Tensor:
         """Attention as in the papers: a key and a value for every token. x `B T n C`, q `B Q D` -> `B Q D`."""
@@ -105,8 +91,32 @@ class AttentionReadout(nn.Module):
         of_tokens = torch.cat([c, c.square().sum(-1, keepdim=True)], -1)
         return of_queries[:, :, None] * self.distance_bias.exp()[:, None], of_tokens
 
+
+class AttentionReadout(CrossAttention):
+    """One cross-attention block and a linear layer: `B t n C` -> `B Q out`. attention: arguments of CrossAttention."""
+
+    def __init__(self, *, features_width: int, width: int, out: int, **attention: Any) -> None:
+        norm = nn.LayerNorm(features_width, LAYER_NORM_EPS)
+        super().__init__(norm, bias=True, features_width=features_width, width=width, **attention)
+        self.project = nn.Linear(width, width)
+        self.mlp_norm = nn.LayerNorm(width, LAYER_NORM_EPS)
+        self.mlp_in = nn.Linear(width, 4 * width)
+        self.mlp_out = nn.Linear(4 * width, width)
+        self.out = nn.Linear(width, out)
+
+    def forward(self, features: Tensor, queries: Tensor | None = None, places: Tensor | None = None) -> Tensor:
+        """features `B t n C`, queries `B Q Dq` or none -> `B Q out`.
+
+        places: of the queries, with a distance bias: `B Q 2` (x y in 0..1) or `B Q 3` (and time).
+        """
+        x, q = self._inputs(features, queries)
+        few = q.shape[1] * self.heads < q.shape[2]
+        y = q + self.project((self._attend_few if few else self._attend)(x, q, places))
+        y = y + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(y)), approximate="tanh"))
+        return self.out(y)
+
     def _attend_few(self, x: Tensor, q: Tensor, places: Tensor | None) -> Tensor:
-        """The same sums in an order that is cheap for few queries: no keys and values are made.
+        """The sums of `_attend` in an order that is cheap for few queries: no keys and values are made.
 
         q . (W x) = (W^T q) . x, and the mean of W x is W times the mean of x; so for the norm's scale and positions.
         """
@@ -126,6 +136,18 @@ class AttentionReadout(nn.Module):
         mean = torch.einsum("bqhtn,btnc->bqhc", weights, x) * norm.weight
         mean = mean + torch.einsum("bqht,tc->bqhc", weights.sum(-1), added)
         return torch.einsum("bqhc,hdc->bqhd", mean, value).flatten(2) + self.value.bias  # B Q D
+
+
+class PlainAttentionReadout(CrossAttention):
+    """The released code's simpler variant: no norm, no biases of keys and values, no residual mlp."""
+
+    def __init__(self, *, width: int, out: int, **attention: Any) -> None:
+        super().__init__(nn.Identity(), bias=False, width=width, **attention)
+        self.out = nn.Linear(width, out)
+
+    def forward(self, features: Tensor, queries: Tensor | None = None, places: Tensor | None = None) -> Tensor:
+        """As AttentionReadout."""
+        return self.out(self._attend(*self._inputs(features, queries), places))
 
 
 def cell_centres(steps: int, tokens: int, device: torch.device) -> Tensor:
@@ -159,7 +181,7 @@ class HeadConfig:
     width, heads: of the attention. fourier_bases, query_width: of the embedding of given queries (released: 16, 512).
     query_std: of learned queries at the start (released: 0.02, which leaves attention uniform for long). time_init:
     temporal positions, "normal" N(0, 0.02) as released, or "sincos" (ours: time is visible at once). out_scale: of the
-    last layer's initial weights (released: 1; less starts closer to zero). stretched: see AttentionReadout (released:
+    last layer's initial weights (released: 1; less starts closer to zero). stretched: see CrossAttention (released:
     true). distance_bias: attention falls by a factor times the squared distance to the place of a given query (the
     picture's side is 1) or to the cell of a learned one (the clip's length is 1 too). The factor is learned and starts
     between the two numbers over the heads (ours; released: none, empty).

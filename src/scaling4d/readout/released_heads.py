@@ -30,7 +30,7 @@ from scaling4d.mae.models import MODELS
 from scaling4d.mae.patches import unpatchify
 from scaling4d.provenance import atomic_new
 from scaling4d.readout.classifier import DROPOUT, MeanPoolClassifier
-from scaling4d.readout.heads import AttentionReadout, Head, HeadConfig, Queries
+from scaling4d.readout.heads import AttentionReadout, Head, HeadConfig, PlainAttentionReadout, Queries
 from scaling4d.records import UserError, write_json
 
 READOUT_WEIGHTS, READOUT = "readout.safetensors", "readout.json"
@@ -68,7 +68,7 @@ class ReleasedReadout:
             return MeanPoolClassifier(**settings)
         if self.kind == "tracking":
             return Head(HeadConfig(**settings.pop("head")), Queries(**settings.pop("queries")), **settings)
-        return AttentionReadout(**settings)
+        return (PlainAttentionReadout if settings.pop("plain") else AttentionReadout)(**settings)
 
     def weight_map(self) -> WeightMap:
         """Every tensor of a 4DS readout."""
@@ -157,7 +157,7 @@ def four_ds_readout(shapes: Mapping[str, Shape], source: Path, encoder: EncoderC
 
 
 def attention_weight_map(settings: Mapping[str, Any], prefix: str) -> WeightMap:
-    """Every tensor of an `AttentionReadout`."""
+    """Every tensor of an `AttentionReadout`, or of a `PlainAttentionReadout`, if `plain`."""
     C, D, plain, learned = settings["features_width"], settings["width"], settings["plain"], settings["queries"]
     heads, times = (settings["heads"], D // settings["heads"]), (settings["frames"], 1, C)
     dense = iter(f"{prefix}Dense_{i}" for i in range(3))  # flax numbers them in this order: given queries, residual, output
