@@ -216,7 +216,9 @@ def gradients(*, rank: int, ranks: int, folder: Path, compute: str, **changes: o
     """Full gradients of a step, by name."""
     model = LinearProbe(folder)
     plain = {"shards": 1, "recompute": "none", "recompute_every": 1, "compile": False, "packed": False, "accumulate": 1}
-    parallelize(model, ShardingConfig(**plain | changes), ComputeConfig("cpu", compute), ranks=ranks)
+    parallelize(
+        model, ShardingConfig(**plain | changes), ComputeConfig("cpu", compute), ranks=ranks, float32_modules=[model.head]
+    )
     model(clips(32, 2)[rank * 2 // ranks : (rank + 1) * 2 // ranks]).backward()
     reduce_gradients(model)
     assert len(model.encoder.blocks) == model.encoder.depth

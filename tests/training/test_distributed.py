@@ -178,5 +178,5 @@ def test_another_number_of_ranks_than_torchrun_started_is_refused(monkeypatch: p
         monkeypatch.setenv(name, "0")
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "1")
-    with pytest.raises(UserError, match="^torchrun started 1 ranks, and the settings have ranks = 4; set ranks to 1$"):
+    with pytest.raises(UserError, match="^torchrun started 1 ranks, needed 4; start 4, or set ranks to 1$"):
         run(a_tensor, ranks=4)

@@ -111,9 +111,7 @@ def test_the_state_of_another_run_is_refused() -> None:
     assert attempt(toy, at=3, interrupt=ask_to_stop) == AGAIN
     path = toy.folder / FINGERPRINT
     path.write_text(json.dumps(json.loads(path.read_text()) | {"run": "mini"}))
-    with pytest.raises(
-        UserError, match=r"holds the training state of mini of profile smoke, needed that of toy of smoke .*remove"
-    ):
+    with pytest.raises(UserError, match=r"holds the training state of mini, needed that of toy with these settings .*remove"):
         train(toy)
 
 

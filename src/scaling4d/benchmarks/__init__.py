@@ -50,7 +50,7 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class BenchmarkCheck:
-    """State of a benchmark's split. official: number of items by its authors. usable: a readout can use it as it is."""
+    """State of a benchmark's split. official: number of items by its authors. usable: it can be read as it is."""
 
     benchmark: str
     split: str
@@ -127,7 +127,7 @@ def check_bad_share(skipped: Sequence[SkippedItem], items: int, max_bad_share: f
 def check_benchmarks(root: Path, *, max_bad_share: float) -> list[BenchmarkCheck]:
     """Check layout and listed items of every benchmark below `root`, and read the first few items of each split.
 
-    A benchmark that no readout reads, since another one comes first, is reported and counts as usable.
+    A benchmark behind another one of its task, which is read instead, is reported and counts as usable.
     """
     checks = []
     for task in TASKS:

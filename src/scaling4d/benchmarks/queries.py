@@ -1,9 +1,9 @@
-"""Query frames of a video: the frames in which its point tracks are given to a readout.
+"""Query frames of a video: the frames in which its point tracks are given.
 
-A readout takes its queries in the first frame of a clip, so every query frame starts a clip of its own. TAP-Vid also
-measures frames before a query: there, a second clip runs backwards.
+A clip's queries lie in its first frame, so every query frame starts a clip of its own. TAP-Vid also measures frames
+before a query: there, a second clip runs backwards.
 
-"frame_0": the tracks that are visible in the first frame (4DS, by its released readouts). "first": every track in the
+"frame_0": the tracks that are visible in the first frame (4DS, by its released models). "first": every track in the
 frame of its first appearance; "strided": in every STRIDE-th frame, the tracks that are visible there (TAP-Vid's two
 protocols). Ours: the clip, not the video, bounds the measured frames, and a query frame is dropped if no full clip fits
 from there.

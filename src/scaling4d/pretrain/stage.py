@@ -96,7 +96,8 @@ def fingerprint_of(pretraining: PretrainConfig, evidence: Mapping[str, Any]) -> 
     """All that the result depends on, except the number and layout of ranks: a run may continue with another one."""
     settings = {key: value for key, value in evidence["settings"].items() if key != f"{pretraining.key}.Sharding"}
     settings["pretrain.Training"] = {k: v for k, v in settings["pretrain.Training"].items() if k != "ranks"}
-    return fingerprint(pretraining.point, settings=settings, inputs=evidence["inputs"], code_sha256=evidence["code"]["sha256"])
+    run = f"{pretraining.point} of profile {settings['profile']}"
+    return fingerprint(run, settings=settings, inputs=evidence["inputs"], code_sha256=evidence["code"]["sha256"])
 
 
 def _job(pretraining: PretrainConfig, settings: Mapping[str, Any], evidence: Mapping[str, Any]) -> Job:

@@ -58,7 +58,7 @@ def readout(encoder: str, task: str, protocol: str, settings: Mapping[str, Any])
         evidence = artifacts.evidence("readout", bound, code=code, inputs=_inputs(readout_config))
         if saving and saving.save_every:
             depends_on = {"settings": evidence["settings"], "inputs": evidence["inputs"], "code_sha256": code["sha256"]}
-            state = fingerprint(f"{encoder}/{task}/{protocol}", **depends_on)
+            state = fingerprint(f"{encoder}/{task}/{protocol} of profile {bound.declared['profile']}", **depends_on)
     where = {"ranks": evaluation.ranks, "device": readout_config.device, "hang_s": evaluation.hang_s}
     arguments = {"protocol": PROTOCOLS[protocol](readout_config), "name": name, "state": state}
     videos, sums, head, held_out, skipped, seconds = distributed.run(_train_and_evaluate, **where, **arguments)
@@ -143,7 +143,7 @@ def _train_and_evaluate(
     inputs_s = time.monotonic() - started
     model = protocol.build(encoder, train_set)
     if sharding:
-        parallelize(model, sharding, readout_config.compute, ranks=ranks)
+        parallelize(model, sharding, readout_config.compute, ranks=ranks, float32_modules=[model.head])
     model.to(readout_config.device)
     fit_config = FitConfig(
         name=name,
@@ -168,7 +168,12 @@ def _train_and_evaluate(
     fit(model, batches, fit_config, param_groups=groups, callbacks=callbacks, manager=manager)
     if early_stopping:
         early_stopping.restore()
-    plain = unshard(model, lambda: protocol.build(load_encoder(readout_config.folder), train_set), readout_config.compute).eval()
+    plain = unshard(
+        model,
+        lambda: protocol.build(load_encoder(readout_config.folder), train_set),
+        readout_config.compute,
+        prefix="encoder.",
+    ).eval()
     weights = plain.state_dict().items()
     head = {name.removeprefix("head."): value.cpu() for name, value in weights if not name.startswith("encoder.")}
     encode, predict = protocol.evaluator(plain, train_set)

@@ -154,7 +154,7 @@ def _exit_with_parent(end: int) -> None:
 def _run_torchrun_rank(run_rank: Callable[..., T], ranks: int) -> T:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if world != ranks:
-        raise UserError(f"torchrun started {world} ranks, and the settings have ranks = {ranks}; set ranks to {world}")
+        raise UserError(f"torchrun started {world} ranks, needed {ranks}; start {ranks}, or set ranks to {world}")
     store, _, _ = next(dist.rendezvous("env://"))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it outlives its ranks: restarted ranks begin anew
         store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)

@@ -291,7 +291,7 @@ def _slurm(job: Job, config: LaunchConfig, snapshot: Path, *, dry: bool) -> int:
         import submitit
         from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
     except ModuleNotFoundError as error:
-        raise UserError("Launch.where is slurm and submitit is not installed; run pip install 'scaling4d[cluster]'") from error
+        raise UserError(f"{job.setting}.where is slurm, which needs submitit; run pip install 'scaling4d[cluster]'") from error
     from rich.progress import Progress
 
     task = SlurmTask(_command(job, config, snapshot, ADDRESS if config.nodes > 1 else ""), snapshot, os.getcwd())

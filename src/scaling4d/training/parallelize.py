@@ -5,7 +5,7 @@ torch's sharding takes a second to import; only functions that shard import it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, groupby
@@ -66,12 +66,14 @@ class ShardingConfig:
             raise ValueError(f"{problem}; set batch to a multiple, or Sharding.accumulate")
 
 
-def parallelize(model: nn.Module, sharding: ShardingConfig, compute: ComputeConfig, *, ranks: int) -> None:
+def parallelize(
+    model: nn.Module, sharding: ShardingConfig, compute: ComputeConfig, *, ranks: int, float32_modules: Sequence[nn.Module] = ()
+) -> None:
     """Apply packed attention, activation checkpointing, torch.compile and FSDP2 or HSDP to a model, in place.
 
-    With one shard in float32 every rank holds a plain model. Otherwise FSDP2 wraps each block, a readout's head, and
-    the rest of the model (also with one shard, for bfloat16). Weights, gradients and moments stay float32; so do
-    reductions, and the computation of a head. Inputs keep their dtype.
+    With one shard in float32 every rank holds a plain model. Otherwise FSDP2 wraps each block, each of
+    `float32_modules`, and the rest of the model (also with one shard, for bfloat16). Weights, gradients and moments
+    stay float32; so do reductions, and the computation of `float32_modules`. Inputs keep their dtype.
     """
     blocks = blocks_of(model)
     for number, block in enumerate(blocks):
@@ -91,8 +93,8 @@ def parallelize(model: nn.Module, sharding: ShardingConfig, compute: ComputeConf
     policy = MixedPrecisionPolicy(param_dtype=DTYPES[compute.compute], reduce_dtype=torch.float32)
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    if hasattr(model, "head"):
-        fully_shard(model.head, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float32))
+    for module in float32_modules:
+        fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float32))
     fully_shard(model, mesh=mesh, mp_policy=replace(policy, cast_forward_inputs=False))
     if hasattr(model, "reconstruct"):
         register_fsdp_forward_method(model, "reconstruct")
@@ -146,15 +148,17 @@ def reduce_gradients(model: nn.Module) -> None:
             gradient.copy_(mean.view_as(gradient))
 
 
-def unshard(model: nn.Module, build: Callable[[], nn.Module], compute: ComputeConfig) -> nn.Module:
-    """A model that one rank can use alone, its encoder in the compute dtype: a plain one itself, else one that `build`
-    makes and this fills. Every rank takes part."""
+def unshard(model: nn.Module, build: Callable[[], nn.Module], compute: ComputeConfig, *, prefix: str) -> nn.Module:
+    """A model that one rank can use alone: a plain one itself, else one that `build` makes and this fills.
+
+    Weights whose names begin with `prefix` are then in the compute dtype. Every rank takes part.
+    """
     if not is_sharded(model):
         return model
     state = {}
     for name, value in model.state_dict().items():
         state[name] = full_tensor(value)
-        if name.startswith("encoder.") and value.is_floating_point():
+        if name.startswith(prefix) and value.is_floating_point():
             state[name] = state[name].to(DTYPES[compute.compute])
     plain = build()
     plain.load_state_dict(state, assign=True)

@@ -37,9 +37,8 @@ REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, 
 
 
 def fingerprint(run: str, *, settings: Mapping[str, Any], inputs: Mapping[str, str], code_sha256: str) -> dict[str, Any]:
-    """All that a run's result depends on. settings: the declared ones, `profile` among them."""
-    identity = {"run": run, "profile": settings["profile"], "settings": dict(settings)}
-    return identity | {"inputs": dict(inputs), "code": code_sha256}
+    """All that a run's result depends on. run: its name in messages, the same for other settings and code."""
+    return {"run": run, "settings": dict(settings), "inputs": dict(inputs), "code": code_sha256}
 
 
 def state_folder(stage: str, fingerprint: Mapping[str, Any]) -> Path:
@@ -59,12 +58,11 @@ def acquire_lock(folder: Path, fingerprint: Mapping[str, Any]) -> IO[str]:
     if there is None:
         for other in sorted(folder.parent.glob(f"{folder.name.split('-')[0]}-*/{FINGERPRINT}")):
             theirs = _read_fingerprint(other)
-            if theirs and all(theirs.get(name) == fingerprint[name] for name in ("run", "profile")):
+            if theirs and theirs.get("run") == fingerprint["run"]:
                 print(f"the state in {other.parent} is not used: {_differences(theirs, fingerprint)}", file=sys.stderr)
         provenance.write_text(folder / FINGERPRINT, json.dumps(fingerprint, indent=2))
     elif there != fingerprint:
-        present = f"the training state of {there.get('run')} of profile {there.get('profile')}"
-        needed = f"that of {fingerprint['run']} of {fingerprint['profile']} with these settings"
+        present, needed = f"the training state of {there.get('run')}", f"that of {fingerprint['run']} with these settings"
         why = _differences(there, fingerprint)
         raise UserError(f"{folder} holds {present}, needed {needed} ({why}); remove the folder")
     for path in (*folder.glob("partial-*"), _trash_path(folder)):
