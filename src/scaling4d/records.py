@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,15 @@ if TYPE_CHECKING:
 
 class UserError(ValueError):
     """An error that a user can repair. The command line prints one line and exits with 1."""
+
+
+@contextmanager
+def remedy(kind: type[UserError], text: str) -> Iterator[None]:
+    """Append a remedy to errors of a kind. A lower package states the problem; its caller knows the setting."""
+    try:
+        yield
+    except kind as error:
+        raise UserError(f"{error}; {text}") from error
 
 
 class Preempted(Exception):

@@ -214,6 +214,17 @@ def test_a_point_with_two_methods_is_refused(project: Path) -> None:
         bind_pretrain("nano", settings)
 
 
+@pytest.mark.parametrize(("absent", "message"), [("clips.parquet", "no .+/clips.parquet"), ("shards", "clip .+: .+")])
+def test_clips_that_are_not_there_are_named_with_what_to_do(short: Callable, absent: str, message: str) -> None:
+    settings, path = short(2), Path("artifacts/smoke/clips") / absent
+    aside = path.rename(path.with_name("aside"))
+    try:
+        with pytest.raises(UserError, match=f"^{message}; run `dvc repro clips`$"):
+            pretrain("nano", settings)
+    finally:
+        aside.rename(path)
+
+
 def test_a_gradient_that_is_not_finite_names_the_rate_to_lower(changed: Callable) -> None:
     with pytest.raises(UserError, match=r"^step \d+: the gradient is (nan|inf); .+; lower pretrain.Training.rate_times_width$"):
         pretrain("nano", changed("pretrain.Training.rate_times_width", 1e9))

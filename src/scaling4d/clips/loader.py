@@ -36,6 +36,14 @@ PREFETCH = 2  # batches that a worker is ahead
 SampledClip = tuple[int, int, int, "ClipRecord"]  # epoch, index in the table, number of the copy, record
 
 
+class ClipsError(UserError):
+    """Clips are missing, damaged, or not those that their table states."""
+
+
+class EmptySplitError(ClipsError):
+    """A split holds no clips."""
+
+
 @dataclass(frozen=True)
 class ClipRecord:
     """Where a clip lies: `bytes` bytes at `offset` of the shard. They are the clip itself if `encoded`.
@@ -61,7 +69,7 @@ class ClipTable(Sequence):
     def __init__(self, folder: Path, split: str, *, max_clips: int = 0) -> None:
         """max_clips: clips to take, evenly spaced over the split; 0: all.
 
-        Raises UserError: `folder` is not an output of the clips stage, or holds no clip of this split.
+        Raises ClipsError: `folder` has no table of clips, a damaged one, or no clip of this split.
         """
         import pyarrow as pa
         import pyarrow.compute as pc
@@ -86,34 +94,34 @@ class ClipTable(Sequence):
 
 
 def count_clips(folder: Path, split: str) -> int:
-    """How many clips a split holds; UserError if none."""
+    """How many clips a split holds. Raises EmptySplitError: none."""
     import pyarrow.compute as pc
 
     clips = sum(pc.sum(pc.equal(rows["split"], split)).as_py() or 0 for rows in _read_table(folder, ["split"]))
     if not clips:
-        raise UserError(f"{folder} holds no clips of split {split!r}; raise clips.Curation.val_share, or add videos")
+        raise EmptySplitError(f"{folder} holds no clips of split {split!r}")
     return clips
 
 
 def _read_table(folder: Path, columns: list[str]) -> Iterator[Any]:
     """The table in pyarrow record batches, read in the calling thread.
 
-    Raises UserError: no table, a damaged one, or one that lacks a column.
+    Raises ClipsError: no table, a damaged one, or one that lacks a column.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     path = folder / "clips.parquet"
     if not path.is_file():
-        raise UserError(f"no {path}; run `dvc repro clips`")
+        raise ClipsError(f"no {path}")
     try:
         with pa.memory_map(str(path)) as content:  # opened by its path, it would start a thread
             file = pq.ParquetFile(content, read_dictionary=["split", "shard"], pre_buffer=False)
             if missing := sorted(set(columns) - set(file.schema_arrow.names)):
-                raise UserError(f"{path} has no column {', '.join(missing)}; run the clips stage again")
+                raise ClipsError(f"{path} has no column {', '.join(missing)}")
             yield from file.iter_batches(2**16, columns=columns, use_threads=False)
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} is damaged: {error}; run the clips stage again") from error
+        raise ClipsError(f"{path} is damaged: {error}") from error
 
 
 class WindowedShuffle:
@@ -124,7 +132,7 @@ class WindowedShuffle:
     """
 
     def __init__(self, clips: ClipTable, *, seed: int, window_shards: int) -> None:
-        """Raises UserError: windows of a table that is not in order of the shards."""
+        """Raises ClipsError: windows of a table that is not in order of the shards."""
         self.clips, self.seed = len(clips), seed
         column = clips.table["shard"]
         shards = len(column.chunk(0).dictionary)
@@ -132,7 +140,7 @@ class WindowedShuffle:
         if self.window_shards:
             numbers = np.concatenate([chunk.indices.to_numpy() for chunk in column.chunks])
             if (numbers[1:] < numbers[:-1]).any():
-                raise UserError(f"{self.clips} clips are not in order of their shards; run the clips stage again")
+                raise ClipsError(f"{self.clips} clips are not in order of their shards")
             self.starts = np.searchsorted(numbers, np.arange(shards + 1))
         self.windows, self.window = lru_cache(maxsize=1)(self._windows), lru_cache(maxsize=1)(self._window)
 
@@ -162,7 +170,7 @@ class WindowedShuffle:
 def decode_clip(folder: Path, record: ClipRecord) -> Tensor:
     """Pixels uint8 `T side side 3` of a clip, read from its shard without extracting.
 
-    Raises UserError: the clip does not decode to what the table states.
+    Raises ClipsError: the clip does not decode to what the table states.
     """
     source = video.FileSlice(folder / "shards" / record.shard, record.offset, record.bytes)
     try:
@@ -172,10 +180,10 @@ def decode_clip(folder: Path, record: ClipRecord) -> Tensor:
             times_s = record.origin_s + record.start_s + np.arange(record.frames) / record.rate_hz
             pixels = video.read_frames_at(source, times_s, side_px=record.side_px)
     except (video.VideoError, OSError) as error:
-        raise UserError(f"clip {record.id} of {source.path}: {error}; run the clips stage again") from error
+        raise ClipsError(f"clip {record.id} of {source.path}: {error}") from error
     needed = (record.frames, record.side_px, record.side_px, 3)
     if pixels.shape != needed:
-        raise UserError(f"clip {record.id}: T H W C is {pixels.shape}, needed {needed}; run the clips stage again")
+        raise ClipsError(f"clip {record.id}: T H W C is {pixels.shape}, needed {needed}")
     return torch.from_numpy(pixels)
 
 
@@ -273,7 +281,8 @@ def train_batches(
         crop: smallest and largest share of the picture's area that a random square covers. window_shards: of
           `WindowedShuffle`. cached_clips: decoded clips in memory of each process that decodes. workers: processes that
           decode for this rank; 0: itself. The batches depend on neither of the last two.
-    Raises ValueError, as `check`; UserError: no clips; from the iterator: a clip cannot be decoded, or a worker ended.
+    Raises ValueError, as `check`; ClipsError: no clips; from the iterator ClipsError: a clip cannot be decoded, and
+    UserError: a worker ended.
     """
     check(batch=batch, ranks=ranks, repeats=repeats, crop=crop, window_shards=window_shards)
     clips = ClipTable(folder, "train")

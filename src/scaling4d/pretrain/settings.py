@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from scaling4d.config import StageConfig, require_minima
 from scaling4d.encoders.load import build_model, load_model
 from scaling4d.mae.encoder import Method, MethodConfig
 from scaling4d.mae.models import encoder_of, method_of
-from scaling4d.records import UserError
+from scaling4d.records import UserError, remedy
 from scaling4d.training.fit import FitConfig
 from scaling4d.training.launch import LaunchConfig
 from scaling4d.training.parallelize import ComputeConfig, ShardingConfig
@@ -178,8 +179,19 @@ def bind_pretrain(point: str, settings: Mapping[str, Any]) -> PretrainConfig:
     )
     if pretraining.teacher is not None:
         Checkpoint.read(pretraining.teacher)
-    loader.count_clips(pretraining.clips, "train")
+    with clips_remedies():
+        loader.count_clips(pretraining.clips, "train")
     return pretraining
+
+
+@contextmanager
+def clips_remedies() -> Iterator[None]:
+    """Append what to do about the clips to errors about them."""
+    with (
+        remedy(loader.ClipsError, "run `dvc repro clips`"),
+        remedy(loader.EmptySplitError, "change clips.Curation.val_share, or add videos"),
+    ):
+        yield
 
 
 def find_point(point: str, settings: Mapping[str, Any]) -> tuple[str, type[Method]]:

@@ -18,7 +18,7 @@ from scaling4d.clips import loader
 from scaling4d.pipeline import code_hashes
 from scaling4d.pretrain.plan.closed_form import flops_per_clip
 from scaling4d.pretrain.plan.memory import check_memory
-from scaling4d.pretrain.settings import PretrainConfig, bind_pretrain
+from scaling4d.pretrain.settings import PretrainConfig, bind_pretrain, clips_remedies
 from scaling4d.pretrain.validate import Validation, validate
 from scaling4d.records import MaskedTokens, write_json
 from scaling4d.training import distributed
@@ -123,6 +123,7 @@ def _job(pretraining: PretrainConfig, settings: Mapping[str, Any], evidence: Map
 
 
 @file_system_errors()
+@clips_remedies()
 def _train(*, rank: int, ranks: int, pretraining: PretrainConfig, evidence: Mapping[str, Any]) -> None:
     started, training, runtime = time.time(), pretraining.training, pretraining.runtime
     model = pretraining.build()

@@ -19,7 +19,7 @@ from scaling4d.encoders.load import load_model
 from scaling4d.mae.encoder import Method
 from scaling4d.mae.masking import hidden_pixels, random_masking
 from scaling4d.reconstruct.fidelity import FRAME_EXTRACTORS, Extractor, FidelityConfig, fidelity, load_extractors
-from scaling4d.records import MaskedTokens, write_json
+from scaling4d.records import MaskedTokens, remedy, write_json
 from scaling4d.training.distributed import gather_round_robin, run
 
 MASK_RATIO = 0.9  # of random masking, one for all methods; MAE-ST, arXiv:2205.09113
@@ -103,6 +103,7 @@ def measurements(filled: Sequence[FilledClip]) -> dict[str, float | None]:
     }
 
 
+@remedy(loader.ClipsError, "run `dvc repro clips`")
 @torch.no_grad()
 def fill_clips(*, rank: int, ranks: int, folder: Path, clips: Path, extractors: FidelityConfig, seed: int) -> list[FilledClip]:
     """Fill in this rank's validation clips. Returns those of all ranks, in the order of the clips."""
