@@ -63,8 +63,8 @@ class TrainingConfig(ComputeConfig):
         super().__post_init__()
         at_least_one = ("ranks", "batch", "steps", "rates_at_batch", "log_every", "masks_per_clip")
         require_minima(self, dict.fromkeys(at_least_one, 1) | dict.fromkeys(("val_clips", "validate_every"), 0))
-        names = ("batch", "ranks", "repeats", "crop", "window_shards")
-        loader.check(**{name: getattr(self, name) for name in names})
+        order = {"repeats": self.repeats, "crop": self.crop, "window_shards": self.window_shards}
+        loader.check(batch=self.batch, ranks=self.ranks, **order)
 
 
 @dataclass(frozen=True)
@@ -128,16 +128,20 @@ class PretrainConfig:
     @property
     def fit(self) -> FitConfig:
         training = self.training
-        names = ("steps", "batch", "weight_decay", "clip_norm", "device", "log_every")
         return FitConfig(
             name=f"pretrain-{self.point}",
+            steps=training.steps,
+            batch=training.batch,
             betas=BETAS,
+            weight_decay=training.weight_decay,
             warmup_steps=round(training.steps * training.warmup),
+            clip_norm=training.clip_norm,
             seed=self.seed,
             rate_setting="pretrain.Training.rate_times_width",
+            device=training.device,
             accumulate=self.sharding.accumulate,
+            log_every=training.log_every,
             save_every=self.runtime.save_every,
-            **{name: getattr(training, name) for name in names},
         )
 
     def build(self, *, teacher_weights: bool = True) -> Method:

@@ -180,16 +180,20 @@ def _batches(pretraining: PretrainConfig, model: nn.Module, rank: int, ranks: in
     def batch(step: int) -> Batch:
         nonlocal iterator
         if iterator is None:
-            names = ("batch", "steps", "flip", "crop", "repeats", "window_shards")
             iterator = loader.train_batches(
                 pretraining.clips,
+                batch=training.batch,
+                repeats=training.repeats,
                 seed=pretraining.seed,
                 start=step,
+                steps=training.steps,
+                flip=training.flip,
+                crop=training.crop,
+                window_shards=training.window_shards,
                 rank=rank,
                 ranks=ranks,
                 cached_clips=pretraining.runtime.cached_clips,
                 workers=pretraining.runtime.workers,
-                **{name: getattr(training, name) for name in names},
             )
         clips = next(iterator)
         masked = draw_masks(model, pretraining.seed, step, first=rank * len(clips.ids), count=len(clips.ids))

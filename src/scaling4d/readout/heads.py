@@ -234,9 +234,17 @@ class Head(nn.Module):
             self.embed_mlp_in = nn.Linear(2 * config.fourier_bases * queries.coordinates, config.query_width)
             self.embed_mlp_out = nn.Linear(config.query_width, config.query_width)
             self.tile_positions = nn.Parameter(torch.empty(queries.tiles, config.query_width))
-        sizes = {name: getattr(config, name) for name in ("width", "heads", "query_width")}
-        sizes |= {"features_width": features_width, "frames": frames, "queries": queries.learned, "out": queries.out}
-        self.readout = AttentionReadout(**sizes, biased=self.biased, stretched=config.stretched)
+        self.readout = AttentionReadout(
+            features_width=features_width,
+            frames=frames,
+            queries=queries.learned,
+            query_width=config.query_width,
+            width=config.width,
+            heads=config.heads,
+            out=queries.out,
+            biased=self.biased,
+            stretched=config.stretched,
+        )
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:

@@ -147,8 +147,11 @@ def _train_and_evaluate(
     model.to(readout_config.device)
     fit_config = FitConfig(
         name=name,
-        **{field: getattr(recipe, field) for field in ("steps", "batch", "weight_decay", "warmup_steps")},
+        steps=recipe.steps,
+        batch=recipe.batch,
         betas=BETAS,
+        weight_decay=recipe.weight_decay,
+        warmup_steps=recipe.warmup_steps,
         clip_norm=protocol.clip_norm,
         seed=readout_config.seed,
         rate_setting=f"learning_rate of {type(recipe).__name__.removesuffix('Config')}",
