@@ -84,7 +84,7 @@ def test_a_student_learns_its_teachers_features_and_keeps_no_teacher(changed: Ca
     assert losses[-1] < 0.8 * losses[0]
     student, pretraining = load_model(folder), bind_pretrain("nano_distilled", config.read())
     taught = start(pretraining)  # with its teacher, which a loaded student has not
-    pixels, masked = stage._batches(replace(pretraining, seed=1), taught, 0, 1)(0).inputs
+    pixels, masked = next(stage._batches(replace(pretraining, seed=1), taught, 0, 1, 0)).inputs
     with torch.no_grad():
         predicted, target = student.predict(pixels, masked), taught.target(pixels, masked)
         others = taught.target(pixels.roll(1, 0), masked)  # the same places in other clips

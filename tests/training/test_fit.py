@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,9 @@ def train(
 
     groups = {"all": (list(model.named_parameters()), rate)}
     try:
-        world_sizes = fit(model, batch, config, param_groups=groups, callbacks=(history, log), manager=manager)
+        world_sizes = fit(
+            model, lambda start: map(batch, count(start)), config, param_groups=groups, callbacks=(history, log), manager=manager
+        )
     except Preempted as preempted:
         world_sizes = []
         assert str(preempted).startswith(f"stopped after step {stop_at + 1} of {config.steps}, ")
@@ -171,7 +174,7 @@ def not_finite(*, rank: int, ranks: int) -> tuple[str, list[float], list[float]]
         return clips
 
     with pytest.raises(UserError) as refusal:
-        fit(model, batch, CONFIG, param_groups={"all": (list(model.named_parameters()), RATE)})
+        fit(model, lambda start: map(batch, count(start)), CONFIG, param_groups={"all": (list(model.named_parameters()), RATE)})
     return str(refusal.value), model.linear.weight.flatten().tolist(), weights[-1]
 
 

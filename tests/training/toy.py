@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -104,7 +105,9 @@ def _train(*, rank: int, ranks: int, toy: Toy) -> None:
         return Batch(batch_of(model, step, rank=rank, ranks=ranks))
 
     groups = {"all": (list(model.named_parameters()), 0.01)}
-    world_sizes = fit(model, batch, toy.fit, param_groups=groups, callbacks=(log,), manager=manager)
+    world_sizes = fit(
+        model, lambda start: map(batch, count(start)), toy.fit, param_groups=groups, callbacks=(log,), manager=manager
+    )
     weights = {name: full_tensor(value) for name, value in model.state_dict().items()}
     if rank == 0:
         RESULT.mkdir(exist_ok=True)

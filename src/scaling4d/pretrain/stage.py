@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def _train(*, rank: int, ranks: int, pretraining: PretrainConfig, evidence: Mapp
     log = TrainingLog(pretraining.fit, folder=folder, peak_s_per_clip=peak_s_per_clip, tensorboard=runtime.tensorboard)
     validation = Validation(model, pretraining, log)
     manager = CheckpointManager("pretrain", state, keep_latest_k=runtime.keep_latest_k, asynchronous=runtime.asynchronous)
-    batches, groups = _batches(pretraining, model, rank, ranks), param_groups(model, pretraining)
+    batches, groups = partial(_batches, pretraining, model, rank, ranks), param_groups(model, pretraining)
     callbacks = (log, validation)
     world_sizes = fit(model, batches, pretraining.fit, param_groups=groups, callbacks=callbacks, manager=manager)
     val_loss = validate(model, pretraining)
@@ -173,33 +174,27 @@ def param_groups(model: nn.Module, pretraining: PretrainConfig) -> ParamGroups:
     }
 
 
-def _batches(pretraining: PretrainConfig, model: nn.Module, rank: int, ranks: int) -> Callable[[int], Batch]:
-    """Step -> this rank's clips and their masks; the first call decides where the loader starts."""
-    training, iterator = pretraining.training, None
-
-    def batch(step: int) -> Batch:
-        nonlocal iterator
-        if iterator is None:
-            iterator = loader.train_batches(
-                pretraining.clips,
-                batch=training.batch,
-                repeats=training.repeats,
-                seed=pretraining.seed,
-                start=step,
-                steps=training.steps,
-                flip=training.flip,
-                crop=training.crop,
-                window_shards=training.window_shards,
-                rank=rank,
-                ranks=ranks,
-                cached_clips=pretraining.runtime.cached_clips,
-                workers=pretraining.runtime.workers,
-            )
-        clips = next(iterator)
+def _batches(pretraining: PretrainConfig, model: nn.Module, rank: int, ranks: int, start: int) -> Iterator[Batch]:
+    """This rank's clips and their masks, from step `start` on."""
+    training = pretraining.training
+    batches = loader.train_batches(
+        pretraining.clips,
+        batch=training.batch,
+        repeats=training.repeats,
+        seed=pretraining.seed,
+        start=start,
+        steps=training.steps,
+        flip=training.flip,
+        crop=training.crop,
+        window_shards=training.window_shards,
+        rank=rank,
+        ranks=ranks,
+        cached_clips=pretraining.runtime.cached_clips,
+        workers=pretraining.runtime.workers,
+    )
+    for step, clips in enumerate(batches, start):
         masked = draw_masks(model, pretraining.seed, step, first=rank * len(clips.ids), count=len(clips.ids))
-        return Batch((clips.pixels, masked), clips.ids)
-
-    return batch
+        yield Batch((clips.pixels, masked), clips.ids)
 
 
 def draw_masks(model: nn.Module, seed: int, step: int, *, first: int, count: int) -> MaskedTokens:

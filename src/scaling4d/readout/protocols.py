@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import ClassVar
 
@@ -270,6 +270,10 @@ class ReadoutProtocol(ABC):
         """This rank's part of a step's batch."""
         size = self.config.recipe.batch // self.config.evaluation.ranks
         return Batch(train_set.batch(shuffled_batch(step, size, len(train_set), self.config.seed, rank)))
+
+    def batches(self, train_set: Dataset, rank: int, start: int) -> Iterator[Batch]:
+        """This rank's batches from step `start` on."""
+        return map(partial(self.batch, train_set, rank), count(start))
 
     @abstractmethod
     def param_groups(self, model: nn.Module) -> ParamGroups: ...

@@ -165,10 +165,10 @@ def _train_and_evaluate(
         states = [state]
         dist.broadcast_object_list(states, device=torch.device("cpu"))  # of torchrun's ranks only rank 0 hashes the inputs
         manager = CheckpointManager("readout", states[0], keep_latest_k=saving.keep_latest_k, asynchronous=False)
-    batches, groups, log = partial(protocol.batch, train_set, rank), protocol.param_groups(model), TrainingLog(fit_config)
+    groups, log = protocol.param_groups(model), TrainingLog(fit_config)
     early_stopping = protocol.early_stopping(model, train_set)
     callbacks = (log, early_stopping) if early_stopping else (log,)
-    fit(model, batches, fit_config, param_groups=groups, callbacks=callbacks, manager=manager)
+    fit(model, partial(protocol.batches, train_set, rank), fit_config, param_groups=groups, callbacks=callbacks, manager=manager)
     if early_stopping:
         early_stopping.restore()
     plain = unshard(

@@ -9,7 +9,7 @@ the step, and all state is saved.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -94,7 +94,7 @@ class Callback:
 
 def fit(
     model: nn.Module,
-    batches: Callable[[int], Batch],
+    batches: Callable[[int], Iterator[Batch]],
     config: FitConfig,
     *,
     param_groups: ParamGroups,
@@ -104,7 +104,7 @@ def fit(
     """Train a model in place. `model(*inputs)` returns its mean loss.
 
     Args:
-        model: on its ranks, see training.parallelize. batches: step -> this rank's batch; steps are asked for in order.
+        model: on its ranks, see training.parallelize. batches: first step -> this rank's batches from that step on.
         param_groups: parameters and their peak learning rates. manager: of the training state; None: nothing is saved.
     Returns:
         `[from_step, ranks]` for every number of ranks that the run had.
@@ -127,12 +127,12 @@ def fit(
     schedule = LambdaLR(adamw, lambda n: warmup_cosine(start + n, steps=config.steps, warmup=config.warmup_steps))
     for callback in callbacks:
         callback.begin(start)
-    done, stop = start, False
+    done, stop, iterator = start, False, batches(start)
     with stop_requests() if manager else nullcontext() as requests:
         for step in range(start, config.steps):
             heartbeat(f"{config.name} step {step}, reading clips", 2 * step)
             started = time.monotonic()
-            batch = batches(step)
+            batch = next(iterator)
             waited_s = time.monotonic() - started
             heartbeat(f"{config.name} step {step}, computing", 2 * step + 1)
             with torch.random.fork_rng(devices=[]):  # for dropout and stochastic depth
