@@ -6,7 +6,6 @@ a line of JSON on every point, and then, for every name that it reads, a line wi
 
 from __future__ import annotations
 
-import ctypes
 import json
 import sys
 import time
@@ -20,7 +19,7 @@ from scaling4d import config
 from scaling4d.mae.models import METHODS, config_of
 from scaling4d.pretrain.plan.closed_form import flops_per_clip
 from scaling4d.pretrain.settings import BETAS
-from scaling4d.training.distributed import M_MMAP_MAX, M_TOP_PAD, M_TRIM_THRESHOLD
+from scaling4d.training.distributed import keep_freed_memory
 from scaling4d.training.observe import matrix_product
 from scaling4d.training.optimizer import build_adamw
 from scaling4d_bench import steps
@@ -59,9 +58,7 @@ def turn(run: Callable[[], object]) -> tuple[float, float]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # as a rank of the trainer does
-        for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 64 << 20)):
-            mallopt(parameter, value)
+    keep_freed_memory()  # as a rank of the trainer does
     settings = config.compose([])
     models = {name: point["model"].get("SimpleMAE") for name, point in settings["points"].items()}
     made = {name: point_step(given, settings["pretrain"]["Training"]) for name, given in models.items() if given}

@@ -170,9 +170,7 @@ def _run_rank(
     if os.environ.get("LOCAL_WORLD_SIZE", str(ranks)) == str(ranks) and Path("/sys/class/net/lo").exists():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine
     torch.set_num_threads(1)
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc: to return freed pages took a quarter of a small step
-        for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 64 << 20)):
-            mallopt(parameter, value)
+    keep_freed_memory()
     if device == "cuda":
         local_rank, gpus = int(os.environ.get("LOCAL_RANK", rank)), torch.cuda.device_count()
         if local_rank >= gpus:
@@ -190,6 +188,13 @@ def _run_rank(
     stop_watchdog()
     dist.destroy_process_group()
     return result
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed pages for this process: to return them took a quarter of a small training step."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 64 << 20)):
+            mallopt(parameter, value)
 
 
 _progress: list[Any] = []  # of this process in its run, for the watchdog: a number, and words; empty: none watches
