@@ -217,11 +217,13 @@ def test_the_rate_rises_in_a_line_and_falls_in_a_cosine(step: int, share: float)
     assert warmup_cosine(step, steps=24, warmup=4) == pytest.approx(share)
 
 
-def test_norms_biases_positions_and_tokens_do_not_decay_and_groups_keep_their_rates() -> None:
-    names = ("blocks.0.qkv.weight", "blocks.0.qkv.bias", "norm.weight", "positions", "mask_token", "query", "decoder.weight")
-    parameters = {name: nn.Parameter(torch.ones(2, 2)) for name in names}
-    parameters["decoder.weight"].requires_grad_(False)
+def test_only_matrices_of_layers_decay_and_groups_keep_their_rates() -> None:
+    matrices = ("blocks.0.qkv.weight", "query_in.weight", "position_mlp.weight", "frozen.weight")
+    vectors, tables = ("blocks.0.qkv.bias", "norm.weight", "distance_bias", "scale"), ("positions", "mask_token", "query")
+    shapes = dict.fromkeys(matrices + tables, (2, 2)) | dict.fromkeys(vectors, (2,))
+    parameters = {name: nn.Parameter(torch.ones(shape)) for name, shape in shapes.items()}
+    parameters["frozen.weight"].requires_grad_(False)
     named = list(parameters.items())
     adamw = build_adamw({"body": (named[:1], 0.1), "rest": (named[1:], 0.2)}, betas=(0.9, 0.95), weight_decay=0.05)
     groups = [(len(group["params"]), group["weight_decay"], group["lr"]) for group in adamw.param_groups]
-    assert groups == [(1, 0.05, 0.1), (5, 0.0, 0.2)]
+    assert groups == [(1, 0.05, 0.1), (2, 0.05, 0.2), (7, 0.0, 0.2)]

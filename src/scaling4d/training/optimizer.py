@@ -1,4 +1,4 @@
-"""AdamW without decay of biases, norms, positions and tokens; the learning-rate schedule: warm-up, cosine decay."""
+"""AdamW that decays weight matrices alone; the learning-rate schedule: warm-up, cosine decay."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-NO_DECAY = ("bias", "norm", "positions", "token", "query")  # mae_st: no decay on biases, norms and learned positions
 ParamGroups = dict[str, tuple[list[tuple[str, nn.Parameter]], float]]  # named parameters and their peak learning rate
 
 
@@ -15,8 +14,8 @@ def build_adamw(groups: ParamGroups, *, betas: tuple[float, float], weight_decay
     """AdamW over parameter groups at their peak learning rates, with its state."""
     param_groups = []
     for parameters, peak in groups.values():
-        for decay, exempt in ((weight_decay, False), (0.0, True)):
-            params = [p for name, p in parameters if p.requires_grad and any(word in name for word in NO_DECAY) == exempt]
+        for decay, matrices in ((weight_decay, True), (0.0, False)):
+            params = [p for name, p in parameters if p.requires_grad and is_matrix(name, p) == matrices]
             if params:
                 param_groups.append({"params": params, "weight_decay": decay, "lr": peak})
     adamw = torch.optim.AdamW(param_groups, betas=betas, fused=True)
@@ -25,6 +24,14 @@ def build_adamw(groups: ParamGroups, *, betas: tuple[float, float], weight_decay
             zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
             adamw.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
     return adamw
+
+
+def is_matrix(name: str, p: nn.Parameter) -> bool:
+    """Whether a parameter is the matrix of a layer. Others are biases, of norms, or learned positions, tokens, queries.
+
+    Source: mae_st's fine-tuning, which decays no vector (so no bias or norm), no class token and no learned positions.
+    """
+    return p.ndim > 1 and name.endswith("weight")
 
 
 def named_state(model: nn.Module, adamw: torch.optim.AdamW) -> dict[str, Tensor]:
