@@ -143,11 +143,18 @@ def test_recomputed_blocks_drop_the_same_branches(small: Callable) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_bfloat16_is_near_and_its_readout_stays_float32(small: Callable, protocol: str) -> None:
-    losses, _, _ = trained(small(), protocol)
-    rounded, _, tensors = trained(small(**{"tuning.Compute.compute": "bfloat16"}), protocol)
-    assert rounded == pytest.approx(losses, rel=0.05) and rounded != losses
+@pytest.mark.parametrize(
+    ("protocol", "rate", "rel"),  # of SMALL's rates, the encoder's would overshoot and enlarge rounding, the other move nothing
+    [
+        ("finetune", {"finetune.actions.Finetune.encoder_learning_rate": 1e-4}, 0.02),
+        ("classifier", {"classifier.Classifier.learning_rate": 1e-2}, 0.005),
+    ],
+)
+def test_bfloat16_is_near_and_its_readout_stays_float32(small: Callable, protocol: str, rate: dict, rel: float) -> None:
+    """An encoder that does not learn gives losses farther off: by 4 percent in finetune, by 1.5 in the classifier."""
+    losses, _, _ = trained(small(**rate), protocol)
+    rounded, _, tensors = trained(small(**rate, **{"tuning.Compute.compute": "bfloat16"}), protocol)
+    assert rounded == pytest.approx(losses, rel=rel) and rounded != losses
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
