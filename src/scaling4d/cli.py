@@ -91,7 +91,10 @@ def pretrain(
     """Pretrain one scaling point on the clips (a DVC stage), as its Launch settings say; exit code 75: run it again."""
     from scaling4d.pretrain import stage
 
-    result = stage.train_rank(point, snapshot) if snapshot else stage.pretrain(point, _settings(), dry=dry)
+    if dry:
+        print(stage.describe_start(point, _settings()))
+        return
+    result = stage.train_rank(point, snapshot) if snapshot else stage.pretrain(point, _settings())
     if isinstance(result, int):
         raise typer.Exit(result)
     if result and _is_first_rank():

@@ -98,11 +98,10 @@ def test_a_refusal_of_one_rank_reaches_the_launcher_and_the_other_ranks_leave() 
         ({"where": "slurm", "nodes": 2, "partition": "gpu"}, "#SBATCH --partition=gpu\n"),
     ],
 )
-def test_dry_prints_how_it_would_be_started(capsys: pytest.CaptureFixture, changes: dict, words: str) -> None:
+def test_it_says_how_it_would_be_started(changes: dict, words: str) -> None:
     if changes.get("where") == "slurm":
         pytest.importorskip("submitit")
-    assert launch.launch(JOB, replace(HERE, **changes), dry=True) == 0
-    assert words in capsys.readouterr().out and not list(Path().iterdir())
+    assert words in launch.describe(JOB, replace(HERE, **changes)) and not list(Path().iterdir())
 
 
 @pytest.mark.parametrize(
@@ -133,7 +132,7 @@ def test_a_job_that_cannot_be_started_is_refused_in_one_line(
         changes = changes | {"rendezvous": f"127.0.0.1:{free_port()}"}
         monkeypatch.setattr(socket.socket, "bind", refuse_to_bind)  # as if the address were another machine's
     with pytest.raises(ValueError, match=f"^{message}$"):
-        launch.launch(JOB, replace(HERE, **changes), dry=False)
+        launch.launch(JOB, replace(HERE, **changes))
 
 
 def refuse_to_bind(*_: object) -> None:

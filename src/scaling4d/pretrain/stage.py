@@ -24,7 +24,7 @@ from scaling4d.pretrain.validate import Validation, validate
 from scaling4d.records import MaskedTokens, write_json
 from scaling4d.training import distributed
 from scaling4d.training.fit import Batch, fit
-from scaling4d.training.launch import Job, first_gpu_bytes, launch, snapshot_content
+from scaling4d.training.launch import Job, describe, first_gpu_bytes, launch, snapshot_content
 from scaling4d.training.observe import TrainingLog, peak_flops
 from scaling4d.training.optimizer import ParamGroups
 from scaling4d.training.parallelize import DTYPES, full_tensor, parallelize
@@ -33,11 +33,9 @@ from scaling4d.training.resume import CheckpointManager, file_system_errors, fin
 MASK_GROUP = 8  # clips whose masks are one draw: a clip's mask is the same on any number of ranks
 
 
-def pretrain(point: str, settings: Mapping[str, Any], *, dry: bool = False) -> Path | int:
+def pretrain(point: str, settings: Mapping[str, Any]) -> Path | int:
     """Train one point where its Launch settings say.
 
-    Args:
-        dry: print how the ranks would be started, and start none.
     Returns:
         The Checkpoint folder, with `losses.jsonl` and `summary.json`; or an exit code, where another process trained.
     Raises:
@@ -45,18 +43,27 @@ def pretrain(point: str, settings: Mapping[str, Any], *, dry: bool = False) -> P
             the state.
         Preempted: a signal asked to stop; the next call continues from the saved state.
     """
+    pretraining = _bind_and_check(point, settings)
+    evidence = evidence_of(pretraining)
+    code = None if distributed.launched_by_torchrun() else launch(_job(pretraining, settings, evidence), pretraining.launch)
+    if code is None:
+        train(pretraining, evidence)
+    if not code and distributed.is_main():
+        remove_state(state_folder("pretrain", fingerprint_of(pretraining, evidence)))
+    return pretraining.folder if code is None else code
+
+
+def describe_start(point: str, settings: Mapping[str, Any]) -> str:
+    """How `pretrain` starts the ranks of a point. Raises UserError: as pretrain."""
+    pretraining = _bind_and_check(point, settings)
+    return describe(_job(pretraining, settings, evidence_of(pretraining)), pretraining.launch)
+
+
+def _bind_and_check(point: str, settings: Mapping[str, Any]) -> PretrainConfig:
     pretraining = bind_pretrain(point, settings)
     if pretraining.training.device == "cuda" and (distributed.launched_by_torchrun() or pretraining.launch.where != "slurm"):
         check_memory(pretraining, first_gpu_bytes())  # a Slurm job is submitted from another machine
-    evidence = evidence_of(pretraining)
-    code = (
-        None if distributed.launched_by_torchrun() else launch(_job(pretraining, settings, evidence), pretraining.launch, dry=dry)
-    )
-    if code is None:
-        train(pretraining, evidence)
-    if not code and not dry and distributed.is_main():
-        remove_state(state_folder("pretrain", fingerprint_of(pretraining, evidence)))
-    return pretraining.folder if code is None else code
+    return pretraining
 
 
 def train_rank(point: str, snapshot: Path) -> Path | None:

@@ -11,6 +11,7 @@ the time of the launch, so that ranks that start again days later belong to the 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import shlex
@@ -83,33 +84,46 @@ class Job:
     steps_done: Callable[[], int]
 
 
-def launch(job: Job, config: LaunchConfig, *, dry: bool) -> int | None:
-    """Run a job's ranks elsewhere, or print how (dry).
+def describe(job: Job, config: LaunchConfig) -> str:
+    """How `launch` starts a job's ranks: the command, or Slurm's batch file. Raises UserError: as launch."""
+    _check(job, config)
+    snapshot = provenance.WORK_FOLDER / "snapshot"
+    if config.where == "here":
+        return f"{job.ranks} forked ranks of this process"
+    return _batch_file(job, config, snapshot) if config.where == "slurm" else shlex.join(_command(job, config, snapshot))
+
+
+def launch(job: Job, config: LaunchConfig) -> int | None:
+    """Run a job's ranks elsewhere.
 
     Returns:
         The exit code, AGAIN after a request to stop; None: the ranks are to run in this process.
     Raises:
         UserError: ranks that do not divide among the nodes, no answer at the rendezvous, no Slurm, or a rank refused.
     """
-    if job.ranks % config.nodes:
-        raise UserError(f"{job.ranks} ranks do not divide among {config.nodes} nodes; set {job.setting}.nodes")
+    _check(job, config)
     if config.where == "here":
-        if dry:
-            print(f"{job.ranks} forked ranks of this process")
-        return 0 if dry else None
-    start = _slurm if config.where == "slurm" else _torchrun
-    if dry:
-        return start(job, config, provenance.WORK_FOLDER / "snapshot", dry=True)
+        return None
     shared = config.where == "nodes"
     snapshot, code = _write_snapshot(job, "" if shared else f"-{socket.gethostname()}-{os.getpid()}"), None
     try:
-        code = start(job, config, snapshot, dry=False)
+        if config.where == "nodes":
+            _wait_for_rendezvous(job, config)
+        code = _slurm(job, config, snapshot) if config.where == "slurm" else _run(_command(job, config, snapshot), snapshot)
         if code and (snapshot / REFUSED).is_file():
             raise UserError((snapshot / REFUSED).read_text())
         return code
     finally:
         if code == 0 or not shared:
             shutil.rmtree(snapshot, ignore_errors=True)
+
+
+def _check(job: Job, config: LaunchConfig) -> None:
+    if job.ranks % config.nodes:
+        raise UserError(f"{job.ranks} ranks do not divide among {config.nodes} nodes; set {job.setting}.nodes")
+    host, _, port = config.rendezvous.rpartition(":")
+    if config.where == "nodes" and not (host and port.isdigit()):
+        raise UserError(f"{job.setting}.rendezvous is {config.rendezvous!r}; needed HOST:PORT of one of the nodes")
 
 
 @contextmanager
@@ -158,26 +172,10 @@ def _write_snapshot(job: Job, suffix: str) -> Path:
     return folder
 
 
-def _torchrun(job: Job, config: LaunchConfig, snapshot: Path, *, dry: bool) -> int:
-    """Exit code of torchrun on this machine: 1 after a refusal, AGAIN after a request to stop."""
-    address = ""
-    if config.where == "nodes":
-        _wait_for_rendezvous(job, config, dry=dry)
-        address = config.rendezvous
-    command = _command(job, config, snapshot, address)
-    if dry:
-        print(shlex.join(command))
-        return 0
-    return _run(command, snapshot)
-
-
-def _command(job: Job, config: LaunchConfig, snapshot: Path, address: str) -> list[str]:
-    """torchrun's command on one of the machines that meet at `address`, or on a machine alone ("").
-
-    It forwards requests to stop, and gives ranks the time to save.
-    """
+def _command(job: Job, config: LaunchConfig, snapshot: Path) -> list[str]:
+    """torchrun's command on a machine. It forwards requests to stop, and gives ranks the time to save."""
     where = ["--standalone"]
-    if address:
+    if address := {"nodes": config.rendezvous, "slurm": ADDRESS * (config.nodes > 1)}.get(config.where):
         where = ["--nnodes", str(config.nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", address]
         where += ["--rdzv-id", job.name, "--rdzv-conf", f"join_timeout={config.wait_s}"]
     return [
@@ -188,6 +186,7 @@ def _command(job: Job, config: LaunchConfig, snapshot: Path, address: str) -> li
 
 
 def _run(command: list[str], snapshot: Path) -> int:
+    """Exit code of torchrun on this machine: 1 after a refusal, AGAIN after a request to stop."""
     torchrun: subprocess.Popen | None = None
 
     def stop(_: int) -> None:
@@ -217,17 +216,13 @@ def _start(command: list[str], snapshot: Path) -> subprocess.Popen:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _wait_for_rendezvous(job: Job, config: LaunchConfig, *, dry: bool) -> None:
-    """Wait until somebody answers at the rendezvous, unless this machine is to answer there. dry: check the setting.
+def _wait_for_rendezvous(job: Job, config: LaunchConfig) -> None:
+    """Wait until somebody answers at the rendezvous, unless this machine is to answer there.
 
     Raises:
-        UserError: not HOST:PORT, no such host, or no answer within `wait_s`.
+        UserError: no such host, or no answer within `wait_s`.
     """
     setting, (host, _, port) = f"{job.setting}.rendezvous", config.rendezvous.rpartition(":")
-    if not host or not port.isdigit():
-        raise UserError(f"{setting} is {config.rendezvous!r}; needed HOST:PORT of one of the nodes")
-    if dry:
-        return
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as error:
@@ -285,34 +280,40 @@ class SlurmTask:
             os.waitid(os.P_PID, self.torchrun.pid, os.WEXITED | os.WNOWAIT)
 
 
-def _slurm(job: Job, config: LaunchConfig, snapshot: Path, *, dry: bool) -> int:
-    """Exit code of a Slurm job, whose progress is shown. A signal cancels the job, and its ranks save their state."""
-    try:
-        import submitit
-        from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
-    except ModuleNotFoundError as error:
-        raise UserError(f"{job.setting}.where is slurm, which needs submitit; run pip install 'scaling4d[cluster]'") from error
-    from rich.progress import Progress
-
-    task = SlurmTask(_command(job, config, snapshot, ADDRESS if config.nodes > 1 else ""), snapshot, os.getcwd())
+def _slurm_parameters(job: Job, config: LaunchConfig) -> dict[str, Any]:
+    """submitit's names and values. Raises UserError: no submitit."""
+    if importlib.util.find_spec("submitit") is None:
+        raise UserError(f"{job.setting}.where is slurm, which needs submitit; run pip install 'scaling4d[cluster]'")
     ranks = job.ranks // config.nodes
     parameters = {"nodes": config.nodes, "tasks_per_node": 1, "timeout_min": 60 * config.hours, "name": job.name}
     parameters |= {"cpus_per_task": ranks * job.processes, "slurm_mem": "0"}  # all memory of a machine
     parameters |= {"gpus_per_node": ranks} if job.device == "cuda" else {}
     parameters |= {"slurm_signal_delay_s": config.wait_s + REQUEUE_S}
-    parameters |= {"slurm_partition": config.partition} if config.partition else {}
-    folder = artifacts.RUNS / "slurm"
-    if dry:
-        names = SlurmExecutor._equivalence_dict()
-        named = {names.get(key, key.removeprefix("slurm_")): value for key, value in parameters.items()}
-        command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {folder}"
-        print(_make_sbatch_string(command=command, folder=folder, **named) + f"# it runs: {shlex.join(task.command)}")
-        return 0
+    return parameters | ({"slurm_partition": config.partition} if config.partition else {})
+
+
+def _batch_file(job: Job, config: LaunchConfig, snapshot: Path) -> str:
+    parameters = _slurm_parameters(job, config)
+    from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
+
+    names, folder = SlurmExecutor._equivalence_dict(), artifacts.RUNS / "slurm"
+    named = {names.get(key, key.removeprefix("slurm_")): value for key, value in parameters.items()}
+    command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {folder}"
+    text = _make_sbatch_string(command=command, folder=folder, **named)
+    return text + f"# it runs: {shlex.join(_command(job, config, snapshot))}"
+
+
+def _slurm(job: Job, config: LaunchConfig, snapshot: Path) -> int:
+    """Exit code of a Slurm job, whose progress is shown. A signal cancels the job, and its ranks save their state."""
+    parameters = _slurm_parameters(job, config)
+    import submitit
+    from rich.progress import Progress
+
     if config.cluster == "slurm" and shutil.which("sbatch") is None:
         raise UserError(f"no sbatch here, so no Slurm; set {job.setting}.where to here, torchrun or nodes")
-    executor = submitit.AutoExecutor(folder / job.name, cluster=config.cluster, slurm_max_num_timeout=REQUEUES)
+    executor = submitit.AutoExecutor(artifacts.RUNS / "slurm" / job.name, cluster=config.cluster, slurm_max_num_timeout=REQUEUES)
     executor.update_parameters(**parameters)
-    submitted = executor.submit(task)
+    submitted = executor.submit(SlurmTask(_command(job, config, snapshot), snapshot, os.getcwd()))
     print(f"job {submitted.job_id}, log {submitted.paths.stdout}", file=sys.stderr)
     more = (signal.SIGINT, signal.SIGHUP)
     with stop_requests(lambda _: submitted.cancel(), more=more) as requests, Progress() as bar:
