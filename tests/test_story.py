@@ -23,7 +23,7 @@ pytestmark = pytest.mark.integration
 
 TASKS = ("actions", "depth")
 # code clips, benchmarks, pretrain, distill, baselines, frozen, finetune, classifier, show, reconstruct, report
-STAGES = 2 + 2 + 1 + 1 + 2 + 2 * 2 + 2 + 1 + 1 + 1 + 1
+STAGES = 2 + 1 + 1 + 1 + 2 + 2 * 2 + 2 + 1 + 1 + 1 + 1
 STEPS = "readout.finetune.depth.Finetune.steps"
 
 
@@ -171,7 +171,7 @@ def test_one_value_reruns_just_what_depends_on_it(story: Path) -> None:
 
 def test_another_benchmark_reruns_the_readouts_of_its_task_alone(story: Path) -> None:
     with appended(story, "experiments/pocket/benchmarks/scannet/remark.txt", "new"):
-        assert set(stages_run(run(story, "dvc", "repro", "benchmarks").stdout)) == {f"benchmarks@{task}" for task in TASKS}
+        assert stages_run(run(story, "dvc", "repro", "benchmarks").stdout) == ["benchmarks"]
         readouts = {f"readout_frozen@{encoder}-depth" for encoder in ("nano", "untrained_nano")}
         stages = set(stages_run(run(story, "dvc", "repro", "--dry").stdout))
         assert readouts <= stages <= readouts | {"readout_finetune@nano-depth", "show@depth", "report"}

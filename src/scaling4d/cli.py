@@ -75,11 +75,11 @@ def clips(
 
 
 @app.command()
-def benchmarks(task: str) -> None:
-    """Hash the benchmark of a task to artifacts/benchmarks/ (a DVC stage)."""
-    from scaling4d.benchmarks.stage import hash_benchmark
+def benchmarks() -> None:
+    """Hash the benchmark of each task to artifacts/benchmarks/ (a DVC stage)."""
+    from scaling4d.benchmarks.stage import hash_benchmarks
 
-    print(f"wrote {hash_benchmark(task, _settings())}")
+    print(f"wrote {hash_benchmarks(_settings())}")
 
 
 @app.command()

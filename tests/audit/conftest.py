@@ -57,7 +57,7 @@ stages:
   benchmarks:
     cmd: true benchmarks
     deps: [data/benchmarks, artifacts/code/benchmarks.json]
-    outs: [artifacts/benchmarks/actions.json]
+    outs: [artifacts/benchmarks]
   readout:
     matrix: {encoder: "${points}"}
     cmd: true readout ${item.encoder}
@@ -120,7 +120,7 @@ def _write_sources() -> None:
     for name, settings in (("test", SETTINGS), ("kept", kept)):
         _write(Path(f"experiments/profile/{name}.yaml"), "# @package _global_\n" + yaml.safe_dump(settings))
     config.PARAMS.write_text(yaml.safe_dump(SETTINGS))
-    for name in ("videos/a.mp4", "videos/b.mp4", "benchmarks/ssv2/list.json"):
+    for name in ("videos/a.mp4", "videos/b.mp4", "benchmarks/ssv2/list.json", "benchmarks/scannet/list.json"):
         _write(Path("experiments/pocket") / name, f"{name} as it was")
     _write(Path("published/model.safetensors"), "their weights")
     for package in PACKAGES:
@@ -132,11 +132,12 @@ def _write_sources() -> None:
     Path(".gitignore").write_text("/artifacts\n/data\n")
 
 
-def _write_benchmark_hash() -> None:
-    """artifacts/benchmarks/actions.json as stage `benchmarks` writes it."""
-    path, folder = Path("artifacts/benchmarks/actions.json"), "data/benchmarks/ssv2"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"task": "actions", "folders": {folder: artifacts.sha256(Path(folder))}, "problem": ""})
+def _write_benchmark_hashes() -> None:
+    """artifacts/benchmarks/ as stage `benchmarks` writes it."""
+    for task, folder in (("actions", "data/benchmarks/ssv2"), ("depth", "data/benchmarks/scannet")):
+        path = Path(f"artifacts/benchmarks/{task}.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"task": task, "folders": {folder: artifacts.sha256(Path(folder))}, "problem": ""})
 
 
 def _write_evidence(out: Path, package: str, keys: list[str], gin: str, inputs: dict[str, str]) -> None:
@@ -149,7 +150,7 @@ def _write_artifacts() -> None:
     sha, clips = artifacts.sha256, HOME / "clips"
     _write(clips / "shards/train-00000.tar", "clips of a and b")
     _write_evidence(clips, "clips", ["profile", "clips"], "Curation.frames = 4\n", {"videos": sha(Path("data/videos"))})
-    _write_benchmark_hash()
+    _write_benchmark_hashes()
     theirs, inputs = HOME / "pretrain/theirs", {"model.safetensors": sha(Path("published/model.safetensors"))}
     _write(theirs / "model.safetensors", "their weights, converted")
     _write_evidence(theirs, "encoders", ["profile", "encoders.pretrained.theirs"], "", inputs)
@@ -224,10 +225,10 @@ def project(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 @pytest.fixture
 def another_benchmark(project: Path) -> None:
     """Another list of actions, and its hash as stage `benchmarks` writes it; nothing else ran since."""
-    for path in (Path("data/benchmarks/ssv2/list.json"), Path("artifacts/benchmarks/actions.json")):
+    for path in (Path("data/benchmarks/ssv2/list.json"), *Path("artifacts/benchmarks").iterdir()):
         path.chmod(0o644)
     Path("data/benchmarks/ssv2/list.json").write_text("another one")
-    _write_benchmark_hash()
+    _write_benchmark_hashes()
 
 
 @pytest.fixture

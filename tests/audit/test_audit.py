@@ -112,18 +112,20 @@ def test_a_file_that_is_no_result_any_more_is_named_beside_everything_else(flip:
     assert f"{NANO} -> reports/built: nano/actions/frozen" in text and f"{MINI} -> reports/built: mini/" in text
 
 
-def test_a_changed_file_beside_a_task_s_benchmark_reaches_no_readout_of_it(wrong: Wrong) -> None:
-    Path("data/benchmarks/remark.txt").write_text("new")
+@pytest.mark.parametrize("name", ["remark.txt", "scannet/remark.txt"])
+def test_a_changed_file_beside_a_task_s_benchmark_reaches_no_readout_of_it(wrong: Wrong, name: str) -> None:
+    Path("data/benchmarks", name).write_text("new")
     text = wrong()
-    assert "wrong       data/benchmarks: md5 " in text and "differing files: remark.txt" in text
+    assert "wrong       data/benchmarks: md5 " in text and f"differing files: {name}" in text
     assert "->" not in text
 
 
 def test_a_benchmark_has_the_hash_by_which_readouts_depend_on_it(flip: Flip, wrong: Wrong) -> None:
     path, sha = "artifacts/benchmarks/actions.json", artifacts.sha256(Path("data/benchmarks/ssv2"))
-    before = locked_runs()[0].disk.md5(path)
+    before = {locked: locked_runs()[0].disk.md5(locked) for locked in (path, "artifacts/benchmarks")}
     flip(path, sha, "0" * 64)
-    Path("dvc.lock").write_text(Path("dvc.lock").read_text().replace(before, locked_runs()[0].disk.md5(path)))
+    for locked, md5 in before.items():
+        Path("dvc.lock").write_text(Path("dvc.lock").read_text().replace(md5, locked_runs()[0].disk.md5(locked)))
     text = wrong()
     assert f"{path}: it has sha256 {'0' * 64} for data/benchmarks/ssv2, on disk it is {sha}" in text
     assert f"{path} -> readout -> reports/built: mini/actions/frozen" in text
@@ -191,7 +193,7 @@ def test_one_byte_of_the_import_of_the_data_is_named(flip: Flip, wrong: Wrong) -
     assert "data.dvc: its md5 does not fit its content: take the file from git again" in wrong()
     size = locked_runs()[0].stages["data.dvc"].outs[0].size
     flip("data.dvc", f"size: {size}", f"size: {size + 1}")
-    message = f"experiments/pocket has {size} bytes in 3 files, the lock {size + 1} in 3 (data.dvc read it)"
+    message = f"experiments/pocket has {size} bytes in 4 files, the lock {size + 1} in 4 (data.dvc read it)"
     assert f"dvc.lock: {message}" in wrong()
 
 
@@ -270,7 +272,7 @@ def test_a_published_encoder_whose_folder_changed_is_named(flip: Flip, wrong: Wr
 def test_a_fresh_clone_is_checked_as_far_as_git_goes(clone: Path, flip: Flip, wrong: Wrong) -> None:
     findings = audit.verify(locked_runs())
     assert {finding.kind for finding in findings} == {"not checked"}
-    absent = "10 locked files and folders (artifacts/"  # not data: git has it
+    absent = "11 locked files and folders (artifacts/"  # not data: git has it
     assert any(finding.message.startswith(absent) for finding in findings)
     flip("experiments/pocket/videos/b.mp4", "as it was", "as it is ")
     text = wrong()

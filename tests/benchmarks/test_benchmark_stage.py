@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 
 from scaling4d import artifacts
-from scaling4d.benchmarks.stage import hash_benchmark
+from scaling4d.benchmarks.stage import hash_benchmarks
 from scaling4d.records import UserError
 
-SETTINGS = {"benchmarks": {"root": "data/benchmarks"}}
+TASKS = ("actions", "depth", "points", "pose")
 
 
 @pytest.fixture(autouse=True)
@@ -22,24 +22,32 @@ def write(*names: str, text: str = "x") -> None:
         path.write_text(text)
 
 
-def hashed(task: str) -> dict:
-    return json.loads(hash_benchmark(task, SETTINGS).read_text())
+def hashed(*tasks: str) -> dict[str, dict]:
+    folder = hash_benchmarks({"benchmarks": {"root": "data/benchmarks", "tasks": tasks}})
+    return {path.stem: json.loads(path.read_text()) for path in folder.iterdir()}
 
 
 def test_another_file_of_a_benchmark_changes_its_own_task_alone() -> None:
-    before = {task: hashed(task) for task in ("depth", "pose")}
+    before = hashed(*TASKS)
     assert before["depth"]["folders"] == {"data/benchmarks/scannet": artifacts.sha256(Path("data/benchmarks/scannet"))}
     write("scannet/list.txt", text="other")
-    assert hashed("depth") != before["depth"] and hashed("pose") == before["pose"]
+    after = hashed(*TASKS)
+    assert before.keys() == after.keys() == {*TASKS}
+    assert [task for task in TASKS if before[task] != after[task]] == ["depth"]
+
+
+def test_a_task_that_is_left_out_has_no_file() -> None:
+    assert hashed("depth", "pose").keys() == {"depth", "pose"}
+    assert hashed("pose").keys() == {"pose"} and hashed() == {}
 
 
 def test_a_task_that_is_measured_on_another_benchmark_depends_on_both() -> None:
     write("perception_test/all_train.json", "tapvid/tapvid_davis.pkl")
-    assert set(hashed("points")["folders"]) == {"data/benchmarks/perception_test", "data/benchmarks/tapvid"}
+    assert set(hashed("points")["points"]["folders"]) == {"data/benchmarks/perception_test", "data/benchmarks/tapvid"}
 
 
 def test_a_benchmark_that_is_not_there_is_a_problem_of_who_reads_it() -> None:
-    content = hashed("actions")
+    content = hashed("actions")["actions"]
     assert content["folders"] == {} and "no folder data/benchmarks/ssv2" in content["problem"]
     with pytest.raises(UserError, match="unknown task 'smell'; needed one of actions, boxes"):
-        hash_benchmark("smell", SETTINGS)
+        hashed("smell")

@@ -82,23 +82,30 @@ class LockedRun:
         """The stage that wrote each output."""
         return {out.path: stage for stage in self.stages.values() for out in stage.outs}
 
-    def _readers(self, path: str) -> Iterator[LockedStage]:
-        """The stages that read a path, a folder above it or a file inside it.
+    def _readers(self, path: str) -> Iterator[tuple[LockedStage, list[str]]]:
+        """The stages that read a path, a folder above it or a file inside it, and what they write.
 
-        A stage `benchmarks` depends on a folder around the benchmarks. It counts where it hashes the path, and where
-        its hashes are not here.
+        Stage `benchmarks` depends on a folder around the benchmarks. Of its files those count that hash the path, and
+        those whose hashes are not here.
         """
         for stage in self.stages.values():
-            if any(overlap(dep.path, path) for dep in stage.deps):
-                hashed = [folder for out in stage.outs for folder in self.benchmark_hashes(out.path)]
-                around = [dep.path for dep in stage.deps if any(overlap(dep.path, folder) for folder in hashed)]
-                if any(overlap(folder, path) for folder in hashed) or not any(overlap(dep, path) for dep in around):
-                    yield stage
+            read = [dep.path for dep in stage.deps if overlap(dep.path, path)]
+            outs = [out.path for out in stage.outs]
+            hashes = {file: folders for out in outs for file, folders in self.benchmark_hashes(out).items()}
+            if any(overlap(folder, dep) for folders in hashes.values() for folder in folders for dep in read):
+                outs = [file for file, folders in hashes.items() if not folders or any(overlap(name, path) for name in folders)]
+            if read and outs:
+                yield stage, outs
 
-    def benchmark_hashes(self, path: str) -> dict[str, str]:
-        """Folder -> sha256 in a file of stage `benchmarks`; empty for other files."""
-        folders = self.json_object(path).get("folders") if path.startswith(f"{BENCHMARKS}/") else None
-        return {name: sha for name, sha in folders.items() if isinstance(sha, str)} if isinstance(folders, dict) else {}
+    def benchmark_hashes(self, path: str) -> dict[str, dict[str, str]]:
+        """Files of stage `benchmarks` at or below a path -> {folder: sha256}; empty for other paths."""
+        names = self.disk.paths(path) if f"{path}/".startswith(f"{BENCHMARKS}/") else ()
+        hashes = {}
+        for file in (f"{path}/{name}".rstrip("/") for name in names):
+            folders = self.json_object(file).get("folders")
+            folders = folders.items() if isinstance(folders, dict) else ()
+            hashes[file] = {folder: sha for folder, sha in folders if isinstance(sha, str)}
+        return hashes
 
     def table_rows(self, read: Callable[[str], str | None] | None = None) -> Iterator[tuple[str, str, int, dict[str, str]]]:
         """(key, file, line, row) of every table. Keys: `encoder/task/protocol`, `point/pretrain`, `point/reconstruct`.
@@ -141,10 +148,10 @@ class LockedRun:
             for key in (key for key, record in self.records.items() if key not in reached and overlap(record, path)):
                 reached.add(key)
                 ways.setdefault(way, []).append(key)
-            for stage in (stage for stage in self._readers(path) if stage.name not in passed):
+            for stage, outs in ((stage, outs) for stage, outs in self._readers(path) if stage.name not in passed):
                 passed.add(stage.name)
                 longer = way if way[-1:] == (stage.kind,) else (*way, stage.kind)
-                waiting += [(out.path, longer) for out in stage.outs]
+                waiting += [(out, longer) for out in outs]
         return tuple(" -> ".join((cause, *way, f"{self.folder}: {shorten(keys, 6)}")) for way, keys in ways.items())
 
     def outs_of_setting(self, key: str) -> list[tuple[str, tuple[str, ...]]]:

@@ -250,7 +250,8 @@ def _provenance(run: LockedRun, stage: LockedStage, path: str, content: Mapping[
     known = set()  # sha256 of every input, of the files and folders directly inside, and of its benchmark
     for dep in stage.deps:
         inner = {f"{dep.path}/{file.split('/')[0]}" for file in run.disk.files(dep.path) if file}
-        known |= {run.disk.sha256(path) for path in (dep.path, *inner)} | set(run.benchmark_hashes(dep.path).values())
+        known |= {run.disk.sha256(path) for path in (dep.path, *inner)}
+        known |= {sha for folders in run.benchmark_hashes(dep.path).values() for sha in folders.values()}
     for name, sha in (content.get("inputs") or {}).items():
         if name != "videos" and sha not in known:  # videos may be members of archives; the lock has their folder's hash
             yield f"{path} names {name} {sha}, which is no input of its stage in {run.lock}"
@@ -273,12 +274,12 @@ def _operative(run: LockedRun, stage: LockedStage, folder: str) -> Iterator[str]
 
 def _benchmarks(run: LockedRun, changed: Mapping[str, list[str]]) -> Iterator[AuditFinding]:
     """The benchmarks have the hashes by which readouts depend on them."""
-    for path in run.makers:
-        for folder, sha in run.benchmark_hashes(path).items():
-            known = any(overlap(place, other) for place in (path, folder) for other in changed)
-            if run.disk.sha256(folder) not in (None, sha) and not known:
-                message = f"it has sha256 {sha} for {folder}, on disk it is {run.disk.sha256(folder)}"
-                yield AuditFinding(WRONG, path, message, run.affected_results(path))
+    files = {file: folders for path in run.makers for file, folders in run.benchmark_hashes(path).items()}
+    for path, folder, sha in ((file, *item) for file, folders in files.items() for item in folders.items()):
+        known = any(overlap(place, other) for place in (path, folder) for other in changed)
+        if run.disk.sha256(folder) not in (None, sha) and not known:
+            message = f"it has sha256 {sha} for {folder}, on disk it is {run.disk.sha256(folder)}"
+            yield AuditFinding(WRONG, path, message, run.affected_results(path))
 
 
 def _weights(run: LockedRun, changed: Mapping[str, list[str]]) -> Iterator[AuditFinding]:

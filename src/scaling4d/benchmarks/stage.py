@@ -1,4 +1,4 @@
-"""Stage `benchmarks`: hash the benchmark folders of a task. DVC then looks at every file once, not once per readout."""
+"""Stage `benchmarks`: hash the benchmark folders of each task. DVC then looks at every file once, not per readout."""
 
 from __future__ import annotations
 
@@ -6,29 +6,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from scaling4d import artifacts, benchmarks, config
+from scaling4d import artifacts, benchmarks, config, provenance
 from scaling4d.records import UserError, write_json
 
-KEYS = ["benchmarks.root"]  # the settings that this stage declares in dvc.yaml
+KEYS = ["benchmarks.root", "benchmarks.tasks"]  # the settings that this stage declares in dvc.yaml
+FOLDER = Path("artifacts/benchmarks")
 
 
-def hash_benchmark(task: str, settings: Mapping[str, Any]) -> Path:
-    """Write `artifacts/benchmarks/<task>.json`: {"task", "folders": {folder: sha256 over its files}, "problem"}.
+def hash_benchmarks(settings: Mapping[str, Any]) -> Path:
+    """Write `artifacts/benchmarks/<task>.json`, a file a task: {"task", "folders": {folder: sha256}, "problem"}.
 
     A task without a readable folder has a `problem`, in words, and no folders. Whoever reads its benchmark raises that
     error. Raises:
         UserError: unknown task.
     """
-    if task not in benchmarks.TASKS:
-        raise UserError(f"unknown task {task!r}; needed one of {', '.join(benchmarks.TASKS)}")
-    root = Path(config.declared(settings, KEYS)["benchmarks.root"])
-    folders, problem = set(), ""
-    try:
-        folders = {benchmarks.find_benchmark(task, root, split).folder for split in benchmarks.SPLITS}
-    except UserError as error:
-        problem = str(error)
-    out = Path("artifacts/benchmarks") / f"{task}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    hashes = {folder.as_posix(): artifacts.sha256(folder) for folder in folders}
-    write_json(out, {"task": task, "folders": hashes, "problem": problem})
-    return out
+    root, tasks = config.declared(settings, KEYS).values()
+    if unknown := [task for task in tasks if task not in benchmarks.TASKS]:
+        raise UserError(f"unknown task {unknown[0]!r}; needed one of {', '.join(benchmarks.TASKS)}")
+    with provenance.atomic_folder(FOLDER) as out:
+        for task in tasks:
+            folders, problem = set(), ""
+            try:
+                folders = {benchmarks.find_benchmark(task, Path(root), split).folder for split in benchmarks.SPLITS}
+            except UserError as error:
+                problem = str(error)
+            hashes = {folder.as_posix(): artifacts.sha256(folder) for folder in folders}
+            write_json(out / f"{task}.json", {"task": task, "folders": hashes, "problem": problem})
+    return FOLDER
