@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 
 import av
@@ -84,8 +85,7 @@ def probe(source: VideoInput, *, sha256: str, max_side_px: int | None = None) ->
             raise VideoError("no frame can be decoded")
         rotation_deg = _rotation(frame)
         size = (frame.height, frame.width) if rotation_deg in (0, 180) else (frame.width, frame.height)
-        container_s = (container.duration or 0) / av.time_base
-        duration_s = float(stream.duration * stream.time_base) if stream.duration else container_s  # ASF: 0
+        duration_s = _duration_s(container, stream)
         rate_hz = float(stream.average_rate or stream.guessed_rate or 0)
         path = str(source.path if isinstance(source, FileSlice) else source)
         return Video(path, sha256, stream.codec_context.name, duration_s, rate_hz, *size, rotation_deg)
@@ -103,7 +103,7 @@ def decode_frames(source: VideoInput) -> Iterator[tuple[float, np.ndarray]]:
     with _open(source) as (container, stream):
         first_s, last_s, size, reformatter = None, -math.inf, None, VideoReformatter()
         for frame in _decode(container, stream):
-            time_s = float(frame.pts * frame.time_base) if frame.pts is not None else math.nan
+            time_s = _time_s(frame)
             first_s = time_s if first_s is None else first_s
             size = size or (frame.height, frame.width)
             if (frame.height, frame.width) != size:
@@ -153,19 +153,44 @@ def read_frames_at(source: VideoInput, times_s: Times, *, side_px: int | None = 
     Raises:
         VideoError: as `decode_frames`; damage elsewhere than at these times may go unnoticed.
     """
-    wanted_s = np.asarray(times_s, dtype=np.float64)
-    with _open(source) as (container, stream):
-        back_s = () if TIMELESS & set(container.format.name.split(",")) else SEEK_BACK_S
-        attempts = (_seek(container, stream, wanted_s, earlier_s) for earlier_s in back_s)
+    with open_video(source) as opened:
+        return opened.frames_at(times_s, side_px=side_px)
+
+
+@dataclass(frozen=True)
+class OpenVideo:
+    """A video that is opened once. duration_s: as its header declares it; 0: it does not."""
+
+    source: VideoInput
+    container: av.container.InputContainer
+    stream: av.VideoStream
+    duration_s: float
+
+    def first_s(self) -> float:
+        """Time of the first frame on the stream's own clock. Call it before `frames_at`. Raises VideoError."""
+        return float(sort_times([_time_s(frame) for frame in islice(_decode(self.container, self.stream), 1)])[0])
+
+    def frames_at(self, times_s: Times, *, side_px: int | None = None) -> np.ndarray:
+        """As `read_frames_at`."""
+        wanted_s = np.asarray(times_s, dtype=np.float64)
+        back_s = () if TIMELESS & set(self.container.format.name.split(",")) else SEEK_BACK_S
+        attempts = (_seek(self.container, self.stream, wanted_s, earlier_s) for earlier_s in back_s)
         decoded = next((frames for frames in attempts if frames is not None), None)
-    if decoded is None:
-        return _decode_from_start(source, wanted_s, side_px)
-    frames, wanted_pts = decoded
-    if len({(frame.height, frame.width) for frame in frames.values()}) > 1:
-        raise VideoError("frames change their size")
-    reformatter = VideoReformatter()
-    images = {pts: _rgb(frame, reformatter, side_px) for pts, frame in frames.items()}
-    return np.stack([images[pts] for pts in wanted_pts])
+        if decoded is None:
+            return _decode_from_start(self.source, wanted_s, side_px)
+        frames, wanted_pts = decoded
+        if len({(frame.height, frame.width) for frame in frames.values()}) > 1:
+            raise VideoError("frames change their size")
+        reformatter = VideoReformatter()
+        images = {pts: _rgb(frame, reformatter, side_px) for pts, frame in frames.items()}
+        return np.stack([images[pts] for pts in wanted_pts])
+
+
+@contextmanager
+def open_video(source: VideoInput) -> Iterator[OpenVideo]:
+    """Raises VideoError: it cannot be opened."""
+    with _open(source) as (container, stream):
+        yield OpenVideo(source, container, stream, _duration_s(container, stream))
 
 
 def _seek(
@@ -288,6 +313,11 @@ def _open(source: VideoInput) -> Iterator[tuple[av.container.InputContainer, av.
         yield container, stream
 
 
+def _duration_s(container: av.container.InputContainer, stream: av.VideoStream) -> float:
+    """As the header declares it; 0: it does not (ASF)."""
+    return float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / av.time_base
+
+
 def _decode(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
     """Every frame, then a check that the data reaches its declared end: FFmpeg accepts a truncated mkv or webm."""
     start_s = shown_s = data_s = None
@@ -315,6 +345,11 @@ def _decode(container: av.container.InputContainer, stream: av.VideoStream) -> I
         end_s, declared_s = data_s, (container.duration or 0) / av.time_base
     if end_s < declared_s - slack_s:
         raise VideoError(f"incomplete: the data ends at {end_s:.2f} s of {declared_s:.2f} s")
+
+
+def _time_s(frame: av.VideoFrame) -> float:
+    """On the stream's own clock; NaN: the frame has no time stamp."""
+    return float(frame.pts * frame.time_base) if frame.pts is not None else math.nan
 
 
 def _rotation(frame: av.VideoFrame) -> int:

@@ -138,14 +138,15 @@ def test_realestate10k_frames_that_are_no_pictures_are_refused(tmp_path):
 
 def test_realestate10k_a_clip_late_in_a_video_is_not_decoded_from_its_start(tmp_path, monkeypatch):
     write(tmp_path, clips=20)
-    path, decoded, frames = tmp_path / "videos/abc-DEF_123.mp4", [], video.decode_frames
+    path, opened, decoded = tmp_path / "videos/abc-DEF_123.mp4", [], []
+    av_open, frames = video.av.open, video._decode
     wanted = [frames_by_time(path, (n * T + np.arange(T)) / 8.0) for n in range(20)]
-    monkeypatch.setattr(
-        video, "decode_frames", lambda source: map(lambda frame: decoded.append(frame[0]) or frame, frames(source))
-    )
+    monkeypatch.setattr(video.av, "open", lambda name, **options: opened.append(name) or av_open(name, **options))
+    monkeypatch.setattr(video, "_decode", lambda *of: map(lambda frame: decoded.append(frame.pts) or frame, frames(*of)))
     samples = read(realestate10k, tmp_path, "val")
     assert len(samples) == 20 and all(map(np.array_equal, (sample.pixels for sample in samples), wanted))
-    assert decoded == [0.0] * 20  # of each, the first frame, whose time counts as 0; the others come from near them
+    assert len(opened) == 20  # each once
+    assert decoded == [0] * 20  # of each, the first frame, whose time counts as 0; the others come from near them
 
 
 def test_realestate10k_a_video_that_ends_before_a_clip_or_is_damaged_there_gives_the_others(tmp_path):

@@ -93,12 +93,11 @@ def frames_by_seeking(path: Path, times_s: np.ndarray) -> np.ndarray:
 
     Raises UserError: it cannot be decoded, or ends early.
     """
-    with _video_named(path):
-        first_s, _ = next(video.decode_frames(path), (0.0, None))
-        end_s = _duration_s(path)
+    with _video_named(path), video.open_video(path) as opened:
+        end_s = opened.duration_s or _counted_s(path)
         if times_s[-1] > end_s + TOLERANCE_S:
             raise UserError(f"{path} ends at {end_s:.2f} s, needed {times_s[-1]:.2f} s; lower frames or raise rate_hz")
-        return video.read_frames_at(path, first_s + times_s)
+        return opened.frames_at(opened.first_s() + times_s)
 
 
 def squares_by_number(path: Path, numbers: Sequence[int] | np.ndarray, side_px: int) -> np.ndarray:
@@ -128,7 +127,8 @@ def read_views(path: Path, request: ClipRequest) -> list[np.ndarray]:
     starts_s = np.zeros(1)
     if clips > 1:
         with _video_named(path):
-            starts_s = np.linspace(0.0, max(_duration_s(path) - request.frames / request.rate_hz, 0.0), clips)
+            duration_s = video.probe(path, sha256="").duration_s or _counted_s(path)
+        starts_s = np.linspace(0.0, max(duration_s - request.frames / request.rate_hz, 0.0), clips)
     clips_s = [start_s + request.times_s for start_s in starts_s]
     unique_s = np.unique(np.concatenate(clips_s))
     pictures = frames_by_time(path, unique_s)
@@ -157,11 +157,8 @@ def _video_named(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: {error}") from error
 
 
-def _duration_s(path: Path) -> float:
-    """Of the container; where it has none, by counting frames: the last one is shown as long as the others."""
-    duration_s = video.probe(path, sha256="").duration_s
-    if duration_s > 0:
-        return duration_s
+def _counted_s(path: Path) -> float:
+    """Duration of a video whose header has none, by counting frames: the last one is shown as long as the others."""
     times_s = [time_s for time_s, _ in video.decode_frames(path)]
     return (times_s[-1] - times_s[0]) * len(times_s) / max(len(times_s) - 1, 1)
 
