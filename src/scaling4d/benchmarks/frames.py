@@ -163,6 +163,12 @@ def _counted_s(path: Path) -> float:
     return (times_s[-1] - times_s[0]) * len(times_s) / max(len(times_s) - 1, 1)
 
 
+def _resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    if picture.shape[:2] == (height, width):
+        return picture
+    return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
+
+
 @dataclass(frozen=True)
 class Crop:
     """Shorter side to `side_px`, then a square of that side, for pictures of `height` x `width`.
@@ -191,8 +197,8 @@ class Crop:
         """uint8 `T H W 3` -> uint8 `T side side 3`, bicubic with antialiasing."""
         height, width = self.resized
         x, y = self.corner
-        resized = [np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC)) for picture in pictures]
-        return np.ascontiguousarray(np.stack(resized)[:, y : y + self.side_px, x : x + self.side_px])
+        resized = np.stack([_resize(picture, height, width) for picture in pictures])
+        return np.ascontiguousarray(resized[:, y : y + self.side_px, x : x + self.side_px])
 
     def points(self, points: np.ndarray) -> np.ndarray:
         """`... 2`, x y in 0..1 of the picture -> in 0..1 of the square; may fall outside."""
