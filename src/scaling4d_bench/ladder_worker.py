@@ -19,7 +19,7 @@ from scaling4d import config
 from scaling4d.mae.models import METHODS, config_of
 from scaling4d.pretrain.plan.closed_form import flops_per_clip
 from scaling4d.pretrain.settings import BETAS
-from scaling4d.training.distributed import keep_freed_memory
+from scaling4d.training import distributed
 from scaling4d.training.observe import matrix_product
 from scaling4d.training.optimizer import build_adamw
 from scaling4d_bench import steps
@@ -58,7 +58,7 @@ def turn(run: Callable[[], object]) -> tuple[float, float]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    keep_freed_memory()  # as a rank of the trainer does
+    getattr(distributed, "keep_freed_memory", lambda: None)()  # as a rank of the trainer does; older revisions have none
     settings = config.compose([])
     models = {name: point["model"].get("SimpleMAE") for name, point in settings["points"].items()}
     made = {name: point_step(given, settings["pretrain"]["Training"]) for name, given in models.items() if given}
