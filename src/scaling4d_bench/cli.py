@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated
@@ -14,16 +15,9 @@ from scaling4d.records import UserError
 bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory, beside other libraries where there are any.")
 
 
-def _known(precision: str | list[str]) -> str | list[str]:
-    for word in [precision] if isinstance(precision, str) else precision:
-        if word not in ("fp32", "bf16"):
-            raise UserError(f"--precision {word!r}; needed fp32 or bf16")
-    return precision
-
-
 Reports = Annotated[Path, typer.Option("--out", help="Folder for the json with every single time.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Number of turns of each workload.")]
-Precision = Annotated[str, typer.Option(callback=_known, help="fp32 or bf16.")]
+Precision = StrEnum("Precision", ["fp32", "bf16"])
 MaeSt = Annotated[
     Path | None, typer.Option(help="A checkout of facebookresearch/mae_st to measure beside ours; its code is run.")
 ]
@@ -48,12 +42,11 @@ def decode(
 @bench.command()
 def loader(
     out: Reports = REPORTS,
-    steps: Annotated[int, typer.Option(min=1, help="Batches of 8 clips in a turn.")] = 40,
     repeats: Repeats = 5,
     minutes: Annotated[float, typer.Option(min=0, help="Time of watching the memory.")] = 1.0,
 ) -> None:
     """Clips a second of the loader with 0, 1, 2, 4 workers, and its memory as time goes by."""
-    _measure("loader", out, steps=steps, repeats=repeats, minutes=minutes)
+    _measure("loader", out, repeats=repeats, minutes=minutes)
 
 
 @bench.command()
@@ -67,14 +60,9 @@ def readout(
 
 
 @bench.command()
-def curate(
-    out: Reports = REPORTS,
-    files: Annotated[int, typer.Option(min=2, help="Videos of the small run.")] = 200,
-    more: Annotated[int, typer.Option(min=3, help="Videos of the large run.")] = 2000,
-    repeats: Repeats = 1,
-) -> None:
+def curate(out: Reports = REPORTS) -> None:
     """Files a second of curation, its memory at two sizes, and the cost for 170 million videos that follows."""
-    _measure("curate", out, files=files, more=more, repeats=repeats)
+    _measure("curate", out)
 
 
 @bench.command()
@@ -82,7 +70,7 @@ def pretrain(
     out: Reports = REPORTS,
     clips: Annotated[int, typer.Option(min=1, help="A batch, of every model.")] = 8,
     repeats: Repeats = 5,
-    precision: Annotated[list[str], typer.Option(callback=_known, help="fp32 or bf16; give it twice for both.")] = ["fp32"],  # noqa: B006
+    precision: Annotated[list[Precision], typer.Option(help="Give it twice for both.")] = [Precision.fp32],  # noqa: B006
     mae_st: MaeSt = None,
     ladder: Annotated[
         bool, typer.Option("--ladder", help="The default profile's points alone, as it trains them: its batch, fp32, one thread.")
@@ -105,12 +93,10 @@ def masking(
     out: Reports = REPORTS,
     clips: Annotated[int, typer.Option(min=1, help="A batch.")] = 2,
     repeats: Repeats = 5,
-    precision: Precision = "fp32",
-    workers: Annotated[int, typer.Option(min=0, help="Processes that load clips.")] = 4,
-    shards: Annotated[Path | None, typer.Option(help="A `clips` folder to load from, instead of made-up videos.")] = None,
+    precision: Precision = Precision.fp32,
 ) -> None:
     """Step time at 0, 75, 90 and 95 % hidden, MAE-ST's and SimpleMAE's decoding at B and L; loading clips beside it."""
-    _measure("masking", out, clips=clips, repeats=repeats, precision=precision, workers=workers, shards=shards)
+    _measure("masking", out, clips=clips, repeats=repeats, precision=precision)
 
 
 @bench.command()
@@ -118,20 +104,16 @@ def attention(
     out: Reports = REPORTS,
     total: Annotated[int, typer.Option(min=1, help="Approximate number of tokens of all clips together.")] = 6272,
     repeats: Repeats = 7,
-    precision: Precision = "fp32",
+    precision: Precision = Precision.fp32,
 ) -> None:
     """Attention at the token counts in use: ours, torch's, xformers; clips in a batch and packed in one sequence."""
     _measure("attention", out, total=total, repeats=repeats, precision=precision)
 
 
 @bench.command()
-def render(
-    out: Reports = REPORTS,
-    clips: Annotated[int, typer.Option(min=1, help="Of each kind in a turn.")] = 8,
-    repeats: Repeats = 5,
-) -> None:
+def render(out: Reports = REPORTS, repeats: Repeats = 5) -> None:
     """CPU time to draw a labelled clip of each kind, and an unlabelled video, of the pocket's worlds."""
-    _measure("render", out, clips=clips, repeats=repeats)
+    _measure("render", out, repeats=repeats)
 
 
 @bench.command()

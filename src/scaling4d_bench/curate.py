@@ -16,8 +16,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from scaling4d import seeds
 from scaling4d.clips import curate
 from scaling4d.clips.cluster import dask_client, run_jobs
@@ -31,7 +29,7 @@ from scaling4d_bench.measure import SEED, Measurements
 
 SIZE_PX, SECONDS = (240, 320), 8.0  # of the videos; height, width
 SAMPLE_S = 0.1  # between two samples of the memory
-MORE_SHARE = 0.01  # files added before the second run
+FILES, MORE, EXTRA = 200, 2000, 20  # videos of the small and the large run, and of those added before the second run
 HASHES = 32_768  # random ones, to measure the search for duplicates
 TASKS = 2_000  # without work, to measure the scheduler
 TASKS_PER_VIDEO = 2 + 1 / curate.HASHES_PER_JOB  # inspect, encode, and a share of one that hashes
@@ -48,31 +46,23 @@ COLUMNS = {
 }
 
 
-def bench(out: Path, *, files: int, more: int, repeats: int) -> Path:
-    """Make videos, curate `files` of them, then `more`, then 1 % more; print tables, write `<out>/curate.json`."""
-    if not 2 <= files < more:
-        raise UserError(f"files is {files} and more is {more}; needed 2 or more files, and more than that")
-    curation, extra = videos.curation({"workers": measure.cores(), "cluster": ""}), max(1, round(more * MORE_SHARE))
-    settings = {"files": files, "more": more, "extra": extra, "repeats": repeats, "seconds": SECONDS, "size_px": list(SIZE_PX)}
+def bench(out: Path) -> Path:
+    """Make videos, curate FILES of them, then MORE, then EXTRA more; print tables, write `<out>/curate.json`."""
+    curation = videos.curation({"workers": measure.cores(), "cluster": ""})
+    settings = {"files": FILES, "more": MORE, "extra": EXTRA, "seconds": SECONDS, "size_px": list(SIZE_PX)}
     settings |= {"hashes": HASHES, "tasks": TASKS, "curation": curation}
     measurements = Measurements("curate", settings, LIBRARIES)
-    runs: dict[str, list[dict[str, Any]]] = {f"{files} files": [], f"{more} files": [], f"{extra} files added": []}
     with tempfile.TemporaryDirectory() as scratch:
-        paths = [Path(scratch, "made", f"{number:06d}.mp4") for number in range(more + extra)]
+        paths = [Path(scratch, "made", f"{number:06d}.mp4") for number in range(MORE + EXTRA)]
         with ProcessPoolExecutor(measure.cores(), get_context("spawn")) as pool:
             make = partial(videos.write, seconds=SECONDS, size_px=SIZE_PX)
             list(pool.map(make, paths, range(SEED, SEED + len(paths)), chunksize=8))
-        for repeat in range(repeats):
-            folder, previous = Path(scratch, f"repeat{repeat}"), None
-            for name, some in zip(runs, (paths[:files], paths[:more], paths), strict=True):
-                runs[name].append(run_curation(folder / name, some, curation, previous=previous))
-                previous = folder / f"{more} files" if name == f"{more} files" else None
+        small, large = Path(scratch, "small"), Path(scratch, "large")
+        first = run_curation(small, paths[:FILES], curation, previous=None)
+        second = run_curation(large, paths[:MORE], curation, previous=None)
+        again = run_curation(Path(scratch, "again"), paths, curation, previous=large)
         tasks_per_s = measure_scheduler(curation)
-    rows = []
-    for several in runs.values():  # equal runs: the median time, the largest peaks
-        peaks = {name: max(run[name] for run in several) for name in ("peak_main", "peak_worker")}
-        rows.append(several[0] | peaks | {"seconds": float(np.median([run["seconds"] for run in several]))})
-    first, second, again = rows
+    rows = [first, second, again]
     search = measure_search(curation.hash_bits)
     new, grown = (second["files"] - first["files"]), {key: second[key] - first[key] for key in ("seconds", "clips", "peak_main")}
     rates = {  # from the difference of two sizes, so that starting the cluster does not count
@@ -87,7 +77,8 @@ def bench(out: Path, *, files: int, more: int, repeats: int) -> Path:
         "main_bytes_per_video": grown["peak_main"] / new,
     }
     paper = extrapolate(rates, videos=VIDEOS, video_s=VIDEO_S, cores=CORES)
-    measurements.raw["seconds"] = {name: [run["seconds"] for run in several] for name, several in runs.items()}
+    names = (f"{FILES} files", f"{MORE} files", f"{EXTRA} files added")
+    measurements.raw["seconds"] = {name: [row["seconds"]] for name, row in zip(names, rows, strict=True)}
     share = again["seconds"] / second["seconds"]
     results = {"rows": rows, "second_run_of_first": share, "duplicates": search, "measured": rates, "paper": paper}
     measurements.results.update(results)

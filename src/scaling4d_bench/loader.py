@@ -18,7 +18,7 @@ from scaling4d.records import ClipBatch
 from scaling4d_bench import measure, videos
 from scaling4d_bench.measure import SEED, Measurements
 
-BATCH = 8
+BATCH, STEPS = 8, 40  # clips of a batch, batches of a turn
 WORKERS = (0, 1, 2, 4)
 FILES, SECONDS, SIZE_PX = 8, 20.0, (360, 640)  # made-up videos; height, width
 ALONE = "one core, decoding alone"
@@ -26,9 +26,9 @@ SAMPLE_S = 0.5  # between two samples of the memory
 LIBRARIES = ("av", "numpy", "pyarrow", "torch", "torchdata")
 
 
-def bench(out: Path, *, steps: int, repeats: int, minutes: float) -> Path:
+def bench(out: Path, *, repeats: int, minutes: float) -> Path:
     """Curate made-up videos at the paper's size, measure, print a table for each kind, write `<out>/loader.json`."""
-    settings = {"batch": BATCH, "steps": steps, "repeats": repeats, "minutes": minutes, "files": FILES, "seconds": SECONDS}
+    settings = {"batch": BATCH, "steps": STEPS, "repeats": repeats, "minutes": minutes, "files": FILES, "seconds": SECONDS}
     settings |= {"size_px": SIZE_PX, "curation": videos.curation({})}
     measurements = Measurements("loader", settings, LIBRARIES)
     torch.set_num_threads(1)
@@ -38,10 +38,10 @@ def bench(out: Path, *, steps: int, repeats: int, minutes: float) -> Path:
         made = partial(videos.curated, Path(scratch), files=FILES, seconds=SECONDS, size_px=SIZE_PX)
         folders = {"encoded clips": made(encode=True), "whole sources": made(encode=False)}
         for kind, folder in folders.items():
-            runs = {ALONE: partial(decode, folder, steps)}
-            runs |= {f"workers: {count}": partial(load, folder, steps, count) for count in WORKERS}
+            runs = {ALONE: partial(decode, folder, STEPS)}
+            runs |= {f"workers: {count}": partial(load, folder, STEPS, count) for count in WORKERS}
             timings, clips = measure.take_turns(runs, repeats=repeats), loader.count_clips(folder, "train")
-            rows = measure.throughput(timings, dict.fromkeys(runs, steps * BATCH))
+            rows = measure.throughput(timings, dict.fromkeys(runs, STEPS * BATCH))
             rows = [row | {"over_all_cores": row["over_ours"] / measure.cores()} for row in rows]
             measurements.raw[kind], measurements.results[kind] = timings, {"rows": rows, "clips": clips}
             measure.table(f"{kind}: batches of {BATCH} from {clips} clips", rows, columns)

@@ -12,7 +12,7 @@ from scaling4d_bench.measure import Measurements
 POINTS = {"B": {"MAE-ST": "mae_st_B", "SimpleMAE": "B"}, "L": {"MAE-ST": "mae_st_L", "SimpleMAE": "L"}}
 RATIOS = (0.0, 0.75, 0.9, 0.95)  # shares of hidden tokens
 FILES, SECONDS, SIZE_PX = 4, 12.0, (360, 640)  # made-up videos to load from
-BATCHES = 4  # of loader.BATCH clips: the loading in each turn
+BATCHES, WORKERS = 4, 4  # of loader.BATCH clips: the loading in each turn; processes that load
 LIBRARIES = ("torch", "numpy", "av", "torchdata", "xformers")
 LOADING = "loading"
 COLUMNS = {
@@ -27,17 +27,17 @@ COLUMNS = {
 }
 
 
-def bench(out: Path, *, clips: int, repeats: int, precision: str, workers: int, shards: Path | None) -> Path:
+def bench(out: Path, *, clips: int, repeats: int, precision: str) -> Path:
     """Measure, print a table for each size, write `<out>/masking-<precision>.json` (on a GPU with its name).
 
     Each method's times are compared with its own at the first of RATIOS, and with the first method's.
     """
     device = devices.prepare()
-    settings = {"clips": clips, "repeats": repeats, "precision": precision, "workers": workers} | devices.settings(device)
-    settings["shards"] = "given" if shards else f"made up: {FILES} x {SECONDS:g} s of {SIZE_PX} px"
+    settings = {"clips": clips, "repeats": repeats, "precision": precision, "workers": WORKERS} | devices.settings(device)
+    settings["shards"] = f"made up: {FILES} x {SECONDS:g} s of {SIZE_PX} px"
     measurements = Measurements(f"masking-{precision}", settings, LIBRARIES)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = shards or videos.curated(Path(scratch), files=FILES, seconds=SECONDS, size_px=SIZE_PX)
+        folder = videos.curated(Path(scratch), files=FILES, seconds=SECONDS, size_px=SIZE_PX)
         for size, methods in POINTS.items():
             hidden = {}
             for method, point in methods.items():
@@ -47,7 +47,7 @@ def bench(out: Path, *, clips: int, repeats: int, precision: str, workers: int, 
                     given = {"clips": clips, "mask_ratio": ratio, "precision": precision, "device": device}
                     hidden[f"{method}, {ratio:.0%}"] = (method, ratio, steps.our_step(model, update, **given))
             workloads = {name: step.workload(device) for name, (_, _, step) in hidden.items()}
-            workloads[LOADING] = (partial(loader.load, folder, BATCHES, workers), BATCHES * loader.BATCH, 0)
+            workloads[LOADING] = (partial(loader.load, folder, BATCHES, WORKERS), BATCHES * loader.BATCH, 0)
             timings, rows, limits = devices.beside_limits(workloads, precision=precision, device=device, repeats=repeats)
             loading = rows.pop()
             loading_s, unhidden = 1 / loading["per_s"], {}
@@ -63,7 +63,7 @@ def bench(out: Path, *, clips: int, repeats: int, precision: str, workers: int, 
                 }
             measurements.raw[size] = timings
             measurements.results[size] = {"rows": rows, "loading": loading, "limits": limits}
-            title = f"{size}, {precision}, batches of {clips}; {workers} processes load"
+            title = f"{size}, {precision}, batches of {clips}; {WORKERS} processes load"
             measure.table(title, [*rows, loading], COLUMNS)
             devices.print_limits(limits)
     print("with loading: first a batch is loaded, then the step runs")

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.autograd.profiler import profile
@@ -15,7 +14,6 @@ from scaling4d_bench import devices, measure, steps
 from scaling4d_bench.measure import Measurements
 from scaling4d_bench.steps import TrainingStep
 
-WORTH = 1.02  # least gain in clips a second by which a doubled batch is worth trying further
 LIBRARIES = ("torch", "numpy", "transformers", "timm", "xformers")
 OFFICIAL, VIDEOMAE = "official MAE-ST B, 90 %", "VideoMAE base, 90 %"  # 90 %: its own share
 COLUMNS = {"": "{name}", "batch": "{clips}", "clips/s": "{per_s:.2f}", "quartiles": measure.SPEED["quartiles"]}
@@ -37,31 +35,29 @@ class StepGroup:
     """Steps that take turns.
 
     makers: functions that make a step from clips, precision and device. pairs: names whose ratio is printed.
-    best_batch: each step at the batch where it is fastest.
     """
 
     makers: Mapping[str, Callable[..., TrainingStep]]
     pairs: Sequence[tuple[str, str]] = ()
-    best_batch: bool = False
 
 
-def standard_groups(mae_st: Path | None, device: torch.device) -> dict[str, StepGroup]:
-    """Ours beside VideoMAE, ours beside MAE-ST; on a GPU also every point at its best batch."""
+def standard_groups(mae_st: Path | None) -> dict[str, StepGroup]:
+    """Ours beside VideoMAE, ours beside MAE-ST."""
     coarse = {"coarse_patch": [4, 32, 32]}  # 196 coarse tokens instead of 784; neither is published
-    simple = {f"SimpleMAE {point}, 95 %": partial(steps.point_step, point, 0.95, {}) for point in ("S", "B", "L", "H")}
     maest = {f"MAE-ST {point}, 90 %": partial(steps.point_step, f"mae_st_{point}", 0.9, {}) for point in ("B", "L")}
     of_b = {
-        "SimpleMAE B, 95 %": simple["SimpleMAE B, 95 %"],
+        "SimpleMAE B, 95 %": partial(steps.point_step, "B", 0.95, {}),
         "SimpleMAE B, 90 %": partial(steps.point_step, "B", 0.9, {}),
         "SimpleMAE B, 95 %, 196 coarse tokens": partial(steps.point_step, "B", 0.95, coarse),
         "SimpleMAE B, 90 %, 196 coarse tokens": partial(steps.point_step, "B", 0.9, coarse),
     }
-    videomae, first = {VIDEOMAE: partial(steps.videomae, mask_ratio=0.9)}, {"SimpleMAE S, 95 %": simple["SimpleMAE S, 95 %"]}
-    groups = {
-        "beside VideoMAE": StepGroup(first | of_b | videomae, [(name, VIDEOMAE) for name in of_b]),
-        "beside MAE-ST": StepGroup(maest | {OFFICIAL: partial(steps.official_step, mae_st)}, [("MAE-ST B, 90 %", OFFICIAL)]),
+    first, videomae = partial(steps.point_step, "S", 0.95, {}), partial(steps.videomae, mask_ratio=0.9)
+    beside_videomae = {"SimpleMAE S, 95 %": first, **of_b, VIDEOMAE: videomae}
+    beside_maest = maest | {OFFICIAL: partial(steps.official_step, mae_st)}
+    return {
+        "beside VideoMAE": StepGroup(beside_videomae, [(name, VIDEOMAE) for name in of_b]),
+        "beside MAE-ST": StepGroup(beside_maest, [("MAE-ST B, 90 %", OFFICIAL)]),
     }
-    return groups | ({"at the best batch": StepGroup(simple | maest, best_batch=True)} if device.type == "cuda" else {})
 
 
 def bench(out: Path, *, clips: int, repeats: int, precisions: Sequence[str], mae_st: Path | None) -> Path:
@@ -69,10 +65,10 @@ def bench(out: Path, *, clips: int, repeats: int, precisions: Sequence[str], mae
     device = devices.prepare()
     settings = {"clips": clips, "repeats": repeats, "precisions": list(precisions)} | devices.settings(device)
     measurements = Measurements("pretrain", settings, LIBRARIES)
-    for name, group in standard_groups(mae_st, device).items():
+    for name, group in standard_groups(mae_st).items():
         for precision in precisions:
             title, given = f"{name}, {precision}", {"clips": clips, "precision": precision, "device": device}
-            made = measurements.load({n: partial(load, m, given, group) for n, m in group.makers.items()}, f", {precision}")
+            made = measurements.load({n: partial(make, **given) for n, make in group.makers.items()}, f", {precision}")
             workloads = {name: step.workload(device) for name, step in made.items()}
             timings, rows, limits = devices.beside_limits(workloads, precision=precision, device=device, repeats=repeats)
             for row in rows:
@@ -91,33 +87,6 @@ def bench(out: Path, *, clips: int, repeats: int, precisions: Sequence[str], mae
             columns = {"": "{name}", **{kind: f"{{parts[{kind}]:.0%}}" for kind in kinds}}
             measure.table("where a step's time goes", rows, columns)
     return measurements.write(out)
-
-
-def load(maker: Callable[..., TrainingStep], given: Mapping[str, Any], group: StepGroup) -> TrainingStep:
-    """A step at the given clips, or at its best batch."""
-    make = lambda clips: maker(**{**given, "clips": clips})  # noqa: E731
-    return make(best_clips(make, given["clips"], given["device"]) if group.best_batch else given["clips"])
-
-
-def best_clips(make: Callable[[int], TrainingStep], start: int, device: torch.device) -> int:
-    """The batch, `start` times a power of two, beyond which a GPU does not get faster or has no memory."""
-    best, clips, most_per_s = start, start, 0.0
-    while True:
-        try:
-            seconds = seconds_of(make(clips), device)
-        except torch.cuda.OutOfMemoryError:
-            return best
-        finally:
-            torch.cuda.empty_cache()
-        if clips / seconds < WORTH * most_per_s:
-            return best
-        best, clips, most_per_s = clips, 2 * clips, clips / seconds
-
-
-def seconds_of(step: TrainingStep, device: torch.device) -> float:
-    """The fastest of three, after one that does not count."""
-    run = devices.timed(step.run, device)
-    return min([run() for _ in range(4)][1:])
 
 
 def time_by_operation(run: Callable[[], None], device: torch.device) -> dict[str, float]:

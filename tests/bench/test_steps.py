@@ -50,7 +50,7 @@ def test_steps_take_turns_with_their_peers_and_missing_ones_are_named(tmp_path: 
         "another": gone,
     }
     group = StepGroup(makers, [("ours, 90 %", "VideoMAE"), ("ours, 90 %", "another")])
-    monkeypatch.setattr(pretrain, "standard_groups", lambda mae_st, device: {"all": group})
+    monkeypatch.setattr(pretrain, "standard_groups", lambda mae_st: {"all": group})
     path = pretrain.bench(tmp_path, clips=2, repeats=2, precisions=["fp32"], mae_st=None)
     content, shown = json.loads(path.read_text()), capsys.readouterr().out
     results, names = content["results"]["all, fp32"], ["ours, 90 %", "MAE-ST, 90 %", "VideoMAE"]
@@ -143,7 +143,8 @@ def test_masking_compares_every_share_with_none_and_adds_the_loading(tmp_path: P
     monkeypatch.setattr(masking, "POINTS", {"B": {"MAE-ST": "mae_st_B", "SimpleMAE": "S"}})
     models = {point: tiny(point) for point in ("mae_st_B", "S")}
     monkeypatch.setattr(steps, "build", lambda point, changes, device: models[point])
-    path = masking.bench(tmp_path, clips=2, repeats=2, precision="fp32", workers=0, shards=tmp_path)
+    monkeypatch.setattr(masking.videos, "curated", lambda *_, **__: tmp_path)
+    path = masking.bench(tmp_path, clips=2, repeats=2, precision="fp32")
     content, shown = json.loads(path.read_text()), capsys.readouterr().out
     results = content["results"]["B"]
     names = [f"{method}, {share}%" for method in ("MAE-ST", "SimpleMAE") for share in (0, 75, 90, 95)]
@@ -209,14 +210,3 @@ def test_operations_are_counted_by_their_kind() -> None:
         "gathers, copies": "aten::copy_", "by element, sums": "aten::add", "other": "aten::empty",
     }  # fmt: skip
     assert {pretrain.kind_of(operation): operation for operation in operations.values()} == operations
-
-
-def test_a_batch_is_doubled_until_it_brings_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    def out_of_memory() -> float:
-        raise torch.cuda.OutOfMemoryError("no memory left")
-
-    seconds = {2: 2.0, 4: 3.0, 8: 5.9, 16: 12.0}
-    monkeypatch.setattr(pretrain, "seconds_of", lambda clips, device: seconds[clips])
-    assert pretrain.best_clips(lambda clips: clips, 2, CPU) == 4
-    monkeypatch.setattr(pretrain, "seconds_of", lambda clips, device: 1.0 if clips < 16 else out_of_memory())
-    assert pretrain.best_clips(lambda clips: clips, 2, CPU) == 8
