@@ -126,13 +126,12 @@ def show(
     results: Annotated[list[Path], typer.Argument(metavar="RESULT", help="Frozen readouts of one task, folders in artifacts/.")],
     out: Annotated[Path | None, typer.Option(help="New folder for sheet.png and clips.mp4; default: one in shown/.")] = None,
     clips: Annotated[int, typer.Option(min=1, help="Number of validation clips, drawn by the result's seed.")] = 4,
-    ids: Annotated[list[str] | None, typer.Option("--id", help="This clip instead; may be given several times.")] = None,
     frames: Annotated[int, typer.Option(min=1, help="Frames of each clip on the sheet.")] = 4,
 ) -> None:
     """Draw predictions beside the ground truth: depth maps, tracks, boxes, camera paths, top classes (a DVC stage)."""
     from scaling4d.show import stage
 
-    print(f"wrote {stage.show(results, out, clips=clips, ids=ids or [], frames=frames)}")
+    print(f"wrote {stage.show(results, out, clips=clips, frames=frames)}")
 
 
 @app.command()

@@ -172,7 +172,7 @@ def test_the_title_of_a_panel_has_words_in_at_most_two_lines(pocket: dict) -> No
 
 
 def test_the_answer_comes_first_and_details_are_folded(page: Page) -> None:
-    assert [*page.sections] == [section.write.__name__ for section in SECTIONS]
+    assert [*page.sections] == [section.name for section in SECTIONS]
     assert [*page.sections][:5] == ["conclusion", "verdict", "rules", "headline", "results"]
     assert re.search(r"</h1>\n<section[^>]*><p>(Better|Within|Not)", report_html(page, "commit.js"))
     folded = {name for name, content in page.sections.items() if "<details>" in content}

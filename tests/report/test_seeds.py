@@ -167,14 +167,14 @@ def test_the_headline_shows_means_and_this_run(run: RunResults) -> None:
     for words in ("frozen, mean of 3 seeds, standard deviation", "this run", "untrained mini", "raw pixels", "trivial answer"):
         assert f">{words}</text>" in svg
     assert svg == figures.headline(run)
-    caption = layout.headline(run, Page(Path("out")))
+    caption = layout.figure(run, "headline")
     assert "means and standard deviations over seeds, this run&#x27;s values as crosses" in caption
 
 
 def test_without_a_study_the_headline_shows_intervals_over_videos(pocket: dict) -> None:
     run = report.read_run_results(pocket)
     svg = figures.headline(run)
-    assert "our points with 95 % intervals over validation videos" in layout.headline(run, Page(Path("out")))
+    assert "our points with 95 % intervals over validation videos" in layout.figure(run, "headline")
     assert ">frozen, 95 % interval over videos</text>" in svg and "of 3 seeds" not in svg and ">trivial answer</text>" in svg
 
 

@@ -270,7 +270,7 @@ def readout(task: str, encoder: str = "pixels") -> Path:
 @pytest.mark.parametrize("task", list(TASKS))
 def test_every_task_gives_a_sheet_and_a_video_and_the_same_bytes_twice(project: Path, task: str) -> None:
     both = [readout(task), readout(task, "other") / "result.json"]
-    named, default = (stage.show(both, out, clips=2, ids=[], frames=3) for out in (Path("shown/a"), None))
+    named, default = (stage.show(both, out, clips=2, frames=3) for out in (Path("shown/a"), None))
     assert default == Path(f"shown/pixels-other-{task}") and artifacts.sha256(named) == artifacts.sha256(default)
     assert {path.name for path in named.iterdir()} == {"sheet.png", "clips.mp4", "provenance.json", "operative_config.gin"}
     _, pictures = video.decode_all(Path("shown/a/clips.mp4"))
@@ -284,7 +284,7 @@ def test_every_task_gives_a_sheet_and_a_video_and_the_same_bytes_twice(project: 
 
 def test_the_value_beside_a_clip_is_the_metric_of_the_drawn_prediction(project: Path) -> None:
     loaded = load_trained_readout(readout("pose"))
-    for clip in stage.choose_samples(loaded, 5, []):
+    for clip in stage.choose_samples(loaded, 5):
         predicted, (total, count) = stage.predict(loaded, clip)
         true = metrics.relative_pose(clip.labels["camera_to_world"], source=0, target=-1)
         assert total / count == pytest.approx(metrics.pose_end_point_error(predicted.astype(float), true), rel=1e-5)
@@ -299,21 +299,19 @@ def test_a_page_has_words_for_metrics_and_drawn_clips(project: Path, task: str, 
     monkeypatch.setattr(stage.draw, "block", lambda heading, rows: texts.append(heading))
     monkeypatch.setattr(stage.video, "encode", lambda *arguments, **options: None)
     loaded = load_trained_readout(readout(task))
-    (clip,) = stage.choose_samples(loaded, 1, [])
-    for named in (False, True):
-        texts.clear()
-        stage.write_pictures(Path(), [clip], {"raw pixels": loaded}, 2, named=named)
-        heading, title, line, *_ = texts
-        assert WORDS[loaded.result.metric][0] in title and loaded.result.metric not in title.split() + line.split()
-        assert ("drawn by the seed" in title) is not named and line.startswith("raw pixels: 0.500 [")
-        assert heading.startswith(f"{clip.id if named else 'clip 1'}   raw pixels ")
-        assert (heading.split()[-1] in ("right", "wrong")) == (task == "actions")
+    (clip,) = stage.choose_samples(loaded, 1)
+    stage.write_pictures(Path(), [clip], {"raw pixels": loaded}, 2)
+    heading, title, line, *_ = texts
+    assert WORDS[loaded.result.metric][0] in title and loaded.result.metric not in title.split() + line.split()
+    assert "drawn by the seed" in title and line.startswith("raw pixels: 0.500 [")
+    assert heading.startswith("clip 1   raw pixels ")
+    assert (heading.split()[-1] in ("right", "wrong")) == (task == "actions")
 
 
 @pytest.mark.parametrize("task", list(TASKS))
 def test_features_of_a_trained_readout_come_with_its_predictions(project: Path, task: str) -> None:
     loaded = load_trained_readout(readout(task))
-    (clip,) = stage.choose_samples(loaded, 1, [])
+    (clip,) = stage.choose_samples(loaded, 1)
     np.save("clip.npy", clip.pixels[None])
     numbers = {"points": 2, "boxes": 4}.get(task)
     queries = Path("queries.npy") if numbers else None
@@ -330,17 +328,13 @@ def test_features_of_a_trained_readout_come_with_its_predictions(project: Path, 
     assert near(output, predicted[: len(output)])
 
 
-def test_clips_are_drawn_by_the_seed_and_may_be_named(project: Path) -> None:
+def test_clips_are_drawn_by_the_seed(project: Path) -> None:
     one, other = (load_trained_readout(readout("depth", encoder)) for encoder in ("pixels", "other"))
-    ids = [sample.id for sample in stage.choose_samples(one, 3, [])]
-    assert ids == [sample.id for sample in stage.choose_samples(other, 3, [])] and len(set(ids)) == 3
-    assert [sample.id for sample in stage.choose_samples(one, 3, ids[::-1])] == ids[::-1]
+    ids = [sample.id for sample in stage.choose_samples(one, 3)]
+    assert ids == [sample.id for sample in stage.choose_samples(other, 3)] and len(set(ids)) == 3
     for examples in (1, 5000):  # a video with queries in several frames counts as several examples, a damaged one as none
         counted = replace(one, result=replace(one.result, examples=examples))
-        assert [sample.id for sample in stage.choose_samples(counted, 160, [])][:3] == ids
-    with pytest.raises(UserError, match="^no clip 'nobody' in depth val; there are 160, such as scene"):
-        stage.show([readout("depth")], Path("out"), clips=3, ids=["nobody"], frames=2)
-    assert not Path("out").exists()
+        assert [sample.id for sample in stage.choose_samples(counted, 160)][:3] == ids
 
 
 def change_result(**values: object) -> None:
@@ -372,7 +366,7 @@ def test_readouts_that_cannot_be_shown_are_refused_in_one_line(project: Path, sp
     spoil()
     existed = Path("out").exists()
     with pytest.raises(UserError) as caught:
-        stage.show([readout("depth")], Path("out"), clips=1, ids=[], frames=2)
+        stage.show([readout("depth")], Path("out"), clips=1, frames=2)
     assert re.fullmatch(message, str(caught.value)) and "\n" not in str(caught.value)
     assert Path("out").exists() == existed
 
@@ -380,4 +374,4 @@ def test_readouts_that_cannot_be_shown_are_refused_in_one_line(project: Path, sp
 def test_readouts_that_answer_different_questions_are_not_shown_together(project: Path) -> None:
     for other in (readout("pose"), readout("depth")):
         with pytest.raises(UserError, match="show them one by one$|name each once$"):
-            stage.show([readout("depth"), other], Path("out"), clips=1, ids=[], frames=2)
+            stage.show([readout("depth"), other], Path("out"), clips=1, frames=2)

@@ -21,8 +21,8 @@ class BuiltReport:
     """One report with the settings that it was built with.
 
     name: given by the user. revision: 40 digits, empty for the workspace. settings: params.yaml by dotted key. results,
-    points, curves: rows of results.csv (with an interval), pretrain.csv and curves.csv. stages: of stages.json, empty
-    in reports older than that file. code: md5 of each package's hash file, from dvc.lock.
+    points, curves: rows of results.csv (with an interval), pretrain.csv and curves.csv. stages: of stages.json. code:
+    md5 of each package's hash file, from dvc.lock.
     """
 
     name: str
@@ -57,9 +57,11 @@ def read_built_report(name: str = WORKSPACE, folder: str | None = None) -> Built
 
     settings = load_yaml(text(str(config.PARAMS)) or "{}")
     folder = folder or config.section(settings, "report.folder")
-    results = text(f"{folder}/results.csv")
-    if results is None:
-        raise UserError(f"{name} has no {folder}/results.csv; build the report there with `dvc repro` and commit it")
+    names = ("results.csv", "pretrain.csv", "curves.csv", "stages.json")
+    results, points, curves, stages = texts = [text(f"{folder}/{name}") for name in names]
+    if None in texts:
+        lacks = f"{folder}/{names[texts.index(None)]}"
+        raise UserError(f"{name} has no {lacks}; build the report there with `dvc repro` and commit it")
     lock = text(str(LOCK))
     code = read_lock(LOCK, lock)["code"].outs if lock else ()
     return BuiltReport(
@@ -67,9 +69,9 @@ def read_built_report(name: str = WORKSPACE, folder: str | None = None) -> Built
         revision=revision,
         settings=dict(flatten(settings)),
         results=tuple(row for row in _rows(results) if row["low"] != ""),
-        points=_rows(text(f"{folder}/pretrain.csv")),
-        curves=_rows(text(f"{folder}/curves.csv")),
-        stages=json.loads(text(f"{folder}/stages.json") or "{}"),
+        points=_rows(points),
+        curves=_rows(curves),
+        stages=json.loads(stages),
         code={Path(out.path).stem: out.md5 for out in code},
     )
 
@@ -84,7 +86,7 @@ def _revision(name: str) -> str:
     return commit.decode().strip()
 
 
-def _rows(text: str | None) -> tuple[dict[str, Any], ...]:
+def _rows(text: str) -> tuple[dict[str, Any], ...]:
     """Rows of a csv, with the columns NUMBERS as floats."""
-    rows = parse_csv(text or "")
+    rows = parse_csv(text)
     return tuple({key: float(value) if key in NUMBERS and value else value for key, value in row.items()} for row in rows)

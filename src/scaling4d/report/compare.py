@@ -111,14 +111,13 @@ def operative_differences(a: BuiltReport, b: BuiltReport) -> dict[tuple[str, str
 
 
 def package_differences(a: BuiltReport, b: BuiltReport) -> Iterator[tuple[str, str]]:
-    """Packages whose code differs in meaning, and the modules that differ, where both reports name them."""
+    """Packages whose code differs in meaning, and the modules that differ."""
     for package, _, _ in differences(a.code, b.code):
         if package not in a.code or package not in b.code:
             yield package, f"only in {a.name if package in a.code else b.name}"
             continue
-        one, other = (report.stages.get("code", {}).get(package, {}).get("modules", {}) for report in (a, b))
-        names = sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
-        yield package, ", ".join(names) if one and other else "not named: one of the reports is older than stages.json"
+        modules = (report.stages["code"].get(package, {}).get("modules", {}) for report in (a, b))
+        yield package, ", ".join(sorted(name for name, _, _ in differences(*modules)))
 
 
 @style()
@@ -185,14 +184,12 @@ def _page(a: BuiltReport, b: BuiltReport, changes: list[Delta]) -> str:
         losses.append((point, cell_text(before), cell_text(after), f"{after - before:+.4g} ({after / before - 1:+.1%})"))
     keys = [{key_of(row) for row in report.results} for report in (a, b)]
     single = [(*key, a.name if key in keys[0] else b.name) for key in sorted(keys[0] ^ keys[1])]
-    old = " and ".join(html.escape(report.name) for report in (a, b) if not report.stages)
-    not_compared = f"<p>Not compared: the report of {old} is older than stages.json, which names the stages.</p>" if old else ""
     parts = [
         f"<h1>{html.escape(title)}</h1>{html_table(('', 'A', 'B'), commits)}<p><b>{summary(changes)}</b></p>",
         _section("Settings, declared", ("setting", "A", "B"), declared),
-        _section("Settings, in force", ("setting", "A", "B", "reason", "in"), in_force, not_compared),
+        _section("Settings, in force", ("setting", "A", "B", "reason", "in"), in_force),
         _section("Code", ("package", "modules that differ in meaning"), list(package_differences(a, b))),
-        _section("Data", ("stage", "input", "A, sha256", "B, sha256"), data, not_compared),
+        _section("Data", ("stage", "input", "A, sha256", "B, sha256"), data),
         f'<h2>Figures</h2><div class="scroll">{overlay(a, b)}</div>',
         _section("Numbers", ("encoder", "task", "protocol", "metric", "A", "B", "B - A", "verdict"), numbers),
         f"<p>{EXPLAINED}</p>",
@@ -202,13 +199,13 @@ def _page(a: BuiltReport, b: BuiltReport, changes: list[Delta]) -> str:
     return html_page(title, f'<div class="words">{"".join(parts)}</div>')
 
 
-def _section(name: str, head: Sequence[str], rows: Sequence[Sequence[str]], instead: str = "") -> str:
-    return f"<h2>{name}</h2>{instead or (html_table(head, rows) if rows else '<p>No difference.</p>')}"
+def _section(name: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return f"<h2>{name}</h2>{html_table(head, rows) if rows else '<p>No difference.</p>'}"
 
 
 def _common_stages(a: BuiltReport, b: BuiltReport) -> Iterator[tuple[str, Any, Any]]:
     """Name and content of the stages of both, in the order of A."""
-    ours, theirs = (report.stages.get("stages", {}) for report in (a, b))
+    ours, theirs = (report.stages["stages"] for report in (a, b))
     return ((name, ours[name], theirs[name]) for name in ours if name in theirs)
 
 

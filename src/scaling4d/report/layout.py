@@ -37,108 +37,99 @@ FIDELITY = (
 )
 
 
+POINTS = (  # of the headline: of one run, and with a study of seeds
+    "our points with 95 % intervals over validation videos",
+    "frozen readouts of our points with means and standard deviations over seeds, this run's values as crosses; other "
+    "readouts with 95 % intervals over validation videos",
+)
+BARS = "95 % intervals over validation videos"
+FIGURES = {  # name -> what the picture shows, caption; words in braces are those of `figure`
+    "headline": (
+        "each task over the size of the encoder",
+        "Above: {points}. Horizontal lines: the baselines, which saw no video ({baselines}), and the trivial answer, "
+        "which looks at no video; an arrow names it where it lies beyond the axis. An untrained encoder has random weights "
+        "and the shape of the point that it is named after; raw pixels are patches without an encoder. Below: 4DS as "
+        "published. The axes differ on purpose: data and sizes differ, and only the shape can be compared.",
+    ),
+    "label_efficiency": (
+        "linear probes over the number of labelled clips",
+        "Linear probes of frozen features, fitted to the first labelled training clips and to all of them. Coloured: the "
+        "points that differ in size alone. Grey: the baselines, which saw no video ({baselines}). One run, without "
+        "intervals. A linear probe is a ridge regression in closed form: for actions on means over a coarse grid of the "
+        "clip, for depth on each token alone. The attention readouts of the other sections are trained by gradient steps "
+        "and attend to all tokens, with their places in time; so their numbers for one encoder differ.",
+    ),
+    "pretraining": (
+        "validation loss over the size of the encoder and over training FLOPs",
+        "Validation loss of the points that differ in size alone, over their parameters and over their training FLOPs, "
+        "with a power law if one fits. The cross is the largest point as the law of the others predicts it. There is no "
+        "baseline: losses of untrained encoders are not measured.",
+    ),
+    "training_curves": (
+        "training loss over clips seen",
+        "Training loss over clips seen. Each method has a panel, because losses of different methods do not compare. "
+        "There is no baseline: untrained encoders and raw pixels have no training loss.",
+    ),
+    "methods": (
+        "points of other methods and maskings",
+        "Points of other methods or maskings. The baseline of each is the point of {method} nearest in size, which "
+        "stands before it. Bars: {bars}.",
+    ),
+    "costs": (
+        "time and memory of a training step",
+        "Time (median and quartiles) and memory of a training step as one quantity grows and the others stay. The "
+        "baseline is the formula, dashed. Measured by `scaling4d bench costs`, not in this run: see "
+        "`reports/bench/costs.json`.",
+    ),
+}
+
+
 @dataclass(frozen=True)
 class Section:
-    """A part of the page. write: gives its HTML; its name is the part's id. heading, text: above it. folded: its title
-    where it is folded; empty: always in sight."""
+    """A part of the page. content: a function that gives its HTML, or a name of FIGURES; its name is the part's id.
 
-    write: Callable[[RunResults, Page], str]
+    heading, text: above it. folded: its title where it is folded; empty: always in sight.
+    """
+
+    content: Callable[[RunResults, Page], str] | str
     heading: str = ""
     text: str = ""
     folded: str = ""
 
-
-def headline(run: RunResults, page: Page) -> str:
-    points = "our points with 95 % intervals over validation videos"
-    if run.fresh_seed_study:
-        points = (
-            "frozen readouts of our points with means and standard deviations over seeds, this run's values as crosses; other "
-            "readouts with 95 % intervals over validation videos"
-        )
-    return html_figure(
-        "headline.svg",
-        "each task over the size of the encoder",
-        f"Above: {points}. Horizontal lines: the baselines, which saw no video ({_baselines(run)}), and the trivial answer, "
-        "which looks at no video; an arrow names it where it lies beyond the axis. An untrained encoder has random weights "
-        "and the shape of the point that it is named after; raw pixels are patches without an encoder. Below: 4DS as "
-        "published. The axes differ on purpose: data and sizes differ, and only the shape can be compared.",
-    )
+    @property
+    def name(self) -> str:
+        return self.content if isinstance(self.content, str) else self.content.__name__
 
 
-def label_efficiency(run: RunResults, page: Page) -> str:
-    return html_figure(
-        "label_efficiency.svg",
-        "linear probes over the number of labelled clips",
-        "Linear probes of frozen features, fitted to the first labelled training clips and to all of them. Coloured: the "
-        f"points that differ in size alone. Grey: the baselines, which saw no video ({_baselines(run)}). One run, without "
-        "intervals. A linear probe is a ridge regression in closed form: for actions on means over a coarse grid of the clip, "
-        "for depth on each token alone. The attention readouts of the other sections are trained by gradient steps and attend "
-        "to all tokens, with their places in time; so their numbers for one encoder differ.",
-    )
-
-
-def _baselines(run: RunResults) -> str:
-    return ", ".join(map(encoder_words, run.baselines)) or "none in this profile"
-
-
-def pretraining(run: RunResults, page: Page) -> str:
-    return html_figure(
-        "pretraining.svg",
-        "validation loss over the size of the encoder and over training FLOPs",
-        "Validation loss of the points that differ in size alone, over their parameters and over their training FLOPs, with a "
-        "power law if one fits. The cross is the largest point as the law of the others predicts it. There is no baseline: "
-        "losses of untrained encoders are not measured.",
-    )
-
-
-def training_curves(run: RunResults, page: Page) -> str:
-    caption = (
-        "Training loss over clips seen. Each method has a panel, because losses of different methods do not compare. "
-        "There is no baseline: untrained encoders and raw pixels have no training loss."
-    )
-    return html_figure("training_curves.svg", "training loss over clips seen", caption)
-
-
-def methods(run: RunResults, page: Page) -> str:
-    bars = "95 % intervals over validation videos"
-    if run.fresh_seed_study:
-        bars = f"standard deviations over seeds around means (frozen readouts), else {bars}"
-    return html_figure(
-        "methods.svg",
-        "points of other methods and maskings",
-        f"Points of other methods or maskings. The baseline of each is the point of {run.methods[0]} nearest in size, which "
-        f"stands before it. Bars: {bars}.",
-    )
-
-
-def costs(run: RunResults, page: Page) -> str:
-    return html_figure(
-        "costs.svg",
-        "time and memory of a training step",
-        "Time (median and quartiles) and memory of a training step as one quantity grows and the others stay. The baseline is "
-        "the formula, dashed. Measured by `scaling4d bench costs`, not in this run: see `reports/bench/costs.json`.",
-    )
+def figure(run: RunResults, name: str) -> str:
+    """A figure with its caption."""
+    seeds = run.fresh_seed_study is not None
+    bars = f"standard deviations over seeds around means (frozen readouts), else {BARS}" if seeds else BARS
+    baselines = ", ".join(map(encoder_words, run.baselines)) or "none in this profile"
+    picture, caption = FIGURES[name]
+    caption = caption.format(points=POINTS[seeds], bars=bars, baselines=baselines, method=run.methods[0])
+    return html_figure(f"{name}.svg", picture, caption)
 
 
 SECTIONS = (
     Section(conclusion),
     Section(verdict, "What improves with size"),
     Section(rules, folded="The rules in full"),
-    Section(headline, "Tasks over the size of the encoder"),
+    Section("headline", "Tasks over the size of the encoder"),
     Section(sections.results),
     Section(sections.gains, folded="Gains over the untrained baselines"),
     Section(sections.further, folded="Further metrics of every readout"),
     Section(sections.paper, folded="4DS as published, in the rows and columns of our table"),
-    Section(label_efficiency, "Tasks over the number of labelled clips"),
+    Section("label_efficiency", "Tasks over the number of labelled clips"),
     Section(sections.sheets, "Predictions beside the truth"),
-    Section(pretraining, "Pretraining"),
+    Section("pretraining", "Pretraining"),
     Section(sections.points),
-    Section(training_curves),
+    Section("training_curves"),
     Section(sections.trends, text=LAWS, folded="Power laws of losses and errors, and the prediction of the largest size"),
-    Section(methods, "Other methods and maskings"),
+    Section("methods", "Other methods and maskings"),
     Section(sections.reconstructions, "Filled-in pixels", FILLED),
     Section(sections.fidelity, text=FIDELITY, folded="Fidelity of filled-in frames and clips"),
-    Section(costs, "Cost of a training step"),
+    Section("costs", "Cost of a training step"),
     Section(sections.summary, "This run"),
     Section(sections.overrides, folded="Settings that differ from the profile"),
     Section(sections.deviations, folded="Differences from the papers"),
@@ -152,7 +143,8 @@ def read_page(run: RunResults | None = None) -> Page:
     run = read_run_results() if run is None else run
     page = Page(run.folder)
     for section in SECTIONS:
-        name, content = section.write.__name__, section.write(run, page)
+        name, write = section.name, section.content
+        content = figure(run, name) if name in FIGURES else write(run, page)
         if not content:
             continue
         content = (f"<p>{code_html(section.text)}</p>" if section.text else "") + content

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from scaling4d.provenance import commits_of, experiments, write_text
+from scaling4d.provenance import experiments, write_text
 from scaling4d.records import UserError
 from scaling4d.report.built import BuiltReport, read_built_report
 from scaling4d.report.run_results import UNTRAINED
@@ -18,7 +19,6 @@ from scaling4d.studies.markup import page_style
 from scaling4d.studies.words import MEASURES
 
 FOLDER, PAGE, EXPERIMENTS = "site", "index.html", "experiments.js"
-HISTORY = 20  # earlier reports that `serve` searches
 HIDDEN = ("points", "distilled", "encoders", "recipes", "render", "benchmarks", "report")  # settings without a column
 
 
@@ -33,7 +33,7 @@ def page_content(report: BuiltReport) -> dict[str, Any]:
     """The content of a report on the page."""
     results = [{**row, "higher_is_better": row["higher_is_better"] == "True"} for row in report.results]
     encoders = dict.fromkeys([*(row["encoder"] for row in results), *(row["point"] for row in report.points)])
-    stages = report.stages.get("stages", {}).items()
+    stages = report.stages["stages"].items()
     return {
         "name": report.name,
         "profile": report.settings.get("profile", ""),
@@ -43,14 +43,12 @@ def page_content(report: BuiltReport) -> dict[str, Any]:
         "results": results,
         "points": {row["point"]: row for row in report.points},
         "stages": {name: {key: stage[key] for key in stage if key != "settings"} for name, stage in stages},
-        "code": report.stages.get("code", {}),
+        "code": report.stages["code"],
     }
 
 
 def write_experiments(folder: Path) -> list[str]:
-    """Write the reports of all experiments and of the last commits that changed this one to experiments.js.
-
-    A commit whose report equals one before it in the list is left out.
+    """Write the reports of all experiments to experiments.js.
 
     Returns:
         the names of the reports.
@@ -59,17 +57,10 @@ def write_experiments(folder: Path) -> list[str]:
     """
     if not (folder / FOLDER / PAGE).is_file():
         raise UserError(f"no {folder / FOLDER / PAGE}: build the report with `dvc repro`, or `scaling4d report` alone")
-    names = sorted(experiments())
-    reports, contents = [], [_json({**page_content(read_built_report(folder=folder.as_posix())), "name": ""})]
-    for name in [*names, *(commit[:10] for commit in commits_of((folder / "results.csv").as_posix())[:HISTORY])]:
-        try:
-            report = page_content(read_built_report(name))
-        except UserError:
-            continue  # no report in it
-        content = _json({**report, "name": ""})
-        if name in names or content not in contents:
-            reports.append(report)
-        contents.append(content)
+    reports = []
+    for name in sorted(experiments()):
+        with suppress(UserError):  # no report in it
+            reports.append(page_content(read_built_report(name)))
     write_text(folder / FOLDER / EXPERIMENTS, f"window.EXPERIMENTS = {_json(reports)};\n")
     return [report["name"] for report in reports]
 

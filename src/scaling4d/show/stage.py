@@ -39,17 +39,15 @@ NOTES = {
 }
 
 
-def show(folders: Sequence[Path], out: Path | None, *, clips: int, ids: Sequence[str], frames: int) -> Path:
+def show(folders: Sequence[Path], out: Path | None, *, clips: int, frames: int) -> Path:
     """Write `sheet.png`, `clips.mp4` and their provenance to the new folder `out` (None: in `shown/`); return it.
 
     Args:
         folders: frozen readouts of one task in artifacts/, or their result.json. All predict the same clips.
-        clips: number of validation clips, drawn by the seed of the first result. ids: these clips instead, in this
-        order.
+        clips: number of validation clips, drawn by the seed of the first result.
         frames: of a clip on the sheet, evenly spaced from the first to the last.
     Raises:
-        UserError: no readout, a fine-tuned one, readouts of different tasks, data or clips, an id that is not in the
-            split, or `out` exists.
+        UserError: no readout, a fine-tuned one, readouts of different tasks, data or clips, or `out` exists.
     """
     started, bound = time.time(), config.bind(config.read(), [])
     torch.set_num_threads(1)  # bits depend on it
@@ -68,10 +66,9 @@ def show(folders: Sequence[Path], out: Path | None, *, clips: int, ids: Sequence
     out = out or Path("shown") / "-".join([*names, task])
     out.parent.mkdir(parents=True, exist_ok=True)
     with provenance.atomic_new(out) as partial:
-        samples = choose_samples(first, clips, ids)
+        samples = choose_samples(first, clips)
         partial.mkdir()
-        drawn = dict(zip(map(encoder_words, names), readouts, strict=True))
-        write_pictures(partial, samples, drawn, frames, named=bool(ids))
+        write_pictures(partial, samples, dict(zip(map(encoder_words, names), readouts, strict=True)), frames)
         inputs = {"benchmark": artifacts.sha256(benchmarks.find_benchmark(task, first.data, "val").folder)}
         for name, readout in zip(names, readouts, strict=True):
             inputs[f"readout/{name}/{task}/frozen"] = artifacts.sha256(readout.folder)
@@ -82,29 +79,18 @@ def show(folders: Sequence[Path], out: Path | None, *, clips: int, ids: Sequence
     return out
 
 
-def choose_samples(readout: TrainedReadout, clips: int, ids: Sequence[str]) -> list[Sample]:
-    """Validation samples: those of `ids`, or `clips` readable ones in an order drawn by the result's seed."""
+def choose_samples(readout: TrainedReadout, clips: int) -> list[Sample]:
+    """Readable validation samples in an order drawn by the result's seed."""
     name, task, (frames, side_px, _) = readout.result.task, readout.model.task, readout.encoder.clip
     request = ClipRequest(frames, task.rate_hz, side_px, queries=task.queries_at)
     read = partial(benchmarks.read_samples, name, readout.data, "val", request, skipped=[], max_bad_share=1.0)
-    samples = read()
-    if not ids:
-        chosen: list[Sample] = []
-        for index in seeds.numpy(readout.result.seed, "show", name).permutation(samples.count).tolist():
-            if len(chosen) < clips:
-                chosen += islice(read().part(slice(index, index + 1), []), 1)
-        if not chosen:
-            raise UserError(f"{readout.data}: no clip of {name} val can be read; look with `scaling4d data check`")
-        return chosen
-    by_id, passed = {}, []
-    for sample in samples:
-        passed.append(sample.id)
-        if sample.id in ids:
-            by_id[sample.id] = sample
-        if len(by_id) == len(set(ids)):
-            return [by_id[one] for one in ids]
-    missing = next(one for one in ids if one not in by_id)
-    raise UserError(f"no clip {missing!r} in {name} val; there are {len(passed)}, such as {', '.join(passed[:3])}")
+    chosen: list[Sample] = []
+    for index in seeds.numpy(readout.result.seed, "show", name).permutation(read().count).tolist():
+        if len(chosen) < clips:
+            chosen += islice(read().part(slice(index, index + 1), []), 1)
+    if not chosen:
+        raise UserError(f"{readout.data}: no clip of {name} val can be read; look with `scaling4d data check`")
+    return chosen
 
 
 @torch.no_grad()
@@ -117,26 +103,19 @@ def predict(readout: TrainedReadout, sample: Sample) -> tuple[np.ndarray, tuple[
     return predicted, model.task.measure(predicted, target)[readout.result.metric]
 
 
-def write_pictures(
-    out: Path, samples: Sequence[Sample], readouts: Mapping[str, TrainedReadout], frames: int, *, named: bool
-) -> None:
-    """Write the sheet and the video: the same page with other frames.
-
-    Args:
-        readouts: by the encoder's words. named: the user named the clips, so their ids head them; else they are
-            numbered.
-    """
+def write_pictures(out: Path, samples: Sequence[Sample], readouts: Mapping[str, TrainedReadout], frames: int) -> None:
+    """Write the sheet and the video: the same page with other frames. readouts: by the encoder's words."""
     first, T = next(iter(readouts.values())), len(samples[0].pixels)
     result, rate_hz = first.result, first.model.task.rate_hz
     metric = f"{measure(result.metric, '↑' if result.higher_is_better else '↓')}, {result.unit}"
-    clips = f"{len(samples)} validation clips{'' if named else ' drawn by the seed'}"
+    clips = f"{len(samples)} validation clips drawn by the seed"
     title, lines = f"{result.task}: frozen readouts on {clips}; {metric}", []
     for name, r in ((name, readout.result) for name, readout in readouts.items()):
         value = f"{r.value:.3f} [{r.low:.3f}, {r.high:.3f}] over all {r.examples} clips"
         lines.append(f"{name}: {value}, {r.parameters / 1e6:.2f} M parameters")
     headings, predictions = [], []
     for number, sample in enumerate(samples, 1):
-        heading, predicted = [sample.id if named else f"clip {number}"], {}
+        heading, predicted = [f"clip {number}"], {}
         for name, readout in readouts.items():
             predicted[name], (total, count) = predict(readout, sample)
             value = f"{total / count:.3f}" if count else "nothing to measure"
