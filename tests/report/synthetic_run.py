@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -50,6 +51,12 @@ POCKET = {  # six points and a student, two of them fine-tuned, two with a class
     "finetune": ["nano", "mini"],
     "classifier": ("mini", "mae_st_tiny"),
 }
+
+
+def rows_of(section: str) -> list[list[str]]:
+    """Texts of the cells of a section's tables."""
+    rows = (re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", section))
+    return [[re.sub(r"<[^>]+>", " ", cell).strip() for cell in row] for row in rows]
 
 
 def sha(name: str) -> str:

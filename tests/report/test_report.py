@@ -13,7 +13,7 @@ import chromium
 import pytest
 import yaml
 from matplotlib.figure import Figure
-from synthetic_run import BUILT, NOTEBOOK, OTHERS, POCKET, SIZES, TASKS, write_run
+from synthetic_run import BUILT, NOTEBOOK, OTHERS, POCKET, SIZES, TASKS, rows_of, write_run
 
 from scaling4d import artifacts, config, report
 from scaling4d.audit.report_numbers import _value_at
@@ -40,12 +40,6 @@ def outs() -> dict[str, bytes]:
     files = {path.relative_to(BUILT).as_posix(): path.read_bytes() for path in BUILT.rglob("*") if path.is_file()}
     assert files.pop("runs.json") and files.pop("commit.js")
     return files
-
-
-def rows_of(section: str) -> list[list[str]]:
-    """Texts of the cells of a section's tables."""
-    rows = (re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", section))
-    return [[re.sub(r"<[^>]+>", " ", cell).strip() for cell in row] for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -112,19 +106,16 @@ def test_the_page_links_every_figure_and_picture_and_holds_none(built: Path) -> 
     assert "<text" in files["headline.svg"].decode()
 
 
-def test_the_notebook_embeds_no_picture(built: Path) -> None:
+def test_the_notebook_embeds_the_csv_files_and_no_picture(built: Path) -> None:
     cells = json.loads((BUILT / "scaling.ipynb").read_text())["cells"]
     outputs = [output["data"] for cell in cells if cell["cell_type"] == "code" for output in cell["outputs"]]
-    assert len(outputs) == 3 and all(data.keys() == {"text/html", "text/plain"} for data in outputs)
+    assert all(data.keys() == {"text/html", "text/plain"} for data in outputs)
     assert not re.search("<svg|<img|data:image|base64", json.dumps(outputs))
     links = re.findall(r"!\[.+?\]\((.+?)\)", "".join("".join(cell["source"]) for cell in cells))
     assert sorted(links) == sorted(path.name for path in BUILT.glob("*.svg"))
 
-
-def test_the_tables_of_the_notebook_are_the_csv_files(built: Path) -> None:
-    cells = json.loads((BUILT / "scaling.ipynb").read_text())["cells"]
-    tables = ["".join(output["data"]["text/html"]) for cell in cells for output in cell.get("outputs", ())]
-    for table, name in zip(tables, ("results", "pretrain", "reconstruct"), strict=True):
+    shown = ["".join(data["text/html"]) for data in outputs]
+    for table, name in zip(shown, ("results", "pretrain", "reconstruct"), strict=True):
         rows = list(csv.DictReader((BUILT / f"{name}.csv").read_text().splitlines()))
         assert table.count("<tr>") == 1 + len([row for row in rows if row.get("low") != ""])
         assert "_" not in "".join(re.findall(r"<th>(.*?)</th>", table)) and "sha256" not in table
@@ -160,6 +151,8 @@ def test_every_figure_has_a_caption_and_that_of_the_tasks_names_its_baselines(pa
     for words in ("untrained nano", "untrained mini", "raw pixels"):
         assert words in page.sections["headline"] and words in page.sections["label_efficiency"]
     assert "untrained_" not in re.sub(r'<img [^>]+>|<a [^>]+>|<section id="[^"]+">', "", page.sections["headline"])
+    assert page.sections["sheets"].count(sections.DRAWN_CLIPS) == len(TASKS)
+    assert "ridge regression" in page.sections["label_efficiency"] and "gradient steps" in page.sections["label_efficiency"]
 
 
 def test_the_title_of_a_panel_has_words_in_at_most_two_lines(pocket: dict) -> None:
@@ -180,7 +173,7 @@ def test_the_answer_comes_first_and_details_are_folded(page: Page) -> None:
     assert folded == {"rules", "gains"} | details
 
 
-@pytest.mark.skipif(chromium.PROGRAM is None, reason="no chromium on this machine (Debian: apt install chromium)")
+@chromium.needed
 def test_the_page_fits_a_telephone(built: Path, tmp_path: Path) -> None:
     with chromium.browser(tmp_path / "browser") as page:
         page.open((built / BUILT / "report.html").as_uri())
@@ -197,7 +190,7 @@ def test_the_page_fits_a_telephone(built: Path, tmp_path: Path) -> None:
             )
 
 
-@pytest.mark.skipif(chromium.PROGRAM is None, reason="no chromium on this machine (Debian: apt install chromium)")
+@chromium.needed
 def test_the_folder_opens_from_any_place_with_all_its_pictures(built: Path, tmp_path: Path) -> None:
     shutil.copytree(BUILT, tmp_path / "moved")
     with chromium.browser(tmp_path / "browser") as page:
@@ -277,6 +270,23 @@ def test_tables_hold_every_result_in_full(pocket: dict) -> None:
     assert head == "point,method,parameters,flops,clips_seen,train_loss,val_loss,seed"
     assert points[-1].startswith("nano_distilled,Distilled,180000,") and len(points) == 7
     assert "nano_distilled" not in tables.reconstruct_csv(run)  # it predicts no pixels
+
+
+def test_linear_probes_are_drawn_from_few_to_all_labelled_clips(pocket: dict) -> None:
+    run, results, metrics = report.read_run_results(pocket), [], {"actions": "top1", "depth": "abs_rel"}
+    assert "no readout with linear probes" in figures.label_efficiency(run)
+    for r in run.results:
+        worse, metric = -1 if r.higher_is_better else 1, metrics.get(r.task)
+        clips = {"": 0, "_1000": 0.1, "_300": 0.2}  # all labelled clips, and fewer
+        probes = {f"{metric}_linear{suffix}": r.value + worse * loss for suffix, loss in clips.items()}
+        results.append(replace(r, others=r.others | probes) if metric and r.protocol == "frozen" else r)
+    run = replace(run, results=tuple(results))
+    svg = figures.label_efficiency(run)
+    places = [svg.index(f">{words}</text>") for words in ("300", "1,000", "all")]
+    assert places == sorted(places)
+    for words in (*run.ladder, "untrained mini", "raw pixels", "actions", "depth"):
+        assert f">{words}</text>" in svg
+    assert "pose" not in svg and "mae_st" not in svg and svg == figures.label_efficiency(run)
 
 
 def test_a_student_is_no_part_of_the_ladder_and_stands_beside_the_point_of_its_size(pocket: dict) -> None:
@@ -384,11 +394,6 @@ def test_the_main_table_has_losses_of_one_method_and_the_table_of_points_has_all
     assert next(line for line in text.splitlines() if "mae_st_tiny" in line).split()[4] == "-"
     points = {row[0]: row for row in rows_of(page.sections["points"])[1:]}
     assert float(points["mae_st_tiny"][7]) > 0 and "do not compare" in page.sections["points"]
-
-
-def test_captions_say_how_clips_are_chosen_and_why_probes_and_readouts_differ(page: Page) -> None:
-    assert page.sections["sheets"].count(sections.DRAWN_CLIPS) == len(TASKS)
-    assert "ridge regression" in page.sections["label_efficiency"] and "gradient steps" in page.sections["label_efficiency"]
 
 
 def test_a_trivial_answer_beyond_the_encoders_is_named_at_the_edge_and_does_not_stretch_the_axis(pocket: dict) -> None:

@@ -12,8 +12,6 @@ from scaling4d.records import UserError
 from scaling4d.report import site
 from scaling4d.report.built import read_built_report
 
-needs_chromium = pytest.mark.skipif(chromium.PROGRAM is None, reason="no chromium on this machine (Debian: apt install chromium)")
-
 
 def write_site(settings: dict) -> None:
     """The page and the files that it needs, without the notebook and its figures."""
@@ -23,7 +21,7 @@ def write_site(settings: dict) -> None:
     (BUILT / "site/index.html").write_text(site.site_page(read_built_report()))
 
 
-@needs_chromium
+@chromium.needed
 def test_the_page_sorts_filters_and_shows_lineage_from_its_file(pocket: dict, tmp_path: Path) -> None:
     write_site(pocket)
     with chromium.browser(tmp_path / "browser") as page:
@@ -62,8 +60,8 @@ def _filtering(page: Browser) -> None:
     assert page.texts("#shown") == ["1 of 14 rows"]
 
 
-@needs_chromium
-def test_the_page_names_metrics_in_words_and_fits_a_telephone(pocket: dict, tmp_path: Path) -> None:
+@chromium.needed
+def test_the_page_names_metrics_in_words_fits_a_telephone_and_leads_numbers_back(pocket: dict, tmp_path: Path) -> None:
     write_site(pocket)
     with chromium.browser(tmp_path / "browser") as page:
         page.open((tmp_path / BUILT / "site/index.html").as_uri() + "#table")
@@ -73,14 +71,6 @@ def test_the_page_names_metrics_in_words_and_fits_a_telephone(pocket: dict, tmp_
         assert not [head for head in heads if "_" in head]
         assert {"validation loss of pretraining ↓", "depthrelative error of depth ↓", "actionsactions named right ↑"} <= {*heads}
         assert page.value("document.documentElement.scrollWidth") == page.value("innerWidth") == 390
-
-
-@needs_chromium
-def test_every_number_of_the_page_leads_back_to_data_and_code(pocket: dict, tmp_path: Path) -> None:
-    write_site(pocket)
-    with chromium.browser(tmp_path / "browser") as page:
-        page.open((tmp_path / BUILT / "site/index.html").as_uri() + "#table")
-        page.wait("document.querySelectorAll('#rows tbody tr').length > 0")
         links = page.value("[...document.querySelectorAll('#rows tbody a')].map(e => e.hash)")
         assert len(set(links)) == 10 * 5 + 2 * 5 + 2 + 7  # results, and a validation loss for each point
         ends = page.value(
@@ -92,7 +82,7 @@ def test_every_number_of_the_page_leads_back_to_data_and_code(pocket: dict, tmp_
         assert all("code" in kinds and "number" in kinds and "stage" in kinds for kinds in ends)
 
 
-@needs_chromium
+@chromium.needed
 def test_experiments_stand_beside_this_report_and_their_names_are_text(pocket: dict, tmp_path: Path) -> None:
     write_site(pocket)
     git("init", "-q")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from synthetic_run import OTHERS
+from synthetic_run import OTHERS, rows_of
 
 from scaling4d import report, video
 from scaling4d.report.page import Page
@@ -35,9 +35,7 @@ def run(pocket: dict) -> RunResults:
 
 def rows(run: RunResults) -> dict[str, list[str]]:
     """Cells of the table by the first one, as text."""
-    lines = re.findall(r"<tr>(.*?)</tr>", verdict(run, Page(Path("out"))).partition("<tbody>")[2])
-    cells = [[re.sub("<[^>]+>", " ", cell).strip() for cell in re.findall(r"<td>(.*?)</td>", line)] for line in lines]
-    return {name: rest for name, *rest in cells}
+    return {name: rest for name, *rest in rows_of(verdict(run, Page(Path("out"))).partition("<tbody>")[2])}
 
 
 def changed(run: RunResults, encoder: str, task: str, **values: float) -> RunResults:

@@ -28,12 +28,9 @@ EXPLAINED = (
 
 @dataclass(frozen=True)
 class Delta:
-    """A number in A and in B. change: B - A with the 95 % interval low .. high of that difference."""
+    """A number in A and in B, rows of results.csv. change: B - A, with its 95 % interval low .. high."""
 
     key: tuple[str, str, str]
-    metric: str
-    unit: str
-    higher_is_better: bool
     a: Mapping[str, Any]
     b: Mapping[str, Any]
     change: float
@@ -47,7 +44,7 @@ class Delta:
             return "equal"
         if self.low <= 0 <= self.high:
             return "same"
-        return "better" if (self.change > 0) == self.higher_is_better else "worse"
+        return "better" if (self.change > 0) == (self.a["higher_is_better"] == "True") else "worse"
 
     @property
     def certainty(self) -> float:
@@ -85,8 +82,7 @@ def deltas(a: BuiltReport, b: BuiltReport) -> list[Delta]:
         change = other["value"] - row["value"]
         low = change - float(np.hypot(other["value"] - other["low"], row["high"] - row["value"]))
         high = change + float(np.hypot(other["high"] - other["value"], row["value"] - row["low"]))
-        metric = (row["metric"], row["unit"], row["higher_is_better"] == "True")
-        changes.append(Delta(key_of(row), *metric, row, other, change, low, high))
+        changes.append(Delta(key_of(row), row, other, change, low, high))
     return sorted(changes, key=lambda d: (-d.certainty, d.key))
 
 
@@ -176,7 +172,7 @@ def _page(a: BuiltReport, b: BuiltReport, changes: list[Delta]) -> str:
     numbers = []
     for d in changes:
         values = (f"{cell_text(row['value'])} {_span(row['low'], row['high'])}" for row in (d.a, d.b))
-        name = f"{measure(d.metric, '↑' if d.higher_is_better else '↓')}, {d.unit}"
+        name = f"{measure(d.a['metric'], '↑' if d.a['higher_is_better'] == 'True' else '↓')}, {d.a['unit']}"
         numbers.append((*d.key, name, *values, f"{d.change:+.4f} {_span(d.low, d.high)}", d.verdict))
     losses, others = [], {row["point"]: row["val_loss"] for row in b.points}
     for point, before in ((row["point"], row["val_loss"]) for row in a.points if row["point"] in others):

@@ -104,7 +104,7 @@ def gains(run: RunResults, page: Page) -> str:
             page.derive(name, (trained.value - untrained.value) * sign, values)
             apart = trained.low > untrained.high if sign == 1 else trained.high < untrained.low
             shown[apart].append(f"{task} ({point})")
-            cells = [interval(run, trained, "\n"), interval(run, untrained, "\n"), page.derived_number(name, spec="+.4f")]
+            cells = [interval(run, trained), interval(run, untrained), page.derived_number(name, spec="+.4f")]
             rows.append([f"{task}: {label(trained)}", point, *cells, "yes" if apart else "no"])
     if not rows:
         return page.paragraph("This profile compares no point with its untrained baseline.")

@@ -64,7 +64,10 @@ def build(settings: Mapping[str, Any]) -> None:
     page_sha256 = artifacts.sha256(run.folder / "report.html")
     artifacts.write_run("report", page_sha256, started=started)
     write_runs(run, also={page_sha256})
-    write_commit(run)
+    # commit.js enters the commit of the results into the page's summary.
+    text = json.dumps(commit_and_edits(*INPUTS))
+    rows = 'for (const row of document.querySelectorAll("#summary tr"))'
+    write_text(run.folder / COMMIT, f'{rows}\n  if (row.cells[0].textContent === "commit") row.cells[1].textContent = {text};\n')
     print(tables.table_text(run))
 
 
@@ -80,10 +83,3 @@ def write_runs(run: RunResults, *, also: set[str]) -> None:
     runs = [one for key, one in sorted(by_out.items()) if key[1] in current]
     content = {"runs": runs, "seconds": round(sum(one["seconds"] for one in runs), 1)}
     write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-def write_commit(run: RunResults) -> None:
-    """Write commit.js, which enters the commit of the results into the page's summary."""
-    text = json.dumps(commit_and_edits(*INPUTS))
-    rows = 'for (const row of document.querySelectorAll("#summary tr"))'
-    write_text(run.folder / COMMIT, f'{rows}\n  if (row.cells[0].textContent === "commit") row.cells[1].textContent = {text};\n')

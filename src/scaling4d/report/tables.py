@@ -126,14 +126,14 @@ def held_out_parts(run: RunResults, r: Result) -> list[Part]:
     return [part_of(lines[line]["step"], run.home / name / HELD_OUT, line, "step") for line in (lowest, last)]
 
 
-def interval(run: RunResults, r: Result, gap: str = " ") -> list[Part]:
-    """`value [low, high]` of a Result."""
-    return with_interval(*(result_part(run, r, key) for key in ("value", "low", "high")), gap=gap)
+def interval(run: RunResults, r: Result) -> list[Part]:
+    """`value [low, high]` of a Result, in two lines."""
+    return with_interval(*(result_part(run, r, key) for key in ("value", "low", "high")))
 
 
-def with_interval(value: Part, low: Part, high: Part, *, gap: str = "\n") -> list[Part]:
-    """`value [low, high]`."""
-    return [value, f"{gap}[", low, ", ", high, "]"]
+def with_interval(value: Part, low: Part, high: Part) -> list[Part]:
+    """`value [low, high]`, in two lines."""
+    return [value, "\n[", low, ", ", high, "]"]
 
 
 def summary_part(run: RunResults, point: str, key: str, spec: str | None = None) -> Part:
@@ -169,7 +169,7 @@ def overview(run: RunResults, *, intervals: bool) -> list[list[Part]]:
                 size = result_part(run, first, "parameters", spec="M" if first.parameters else ",d")
             loss = summary_part(run, encoder, "val_loss") if encoder in run.of_method(run.methods[0]) else NOTHING
             loss = loss if protocol == protocols[0] else ""
-            cells = [(interval(run, r, "\n") if intervals else result_part(run, r, "value")) if r else NOTHING for r in results]
+            cells = [(interval(run, r) if intervals else result_part(run, r, "value")) if r else NOTHING for r in results]
             rows.append([encoder, size, protocol, loss, *cells])
     return rows
 

@@ -65,7 +65,7 @@ def conclusion(run: RunResults, page: Page) -> str:
     """What improves with size: the measures by answer, in a sentence each."""
     if len(run.ladder) < 2:
         return page.paragraph("This profile has one size alone, so nothing can be said of size.")
-    rows = _verdicts(run, page)
+    rows = [*_losses(run, page), *_tasks(run, page)]
     named = [(answer, [row.name.rsplit(" ", 1)[0] for row in rows if row.scales == answer]) for answer in (YES, NOISE, NO)]
     noise = "the noise of seeds" if run.fresh_seed_study else "the noise of this run"
     heads = {YES: "Better with size", NOISE: f"Within {noise}", NO: "Not better with size"}
@@ -83,7 +83,7 @@ def verdict(run: RunResults, page: Page) -> str:
     """
     if len(run.ladder) < 2:
         return ""
-    rows = _verdicts(run, page)
+    rows = [*_losses(run, page), *_tasks(run, page)]
     baselines = list(dict.fromkeys(name for row in rows for name in row.beats))
     head = ["measure", "better with size", f"{run.ladder[0]}, smallest", f"{run.ladder[-1]}, largest"]
     head += [f"largest better than\n{name}" for name in baselines]
@@ -104,10 +104,6 @@ def rules(run: RunResults, page: Page) -> str:
     if run.fresh_seed_study:
         return page.paragraph(SEEDS_IN_FULL)
     return page.paragraph(" ".join(filter(None, [ONE_RUN_IN_FULL, run.seed_study and run.seed_study.stale])))
-
-
-def _verdicts(run: RunResults, page: Page) -> list[Verdict]:
-    return [*_losses(run, page), *_tasks(run, page)]
 
 
 def _losses(run: RunResults, page: Page) -> Iterator[Verdict]:
@@ -176,7 +172,7 @@ def _task_of_one_run(run: RunResults, page: Page, first: Result, last: Result, o
     beats = {words: joined([better(last, r), result_part(run, r, "value")], "\n") for words, r in others.items()}
     if trivial := trivial_answer(run, last):
         beats[TRIVIAL_ANSWER] = joined([beyond(last, trivial.value), trivial], "\n")
-    values = (interval(run, first, "\n"), interval(run, last, "\n"))
+    values = (interval(run, first), interval(run, last))
     return Verdict(_measure(last), values, better(last, first), "", beats)
 
 

@@ -93,7 +93,7 @@ def write_study(study: Study, cache: Path, run_facts: Mapping[str, Mapping[str, 
     written = sorted(path for path in folder.rglob("*") if path.is_file() and path != facts_json)
     content["files"] = {path.relative_to(folder).as_posix(): artifacts.sha256(path) for path in written}
     write_json(facts_json, content)
-    write_index()
+    (REPORTS / INDEX).write_text(index_page())
 
 
 # ---- laws, for studies with ladders ----
@@ -257,16 +257,10 @@ def paragraphs(findings: str) -> list[str]:
     return [" ".join(block.split()) for block in text.split("\n\n") if block.strip()]
 
 
-def other_code(code: Mapping[str, str]) -> list[str]:
-    """Packages that make numbers and whose code is not that of dvc.lock; none without a lock. code: of study.json."""
-    if not LOCK.is_file():
-        return []
-    return studies.changed_packages(code, {out.path: out.md5 for out in read_lock(LOCK)["code"].outs})
-
-
 def banner(name: str, code: Mapping[str, str]) -> str:
-    """HTML that names the packages of other code; empty for the code of dvc.lock. code: of study.json."""
-    packages = other_code(code)
+    """HTML that names the packages of other code than dvc.lock's; empty for its code. code: of study.json."""
+    outs = read_lock(LOCK)["code"].outs if LOCK.is_file() else None
+    packages = [] if outs is None else studies.changed_packages(code, {out.path: out.md5 for out in outs})
     return BANNER.format(packages=", ".join(packages), name=name) if packages else ""
 
 
@@ -280,11 +274,6 @@ def code_text(code: Mapping[str, str]) -> str:
     """The packages that make numbers, with the first digits of their hashes. code: of study.json."""
     hashes = {Path(path).stem: md5[:7] for path, md5 in sorted(code.items())}
     return ", ".join(f"{package} {md5}" for package, md5 in hashes.items() if package not in UNMEASURED)
-
-
-def write_index() -> None:
-    """Write reports/studies/index.html."""
-    (REPORTS / INDEX).write_text(index_page())
 
 
 def index_page() -> str:
