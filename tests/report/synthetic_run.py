@@ -19,8 +19,10 @@ from scaling4d import config, report, seeds
 from scaling4d.provenance import parse_csv, to_csv
 from scaling4d.records import Result, write_json
 from scaling4d.report import tables
+from scaling4d.report.page import Page
 from scaling4d.report.run_results import RunResults
 from scaling4d.report.seeds import FOLDER
+from scaling4d.report.verdict import verdict
 from scaling4d.studies.study import RECONSTRUCT_METRICS, RUN_COLUMNS, TABLE_COLUMNS, study_table
 
 NOTEBOOK = Path(__file__).parents[2] / "reports/scaling.ipynb"
@@ -56,7 +58,13 @@ POCKET = {  # six points and a student, two of them fine-tuned, two with a class
 def rows_of(section: str) -> list[list[str]]:
     """Texts of the cells of a section's tables."""
     rows = (re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", section))
-    return [[re.sub(r"<[^>]+>", " ", cell).strip() for cell in row] for row in rows]
+    return [[" ".join(re.sub(r"<[^>]+>", " ", cell).split()) for cell in row] for row in rows]
+
+
+def verdict_rows(run: RunResults) -> dict[str, list[str]]:
+    """Cells of the verdict's table by the first one, as text."""
+    table = verdict(run, Page(Path("out"))).partition("<tbody>")[2]
+    return {name: rest for name, *rest in rows_of(table)}
 
 
 def sha(name: str) -> str:

@@ -456,7 +456,7 @@ def test_our_own_choices_are_listed_with_their_values_in_this_run(pocket: dict) 
         content = json.loads(path.read_text()) | {"settings": {f"readout.frozen.{task}": {"Frozen": {"steps": steps}}}}
         write_json(path, content)
     section = sections.unstated(report.read_run_results(pocket), Page(BUILT))
-    cells = [re.sub(r" +", " ", cell) for row in rows_of(section) for cell in row]
+    cells = [cell for row in rows_of(section) for cell in row]
     assert any(cell.startswith("readout.frozen.*.Frozen.steps: 300 (boxes, pose); 120 (depth)") for cell in cells)
     assert "absolute relative error" in section and "place_deviation" not in section  # no stage of this run was given it
 

@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 import published_numbers
 import pytest
 import yaml
-from synthetic_run import BUILT, write_seed_study, write_tables
+from synthetic_run import BUILT, verdict_rows, write_seed_study, write_tables
 
 from scaling4d import config, report
 from scaling4d.audit.report_numbers import _value_at
@@ -42,13 +42,6 @@ def run(with_study: Callable[..., RunResults]) -> RunResults:
     return with_study()
 
 
-def rows(run: RunResults) -> dict[str, list[str]]:
-    """Cells of the verdict's table by the first one, as text."""
-    lines = re.findall(r"<tr>(.*?)</tr>", verdict(run, Page(Path("out"))).partition("<tbody>")[2])
-    cells = [[re.sub("<[^>]+>", "", cell) for cell in re.findall(r"<td>(.*?)</td>", line)] for line in lines]
-    return {name: rest for name, *rest in cells}
-
-
 def edit(path: Path, old: str, new: str) -> None:
     text = path.read_text()
     assert old in text
@@ -65,6 +58,9 @@ def test_every_number_has_its_values_mean_and_deviation_over_seeds(run: RunResul
 
 def test_a_study_of_other_code_is_left_out_of_the_verdict(run: RunResults, pocket: dict) -> None:
     facts = json.loads(STUDY.read_text())
+    facts["code"]["artifacts/code/show.json"] = "0" * 32  # it makes no number
+    write_json(STUDY, facts)
+    assert report.read_run_results(pocket).fresh_seed_study
     facts["code"]["artifacts/code/readout.json"] = "0" * 32
     write_json(STUDY, facts)
     run = report.read_run_results(pocket)
@@ -72,43 +68,36 @@ def test_a_study_of_other_code_is_left_out_of_the_verdict(run: RunResults, pocke
     assert run.fresh_seed_study is None and "±" not in text
     svg = figures.headline(run)
     assert "standard deviation" not in svg and "this run" not in svg
+    assert ">frozen, 95 % interval over videos</text>" in svg and ">trivial answer</text>" in svg
+    assert "our points with 95 % intervals over validation videos" in layout.figure(run, "headline")
     assert "The study of seeds is of other code (readout): run <code>scaling4d study seeds --seeds 0,1,2</code>." in text
 
 
-def test_code_that_makes_no_number_leaves_the_study_in_force(run: RunResults, pocket: dict) -> None:
-    facts = json.loads(STUDY.read_text())
-    facts["code"]["artifacts/code/show.json"] = "0" * 32
-    write_json(STUDY, facts)
-    assert report.read_run_results(pocket).fresh_seed_study
-
-
-def test_a_study_with_other_numbers_of_the_same_seed_is_of_other_settings(run: RunResults, pocket: dict) -> None:
+def test_a_study_of_other_numbers_encoders_or_another_profile_is_left_out(run: RunResults, pocket: dict) -> None:
+    before = RUNS.read_text()
     edit(RUNS, run.result("tiny", "boxes", "frozen").checkpoint_sha256, "0" * 64)
     stale = report.read_run_results(pocket).seed_study.stale
     assert re.match("The study of seeds has other numbers of tiny at .* with seed 0, so other settings, data or machines", stale)
-
-
-def test_a_study_without_one_of_the_runs_encoders_is_left_out(run: RunResults, pocket: dict) -> None:
-    lines = RUNS.read_text().splitlines(keepends=True)
-    RUNS.write_text("".join(line for line in lines if not line.startswith("small,0,small,depth")))
-    assert report.read_run_results(pocket).seed_study.stale.startswith("The study of seeds lacks small at depth with seed 0: ")
-
-
-def test_one_seed_alone_and_another_profile_give_no_means(with_study: Callable[..., RunResults], pocket: dict) -> None:
-    assert with_study(seeds_=(0,)).seed_study.stale == "The study of seeds has one seed alone: run `scaling4d study seeds`."
-    facts = json.loads(STUDY.read_text())
-    facts["arms"]["nano"]["profile"] = "desk"
-    write_json(STUDY, facts)
+    RUNS.write_text(re.sub("^small,0,small,depth.*\n", "", before, flags=re.MULTILINE))
+    stale = report.read_run_results(pocket).seed_study.stale
+    assert stale.startswith("The study of seeds lacks small at depth with seed 0: ")
+    edit(STUDY, '"profile": "test"', '"profile": "desk"')
     assert report.read_run_results(pocket).seed_study is None
 
 
-def test_a_study_without_the_runs_seed_names_the_seeds_to_run(with_study: Callable[..., RunResults]) -> None:
-    stale = with_study(seeds_=(1, 2)).seed_study.stale
-    assert stale == "The study of seeds lacks this run's seed, 0: run `scaling4d study seeds --seeds 0,1,2`."
+@pytest.mark.parametrize(
+    ("seeds_", "reason"),
+    [
+        ((0,), "has one seed alone: run `scaling4d study seeds`."),
+        ((1, 2), "lacks this run's seed, 0: run `scaling4d study seeds --seeds 0,1,2`."),
+    ],
+)
+def test_a_study_of_too_few_seeds_is_stale(with_study: Callable[..., RunResults], seeds_: tuple, reason: str) -> None:
+    assert with_study(seeds_=seeds_).seed_study.stale == f"The study of seeds {reason}"
 
 
 def test_the_verdict_compares_means_beyond_the_noise_of_seeds(run: RunResults) -> None:
-    table = rows(run)
+    table = verdict_rows(run)
     assert len(table) == 3 + len(run.tasks)
     (pose,) = (cells for name, cells in table.items() if "camera" in name)
     numbers = run.fresh_seed_study.numbers
@@ -120,16 +109,15 @@ def test_the_verdict_compares_means_beyond_the_noise_of_seeds(run: RunResults) -
 
 
 def test_a_difference_within_the_noise_of_seeds_is_no_answer(with_study: Callable[..., RunResults]) -> None:
-    noisy = rows(with_study(deviation=0.4))
-    assert all(
-        noisy[escape(MEASURES[metric])][0].startswith(NOISE) for metric in ("top1", "mean_iou", "abs_rel", "epe", "val_loss")
-    )
+    noisy = verdict_rows(with_study(deviation=0.4))
+    for metric in ("top1", "mean_iou", "abs_rel", "epe", "val_loss"):
+        assert noisy[escape(MEASURES[metric])][0].startswith(NOISE)
 
 
 def test_a_mean_loss_that_rises_at_one_step_of_size_is_not_better_with_size(run: RunResults, pocket: dict) -> None:
     loss = run.fresh_seed_study.numbers["small", "pretrain", "val_loss"].mean
     edit(FOLDER / "table.csv", f"small,pretrain,val_loss,3,{loss}", f"small,pretrain,val_loss,3,{loss * 2}")
-    table = rows(report.read_run_results(pocket))
+    table = verdict_rows(report.read_run_results(pocket))
     cells = table["validation loss of pretraining ↓"]
     assert cells[0].startswith(NO) and "Spearman" in cells[0] and "noise" in cells[0]
     assert table["squared error of hidden pixels ↓"][0].startswith(YES)
@@ -141,8 +129,8 @@ def test_the_noise_of_a_loss_is_of_the_points_that_differ_in_size_alone(run: Run
     noise = seed_noise(values)
     assert noise != pytest.approx(seed_noise([list(statistics.values.values()) for statistics in measured.values()]))
     smallest, largest = measured["nano"].mean, measured["mini"].mean
-    shown = rows(run)["validation loss of pretraining ↓"][0]
-    assert shown.startswith(f"{YES}{largest / smallest - 1:+.1%}noise {noise / smallest:.1%}Spearman")
+    shown = verdict_rows(run)["validation loss of pretraining ↓"][0]
+    assert shown.startswith(f"{YES} {largest / smallest - 1:+.1%} noise {noise / smallest:.1%} Spearman")
 
 
 def test_every_number_of_the_verdict_stands_in_its_source(run: RunResults) -> None:
@@ -171,13 +159,6 @@ def test_the_headline_shows_means_and_this_run(run: RunResults) -> None:
     assert "means and standard deviations over seeds, this run&#x27;s values as crosses" in caption
 
 
-def test_without_a_study_the_headline_shows_intervals_over_videos(pocket: dict) -> None:
-    run = report.read_run_results(pocket)
-    svg = figures.headline(run)
-    assert "our points with 95 % intervals over validation videos" in layout.figure(run, "headline")
-    assert ">frozen, 95 % interval over videos</text>" in svg and "of 3 seeds" not in svg and ">trivial answer</text>" in svg
-
-
 def readme_results(settings: dict, monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[list[str]]]:
     """The sentences and the cells of the rows that README should have."""
     write_tables(settings)
@@ -198,7 +179,7 @@ def test_the_table_of_the_readme_has_means_of_a_study_that_belongs_to_the_run(
     ]
     pose, mini = table[-1], run.fresh_seed_study.of("mini", "pose", "epe")
     assert pose[2] == f"{mini.mean:.3f}±{mini.deviation:.3f}" and pose[5] == "1.300" and pose[6] == YES
-    assert rows(run)[escape(MEASURES["epe"])][0].startswith(pose[6])
+    assert verdict_rows(run)[escape(MEASURES["epe"])][0].startswith(pose[6])
 
 
 def test_the_table_of_the_readme_has_the_one_run_where_the_study_is_stale(

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from synthetic_run import OTHERS, rows_of
+from synthetic_run import OTHERS, verdict_rows
 
 from scaling4d import report, video
 from scaling4d.report.page import Page
@@ -31,11 +31,6 @@ from scaling4d.report.verdict import (
 @pytest.fixture
 def run(pocket: dict) -> RunResults:
     return report.read_run_results(pocket)
-
-
-def rows(run: RunResults) -> dict[str, list[str]]:
-    """Cells of the table by the first one, as text."""
-    return {name: rest for name, *rest in rows_of(verdict(run, Page(Path("out"))).partition("<tbody>")[2])}
 
 
 def changed(run: RunResults, encoder: str, task: str, **values: float) -> RunResults:
@@ -70,7 +65,7 @@ def test_the_conclusion_names_every_measure_by_its_answer(run: RunResults) -> No
     text = conclusion(run, Page(Path("out")))
     assert "camera" in re.search(r"^<p>Better with size \(from .*? parameters\): (.*?)\. ", text)[1]
     assert text.endswith("Not better with size: relative error of depth.</p>")
-    assert all(name.rsplit(" ", 1)[0] in text for name in rows(run))
+    assert all(name.rsplit(" ", 1)[0] in text for name in verdict_rows(run))
 
 
 def test_the_page_says_of_every_measure_whether_size_and_training_help(run: RunResults) -> None:
@@ -78,14 +73,14 @@ def test_the_page_says_of_every_measure_whether_size_and_training_help(run: RunR
     run = changed(run, "untrained_mini", "pose", value=0.55, low=0.45, high=0.65)
     run = changed(run, "nano", "pose", value=0.9, low=0.8, high=1.0)
     run = changed(run, "pixels", "pose", value=0.3, low=0.2, high=0.35)
-    table = rows(run)
+    table = verdict_rows(run)
     assert len(table) == 3 + len(run.tasks)
     (pose,) = (cells for name, cells in table.items() if "camera" in name)
     assert pose[0].startswith(YES) and pose[3].startswith(NOISE) and pose[4].startswith(NO)
     loss = table["validation loss of pretraining ↓"]
     losses = [run.summaries[point]["val_loss"] for point in run.ladder]
     assert losses == sorted(set(losses), reverse=True)
-    assert loss[0] == f"{YES}  {losses[-1] / losses[0] - 1:+.1%}  Spearman  -1.00"
+    assert loss[0] == f"{YES} {losses[-1] / losses[0] - 1:+.1%} Spearman -1.00"
 
 
 def test_means_of_a_loss_have_to_fall_at_every_step_and_in_all_beyond_the_noise() -> None:
@@ -98,13 +93,13 @@ def test_means_of_a_loss_have_to_fall_at_every_step_and_in_all_beyond_the_noise(
 def test_a_loss_that_rises_at_one_step_of_size_is_not_better_with_size(run: RunResults) -> None:
     summaries = {name: dict(summary) for name, summary in run.summaries.items()}
     summaries["tiny"]["val_loss"] = summaries["nano"]["val_loss"] + 1
-    assert rows(replace(run, summaries=summaries))["validation loss of pretraining ↓"][0].startswith(NO)
+    assert verdict_rows(replace(run, summaries=summaries))["validation loss of pretraining ↓"][0].startswith(NO)
 
 
 def test_every_task_has_a_trivial_answer_where_it_was_measured(run: RunResults) -> None:
     trivial = {task: OTHERS[task][metric] for task, metric in TRIVIAL.items()}
     assert trivial.keys() == {*run.tasks}
-    shown = [cells[-1] for cells in rows(run).values()][-len(run.tasks) :]
+    shown = [cells[-1] for cells in verdict_rows(run).values()][-len(run.tasks) :]
     assert [float(cell.split()[-1]) for cell in shown] == [trivial[task] for task in run.tasks]
     assert trivial_answer(run, replace(run.result("mini", "depth", "frozen"), others={})) is None
 

@@ -16,11 +16,6 @@ def noisy(name: object, level: float) -> np.ndarray:
     return law(SIZES) + level * seeds.numpy(0, "noise", name).standard_normal(len(SIZES))
 
 
-def test_the_fit_recovers_a_power_law() -> None:
-    fit = fits.trend(SIZES, law(SIZES))
-    assert fit.exponent == pytest.approx(0.35, rel=1e-3) and fit.floor == pytest.approx(0.014, rel=1e-3)
-
-
 def test_no_other_curve_lies_nearer_to_noisy_points() -> None:
     y = noisy("fit", 1e-4)
     fit = fits.trend(SIZES, y)

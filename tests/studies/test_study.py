@@ -73,6 +73,8 @@ def test_an_arm_is_compared_with_the_base_seed_by_seed() -> None:
     pair = study.study_table(rows({"base": base, "one": one}), "base")[1]
     assert pair["noise"] == pytest.approx(t.ppf(0.975, 2) * differences[0].std(ddof=1) / np.sqrt(3))
     assert by_arm["base"]["difference"] is None and by_arm["base"]["deviation"] == pytest.approx(np.std(base, ddof=1))
+    alone = study.study_table(rows({"base": [1.0], "one": [2.0]}), "base")
+    assert [row["beyond_noise"] for row in alone] == [None, None]
 
 
 def test_equal_arms_differ_beyond_noise_in_five_of_a_hundred_cases() -> None:
@@ -112,11 +114,6 @@ def test_packages_of_other_code_are_those_that_make_numbers() -> None:
     assert study.changed_packages(code, code) == [] and study.changed_packages(code, other) == ["readout"]
     assert study.changed_packages(code, {**code, "artifacts/code/mae.json": "0"}) == ["mae"]
     assert study.changed_packages({**code, "artifacts/code/mae.json": "0"}, code) == ["mae"]
-
-
-def test_one_seed_alone_gives_no_noise() -> None:
-    table = study.study_table(rows({"base": [1.0], "one": [2.0]}), "base")
-    assert [row["beyond_noise"] for row in table] == [None, None]
 
 
 @pytest.mark.parametrize(
