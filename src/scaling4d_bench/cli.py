@@ -14,14 +14,9 @@ from scaling4d.records import UserError
 
 bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory, beside other libraries where there are any.")
 
-
-Reports = Annotated[Path, typer.Option("--out", help="Folder for the json with every single time.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Number of turns of each workload.")]
 Precision = StrEnum("Precision", ["fp32", "bf16"])
-MaeSt = Annotated[
-    Path | None, typer.Option(help="A checkout of facebookresearch/mae_st to measure beside ours; its code is run.")
-]
-REPORTS = Path("reports/bench")
+REPORTS = Path("reports/bench")  # the json of every benchmark, with every single time
 
 
 @bench.callback()
@@ -31,47 +26,45 @@ def quiet_profiler() -> None:
 
 @bench.command()
 def decode(
-    out: Reports = REPORTS,
     clips: Annotated[int, typer.Option(min=1, help="Read by each reader in each turn, of each kind of video.")] = 20,
     repeats: Repeats = 7,
 ) -> None:
     """Clips a second from random places of videos: ours, torchcodec, OpenCV, plain PyAV, FFmpeg alone."""
-    _measure("decode", out, clips=clips, repeats=repeats)
+    _measure("decode", clips=clips, repeats=repeats)
 
 
 @bench.command()
 def loader(
-    out: Reports = REPORTS,
     repeats: Repeats = 5,
     minutes: Annotated[float, typer.Option(min=0, help="Time of watching the memory.")] = 1.0,
 ) -> None:
     """Clips a second of the loader with 0, 1, 2, 4 workers, and its memory as time goes by."""
-    _measure("loader", out, repeats=repeats, minutes=minutes)
+    _measure("loader", repeats=repeats, minutes=minutes)
 
 
 @bench.command()
 def readout(
     encoder: Annotated[str, typer.Argument(help="A name in artifacts/<profile>/pretrain.")],
-    out: Reports = REPORTS,
     tasks: Annotated[list[str] | None, typer.Option("--task", help="One of the tasks; default: all of them.")] = None,
 ) -> None:
     """The cost of an encoder's frozen readouts beside one pass of it, and the time that stored features save."""
-    _measure("readout", out, encoder=encoder, tasks=tasks or ())
+    _measure("readout", encoder=encoder, tasks=tasks or ())
 
 
 @bench.command()
-def curate(out: Reports = REPORTS) -> None:
+def curate() -> None:
     """Files a second of curation, its memory at two sizes, and the cost for 170 million videos that follows."""
-    _measure("curate", out)
+    _measure("curate")
 
 
 @bench.command()
 def pretrain(
-    out: Reports = REPORTS,
     clips: Annotated[int, typer.Option(min=1, help="A batch, of every model.")] = 8,
     repeats: Repeats = 5,
     precision: Annotated[list[Precision], typer.Option(help="Give it twice for both.")] = [Precision.fp32],  # noqa: B006
-    mae_st: MaeSt = None,
+    mae_st: Annotated[
+        Path | None, typer.Option(help="A checkout of facebookresearch/mae_st to measure beside ours; its code is run.")
+    ] = None,
     ladder: Annotated[
         bool, typer.Option("--ladder", help="The default profile's points alone, as it trains them: its batch, fp32, one thread.")
     ] = False,
@@ -81,48 +74,46 @@ def pretrain(
 ) -> None:
     """Clips a second of training steps, share of the matmul peak: ours, transformers' VideoMAE, official MAE-ST."""
     if ladder:
-        _measure("ladder", out, repeats=repeats, against=against)
+        _measure("ladder", repeats=repeats, against=against)
         return
     if against:
         raise UserError(f"--against {against} needs --ladder")
-    _measure("pretrain", out, clips=clips, repeats=repeats, precisions=precision, mae_st=mae_st)
+    _measure("pretrain", clips=clips, repeats=repeats, precisions=precision, mae_st=mae_st)
 
 
 @bench.command()
 def masking(
-    out: Reports = REPORTS,
     clips: Annotated[int, typer.Option(min=1, help="A batch.")] = 2,
     repeats: Repeats = 5,
     precision: Precision = Precision.fp32,
 ) -> None:
     """Step time at 0, 75, 90 and 95 % hidden, MAE-ST's and SimpleMAE's decoding at B and L; loading clips beside it."""
-    _measure("masking", out, clips=clips, repeats=repeats, precision=precision)
+    _measure("masking", clips=clips, repeats=repeats, precision=precision)
 
 
 @bench.command()
 def attention(
-    out: Reports = REPORTS,
     total: Annotated[int, typer.Option(min=1, help="Approximate number of tokens of all clips together.")] = 6272,
     repeats: Repeats = 7,
     precision: Precision = Precision.fp32,
 ) -> None:
     """Attention at the token counts in use: ours, torch's, xformers; clips in a batch and packed in one sequence."""
-    _measure("attention", out, total=total, repeats=repeats, precision=precision)
+    _measure("attention", total=total, repeats=repeats, precision=precision)
 
 
 @bench.command()
-def render(out: Reports = REPORTS, repeats: Repeats = 5) -> None:
+def render(repeats: Repeats = 5) -> None:
     """CPU time to draw a labelled clip of each kind, and an unlabelled video, of the pocket's worlds."""
-    _measure("render", out, repeats=repeats)
+    _measure("render", repeats=repeats)
 
 
 @bench.command()
-def costs(out: Reports = REPORTS, repeats: Repeats = 5) -> None:
+def costs(repeats: Repeats = 5) -> None:
     """Growth of time and memory of training with clips, frames, side, depth, width and batch, beside the formulas."""
-    _measure("costs", out, repeats=repeats)
+    _measure("costs", repeats=repeats)
 
 
-def _measure(benchmark: str, out: Path, **options: object) -> None:
+def _measure(benchmark: str, **options: object) -> None:
     """Call `bench` of one of this package's modules, which imports torch."""
-    path = import_module(f"scaling4d_bench.{benchmark}").bench(out, **options)
+    path = import_module(f"scaling4d_bench.{benchmark}").bench(REPORTS, **options)
     print(f"wrote {path}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,13 +121,18 @@ def read_run_results(settings: Mapping[str, Any] | None = None) -> RunResults:
     tasks = tuple(declared["benchmarks.tasks"] if any(encoders.values()) else ())
     folders = {"clips": (home / "clips", "clips")}  # by stage: a folder with provenance, and the command that makes it
     summaries, losses, fidelity, pictures, results, held_out, sheets = {}, {}, {}, {}, {}, {}, {}
+    seed, numbers = declared["seed"], {}  # those that a study of seeds measures too, as `read_seed_study` takes them
     for point in (*points, *students):
         folder, command = folders[f"pretrain/{point}"] = home / "pretrain" / point, f"pretrain {point}"
         summaries[point] = _with_keys(folder / "summary.json", command, SUMMARY)
         losses[point] = _parsed(folder / "losses.jsonl", command, _json_lines)
+        numbers[point, "pretrain", "val_loss"] = seed, summaries[point]["val_loss"], ""
     for point in points:
         folder, command = folders[f"reconstruct/{point}"] = home / "reconstruct" / point, f"reconstruct {point}"
-        fidelity[point] = _with_keys(folder / "result.json", command, ("true_patch_statistics",))
+        fidelity[point] = measured = _with_keys(folder / "result.json", command, ("true_patch_statistics",))
+        for metric, task in RECONSTRUCT_METRICS.items():
+            if measured.get(metric) is not None:
+                numbers[point, task, metric] = seed, measured[metric], measured["checkpoint_sha256"]
         pictures[point] = _existing(folder / "filled.png", command)
     for protocol, names in encoders.items():
         for encoder in names:
@@ -136,7 +141,9 @@ def read_run_results(settings: Mapping[str, Any] | None = None) -> RunResults:
             for task in (task for task in tasks if task in PROTOCOL_TASKS.get(protocol, tasks)):
                 name = f"readout/{encoder}/{task}/{protocol}"
                 folder, command = folders[name] = home / name, f"readout {encoder} {task} {protocol}"
-                results[name] = _parsed(folder / "result.json", command, lambda text: Result(**json.loads(text)))
+                results[name] = r = _parsed(folder / "result.json", command, lambda text: Result(**json.loads(text)))
+                if protocol == "frozen":
+                    numbers[encoder, task, r.metric] = seed, r.value, r.checkpoint_sha256
                 if (folder / HELD_OUT).is_file():
                     held_out[name] = _parsed(folder / HELD_OUT, command, _json_lines)
     for task in declared["show.tasks"]:
@@ -150,12 +157,11 @@ def read_run_results(settings: Mapping[str, Any] | None = None) -> RunResults:
         for key, value in values.items():
             overrides.setdefault(key, (value, []))[1].append(stage)
     codes = {p["code"]["package"]: p["code"] for p in provenances.values() if p.get("code")}
-    numbers = _numbers_by_seed(declared["seed"], results.values(), summaries, fidelity)
     return RunResults(
         home=home,
         folder=Path(config.section(settings, "report.folder")),
         profile=declared["profile"],
-        seed=declared["seed"],
+        seed=seed,
         points=points,
         students=students,
         tasks=tasks,
@@ -174,21 +180,6 @@ def read_run_results(settings: Mapping[str, Any] | None = None) -> RunResults:
         datasheet=_parsed(home / "clips" / "datasheet.json", "clips"),
         seed_study=read_seed_study(declared["profile"], codes, numbers),
     )
-
-
-def _numbers_by_seed(
-    seed: int,
-    results: Iterable[Result],
-    summaries: Mapping[str, Mapping[str, Any]],
-    fidelity: Mapping[str, Mapping[str, Any]],
-) -> dict[tuple[str, str, str], tuple[int, float, str]]:
-    """The numbers that a study of seeds measures too, as `read_seed_study` takes them."""
-    numbers = {(point, "pretrain", "val_loss"): (seed, summary["val_loss"], "") for point, summary in summaries.items()}
-    for point, measured in fidelity.items():
-        for metric in (metric for metric in RECONSTRUCT_METRICS if measured.get(metric) is not None):
-            numbers[point, RECONSTRUCT_METRICS[metric], metric] = seed, measured[metric], measured["checkpoint_sha256"]
-    frozen = [r for r in results if r.protocol == "frozen"]
-    return numbers | {(r.encoder, r.task, r.metric): (seed, r.value, r.checkpoint_sha256) for r in frozen}
 
 
 def is_baseline(encoder: str) -> bool:

@@ -95,7 +95,8 @@ def read_seed_study(profile: str, codes: Mapping[str, Any], results: Mapping[Key
 
 def _stale(facts: Mapping[str, Any], codes: Mapping[str, Any], recorded: Mapping[Any, Any], results: Mapping[Key, Any]) -> str:
     """Why a study does not belong to the run, as the end of a sentence; empty where it does. facts: study.json."""
-    of_run = {f"{artifacts.CODE}/{name}.json": _md5(code) for name, code in codes.items()}
+    texts = {name: json.dumps(code, indent=2, sort_keys=True) + "\n" for name, code in codes.items()}  # as `write_json` does
+    of_run = {f"{artifacts.CODE}/{name}.json": hashlib.md5(text.encode()).hexdigest() for name, text in texts.items()}
     of_study = {path: md5 for path, md5 in facts["code"].items() if path in of_run}  # a run's stages need not be of all packages
     if packages := studies.changed_packages(of_study, of_run):
         return f"is of other code ({', '.join(packages)})"
@@ -109,8 +110,3 @@ def _stale(facts: Mapping[str, Any], codes: Mapping[str, Any], recorded: Mapping
             where = f"of {encoder} at {task} with seed {seed}"
             return f"has other numbers {where}, so other settings, data or machines made them"
     return ""
-
-
-def _md5(code: Mapping[str, Any]) -> str:
-    """Of the file of stage `code`, which `write_json` wrote."""
-    return hashlib.md5((json.dumps(code, indent=2, sort_keys=True) + "\n").encode()).hexdigest()

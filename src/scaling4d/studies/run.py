@@ -87,14 +87,9 @@ def save_locks(study: Study, runs: Sequence[StudyRun]) -> dict[str, dict[str, An
         key = f"{run.arm.name}-{run.seed}"
         study.lock(key).parent.mkdir(parents=True, exist_ok=True)
         study.lock(key).write_text(file_at(refs[run.name], str(LOCK)))
-        facts[key] = {"experiment": run.name} | run_times(run.name)
+        times = TIMES / f"{run.name}.json"  # of the whole `dvc exp run`; none if it ran elsewhere
+        facts[key] = {"experiment": run.name} | (json.loads(times.read_text()) if times.is_file() else {})
     return facts
-
-
-def run_times(name: str) -> dict[str, float]:
-    """seconds and cpu_seconds of the whole `dvc exp run` of an experiment; empty if it ran elsewhere."""
-    path = TIMES / f"{name}.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def run_experiments(runs: Sequence[StudyRun], *, jobs: int, report: Callable[[str], None]) -> dict[str, str]:
@@ -132,15 +127,15 @@ def run_experiments(runs: Sequence[StudyRun], *, jobs: int, report: Callable[[st
         clone = ProjectClone(number, commit, dvc_cache)
         while not stop.is_set() and (run := next_run(number)):
             clone.prepare(run.arm)
-            reason = clone.run(run, processes, stop)
+            result = clone.run(run, processes, stop)
             if stop.is_set():
                 return
-            if reason is not None:
-                failed[run.name] = reason
+            if isinstance(result, str):
+                failed[run.name] = result
+            else:
+                result = f"{result['seconds']:.0f} s, {result['cpu_seconds']:.0f} CPU seconds"
             done.append(run)
-            times = run_times(run.name)
-            success = f"{times['seconds']:.0f} s, {times['cpu_seconds']:.0f} CPU seconds" if times else "done"
-            report(f"[{len(done)}/{total}] {run.arm.name} seed {run.seed}: {reason or success}")
+            report(f"[{len(done)}/{total}] {run.arm.name} seed {run.seed}: {result}")
 
     with _only_study(), ThreadPoolExecutor(len(numbers)) as threads:
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -208,8 +203,8 @@ class ProjectClone:
         with path.open("w") as file:
             YAML(typ="safe", pure=True).dump({"schema": "2.0", "stages": stages}, file)
 
-    def run(self, run: StudyRun, processes: set[subprocess.Popen], stop: threading.Event) -> str | None:
-        """Run an experiment and fetch it. Returns None, or why it failed.
+    def run(self, run: StudyRun, processes: set[subprocess.Popen], stop: threading.Event) -> dict[str, float] | str:
+        """Run an experiment and fetch it. Returns its seconds and CPU seconds, or why it failed.
 
         Who sets `stop` also ends `processes`. After that, this waits up to a minute for stages that save their state,
         because the next run is refused while they do.
@@ -242,7 +237,7 @@ class ProjectClone:
         times = {"seconds": round(time.monotonic() - started, 1), "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1)}
         TIMES.mkdir(parents=True, exist_ok=True)
         write_json(TIMES / f"{run.name}.json", times)
-        return None
+        return times
 
     def _reset(self) -> None:
         """Restore the commit, also after a kill: no other process works here."""
