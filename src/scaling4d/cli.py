@@ -248,6 +248,27 @@ def study(
 
 
 @app.command()
+def law(
+    folder: Annotated[Path, typer.Argument(help="Of a study, or with artifacts of one method.")],
+    parameters: Annotated[int | None, typer.Option(min=1, help="Predict the loss of an encoder of this size,")] = None,
+    clips: Annotated[int | None, typer.Option(min=1, help="after so many clips,")] = None,
+    flops: Annotated[float | None, typer.Option(min=1, help="or so many training FLOPs; alone: of the best size.")] = None,
+    predict: Annotated[str, typer.Option(help="A study: write the losses of its arms to experiments/prediction.")] = "",
+) -> None:
+    """Fit loss over size and data, with 90 % intervals, and predict the loss of a new size or budget."""
+    from scaling4d.studies import law as laws
+    from scaling4d.studies.study import read_study
+
+    if predict:
+        path = laws.write_prediction(read_study(predict), folder)
+        print(f"wrote {path}; commit it, then run `scaling4d study {predict}`")
+    elif (clips and flops) or (parameters and not (clips or flops)) or (clips and not parameters):
+        raise UserError("needed --parameters with --clips or --flops, --flops alone, or none of them")
+    else:
+        print(laws.law_text(laws.law_of(folder), parameters=parameters, clips=clips, flops=flops))
+
+
+@app.command()
 def compose(overrides: Annotated[list[str] | None, typer.Argument(help="profile=NAME key=value ...")] = None) -> None:
     """Write params.yaml from experiments/, as `dvc exp run -S` does."""
     config.write(overrides or [])

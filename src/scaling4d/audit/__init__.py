@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from scaling4d.audit import reproduced, studies
+from scaling4d.audit import predictions, reproduced, studies
 from scaling4d.audit.explain import as_dot, as_text, explain
 from scaling4d.audit.run import UNCHECKED, WRONG, AuditFinding, locked_runs
 from scaling4d.audit.verify import verify
@@ -21,7 +21,7 @@ FORMATS = {"text": as_text, "json": lambda explained: json.dumps(explained, inde
 
 def check() -> int:
     """Verify every hash, setting and number."""
-    findings = [*verify(locked_runs()), *studies.findings()]
+    findings = [*verify(locked_runs()), *studies.findings(), *predictions.findings()]
     for finding in findings:
         print(finding)
     kinds = Counter(finding.kind for finding in findings)

@@ -1,0 +1,219 @@
+"""The joint law of a folder of pretraining results, and predictions that are committed before their runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scaling4d import artifacts, config
+from scaling4d.records import UserError, write_json
+from scaling4d.studies.loss_law import MIN_RUNS, NAMES, LossLaw, fit_loss_law
+from scaling4d.studies.markup import cell_text
+from scaling4d.studies.plotting import log_x, style, subplots, to_svg
+from scaling4d.studies.study import REPORTS, RUNS, Study, read_runs
+
+PREDICTIONS = config.EXPERIMENTS / "prediction"
+WORDS = {
+    "floor": "floor E",
+    "size_scale": "scale of size A",
+    "size_exponent": "exponent of size alpha",
+    "data_scale": "scale of data B",
+    "data_exponent": "exponent of data beta",
+}
+LAW_COLUMNS = ("number", "value", "low", "high", "identified")
+OPTIMUM_COLUMNS = ("flops", "parameters", "parameters_low", "parameters_high", "loss")
+PREDICTION_COLUMNS = ("arm", "parameters", "clips_seen", "predicted", "low", "high", "measured", "inside")
+BUDGETS = 24  # of a drawn frontier
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A pretraining. arm, seed: of a study's run; of other results the point's name and its seed."""
+
+    arm: str
+    seed: int
+    parameters: int
+    clips_seen: int
+    flops: float
+    loss: float
+
+
+def read_trained_runs(folder: Path) -> list[TrainedRun]:
+    """Pretrainings of a study's folder (runs.csv), or of a folder with artifacts (summary.json at any depth).
+
+    Raises:
+        UserError: neither is there, or the artifacts are of several methods, whose losses do not compare.
+    """
+    if (folder / RUNS).is_file():
+        rows = [row for row in read_runs(folder) if row["task"] == "pretrain"]
+        keys = ("parameters", "clips_seen", "flops", "value")
+        return [TrainedRun(row["arm"], int(row["seed"]), *(float(row[key]) for key in keys)) for row in rows]
+    paths = sorted(folder.glob("**/summary.json"))
+    if not paths:
+        raise UserError(f"{folder} has no {RUNS} and no summary.json; needed a folder of reports/studies or of artifacts")
+    summaries = [json.loads(path.read_text()) for path in paths]
+    if len(methods := sorted({summary["method"] for summary in summaries})) > 1:
+        raise UserError(f"{folder} has results of {' and '.join(methods)}, whose losses do not compare; give one method's folder")
+    keys = ("point", "seed", "parameters", "clips_seen", "flops", "val_loss")
+    return [TrainedRun(*(summary[key] for key in keys)) for summary in summaries]
+
+
+def law_of(folder: Path) -> LossLaw:
+    """The law of a folder's runs.
+
+    Raises:
+        UserError: as `read_trained_runs`, or too few runs, sizes or numbers of clips.
+    """
+    runs = read_trained_runs(folder)
+    law = fit_loss_law(*([getattr(run, key) for run in runs] for key in ("parameters", "clips_seen", "flops", "loss")))
+    if law is None:
+        sizes, clips = ({getattr(run, key) for run in runs} for key in ("parameters", "clips_seen"))
+        raise UserError(
+            f"{folder} has {len(runs)} runs of {len(sizes)} sizes with {len(clips)} numbers of clips; a law of size and data "
+            f"needs {MIN_RUNS} runs of 3 sizes with 3 numbers of clips, such as those of `scaling4d study isoflop`"
+        )
+    return law
+
+
+def law_rows(law: LossLaw) -> Iterator[dict[str, Any]]:
+    """Rows of law.csv: each number of the law with its 90 % interval, and whether an exponent is identified."""
+    for name in NAMES:
+        row = dict(zip(LAW_COLUMNS, (WORDS[name], *law.interval(name), None), strict=True))
+        yield row | ({"identified": law.identified(name)} if name.endswith("exponent") else {})
+
+
+def optimum_rows(law: LossLaw) -> Iterator[dict[str, Any]]:
+    """Rows of optimum.csv: for each budget of the fitted runs the best size, its 90 % interval, and its loss."""
+    budgets = np.array(sorted({_rounded(flops) for flops in law.flops}))
+    sizes, losses = law.optimum(budgets)
+    low, high = law.optimum_interval(budgets)
+    for values in zip(budgets, sizes, low, high, losses, strict=True):
+        yield dict(zip(OPTIMUM_COLUMNS, map(float, values), strict=True))
+
+
+def law_text(law: LossLaw, *, parameters: float | None, clips: float | None, flops: float | None) -> str:
+    """The law's numbers and, for a size with clips or FLOPs, the predicted loss; for FLOPs alone the best size."""
+    lines = [f"loss = E + A (N / n)^-alpha + B (D / d)^-beta, over {len(law.flops)} runs; in brackets 90 %"]
+    for row in law_rows(law):
+        unclear = "  not identified" if row["identified"] is False else ""
+        lines.append(f"  {row['number']}: {cell_text(row['value'])} [{cell_text(row['low'])}, {cell_text(row['high'])}]{unclear}")
+    if flops and not parameters:
+        (size,), (loss,) = law.optimum(np.array([flops]))
+        (low,), (high,) = law.optimum_interval(np.array([flops]))
+        lines.append(f"best size for {flops:.3g} FLOPs: {size:,.0f} parameters [{low:,.0f}, {high:,.0f}], loss {cell_text(loss)}")
+        parameters = size
+    if parameters and flops:
+        clips = flops / float(law.flops_per_clip(np.array([parameters]))[0])
+    if parameters and clips:
+        loss, low, high = law.prediction(parameters, clips)
+        where = "" if law.inside(parameters, clips) else "; outside the fitted range"
+        text = f"{parameters:,.0f} parameters, {clips:,.0f} clips: loss {cell_text(loss)} [{cell_text(low)}, {cell_text(high)}]"
+        lines.append(text + where)
+    return "\n".join(lines)
+
+
+# ---- predictions before a run ----
+
+
+def write_prediction(study: Study, source: Path) -> Path:
+    """Predict the loss of every arm of a study by the law of a folder of another one; commit the file before the runs.
+
+    Raises:
+        UserError: as `law_of`, or the study already has results.
+    """
+    if (study.folder / RUNS).is_file():
+        raise UserError(f"{study.folder / RUNS} has the results already; a prediction is made before them")
+    law, rows = law_of(source), []
+    for arm in study.arms:
+        parameters, clips = _sizes(arm.encoder, config.compose(arm.settings(study.seeds[0])))
+        rows.append({"arm": arm.name, "parameters": parameters, "clips_seen": clips, **_predicted(law, parameters, clips)})
+    path = PREDICTIONS / f"{study.name}.json"
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, {"source": str(source), "source_sha256": artifacts.sha256(source / RUNS), "arms": rows})
+    return path
+
+
+def _predicted(law: LossLaw, parameters: int, clips: int) -> dict[str, float]:
+    return dict(zip(("predicted", "low", "high"), law.prediction(parameters, clips), strict=True))
+
+
+def _sizes(point: str, settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Encoder parameters of a point, and the clips that it sees."""
+    from scaling4d.pretrain.plan.plan import build
+
+    training = config.section(settings, "pretrain.Training")
+    parameters = sum(p.numel() for p in build(point, settings).encoder.parameters())
+    return parameters, training["steps"] * training["batch"]
+
+
+def prediction_rows(name: str) -> list[dict[str, Any]]:
+    """Arms of a study's prediction beside their measured means; none without a prediction."""
+    path = PREDICTIONS / f"{name}.json"
+    if not path.is_file():
+        return []
+    losses: dict[str, list[float]] = {}
+    for run in read_trained_runs(REPORTS / name):
+        losses.setdefault(run.arm, []).append(run.loss)
+    rows = []
+    for row in json.loads(path.read_text())["arms"]:
+        if row["arm"] in losses:
+            measured = float(np.mean(losses[row["arm"]]))
+            rows.append(row | {"measured": measured, "inside": row["low"] <= measured <= row["high"]})
+    return rows
+
+
+# ---- figure ----
+
+
+@style()
+def law_figure(runs: Sequence[TrainedRun], law: LossLaw, predicted: Sequence[Mapping[str, Any]] = ()) -> str:
+    """Left: loss over size, a curve for each budget, and the optimum. Right: the best size for every budget.
+
+    predicted: rows of `prediction_rows`, drawn with their intervals beside the measured losses.
+    """
+    figure, ((curves, frontier),) = subplots(1, 2, (9.6, 4.2))
+    budgets = sorted({_rounded(run.flops) for run in runs})
+    sizes = np.geomspace(law.parameters.min() / 1.3, law.parameters.max() * 1.3, 100)
+    for number, budget in enumerate(budgets):
+        color = f"C{number % 10}"
+        some = [run for run in runs if _rounded(run.flops) == budget]
+        curves.plot(
+            [run.parameters for run in some], [run.loss for run in some], "o", color=color, ms=4, label=f"{budget:.2g} FLOPs"
+        )
+        curves.plot(sizes, law.loss(sizes, budget / law.flops_per_clip(sizes)), color=color, lw=1)
+    for row in predicted:
+        curves.errorbar(
+            row["parameters"],
+            row["predicted"],
+            [[row["predicted"] - row["low"]], [row["high"] - row["predicted"]]],
+            fmt="_",
+            color="0.3",
+            capsize=3,
+            label="predicted before the run, 90 %",
+        )
+        curves.plot(row["parameters"], row["measured"], "kx", ms=5, label="its outcome")
+    grid = np.geomspace(min(budgets), 2 * max(budgets), BUDGETS)
+    best, losses = law.optimum(grid)
+    low, high = law.optimum_interval(grid)
+    curves.plot(best, losses, "k--", lw=1, label="best size of a budget")
+    log_x(curves, [*law.parameters], "encoder parameters")
+    curves.set_title("validation loss of pretraining\n↓ lower is better")
+    frontier.plot(grid, best, "k--", lw=1)
+    frontier.fill_between(grid, low, high, color="0.5", alpha=0.2, lw=0, label="90 %")
+    frontier.set_yscale("log")
+    log_x(frontier, [*grid], "training FLOPs")
+    frontier.set_title("best size of a budget, encoder parameters")
+    handles, labels = curves.get_legend_handles_labels()
+    shown = dict(zip(labels, handles, strict=True))
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=4)
+    return to_svg(figure)
+
+
+def _rounded(flops: float) -> float:
+    """A budget in two digits: whole steps make runs of one budget differ a little."""
+    return float(f"{flops:.1e}")

@@ -1,0 +1,75 @@
+"""The joint law of size and data is recovered from synthetic runs, with honest intervals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from scaling4d import seeds
+from scaling4d.studies.loss_law import NAMES, LossLaw, fit_loss_law
+
+SIZES = np.array([24_400, 73_376, 146_928, 245_056, 738_720.0])
+FLOPS_PER_CLIP = np.array([2.88e7, 7.37e7, 1.35e8, 2.12e8, 5.3e8])
+BUDGETS = np.array([1e12, 2e12, 4e12, 8e12])
+FLOPS, N = (grid.ravel() for grid in np.meshgrid(BUDGETS, SIZES, indexing="ij"))
+D = FLOPS / np.tile(FLOPS_PER_CLIP, len(BUDGETS))
+TRUTH = (0.045, 0.006, 0.45, 0.008, 0.5)
+
+
+def true_loss(parameters: np.ndarray, clips: np.ndarray) -> np.ndarray:
+    floor, size, alpha, data, beta = TRUTH
+    n, d = parameters / np.exp(np.log(N).mean()), clips / np.exp(np.log(D).mean())
+    return floor + size * n**-alpha + data * d**-beta
+
+
+def noisy_law(name: object, level: float, draws: int) -> LossLaw:
+    noise = level * seeds.numpy(0, "noise", name).standard_normal(len(N))
+    return fit_loss_law(N, D, FLOPS, true_loss(N, D) * np.exp(noise), draws=draws)
+
+
+def test_the_fit_recovers_the_five_numbers_of_a_law() -> None:
+    fitted = noisy_law("none", 1e-7, 5)
+    assert fitted.values == pytest.approx(TRUTH, rel=1e-2)
+    assert fitted.loss(SIZES, SIZES) == pytest.approx(true_loss(SIZES, SIZES), rel=1e-3)
+
+
+def test_the_best_size_of_a_budget_is_that_of_the_true_law() -> None:
+    fitted = noisy_law("none", 1e-7, 5)
+    grid = np.geomspace(SIZES[0], SIZES[-1], 400)
+    clips = 3e12 / fitted.flops_per_clip(grid)
+    (size,), (loss,) = fitted.optimum(np.array([3e12]))
+    assert size == pytest.approx(grid[true_loss(grid, clips).argmin()], rel=0.05)
+    assert loss == pytest.approx(true_loss(grid, clips).min(), rel=1e-3)
+
+
+def test_flops_of_a_clip_are_those_of_the_runs_and_follow_their_trend_beyond_them() -> None:
+    fitted = noisy_law("none", 1e-7, 5)
+    assert fitted.flops_per_clip(SIZES) == pytest.approx(FLOPS_PER_CLIP, rel=1e-6)
+    slope = np.log(5.3e8 / 2.12e8) / np.log(738_720 / 245_056)
+    assert fitted.flops_per_clip(np.array([1e7]))[0] == pytest.approx(5.3e8 * (1e7 / 738_720) ** slope, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_nine_of_ten_intervals_hold_the_truth() -> None:
+    held = dict.fromkeys([*NAMES, "new run"], 0)
+    for draw in range(100):
+        fitted = noisy_law(draw, 0.005, 100)
+        for name, truth in zip(NAMES, TRUTH, strict=True):
+            _, low, high = fitted.interval(name)
+            held[name] += low <= truth <= high
+        _, low, high = fitted.prediction(SIZES[-1], 16e12 / FLOPS_PER_CLIP[-1])
+        deviation = 0.005 * seeds.numpy(0, "new", draw).standard_normal()
+        held["new run"] += low <= true_loss(SIZES[-1], 16e12 / FLOPS_PER_CLIP[-1]) * np.exp(deviation) <= high
+    assert all(80 <= count <= 98 for count in held.values()), held
+
+
+def test_an_exponent_without_a_visible_trend_is_not_identified() -> None:
+    flat = fit_loss_law(N, D, FLOPS, 0.05 * np.exp(0.01 * seeds.numpy(0, "flat").standard_normal(len(N))), draws=40)
+    assert not flat.identified("size_exponent")
+    assert noisy_law("seen", 0.002, 40).identified("size_exponent")
+
+
+def test_few_runs_or_one_budget_give_no_law() -> None:
+    assert fit_loss_law(N[:5], D[:5], FLOPS[:5], true_loss(N[:5], D[:5])) is None
+    same = np.full(len(N), 5e4)
+    assert fit_loss_law(N, same, FLOPS, true_loss(N, same)) is None
