@@ -43,6 +43,7 @@ MEASURES = {  # task -> name of its row
     "points": "points, average Jaccard ↑",
     "pose": "camera motion, end-point error in scene units ↓",
 }
+OTHER_METHOD = "mae_st_tiny"
 LOSSES = (  # task and metric as a study has them, name of the row
     ("pretrain", "val_loss", "validation loss ↓"),
     ("reconstruct_moving", "moving_mse", "squared error of hidden pixels that move ↓"),
@@ -50,15 +51,12 @@ LOSSES = (  # task and metric as a study has them, name of the row
 
 
 ONE_RUN = (
-    'Results of the pocket: one run, one seed. "Better with size" compares the smallest and the largest encoder: yes where their '
-    "95 % intervals over validation videos do not overlap (losses: where every larger encoder is better). "
-    '"Than untrained" compares the largest one with its untrained baseline alike. Differences between seeds are not measured yet.'
+    "Results of the pocket: one run, one seed. Yes: the 95 % intervals over validation videos do not overlap (losses: every "
+    "larger encoder is better). Differences between seeds are not measured yet."
 )
 SEEDS = (
-    "Results of the pocket: means and standard deviations over {seeds} seeds. "
-    '"Better with size" compares the smallest and the largest encoder: yes where the largest is better by more than the noise of '
-    'seeds (losses: and every larger encoder is better). "Than untrained" compares the largest one with its untrained '
-    "baseline alike."
+    "Results of the pocket: means ± standard deviations over {seeds} seeds. Yes: better by more than the noise, the 95 % limit "
+    "of the difference of two equal encoders (losses: and at every step of size)."
 )
 
 EARLIER = " The run is of earlier settings; that of today's comes next."
@@ -69,13 +67,18 @@ def _results() -> Iterator[str]:
 
     Both are of means over seeds if the study of seeds belongs to the report's run, else of that run.
     """
-    ladder = [row for row in _rows("built/pretrain.csv") if row["method"] == "SimpleMAE"]
+    trained = {row["point"]: row for row in _rows("built/pretrain.csv")}
+    ladder = [row for row in trained.values() if row["method"] == "SimpleMAE"]
     ladder.sort(key=lambda row: int(row["parameters"]))
     points = [row["point"] for row in ladder]
-    sizes = (f"{int(row['parameters']) / 1e6:.2f} M" for row in (ladder[0], ladder[-1]))
-    head = "| | {}, {} | {}, {} | untrained {} | raw pixels | trivial | better with size | than untrained |".format(
-        *(word for pair in zip((points[0], points[-1]), sizes, strict=True) for word in pair), points[-1]
-    )
+    sizes = (f"{int(row['parameters']) / 1e6:.2f} M" for row in (ladder[0], trained[OTHER_METHOD], ladder[-1]))
+    small, large = points[0], points[-1]
+    columns = (f"{point}, {size}" for point, size in zip((small, OTHER_METHOD, large), sizes, strict=True))
+    answers = f"{large} better than {small} | better than untrained"
+    known = {row["encoder"] for row in _rows("built/results.csv")}
+    untrained = [name for point in (small, large) if (name := f"untrained_{point}") in known]
+    baselines = " | ".join(name.replace("_", " ") for name in (*untrained, "raw_pixels", "trivial"))
+    head = f"| | {' | '.join(columns)} | {baselines} | {answers} |"
     seed, measured = int(ladder[0]["seed"]), {}
     for row in _rows("built/pretrain.csv"):
         measured[row["point"], "pretrain", "val_loss"] = seed, float(row["val_loss"]), ""
@@ -99,20 +102,20 @@ def _results() -> Iterator[str]:
                 by_point = [fresh.of(point, task, metric) for point in points]
                 scales = falls_beyond_noise([statistics.mean for statistics in by_point], noise_of_seeds(by_point))
             ends = [_shown(fresh, measured, (point, task, metric)) for point in (points[0], points[-1])]
-            yield f"| {name} | {' | '.join(ends)} | - | - | - | {scales} | - |"
+            yield f"| {name} | {' | - | '.join(ends)} |{' - |' * (len(untrained) + 2)} {scales} | - |"
     for task, name in MEASURES.items():
         rows = {row["encoder"]: row for row in readouts if row["task"] == task}
-        large = rows[points[-1]]
-        key = task, large["metric"]
-        trivial = _further(points[-1], task, TRIVIAL[task])
-        encoders = (points[0], points[-1], f"untrained_{points[-1]}", "pixels")
+        best = rows[large]
+        key = task, best["metric"]
+        trivial = _further(large, task, TRIVIAL[task])
+        encoders = (small, OTHER_METHOD, large, *untrained, "pixels")
         cells = [_shown(fresh, measured, (encoder, *key)) for encoder in encoders]
         cells.append("-" if trivial is None else _short(trivial))
-        for other in (encoders[0], encoders[2]):
-            answer = _scales(rows[other], large)
+        for other in (small, f"untrained_{large}"):
+            answer = _scales(rows[other], best)
             if fresh:
-                first, last = (fresh.of(encoder, *key) for encoder in (other, points[-1]))
-                answer = beyond_noise(last.mean, first.mean, last.noise, large["higher_is_better"] == "True")
+                first, last = (fresh.of(encoder, *key) for encoder in (other, large))
+                answer = beyond_noise(last.mean, first.mean, last.noise, best["higher_is_better"] == "True")
             cells.append(answer)
         yield f"| {name} | {' | '.join(cells)} |"
 
