@@ -152,7 +152,13 @@ def test_every_number_of_the_verdict_stands_in_its_source(run: RunResults) -> No
 
 def test_the_headline_shows_means_and_this_run(run: RunResults) -> None:
     svg = figures.headline(run)
-    for words in ("frozen, mean of 3 seeds, standard deviation", "this run", "untrained mini", "raw pixels", "trivial answer"):
+    for words in (
+        "frozen, mean of 3 seeds, standard deviation",
+        "seed 0, this run",
+        "untrained mini",
+        "raw pixels",
+        "trivial answer",
+    ):
         assert f">{words}</text>" in svg
     assert svg == figures.headline(run)
     caption = layout.figure(run, "headline")
@@ -172,14 +178,14 @@ def test_the_table_of_the_readme_has_means_of_a_study_that_belongs_to_the_run(
     run: RunResults, pocket: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sentences, (head, *table) = readme_results(pocket, monkeypatch)
-    assert sentences.startswith("Results of the pocket: means and standard deviations over 3 seeds. ")
-    assert "noise of seeds" in sentences and "one run" not in sentences and "earlier" not in sentences
+    assert sentences.startswith("Results of the pocket: means ± standard deviations over 3 seeds. ")
+    assert "more than the noise" in sentences and "one run" not in sentences and "earlier" not in sentences
     assert head[0] == "" and [row[0].split(",")[0].rstrip(" ↓") for row in table] == [
         *("validation loss", "squared error of hidden pixels that move", "actions", "boxes", "depth", "points", "camera motion")
     ]
     pose, mini = table[-1], run.fresh_seed_study.of("mini", "pose", "epe")
-    assert pose[2] == f"{mini.mean:.3f}±{mini.deviation:.3f}" and pose[5] == "1.300" and pose[6] == YES
-    assert verdict_rows(run)[escape(MEASURES["epe"])][0].startswith(pose[6])
+    assert pose[3] == f"{mini.mean:.3f}±{mini.deviation:.3f}" and pose[7] == "1.300" and pose[8] == YES
+    assert verdict_rows(run)[escape(MEASURES["epe"])][0].startswith(pose[8])
 
 
 def test_the_table_of_the_readme_has_the_one_run_where_the_study_is_stale(
@@ -188,7 +194,7 @@ def test_the_table_of_the_readme_has_the_one_run_where_the_study_is_stale(
     run = with_study(seeds_=(0,))
     sentences, (_, *table) = readme_results(pocket, monkeypatch)
     assert sentences.startswith("Results of the pocket: one run, one seed. ") and "do not overlap" in sentences
-    assert len(table) == 7 and table[-1][2] == f"{run.result('mini', 'pose', 'frozen').value:.3f}"
+    assert len(table) == 7 and table[-1][3] == f"{run.result('mini', 'pose', 'frozen').value:.3f}"
     assert "±" not in str(table) and "earlier" not in sentences
     pocket["points"]["nano"]["model"]["SimpleMAE"]["width"] += 8
     config.PARAMS.write_text(yaml.safe_dump(pocket))

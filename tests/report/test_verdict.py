@@ -64,8 +64,18 @@ def test_the_conclusion_names_every_measure_by_its_answer(run: RunResults) -> No
     run = changed(run, "mini", "depth", value=0.5, low=0.4, high=0.6)
     text = conclusion(run, Page(Path("out")))
     assert "camera" in re.search(r"^<p>Better with size \(from .*? parameters\): (.*?)\. ", text)[1]
-    assert text.endswith("Not better with size: relative error of depth.</p>")
+    assert "Not better with size: relative error of depth. " in text
     assert all(name.rsplit(" ", 1)[0] in text for name in verdict_rows(run))
+
+
+def test_the_conclusion_names_what_does_not_work(run: RunResults) -> None:
+    run = changed(run, "mini", "pose", value=0.5, low=0.4, high=0.6)
+    run = changed(run, "untrained_mini", "pose", value=0.55, low=0.45, high=0.65)
+    run = changed(run, "pixels", "pose", value=0.9, low=0.8, high=1.0)
+    run = changed(run, "nano", "pose", value=0.9, low=0.8, high=1.0)
+    text = conclusion(run, Page(Path("out")))
+    assert re.search(r"mini, the largest, is better than untrained mini, raw pixels, .*pose \(untrained mini[,)]", text)
+    assert re.search(r"nano is worse than untrained mini at [^.]*pose", text)
 
 
 def test_the_page_says_of_every_measure_whether_size_and_training_help(run: RunResults) -> None:

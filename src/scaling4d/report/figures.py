@@ -59,6 +59,8 @@ def label_efficiency(run: RunResults) -> str:
         return _note("This profile has no readout with linear probes.")
     colours = mpl.colormaps["viridis"](np.linspace(0, 0.9, len(run.ladder)))
     looks = {name: {"color": colour, "marker": "o"} for name, colour in zip(run.ladder, colours, strict=True)}
+    others = [point for point in run.trained if point not in run.ladder]
+    looks |= {name: {"color": colour, "marker": "D"} for name, colour in zip(others, cycle(OTHERS), strict=False)}
     for name, dashes in zip(run.baselines, cycle(BASELINES), strict=False):
         looks[name] = {"color": "0.35", "marker": "s", "ls": dashes}
 
@@ -101,7 +103,8 @@ def pretraining(run: RunResults) -> str:
         title = "too few points for a trend" if rho is None else f"Spearman {rho:+.2f}"
         if fit:
             draw_law(axes, x, fit)
-            title += f"\nL = {fit.floor:.4g} + {fit.scale:.3g} · ({letter} / {fit.unit:.3g})^-{fit.exponent:.2f}"
+            low, high = fit.interval("exponent")
+            title += f"\nL = E + A · {letter}^-α, α = {fit.exponent:.2f}, 95 %: {low:.2g} to {high:.2g}"
         if fit and test:
             predicted, look = (test.predicted, test.low, test.high), {"color": "tab:red", "marker": "x"}
             draw_intervals(axes, [test.x * 1.12], [predicted], label="predicted from the others", **look)
@@ -156,7 +159,7 @@ def methods(run: RunResults) -> str:
     filled = [name for name in names if "masked_mse" in run.fidelity.get(name, {})]
     mse = [run.fidelity[name]["masked_mse"] for name in filled]
     panels[-1].plot([names.index(name) for name in filled], mse, "D", color="tab:green")
-    panels[-1].set_title(panel_title("filled-in pixels", "masked_mse", "", False))
+    panels[-1].set_title("filled-in pixels\nsquared error of\nhidden pixels\n↓ lower is better")
     for axes in panels:
         axes.set_xticks(range(len(names)), ticks, fontsize=7)
         axes.set_xlim(-0.6, len(names) - 0.4)
@@ -225,12 +228,12 @@ def _our_panel(axes: Axes, run: RunResults, task: str) -> None:
         if r.encoder in baselines:
             axes.axhline(value, color="0.35", lw=1.2, ls=baselines[r.encoder], label=encoder_words(r.encoder))
             if run.fresh_seed_study:
-                axes.axhspan(low, high, color="0.35", alpha=0.12, lw=0)
+                axes.axhspan(low, high, color="0.35", alpha=0.12, lw=0, label="standard deviation of a baseline")
         elif r.encoder not in ladder:
             look = {"color": others[r.encoder], "marker": "D" if r.protocol == "frozen" else LOOK[r.protocol][1], "ms": 5}
-            draw_intervals(axes, [r.parameters], [(value, low, high)], label=f"{r.encoder}, {r.protocol}", **look)
+            draw_intervals(axes, [r.parameters], [(value, low, high)], label=_of_method(run, r), **look)
         if run.fresh_seed_study and r.protocol == "frozen" and r.encoder not in baselines:
-            axes.plot(r.parameters, r.value, "x", color="black", ms=4.5, zorder=4, label="this run")
+            axes.plot(r.parameters, r.value, "x", color="black", ms=4.5, zorder=4, label=f"seed {run.seed}, this run")
     largest = next((r for point in reversed(run.ladder) if (r := run.result(point, task, "frozen"))), None)
     if largest and (trivial := trivial_answer(run, largest)):
         _draw_trivial(axes, trivial.value)
@@ -239,15 +242,16 @@ def _our_panel(axes: Axes, run: RunResults, task: str) -> None:
 
 
 def _draw_trivial(axes: Axes, value: float) -> None:
-    """A line; where it lies beyond the encoders, an arrow and the value at that edge, and the y axis stays theirs."""
+    """A line, if it lies near the encoders; else an arrow and the value at that edge, and the y axis stays theirs."""
     low, high = axes.get_ylim()
+    near = 0.2 * (high - low)
     axes.axhline(value, color="tab:red", lw=1, ls=TRIVIAL_LINE, label="trivial answer")
-    if low <= value <= high:
+    if low - near <= value <= high + near:
         return
     above, room = value > high, 0.12 * (high - low)  # of the text
     axes.set_ylim((low, high + room) if above else (low - room, high))
     place = {"x": 0.98, "y": 0.99 if above else 0.01, "ha": "right", "va": "top" if above else "bottom"}
-    text = f"{'↑' if above else '↓'} trivial answer {value:.3g}"
+    text = f"{'↑' if above else '↓'} beyond the axis: trivial answer {value:.3g}"
     axes.text(**place, s=text, color="tab:red", fontsize=8, transform=axes.transAxes)
 
 
@@ -292,6 +296,13 @@ def _plain_log_y(axes: Axes, ticks: Iterable[float]) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=tuple(ticks)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _of_method(run: RunResults, r: Result) -> str:
+    """`mae_st_tiny (MAEST, 0.13 M), frozen` of another method's point; `vjepa2_l, frozen` of a published encoder."""
+    summary = run.summaries.get(r.encoder)
+    method = f" ({summary['method']}, {r.parameters / 1e6:.2f} M)" if summary else ""
+    return f"{r.encoder}{method}, {r.protocol}"
 
 
 def _task_title(run: RunResults, task: str) -> str:

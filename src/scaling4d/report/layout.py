@@ -14,9 +14,9 @@ from scaling4d.studies.markup import code_html, html_figure, html_page
 from scaling4d.studies.words import encoder_words
 
 TITLE = "Scaling 4D representations, in small"
-INTRODUCTION = """<p><small>The points of our ladder, trained and measured by <code>dvc repro</code>, beside the curves of
-<i>Scaling 4D Representations</i> (arXiv:2412.15212) and the method of <i>Masked Autoencoders As Spatiotemporal Learners</i>
-(arXiv:2205.09113).</small></p>"""
+INTRODUCTION = """<p><small>All video is synthetic and small. A point is a model of one size; <code>dvc repro</code> trains and
+measures all points. Beside them stand the curves of <i>Scaling 4D Representations</i> (arXiv:2412.15212) and the method of
+<i>Masked Autoencoders As Spatiotemporal Learners</i> (arXiv:2205.09113).</small></p>"""
 ORIGIN = """<p>Every number comes from a file of a stage. <code>numbers.json</code> beside this page names file and place.
 <code>scaling4d audit --explain encoder/task/protocol</code> shows the bytes, settings and code behind a number.
 <a href="../studies/index.html">Studies</a> vary single settings.</p>"""
@@ -54,10 +54,10 @@ FIGURES = {  # name -> what the picture shows, caption; words in braces are thos
     "label_efficiency": (
         "linear probes over the number of labelled clips",
         "Linear probes of frozen features, fitted to the first labelled training clips and to all of them. Coloured: the "
-        "points that differ in size alone. Grey: the baselines, which saw no video ({baselines}). One run, without "
-        "intervals. A linear probe is a ridge regression in closed form: for actions on means over a coarse grid of the "
-        "clip, for depth on each token alone. The attention readouts of the other sections are trained by gradient steps "
-        "and attend to all tokens, with their places in time; so their numbers for one encoder differ.",
+        "points that differ in size alone. Diamonds: other methods. Grey: the baselines, which saw no video ({baselines}). "
+        "One run, without intervals. A linear probe is a ridge regression in closed form: for actions on means over a coarse "
+        "grid of the clip, for depth on each token alone. The attention readouts of the other sections are trained by gradient "
+        "steps and attend to all tokens, with their places in time; so their numbers for one encoder differ.",
     ),
     "pretraining": (
         "validation loss over the size of the encoder and over training FLOPs",
@@ -116,7 +116,7 @@ SECTIONS = (
     Section(verdict, "What improves with size"),
     Section(rules, folded="The rules in full"),
     Section("headline", "Tasks over the size of the encoder"),
-    Section(sections.results),
+    Section(sections.results, "This run alone"),
     Section(sections.gains, folded="Gains over the untrained baselines"),
     Section(sections.further, folded="Further metrics of every readout"),
     Section(sections.paper, folded="4DS as published, in the rows and columns of our table"),

@@ -26,6 +26,7 @@ from scaling4d.report.tables import (
     summary_part,
     with_interval,
 )
+from scaling4d.report.verdict import NO, NOISE, YES, encoder_better
 from scaling4d.studies import fits
 from scaling4d.studies.markup import NOTHING, code_html, html_figure, html_table
 from scaling4d.studies.words import encoder_words, measure, measure_head
@@ -92,26 +93,30 @@ def paper(run: RunResults, page: Page) -> str:
 
 def gains(run: RunResults, page: Page) -> str:
     """Trained against untrained: frozen readouts of encoders with the same shape, with and without pretraining."""
-    rows, shown = [], {True: [], False: []}
+    rows, study = [], run.fresh_seed_study
+    shown: dict[str | None, list[str]] = {YES: [], NOISE: [], NO: []}
     for encoder in (encoder for encoder in run.baselines if encoder.startswith(UNTRAINED)):
         point = encoder.removeprefix(UNTRAINED)
         for task in run.tasks:
-            trained, untrained = run.result(point, task, "frozen"), run.result(encoder, task, "frozen")
-            if trained is None or untrained is None:
+            pair = [run.result(name, task, "frozen") for name in (point, encoder)]
+            if None in pair:
                 continue
-            name, sign = f"gain of {point} at {task}", 1 if trained.higher_is_better else -1
-            values = [result_part(run, r, "value") for r in (trained, untrained)]
-            page.derive(name, (trained.value - untrained.value) * sign, values)
-            apart = trained.low > untrained.high if sign == 1 else trained.high < untrained.low
-            shown[apart].append(f"{task} ({point})")
-            cells = [interval(run, trained), interval(run, untrained), page.derived_number(name, spec="+.4f")]
-            rows.append([f"{task}: {label(trained)}", point, *cells, "yes" if apart else "no"])
+            name, sign = f"gain of {point} at {task}", 1 if pair[0].higher_is_better else -1
+            values, cells = [result_part(run, r, "value") for r in pair], [interval(run, r) for r in pair]
+            if study:
+                measured = [study.of(r.encoder, task, r.metric) for r in pair]
+                values, cells = ([statistics.part("mean") for statistics in measured], [s.with_deviation for s in measured])
+            page.derive(name, (values[0].value - values[1].value) * sign, values)
+            answer = encoder_better(run, task, point, encoder)
+            shown[answer].append(f"{task} ({point})")
+            rows.append([f"{task}: {label(pair[0])}", point, *cells, page.derived_number(name, spec="+.4f"), answer])
     if not rows:
         return page.paragraph("This profile compares no point with its untrained baseline.")
-    head = ("task, frozen", "point", "trained", "untrained baseline", "gain (+ is better)", "intervals apart")
-    text = [f"Shown: a gain over the untrained baseline on {', '.join(shown[True])}." if shown[True] else ""]
-    text += [f" Not shown: a gain over the untrained baseline on {', '.join(shown[False])}." if shown[False] else ""]
-    return page.table(head, rows) + page.paragraph("".join(text).strip())
+    noise = "the noise of seeds" if study else "overlapping intervals of this run"
+    heads = {YES: "Better than untrained", NOISE: f"Within {noise}", NO: "Worse than untrained"}
+    text = " ".join(f"{heads[answer]}: {', '.join(names)}." for answer, names in shown.items() if names)
+    head = ("task, frozen", "point", "trained", "untrained baseline", "gain (+ is better)", "better")
+    return page.table(head, rows) + page.paragraph(text)
 
 
 def sheets(run: RunResults, page: Page) -> str:
@@ -225,7 +230,7 @@ def reconstructions(run: RunResults, page: Page) -> str:
     """For each clip a looping video, and strips of its frames: input, masked, filled in by every point."""
     labels: dict[str, Part] = {"input": "input", "masked": "masked, hidden is grey"}
     for point in run.points:
-        measured: Part = [", MSE ", _fidelity(run, point, "masked_mse", ".4f")]
+        measured: Part = [", MSE over all validation clips ", _fidelity(run, point, "masked_mse", ".4f")]
         if run.fidelity[point]["true_patch_statistics"]:
             measured = ", each patch with its true mean and deviation, so it is not measured"
         labels[point] = [f"{point}, ", summary_part(run, point, "parameters", spec="M"), measured]
@@ -234,7 +239,7 @@ def reconstructions(run: RunResults, page: Page) -> str:
     content = []
     for clip in range(count_clips(run.pictures, run.side_px)):
         source = f"{PICTURES}/{video_name(clip)}"
-        content.append(f'<video src="{source}" autoplay loop muted playsinline controls></video>')
+        content.append(f'<video src="{source}" autoplay loop muted playsinline></video>')
         for row, words in labels.items():
             strip = f'<img alt="{row}" src="{PICTURES}/{strip_name(clip, row)}">'
             content.append(f'<figure class="strip"><figcaption>{page.html(words)}</figcaption>{strip}</figure>')

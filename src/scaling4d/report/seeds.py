@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from scaling4d import artifacts
 from scaling4d.provenance import parse_csv
-from scaling4d.report.page import Number
+from scaling4d.report.page import Number, Part
 from scaling4d.studies import study as studies
 from scaling4d.studies.markup import number_format
 
@@ -35,6 +35,12 @@ class SeedStatistics:
         value = getattr(self, column)
         place = ({"arm": self.arm, "task": self.task}, column)
         return Number(value, number_format(value), (FOLDER / studies.TABLE).as_posix(), place)
+
+    @property
+    def with_deviation(self) -> Part:
+        """`mean ± deviation`, both with the decimals of the mean."""
+        mean = self.part("mean")
+        return [mean, " ± ", replace(self.part("deviation"), format=mean.format)]
 
     def value_part(self, seed: int) -> Number:
         """The value of a seed, a number of runs.csv."""

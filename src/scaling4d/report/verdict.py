@@ -10,7 +10,7 @@ from itertools import pairwise
 from scaling4d.records import Result
 from scaling4d.report.page import Number, Page, Part, joined, part_of
 from scaling4d.report.run_results import UNTRAINED, RunResults
-from scaling4d.report.seeds import SeedStatistics, noise_of_seeds
+from scaling4d.report.seeds import noise_of_seeds
 from scaling4d.report.tables import interval, result_part, summary_part
 from scaling4d.studies.fits import spearman
 from scaling4d.studies.markup import NOTHING
@@ -49,7 +49,8 @@ SEEDS_IN_FULL = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """A row. values: of the smallest and of the largest point. scales: YES, NOISE or NO. beats: baseline -> cell.
+    """A row. values: of the smallest and of the largest point. scales: YES, NOISE or NO. beats: baseline -> YES,
+    NOISE or NO, and the baseline's value. task: empty for a loss.
 
     change: from the smallest to the largest point; empty where intervals tell more.
     """
@@ -58,11 +59,12 @@ class Verdict:
     values: tuple[Part, Part]
     scales: str
     change: Part
-    beats: dict[str, Part]
+    beats: dict[str, tuple[str, Part]]
+    task: str = ""
 
 
 def conclusion(run: RunResults, page: Page) -> str:
-    """What improves with size: the measures by answer, in a sentence each."""
+    """What improves with size, which baselines the largest point does not beat, and where other encoders are better."""
     if len(run.ladder) < 2:
         return page.paragraph("This profile has one size alone, so nothing can be said of size.")
     rows = [*_losses(run, page), *_tasks(run, page)]
@@ -73,7 +75,38 @@ def conclusion(run: RunResults, page: Page) -> str:
     span, sentences = [" (from ", smallest, " to ", largest, " parameters)"], []
     for answer, names in ((answer, names) for answer, names in named if names):
         sentences.append([heads[answer], *([] if sentences else span), f": {'; '.join(names)}."])
-    return page.paragraph(*joined(sentences, " "))
+    return page.paragraph(*joined([*sentences, *_comparisons(run, rows)], " "))
+
+
+def _comparisons(run: RunResults, rows: Sequence[Verdict]) -> Iterator[str]:
+    """The largest point against the baselines, smaller points below untrained weights, methods above every size."""
+    tasks, largest = [row for row in rows if row.beats], run.ladder[-1]
+    baselines = list(dict.fromkeys(name for row in tasks for name in row.beats))
+    if baselines:
+        unbeaten = {row.task: [name for name, (answer, _) in row.beats.items() if answer != YES] for row in tasks}
+        exceptions = [f"{task} ({', '.join(names)})" for task, names in unbeaten.items() if names]
+        but = f"at every task but {', '.join(exceptions)}" if exceptions else "at every task"
+        yield f"{largest}, the largest, is better than {', '.join(baselines)} {but}."
+    untrained = f"{UNTRAINED}{largest}"
+    for point in run.ladder[:-1]:
+        worse = [row.task for row in tasks if encoder_better(run, row.task, untrained, point) == YES]
+        if worse:
+            yield f"{point} is worse than {encoder_words(untrained)} at {', '.join(worse)}."
+    for point in (point for method in run.methods[1:] for point in run.of_method(method)):
+        best = [row.task for row in tasks if all(encoder_better(run, row.task, point, size) == YES for size in run.ladder)]
+        if best:
+            yield f"{point} ({run.summaries[point]['method']}) is better than every size at {', '.join(best)}."
+
+
+def encoder_better(run: RunResults, task: str, a: str, b: str) -> str | None:
+    """Whether the frozen readout of `a` is better than that of `b`, by seeds or by intervals; None without both."""
+    first, second = run.result(a, task, "frozen"), run.result(b, task, "frozen")
+    if first is None or second is None:
+        return None
+    if not run.fresh_seed_study:
+        return better(first, second)
+    one, other = (run.fresh_seed_study.of(r.encoder, task, r.metric) for r in (first, second))
+    return beyond_noise(one.mean, other.mean, one.noise, first.higher_is_better)
 
 
 def verdict(run: RunResults, page: Page) -> str:
@@ -89,7 +122,7 @@ def verdict(run: RunResults, page: Page) -> str:
     head += [f"largest better than\n{name}" for name in baselines]
     table = []
     for row in rows:
-        cells = [row.beats.get(name, NOTHING) for name in baselines]
+        cells = [joined(row.beats[name], "\n") if name in row.beats else NOTHING for name in baselines]
         table.append([row.name, joined([row.scales, *filter(None, [row.change])], "\n"), *row.values, *cells])
     rule: list[Part] = [ONE_RUN]
     if run.fresh_seed_study:
@@ -127,7 +160,7 @@ def _losses(run: RunResults, page: Page) -> Iterator[Verdict]:
         scales, ends = YES if falls(losses) else NO, (parts[0], parts[-1])
         if measured:
             noise = noise_of_seeds(measured)
-            scales, ends = falls_beyond_noise(losses, noise), (_with_deviation(measured[0]), _with_deviation(measured[-1]))
+            scales, ends = falls_beyond_noise(losses, noise), (measured[0].with_deviation, measured[-1].with_deviation)
             change = {"noise": None if noise is None else noise / losses[0]}
             inputs = [statistics.value_part(seed) for statistics in measured for seed in statistics.values]
         change |= {"relative": losses[-1] / losses[0] - 1, "spearman": spearman([size.value for size in sizes], losses)}
@@ -154,7 +187,7 @@ def _task_over_seeds(run: RunResults, page: Page, first: Result, last: Result, o
     compared: dict[str, tuple[float, Part]] = {}
     for words, r in others.items():
         other = run.fresh_seed_study.of(r.encoder, r.task, r.metric)
-        compared[words] = other.mean, _with_deviation(other)
+        compared[words] = other.mean, other.with_deviation
     if trivial := trivial_answer(run, last):
         compared[TRIVIAL_ANSWER] = trivial.value, trivial
 
@@ -164,25 +197,20 @@ def _task_over_seeds(run: RunResults, page: Page, first: Result, last: Result, o
     name = f"change of {last.task} with size"
     page.derive(name, large.mean - small.mean, [large.part("mean"), small.part("mean")])
     change = [page.derived_number(name, spec="+.4f"), "\nnoise ", large.part("noise")]
-    beats = {words: joined([answer(value), shown], "\n") for words, (value, shown) in compared.items()}
-    return Verdict(_measure(last), (_with_deviation(small), _with_deviation(large)), answer(small.mean), change, beats)
+    beats = {words: (answer(value), shown) for words, (value, shown) in compared.items()}
+    return Verdict(_measure(last), (small.with_deviation, large.with_deviation), answer(small.mean), change, beats, last.task)
 
 
 def _task_of_one_run(run: RunResults, page: Page, first: Result, last: Result, others: Mapping[str, Result]) -> Verdict:
-    beats = {words: joined([better(last, r), result_part(run, r, "value")], "\n") for words, r in others.items()}
+    beats: dict[str, tuple[str, Part]] = {words: (better(last, r), result_part(run, r, "value")) for words, r in others.items()}
     if trivial := trivial_answer(run, last):
-        beats[TRIVIAL_ANSWER] = joined([beyond(last, trivial.value), trivial], "\n")
+        beats[TRIVIAL_ANSWER] = beyond(last, trivial.value), trivial
     values = (interval(run, first), interval(run, last))
-    return Verdict(_measure(last), values, better(last, first), "", beats)
+    return Verdict(_measure(last), values, better(last, first), "", beats, last.task)
 
 
 def _measure(r: Result) -> str:
     return MEASURES.get(r.metric, f"{r.task}: {r.metric}")
-
-
-def _with_deviation(measured: SeedStatistics) -> Part:
-    """`mean ± deviation`."""
-    return [measured.part("mean"), " ± ", measured.part("deviation")]
 
 
 def trivial_answer(run: RunResults, r: Result) -> Number | None:

@@ -20,6 +20,7 @@ from scaling4d.studies.plotting import draw_law, legend, log_x, panel_title, sty
 from scaling4d.studies.study import REPORTS, UNMEASURED, Study
 from scaling4d.studies.words import measure_head
 
+PANELS = 4  # of a row of a figure
 FITS, RANKS, INDEX = "fits.csv", "ranks.csv", "index.html"
 REFERENCES = re.compile(r" \[[^]]*\]")  # of a sentence of findings.md: the rows of table.csv, or the figure
 FIT_COLUMNS = (
@@ -164,8 +165,12 @@ def runs_figure(study: Study, rows: Sequence[Row], table: Sequence[Row]) -> str:
     """A panel for each task: a dot for each seed, a line at each mean, and a band of seed noise around the base arm."""
     arms, tasks = [arm.name for arm in study.arms], list(dict.fromkeys(row["task"] for row in rows))
 
-    figure, (panels,) = subplots(1, len(tasks), (max(2.4, 0.42 * len(arms) + 1.1) * len(tasks), 3.9))
-    for axes, task in zip(panels, tasks, strict=True):
+    columns = min(len(tasks), PANELS)
+    lines = -(-len(tasks) // columns)
+    figure, panels = subplots(lines, columns, (max(2.4, 0.42 * len(arms) + 1.1) * columns, 3.6 * lines + 0.3))
+    for axes in panels.flat[len(tasks) :]:
+        axes.set_axis_off()
+    for axes, task in zip(panels.flat, tasks, strict=False):
         runs, means = ([row for row in some if row["task"] == task] for some in (rows, table))
         for row in runs:
             axes.plot(arms.index(row["arm"]), float(row["value"]), "o", color="tab:blue", ms=4, alpha=0.55, label="a seed")
@@ -229,7 +234,8 @@ def study_page(study: Study, table: Sequence[Row], files: Mapping[str, str], fin
         f"<h1>{html.escape(study.name.replace('_', ' '))}</h1>{banner(study.name, code)}<p>{html.escape(study.question)}</p>"
     ]
     if findings:
-        parts.append(f"<h2>Findings</h2>{''.join(f'<p>{html.escape(block)}</p>' for block in paragraphs(findings))}")
+        items = (f"<li>{html.escape(REFERENCES.sub('', block))}</li>" for block in paragraphs(findings))
+        parts.append(f"<h2>Findings</h2><ul>{''.join(items)}</ul>")
     parts.append(f"<h2>Table</h2>{html_table(head, body)}<p>{EXPLAINED.format(base=study.base, seeds=len(study.seeds))}</p>")
     for name, columns, heading in ((FITS, FIT_COLUMNS, LAWS), (RANKS, RANK_COLUMNS, RANKED)) if study.ladders else ():
         rows = ([csv_cell_text(text) for text in row.values()] for row in parse_csv(files[name]))
