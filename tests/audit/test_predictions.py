@@ -53,7 +53,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
     monkeypatch.setattr(law, "_sizes", lambda point, settings: (int(point), clips[point]))
     monkeypatch.setattr(law.config, "compose", lambda overrides: {})
     monkeypatch.setattr(law, "fit_loss_law", partial(law.fit_loss_law, draws=40))  # a tenth of the time
-    return Study("larger", "?", arms[0].name, (0,), arms, {})
+    return Study("larger", "?", arms[0].name, (0,), arms, {}, law=True)
 
 
 def test_a_prediction_before_its_results_is_right_and_stands_beside_them(project: Study) -> None:
@@ -62,7 +62,7 @@ def test_a_prediction_before_its_results_is_right_and_stands_beside_them(project
     write_runs("larger", (8e12,))
     commit("results")
     assert [*predictions.findings()] == []
-    rows = law.prediction_rows("larger")
+    rows = [*law.outcome_rows(law.read_prediction("larger"), law.read_trained_runs(REPORTS / "larger"))]
     assert [row["measured"] for row in rows] == pytest.approx([row["predicted"] for row in rows], rel=5e-3)
 
 

@@ -173,7 +173,7 @@ def test_the_page_shows_question_findings_and_table_and_links_its_figures(scalin
     svg = (scaling.folder / "laws_size.svg").read_text()
     assert all(f">{line}</text>" in svg for line in ("reconstruct moving", "squared error of hidden pixels", "that move"))
     assert not [line for line in re.findall("<text[^>]*>([^<]*)</text>", svg) if "_" in line]
-    assert "<p>Bigger is better, by far.</p><p>No doubt &amp; &lt; none.</p>" in text
+    assert "<li>Bigger is better, by far.</li><li>No doubt &amp; &lt; none.</li>" in text
 
 
 def test_the_index_has_question_finding_seeds_and_code_of_every_study(scaling: Study) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from scaling4d.records import UserError, write_json
 from scaling4d.studies.loss_law import MIN_RUNS, NAMES, LossLaw, fit_loss_law
 from scaling4d.studies.markup import cell_text
 from scaling4d.studies.plotting import log_x, style, subplots, to_svg
-from scaling4d.studies.study import REPORTS, RUNS, Study, read_runs
+from scaling4d.studies.study import RUNS, Study, read_runs
 
 PREDICTIONS = config.EXPERIMENTS / "prediction"
 WORDS = {
@@ -43,6 +44,13 @@ class TrainedRun:
     loss: float
 
 
+def trained_runs(rows: Iterable[Mapping[str, str]]) -> list[TrainedRun]:
+    """The pretrainings in the rows of a study's runs.csv."""
+    keys = ("parameters", "clips_seen", "flops", "value")
+    trained = (row for row in rows if row["task"] == "pretrain")
+    return [TrainedRun(row["arm"], int(row["seed"]), *(float(row[key]) for key in keys)) for row in trained]
+
+
 def read_trained_runs(folder: Path) -> list[TrainedRun]:
     """Pretrainings of a study's folder (runs.csv), or of a folder with artifacts (summary.json at any depth).
 
@@ -50,9 +58,7 @@ def read_trained_runs(folder: Path) -> list[TrainedRun]:
         UserError: neither is there, or the artifacts are of several methods, whose losses do not compare.
     """
     if (folder / RUNS).is_file():
-        rows = [row for row in read_runs(folder) if row["task"] == "pretrain"]
-        keys = ("parameters", "clips_seen", "flops", "value")
-        return [TrainedRun(row["arm"], int(row["seed"]), *(float(row[key]) for key in keys)) for row in rows]
+        return trained_runs(read_runs(folder))
     paths = sorted(folder.glob("**/summary.json"))
     if not paths:
         raise UserError(f"{folder} has no {RUNS} and no summary.json; needed a folder of reports/studies or of artifacts")
@@ -70,14 +76,18 @@ def law_of(folder: Path) -> LossLaw:
         UserError: as `read_trained_runs`, or too few runs, sizes or numbers of clips.
     """
     runs = read_trained_runs(folder)
-    law = fit_loss_law(*([getattr(run, key) for run in runs] for key in ("parameters", "clips_seen", "flops", "loss")))
-    if law is None:
-        sizes, clips = ({getattr(run, key) for run in runs} for key in ("parameters", "clips_seen"))
-        raise UserError(
-            f"{folder} has {len(runs)} runs of {len(sizes)} sizes with {len(clips)} numbers of clips; a law of size and data "
-            f"needs {MIN_RUNS} runs of 3 sizes with 3 numbers of clips, such as those of `scaling4d study isoflop`"
-        )
-    return law
+    if law := fit_runs(runs):
+        return law
+    sizes, clips = ({getattr(run, key) for run in runs} for key in ("parameters", "clips_seen"))
+    raise UserError(
+        f"{folder} has {len(runs)} runs of {len(sizes)} sizes with {len(clips)} numbers of clips; a law of size and data "
+        f"needs {MIN_RUNS} runs of 3 sizes with 3 numbers of clips, such as those of `scaling4d study isoflop`"
+    )
+
+
+def fit_runs(runs: Sequence[TrainedRun]) -> LossLaw | None:
+    """None as `fit_loss_law`."""
+    return fit_loss_law(*([getattr(run, key) for run in runs] for key in ("parameters", "clips_seen", "flops", "loss")))
 
 
 def law_rows(law: LossLaw) -> Iterator[dict[str, Any]]:
@@ -151,20 +161,17 @@ def _sizes(point: str, settings: Mapping[str, Any]) -> tuple[int, int]:
     return parameters, training["steps"] * training["batch"]
 
 
-def prediction_rows(name: str) -> list[dict[str, Any]]:
-    """Arms of a study's prediction beside their measured means; none without a prediction."""
+def read_prediction(name: str) -> dict[str, Any] | None:
+    """What `write_prediction` wrote for a study; None: nothing."""
     path = PREDICTIONS / f"{name}.json"
-    if not path.is_file():
-        return []
-    losses: dict[str, list[float]] = {}
-    for run in read_trained_runs(REPORTS / name):
-        losses.setdefault(run.arm, []).append(run.loss)
-    rows = []
-    for row in json.loads(path.read_text())["arms"]:
-        if row["arm"] in losses:
-            measured = float(np.mean(losses[row["arm"]]))
-            rows.append(row | {"measured": measured, "inside": row["low"] <= measured <= row["high"]})
-    return rows
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def outcome_rows(prediction: Mapping[str, Any], runs: Sequence[TrainedRun]) -> Iterator[dict[str, Any]]:
+    """Rows of predicted.csv: the predicted arms that ran, with the mean of their losses."""
+    for row in prediction["arms"]:
+        if losses := [run.loss for run in runs if run.arm == row["arm"]]:
+            yield row | {"measured": fmean(losses), "inside": row["low"] <= fmean(losses) <= row["high"]}
 
 
 # ---- figure ----
@@ -174,7 +181,7 @@ def prediction_rows(name: str) -> list[dict[str, Any]]:
 def law_figure(runs: Sequence[TrainedRun], law: LossLaw, predicted: Sequence[Mapping[str, Any]] = ()) -> str:
     """Left: loss over size, a curve for each budget, and the optimum. Right: the best size for every budget.
 
-    predicted: rows of `prediction_rows`, drawn with their intervals beside the measured losses.
+    predicted: rows of `outcome_rows`, drawn with their intervals beside the measured losses.
     """
     figure, ((curves, frontier),) = subplots(1, 2, (9.6, 4.2))
     budgets = sorted({_rounded(run.flops) for run in runs})

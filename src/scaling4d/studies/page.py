@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import html
 import json
 import re
@@ -13,6 +14,7 @@ from typing import Any
 from scaling4d import artifacts
 from scaling4d.provenance import LOCK, parse_csv, read_lock, to_csv
 from scaling4d.records import UserError, write_json
+from scaling4d.studies import law as laws
 from scaling4d.studies import study as studies
 from scaling4d.studies.fits import held_out, spearman, trend
 from scaling4d.studies.markup import NOTHING, cell_text, csv_cell_text, html_figure, html_page, html_table
@@ -21,6 +23,7 @@ from scaling4d.studies.study import REPORTS, UNMEASURED, Study
 from scaling4d.studies.words import measure_head
 
 PANELS = 4  # of a row of a figure
+LAW, OPTIMUM, PREDICTED = "law.csv", "optimum.csv", "predicted.csv"
 FITS, RANKS, INDEX = "fits.csv", "ranks.csv", "index.html"
 REFERENCES = re.compile(r" \[[^]]*\]")  # of a sentence of findings.md: the rows of table.csv, or the figure
 FIT_COLUMNS = (
@@ -42,6 +45,16 @@ RUNS_CAPTION = (
 )
 LAWS_CAPTION = (
     "Every seed over the {size}, with a power law and its 95 % band where one fits. There is no baseline: sizes are compared "
+    "with each other."
+)
+LAW_TABLES = {
+    PREDICTED: "Losses that were predicted before these runs",
+    LAW: "Loss over size N and clips seen D: E + A (N / n)^-alpha + B (D / d)^-beta, with 90 % intervals",
+    OPTIMUM: "Best size of a budget, with its 90 % interval",
+}
+LAW_CAPTION = (
+    "Left: validation loss over the encoder's size; a colour is a budget of training FLOPs, its curve the fitted law. Right: the "
+    "size with the lowest loss for every budget, with its 90 % interval. There is no baseline: sizes and budgets are compared "
     "with each other."
 )
 EXPLAINED = (
@@ -83,6 +96,8 @@ def write_study(study: Study, cache: Path, run_facts: Mapping[str, Mapping[str, 
     if study.ladders:
         files |= {FITS: to_csv(FIT_COLUMNS, fit_rows(study, rows)), RANKS: to_csv(RANK_COLUMNS, rank_rows(study, rows))}
         files |= {f"laws_{ladder}.svg": laws_figure(study, rows, ladder) for ladder in study.ladders}
+    if study.law:
+        files |= law_files(study, rows)
     content = studies.study_facts(study, locks, facts)
     text = findings.read_text() if findings.is_file() else ""
     files["study.html"] = study_page(study, table, files, text, content["code"])
@@ -95,6 +110,25 @@ def write_study(study: Study, cache: Path, run_facts: Mapping[str, Mapping[str, 
     content["files"] = {path.relative_to(folder).as_posix(): artifacts.sha256(path) for path in written}
     write_json(facts_json, content)
     (REPORTS / INDEX).write_text(index_page())
+
+
+# ---- the law of size and data, for studies that ask for it ----
+
+
+def law_files(study: Study, rows: Sequence[Row]) -> dict[str, str]:
+    """Numbers and optimum of the law as csv, and its figure; of a predicted study the predicting law, and the outcome.
+
+    Empty without a prediction, where the runs are too few for a law.
+    """
+    runs, prediction = laws.trained_runs(rows), laws.read_prediction(study.name)
+    outcome = [*laws.outcome_rows(prediction, runs)] if prediction else []
+    law = laws.law_of(Path(prediction["source"])) if prediction else laws.fit_runs(runs)
+    if law is None:
+        return {}
+    files = {LAW: to_csv(laws.LAW_COLUMNS, laws.law_rows(law)), OPTIMUM: to_csv(laws.OPTIMUM_COLUMNS, laws.optimum_rows(law))}
+    if outcome:
+        files[PREDICTED] = to_csv(laws.PREDICTION_COLUMNS, outcome)
+    return files | {"law.svg": laws.law_figure(runs, law, outcome)}
 
 
 # ---- laws, for studies with ladders ----
@@ -240,7 +274,13 @@ def study_page(study: Study, table: Sequence[Row], files: Mapping[str, str], fin
     for name, columns, heading in ((FITS, FIT_COLUMNS, LAWS), (RANKS, RANK_COLUMNS, RANKED)) if study.ladders else ():
         rows = ([csv_cell_text(text) for text in row.values()] for row in parse_csv(files[name]))
         parts.append(f"<h2>{heading}</h2>{html_table([column.replace('_', ' ') for column in columns], rows)}")
-    captions = {"runs": RUNS_CAPTION.format(base=study.base)}
+    for name, heading in LAW_TABLES.items():
+        if name in files:
+            head, *rows = csv.reader(files[name].splitlines())
+            cells = [[csv_cell_text(text) for text in row] for row in rows]
+            parts.append(f"<h2>{heading}</h2>{html_table([column.replace('_', ' ') for column in head], cells)}")
+    captions = {"law": LAW_CAPTION} if "law.svg" in files else {}
+    captions |= {"runs": RUNS_CAPTION.format(base=study.base)}
     captions |= {f"laws_{ladder}": LAWS_CAPTION.format(size=AXES[x]) for ladder, (x, _) in study.ladders.items()}
     parts += [html_figure(f"{name}.svg", name.replace("_", " "), text) for name, text in captions.items()]
     parts.append(f"<h2>Arms</h2>{html_table(('arm', 'encoder', 'settings'), settings)}")

@@ -54,6 +54,7 @@ class Study:
     """A definition. base: the arm that others are compared with, seed by seed.
 
     ladders: name -> (column of runs.csv over which a law is fitted, one of SIZES; arms), for studies of scaling.
+    law: whether the loss is fitted over size and data, see studies.law.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Study:
     seeds: tuple[int, ...]
     arms: tuple[Arm, ...]
     ladders: Mapping[str, tuple[str, tuple[str, ...]]]
+    law: bool = False
 
     @property
     def folder(self) -> Path:
@@ -122,7 +124,7 @@ def made_study(folder: Path) -> Study:
             for name, given in sorted(facts["arms"].items(), key=lambda item: order.index(item[0]))
         )
         ladders = {name: (x, tuple(names)) for name, x, names in facts["ladders"]}
-        return Study(folder.name, facts["question"], facts["base"], tuple(facts["seeds"]), arms, ladders)
+        return Study(folder.name, facts["question"], facts["base"], tuple(facts["seeds"]), arms, ladders, facts.get("law", False))
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise UserError(f"{path} is damaged: {' '.join(str(error).split())}; take it from git again") from error
 
@@ -145,7 +147,7 @@ def with_seeds(study: Study, seeds: str) -> Study:
 
 
 def _study(name: str, content: Mapping[str, Any]) -> Study:
-    required, known = {"question", "base", "arms"}, {"profile", "encoder", "targets", "seeds", "ladders"}
+    required, known = {"question", "base", "arms"}, {"profile", "encoder", "targets", "seeds", "ladders", "law"}
     if missing := required - content.keys():
         raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     if unknown := content.keys() - required - known:
@@ -158,7 +160,8 @@ def _study(name: str, content: Mapping[str, Any]) -> Study:
     for arm in (content["base"], *(arm for _, names in ladders.values() for arm in names)):
         if arm not in content["arms"]:
             raise ValueError(f"no arm {arm!r}")
-    return Study(name, content["question"].strip(), content["base"], tuple(content.get("seeds", (0, 1, 2))), arms, ladders)
+    seeds, law = tuple(content.get("seeds", (0, 1, 2))), content.get("law", False)
+    return Study(name, content["question"].strip(), content["base"], seeds, arms, ladders, law)
 
 
 def _arm(name: str, given: Mapping[str, Any] | list[str], shared: Mapping[str, Any]) -> Arm:
@@ -292,4 +295,5 @@ def study_facts(study: Study, locks: Mapping[str, Stages], runs: Mapping[str, Ma
     code = {out.path: out.md5 for lock in locks.values() for out in lock["code"].outs}
     facts = {"study": study.name, "question": study.question, "base": study.base, "seeds": study.seeds}
     facts["ladders"] = [(name, x, names) for name, (x, names) in study.ladders.items()]  # in order, which keys lose
-    return {**facts, "arms": arms, "code": code, "runs": runs, **times}
+    law = {"law": True} if study.law else {}
+    return {**facts, **law, "arms": arms, "code": code, "runs": runs, **times}
