@@ -1,9 +1,10 @@
-"""A run in a process of its own, interrupted by its rank 0: killed, or asked to stop."""
+"""A run in a process of its own, interrupted by its rank 0: killed, or asked to stop. A port for its ranks."""
 
 import multiprocessing
 import os
 import resource
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -62,3 +63,9 @@ def ask_to_stop(number: int = signal.SIGTERM) -> None:
 
 def ask_to_stop_as_slurm_does() -> None:
     ask_to_stop(signal.SIGUSR1)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

@@ -163,17 +163,6 @@ def test_the_former_name_of_a_setting_is_answered_with_its_name_today(project: P
         assert f"`{words}" in log or f".{words}`" in log, words
 
 
-def test_composing_writes_the_overrides_to_params(project: Path) -> None:
-    config.write(["seed=3", "profile=smoke"])
-    settings = config.read()
-    assert settings["seed"] == 3 and settings["profile"] == "smoke"
-
-
-def test_an_unknown_point_lists_the_known_ones(project: Path) -> None:
-    with pytest.raises(UserError, match=r"^no setting 'points.nan0': points has no 'nan0', it has nano, micro, .*mini"):
-        config.section(config.read(), "points.nan0")
-
-
 @pytest.mark.parametrize(("text", "message"), [("a: [1,\nb", "is not YAML: "), ("[1]", "holds a list, needed settings; ")])
 def test_a_damaged_params_file_is_one_line(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "params.yaml").write_text(text)

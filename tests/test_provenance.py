@@ -1,7 +1,9 @@
 """Evidence: settings, numbers as text, atomic writes, gin's text, locks, DVC's cache, git."""
 
+import errno
 import hashlib
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -100,14 +102,24 @@ def test_the_cache_is_read_by_hash_and_wrong_bytes_are_refused(tmp_path: Path, m
         provenance.cached(md5, Path("cache"))
 
 
-def test_files_appear_by_rename_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("disks", ["one disk", "two disks"])
+def test_files_appear_by_rename_or_not_at_all(disks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = os.rename
+
+    def rename_on_a_disk(path: Path, new: Path) -> None:
+        if disks == "two disks" and (Path(path).parts[0] == ".resume") != (Path(new).parts[0] == ".resume"):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(path))
+        rename(path, new)
+
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "rename", rename_on_a_disk)
     for text in ("first", "second"):
         with provenance.atomic_folder(Path("out/folder")) as folder:
             write(f"{folder}/{text}", text)
     with pytest.raises(OSError, match="stop"), provenance.atomic_folder(Path("out/folder")) as folder:
         raise OSError("stop")
-    assert [path.name for path in Path("out/folder").iterdir()] == ["second"] and not [*Path(".resume").iterdir()]
+    assert [path.as_posix() for path in Path("out").rglob("*")] == ["out/folder", "out/folder/second"]
+    assert Path("out/folder/second").read_text() == "second" and not [*Path(".resume").iterdir()]
     with provenance.atomic_new(Path("new")) as partial:
         partial.write_text("new")
     with pytest.raises(OSError, match="stop"), provenance.atomic_new(Path("other")) as partial:

@@ -202,21 +202,3 @@ def test_boxes_come_from_perception_test_where_there_is_no_waymo(tmp_path):
     assert benchmarks.find_benchmark("boxes", tmp_path).folder == tmp_path / "waymo"
     assert benchmarks.find_benchmark("points", tmp_path).folder == tmp_path / "perception_test"
     assert benchmarks.unknown_folders(tmp_path) == []
-
-
-@pytest.mark.parametrize(("name", "spoil", "expected"), [
-    ("ssv2", lambda e: e[1].update(id=7), "train.json, entry 1: needed id and template as strings, found {'id': 7"),
-    ("ssv2", lambda e: e[1].update(template="Eating"), "labels/train.json: b is 'Eating', which labels.json does not list"),
-    ("ssv2", lambda e: e.append({"id": "../x", "template": ""}), "labels/train.json, entry 2: id '../x' is not the name of"),
-    ("objects", lambda e: e["video_1"]["metadata"].update(resolution=3), "the metadata of video_1 needs a frame_rate"),
-    ("objects", lambda e: e["video_1"]["metadata"].update(num_frames=10**9), "the metadata of video_1 needs num_frames in 1"),
-    ("objects", lambda e: e["video_1"].update(object_tracking=[{}]), "object of video_1 needs frame_ids and bounding_boxes"),
-    ("objects", lambda e: e.update({"../x": e["video_1"]}), "object_tracking_train.json: '../x' is not the name of a video"),
-])  # fmt: skip
-def test_check_names_the_file_and_the_place_in_it(tmp_path, name, spoil, expected):
-    ssv2.write(tmp_path / "ssv2", "train", grey("ab"), templates=TEMPLATES, **ENCODING)
-    objects(tmp_path, "train")
-    path = tmp_path / ("ssv2/labels/train.json" if name == "ssv2" else "perception_test/object_tracking_train.json")
-    edit(path, spoil)
-    checks = [check for check in benchmarks.check_benchmarks(tmp_path, max_bad_share=0.0) if check.split == "train"]
-    assert any(expected in problem and path.name in problem for check in checks for problem in check.problems), checks

@@ -164,4 +164,13 @@ def test_tracks_that_do_not_fit_are_refused(tmp_path, request, kind, changes, ex
     refused(expected, benchmark, tmp_path, "val")
     edit(tmp_path, kind, lambda entries: entries["video_7"].update({kind: []}))
     refused(f"{kind}_valid.json has no {kind.replace('_', ' ')}", benchmark, tmp_path, "val")
-    refused(rf"needed {kind}_train.json \(tracks by video_id\)", benchmark, tmp_path, "train")
+
+
+@pytest.mark.parametrize(("change", "expected"), [
+    (lambda e: e["video_7"]["metadata"].update(resolution=3), "_valid.json: the metadata of video_7 needs a frame_rate"),
+    (lambda e: e["video_7"]["metadata"].update(num_frames=10**9), "_valid.json: the metadata of video_7 needs num_frames in 1"),
+    (lambda e: e.update({"../x": e["video_7"]}), "object_tracking_valid.json: '../x' is not the name of a video"),
+])  # fmt: skip
+def test_entries_that_name_no_video_or_one_without_length_are_refused(tmp_path, objects, change, expected):
+    edit(tmp_path, OBJECTS, change)
+    refused(expected, perception_test_objects, tmp_path, "val")

@@ -93,14 +93,6 @@ def test_a_run_resumed_at_any_step_with_any_workers_gives_the_batches_of_an_unbr
     assert not multiprocessing.active_children()
 
 
-def test_changing_the_ranks_within_an_epoch_keeps_every_clip_of_it_once(made):
-    shown = []
-    for step, ranks in enumerate((1, 2, 4) * 4):
-        shown += ids(b for rank in range(ranks) for b in run(made, start=step, steps=step + 1, rank=rank, ranks=ranks))
-    assert shown == ids(run(made))
-    assert len(set(shown[:CLIPS])) == len(set(shown[CLIPS : 2 * CLIPS])) == CLIPS
-
-
 def test_cached_clips_change_no_batch_and_are_decoded_once(made, decoded):
     plain = run(made)
     assert len(decoded) == 12 * 4

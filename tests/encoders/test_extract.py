@@ -1,4 +1,4 @@
-"""Clips from files, encoders by name, and features at another size."""
+"""Clips from files, encoders by name, baselines that need no download, and features at another size."""
 
 from pathlib import Path
 
@@ -7,9 +7,13 @@ import pytest
 import torch
 
 import scaling4d
+from scaling4d import config
 from scaling4d.checkpoint import WEIGHTS, Checkpoint
 from scaling4d.encoders.extract import all_features, read_clips
+from scaling4d.encoders.load import load_model
+from scaling4d.encoders.stage import baseline
 from scaling4d.mae.encoder import Encoder, EncoderConfig, PixelTokens, PixelTokensConfig, initialise
+from scaling4d.pretrain.settings import bind_pretrain
 from scaling4d.records import UserError
 
 CLIP = (6, 32, 48)
@@ -83,3 +87,21 @@ def test_arrays_that_are_no_clips_are_refused(array: np.ndarray, message: str, t
     with pytest.raises(UserError) as error:
         read_clips(tmp_path / "clip.npy", CLIP, None)
     assert message in str(error.value)
+
+
+@pytest.mark.integration
+def test_the_untrained_baseline_is_the_point_before_its_first_step(project: Path) -> None:
+    folder = baseline("untrained_nano", config.read())
+    model = bind_pretrain("nano", config.read()).build()
+    model.to_empty(device="cpu").initialise(0)
+    weights = load_model(folder).state_dict()
+    assert weights.keys() == model.state_dict().keys() and Checkpoint.read(folder).step == 0
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.integration
+def test_the_pixel_baseline_is_the_clip_itself(project: Path) -> None:
+    clip = torch.randint(0, 256, (1, 8, 64, 64, 3), dtype=torch.uint8)
+    (layer,) = load_model(baseline("pixels", config.read())).features(clip)
+    assert layer.shape == (1, 512, 192)
+    assert torch.allclose(layer.std(), (clip / 255 * 4).std(), rtol=1e-4)

@@ -79,13 +79,6 @@ def test_a_parameter_whose_first_axis_does_not_divide_is_padded_on_every_gpu() -
     assert held["optimizer"] == 2 * held["parameters"]
 
 
-def test_more_shards_fewer_clips_and_recompute_each_lower_memory() -> None:
-    one, shards, recompute = StepLayout(1, False), StepLayout(8, False), StepLayout(1, True)
-    most = memory(WORK, one, clips=64)["total"]
-    lower = ((shards, 64), (one, 63), (recompute, 64))
-    assert all(memory(WORK, layout, clips=clips)["total"] < most for layout, clips in lower)
-
-
 def test_gradients_of_earlier_parts_are_held_in_shards_all_along() -> None:
     one, two, nine = (StepLayout(2, False, parts) for parts in (1, 2, 9))
     held = REDUCED * (WORK.parameters + 8) // 2  # a first axis of 5 over 2 GPUs is 6

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from interrupting import free_port
 from nano import NANO, TIMINGS, steps_shown, written
 
 from scaling4d import config
@@ -48,13 +48,18 @@ def wait_for_steps(process: subprocess.Popen, steps: int) -> None:
         time.sleep(0.02)
 
 
-def test_torchrun_gives_the_same_bytes_as_forked_ranks(short: Callable) -> None:
+@pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_torchrun_on_one_node_or_two_gives_the_same_bytes_as_forked_ranks(
+    short: Callable, monkeypatch: pytest.MonkeyPatch, nodes: int
+) -> None:
     pretrain("nano", short(6, **SAVED))
     forked = written()
-    elsewhere(short, 6, where="torchrun")
-    done = subprocess.run(COMMAND, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [f"wrote {NANO}"]  # once, not by every rank
+    here, both = {"where": "torchrun"}, {"where": "nodes", "nodes": 2, "rendezvous": f"127.0.0.1:{free_port()}"}
+    elsewhere(short, 6, **(here if nodes == 1 else both))
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    started = [subprocess.Popen(COMMAND, stdout=subprocess.PIPE, text=True) for _ in range(nodes)]
+    assert "".join(process.communicate()[0] for process in started) == f"wrote {NANO}\n"  # once, not by every rank
+    assert [process.returncode for process in started] == [0] * nodes
     assert written() == forked
     assert not [path for kind in ("pretrain", "snapshot", "removed") for path in Path(".resume").glob(f"{kind}-*")]
 
@@ -87,20 +92,6 @@ def test_a_lost_rank_is_started_again_and_a_request_to_stop_is_answered(short: C
     assert process.wait() == AGAIN
     assert list(Path(".resume").glob("pretrain-*/step-*"))
     assert subprocess.run(COMMAND, stderr=subprocess.DEVNULL, check=False).returncode == 0
-    assert written() == forked
-
-
-@pytest.mark.slow
-def test_two_nodes_on_loopback_give_the_same_bytes(short: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretrain("nano", short(6, **SAVED))
-    forked = written()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    elsewhere(short, 6, where="nodes", nodes=2, rendezvous=f"127.0.0.1:{port}")
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    nodes = [subprocess.Popen(COMMAND, stderr=subprocess.DEVNULL) for _ in range(2)]
-    assert [node.wait() for node in nodes] == [0, 0]
     assert written() == forked
 
 

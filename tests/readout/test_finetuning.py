@@ -13,7 +13,7 @@ import pytest
 import torch
 from interrupting import ask_to_stop, exit_code, kill_all
 
-from scaling4d import checkpoint, config
+from scaling4d import checkpoint, config, provenance
 from scaling4d.encoders.stage import baseline
 from scaling4d.readout import stage
 from scaling4d.readout.stage import readout
@@ -208,36 +208,42 @@ def test_without_saving_no_state_is_written_and_another_setting_starts_anew(smal
     settings = small(**SAVED, **{"finetune.actions.Finetune.weight_decay": 0.1})
     assert attempt(settings) == 0
     assert [step for step, _ in noted()] == [1, 2, 3, 4, 5]
-    provenance = json.loads((HOME / "finetune/provenance.json").read_text())
-    assert "readout.tuning" in provenance["settings"] and "aving" not in json.dumps(provenance["settings"])
+    declared = json.loads((HOME / "finetune/provenance.json").read_text())["settings"]
+    assert "readout.tuning" in declared and "aving" not in json.dumps(declared)
     assert "Saving" not in (HOME / "finetune/operative_config.gin").read_text()
 
 
+RATE = "finetune.actions.Finetune.encoder_learning_rate"
+CLASSIFIER, ACTIONS = "classifier.Classifier.batch", "tasks.actions.Actions"
+
+
 @pytest.mark.parametrize(
-    ("key", "value", "message"),
+    ("protocol", "key", "value", "message"),
     [
-        ("tuning.Sharding.shards", 3, "finetune.actions: 2 ranks do not divide into copies of 3 shards; set Sharding.shards to"),
-        ("tuning.Compute.device", "tpu", "tuning.Compute: device = 'tpu'; needed cpu or cuda"),
-        ("saving.Saving.save_every", -1, "saving.Saving: save_every is -1; needed 0 or more"),
-        ("saving.Saving.keep_latest_k", 0, "saving.Saving: keep_latest_k is 0; needed 1 or more"),
-        ("Evaluation.ranks", 0, "Evaluation: ranks is 0; needed 1 or more"),
-        ("Evaluation.cached_clips", -1, "Evaluation: cached_clips is -1; needed 0 or more"),
         (
-            "finetune.actions.Finetune.encoder_learning_rate",
-            0.0,
-            "finetune.actions.Finetune: encoder_learning_rate is 0.0; needed more than 0, or the protocol frozen",
+            "finetune",
+            "tuning.Sharding.shards",
+            3,
+            "readout.finetune.actions: 2 ranks do not divide into copies of 3 shards",
         ),
+        ("finetune", "tuning.Compute.device", "tpu", "readout.tuning.Compute: device = 'tpu'; needed cpu or cuda"),
+        ("finetune", "saving.Saving.save_every", -1, "readout.saving.Saving: save_every is -1; needed 0 or more"),
+        ("finetune", "saving.Saving.keep_latest_k", 0, "readout.saving.Saving: keep_latest_k is 0; needed 1 or more"),
+        ("finetune", "Evaluation.ranks", 0, "readout.Evaluation: ranks is 0; needed 1 or more"),
+        ("finetune", "Evaluation.cached_clips", -1, "readout.Evaluation: cached_clips is -1; needed 0 or more"),
+        ("finetune", RATE, 0.0, "readout.finetune.actions.Finetune: encoder_learning_rate is 0.0; needed more than 0, or the"),
+        ("classifier", CLASSIFIER, 5, "readout.classifier: batch 5 does not divide over 2 ranks; set batch to a"),
+        ("classifier", CLASSIFIER, 2, "readout.classifier: batch 2 leaves one clip to each of 2 ranks, and mixup"),
+        ("classifier", f"{ACTIONS}.views", ["backwards"], f"readout.{ACTIONS}: views have 'backwards', and"),
+        ("classifier", f"{ACTIONS}.classes", 3, "data/benchmarks/ssv2 has 8 classes, and Actions.classes is 3; set it to 8"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(changed: Callable, key: str, value: object, message: str) -> None:
+def test_settings_that_cannot_be_are_refused_and_nothing_is_left(
+    changed: Callable, actions: None, protocol: str, key: str, value: object, message: str
+) -> None:
     baseline(ENCODER, config.read())
     for name, small_value in SMALL.items():
         changed(f"readout.{name}", small_value)
-    with pytest.raises(UserError, match=f"^{re.escape(f'readout.{message}')}"):
-        finetune(changed(f"readout.{key}", value))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_is_refused(small: Callable) -> None:
-    with pytest.raises(UserError, match=r"^rank \d needs a GPU of its own, and this machine has 0; set device to cpu"):
-        finetune(small(**{"tuning.Compute.device": "cuda"}))
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        finetune(changed(f"readout.{key}", value), protocol)
+    assert not list(provenance.WORK_FOLDER.glob("partial-*"))

@@ -1,4 +1,6 @@
-"""Attention readouts: queries, positions in time, distances; whitening of their features."""
+"""Attention readouts: queries, positions in time, distances; whitening of their features; when they stop to learn."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,12 +9,14 @@ from small_tasks import HEAD, TASK, features_of, head_of, targets_of
 
 from scaling4d import seeds
 from scaling4d.readout.heads import AttentionReadout, Head, HeadConfig, Queries, cell_centres, stretch_time
-from scaling4d.readout.protocols import Frozen, FrozenConfig, ReadoutConfig, ReadoutModel
+from scaling4d.readout.protocols import CHECKS, EarlyStopping, Frozen, FrozenConfig, ReadoutConfig, ReadoutModel
 from scaling4d.readout.whitening import Whitening
 from scaling4d.training.distributed import run
+from scaling4d.training.fit import StepResult
 from scaling4d.training.optimizer import build_adamw
 
 SIZES = {"features_width": 24, "query_width": 5, "width": 32, "heads": 4, "out": 6}
+RECIPE = {"batch": 3, "learning_rate": 0.01, "weight_decay": 0.0, "warmup_steps": 0, "shrinkage": 1.0}
 
 
 def reader(*, given: bool, std: float = 0.3, **changes: object) -> AttentionReadout:
@@ -93,9 +97,7 @@ def test_a_query_of_depth_attends_to_the_part_of_the_clip_that_it_answers_for() 
 @pytest.mark.parametrize(("width", "at_width", "share"), [(24, 24, 1), (96, 24, 1 / 4), (12, 24, 2), (96, 0, 1)])
 def test_keys_and_values_of_wider_features_learn_as_much_slower(width: int, at_width: int, share: float) -> None:
     """AdamW's first step moves a weight by its learning rate, whatever the gradient."""
-    recipe = FrozenConfig(
-        steps=1, batch=3, learning_rate=0.01, rate_at_width=at_width, weight_decay=0.0, warmup_steps=0, shrinkage=1.0, patience=0
-    )
+    recipe = FrozenConfig(**RECIPE, steps=1, rate_at_width=at_width, patience=0)
     task, head = TASK["actions"], head_of(TASK["actions"], width=width)
     before = {name: weight.detach().clone() for name, weight in head.named_parameters()}
     model = ReadoutModel(None, Whitening.identity(width), head, task, 0.95)
@@ -139,3 +141,37 @@ def test_whitened_features_vary_alike_in_all_directions_and_by_the_set_deviation
     centred = (one - place).flatten(0, 2)
     assert torch.allclose(centred.T @ centred / len(centred), torch.eye(5), atol=1e-4)
     assert near(one, three)
+
+
+def early_stopping(patience: int) -> FrozenConfig:
+    return FrozenConfig(**RECIPE, steps=1000, rate_at_width=0, patience=patience)
+
+
+def stopped(losses: list[float], *, patience: int) -> tuple[int, float, list[dict]]:
+    """The step at which a training with these held-out losses ends, the step whose weights it keeps, and its lines."""
+    head = torch.nn.Linear(1, 1)
+    rule = EarlyStopping(SimpleNamespace(head=head), None, early_stopping(patience))
+    values = iter(losses)
+    rule.held_out_loss = lambda: next(values)
+    for step in range(1, 1001):
+        torch.nn.init.constant_(head.weight, step)
+        if rule.after_step(StepResult(step, step == 1000, torch.zeros(()), 0.0, 0.0, 0.0)):
+            break
+    rule.restore()
+    return step, head.weight.item(), rule.lines
+
+
+def test_a_head_stops_after_its_patience_and_keeps_the_weights_of_the_lowest_loss() -> None:
+    step, kept, lines = stopped([5.0, 3.0, 4.0, *[3.5] * 100], patience=10 * CHECKS)
+    assert (step, kept) == (20 + 10 * CHECKS, 20.0)
+    assert lines[:2] == [{"step": 10, "held_out_loss": 5.0}, {"step": 20, "held_out_loss": 3.0}] and len(lines) == 2 + CHECKS
+
+
+def test_a_head_that_gets_better_trains_to_the_end_and_the_last_step_is_measured() -> None:
+    step, kept, lines = stopped([1 / n for n in range(1, 200)], patience=7 * CHECKS)
+    assert (step, kept, lines[-1]["step"]) == (1000, 1000.0, 1000)
+
+
+def test_a_patience_of_fewer_steps_than_measurements_is_refused() -> None:
+    with pytest.raises(ValueError, match=f"^patience = 3; needed 0 or at least {CHECKS} steps$"):
+        early_stopping(3)

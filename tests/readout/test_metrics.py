@@ -127,12 +127,6 @@ def test_invalid_depth_is_left_out_and_negative_depth_is_clipped_for_delta1() ->
     assert measured["delta1"] == (1.0, 2.0)
 
 
-def test_iou_of_known_boxes() -> None:
-    box = np.array([0.0, 0.0, 2.0, 2.0])
-    assert metrics.box_iou(box, np.array([1.0, 1.0, 3.0, 3.0])) == pytest.approx(1 / 7)
-    assert metrics.box_iou(np.array([2.0, 2.0, 0.0, 0.0]), box) == 0
-
-
 def test_box_overlaps_weigh_frames_or_objects_and_leave_absent_ones_out() -> None:
     """The first object is there in three frames, overlapping by 1, 1, 0.5; the second in one, by 0; the third never."""
     true = np.tile(np.array([0.0, 0.0, 0.5, 0.5]), (3, 4, 1))
@@ -142,6 +136,8 @@ def test_box_overlaps_weigh_frames_or_objects_and_leave_absent_ones_out() -> Non
     present = np.array([[False, True, True, True], [False, False, True, False], [False] * 4])
     measured = metrics.box_overlaps(predicted, true, present)
     assert measured == {"mean_iou": (2.5, 4.0), "mean_iou_per_object": (pytest.approx(2.5 / 3), 2.0)}
+    box = np.array([0.0, 0.0, 2.0, 2.0])
+    assert metrics.box_iou(box, box + 1) == pytest.approx(1 / 7) and metrics.box_iou(box[::-1], box) == 0
 
 
 def test_readouts_see_the_released_layer() -> None:

@@ -3,7 +3,6 @@
 import multiprocessing.connection
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from interrupting import exit_code
+from interrupting import exit_code, free_port
 from torch import nn
 
 from scaling4d.records import Preempted, UserError
 from scaling4d.training import parallelize
-from scaling4d.training.distributed import gather_round_robin, heartbeat, run, stop_requests, stop_watchdog
+from scaling4d.training.distributed import heartbeat, run, stop_requests, stop_watchdog
 from scaling4d.training.parallelize import reduce_gradients
 
 pytestmark = pytest.mark.integration
@@ -36,10 +35,6 @@ def mean_gradients(*, rank: int, ranks: int) -> list[list[float]]:
     reduce_gradients(nn.ParameterList([unused, *parameters]))
     assert unused.grad is None
     return [parameter.grad.tolist() for parameter in parameters]
-
-
-def gathered(*, rank: int, ranks: int, items: int) -> list[int]:
-    return gather_round_robin([10 * i for i in range(rank, items, ranks)])
 
 
 def refused(*, rank: int, ranks: int) -> None:
@@ -116,10 +111,6 @@ def test_a_tensor_outlives_the_rank_that_made_it(monkeypatch: pytest.MonkeyPatch
     assert run(a_tensor, ranks=1).tolist() == [0, 1, 2]
 
 
-def test_gathered_items_come_back_in_order() -> None:
-    assert run(gathered, ranks=3, items=7) == [0, 10, 20, 30, 40, 50, 60]
-
-
 @pytest.mark.parametrize(
     ("work", "error", "message"),
     [
@@ -146,10 +137,8 @@ def test_a_rank_that_moves_or_has_no_watchdog_does_not_hang() -> None:
 
 
 def test_the_second_run_of_a_process_is_watched_as_the_first(capfd: pytest.CaptureFixture) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    ranks |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     assert exit_code(lambda: twice(ranks)) == 1
     assert "error: rank 0 of 1 hangs at the start; if it is only slow, raise hang_s, 0.5 s" in capfd.readouterr().err
 

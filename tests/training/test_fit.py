@@ -156,12 +156,6 @@ def test_with_other_ranks_a_mean_continues_from_the_former_ranks_mean() -> None:
     assert [line["loss"] for line in rest.lines] == pytest.approx([line["loss"] for line in log.lines], rel=1e-5)
 
 
-def test_a_run_that_was_saved_after_its_last_step_trains_no_step_again() -> None:
-    done, *_ = run(train, ranks=1, saved=True)
-    again, _, requested, _ = run(train, ranks=1, saved=True)
-    assert requested == [] and again.begun == [6] and again.steps == done.steps
-
-
 def not_finite(*, rank: int, ranks: int) -> tuple[str, list[float], list[float]]:
     """The message, the weights after it, and those before the step."""
     model, weights = Line(0.0), []

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from interrupting import free_port
 
 from scaling4d.pipeline.code_hashes import hashes, running
 from scaling4d.records import AGAIN, UserError
@@ -26,12 +27,6 @@ JOB = Job(
     steps=6,
     steps_done=lambda: 0,
 )
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.mark.integration
@@ -94,8 +89,8 @@ def test_a_refusal_of_one_rank_reaches_the_launcher_and_the_other_ranks_leave() 
             {"where": "nodes", "nodes": 2, "rendezvous": "a:1"},
             "--nnodes 2 --rdzv-backend c10d --rdzv-endpoint a:1 --rdzv-id toy ",
         ),
-        ({"where": "slurm", "nodes": 2, "partition": "gpu"}, "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=1\n"),
-        ({"where": "slurm", "nodes": 2, "partition": "gpu"}, "#SBATCH --partition=gpu\n"),
+        ({"where": "slurm", "nodes": 2}, "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=1\n"),
+        ({"where": "slurm", "partition": "gpu"}, "#SBATCH --partition=gpu\n"),
     ],
 )
 def test_it_says_how_it_would_be_started(changes: dict, words: str) -> None:
