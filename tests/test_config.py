@@ -117,20 +117,10 @@ def test_dvc_trains_nothing_anew_for_where_a_run_is_launched_and_how_it_is_watch
     assert untrained["points"]["mini"].keys() == {"model"}
 
 
-def test_a_changed_value_is_listed_as_an_override(project: Path, changed: Callable) -> None:
-    changed("pretrain.Training.steps", 7)
-    assert config.overrides(config.read()) == {"pretrain.Training.steps": 7}
-    assert config.overrides(config.read(), ["pretrain.Runtime"]) == {}
-
-
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        (
-            "pretrain.Training.stepps",
-            7,
-            "params.yaml has pretrain.Training.stepps = 7, which no group in experiments/ knows; correct or remove it",
-        ),
+        ("pretrain.Training.stepps", 7, "params.yaml has pretrain.Training.stepps = 7, which no group in experiments/ knows; .+"),
         ("pretrain.Training.steps", "many", r"pretrain.Training.steps = 'many' is a str; needed a int such as \d+"),
         ("pretrain.Runtime.keep", 2, "params.yaml has pretrain.Runtime.keep = 2, which is pretrain.Runtime.keep_latest_k now"),
         ("readout.shared", {"Head": {"width": 9}}, "params.yaml has .+ = 9, which is readout.Head.width now"),

@@ -58,6 +58,11 @@ def three_boxes(name: str, frames: int = T) -> Sample:
     return Sample(name, name, pictures(frames, height=32, width=48), {"boxes": boxes}, {"boxes": valid})
 
 
+def in_square(xy: np.ndarray) -> np.ndarray:
+    """In the central square of 32 x 48: points, or corners of boxes."""
+    return (xy.reshape(*xy.shape[:-1], -1, 2) * [1.5, 1] - [0.25, 0]).reshape(xy.shape)
+
+
 def poses(frames: int, *, seed: int = 0) -> np.ndarray:
     rng = seeds.numpy(seed, "poses")
     result = np.tile(np.eye(4), (frames, 1, 1))

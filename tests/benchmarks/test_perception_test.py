@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from benchmarks.writers import write_objects
-from numbered import CLIP, H264, T, left_out, missing, numbers, pictures, read, refused, three_boxes
+from numbered import CLIP, H264, T, in_square, left_out, missing, numbers, pictures, read, refused, three_boxes
 
 from scaling4d import seeds
 from scaling4d.benchmarks import perception_test, perception_test_objects
@@ -43,11 +43,6 @@ def edit(root: Path, kind: str, change: Callable[[dict], None]) -> None:
 
 def edit_track(root: Path, kind: str, number: int = 0, **changes) -> None:
     edit(root, kind, lambda entries: entries["video_7"][kind][number].update(changes))
-
-
-def in_square(xy: np.ndarray) -> np.ndarray:
-    """Of the central square of 32 x 48: points, or corners of boxes."""
-    return (xy.reshape(*xy.shape[:-1], -1, 2) * [1.5, 1] - [0.25, 0]).reshape(xy.shape)
 
 
 def test_perception_test_reads_back_the_tracks_of_frame_0(tmp_path, points):

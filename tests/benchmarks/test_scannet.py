@@ -50,16 +50,6 @@ def same_depth(sample: Sample, written: Sample, frames: list[int] | slice = slic
     return np.abs(units * sample.labels["depth_m"] - expected).max() <= units * 0.0005 + 1e-6
 
 
-def test_scannet_reads_back_to_the_millimetre_by_time_stamps(tmp_path):
-    written = scene(30)
-    write(tmp_path, written, rate_hz=30.0)
-    (sample,) = read(scannet, tmp_path, "val", SEVEN)
-    assert (sample.id, sample.video) == ("scene0003_01", "scene0003")
-    assert numbers(sample.pixels) == SHOWN and same_depth(sample, written, SHOWN)
-    assert np.allclose(sample.labels["camera_to_world"], written.labels["camera_to_world"][SHOWN], atol=1e-6)
-    assert sample.valid["depth_m"].all() and sample.valid["camera_to_world"].all()
-
-
 def test_scannet_file_has_the_layout_of_the_official_reader(tmp_path):
     """The official SensorData.py, field by field."""
     written = scene()
@@ -193,7 +183,7 @@ def test_scannet_refuses_what_does_not_fit(tmp_path):
 
 
 @pytest.mark.parametrize("layout", scannet.EXPORTS)
-def test_scannet_exports_read_back_in_the_order_of_their_numbers_as_the_sens_file_does(tmp_path, layout):
+def test_scannet_exports_read_back_in_the_order_of_their_numbers_as_the_sens_file_does_by_time_stamps(tmp_path, layout):
     """30 frames a second without time stamps; sorted as text, 10 would come before 2."""
     written = scene(30)
     write_scannet_export(tmp_path, written, layout)
@@ -205,8 +195,10 @@ def test_scannet_exports_read_back_in_the_order_of_their_numbers_as_the_sens_fil
     assert sample.valid["depth_m"].all() and sample.valid["camera_to_world"].all()
     write(tmp_path / "sens", written, rate_hz=30.0)
     (other,) = read(scannet, tmp_path / "sens", "val", SEVEN)
-    assert (sample.id, sample.video) == (other.id, other.video)
+    assert (sample.id, sample.video) == (other.id, other.video) == ("scene0003_01", "scene0003")
     assert np.array_equal(sample.pixels, other.pixels) and np.array_equal(sample.labels["depth_m"], other.labels["depth_m"])
+    assert np.allclose(other.labels["camera_to_world"], written.labels["camera_to_world"][SHOWN], atol=1e-6)
+    assert other.valid["depth_m"].all() and other.valid["camera_to_world"].all()
 
 
 def test_scannet_a_sens_file_goes_before_its_export(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from benchmarks.writers import write_tapvid, write_tapvid_kinetics
-from numbered import CLIP, numbers, pictures, read, refused
+from numbered import CLIP, in_square, numbers, pictures, read, refused
 
 from scaling4d import seeds
 from scaling4d.benchmarks import tapvid
@@ -26,7 +26,7 @@ def tap_sample(name: str = "goat", *, frames: int = 30) -> Sample:
 
 
 def check_tap(sample: Sample, written: Sample) -> None:
-    expected = written.labels["points"][:2, 0:20:5] * [1.5, 1] - [0.25, 0]  # of the central square of 32 x 48
+    expected = in_square(written.labels["points"][:2, 0:20:5])
     valid = written.valid["points"][:2, 0:20:5]
     assert np.array_equal(sample.valid["points"], valid)
     assert np.allclose(sample.labels["points"][valid], expected[valid], atol=1e-6)

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from benchmarks.writers import waymo_frame, waymo_label, write_records, write_waymo_v1
-from numbered import CLIP, T, left_out, missing, numbers, pictures, read, refused, three_boxes
+from numbered import CLIP, T, in_square, left_out, missing, numbers, pictures, read, refused, three_boxes
 
 from scaling4d import seeds
 from scaling4d.benchmarks import tfrecord, waymo
@@ -38,7 +38,7 @@ def edit_rows(path: Path, change) -> None:
 
 def test_waymo_reads_back_the_objects_of_frame_0(tmp_path, written):
     (sample,) = read(waymo, tmp_path, "val", TEN)
-    expected = np.clip(written.labels["boxes"] * [1.5, 1, 1.5, 1] - [0.25, 0, 0.25, 0], 0, 1)[:2]
+    expected = in_square(written.labels["boxes"])[:2].clip(0, 1)
     valid = written.valid["boxes"][:2]
     assert np.array_equal(sample.valid["boxes"], valid)
     assert np.allclose(sample.labels["boxes"][valid], expected[valid], atol=1e-5)

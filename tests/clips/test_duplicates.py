@@ -65,29 +65,6 @@ def test_the_same_clips_go_for_the_same_reason_as_when_each_is_compared_with_all
         assert remove_near_duplicates(inspections, bits) == slow(inspections, bits)
 
 
-@pytest.mark.parametrize("bits", [1, 6, 15, 24])
-def test_a_pair_that_agrees_in_one_band_only_is_found(monkeypatch, bits):
-    monkeypatch.setattr(duplicates, "DENSE", 1)
-    draw = np.random.default_rng(0)
-    base = draw.integers(0, 256, 32, dtype=np.uint8)
-    edges = np.linspace(0, 256, bits + 2).astype(int)
-    one_a_band = [draw.integers(start, end) for start, end in zip(edges, edges[1:], strict=False)]
-    reads = [8 * (at // 8) + 7 - at % 8 for at in one_a_band]  # words hold their lowest bit first
-    variants = [flipped(base, [*reads[:band], *reads[band + 1 :]]) for band in range(bits + 1)]
-    near = [inspection(f"b{at:02d}", [variant]) for at, variant in enumerate(variants)]
-    kept, removed = remove_near_duplicates([inspection("a", [base]), *near], bits)
-    assert [source.path for source, _ in kept] == ["a"]
-    assert [other.path for *_, other, _ in removed] == ["a"] * (bits + 1)
-
-
-def test_the_largest_picture_is_kept_then_the_first_path_then_the_first_start():
-    phash = np.zeros((2, 32), np.uint8)
-    inspections = [inspection("a", phash, 48), inspection("c", phash), inspection("b", phash)]
-    kept, removed = remove_near_duplicates(inspections, 15)
-    assert [(source.path, clip.start_s) for source, clip in kept] == [("b", 0.0)]
-    assert [(source.path, clip.start_s) for source, clip, *_ in removed] == [("b", 2), ("c", 0), ("c", 2), ("a", 0), ("a", 2)]
-
-
 def test_opposite_hashes_are_different_clips_and_no_clips_are_no_duplicates():
     base = np.arange(32, dtype=np.uint8)
     assert len(remove_near_duplicates([inspection("a", [base, ~base])], 255)[0]) == 2

@@ -10,7 +10,6 @@ import pytest
 from scaling4d import cli, config
 from scaling4d.pretrain.plan.closed_form import KINDS
 from scaling4d.pretrain.plan.plan import plan
-from scaling4d.records import UserError
 
 ROOT = Path(__file__).parents[2]
 # width, depth, mlp, heads of the released code's variants, and the backbone's parameters, counted by running its
@@ -38,13 +37,6 @@ def test_backbones_have_the_published_number_of_parameters(point: str) -> None:
     assert parameters["total"] == sum(value for part, value in parameters.items() if part != "total")
     assert parameters["coarse_tokens"] == 784 * shape[0]  # a grid of 4 x 14 x 14
     assert parameters["decoder"] == (shape[0] + 1) * 4 * 16 * 16 * 3
-
-
-@pytest.mark.integration
-def test_an_unknown_point_is_refused_with_the_names_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    with pytest.raises(UserError, match=r"^no profile has a point 'huge'; points: B, G, H, L, S, e, j, mae_st_B, "):
-        plan("huge")
 
 
 @pytest.fixture
@@ -120,22 +112,18 @@ def test_every_change_that_is_named_makes_it_fit(point: str, mesh: str) -> None:
     [
         (("S", "--mesh", "8"), "--mesh '8'; needed SHARDSxREPLICAS, two numbers above 0 such as 256x1 or 8x32"),
         (("S", "--mesh", "0x4"), "--mesh '0x4'; needed SHARDSxREPLICAS, two numbers above 0 such as 256x1 or 8x32"),
-        (
-            ("S", "--mesh", "3x1"),
-            "a batch of 4096 clips does not divide by the 3 GPUs of the mesh; set --batch to a multiple of 3, or --mesh",
-        ),
-        (
-            ("S", "--mesh", "8x2", "--batch", "4"),
-            "a batch of 4 clips is smaller than the 16 GPUs of the mesh; set --batch to a multiple of 16, or --mesh",
-        ),
+        (("S", "--mesh", "3x1"), "a batch of 4096 clips does not divide by the 3 GPUs of the mesh; set --batch to a "),
+        (("S", "--mesh", "8x2", "--batch", "4"), "a batch of 4 clips is smaller than the 16 GPUs of the mesh; set --batch to a "),
         (("S", "--gpu", "tpu"), "unknown gpu 'tpu'; needed one of h100, h200, a100, a100_40"),
         (("S", "--recompute", "all"), "--recompute 'all'; needed none or block"),
         (("S", "--utilisation", "40"), "--utilisation 40.0; needed a share above 0 and at most 1"),
         (("S", "--write-gb-per-s", "0"), "--write-gb-per-s 0.0; needed more than 0"),
+        (("huge",), "no profile has a point 'huge'; points: B, G, H, L, S, e, j, mae_st_B, "),
     ],
 )
 def test_bad_input_is_refused_in_one_line(words: tuple[str, ...], message: str, command: Callable) -> None:
-    assert command(*words) == (1, "", f"error: {message}\n")
+    code, out, error = command(*words)
+    assert (code, out, error.count("\n")) == (1, "", 1) and error.startswith(f"error: {message}")
 
 
 def test_the_tables_show_every_kind_of_memory_and_the_meshes(command: Callable) -> None:

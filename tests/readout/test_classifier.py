@@ -109,11 +109,7 @@ def test_the_classifier_starts_from_the_encoders_last_norm_and_nearly_equal_scor
     ("task", "protocol", "message"),
     [
         ("actions", "classifier", "^pixels is a PixelTokens, which this protocol cannot fine-tune; take it out of encoders."),
-        (
-            "depth",
-            "classifier",
-            "^unknown readout 'depth' 'classifier'; tasks: actions, .+; protocols: .+ .classifier: actions alone.$",
-        ),
+        ("depth", "classifier", "^unknown readout 'depth' 'classifier'; tasks: .+, pose; .+ .classifier: actions alone.$"),
         ("actions", "finetune", "^no .+/frozen/head.safetensors; fine-tuning starts from the frozen readout: run .scaling4d"),
     ],
 )

@@ -8,7 +8,7 @@ from nearness import near
 from small_tasks import HEAD, TASK, features_of, head_of, targets_of
 
 from scaling4d import seeds
-from scaling4d.readout.heads import AttentionReadout, Head, HeadConfig, Queries, cell_centres, stretch_time
+from scaling4d.readout.heads import AttentionReadout, HeadConfig, cell_centres, stretch_time
 from scaling4d.readout.protocols import CHECKS, EarlyStopping, Frozen, FrozenConfig, ReadoutConfig, ReadoutModel
 from scaling4d.readout.whitening import Whitening
 from scaling4d.training.distributed import run
@@ -34,15 +34,6 @@ def features_and_queries(*, given: bool, coordinates: int = 2) -> tuple:
     if not given:
         return features, None, None
     return features, torch.randn(2, 3, 5, generator=rng), torch.rand(2, 3, coordinates, generator=rng)
-
-
-def test_a_given_query_is_answered_whatever_the_others_are() -> None:
-    head = Head(HEAD, Queries(coordinates=2, tiles=2, out=8), features_width=24, frames=4)
-    head.initialise(0)
-    features, queries = features_of(1), torch.rand(1, 3, 2, generator=seeds.stream(0, "q"))
-    answers = head(features, queries)
-    assert answers.shape == (1, 3, 4, 4)
-    assert near(answers[:, 1:2], head(features, queries[:, 1:2]))
 
 
 @pytest.mark.parametrize("coordinates", [0, 2, 3])

@@ -121,10 +121,9 @@ def test_parts_and_ranks_add_up_to_the_whole_batch(ranks: int, accumulate: int) 
 def test_a_step_clips_the_gradient_and_follows_the_schedule() -> None:
     history, log, requested, world_sizes = run(train, ranks=1)
     assert requested == list(range(6)) and world_sizes == [[0, 1]] and history.begun == [0]
-    assert [step[0] for step in history.steps] == [1, 2, 3, 4, 5, 6] and [step[1] for step in history.steps] == [False] * 5 + [
-        True
-    ]
-    assert [step[4] for step in history.steps] == [RATE * warmup_cosine(step, steps=6, warmup=2) for step in range(6)]
+    steps, lasts, _, _, rates = map(list, zip(*history.steps, strict=True))
+    assert steps == [1, 2, 3, 4, 5, 6] and lasts == [False] * 5 + [True]
+    assert rates == [RATE * warmup_cosine(step, steps=6, warmup=2) for step in range(6)]
     x, target, _ = batch_of(0, rank=0, ranks=1).inputs
     model = Line(0.0)
     loss = (model.linear(x) - target["y"]).square().mean()
