@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from nearness import near
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import scaling4d
@@ -349,14 +349,6 @@ def test_pickles_are_refused_and_named(published, tmp_path):
     folder = copy(published("dinov2")[0], tmp_path, without="safetensors")
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch opened'\ntR.")
     refused(folder, r"has no model\*.safetensors, but pytorch_model.bin, which could run code; convert it first$")
-
-
-def test_missing_weights_are_refused_and_not_drawn(published, tmp_path):
-    folder = copy(published("siglip")[0], tmp_path)
-    weights = load_file(folder / "model.safetensors")
-    del weights["vision_model.encoder.layers.1.mlp.fc1.weight"]
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    refused(folder, r"lacks 1 tensors of a siglip of this shape, the first encoder.layers.1.mlp.fc1.weight; needed the whole")
 
 
 CONFIG, PREPROCESSOR, VIDEO_PREPROCESSOR = "config.json", "preprocessor_config.json", "video_preprocessor_config.json"
