@@ -28,16 +28,6 @@ def write(root: Path, *, clips: int = 1) -> Path:
     return root / "test" / f"{0:016x}.txt"
 
 
-def test_realestate10k_reads_back_each_clip_of_a_shared_video(tmp_path):
-    write(tmp_path, clips=2)
-    samples = read(realestate10k, tmp_path, "val")
-    assert len(samples) == 2 and len(list((tmp_path / "videos").iterdir())) == 1
-    for n, sample in enumerate(samples):
-        assert sample.video == "abc-DEF_123"
-        assert np.allclose(sample.labels["camera_to_world"], clip(n).labels["camera_to_world"], atol=1e-7)
-        assert np.abs(sample.pixels.astype(int) - clip(n).pixels).mean() < 3
-
-
 def test_realestate10k_frames_are_matched_by_time_and_steps_may_vary(tmp_path):
     path = write(tmp_path)
     lines = path.read_text().splitlines()
@@ -135,7 +125,7 @@ def test_realestate10k_frames_that_are_no_pictures_are_refused(tmp_path):
     refused(r"holds no <time stamp>.png or .jpg of a time that 0{16}.txt lists", realestate10k, tmp_path, "val")
 
 
-def test_realestate10k_a_clip_late_in_a_video_is_not_decoded_from_its_start(tmp_path, monkeypatch):
+def test_realestate10k_clips_of_a_shared_video_are_read_back_each_without_decoding_it_from_its_start(tmp_path, monkeypatch):
     write(tmp_path, clips=20)
     path, opened, decoded = tmp_path / "videos/abc-DEF_123.mp4", [], []
     av_open, frames = video.av.open, video._decode
@@ -143,7 +133,10 @@ def test_realestate10k_a_clip_late_in_a_video_is_not_decoded_from_its_start(tmp_
     monkeypatch.setattr(video.av, "open", lambda name, **options: opened.append(name) or av_open(name, **options))
     monkeypatch.setattr(video, "_decode", lambda *of: map(lambda frame: decoded.append(frame.pts) or frame, frames(*of)))
     samples = read(realestate10k, tmp_path, "val")
-    assert len(samples) == 20 and all(map(np.array_equal, (sample.pixels for sample in samples), wanted))
+    assert [sample.video for sample in samples] == ["abc-DEF_123"] * 20 and list((tmp_path / "videos").iterdir()) == [path]
+    for n, sample in enumerate(samples):
+        assert np.allclose(sample.labels["camera_to_world"], clip(n).labels["camera_to_world"], atol=1e-7)
+        assert np.array_equal(sample.pixels, wanted[n]) and np.abs(wanted[n].astype(int) - clip(n).pixels).mean() < 3
     assert len(opened) == 20  # each once
     assert decoded == [0] * 20  # of each, the first frame, whose time counts as 0; the others come from near them
 
