@@ -82,7 +82,7 @@ def test_a_study_is_experiments_a_table_and_a_page(clone: Path) -> None:
     out = clone / "reports/studies/steps"
     rows = list(csv.DictReader((out / "runs.csv").open()))
     assert {(row["arm"], row["seed"]) for row in rows} == {(arm, seed) for arm in ("as_it_is", "masked_50") for seed in "01"}
-    assert {row["task"] for row in rows} == {"pretrain", "actions", "reconstruct"}
+    assert {row["task"] for row in rows} == {"pretrain", "actions", "reconstruct", "reconstruct_moving"} and len(rows) == 16
     assert len({row["checkpoint_sha256"] for row in rows if row["task"] == "actions"}) == 4
     listed = run(clone, "dvc", "exp", "list", "--name-only").stdout.split()
     assert {row["experiment"] for row in rows} == set(listed)
@@ -148,7 +148,7 @@ def test_a_study_that_is_stopped_goes_on_in_the_middle_of_its_training(clone: Pa
     cli(clone, "long", "--seeds", "0")
     facts = [json.loads(path.read_text()) for path in (clone / ".dvc/tmp/studies/0/.runs").glob("pretrain-nano-*.json")]
     assert any(fact["from_step"] >= 20 for fact in facts)
-    assert len(list(csv.DictReader((clone / "reports/studies/long/runs.csv").open()))) == 6
+    assert len(list(csv.DictReader((clone / "reports/studies/long/runs.csv").open()))) == 8
 
 
 @pytest.mark.slow
