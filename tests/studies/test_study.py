@@ -45,7 +45,8 @@ def test_an_arm_composes_and_names_stages_that_its_profile_has(monkeypatch: pyte
         settings = composed[arm.profile, arm.overrides]
         for target in arm.targets:
             kind, _, item = target.partition("@")
-            known = settings["points"] if kind in ("pretrain", "reconstruct") else settings["encoders"][kind.removeprefix("readout_")]
+            of_points = kind in ("pretrain", "reconstruct")
+            known = settings["points"] if of_points else settings["encoders"][kind.removeprefix("readout_")]
             assert item.split("-")[0] in known, f"{arm.name}: {target}"
 
 
