@@ -1,6 +1,10 @@
 import json
 import threading
+import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from functools import partial
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import chromium
@@ -109,6 +113,83 @@ def test_equal_results_give_equal_bytes_without_a_link_to_the_network(pocket: di
     assert (BUILT / "site/index.html").read_text() == first
     assert first.count("</script>") == 3  # no text of a result ends its script element
     assert "http://" not in first.replace("http://www.w3.org/2000/svg", "") and "https://" not in first
+
+
+def test_a_damaged_experiment_is_listed_and_the_others_are_shown(pocket: dict) -> None:
+    write_site(pocket)
+    git("init", "-q")
+    git("add", "reports", "params.yaml")
+    git("commit", "-qm", "whole")
+    git("update-ref", "refs/exps/ab/cdef/whole", "HEAD")
+    for name, file, content in (
+        ("numbers", "results.csv", "encoder,low,value\nnano,0.1,many\n"),
+        ("stages", "stages.json", "[]"),
+        ("columns", "pretrain.csv", "no,such\n1,2\n"),
+    ):
+        before = (BUILT / file).read_text()
+        (BUILT / file).write_text(content)
+        git("commit", "-qam", name)
+        git("update-ref", f"refs/exps/ab/cdef/{name}", "HEAD")
+        (BUILT / file).write_text(before)
+    assert site.write_experiments(BUILT) == ["columns", "numbers", "stages", "whole"]
+    listed = json.loads((BUILT / "site/experiments.js").read_text().removeprefix("window.EXPERIMENTS = ").rstrip(";\n"))
+    assert [bool(report.get("damaged")) for report in listed] == [True, True, True, False]
+    with pytest.raises(UserError, match="numbers: its report is damaged"):
+        read_built_report("numbers")
+
+
+@pytest.fixture
+def server(pocket: dict) -> Iterator[int]:
+    """Port of a server of the built site."""
+    write_site(pocket)
+    (BUILT / "site/experiments.js").write_text("window.EXPERIMENTS = [1];\n")
+    with site.serve(BUILT, 0) as serving:
+        thread = threading.Thread(target=serving.serve_forever)
+        thread.start()
+        yield serving.server_port
+        serving.shutdown()
+        thread.join()
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        ("report.html", {"Host": "example.org"}, 403),  # a name that was rebound to this machine
+        ("site/experiments.js", {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}, 403),
+        ("site/experiments.js", {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "cors"}, 403),  # another port
+        ("report%00.html", {}, 404),
+        ("../params.yaml", {}, 404),
+    ],
+)
+def test_requests_from_elsewhere_and_impossible_paths_are_refused(server: int, path: str, headers: dict, status: int) -> None:
+    request = urllib.request.Request(f"http://127.0.0.1:{server}/{path}", headers=headers)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request)
+    assert refused.value.code == status
+
+
+@chromium.needed
+@pytest.mark.integration
+def test_a_page_of_another_origin_reads_nothing(server: int, tmp_path: Path) -> None:
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    url = f"http://127.0.0.1:{server}/site/experiments.js"
+    (folder / "index.html").write_text(f"""<script src="{url}"></script><script>
+        fetch("{url}").then(() => {{ window.read = "all"; }}, () => {{ window.read = "nothing"; }});</script>""")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(site.LocalHandler, directory=str(folder))) as other:
+        thread = threading.Thread(target=other.serve_forever)
+        thread.start()
+        try:
+            with chromium.browser(tmp_path / "browser") as page:
+                page.open(f"http://localhost:{other.server_port}/index.html")
+                page.wait("window.read !== undefined")
+                assert page.value("[window.read, String(window.EXPERIMENTS)]") == ["nothing", "undefined"]
+                page.open(f"http://127.0.0.1:{server}/site/index.html")
+                assert page.value("window.EXPERIMENTS.length") == 1
+        finally:
+            other.shutdown()
+            thread.join()
 
 
 @pytest.mark.integration

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,10 @@ from scaling4d.records import UserError
 
 WORKSPACE = "workspace"
 NUMBERS = ("value", "low", "high", "parameters", "flops", "clips_seen", "train_loss", "val_loss", "loss", "examples", "seed")
+
+
+class NoReportError(UserError):
+    """A revision without a report."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,11 @@ def read_built_report(name: str = WORKSPACE, folder: str | None = None) -> Built
     Args:
         folder: of the report; the default is that of the revision's settings.
     Raises:
-        UserError: no such revision, or no report in it.
+        NoReportError: no report in it.
+        UserError: no such revision, or the report is damaged.
     """
+    from ruamel.yaml import YAMLError
+
     revision = "" if name == WORKSPACE else _revision(name)
 
     def text(path: str) -> str | None:
@@ -55,13 +62,21 @@ def read_built_report(name: str = WORKSPACE, folder: str | None = None) -> Built
             return file_at(revision, path)
         return Path(path).read_text() if Path(path).is_file() else None
 
+    try:
+        return _read(name, revision, text, folder)
+    except (KeyError, TypeError, ValueError, AttributeError, YAMLError) as error:
+        raise UserError(f"{name}: its report is damaged ({' '.join(repr(error).split())}); build it again there") from error
+
+
+def _read(name: str, revision: str, text: Callable[[str], str | None], folder: str | None) -> BuiltReport:
+    """text: of a file of the revision; None: absent."""
     settings = load_yaml(text(str(config.PARAMS)) or "{}")
     folder = folder or config.section(settings, "report.folder")
     names = ("results.csv", "pretrain.csv", "curves.csv", "stages.json")
     results, points, curves, stages = texts = [text(f"{folder}/{name}") for name in names]
     if None in texts:
         lacks = f"{folder}/{names[texts.index(None)]}"
-        raise UserError(f"{name} has no {lacks}; build the report there with `dvc repro` and commit it")
+        raise NoReportError(f"{name} has no {lacks}; build the report there with `dvc repro` and commit it")
     lock = text(str(LOCK))
     code = read_lock(LOCK, lock)["code"].outs if lock else ()
     return BuiltReport(

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from functools import partial
+from http import HTTPStatus
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from scaling4d.provenance import experiments, write_text
 from scaling4d.records import UserError
-from scaling4d.report.built import BuiltReport, read_built_report
+from scaling4d.report.built import BuiltReport, NoReportError, read_built_report
 from scaling4d.report.run_results import UNTRAINED
 from scaling4d.studies.markup import page_style
 from scaling4d.studies.words import MEASURES
 
 FOLDER, PAGE, EXPERIMENTS = "site", "index.html", "experiments.js"
+HOSTS = ("127.0.0.1", "localhost")
+HEADERS = {  # no other origin may load, frame or guess the type of a file
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "X-Frame-Options": "SAMEORIGIN",
+    "X-Content-Type-Options": "nosniff",
+}
 HIDDEN = ("points", "distilled", "encoders", "recipes", "render", "benchmarks", "report")  # settings without a column
 
 
@@ -48,7 +55,7 @@ def page_content(report: BuiltReport) -> dict[str, Any]:
 
 
 def write_experiments(folder: Path) -> list[str]:
-    """Write the reports of all experiments to experiments.js.
+    """Write the reports of all experiments to experiments.js; of a damaged one its name and the reason.
 
     Returns:
         the names of the reports.
@@ -59,23 +66,47 @@ def write_experiments(folder: Path) -> list[str]:
         raise UserError(f"no {folder / FOLDER / PAGE}: build the report with `dvc repro`, or `scaling4d report` alone")
     reports = []
     for name in sorted(experiments()):
-        with suppress(UserError):  # no report in it
+        try:
             reports.append(page_content(read_built_report(name)))
+        except NoReportError:
+            continue
+        except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
+            reports.append({"name": name, "damaged": " ".join(str(error).split())})
     write_text(folder / FOLDER / EXPERIMENTS, f"window.EXPERIMENTS = {_json(reports)};\n")
     return [report["name"] for report in reports]
 
 
 def serve(folder: Path, port: int) -> ThreadingHTTPServer:
     """A server of the report's folder on this machine alone; port 0 takes a free one. The page is at /site/."""
-    handler = partial(QuietHandler, directory=str(folder))
+    handler = partial(LocalHandler, directory=str(folder))
     try:
         return ThreadingHTTPServer(("127.0.0.1", port), handler)
     except OSError as error:
         raise UserError(f"port {port} cannot be used: {error.strerror}; choose another one with --port") from error
 
 
-class QuietHandler(SimpleHTTPRequestHandler):
-    """Files of a folder, without a line on the terminal for each."""
+class LocalHandler(SimpleHTTPRequestHandler):
+    """Files of a folder for pages of this server alone, without a line on the terminal for each.
+
+    A request under another host's name (DNS rebinding) or from a page of another origin is refused.
+    """
+
+    def send_head(self) -> Any:
+        host = self.headers.get("Host", "").split(":")[0]
+        site, mode = (self.headers.get(f"Sec-Fetch-{kind}", "") for kind in ("Site", "Mode"))
+        foreign = site in ("cross-site", "same-site") and mode != "navigate"
+        if host not in HOSTS or foreign:
+            self.send_error(HTTPStatus.FORBIDDEN, "for pages of this server alone")
+            return None
+        if "\0" in unquote(self.path):
+            self.send_error(HTTPStatus.NOT_FOUND)
+            return None
+        return super().send_head()
+
+    def end_headers(self) -> None:
+        for name, value in HEADERS.items():
+            self.send_header(name, value)
+        super().end_headers()
 
     def log_message(self, format: str, *arguments: Any) -> None:
         pass
@@ -93,5 +124,5 @@ def _model(settings: Mapping[str, Any], encoder: str) -> Iterator[tuple[str, Any
 
 
 def _json(content: Any) -> str:
-    """JSON that may stand inside a script element."""
-    return json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
+    """JSON that may stand inside a script element: no text in it can end the element or open a comment."""
+    return json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
