@@ -30,6 +30,8 @@ if find_spec("scaling4d_bench"):
 
 def main() -> None:
     """Exit code 0: done; 75: saved and stopped, run it again; 1: a user's error, in one line."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         app()
     except UserError as error:

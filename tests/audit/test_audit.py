@@ -1,4 +1,6 @@
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,7 +33,17 @@ def test_an_untouched_project_has_nothing_wrong_and_names_what_is_absent(project
     assert ") are not here: run `scaling4d compose profile=kept && dvc repro`" in text
     earlier = "not here: an earlier version made this report, so neither its page nor metrics.json is checked"
     assert f"not checked reports/kept/numbers.json: {earlier}" in text
-    assert text.splitlines()[-1] == "0 wrong; absent files were not checked; everything else agrees"
+    counts = r"0 wrong; checked ([\d,]+) hashes, [1-9][\d,]* settings, [1-9][\d,]* numbers, 11 files and folders not here"
+    last = re.fullmatch(counts, text.splitlines()[-1])
+    here = [path for run in locked_runs() for path in run.locked_files if run.disk.paths(path)]
+    assert last and int(last[1].replace(",", "")) == len(here)
+
+
+def test_a_name_that_is_not_utf_8_is_told_and_does_not_end_the_audit(project: Path) -> None:
+    shutil.copy(SHARD, os.fsdecode(f"{Path(SHARD).parent}/".encode() + b"\xff.tar"))
+    done = subprocess.run([sys.executable, "-m", "scaling4d", "audit"], capture_output=True, check=False)
+    assert done.returncode == 1 and b"differing files: shards/\\udcff.tar" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith(b"1 wrong; checked ") and not done.stderr
 
 
 # ---- one byte ----

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from scaling4d.audit import predictions, reproduced, studies
 from scaling4d.audit.explain import as_dot, as_text, explain
-from scaling4d.audit.run import UNCHECKED, WRONG, AuditFinding, locked_runs
-from scaling4d.audit.verify import verify
+from scaling4d.audit.run import NOTE, UNCHECKED, WRONG, AuditFinding, locked_runs
+from scaling4d.audit.verify import checked, verify
 from scaling4d.records import UserError
 
 __all__ = ["AuditFinding", "check", "compare", "explain_number", "export", "locked_runs", "verify"]
@@ -20,13 +20,18 @@ FORMATS = {"text": as_text, "json": lambda explained: json.dumps(explained, inde
 
 
 def check() -> int:
-    """Verify every hash, setting and number."""
-    findings = [*verify(locked_runs()), *studies.findings(), *predictions.findings()]
-    for finding in findings:
-        print(finding)
-    kinds = Counter(finding.kind for finding in findings)
-    print(f"{kinds[WRONG]} wrong; {'absent files were not checked; ' if kinds[UNCHECKED] else ''}everything else agrees")
-    return 1 if kinds[WRONG] else 0
+    """Verify every hash, setting and number; print the findings by kind, and the counts of all that was checked."""
+    runs = locked_runs()
+    findings = [*verify(runs), *studies.findings(), *predictions.findings()]
+    for kind in (NOTE, UNCHECKED, WRONG):
+        for finding in (finding for finding in findings if finding.kind == kind):
+            print(finding)
+    counts = sum(map(checked, runs), Counter())
+    kinds = ", ".join(f"{counts[kind]:,} {kind}" for kind in ("hashes", "settings", "numbers"))
+    absent = f", {counts['absent']:,} files and folders not here" if counts["absent"] else ""
+    wrong = sum(finding.kind == WRONG for finding in findings)
+    print(f"{wrong} wrong; checked {kinds}{absent}")
+    return 1 if wrong else 0
 
 
 def explain_number(key: str, form: str) -> int:

@@ -81,7 +81,7 @@ class Disk:
         if "" in shas or not shas:
             return shas.get("")
         lines = [f"{name}\0{shas[name]}\n" for name in sorted(shas, key=lambda name: name.split("/"))]
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+        return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
 def _moved(path: str, folders: Mapping[str, str]) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import Any
 
 from scaling4d import artifacts, config, provenance
 from scaling4d.audit.commit import closest_commit
-from scaling4d.audit.report_numbers import verify_numbers
-from scaling4d.audit.run import CODE, NOTE, SOURCE, UNCHECKED, WRONG, AuditFinding, LockedRun, shorten
+from scaling4d.audit.report_numbers import page_numbers, verify_numbers
+from scaling4d.audit.run import CODE, NOTE, SOURCE, UNCHECKED, WRONG, AuditFinding, LockedRun, row_numbers, shorten
 from scaling4d.pipeline import code_hashes
 from scaling4d.provenance import LOCK, MISSING, LockedStage, differences, file_at, flatten, overlap, read_lock, required
 from scaling4d.records import UserError
@@ -25,6 +26,15 @@ def verify(runs: list[LockedRun]) -> list[AuditFinding]:
     """Every disagreement, and every absent evidence. Reads each locked file. Raises UserError for a damaged one."""
     runs[0].disk.read({path for run in runs for path in run.locked_files})
     return [finding for run in runs for finding in _verify_run(run)]
+
+
+def checked(run: LockedRun) -> Counter[str]:
+    """How many locked files and folders are here ("hashes") and not ("absent"), locked settings, and numbers shown."""
+    here = sum(bool(run.disk.paths(path)) for path in run.locked_files)
+    page = run.disk.text(f"{run.folder}/report.html")
+    numbers = sum(len(row_numbers(row)) for *_, row in run.table_rows()) + (len(page_numbers(page)) if page else 0)
+    settings = sum(len([*flatten(stage.params)]) for stage in run.stages.values())
+    return Counter(hashes=here, absent=len(run.locked_files) - here, settings=settings, numbers=numbers)
 
 
 def _verify_run(run: LockedRun) -> Iterator[AuditFinding]:
