@@ -310,8 +310,13 @@ def plan(
     content = make_plan(point, mesh=mesh, batch=batch, recompute=recompute, dry=dry_run, **costs)
     if as_json:
         print(json.dumps(content))
-    else:
-        table.show(content)
+        return
+    table.show(content)
+    from scaling4d.studies.law import FITTED, law_of, prediction_text
+
+    if content["method"] == "SimpleMAE" and FITTED.is_dir():
+        text = prediction_text(law_of(FITTED), content["parameters"]["backbone"], content["schedule"]["clips"])
+        print(f"by the law of {FITTED}, on its data: {text}")
 
 
 @app.command()

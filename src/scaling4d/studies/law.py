@@ -16,8 +16,9 @@ from scaling4d.records import UserError, write_json
 from scaling4d.studies.loss_law import MIN_RUNS, NAMES, LossLaw, fit_loss_law
 from scaling4d.studies.markup import cell_text
 from scaling4d.studies.plotting import log_x, style, subplots, to_svg
-from scaling4d.studies.study import RUNS, Study, read_runs
+from scaling4d.studies.study import REPORTS, RUNS, Study, read_runs
 
+FITTED = REPORTS / "isoflop"  # the study whose law `scaling4d plan` quotes
 PREDICTIONS = config.EXPERIMENTS / "prediction"
 WORDS = {
     "floor": "floor E",
@@ -120,11 +121,15 @@ def law_text(law: LossLaw, *, parameters: float | None, clips: float | None, flo
     if parameters and flops:
         clips = flops / float(law.flops_per_clip(np.array([parameters]))[0])
     if parameters and clips:
-        loss, low, high = law.prediction(parameters, clips)
-        where = "" if law.inside(parameters, clips) else "; outside the fitted range"
-        text = f"{parameters:,.0f} parameters, {clips:,.0f} clips: loss {cell_text(loss)} [{cell_text(low)}, {cell_text(high)}]"
-        lines.append(text + where)
+        lines.append(prediction_text(law, parameters, clips))
     return "\n".join(lines)
+
+
+def prediction_text(law: LossLaw, parameters: float, clips: float) -> str:
+    """The predicted loss of a size and a number of clips, in a line."""
+    loss, low, high = map(cell_text, law.prediction(parameters, clips))
+    where = "" if law.inside(parameters, clips) else "; outside the fitted range"
+    return f"{parameters:,.0f} parameters, {clips:,.0f} clips: loss {loss} [{low}, {high}]{where}"
 
 
 # ---- predictions before a run ----
