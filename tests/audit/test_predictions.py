@@ -14,8 +14,8 @@ from scaling4d.audit import predictions
 from scaling4d.audit.run import NOTE, WRONG
 from scaling4d.provenance import to_csv
 from scaling4d.records import UserError
-from scaling4d.studies import law
-from scaling4d.studies.study import REPORTS, RUN_COLUMNS, Arm, Study
+from scaling4d.studies import law, page
+from scaling4d.studies.study import REPORTS, RUN_COLUMNS, Arm, Study, read_runs
 
 pytestmark = pytest.mark.integration
 
@@ -64,6 +64,10 @@ def test_a_prediction_before_its_results_is_right_and_stands_beside_them(project
     assert [*predictions.findings()] == []
     rows = [*law.outcome_rows(law.read_prediction("larger"), law.read_trained_runs(REPORTS / "larger"))]
     assert [row["measured"] for row in rows] == pytest.approx([row["predicted"] for row in rows], rel=5e-3)
+    files = page.law_files(project, read_runs(REPORTS / "larger"))
+    assert [*files] == ["law.csv", "optimum.csv", "predicted.csv", "law.svg"]
+    assert all(words in files["law.svg"] for words in (">predicted before the run, 90 %<", ">its outcome<", ">8e+12 FLOPs<"))
+    assert files == page.law_files(project, read_runs(REPORTS / "larger"))
 
 
 def test_a_prediction_after_its_results_is_wrong(project: Study) -> None:

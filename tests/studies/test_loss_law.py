@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-from scaling4d import seeds
+from scaling4d import cli, seeds
+from scaling4d.provenance import to_csv
+from scaling4d.studies import law
 from scaling4d.studies.loss_law import NAMES, LossLaw, fit_loss_law
+from scaling4d.studies.study import RUN_COLUMNS
 
 SIZES = np.array([24_400, 73_376, 146_928, 245_056, 738_720.0])
 FLOPS_PER_CLIP = np.array([2.88e7, 7.37e7, 1.35e8, 2.12e8, 5.3e8])
@@ -73,3 +79,16 @@ def test_few_runs_or_one_budget_give_no_law() -> None:
     assert fit_loss_law(N[:5], D[:5], FLOPS[:5], true_loss(N[:5], D[:5])) is None
     same = np.full(len(N), 5e4)
     assert fit_loss_law(N, same, FLOPS, true_loss(N, same)) is None
+
+
+@pytest.mark.integration
+def test_the_plan_of_a_point_quotes_the_law_and_says_where_it_is_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    keys, columns = ("parameters", "clips_seen", "flops", "value"), zip(N, D, FLOPS, true_loss(N, D), strict=True)
+    runs = [{"arm": "a", "seed": 0, "task": "pretrain", **dict(zip(keys, values, strict=True))} for values in columns]
+    (tmp_path / "runs.csv").write_text(to_csv(RUN_COLUMNS, runs))
+    monkeypatch.setattr(law, "FITTED", tmp_path)
+    monkeypatch.setattr(law, "fit_loss_law", lambda *runs: fit_loss_law(*runs, draws=10))
+    small, large = (CliRunner().invoke(cli.app, ["plan", point]).output for point in ("tiny", "j"))
+    assert "146,928 parameters, 50,000 clips: loss " in small and "outside the fitted range" not in small
+    assert "outside the fitted range" in large

@@ -144,3 +144,13 @@ def test_the_study_of_seeds_measures_every_frozen_readout_of_the_pocket(monkeypa
     sizes = [name for name, point in settings["points"].items() if "SimpleMAE" in point["model"]]
     assert targets - readouts == {f"reconstruct@{point}" for point in sizes}
     assert all((arm.name, arm.overrides, arm.profile) == (arm.encoder, (), "pocket") for arm in seeds.arms)
+
+
+def test_the_signal_is_the_distance_of_arms_in_deviations_of_a_seed() -> None:
+    values = np.array([[1.0, 1.2], [2.0, 2.2], [3.0, 3.3]])
+    (row,) = study.signal_rows(rows(dict(zip("abc", values.tolist(), strict=True))))
+    residuals = values - values.mean(1, keepdims=True) - values.mean(0) + values.mean()
+    assert (row["arms"], row["seeds"]) == (3, 2) and row["signal"] == pytest.approx(values.mean(1).std(ddof=1))
+    assert row["noise"] == pytest.approx(np.sqrt((residuals**2).sum() / 2))
+    assert row["ratio"] == pytest.approx(row["signal"] / row["noise"])
+    assert not [*study.signal_rows(rows({"a": [1.0], "b": [2.0]}))]

@@ -23,6 +23,7 @@ from scaling4d.studies.study import REPORTS, UNMEASURED, Study
 from scaling4d.studies.words import measure_head
 
 PANELS = 4  # of a row of a figure
+SIGNAL = "signal.csv"
 LAW, OPTIMUM, PREDICTED = "law.csv", "optimum.csv", "predicted.csv"
 FITS, RANKS, INDEX = "fits.csv", "ranks.csv", "index.html"
 REFERENCES = re.compile(r" \[[^]]*\]")  # of a sentence of findings.md: the rows of table.csv, or the figure
@@ -47,7 +48,8 @@ LAWS_CAPTION = (
     "Every seed over the {size}, with a power law and its 95 % band where one fits. There is no baseline: sizes are compared "
     "with each other."
 )
-LAW_TABLES = {
+CSV_TABLES = {  # file -> heading of its table on the page
+    SIGNAL: "Signal to noise: standard deviation of the arms' means over that of a single seed",
     PREDICTED: "Losses that were predicted before these runs",
     LAW: "Loss over size N and clips seen D: E + A (N / n)^-alpha + B (D / d)^-beta, with 90 % intervals",
     OPTIMUM: "Best size of a budget, with its 90 % interval",
@@ -93,6 +95,8 @@ def write_study(study: Study, cache: Path, run_facts: Mapping[str, Mapping[str, 
     rows = parse_csv(files[studies.RUNS])
     table = studies.study_table(rows, study.base)
     files |= {studies.TABLE: to_csv(studies.TABLE_COLUMNS, table), "runs.svg": runs_figure(study, rows, table)}
+    if signals := [*studies.signal_rows(rows)]:
+        files[SIGNAL] = to_csv(studies.SIGNAL_COLUMNS, signals)
     if study.ladders:
         files |= {FITS: to_csv(FIT_COLUMNS, fit_rows(study, rows)), RANKS: to_csv(RANK_COLUMNS, rank_rows(study, rows))}
         files |= {f"laws_{ladder}.svg": laws_figure(study, rows, ladder) for ladder in study.ladders}
@@ -274,7 +278,7 @@ def study_page(study: Study, table: Sequence[Row], files: Mapping[str, str], fin
     for name, columns, heading in ((FITS, FIT_COLUMNS, LAWS), (RANKS, RANK_COLUMNS, RANKED)) if study.ladders else ():
         rows = ([csv_cell_text(text) for text in row.values()] for row in parse_csv(files[name]))
         parts.append(f"<h2>{heading}</h2>{html_table([column.replace('_', ' ') for column in columns], rows)}")
-    for name, heading in LAW_TABLES.items():
+    for name, heading in CSV_TABLES.items():
         if name in files:
             head, *rows = csv.reader(files[name].splitlines())
             cells = [[csv_cell_text(text) for text in row] for row in rows]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -30,6 +30,7 @@ SIZES = ("parameters", "flops", "clips_seen")
 RESULT = ("task", "protocol", "metric", "value", "unit", "higher_is_better", "checkpoint_sha256")  # of result.json
 RUN_COLUMNS = ("arm", "seed", "encoder", *RESULT[:-1], *SIZES, "experiment", RESULT[-1])
 TABLE_COLUMNS = ("arm", "task", "metric", "seeds", "mean", "deviation", "difference", "noise", "beyond_noise")
+SIGNAL_COLUMNS = ("task", "metric", "arms", "seeds", "signal", "noise", "ratio")
 CONFIDENCE = 0.95
 Stages = Mapping[str, LockedStage]
 
@@ -258,13 +259,39 @@ def seed_noise(values: Sequence[Sequence[float]]) -> float | None:
     """t * s * sqrt(2 / seeds) of `study_table`, from arms x seeds; None with fewer than two of either."""
     from scipy.stats import t
 
+    deviation, freedom = seed_deviation(values)
+    if deviation is None:
+        return None
+    return float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * deviation * math.sqrt(2 / len(values[0]))
+
+
+def seed_deviation(values: Sequence[Sequence[float]]) -> tuple[float | None, int]:
+    """s of `study_table`, from arms x seeds, and its degrees of freedom; None with fewer than two of either."""
     arms, seeds = [fmean(arm) for arm in values], [fmean(seed) for seed in zip(*values, strict=True)]
     freedom = (len(arms) - 1) * (len(seeds) - 1)
     if not freedom:
-        return None
+        return None, 0
     residuals = [value - arms[a] - seeds[s] + fmean(arms) for a, row in enumerate(values) for s, value in enumerate(row)]
-    deviation = math.sqrt(sum(residual**2 for residual in residuals) / freedom)
-    return float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * deviation * math.sqrt(2 / len(seeds))
+    return math.sqrt(sum(residual**2 for residual in residuals) / freedom), freedom
+
+
+def signal_rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """One row for each task: how far the arms lie apart, in deviations of a single seed.
+
+    rows: of runs.csv. signal: standard deviation of the arms' means. noise: s of `study_table`. Tasks without two arms
+    that share two seeds have none.
+    """
+    for task in dict.fromkeys(row["task"] for row in rows):
+        some = [row for row in rows if row["task"] == task]
+        values: dict[str, dict[int, float]] = {}
+        for row in some:
+            values.setdefault(row["arm"], {})[int(row["seed"])] = float(row["value"])
+        seeds = sorted(set.intersection(*map(set, values.values())))
+        deviation, _ = seed_deviation([[by_seed[seed] for seed in seeds] for by_seed in values.values()])
+        if deviation:
+            signal = stdev(fmean(by_seed[seed] for seed in seeds) for by_seed in values.values())
+            row = {"task": task, "metric": some[0]["metric"], "arms": len(values), "seeds": len(seeds)}
+            yield row | {"signal": signal, "noise": deviation, "ratio": signal / deviation}
 
 
 def changed_packages(code: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
