@@ -251,7 +251,7 @@ def _draw_trivial(axes: Axes, value: float) -> None:
     above, room = value > high, 0.12 * (high - low)  # of the text
     axes.set_ylim((low, high + room) if above else (low - room, high))
     place = {"x": 0.98, "y": 0.99 if above else 0.01, "ha": "right", "va": "top" if above else "bottom"}
-    text = f"{'↑' if above else '↓'} beyond the axis: trivial answer {value:.3g}"
+    text = f"{'↑' if above else '↓'} off axis: trivial {value:.3g}"
     axes.text(**place, s=text, color="tab:red", fontsize=8, transform=axes.transAxes)
 
 

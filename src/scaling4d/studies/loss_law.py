@@ -103,7 +103,7 @@ def fit_loss_law(
         return None
     n, d, y = size / _middle(size), seen / _middle(seen), np.log(loss)
     starts = [_start(n, d, loss, alpha, beta) for alpha in STARTS for beta in STARTS]
-    best = min((_search(n, d, y, start) for start in starts), key=lambda found: found.cost).x
+    best = min((_search(n, d, y, start) for start in starts), key=lambda search: search.cost).x
     errors = y - _log_loss(_values(best), n, d)
     deviation = float(np.sqrt((errors**2).sum() / max(len(y) - len(NAMES), 1)))
     rng = seeds.numpy(0, "loss_law")
