@@ -12,7 +12,7 @@ from scaling4d import artifacts
 from scaling4d.provenance import parse_csv
 from scaling4d.report.page import Number, Part
 from scaling4d.studies import study as studies
-from scaling4d.studies.markup import number_format
+from scaling4d.studies.markup import deviation_format, number_format
 
 FOLDER = studies.REPORTS / "seeds"
 Key = tuple[str, str, str]  # encoder, task, metric, as in runs.csv
@@ -38,9 +38,9 @@ class SeedStatistics:
 
     @property
     def with_deviation(self) -> Part:
-        """`mean ± deviation`, both with the decimals of the mean."""
-        mean = self.part("mean")
-        return [mean, " ± ", replace(self.part("deviation"), format=mean.format)]
+        """`mean ± deviation`, with equal decimals."""
+        mean, deviation = (replace(self.part(name), format=deviation_format(self.deviation)) for name in ("mean", "deviation"))
+        return [mean, " ± ", deviation]
 
     def value_part(self, seed: int) -> Number:
         """The value of a seed, a number of runs.csv."""

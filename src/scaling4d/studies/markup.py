@@ -22,6 +22,11 @@ def number_format(value: float | int) -> str:
     return ".4f" if abs(value) < 10 else ".2f"
 
 
+def deviation_format(deviation: float) -> str:
+    """Format spec of a mean and its deviation: two digits of the deviation, four decimals at least."""
+    return f".{max(4, 1 - math.floor(math.log10(deviation))) if deviation > 0 else 4}f"
+
+
 def cell_text(value: Any) -> str:
     """Text of a value in a table; `-` for None."""
     if value is None:

@@ -17,10 +17,10 @@ from scaling4d.records import UserError, write_json
 from scaling4d.studies import law as laws
 from scaling4d.studies import study as studies
 from scaling4d.studies.fits import held_out, spearman, trend
-from scaling4d.studies.markup import NOTHING, cell_text, csv_cell_text, html_figure, html_page, html_table
+from scaling4d.studies.markup import NOTHING, cell_text, csv_cell_text, deviation_format, html_figure, html_page, html_table
 from scaling4d.studies.plotting import draw_law, legend, log_x, panel_title, style, subplots, to_svg
 from scaling4d.studies.study import REPORTS, UNMEASURED, Study
-from scaling4d.studies.words import measure_head
+from scaling4d.studies.words import WORDS, measure_head, metric_words
 
 PANELS = 4  # of a row of a figure
 SIGNAL = "signal.csv"
@@ -281,7 +281,7 @@ def study_page(study: Study, table: Sequence[Row], files: Mapping[str, str], fin
     for name, heading in CSV_TABLES.items():
         if name in files:
             head, *rows = csv.reader(files[name].splitlines())
-            cells = [[csv_cell_text(text) for text in row] for row in rows]
+            cells = [[metric_words(text) if text in WORDS else csv_cell_text(text) for text in row] for row in rows]
             parts.append(f"<h2>{heading}</h2>{html_table([column.replace('_', ' ') for column in head], cells)}")
     captions = {"law": LAW_CAPTION} if "law.svg" in files else {}
     captions |= {"runs": RUNS_CAPTION.format(base=study.base)}
@@ -294,7 +294,10 @@ def study_page(study: Study, table: Sequence[Row], files: Mapping[str, str], fin
 
 
 def _cell(row: Row) -> str:
-    text = cell_text(row["mean"]) + ("" if row["deviation"] is None else f" ± {cell_text(row['deviation'])}")
+    text = cell_text(row["mean"])
+    if row["deviation"] is not None:
+        spec = deviation_format(row["deviation"])
+        text = f"{row['mean']:{spec}} ± {row['deviation']:{spec}}"
     if row["noise"] is not None:
         sign, mark = "+" if row["difference"] > 0 else "", " *" if row["beyond_noise"] else ""
         text += f"\n({sign}{cell_text(row['difference'])} ± {cell_text(row['noise'])}){mark}"
