@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from scaling4d import video
 from scaling4d.benchmarks.samples import ClipRequest, MissingFiles
 from scaling4d.records import UserError
-from scaling4d.video import TOLERANCE_S
+from scaling4d.video import MAX_PIXELS, TOLERANCE_S
 
 
 def require_path(root: Path, path: Path, content: str) -> Path:
@@ -47,12 +48,20 @@ def load_json(path: Path, kind: type) -> Any:
 # ---- pictures ----
 
 
-def open_picture(source: Path | bytes, where: object) -> Image.Image:
-    """A picture file, or the bytes of one. Raises UserError: it is damaged; the message starts with `where`."""
+def open_picture(source: Path | bytes, where: object, formats: Sequence[str]) -> Image.Image:
+    """A picture file, or the bytes of one, in a format of the benchmark: others start other programs (PostScript).
+
+    Raises UserError: another format, damaged, or more than MAX_PIXELS; the message starts with `where`.
+    """
     try:
-        picture = Image.open(source if isinstance(source, Path) else io.BytesIO(source))
+        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
+            picture = Image.open(source if isinstance(source, Path) else io.BytesIO(source), formats=formats)
+        if picture.width * picture.height > MAX_PIXELS:
+            raise UserError(f"{where} is {picture.width}x{picture.height} px; needed at most {MAX_PIXELS} px in all")
         picture.load()
-    except (OSError, SyntaxError) as error:  # SyntaxError: a broken png
+    except UnidentifiedImageError as error:
+        raise UserError(f"{where} cannot be read: needed {' or '.join(formats)}") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Syntax: png
         raise UserError(f"{where} cannot be read: {error}") from error
     return picture
 

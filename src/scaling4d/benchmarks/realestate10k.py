@@ -58,7 +58,7 @@ def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
         rows = nearest_rows(path, stamps_us, request)  # T
         if source.is_dir():
             shown = [images[int(stamp)] for stamp in stamps_us[rows]]
-            opened = [np.asarray(open_picture(image, image).convert("RGB")) for image in shown]
+            opened = [np.asarray(open_picture(image, image, ["JPEG", "PNG"]).convert("RGB")) for image in shown]
             if len({picture.shape for picture in opened}) > 1:
                 raise UserError(f"{source}: frames differ in size")
             pictures = np.stack(opened)

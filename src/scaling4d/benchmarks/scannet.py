@@ -12,7 +12,6 @@ depth is still good. Exports keep no time stamps: their numbers, which are not p
 
 from __future__ import annotations
 
-import io
 import re
 import struct
 import zlib
@@ -198,7 +197,8 @@ def _read_sens(path: Path, request: ClipRequest) -> SceneClip:
         pictures, depths = [], []
         for _, start, color_bytes, depth_bytes in (frames[index] for index in shown):
             file.seek(start)
-            pictures.append(np.asarray(Image.open(io.BytesIO(file.read(color_bytes))).convert("RGB")))
+            picture = open_picture(file.read(color_bytes), f"{path}: a picture", ["JPEG", "PNG"])
+            pictures.append(np.asarray(picture.convert("RGB")))
             packed = file.read(depth_bytes)
             raw = zlib.decompress(packed) if depth_code == ZLIB_USHORT else packed
             if len(raw) != 2 * depth_h * depth_w:
@@ -215,9 +215,9 @@ def _read_export(folder: Path, export: Export, request: ClipRequest) -> SceneCli
         raise UserError(f"{folder / export.color} holds no <number>.jpg")
     numbers = np.array(sorted(paths))
     shown = [paths[number] for number in numbers[_frames_on_show(folder, (numbers - numbers[0]) / RATE_HZ, request)]]
-    pictures = [_open(path, ("RGB", "L"), "a colour picture") for path in shown]
+    pictures = [_open(path, "JPEG", ("RGB", "L"), "a colour picture") for path in shown]
     maps = [folder / export.depth / f"{path.stem}.png" for path in shown]
-    depths = [_open(path, ("I;16", "I;16B", "I"), "depth as 16-bit grey, in mm") for path in maps]
+    depths = [_open(path, "PNG", ("I;16", "I;16B", "I"), "depth as 16-bit grey, in mm") for path in maps]
     if len({depth.size for depth in depths}) > 1 or len({picture.size for picture in pictures}) > 1:
         raise UserError(f"{folder}: pictures or depth maps of {len(depths)} frames differ in size")
     color_k = _matrix(folder / export.color_k)
@@ -233,8 +233,8 @@ def _read_export(folder: Path, export: Export, request: ClipRequest) -> SceneCli
     return SceneClip(color, depth, SHIFT, poses, color_k, depth_k)
 
 
-def _open(path: Path, modes: Sequence[str], what: str) -> Image.Image:
-    picture = open_picture(path, path)
+def _open(path: Path, form: str, modes: Sequence[str], what: str) -> Image.Image:
+    picture = open_picture(path, path, [form])
     if picture.mode not in modes:
         raise UserError(f"{path} is a picture of kind {picture.mode}; needed {what}")
     return picture

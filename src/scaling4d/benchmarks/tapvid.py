@@ -176,7 +176,7 @@ def _videos(path: Path) -> Iterator[tuple[str, Path, dict]]:
 def _picture(where: str, stored: np.ndarray | bytes) -> np.ndarray:
     """uint8 `H W 3`, of a picture or of a JPEG."""
     if isinstance(stored, bytes):
-        return np.asarray(open_picture(stored, f"{where}: a picture").convert("RGB"))
+        return np.asarray(open_picture(stored, f"{where}: a picture", ["JPEG"]).convert("RGB"))
     if stored.dtype != np.uint8 or stored.ndim != 3 or stored.shape[2] != 3:
         raise UserError(f"{where}: a picture is {stored.dtype} {stored.shape}; needed uint8 H W 3, or a JPEG")
     return stored

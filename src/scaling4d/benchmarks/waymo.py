@@ -62,7 +62,7 @@ def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
             raise UserError(f"{path} has no picture of camera FRONT")
         stamps = np.array(sorted(jpegs))
         stamps = stamps[nearest_rows(path, stamps, request)]  # T
-        pictures = [np.asarray(open_picture(jpegs[stamp], f"{path}: a picture").convert("RGB")) for stamp in stamps]
+        pictures = [np.asarray(open_picture(jpegs[stamp], f"{path}: a picture", ["JPEG"]).convert("RGB")) for stamp in stamps]
         crop = Crop(*pictures[0].shape[:2], request.side_px)
         tracks = [_track(boxes, stamps, crop) for _, boxes in sorted(boxes_of.items())]
         tracks = [(boxes, valid) for boxes, valid in tracks if valid[0] and np.prod(boxes[0, 2:] - boxes[0, :2]) >= MIN_AREA]
