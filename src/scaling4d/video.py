@@ -294,11 +294,11 @@ def _open(source: VideoInput) -> Iterator[tuple[av.container.InputContainer, av.
         raise VideoError("the file is empty")
     try:
         container = av.open(target, metadata_errors="ignore", options=OPEN_OPTIONS)
-    except (av.FileNotFoundError, av.PermissionError, av.MemoryError) as error:
+    except (av.FileNotFoundError, av.PermissionError) as error:
         raise OSError(error.errno, error.strerror) from error
     except av.ArgumentError as error:
         raise VideoError("not a video: a text, a picture, or a list of other files") from error
-    except av.FFmpegError as error:
+    except av.FFmpegError as error:  # also that it asks for more memory than FFmpeg ever gives: a damaged header
         raise VideoError(f"not a readable video: {error.strerror or error}") from error
     except UnicodeError as error:
         raise VideoError("file name is not Unicode: rename it") from error
@@ -308,6 +308,8 @@ def _open(source: VideoInput) -> Iterator[tuple[av.container.InputContainer, av.
             raise VideoError("no video stream")
         best = container.streams.best("video")
         stream = best if best in moving else moving[0]
+        if stream.codec_context is None:
+            raise VideoError("no decoder for its codec: write the file anew in another one, as by ffmpeg -i, where it plays")
         stream.thread_type, stream.codec_context.thread_count = "SLICE", 1
         stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
         yield container, stream

@@ -21,7 +21,7 @@ def read_clips(source: Path, clip: tuple[int, int, int], side_px: int | None) ->
     resized to H W, whatever its aspect ratio (bicubic, antialiased).
 
     clip: T H W for a video file. side_px: H and W instead of the clip's.
-    Raises UserError: not clips, values outside 0..1, or a video that is too short.
+    Raises UserError: not clips, values outside 0..1, or a video that is damaged or too short.
     """
     if source.suffix == ".npy":
         pixels = read_array(source, axes=5)
@@ -34,10 +34,13 @@ def read_clips(source: Path, clip: tuple[int, int, int], side_px: int | None) ->
         return torch.from_numpy(pixels)
     T, height, width = clip if side_px is None else (clip[0], side_px, side_px)
     frames = []
-    for _, frame in video.decode_frames(source):
-        frames.append(np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC)))
-        if len(frames) == T:
-            return torch.from_numpy(np.stack(frames))[None]
+    try:
+        for _, frame in video.decode_frames(source):
+            frames.append(np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC)))
+            if len(frames) == T:
+                return torch.from_numpy(np.stack(frames))[None]
+    except video.VideoError as error:
+        raise UserError(f"{source}: {error}") from error
     raise UserError(f"{source} has {len(frames)} frames; needed {T}, the checkpoint's clip")
 
 
