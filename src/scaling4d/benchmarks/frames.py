@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from scaling4d import video
-from scaling4d.benchmarks.samples import ClipRequest, MissingFiles
+from scaling4d.benchmarks.samples import ClipRequest, MissingFiles, content_of
 from scaling4d.records import UserError
 from scaling4d.video import MAX_PIXELS, TOLERANCE_S
 
@@ -38,7 +39,7 @@ def load_json(path: Path, kind: type) -> Any:
     """Raises UserError: not JSON, or its top is no `kind`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, kind):
         raise UserError(f"{path} holds a {type(content).__name__} at its top; needed a {kind.__name__}")
@@ -53,16 +54,17 @@ def open_picture(source: Path | bytes, where: object, formats: Sequence[str]) ->
 
     Raises UserError: another format, damaged, or more than MAX_PIXELS; the message starts with `where`.
     """
-    try:
-        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
-            picture = Image.open(source if isinstance(source, Path) else io.BytesIO(source), formats=formats)
-        if picture.width * picture.height > MAX_PIXELS:
-            raise UserError(f"{where} is {picture.width}x{picture.height} px; needed at most {MAX_PIXELS} px in all")
-        picture.load()
-    except UnidentifiedImageError as error:
-        raise UserError(f"{where} cannot be read: needed {' or '.join(formats)}") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Syntax: png
-        raise UserError(f"{where} cannot be read: {error}") from error
+    with content_of(where):
+        try:
+            with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
+                picture = Image.open(source if isinstance(source, Path) else io.BytesIO(source), formats=formats)
+            if picture.width * picture.height > MAX_PIXELS:
+                raise UserError(f"{where} is {picture.width}x{picture.height} px; needed at most {MAX_PIXELS} px in all")
+            picture.load()
+        except UnidentifiedImageError as error:
+            raise UserError(f"{where} cannot be read: needed {' or '.join(formats)}") from error
+        except (SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # SyntaxError: of a png
+            raise UserError(f"{where} cannot be read: {error}") from error
     return picture
 
 
@@ -190,6 +192,13 @@ class Crop:
     side_px: int
     position: float = 0.5
 
+    def __post_init__(self) -> None:
+        sides = (self.height, self.width)
+        usable = all(isinstance(side, int | float | np.number) and 0 < side <= MAX_PIXELS for side in sides)
+        if not usable or math.prod(self.resized) > MAX_PIXELS:
+            needed = f"numbers above 0, and at most {MAX_PIXELS} px in all with {self.side_px} px on the shorter side"
+            raise UserError(f"a picture of {self.width} x {self.height} px; needed {needed}")
+
     @property
     def resized(self) -> tuple[int, int]:
         """Height and width before the square is cut out."""
@@ -204,6 +213,9 @@ class Crop:
 
     def pixels(self, pictures: Iterable[np.ndarray]) -> np.ndarray:
         """uint8 `T H W 3` -> uint8 `T side side 3`, bicubic with antialiasing."""
+        pictures = list(pictures)
+        for height, width in {picture.shape[:2] for picture in pictures} - {(self.height, self.width)}:
+            raise UserError(f"pictures of {self.width}x{self.height} and of {width}x{height} px in one clip")
         height, width = self.resized
         x, y = self.corner
         resized = np.stack([_resize(picture, height, width) for picture in pictures])

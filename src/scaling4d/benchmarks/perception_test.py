@@ -23,7 +23,7 @@ from scaling4d.records import Sample, UserError
 OFFICIAL = {"train": "145 in all splits", "val": "145 in all splits"}
 LISTS = {"train": "train", "val": "valid"}
 KIND = "point_tracking"
-MAX_FRAMES = 1_000_000  # of a video; a larger num_frames is an error in the file
+MAX_FRAMES, MAX_RATE_HZ = 100_000, 1000  # of a video; a larger num_frames or frame_rate is an error in the file
 
 
 def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
@@ -35,7 +35,7 @@ def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
 
     def load(item: tuple[str, dict]) -> list[Sample]:
         name, entry = item
-        offsets, crop = clip_frames(path, name, entry, request)
+        offsets, crop = clip_frames(path, name, entry, KIND, request)
         total = max(entry["metadata"]["num_frames"], offsets[-1] + 1)
         tracks = [_track(path, name, track, total) for track in entry[KIND]]
         points, visible = (np.stack(arrays) for arrays in zip(*tracks, strict=True))
@@ -78,29 +78,34 @@ def read_tracks(root: Path, split: str, kind: str) -> tuple[Path, list[tuple[str
     """The list, its (video_id, entry) with tracks of this kind, and the error of missing videos.
 
     A list has tracks of one kind, or all annotations; there, an entry without a kind lacks its key or has no tracks.
-    Raises UserError: another layout, no tracks, an entry without metadata, or a video_id that is no file name.
+    Raises UserError: another layout, no tracks, or a video_id that is no file name.
     """
     path, all_kinds = (root / f"{prefix}_{LISTS[split]}.json" for prefix in (kind, "all"))
     path = all_kinds if all_kinds.is_file() and not path.is_file() else require_path(root, path, "tracks by video_id")
     entries = load_json(path, dict)
-    for name, entry in entries.items():
-        if not isinstance(entry, dict) or not isinstance(entry.get("metadata"), dict):
-            raise UserError(f"{path}: {name} has no metadata")
+    for name in entries:
         if not name.replace("_", "").isalnum():
             raise UserError(f"{path}: {name!r} is not the name of a video")
-    items = [(name, entry) for name, entry in entries.items() if entry.get(kind)]
+    items = [(name, entry) for name, entry in entries.items() if not isinstance(entry, dict) or entry.get(kind)]
     if not items:
         raise UserError(f"{path} has no {kind.replace('_', ' ')}")
     folder = require_path(root, root / "videos", "videos <video_id>.mp4")
     return path, items, missing_files(folder, [f"{name}.mp4" for name, _ in items], f"videos of {split}")
 
 
-def clip_frames(path: Path, name: str, entry: dict, request: ClipRequest) -> tuple[np.ndarray, Crop]:
-    """Frame numbers `T` of the clip at the start of a video, and the crop for labels in 0..1 of the picture."""
-    metadata = entry["metadata"]
+def clip_frames(path: Path, name: str, entry: dict, kind: str, request: ClipRequest) -> tuple[np.ndarray, Crop]:
+    """Frame numbers `T` of the clip at the start of a video, and the crop for labels in 0..1 of the picture.
+
+    Raises UserError: the entry has no metadata, or tracks that are no list of dicts.
+    """
+    metadata, tracks = (entry.get(key) for key in ("metadata", kind)) if isinstance(entry, dict) else (None, None)
+    if not isinstance(metadata, dict) or not isinstance(tracks, list) or not all(isinstance(track, dict) for track in tracks):
+        raise UserError(f"{path}: {name} has no metadata, or no list of tracks; needed a dict with metadata and {kind}")
     stored_hz, size = metadata.get("frame_rate"), metadata.get("resolution")
-    if not isinstance(stored_hz, int | float) or stored_hz <= 0 or not isinstance(size, list) or len(size) != 2:
-        raise UserError(f"{path}: the metadata of {name} needs a frame_rate above 0 and a resolution [height, width]")
+    usable = isinstance(stored_hz, int | float) and 0 < stored_hz <= MAX_RATE_HZ
+    if not usable or not isinstance(size, list) or len(size) != 2:
+        needs = f"a frame_rate in 0 .. {MAX_RATE_HZ} and a resolution [height, width]"
+        raise UserError(f"{path}: the metadata of {name} needs {needs}")
     if not isinstance(metadata.get("num_frames"), int) or not 0 < metadata["num_frames"] <= MAX_FRAMES:
         raise UserError(f"{path}: the metadata of {name} needs num_frames in 1 .. {MAX_FRAMES}")
     return request.frame_numbers(stored_hz), Crop(*size, request.side_px)
@@ -116,8 +121,10 @@ def _track(path: Path, name: str, track: dict, total: int) -> tuple[np.ndarray, 
     """points `F 2`, x y, and visible `F`, in the first `total` frames of the video."""
     try:
         ids, points = np.asarray(track["frame_ids"], int), np.asarray(track["points"], float)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: a track of {name} needs frame_ids and points as numbers: {error!r}") from error
+    if ids.ndim != 1:
+        raise UserError(f"{path}: a track of {name} needs a list of frame_ids, found {ids.shape}")
     xy, visible = np.zeros((total, 2)), np.zeros(total, bool)
     if not len(ids):
         return xy, visible

@@ -37,7 +37,7 @@ def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
 
     def load(item: tuple[str, dict]) -> list[Sample]:
         name, entry = item
-        numbers, crop = perception_test.clip_frames(path, name, entry, request)
+        numbers, crop = perception_test.clip_frames(path, name, entry, KIND, request)
         tracks = [_track(path, name, track, numbers, crop) for track in entry[KIND]]
         started = [(boxes, valid) for boxes, valid in tracks if valid[0]]
         if not started:
@@ -56,8 +56,10 @@ def _track(path: Path, name: str, track: dict, numbers: np.ndarray, crop: Crop) 
     try:
         ids, stored = np.asarray(track["frame_ids"], int), np.asarray(track["bounding_boxes"], float)
         starts = np.asarray(track.get("initial_tracking_box", [1]), int)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: an object of {name} needs frame_ids and bounding_boxes as numbers: {error!r}") from error
+    if ids.ndim != 1:
+        raise UserError(f"{path}: an object of {name} needs a list of frame_ids, found {ids.shape}")
     if stored.shape != (len(ids), 4) and len(ids):
         has = f"has boxes {stored.shape} for {len(ids)} frames; needed {len(ids)} x 4"
         raise UserError(f"{path}: object {track.get('id')} of {name} {has}")

@@ -5,7 +5,11 @@ An item is an entry of that list. No heavy library is imported here.
 
 from __future__ import annotations
 
+import errno
+import struct
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -15,6 +19,12 @@ import numpy as np
 
 from scaling4d.benchmarks.queries import QUERIES
 from scaling4d.records import Sample, UserError
+
+# What the content of a file makes readers and libraries raise. Other errors are the program's own.
+CONTENT = (ValueError, TypeError, LookupError, ArithmeticError, EOFError, struct.error, zlib.error)
+# Numbers of errors that are a file's own. Others are the machine's: its disk, its memory, too many open files.
+OF_A_FILE = {None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.EACCES}
+PLAIN = (type(None), bool, int, float, str, bytes, list, dict, np.ndarray, np.generic)  # what files are parsed to
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,33 @@ class MissingFiles(UserError):
         self.names = tuple(names)
 
 
+@contextmanager
+def content_of(what: object) -> Iterator[None]:
+    """An error of a file's content becomes a UserError of one line, which starts with `what`.
+
+    Errors of the machine and of the program surface.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        if error.errno not in OF_A_FILE:
+            raise
+        raise UserError(f"{what} cannot be read: {_line(error)}") from error
+    except CONTENT as error:
+        raise UserError(f"{what} is damaged: {_line(error)}") from error
+    except AttributeError as error:  # of a number or a text, say, where a dict was needed
+        if not isinstance(error.obj, PLAIN):
+            raise
+        raise UserError(f"{what} is damaged: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split())[:200]
+    return text if isinstance(error, OSError) and text else f"{type(error).__name__}: {text}"
+
+
 @dataclass(frozen=True)
 class Samples(Iterable[Sample]):
     """The samples of a split in the order of its list.
@@ -102,7 +139,7 @@ class Samples(Iterable[Sample]):
         """Index in `items` and samples, of every item that has any."""
         for index, item in enumerate(self.items):
             try:
-                samples = self.load(item)
+                samples = self._load(item)
             except UserError as error:
                 bad = not isinstance(error, ExcludedItem)
                 if self.skipped is not None:
@@ -115,4 +152,8 @@ class Samples(Iterable[Sample]):
     def at_index(self, index: int) -> list[Sample]:
         """The samples of one item. Raises UserError: it has none."""
         assert isinstance(self.items, Sequence)  # true of every benchmark with a training split
-        return self.load(self.items[index])
+        return self._load(self.items[index])
+
+    def _load(self, item: Any) -> list[Sample]:
+        with content_of(self.item_id(item)):
+            return self.load(item)

@@ -55,7 +55,7 @@ def class_names(root: Path) -> list[str]:
     path = _list_path(root, "labels")
     try:
         indices = {name: int(index) for name, index in load_json(path, dict).items()}
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: needed class names with whole numbers: {error}") from error
     if sorted(indices.values()) != list(range(len(indices))):
         raise UserError(f"{root}: the numbers in labels.json are not 0 .. {len(indices) - 1}")

@@ -24,7 +24,7 @@ import numpy as np
 
 from scaling4d.benchmarks.frames import Crop, open_picture
 from scaling4d.benchmarks.queries import query_clips
-from scaling4d.benchmarks.samples import ClipRequest, ExcludedItem, Samples
+from scaling4d.benchmarks.samples import ClipRequest, ExcludedItem, Samples, content_of
 from scaling4d.records import Sample, UserError
 
 OFFICIAL = {"val": "30 in DAVIS"}
@@ -137,9 +137,11 @@ def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
         where = f"{path}, {name}"
         if not isinstance(content, dict) or not {"video", "points", "occluded"} <= content.keys():
             raise UserError(f"{where}: needed a dict with video, points and occluded")
-        stored, points, occluded = (np.asarray(content[key]) for key in ("video", "points", "occluded"))
-        if points.shape != (*occluded.shape, 2) or occluded.ndim != 2 or occluded.shape[1] != len(stored):
-            raise UserError(f"{where}: points {points.shape} and occluded {occluded.shape} do not fit {len(stored)} frames")
+        with content_of(where):
+            stored, points, occluded = (np.asarray(content[key]) for key in ("video", "points", "occluded"))
+        if points.shape != (*occluded.shape, 2) or occluded.ndim != 2 or occluded.shape[1:] != stored.shape[:1]:
+            frames = len(stored) if stored.ndim else "no"
+            raise UserError(f"{where}: points {points.shape} and occluded {occluded.shape} do not fit {frames} frames")
         visible = ~occluded.astype(bool)
         if points.dtype.kind != "f" or not np.isfinite(points[visible]).all():
             raise UserError(f"{where}: points that are visible must be numbers")

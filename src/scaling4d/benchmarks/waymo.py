@@ -18,7 +18,7 @@ import numpy as np
 
 from scaling4d.benchmarks import tfrecord
 from scaling4d.benchmarks.frames import Crop, encode_jpeg, missing_files, nearest_rows, open_picture, require_path
-from scaling4d.benchmarks.samples import ClipRequest, ExcludedItem, Samples
+from scaling4d.benchmarks.samples import ClipRequest, ExcludedItem, Samples, content_of
 from scaling4d.records import Sample, UserError
 
 OFFICIAL = {"train": "798", "val": "202"}
@@ -129,13 +129,14 @@ def _front_rows(path: Path, columns: list[str]) -> list[dict]:
     if not path.is_file():
         raise UserError(f"no {path}; needed one beside the segment's pictures")
     try:
-        with pq.ParquetFile(path) as file:  # opened once: with pq.read_table a clip takes twice as long
+        with content_of(path), pq.ParquetFile(path) as file:  # opened once: with pq.read_table a clip takes twice as long
             if lacking := sorted(set(columns) - set(file.schema_arrow.names)):
                 raise UserError(f"{path} lacks the columns {', '.join(lacking)}")
             table = file.read(columns=columns, use_threads=False)
         front = FRONT[not pa.types.is_integer(table.field(KEYS[2]).type)]
-        return table.filter(pc.equal(table[KEYS[2]], front)).to_pylist()
-    except (pa.ArrowException, OSError) as error:
+        with content_of(path):
+            return table.filter(pc.equal(table[KEYS[2]], front)).to_pylist()
+    except pa.ArrowException as error:
         raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
 
 
@@ -145,7 +146,7 @@ def _read_v1(folder: Path, context: str, request: ClipRequest) -> Segment:
     for number, record in enumerate(tfrecord.read_records(path)):
         try:
             stamp, jpeg, labelled = _parse_frame(record)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise UserError(f"{path}: record {number} is no Frame of Waymo Open: {error}") from error
         if jpeg is None:
             continue
@@ -168,7 +169,10 @@ def _parse_frame(record: memoryview) -> tuple[int, bytes | None, list[tuple[str,
             if dict(inner).get(CAMERA) != FRONT[0]:
                 continue
             if field == PICTURES:
-                jpeg = bytes(dict(inner)[CONTENT])
+                jpeg = dict(inner)[CONTENT]
+                if not isinstance(jpeg, memoryview):
+                    raise TypeError(f"a picture is a {type(jpeg).__name__}")
+                jpeg = bytes(jpeg)
                 continue
             boxes = []
             for label in (dict(tfrecord.fields(content)) for name, content in inner if name == CONTENT):

@@ -1,0 +1,89 @@
+"""Whatever a file holds, a reader gives samples, skips them with a reason, or refuses the split; nothing else."""
+
+import errno
+import json
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from mutations import BENCHMARKS, damaged, outcome
+from numbered import CLIP, H264, three_boxes
+from writers import write_objects
+
+from scaling4d import benchmarks
+from scaling4d.benchmarks.frames import Crop
+from scaling4d.benchmarks.samples import ExcludedItem, Samples, content_of
+from scaling4d.records import UserError
+
+
+@pytest.mark.parametrize("copies", [40, pytest.param(2_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.filterwarnings("ignore")
+def test_a_damaged_file_is_read_skipped_or_refused(tmp_path, name, copies):
+    seen = {outcome(BENCHMARKS[name][0], tmp_path) for _ in damaged(name, tmp_path, copies, seed=copies)}
+    assert "skipped" in seen
+    assert outcome(BENCHMARKS[name][0], tmp_path) == "read"  # whole again
+
+
+def of_one(error: Exception) -> Samples:
+    """Two items; the first raises."""
+
+    def load(item: str) -> list:
+        if item == "a":
+            raise error
+        return [item]
+
+    return Samples(["a", "b"], load, str, 2, "")
+
+
+@pytest.mark.parametrize("error", [
+    TypeError("no list"), KeyError("x"), IndexError(), ZeroDivisionError(), OverflowError("large"), EOFError(), OSError("short"),
+    ValueError("two\nlines"), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), struct.error("short"), zlib.error("bad"),
+    FileNotFoundError(errno.ENOENT, "gone"), OSError(errno.ENAMETOOLONG, "long"), AttributeError("no", obj=None, name="get"),
+])  # fmt: skip
+def test_an_error_of_the_content_is_a_skipped_sample_with_a_reason_of_one_line(error):
+    skipped: list = []
+    assert list(of_one(error).part(skipped=skipped)) == ["b"]
+    assert [(item.id, item.bad) for item in skipped] == [("a", True)]
+    assert skipped[0].why.startswith("a ") and len(skipped[0].why.splitlines()) == 1
+    for read in (list, lambda samples: samples.at_index(0)):
+        with pytest.raises(UserError, match="^a (is damaged|cannot be read): "):
+            read(of_one(error))
+
+
+@pytest.mark.parametrize("error", [
+    NameError("x"), AssertionError(), MemoryError(), ImportError(), NotImplementedError(), KeyboardInterrupt(),
+    AttributeError("no", obj=np, name="x"), OSError(errno.ENOSPC, "full"), OSError(errno.EIO, "disk"),
+    OSError(errno.EMFILE, "files"), OSError(errno.ENOMEM, "memory"),
+])  # fmt: skip
+def test_an_error_of_the_machine_or_of_the_program_surfaces(error):
+    with pytest.raises(type(error)):
+        list(of_one(error).part(skipped=[]))
+
+
+def test_a_refusal_keeps_its_words_and_its_kind():
+    with pytest.raises(ExcludedItem, match="^a rule$"), content_of("a"):
+        raise ExcludedItem("a rule")
+
+
+@pytest.mark.parametrize(
+    "size", [(0, 4), (4, -1), (float("nan"), 4), (4, float("inf")), (1, 10**9), (10**30, 1), (True, "x"), (None, 4)]
+)
+def test_a_square_needs_a_picture_with_two_sides_of_some_length(size):
+    with pytest.raises(UserError, match=r"^a picture of .* px; needed "):
+        Crop(*size, side_px=32)
+    with pytest.raises(UserError, match=r"^pictures of 32x32 and of 31x33 px in one clip"):
+        Crop(32, 32, 32).pixels([np.zeros((32, 32, 3), np.uint8), np.zeros((33, 31, 3), np.uint8)])
+
+
+def test_one_bad_entry_does_not_end_a_split_of_tracks(tmp_path):
+    write_objects(tmp_path / "perception_test", "val", [three_boxes(f"video_{n}") for n in range(5)], **H264)
+    path = tmp_path / "perception_test/object_tracking_valid.json"
+    entries = json.loads(path.read_text())
+    entries |= {"video_1": 7, "video_2": {"object_tracking": [1]}, "video_3": entries["video_3"] | {"object_tracking": [None]}}
+    path.write_text(json.dumps(entries))
+    skipped: list = []
+    read = benchmarks.read_samples("boxes", tmp_path, "val", CLIP, skipped=skipped, max_bad_share=0.6)
+    assert [sample.id for sample in read] == ["video_0", "video_4"]
+    assert [item.id for item in skipped] == ["video_1", "video_2", "video_3"] and all(item.bad for item in skipped)
