@@ -3,15 +3,20 @@
 import errno
 import json
 import struct
+import tracemalloc
 import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 from mutations import BENCHMARKS, damaged, outcome
-from numbered import CLIP, H264, three_boxes
-from writers import write_objects
+from numbered import CLIP, H264, left_out, three_boxes
+from writers import write_objects, write_records
 
 from scaling4d import benchmarks
+from scaling4d.benchmarks import perception_test_objects, scannet, tfrecord, waymo
 from scaling4d.benchmarks.frames import Crop
 from scaling4d.benchmarks.samples import ExcludedItem, Samples, content_of
 from scaling4d.records import UserError
@@ -75,6 +80,66 @@ def test_a_square_needs_a_picture_with_two_sides_of_some_length(size):
         Crop(*size, side_px=32)
     with pytest.raises(UserError, match=r"^pictures of 32x32 and of 31x33 px in one clip"):
         Crop(32, 32, 32).pixels([np.zeros((32, 32, 3), np.uint8), np.zeros((33, 31, 3), np.uint8)])
+
+
+def bombs() -> Iterator[tuple[ModuleType, Callable[[Path], None], str]]:
+    """Small files that ask for much memory: benchmark, writer, expected reason."""
+
+    def sens(root: Path, depth: bytes, *size: int) -> None:
+        BENCHMARKS["scannet"][1](root)
+        path = root / "scans/scene0003_01/scene0003_01.sens"
+        content, start = bytearray(path.read_bytes()), 12 + len("scaling4d")
+        frame = start + scannet.HEADER.size
+        _, _, color_bytes, depth_bytes = struct.unpack_from("<QQQQ", content, frame + 64)
+        struct.pack_into("<II", content, start + 272, *size)
+        struct.pack_into("<Q", content, frame + 88, len(depth))
+        place = frame + scannet.FRAME.size + color_bytes
+        path.write_bytes(content[:place] + depth + content[place + depth_bytes :])
+
+    yield (
+        scannet,
+        lambda root: sens(root, zlib.compress(bytes(2**28)), 16, 16),
+        "a depth map of more than 512 bytes; needed 16 x 16",
+    )
+    yield scannet, lambda root: sens(root, b"", 2**31, 2**31), f"depth of {2**31}x{2**31} px, 1000.0 units"
+
+    def record(root: Path) -> None:
+        BENCHMARKS["waymo_v1"][1](root)
+        length = struct.pack("<Q", 2**40)
+        (path,) = root.rglob("*.tfrecord")
+        path.write_bytes(length + struct.pack("<I", tfrecord.masked_crc32c(length)) + bytes(100))
+
+    yield waymo, record, "it ends inside record 0"
+
+    def number(root: Path) -> None:
+        """A picture that is the number 10^10, which `bytes` makes that many zeros of."""
+        BENCHMARKS["waymo_v1"][1](root)
+        (path,) = root.rglob("*.tfrecord")
+        picture = b"\x08\x01\x10" + bytes([*([0x80 | 0x64] * 4), 0x7F])
+        write_records(path, [b"\x10\x00\x22" + bytes([len(picture)]) + picture])
+
+    yield waymo, number, "record 0 is no Frame of Waymo Open"
+
+    def metadata(root: Path, **changes: float) -> None:
+        write_objects(root, "val", [three_boxes("video_7")], **H264)
+        path = root / "object_tracking_valid.json"
+        entries = json.loads(path.read_text())
+        entries["video_7"]["metadata"].update(changes)
+        path.write_text(json.dumps(entries))
+
+    for rate_hz in (1e12, float("nan"), float("inf"), 10**30):
+        expected = "the metadata of video_7 needs a frame_rate in 0 .. 1000"
+        yield perception_test_objects, lambda root, rate_hz=rate_hz: metadata(root, frame_rate=rate_hz), expected
+
+
+@pytest.mark.parametrize(("benchmark", "write", "expected"), [*bombs()])
+def test_a_small_file_that_asks_for_much_memory_is_skipped_before_it_gets_any(tmp_path, benchmark, write, expected):
+    write(tmp_path)
+    tracemalloc.start()
+    ((_, bad, why),) = left_out(benchmark, tmp_path, "val")
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert bad and expected in why and most < 2**26
 
 
 def test_one_bad_entry_does_not_end_a_split_of_tracks(tmp_path):

@@ -23,9 +23,9 @@ import numpy as np
 from PIL import Image
 
 from scaling4d.benchmarks.frames import Crop, encode_jpeg, open_picture, require_path
-from scaling4d.benchmarks.samples import ClipRequest, ExcludedItem, MissingFiles, Samples
+from scaling4d.benchmarks.samples import ClipRequest, ExcludedItem, MissingFiles, Samples, content_of
 from scaling4d.records import Sample, UserError
-from scaling4d.video import TOLERANCE_S
+from scaling4d.video import MAX_PIXELS, TOLERANCE_S
 
 OFFICIAL = {"train": "1,201", "val": "312"}
 VERSION = 4
@@ -69,10 +69,8 @@ def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
             clip = _read_export(root / EXPORTS[stored_as].scenes / scene, EXPORTS[stored_as], request)
         else:
             path = root / "scans" / scene / f"{scene}.sens"
-            try:
+            with content_of(path):
                 clip = _read_sens(path, request)
-            except (struct.error, zlib.error, OSError, SyntaxError) as error:
-                raise UserError(f"{path} is damaged: {error}") from error
         for k in (clip.color_k, clip.depth_k):
             if not np.isfinite(k).all() or min(k[0, 0], k[1, 1]) <= 0:
                 raise UserError(f"{root}: the intrinsics of {scene} are not numbers with focal lengths above 0")
@@ -139,7 +137,7 @@ def _scenes(root: Path, split: str) -> list[str]:
     if not any(lines):
         raise UserError(f"{path} lists nothing")
     for number, scene in enumerate(lines, 1):
-        if scene and not re.fullmatch(r"scene\w+", scene):
+        if scene and not re.fullmatch(r"scene\w{1,100}", scene, re.ASCII):
             raise UserError(f"{path}, line {number}: {scene!r}, which is not a scene such as scene0000_00")
     return [scene for scene in lines if scene]
 
@@ -180,14 +178,18 @@ def _read_sens(path: Path, request: ClipRequest) -> SceneClip:
         color_code, depth_code, _, _, depth_w, depth_h, shift, total = header[64:]
         if color_code not in (JPEG, PNG) or depth_code not in (ZLIB_USHORT, RAW_USHORT):
             raise UserError(f"{path}: compression {color_code}, {depth_code}; needed jpeg or png, and zlib_ushort or raw_ushort")
+        if not 0 < depth_h * depth_w <= MAX_PIXELS or not 0 < shift < np.inf:
+            raise UserError(
+                f"{path}: depth of {depth_w}x{depth_h} px, {shift} units a metre; needed at most {MAX_PIXELS} px in all"
+            )
         frames, stamps_s, last_s = [], [], request.times_s[-1] + TOLERANCE_S
         for number in range(total):
             if file.tell() + FRAME.size > size:
-                raise OSError(f"it ends before frame {number} of {total}")
+                raise UserError(f"{path} is damaged: it ends before frame {number} of {total}")
             *pose, color_us, _, color_bytes, depth_bytes = FRAME.unpack(file.read(FRAME.size))
             start = file.tell()
             if start + color_bytes + depth_bytes > size:
-                raise OSError(f"it ends inside frame {number} of {total}")
+                raise UserError(f"{path} is damaged: it ends inside frame {number} of {total}")
             frames.append((np.reshape(pose, (4, 4)), start, color_bytes, depth_bytes))
             stamps_s.append(color_us / 1e6 if color_us or number == 0 else number / RATE_HZ)
             if stamps_s[-1] - stamps_s[0] > last_s:
@@ -200,12 +202,23 @@ def _read_sens(path: Path, request: ClipRequest) -> SceneClip:
             picture = open_picture(file.read(color_bytes), f"{path}: a picture", ["JPEG", "PNG"])
             pictures.append(np.asarray(picture.convert("RGB")))
             packed = file.read(depth_bytes)
-            raw = zlib.decompress(packed) if depth_code == ZLIB_USHORT else packed
-            if len(raw) != 2 * depth_h * depth_w:
-                raise UserError(f"{path} is damaged: a depth map of {len(raw)} bytes; needed {depth_h} x {depth_w} x 2")
+            needed = 2 * depth_h * depth_w
+            raw = _inflate(packed, needed) if depth_code == ZLIB_USHORT else packed
+            if len(raw) != needed:
+                has = f"{len(raw)} bytes" if len(raw) < needed else f"more than {needed} bytes"
+                raise UserError(f"{path} is damaged: a depth map of {has}; needed {depth_h} x {depth_w} x 2")
             depths.append(np.frombuffer(raw, "<u2").reshape(depth_h, depth_w))
     poses = np.stack([frames[index][0] for index in shown])
     return SceneClip(pictures, np.stack(depths), shift, poses, color_k, depth_k)
+
+
+def _inflate(packed: bytes, size: int) -> bytes:
+    """Inflate, up to a byte more than `size`. Raises zlib.error: the stream is damaged, or ends early."""
+    stream = zlib.decompressobj()
+    raw = stream.decompress(packed, size + 1)
+    if len(raw) <= size and not stream.eof:
+        raise zlib.error("incomplete or truncated stream")
+    return raw
 
 
 def _read_export(folder: Path, export: Export, request: ClipRequest) -> SceneClip:

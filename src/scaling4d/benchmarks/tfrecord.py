@@ -52,14 +52,14 @@ def read_records(path: Path) -> Iterator[memoryview]:
     Raises UserError: a checksum is wrong, or the file ends inside a record; the message names the record, from 0.
     """
     with path.open("rb") as file:
-        number = 0
+        number, size = 0, path.stat().st_size
         while head := file.read(12):
             if len(head) < 12 or masked_crc32c(head[:8]) != struct.unpack("<I", head[8:])[0]:
                 raise UserError(f"{path} is damaged: the length of record {number} does not fit its checksum")
             (length,) = struct.unpack("<Q", head[:8])
-            body = memoryview(file.read(length + 4))
-            if len(body) < length + 4:
+            if file.tell() + length + 4 > size:
                 raise UserError(f"{path} is damaged: it ends inside record {number}")
+            body = memoryview(file.read(length + 4))
             if masked_crc32c(body[:length]) != struct.unpack("<I", body[length:])[0]:
                 raise UserError(f"{path} is damaged: record {number} does not fit its checksum")
             yield body[:length]
