@@ -49,7 +49,7 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class Video:
-    """A probed video file. Height and width are as displayed, after rotation."""
+    """A probed video file. Height and width are as displayed: with square pixels, after rotation."""
 
     path: str
     sha256: str

@@ -1,6 +1,7 @@
 """Probe, decode and encode video. The one file that imports PyAV.
 
-Decoded frames are upright (rotation applied), RGB uint8 `T H W 3`, in order of presentation time.
+Decoded frames are as displayed: upright (rotation applied), with square pixels (the width follows the sample aspect
+ratio), RGB uint8 `T H W 3`, in order of presentation time.
 A file that cannot be used raises `VideoError` with its reason.
 """
 
@@ -84,7 +85,8 @@ def probe(source: VideoInput, *, sha256: str, max_side_px: int | None = None) ->
         if frame is None:
             raise VideoError("no frame can be decoded")
         rotation_deg = _rotation(frame)
-        size = (frame.height, frame.width) if rotation_deg in (0, 180) else (frame.width, frame.height)
+        height_px, width_px = _shown_size(frame, _pixel_shape(stream))
+        size = (height_px, width_px) if rotation_deg in (0, 180) else (width_px, height_px)
         duration_s = _duration_s(container, stream)
         rate_hz = float(stream.average_rate or stream.guessed_rate or 0)
         path = str(source.path if isinstance(source, FileSlice) else source)
@@ -101,7 +103,8 @@ def decode_frames(source: VideoInput) -> Iterator[tuple[float, np.ndarray]]:
         VideoError: as `probe`; data is damaged, encrypted or missing at the end; frames change their size.
     """
     with _open(source) as (container, stream):
-        first_s, last_s, size, reformatter = None, -math.inf, None, VideoReformatter()
+        first_s, last_s, size = None, -math.inf, None
+        shape, reformatter = _pixel_shape(stream), VideoReformatter()
         for frame in _decode(container, stream):
             time_s = _time_s(frame)
             first_s = time_s if first_s is None else first_s
@@ -113,7 +116,7 @@ def decode_frames(source: VideoInput) -> Iterator[tuple[float, np.ndarray]]:
             last_s = max(last_s, time_s)
             if time_s < last_s - BACKWARD_S:
                 raise VideoError(f"time stamps start again: after {last_s - first_s:.2f} s; write the file anew, as by ffmpeg -i")
-            yield time_s, _rgb(frame, reformatter)
+            yield time_s, _rgb(frame, reformatter, shape)
 
 
 def sort_times(times_s: Sequence[float]) -> np.ndarray:
@@ -181,8 +184,8 @@ class OpenVideo:
         frames, wanted_pts = decoded
         if len({(frame.height, frame.width) for frame in frames.values()}) > 1:
             raise VideoError("frames change their size")
-        reformatter = VideoReformatter()
-        images = {pts: _rgb(frame, reformatter, side_px) for pts, frame in frames.items()}
+        shape, reformatter = _pixel_shape(self.stream), VideoReformatter()
+        images = {pts: _rgb(frame, reformatter, shape, side_px) for pts, frame in frames.items()}
         return np.stack([images[pts] for pts in wanted_pts])
 
 
@@ -239,9 +242,10 @@ def _decode_from_start(source: VideoInput, wanted_s: np.ndarray, side_px: int | 
     indices = frame_indices_at(times_s, wanted_s).tolist()
     images, reformatter = {}, VideoReformatter()
     with _open(source) as (container, stream):
+        shape = _pixel_shape(stream)
         for index, frame in enumerate(_decode(container, stream)):
             if index in indices:
-                images[index] = _rgb(frame, reformatter, side_px)
+                images[index] = _rgb(frame, reformatter, shape, side_px)
     return np.stack([images[index] for index in indices])
 
 
@@ -360,13 +364,33 @@ def _rotation(frame: av.VideoFrame) -> int:
     return degrees if degrees in (0, 90, 180, 270) else 0
 
 
-def _rgb(frame: av.VideoFrame, reformatter: VideoReformatter, side_px: int | None = None) -> np.ndarray:
-    """Upright uint8 `H W 3`; with side_px its centre, `side side 3`."""
+def _pixel_shape(stream: av.VideoStream) -> Fraction:
+    """Width of a pixel, in heights of it: the container's word before the codec's, and 1 without any."""
+    shape = stream.sample_aspect_ratio
+    return shape if shape and shape > 0 else Fraction(1)
+
+
+def _shown_size(frame: av.VideoFrame, shape: Fraction) -> tuple[int, int]:
+    """Height and width of the stored picture with square pixels. Raises VideoError: more than MAX_PIXELS."""
+    return _bounded(frame.height, max(1, round(frame.width * shape)))
+
+
+def _bounded(height: int, width: int) -> tuple[int, int]:
+    if height * width > MAX_PIXELS:
+        raise VideoError(f"too large: {width}x{height} px; needed at most {MAX_PIXELS} px in all, also where sides are resized")
+    return height, width
+
+
+def _rgb(frame: av.VideoFrame, reformatter: VideoReformatter, shape: Fraction, side_px: int | None = None) -> np.ndarray:
+    """Upright uint8 `H W 3` with square pixels; with side_px its centre, `side side 3`. shape: of the stored pixels."""
     resize, crop = {"interpolation": BILINEAR}, (slice(None), slice(None))
+    height, width = _shown_size(frame, shape)
     if side_px is not None:
-        scale = side_px / min(frame.height, frame.width)
-        height, width = max(side_px, round(frame.height * scale)), max(side_px, round(frame.width * scale))
+        scale = side_px / min(height, width)
+        height, width = _bounded(max(side_px, round(height * scale)), max(side_px, round(width * scale)))
+    if side_px is not None or width != frame.width:
         resize = {"interpolation": BICUBIC, "height": height, "width": width}
+    if side_px is not None:
         top, left = (height - side_px) // 2, (width - side_px) // 2
         crop = (slice(top, top + side_px), slice(left, left + side_px))
     try:
