@@ -16,7 +16,7 @@ from numbered import CLIP, H264, left_out, three_boxes
 from writers import write_objects, write_records
 
 from scaling4d import benchmarks
-from scaling4d.benchmarks import perception_test_objects, scannet, tfrecord, waymo
+from scaling4d.benchmarks import perception_test_objects, scannet, tapvid, tfrecord, waymo
 from scaling4d.benchmarks.frames import Crop
 from scaling4d.benchmarks.samples import ExcludedItem, Samples, content_of
 from scaling4d.records import UserError
@@ -126,6 +126,13 @@ def bombs() -> Iterator[tuple[ModuleType, Callable[[Path], None], str]]:
         entries = json.loads(path.read_text())
         entries["video_7"]["metadata"].update(changes)
         path.write_text(json.dumps(entries))
+
+    def memo(root: Path) -> None:
+        """A pickle whose memo has one entry, the billionth; the unpickler in C makes room for all of them."""
+        root.mkdir(exist_ok=True)
+        (root / "a.pkl").write_bytes(b"\x80\x04]r" + struct.pack("<I", 10**9) + b"Na.")
+
+    yield tapvid, memo, "a-0000: needed a dict with video, points and occluded"
 
     for rate_hz in (1e12, float("nan"), float("inf"), 10**30):
         expected = "the metadata of video_7 needs a frame_rate in 0 .. 1000"

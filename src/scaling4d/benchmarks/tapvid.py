@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import struct
 from collections.abc import Iterator
 from itertools import chain
 from operator import itemgetter
@@ -29,7 +30,7 @@ from scaling4d.records import Sample, UserError
 
 OFFICIAL = {"val": "30 in DAVIS"}
 RATE_HZ = 25.0
-DAMAGED = (pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError, MemoryError, OverflowError)
+DAMAGED = (pickle.UnpicklingError, struct.error, EOFError, ValueError, TypeError, LookupError, AttributeError, OverflowError)
 
 
 class PickledDtype:
@@ -83,8 +84,11 @@ ALLOWED = {  # name in a pickle -> its replacement
 }
 
 
-class ArrayUnpickler(pickle.Unpickler):
-    """Loads numbers, texts, lists, dicts and numpy arrays. It refuses any other name, and does not look it up."""
+class ArrayUnpickler(pickle._Unpickler):
+    """Loads numbers, texts, lists, dicts and numpy arrays. It refuses any other name, and does not look it up.
+
+    The one written in C makes room for as many objects as a damaged number says. This one keeps them in a dict.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ALLOWED:
@@ -97,13 +101,15 @@ class ArrayUnpickler(pickle.Unpickler):
 
 def load_pickle(path: Path) -> Any:
     """The content of a pickle of numpy arrays. Raises UserError: it is damaged, or needs any other name."""
-    try:
-        with path.open("rb") as file:
+    with content_of(path), path.open("rb") as file:
+        try:
             return _with_arrays(ArrayUnpickler(file).load())
-    except UserError as error:
-        raise UserError(f"{path} is refused: {error}") from error
-    except (*DAMAGED, OSError) as error:
-        raise UserError(f"{path} is no pickle of arrays, or damaged: {error}") from error
+        except UserError as error:
+            raise UserError(f"{path} is refused: {error}") from error
+        except DAMAGED as error:
+            raise UserError(f"{path} is no pickle of arrays, or damaged: {error}") from error
+        except MemoryError as error:
+            raise UserError(f"{path} asks for more memory than there is: it is damaged, or needs a larger machine") from error
 
 
 def _with_arrays(value: Any, depth: int = 3) -> Any:
