@@ -11,7 +11,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from mutations import BENCHMARKS, damaged, outcome
+from mutations import BENCHMARKS, YOUTUBE_ID, damaged, outcome
 from numbered import CLIP, H264, left_out, three_boxes
 from writers import write_objects, write_records
 
@@ -159,3 +159,40 @@ def test_one_bad_entry_does_not_end_a_split_of_tracks(tmp_path):
     read = benchmarks.read_samples("boxes", tmp_path, "val", CLIP, skipped=skipped, max_bad_share=0.6)
     assert [sample.id for sample in read] == ["video_0", "video_4"]
     assert [item.id for item in skipped] == ["video_1", "video_2", "video_3"] and all(item.bad for item in skipped)
+
+
+def test_a_folder_or_an_endless_name_in_the_place_of_a_file_is_a_reason(tmp_path):
+    for name in ("realestate10k", "ssv2", "scannet_sensreader", "perception_test"):
+        BENCHMARKS[name][1](tmp_path / name)
+    (row_file,) = (tmp_path / "realestate10k/test").glob("*.txt")
+    row_file.write_text(row_file.read_text().replace(YOUTUBE_ID, "x" * 300))
+    (tmp_path / "realestate10k/test/folder.txt").mkdir()
+    reasons = left_out(BENCHMARKS["realestate10k"][0], tmp_path / "realestate10k", "val")
+    assert [bad for _, bad, _ in reasons] == [True, True]
+    assert "[Errno 36]" in reasons[0][2] and "[Errno 21]" in reasons[1][2]
+    for name, path in (
+        ("ssv2", "labels/validation.json"),
+        ("perception_test", "videos"),
+        ("scannet_sensreader", "scans/scene0003_01/pose/0.txt"),
+    ):
+        place = tmp_path / name / path
+        place.rename(place.with_name("elsewhere"))
+        place.write_text("") if path == "videos" else place.mkdir()
+        assert outcome(BENCHMARKS[name][0], tmp_path / name) == ("skipped" if "scannet" in name else "refused")
+
+
+def test_an_error_of_the_disk_under_a_reader_surfaces(tmp_path, monkeypatch):
+    def broken(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    for name, opened in (("scannet_sensreader", "read_text"), ("tapvid", "open"), ("waymo_v1", "open"), ("scannet", "open")):
+        benchmark, write = BENCHMARKS[name]
+        write(tmp_path / name)
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output error"):
+            if name.startswith("scannet"):
+                samples = benchmark.open_split(tmp_path / name, "val", CLIP).part(skipped=[])
+                patch.setattr(Path, opened, broken)
+                list(samples)
+            else:
+                patch.setattr(Path, opened, broken)
+                left_out(benchmark, tmp_path / name, "val")

@@ -30,15 +30,18 @@ def require_path(root: Path, path: Path, content: str) -> Path:
 
 def missing_files(folder: Path, names: Sequence[str], what: str) -> MissingFiles | None:
     """The error of listed files that the folder lacks; None: it has all of them."""
-    present = {path.name for path in folder.iterdir()}
+    with content_of(folder):
+        present = {path.name for path in folder.iterdir()}
     missing = [name for name in names if name not in present]
     return MissingFiles(folder, missing, listed=len(names), what=what) if missing else None
 
 
 def load_json(path: Path, kind: type) -> Any:
     """Raises UserError: not JSON, or its top is no `kind`."""
+    with content_of(path):
+        text = path.read_bytes()
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text.decode())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, kind):

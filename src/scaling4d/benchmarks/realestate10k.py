@@ -21,7 +21,7 @@ import numpy as np
 
 from scaling4d import video
 from scaling4d.benchmarks.frames import Crop, frames_by_seeking, nearest_rows, open_picture, require_path
-from scaling4d.benchmarks.samples import ClipRequest, MissingFiles, Samples
+from scaling4d.benchmarks.samples import ClipRequest, MissingFiles, Samples, content_of
 from scaling4d.records import Sample, UserError
 
 OFFICIAL = {"train": "about 72,000", "val": "about 8,000"}  # 80,000, nine to one
@@ -38,7 +38,8 @@ def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
     layouts, errors = [], []
     for path in paths:
         try:
-            _, source = _find_pictures(root, path)
+            with content_of(path):
+                _, source = _find_pictures(root, path)
         except UserError as error:
             errors.append(str(error))
         else:

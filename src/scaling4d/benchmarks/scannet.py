@@ -255,9 +255,11 @@ def _open(path: Path, form: str, modes: Sequence[str], what: str) -> Image.Image
 
 def _matrix(path: Path) -> np.ndarray:
     """`4 4` float64; may hold -inf."""
+    with content_of(path):
+        lines = path.read_text().splitlines()
     try:
-        values = np.array([[float(x) for x in line.split()] for line in path.read_text().splitlines() if line.strip()])
-    except (OSError, ValueError) as error:
+        values = np.array([[float(x) for x in line.split()] for line in lines if line.strip()])
+    except ValueError as error:
         raise UserError(f"{path} cannot be read as four rows of four numbers: {error}") from error
     if values.shape != (4, 4):
         raise UserError(f"{path} holds {values.shape} numbers; needed four rows of four")
