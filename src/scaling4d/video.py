@@ -48,6 +48,7 @@ CODEC_OPTIONS = {
 TIMELESS = {"avi"}  # formats without presentation times; FFmpeg's guesses are wrong where B-frames are
 BILINEAR = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.BITEXACT  # equal on every machine
 BICUBIC = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
+TO_RGB = Interpolation.FULL_CHR_H_INT  # without it, BITEXACT makes white 253, and all pictures darker by 2 of 255
 MAX_PIXELS = 2**26  # of a picture, whatever its header says; a decoder allocates gigabytes before the first frame
 SEEK_BACK_S = (0.0, 0.5, 2.0, 10.0)  # before the first wanted time: where to seek a key frame, in turn; then the start
 TOLERANCE_S = 1e-3  # a frame that starts this much after a wanted time counts as shown then
@@ -383,13 +384,13 @@ def _bounded(height: int, width: int) -> tuple[int, int]:
 
 def _rgb(frame: av.VideoFrame, reformatter: VideoReformatter, shape: Fraction, side_px: int | None = None) -> np.ndarray:
     """Upright uint8 `H W 3` with square pixels; with side_px its centre, `side side 3`. shape: of the stored pixels."""
-    resize, crop = {"interpolation": BILINEAR}, (slice(None), slice(None))
+    resize, crop = {"interpolation": BILINEAR | TO_RGB}, (slice(None), slice(None))
     height, width = _shown_size(frame, shape)
     if side_px is not None:
         scale = side_px / min(height, width)
         height, width = _bounded(max(side_px, round(height * scale)), max(side_px, round(width * scale)))
     if side_px is not None or width != frame.width:
-        resize = {"interpolation": BICUBIC, "height": height, "width": width}
+        resize = {"interpolation": BICUBIC | TO_RGB, "height": height, "width": width}
     if side_px is not None:
         top, left = (height - side_px) // 2, (width - side_px) // 2
         crop = (slice(top, top + side_px), slice(left, left + side_px))

@@ -86,6 +86,7 @@ def test_square_pixels_are_not_resampled(tmp_path):
     for path in (plain, stated):
         with av.open(str(path)) as container:
             frames = [
-                frame.reformat(format="rgb24", interpolation=video.BILINEAR).to_ndarray() for frame in container.decode(video=0)
+                frame.reformat(format="rgb24", interpolation=video.BILINEAR | video.TO_RGB).to_ndarray()
+                for frame in container.decode(video=0)
             ]
         np.testing.assert_array_equal(video.decode_all(path)[1], frames)
