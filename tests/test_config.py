@@ -1,5 +1,6 @@
 """Settings: composition, overrides, and the configs that a stage binds."""
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -39,6 +40,8 @@ class BoxConfig:
 @dataclass(frozen=True)
 class BallConfig:
     radius: int
+    weight: float = 0.5
+    spin: tuple[int, str] = (0, "left")
 
 
 @pytest.fixture
@@ -136,11 +139,46 @@ def test_settings_that_differ_in_more_than_their_values_are_refused(
         config.overrides(config.read())
 
 
-def test_an_unknown_profile_or_key_is_one_line(project: Path) -> None:
-    for bad in ("profile=galactic", "seeed=1"):
-        with pytest.raises(UserError) as caught:
-            config.write([bad])
-        assert "\n" not in str(caught.value) and bad.split("=")[0] in str(caught.value)
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("profile=smok", "no profile 'smok'; needed one of .+; did you mean smoke[?]"),
+        ("profile=galactic", "no profile 'galactic'; needed one of [^?]+"),
+        ("seeed=1", "unknown setting 'seeed'; did you mean seed[?]"),
+        ("pretrain.Training.stepps=1", "unknown setting 'pretrain.Training.stepps'; did you mean pretrain.Training.steps .+"),
+        ("masking=random", r"unknown setting 'masking'; did you mean points.\w+.model.SimpleMAE.masking or .+"),
+        ("qqq=1", "unknown setting 'qqq'; experiments/config.yaml lists the settings"),
+        ("seed=[1", "no viable alternative at input .+"),
+        ("=3", "Config group override must be .+"),
+    ],
+)
+def test_an_unknown_profile_or_key_is_one_line_with_the_nearest_known_ones(project: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=rf"^cannot compose {re.escape(override)}: {message}$") as caught:
+        config.write([override])
+    assert not re.search(r"\n|[+]|hydra", str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"radius": True}, "point.Ball.radius = True is a bool; needed a whole number"),
+        ({"radius": "wide"}, "point.Ball.radius = 'wide' is a str; needed a whole number"),
+        ({"radius": 2.0}, "point.Ball.radius = 2.0 is a float; needed a whole number"),
+        ({"radius": 10**30}, "point.Ball.radius = 10+ is a int; needed a whole number"),
+        ({"radius": 1, "weight": float("nan")}, "point.Ball.weight = nan is a float; needed a finite number"),
+        ({"radius": 1, "weight": 10**400}, "point.Ball.weight = 10+ is a int; needed a finite number"),
+        ({"radius": 1, "spin": [1, 2]}, r"point.Ball.spin = \[1, 2\] is a list; needed \[a whole number, a word\]"),
+        ({"radius": 1, "spin": "ab"}, r"point.Ball.spin = 'ab' is a str; needed \[a whole number, a word\]"),
+    ],
+)
+def test_a_value_of_another_type_than_its_field_is_refused(change: dict, message: str) -> None:
+    with pytest.raises(UserError, match=f"^{message}$"):
+        config.build({"point": {"Ball": change}}, BallConfig)
+
+
+def test_a_whole_number_does_for_a_float_and_a_list_for_a_tuple() -> None:
+    values = {"radius": 1, "weight": 3, "spin": [1, "left"]}
+    assert config.build({"point.Ball": values}, BallConfig)[BallConfig] == BallConfig(1, 3, (1, "left"))
 
 
 def test_the_former_name_of_a_setting_is_answered_with_its_name_today(project: Path) -> None:
@@ -194,7 +232,8 @@ def test_a_later_section_wins_a_key_may_name_a_class_itself_and_overrides_count_
     [
         ({"Box": {"width": 1, "name": "x"}}, (BallConfig,), "unknown setting point.Box = {.+}; needed Ball there"),
         ({"Ball": 3}, (BallConfig,), "unknown setting point.Ball = 3; needed Ball there"),
-        ({"Ball": {"radiuss": 2}}, (BallConfig,), "unknown setting point.Ball.radiuss = 2: .+"),
+        ({"Ball": {"radiuss": 2}}, (BallConfig,), "unknown setting point.Ball.radiuss = 2; did you mean radius[?]"),
+        ({"Bell": {"radius": 2}}, (BallConfig,), "unknown setting point.Bell = {.+}; needed Ball there; did you mean Ball[?]"),
         ({"Box": {"width": 1}}, (BoxConfig,), "point.Box: .*missing.*'name'.*; set it in experiments/"),
         ({"Box": {"width": -1, "name": "x"}}, (BoxConfig,), "point.Box: width is -1; needed 0 or more"),
     ],

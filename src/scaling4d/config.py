@@ -7,17 +7,18 @@ config is a frozen dataclass that checks itself; its section in params.yaml has 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from difflib import SequenceMatcher, get_close_matches
 from functools import cache, reduce
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, TypeVar
+from types import MappingProxyType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import gin
 
 from scaling4d.provenance import flatten, is_below
-from scaling4d.records import UserError
+from scaling4d.records import UserError, did_you_mean
 
 PARAMS = Path("params.yaml")
 EXPERIMENTS = Path("experiments")
@@ -37,6 +38,8 @@ RENAMED = (  # former names of settings, as patterns of dotted keys; a table in 
     (r"\.sharpness$", ".distance_bias"),
     (r"\.Points\.queries$", ".Points.queries_at"),
 )
+
+LARGEST_INT, LARGEST_FLOAT = 2**63, 1e300  # larger numbers overflow somewhere
 
 T = TypeVar("T")
 
@@ -134,14 +137,16 @@ def build(values: Mapping[str, Any], *classes: type) -> StageConfig:
         for name, parameters in sections.items():
             where = key if name == last else f"{key}.{name}"
             if name not in known or not isinstance(parameters, Mapping):
-                raise UserError(f"unknown setting {where} = {parameters!r}; needed {', '.join(known) or 'nothing'} there")
+                needed = f"needed {', '.join(known) or 'nothing'} there{did_you_mean(name, known)}"
+                raise UserError(f"unknown setting {where} = {parameters!r}; {needed}")
             origin[name] = where
             _registered(known[name])
+            try:
+                check_types(known[name], parameters, f"{where}.")
+            except ValueError as error:
+                raise UserError(str(error)) from error
             for parameter, item in parameters.items():
-                try:
-                    gin.bind_parameter(f"{name}.{parameter}", _to_tuples(item))
-                except ValueError as error:
-                    raise UserError(f"unknown setting {where}.{parameter} = {item!r}: {str(error).splitlines()[0]}") from error
+                gin.bind_parameter(f"{name}.{parameter}", _to_tuples(item))
     configs = {}
     for name, cls in known.items():
         try:
@@ -169,6 +174,59 @@ def require_minima(values: Any, minima: Mapping[str, int]) -> None:
             raise ValueError(f"{name} is {getattr(values, name)}; needed {least} or more")
 
 
+def require_words(values: Any, words: Mapping[str, Sequence[str]]) -> None:
+    """Check fields of a config, for its `__post_init__`. Raises ValueError: a field is none of its known words."""
+    for name, known in words.items():
+        if (word := getattr(values, name)) not in known:
+            needed = " or ".join([", ".join(known[:-1]), known[-1]] if known[1:] else known)
+            raise ValueError(f"{name} = {word!r}; needed {needed}{did_you_mean(word, known)}")
+
+
+def check_types(cls: type, values: Mapping[str, Any], where: str = "") -> None:
+    """Check values for the fields of a dataclass by its annotations: a list does for a tuple, an int for a float.
+
+    where: before a field's name in messages.
+    Raises ValueError: an unknown field, a value of another type, or a number that is infinite, NaN or absurdly large.
+    """
+    kinds, known = _kinds(cls), [field.name for field in fields(cls)]
+    for name, value in values.items():
+        if name not in known:
+            hint = did_you_mean(name, known) or f"; {section_of(cls)} has {', '.join(known)}"
+            raise ValueError(f"unknown setting {where}{name} = {value!r}{hint}")
+        if not _fits(value, kinds[name]):
+            raise ValueError(f"{where}{name} = {value!r} is a {type(value).__name__}; needed {_words(kinds[name])}")
+
+
+_kinds = cache(get_type_hints)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is tuple and parts[1:] == (...,):
+        return isinstance(value, list | tuple) and all(_fits(item, parts[0]) for item in value)
+    if origin is tuple:
+        return isinstance(value, list | tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
+    if isinstance(value, bool):
+        return kind is bool
+    if kind is float:
+        return isinstance(value, int | float) and abs(value) < LARGEST_FLOAT  # false for NaN
+    if kind is int:
+        return isinstance(value, int) and abs(value) < LARGEST_INT
+    return isinstance(value, origin or kind)
+
+
+def _words(kind: Any) -> str:
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return " or ".join(map(_words, parts))
+    if origin is tuple:
+        return f"a list of {_words(parts[0])} each" if parts[1:] == (...,) else f"[{', '.join(map(_words, parts))}]"
+    words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a word"}
+    return words.get(kind, getattr(kind, "__name__", str(kind)))
+
+
 @cache
 def _registered(cls: type[T]) -> type[T]:
     return gin.external_configurable(cls, name=section_of(cls), module="scaling4d")
@@ -180,32 +238,63 @@ def compose(overrides: list[str]) -> dict[str, Any]:
     Raises:
         UserError: a group or key that does not exist.
     """
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     if not (EXPERIMENTS / "config.yaml").is_file():
         raise UserError(f"no {EXPERIMENTS}/config.yaml in {Path.cwd()}; run inside the project")
     try:
-        with initialize_config_dir(str(EXPERIMENTS.resolve()), version_base=None):
-            composed = hydra_compose("config", overrides=overrides)
-        OmegaConf.resolve(composed)
-        return OmegaConf.to_container(composed)
-    except (HydraException, OmegaConfBaseException) as error:
-        named = {override.lstrip("+~").partition("=")[0] for override in overrides}
-        hints = "".join(f"; {key} is {new} now" for key in sorted(named) if (new := renamed(key)) != key)
-        raise UserError(
-            f"cannot compose {' '.join(overrides) or 'the defaults'}: {' '.join(str(error).split())}{hints}"
-        ) from error
+        return _hydra_compose(overrides)
+    except YAMLError as error:
+        raise UserError(f"a file in {EXPERIMENTS}/ is not YAML: {' '.join(str(error).split())}; correct it") from error
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
+        asked = " ".join(overrides) or "the defaults"
+        raise UserError(f"cannot compose {asked}: {_why_not_composed(error, overrides)}") from error
 
 
-def write(overrides: list[str], path: Path = PARAMS) -> None:
-    """Write the composition the way `dvc exp run` does, to the byte."""
+def _hydra_compose(overrides: list[str]) -> dict[str, Any]:
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(EXPERIMENTS.resolve()), version_base=None):
+        composed = hydra_compose("config", overrides=overrides)
+    OmegaConf.resolve(composed)
+    return OmegaConf.to_container(composed, throw_on_missing=True)
+
+
+def _why_not_composed(error: Exception, overrides: list[str]) -> str:
+    """Hydra's reason in our words: the nearest known names in place of its advice to add an unknown key."""
+    if options := getattr(error, "options", None):
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return f"no {group} {name!r}; needed one of {', '.join(options)}{did_you_mean(name, options)}"
+    text = " ".join(str(error).partition("\nSee https://hydra.cc")[0].split())
+    if not (match := re.match(r"Could not override '([^']*)'", text)):
+        return text
+    key = match[1]
+    if (new := renamed(key)) != key:
+        return f"unknown setting; {key} is {new} now"
+    chosen = [one for one in overrides if "@" in one or (EXPERIMENTS / one.lstrip("+~").partition("=")[0]).is_dir()]
+    return f"unknown setting {key!r}{_near_keys(key, [key for key, _ in flatten(_hydra_compose(chosen))])}"
+
+
+def _near_keys(key: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown dotted key: up to three known ones, of the same last word if there are."""
+    same_end = [one for one in known if f".{one}".endswith(f".{key}")]
+    words = {one.rpartition(".")[2] for one in known}
+    ends = [key.rpartition(".")[2]] if key.rpartition(".")[2] in words else get_close_matches(key.rpartition(".")[2], words, 3)
+    near = same_end or sorted(
+        (one for one in known if one.rpartition(".")[2] in ends), key=lambda one: -SequenceMatcher(None, one, key).ratio()
+    )
+    return f"; did you mean {' or '.join(near[:3])}?" if near else "; experiments/config.yaml lists the settings"
+
+
+def write(overrides: list[str], path: Path = PARAMS, check: Callable[[Mapping[str, Any]], object] = dict) -> None:
+    """Write the composition the way `dvc exp run` does, to the byte. check: of the settings, before anything is written."""
     from dvc.utils.hydra import compose_and_dump
 
-    compose(overrides)  # says what is wrong before anything is written
+    check(compose(overrides))
     compose_and_dump(str(path.resolve()), str(EXPERIMENTS.resolve()), None, "config", str(EXPERIMENTS.resolve()), overrides)
 
 
@@ -220,7 +309,7 @@ def overrides(settings: Mapping[str, Any], keys: list[str] | None = None) -> dic
     if keys is not None:
         composed, given = ({k: v for k, v in leaves.items() if is_below(k, keys)} for leaves in (composed, given))
     for key in sorted(given.keys() - composed.keys()):
-        reason, new = "which no group in experiments/ knows; correct or remove it", renamed(key)
+        reason, new = f"which no group in experiments/ knows; correct or remove it{did_you_mean(key, composed)}", renamed(key)
         raise UserError(f"params.yaml has {key} = {given[key]!r}, {f'which is {new} now' if new in composed else reason}")
     for key in sorted(composed.keys() - given.keys()):
         raise UserError(f"params.yaml lacks {key}; write it anew with `scaling4d compose profile={settings['profile']}`")

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,13 @@ def remedy(kind: type[UserError], text: str) -> Iterator[None]:
         yield
     except kind as error:
         raise UserError(f"{error}; {text}") from error
+
+
+def did_you_mean(word: object, known: Iterable[object], count: int = 1) -> str:
+    """The end of a message about an unknown word: "; did you mean random?", or nothing where no known word is near."""
+    known = list(map(str, known))
+    near = [] if word in known else get_close_matches(str(word), known, count)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 class Preempted(Exception):
