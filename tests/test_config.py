@@ -8,8 +8,10 @@ from pathlib import Path
 
 import gin
 import pytest
+from typer.testing import CliRunner
 
 from scaling4d import config, provenance
+from scaling4d.cli import _check_settings, app
 from scaling4d.config import bind
 from scaling4d.records import UserError
 
@@ -124,7 +126,7 @@ def test_dvc_trains_nothing_anew_for_where_a_run_is_launched_and_how_it_is_watch
     ("key", "value", "message"),
     [
         ("pretrain.Training.stepps", 7, "params.yaml has pretrain.Training.stepps = 7, which no group in experiments/ knows; .+"),
-        ("pretrain.Training.steps", "many", r"pretrain.Training.steps = 'many' is a str; needed a int such as \d+"),
+        ("pretrain.Training.steps", "many", r"pretrain.Training.steps = 'many' is a str; needed a whole number such as \d+"),
         ("pretrain.Runtime.keep", 2, "params.yaml has pretrain.Runtime.keep = 2, which is pretrain.Runtime.keep_latest_k now"),
         ("readout.shared", {"Head": {"width": 9}}, "params.yaml has .+ = 9, which is readout.Head.width now"),
         ("distilled", {"a": 1}, "params.yaml has distilled.a = 1, which no group .+"),
@@ -145,7 +147,7 @@ def test_settings_that_differ_in_more_than_their_values_are_refused(
         ("profile=smok", "no profile 'smok'; needed one of .+; did you mean smoke[?]"),
         ("profile=galactic", "no profile 'galactic'; needed one of [^?]+"),
         ("seeed=1", "unknown setting 'seeed'; did you mean seed[?]"),
-        ("pretrain.Training.stepps=1", "unknown setting 'pretrain.Training.stepps'; did you mean pretrain.Training.steps .+"),
+        ("pretrain.Training.stepps=1", "unknown setting 'pretrain.Training.stepps'; did you mean pretrain.Training.steps[?]"),
         ("masking=random", r"unknown setting 'masking'; did you mean points.\w+.model.SimpleMAE.masking or .+"),
         ("qqq=1", "unknown setting 'qqq'; experiments/config.yaml lists the settings"),
         ("seed=[1", "no viable alternative at input .+"),
@@ -156,6 +158,55 @@ def test_an_unknown_profile_or_key_is_one_line_with_the_nearest_known_ones(proje
     with pytest.raises(UserError, match=rf"^cannot compose {re.escape(override)}: {message}$") as caught:
         config.write([override])
     assert not re.search(r"\n|[+]|hydra", str(caught.value))
+
+
+SIMPLE, FROZEN = "points.mini.model.SimpleMAE", "readout.frozen.depth.Frozen"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("pretrain.Training.steps=abc", r"pretrain.Training.steps = 'abc' is a str; needed a whole number such as \d+"),
+        ("pretrain.Training.steps=true", r"pretrain.Training.steps = True is a bool; needed a whole number such as \d+"),
+        ("pretrain.Training.batch=0", "pretrain.Training: batch is 0; needed 1 or more"),
+        ("pretrain.Training.weight_decay=inf", "pretrain.Training.weight_decay = inf is a float; needed a finite number"),
+        (f"{SIMPLE}.masking=randm", f"{SIMPLE}: masking = 'randm'; needed .+; did you mean random[?]"),
+        (f"{SIMPLE}.mask_ratio=1.5", f"{SIMPLE}: mask_ratio = 1.5 keeps .+ set it in .+"),
+        (f"{SIMPLE}.depth=1000000000", f"{SIMPLE}: depth = 1000000000; needed a number from 1 to 1,000"),
+        (f"{SIMPLE}.clip=[8,64]", rf"{SIMPLE}.clip = \[8, 64\] is a list; needed \[(a whole number(, )?)+\]"),
+        ("points.mini.Launch.where=slrm", "points.mini.Launch: where = 'slrm'; needed .+; did you mean slurm[?]"),
+        ("points.mini.Sharding.shards=2", "points.mini, .+: 1 ranks do not divide into copies of 2 shards; .+"),
+        ("benchmarks.tasks=[dept]", "benchmarks.tasks: unknown task 'dept'; needed .+; did you mean depth[?]"),
+        ("encoders.frozen=[nan0]", "encoders.frozen: profile pocket has no encoder 'nan0'; needed .+; did you mean nano[?]"),
+        (f"{FROZEN}.learning_rate=0", f"{FROZEN}: learning_rate is 0; needed more than 0"),
+        ("readout.tuning.Compute.device=tpu", "readout.tuning.Compute: device = 'tpu'; needed .+"),
+        ("clip.side_px=63", "render.Render|clips.Curation: side_px = 63 is odd; .+"),
+        ("render.Render.crf=99", "render.Render: crf = 99; needed 0 to 51"),
+        ("reconstruct.Filling.ranks=0", "reconstruct.Filling: ranks = 0; needed 1 or more"),
+        ("show.tasks=[dept]", "show.tasks has 'dept'; needed .+; did you mean depth[?]"),
+        ("+a=1", "params.yaml has a = 1, which no group in experiments/ knows; correct or remove it"),
+        ("~seed", "params.yaml lacks seed; .+"),
+    ],
+)
+def test_compose_refuses_what_a_stage_would_refuse_and_writes_nothing(project: Path, override: str, message: str) -> None:
+    before = config.PARAMS.read_bytes()
+    done = CliRunner().invoke(app, ["compose", override])
+    assert re.fullmatch(message, str(done.exception)), done.exception
+    assert isinstance(done.exception, UserError) and config.PARAMS.read_bytes() == before
+
+
+@pytest.mark.usefixtures("in_the_project")
+@pytest.mark.parametrize("profile", EVERY_PROFILE)
+def test_compose_takes_every_profile(tmp_path: Path, profile: str) -> None:
+    config.write([f"profile={profile}"], tmp_path / "params.yaml", check=_check_settings)
+
+
+def test_a_profile_that_is_not_yaml_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments/config.yaml").write_text("a: [1,\nb: }")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^a file in experiments/ is not YAML: [^\n]+config.yaml[^\n]+; correct it$"):
+        config.compose([])
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,7 @@ def test_bad_input_is_one_clear_line(story: Path) -> None:
         (story / "params.yaml").write_text(settings + "\npretrian: {}\n")
         assert "pretrian" in refused(story, "clips")
         (story / "params.yaml").write_text(settings.replace("loss_on: all", "loss_on: some"))
-        assert refused(story, "baseline", "untrained_nano").endswith("loss_on = 'some'; needed 'all' or 'masked'")
+        assert refused(story, "baseline", "untrained_nano").endswith("loss_on = 'some'; needed all or masked")
     finally:
         (story / "params.yaml").write_text(settings)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,7 +16,7 @@ for _library in ("OPENBLAS", "MKL"):  # numpy's BLAS reads this at import; the l
     os.environ[f"{_library}_NUM_THREADS"] = "1"
 
 from scaling4d import config  # noqa: E402
-from scaling4d.records import AGAIN, Preempted, UserError  # noqa: E402
+from scaling4d.records import AGAIN, Preempted, UserError, did_you_mean  # noqa: E402
 from scaling4d.training.gpus import UTILISATION, WRITE_GB_PER_S  # noqa: E402
 
 HELP = "Pretrain masked video autoencoders of growing size, evaluate them with readouts, and build the scaling report."
@@ -273,8 +274,33 @@ def law(
 @app.command()
 def compose(overrides: Annotated[list[str] | None, typer.Argument(help="profile=NAME key=value ...")] = None) -> None:
     """Write params.yaml from experiments/, as `dvc exp run -S` does."""
-    config.write(overrides or [])
+    config.write(overrides or [], check=_check_settings)
     print(f"wrote {config.PARAMS}")
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Bind the settings of every stage. Raises UserError: what a stage would say about them, or an unknown setting."""
+    from scaling4d.benchmarks import stage as benchmarks_stage
+    from scaling4d.clips import stage as clips_stage
+    from scaling4d.encoders import stage as encoders_stage
+    from scaling4d.pretrain import settings as pretrain_settings
+    from scaling4d.readout import stage as readout_stage
+    from scaling4d.reconstruct.stage import bind_reconstruct
+    from scaling4d.scenes.dataset import bind_render
+
+    config.overrides(settings)
+    bind_render(settings)
+    for part in (clips_stage, benchmarks_stage, pretrain_settings, encoders_stage, readout_stage):
+        part.check_settings(settings)
+    bind_reconstruct(settings)
+    shown, read_out = settings["show"], settings["encoders"]["frozen"]
+    if shown["clips"] < 1 or shown["frames"] < 1:
+        raise UserError(f"show.clips = {shown['clips']}, show.frames = {shown['frames']}; needed 1 or more")
+    for key, known in {"tasks": settings["benchmarks"]["tasks"], "encoder": read_out, "beside": read_out}.items():
+        words = shown[key] if key == "tasks" else [shown[key]] if shown["tasks"] else []
+        for word in (word for word in words if word not in known):
+            needed = f"needed some of {', '.join(known)}" if known else "profile has none"
+            raise UserError(f"show.{key} has {word!r}; {needed}{did_you_mean(word, known)}")
 
 
 @app.command()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from difflib import SequenceMatcher, get_close_matches
 from functools import cache, reduce
 from pathlib import Path
-from types import MappingProxyType, UnionType
+from types import MappingProxyType, NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import gin
@@ -167,11 +167,29 @@ def section_of(cls: type) -> str:
     return cls.__name__.removesuffix("Config")
 
 
-def require_minima(values: Any, minima: Mapping[str, int]) -> None:
+def require_minima(values: Any, minima: Mapping[str, float]) -> None:
     """Check fields of a config, for its `__post_init__`. Raises ValueError: a field is below its minimum."""
     for name, least in minima.items():
         if getattr(values, name) < least:
             raise ValueError(f"{name} is {getattr(values, name)}; needed {least} or more")
+
+
+def require_positive(values: Any, *names: str) -> None:
+    """Check fields of a config, for its `__post_init__`. Raises ValueError: a field is 0 or less."""
+    for name in names:
+        if getattr(values, name) <= 0:
+            raise ValueError(f"{name} is {getattr(values, name)}; needed more than 0")
+
+
+def require_sizes(values: Any, *names: str, most: int = 2**20) -> None:
+    """Check sizes of a model, for its config's `__post_init__`. Raises ValueError: one is not in 1 .. most.
+
+    A size may be a tuple. No model in sight has a larger one, and it would only be noticed when memory runs out.
+    """
+    for name in names:
+        size = getattr(values, name)
+        if not all(1 <= one <= most for one in (size if isinstance(size, tuple) else [size])):
+            raise ValueError(f"{name} = {size}; needed {'numbers' if isinstance(size, tuple) else 'a number'} from 1 to {most:,}")
 
 
 def require_words(values: Any, words: Mapping[str, Sequence[str]]) -> None:
@@ -223,8 +241,8 @@ def _words(kind: Any) -> str:
         return " or ".join(map(_words, parts))
     if origin is tuple:
         return f"a list of {_words(parts[0])} each" if parts[1:] == (...,) else f"[{', '.join(map(_words, parts))}]"
-    words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a word"}
-    return words.get(kind, getattr(kind, "__name__", str(kind)))
+    words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a word", NoneType: "nothing"}
+    return words.get(kind, f"a {getattr(kind, '__name__', kind)}")
 
 
 @cache
@@ -249,8 +267,8 @@ def compose(overrides: list[str]) -> dict[str, Any]:
     except YAMLError as error:
         raise UserError(f"a file in {EXPERIMENTS}/ is not YAML: {' '.join(str(error).split())}; correct it") from error
     except (HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
-        asked = " ".join(overrides) or "the defaults"
-        raise UserError(f"cannot compose {asked}: {_why_not_composed(error, overrides)}") from error
+        given = " ".join(overrides) or "the defaults"
+        raise UserError(f"cannot compose {given}: {_why_not_composed(error, overrides)}") from error
 
 
 def _hydra_compose(overrides: list[str]) -> dict[str, Any]:
@@ -284,14 +302,16 @@ def _near_keys(key: str, known: Iterable[str]) -> str:
     same_end = [one for one in known if f".{one}".endswith(f".{key}")]
     words = {one.rpartition(".")[2] for one in known}
     ends = [key.rpartition(".")[2]] if key.rpartition(".")[2] in words else get_close_matches(key.rpartition(".")[2], words, 3)
-    near = same_end or sorted(
-        (one for one in known if one.rpartition(".")[2] in ends), key=lambda one: -SequenceMatcher(None, one, key).ratio()
-    )
+    ratios = {one: SequenceMatcher(None, one, key).ratio() for one in known if one.rpartition(".")[2] in ends}
+    near = same_end or sorted((one for one in ratios if ratios[one] > max(ratios.values()) - 0.1), key=ratios.get, reverse=True)
     return f"; did you mean {' or '.join(near[:3])}?" if near else "; experiments/config.yaml lists the settings"
 
 
 def write(overrides: list[str], path: Path = PARAMS, check: Callable[[Mapping[str, Any]], object] = dict) -> None:
-    """Write the composition the way `dvc exp run` does, to the byte. check: of the settings, before anything is written."""
+    """Write the composition the way `dvc exp run` does, to the byte.
+
+    check: raises UserError for settings that some stage would refuse; nothing is written then.
+    """
     from dvc.utils.hydra import compose_and_dump
 
     check(compose(overrides))
@@ -315,8 +335,8 @@ def overrides(settings: Mapping[str, Any], keys: list[str] | None = None) -> dic
         raise UserError(f"params.yaml lacks {key}; write it anew with `scaling4d compose profile={settings['profile']}`")
     for key, value in given.items():
         if not _same_type(value, composed[key]):
-            kind, needed = type(value).__name__, type(composed[key]).__name__
-            raise UserError(f"{key} = {value!r} is a {kind}; needed a {needed} such as {composed[key]!r}")
+            needed = _words(type(composed[key]))
+            raise UserError(f"{key} = {value!r} is a {type(value).__name__}; needed {needed} such as {composed[key]!r}")
     return {key: value for key, value in sorted(given.items()) if value != composed[key]}
 
 

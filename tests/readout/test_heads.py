@@ -104,7 +104,7 @@ def test_keys_and_values_of_wider_features_learn_as_much_slower(width: int, at_w
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"time_init": "zero"}, "time_init = 'zero'; needed 'normal' or 'sincos'"),
+        ({"time_init": "zero"}, "time_init = 'zero'; needed normal or sincos"),
         ({"distance_bias": (1.0,)}, r"distance_bias = \[1.0\]; needed two numbers above 0, or none"),
         ({"distance_bias": (0.0, 1.0)}, r"distance_bias = \[0.0, 1.0\]; needed two numbers above 0, or none"),
         ({"heads": 5}, "width 32 does not divide into 5 heads"),

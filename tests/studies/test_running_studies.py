@@ -123,7 +123,7 @@ def test_a_run_that_fails_is_named_with_its_reason_and_the_others_stay(clone: Pa
     commit(clone)
     done = cli(clone, "broken", check=False)
     assert done.returncode == 1
-    assert done.stdout.count("loss_on = 'some'; needed 'all' or 'masked'") == 2
+    assert done.stdout.count("loss_on = 'some'; needed all or masked") == 2
     assert re.match("error: 2 of 4 runs failed, run it again for those: smoke-nano-some-0-.{8}, smoke-nano-some-1-", done.stderr)
     assert not (clone / "reports/studies/broken").exists()
 

@@ -100,7 +100,7 @@ def test_it_says_how_it_would_be_started(changes: dict, words: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"where": "moon"}, "where is 'moon'; needed here, torchrun, nodes or slurm"),
+        ({"where": "moon"}, "where = 'moon'; needed here, torchrun, nodes or slurm"),
         ({"where": "nodes", "nodes": 3}, "2 ranks do not divide among 3 nodes; set points.toy.Launch.nodes"),
         (TWO_NODES, "points.toy.Launch.rendezvous is ''; needed HOST:PORT of one of the nodes"),
         (TWO_NODES | {"rendezvous": "no.invalid:1"}, r"points.+ is no.invalid:1: no host no.invalid \(.+\); needed one of .+"),

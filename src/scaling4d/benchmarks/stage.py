@@ -7,10 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from scaling4d import artifacts, benchmarks, config, provenance
-from scaling4d.records import UserError, write_json
+from scaling4d.records import UserError, did_you_mean, write_json
 
 KEYS = ["benchmarks.root", "benchmarks.tasks"]  # the settings that this stage declares in dvc.yaml
 FOLDER = Path("artifacts/benchmarks")
+
+
+def check_settings(settings: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """The stage's root and tasks. Raises UserError: an unknown task."""
+    root, tasks = config.declared(settings, KEYS).values()
+    if unknown := [task for task in tasks if task not in benchmarks.TASKS]:
+        near = did_you_mean(unknown[0], benchmarks.TASKS)
+        raise UserError(f"benchmarks.tasks: unknown task {unknown[0]!r}; needed one of {', '.join(benchmarks.TASKS)}{near}")
+    return root, tasks
 
 
 def hash_benchmarks(settings: Mapping[str, Any]) -> Path:
@@ -20,9 +29,7 @@ def hash_benchmarks(settings: Mapping[str, Any]) -> Path:
     error. Raises:
         UserError: unknown task.
     """
-    root, tasks = config.declared(settings, KEYS).values()
-    if unknown := [task for task in tasks if task not in benchmarks.TASKS]:
-        raise UserError(f"unknown task {unknown[0]!r}; needed one of {', '.join(benchmarks.TASKS)}")
+    root, tasks = check_settings(settings)
     with provenance.atomic_folder(FOLDER) as out:
         for task in tasks:
             folders, problem = set(), ""

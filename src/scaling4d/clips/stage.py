@@ -28,6 +28,11 @@ def clips(settings: Mapping[str, Any]) -> Path:
     return final
 
 
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raises UserError: settings that the stage refuses."""
+    config.bind(settings, KEYS, CurationConfig)
+
+
 def dry_run(settings: Mapping[str, Any]) -> None:
     """Print which videos would be used, and why not the rest."""
     bound = config.bind(settings, KEYS, CurationConfig)

@@ -12,12 +12,14 @@ import torch
 
 from scaling4d import artifacts, config, provenance
 from scaling4d.checkpoint import Checkpoint
+from scaling4d.config import StageConfig
 from scaling4d.encoders.transformers import PretrainedConfig, import_encoder, source_files, source_folder
 from scaling4d.mae.encoder import PixelTokens
 from scaling4d.mae.models import encoder_of, method_of
-from scaling4d.records import UserError
+from scaling4d.records import UserError, did_you_mean
 
 UNTRAINED, PIXELS = "untrained_", "pixels"
+READ_OUT = ("frozen", "finetune", "classifier")  # lists of encoders below `encoders`, by protocol
 
 
 def baseline(name: str, settings: Mapping[str, Any]) -> Path:
@@ -32,12 +34,12 @@ def baseline(name: str, settings: Mapping[str, Any]) -> Path:
     inputs: dict[str, str] = {}
     with provenance.atomic_folder(final) as out:
         if name in config.section(settings, "encoders.pretrained"):
-            bound = config.bind(settings, ["profile", f"encoders.pretrained.{name}"], PretrainedConfig)
+            bound = _bind_pretrained(name, settings)
             source = source_folder(bound[PretrainedConfig], f"encoders.pretrained.{name}")
             model_config, model = import_encoder(source, bound[PretrainedConfig].clip)
             inputs = {path.name: artifacts.sha256(path) for path in source_files(source)}
         elif name == PIXELS:
-            bound = config.bind(settings, ["profile", "pixels"], PixelTokens.config_class)
+            bound = _bind_pixels(settings)
             model_config = bound[PixelTokens.config_class]
             model = PixelTokens(model_config)
         elif name.startswith(UNTRAINED):
@@ -57,3 +59,25 @@ def baseline(name: str, settings: Mapping[str, Any]) -> Path:
         artifacts.write_evidence(out, evidence, bound.operative)
     artifacts.write_run(f"baseline-{name}", artifacts.sha256(final), started=started)
     return final
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raises UserError: settings that the stage refuses, or an encoder that no stage makes."""
+    _bind_pixels(settings)
+    for name in settings["encoders"]["pretrained"]:
+        _bind_pretrained(name, settings)
+    points, lists = list(settings["points"]), settings["encoders"]
+    made = [*points, *settings["distilled"], *lists["pretrained"], PIXELS, *(f"{UNTRAINED}{name}" for name in lists["untrained"])]
+    for kind, known in {"untrained": points, **dict.fromkeys(READ_OUT, made)}.items():
+        for name in lists[kind]:
+            if name not in known:
+                needed = f"needed some of {', '.join(known)}{did_you_mean(name, known)}"
+                raise UserError(f"encoders.{kind}: profile {settings['profile']} has no encoder {name!r}; {needed}")
+
+
+def _bind_pretrained(name: str, settings: Mapping[str, Any]) -> StageConfig:
+    return config.bind(settings, ["profile", f"encoders.pretrained.{name}"], PretrainedConfig)
+
+
+def _bind_pixels(settings: Mapping[str, Any]) -> StageConfig:
+    return config.bind(settings, ["profile", "pixels"], PixelTokens.config_class)

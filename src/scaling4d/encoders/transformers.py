@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from scaling4d.config import require_sizes
 from scaling4d.encoders import torchvision_shim
 from scaling4d.mae.patches import patchify
 from scaling4d.records import UserError
@@ -43,6 +44,9 @@ class PretrainedConfig:
     source: str
     revision: str
     clip: tuple[int, int, int]
+
+    def __post_init__(self) -> None:
+        require_sizes(self, "clip")
 
 
 # ---- differences between the models ----

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from scaling4d.config import require_minima, require_sizes
 from scaling4d.mae.encoder import Encoder, Method, MethodConfig
 from scaling4d.records import MaskedTokens, UserError
 
@@ -22,6 +23,11 @@ class DistilledConfig(MethodConfig):
     teacher: str
     teacher_width: int
     teacher_layer: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_sizes(self, "teacher_width")
+        require_minima(self, {"teacher_layer": 0})
 
 
 class Distilled(Method):

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scaling4d import seeds
+from scaling4d.config import require_positive, require_sizes, require_words
 from scaling4d.mae.attention import attention
 from scaling4d.mae.masking import random_masking, visible_tokens
 from scaling4d.mae.patches import gather_patches, grid_of, patchify
 from scaling4d.mae.resize import resize
 from scaling4d.records import MaskedTokens
 
+MOST_BLOCKS = 1000
 LAYER_NORM_EPS = 1e-6  # both papers' code
 LECUN_STD = 0.87962566103423978  # of a unit normal cut off at two sigma
 
@@ -29,6 +31,11 @@ class PixelTokensConfig:
     pixel_mean: float
     pixel_scale: float
 
+    def __post_init__(self) -> None:
+        require_sizes(self, "clip", "patch")
+        require_positive(self, "pixel_scale")
+        grid_of(self.clip, self.patch)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig(PixelTokensConfig):
@@ -40,6 +47,9 @@ class EncoderConfig(PixelTokensConfig):
     mlp: int
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        require_sizes(self, "width", "heads", "mlp")
+        require_sizes(self, "depth", most=MOST_BLOCKS)
         if self.width % self.heads:
             raise ValueError(f"width {self.width} does not divide into {self.heads} heads")
 
@@ -60,9 +70,8 @@ class MethodConfig(EncoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in (("position_init", ("normal", "sincos")), ("branch_init", ("released", "by_depth"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} = {getattr(self, name)!r}; needed {' or '.join(map(repr, known))}")
+        require_words(self, {"position_init": ("normal", "sincos"), "branch_init": ("released", "by_depth")})
+        visible_tokens(self.masking, grid_of(self.clip, self.patch), self.mask_ratio)
 
 
 class Block(nn.Module):

@@ -12,7 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from scaling4d.mae.encoder import LAYER_NORM_EPS, Block, Encoder, EncoderConfig, Method, MethodConfig, copy_to_param_, sincos
+from scaling4d.config import require_sizes
+from scaling4d.mae.encoder import (
+    LAYER_NORM_EPS,
+    MOST_BLOCKS,
+    Block,
+    Encoder,
+    EncoderConfig,
+    Method,
+    MethodConfig,
+    copy_to_param_,
+    sincos,
+)
 from scaling4d.mae.patches import patchify, unpatchify
 from scaling4d.mae.resize import resize
 from scaling4d.records import MaskedTokens
@@ -44,6 +55,8 @@ class MAESTConfig(MAESTEncoderConfig, MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_sizes(self, "decoder_width", "decoder_heads", "predicted_frames")
+        require_sizes(self, "decoder_depth", most=MOST_BLOCKS)
         frames, tubelet = self.clip[0], self.patch[0]
         if tubelet * self.predicted_frames % frames:
             raise ValueError(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from scaling4d.mae.patches import unpatchify
-from scaling4d.records import MaskedTokens, UserError
+from scaling4d.records import MaskedTokens, UserError, did_you_mean
 
 Grid = tuple[int, int, int]
 STRATEGIES = ("random", "tube", "frame", "block")
@@ -54,7 +54,7 @@ def visible_tokens(strategy: str, grid: Grid, mask_ratio: float, *, round_down: 
         UserError: unknown strategy, mask_ratio outside (0, 1), no visible token, or no hidden one.
     """
     if strategy not in STRATEGIES:
-        raise UserError(f"masking = {strategy!r}; needed one of {', '.join(STRATEGIES)}")
+        raise UserError(f"masking = {strategy!r}; needed one of {', '.join(STRATEGIES)}{did_you_mean(strategy, STRATEGIES)}")
     total = math.prod(_units(strategy, grid))
     exact = total * (1 - mask_ratio)
     count = int(exact) if round_down else round(exact)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from scaling4d.config import require_sizes, require_words
 from scaling4d.mae.encoder import Encoder, Method, MethodConfig, copy_to_param_, sincos
 from scaling4d.mae.masking import hidden_pixels
 from scaling4d.mae.patches import grid_of, patchify, unpatchify
@@ -36,8 +37,9 @@ class SimpleMAEConfig(MethodConfig):
         super().__post_init__()
         if not 0 < self.decode_blocks <= self.depth:
             raise ValueError(f"decode_blocks = {self.decode_blocks}; needed 1 to {self.depth}, the depth")
-        if self.loss_on not in ("all", "masked"):
-            raise ValueError(f"loss_on = {self.loss_on!r}; needed 'all' or 'masked'")
+        require_words(self, {"loss_on": ("all", "masked")})
+        require_sizes(self, "coarse_patch")
+        grid_of(self.clip, self.coarse_patch)
 
 
 class SimpleMAE(Method):

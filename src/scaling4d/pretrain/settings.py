@@ -14,11 +14,13 @@ from torch import nn
 from scaling4d import artifacts, config
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.clips import loader
-from scaling4d.config import StageConfig, require_minima
+from scaling4d.config import StageConfig, require_minima, require_positive
 from scaling4d.encoders.load import build_model, load_model
 from scaling4d.mae.encoder import Method, MethodConfig
+from scaling4d.mae.masking import visible_tokens
 from scaling4d.mae.models import encoder_of, method_of
-from scaling4d.records import UserError, remedy
+from scaling4d.mae.patches import grid_of
+from scaling4d.records import UserError, did_you_mean, remedy
 from scaling4d.training.fit import FitConfig
 from scaling4d.training.launch import LaunchConfig
 from scaling4d.training.parallelize import ComputeConfig, ShardingConfig
@@ -63,6 +65,10 @@ class TrainingConfig(ComputeConfig):
         super().__post_init__()
         at_least_one = ("ranks", "batch", "steps", "rates_at_batch", "log_every", "masks_per_clip")
         require_minima(self, dict.fromkeys(at_least_one, 1) | dict.fromkeys(("val_clips", "validate_every"), 0))
+        require_positive(self, "rate_times_width", "embedding_rate", "clip_norm")
+        require_minima(self, {"weight_decay": 0})
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup is {self.warmup}; needed a share of the steps, 0 to 1")
         order = {"repeats": self.repeats, "crop": self.crop, "window_shards": self.window_shards}
         loader.check(batch=self.batch, ranks=self.ranks, **order)
 
@@ -87,8 +93,7 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         require_minima(self, {"workers": 0, "save_every": 1, "keep_latest_k": 1, "cached_clips": 0})
-        if self.hang_s <= 0:
-            raise ValueError(f"hang_s is {self.hang_s}; needed more than 0")
+        require_positive(self, "hang_s")
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,21 @@ def bind_pretrain(point: str, settings: Mapping[str, Any]) -> PretrainConfig:
     """Bind and check the settings of one point, before a rank starts or a clip is read.
 
     Raises:
-        UserError: unknown point or setting, a mesh or a batch that does not divide, no teacher, no clips.
+        UserError: as bind_point; no teacher, no clips.
+    """
+    pretraining = bind_point(point, settings)
+    if pretraining.teacher is not None:
+        Checkpoint.read(pretraining.teacher)
+    with clips_remedies():
+        loader.count_clips(pretraining.clips, "train")
+    return pretraining
+
+
+def bind_point(point: str, settings: Mapping[str, Any]) -> PretrainConfig:
+    """Bind the settings of one point, and read no file.
+
+    Raises:
+        UserError: unknown point or setting, a mesh or a batch that does not divide, a mask that hides all or nothing.
     """
     key, method = find_point(point, settings)
     training_key, sharding_key = "pretrain.Training", f"{key}.Sharding"
@@ -168,24 +187,34 @@ def bind_pretrain(point: str, settings: Mapping[str, Any]) -> PretrainConfig:
         sharding.check(ranks=training.ranks, batch=training.batch)
     except ValueError as error:
         raise UserError(f"{key}, {training_key}: {error}") from error
-    pretraining = PretrainConfig(
+    model = bound[method.config_class]
+    try:
+        rounding = {"round_down": method.round_visible_down}
+        visible_tokens(model.masking, grid_of(model.clip, model.patch), model.mask_ratio, **rounding)
+    except ValueError as error:
+        raise UserError(f"{key}.model.{method.__name__}: {error}") from error
+    return PretrainConfig(
         point=point,
         key=key,
         home=artifacts.home(settings),
         seed=bound.declared["seed"],
         bound=bound,
         method=method,
-        model=bound[method.config_class],
+        model=model,
         training=training,
         sharding=sharding,
         runtime=bound[RuntimeConfig],
         launch=bound[LaunchConfig],
     )
-    if pretraining.teacher is not None:
-        Checkpoint.read(pretraining.teacher)
-    with clips_remedies():
-        loader.count_clips(pretraining.clips, "train")
-    return pretraining
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raises UserError: settings of a point that the stage refuses, or a teacher that the profile lacks."""
+    for point in [*settings["points"], *settings["distilled"]]:
+        teacher = bind_point(point, settings).teacher
+        if teacher is not None and teacher.name not in settings["points"]:
+            near = did_you_mean(teacher.name, settings["points"])
+            raise UserError(f"{point} has teacher {teacher.name!r}, which profile {settings['profile']} lacks{near}")
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scaling4d import seeds
+from scaling4d.config import require_minima, require_sizes, require_words
 from scaling4d.mae.attention import attention
 from scaling4d.mae.encoder import LAYER_NORM_EPS, initialise, sincos
 from scaling4d.mae.resize import cubic_weights
@@ -198,8 +199,10 @@ class HeadConfig:
     distance_bias: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if self.time_init not in ("normal", "sincos"):
-            raise ValueError(f"time_init = {self.time_init!r}; needed 'normal' or 'sincos'")
+        require_sizes(self, "width", "heads", "query_width")
+        require_sizes(self, "fourier_bases", most=64)
+        require_minima(self, {"query_std": 0})
+        require_words(self, {"time_init": ("normal", "sincos")})
         if len(self.distance_bias) not in (0, 2) or min(self.distance_bias, default=1) <= 0:
             raise ValueError(f"distance_bias = {list(self.distance_bias)}; needed two numbers above 0, or none")
         if self.width % self.heads:
@@ -221,6 +224,10 @@ class Queries:
     steps: int = 0
     coordinates: int = 0
     tiles: int = 1
+
+    def __post_init__(self) -> None:
+        require_sizes(self, "out", "tiles")
+        require_minima(self, dict.fromkeys(("learned", "steps", "coordinates"), 0))
 
 
 class Head(nn.Module):

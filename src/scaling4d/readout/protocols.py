@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from scaling4d import checkpoint, seeds
-from scaling4d.config import require_minima
+from scaling4d.config import require_minima, require_positive
 from scaling4d.encoders.features import FeatureStore, MemoryFeatures, features_at_depth
 from scaling4d.mae.models import MODELS
 from scaling4d.readout.classifier import DROP_PATH, ClassifierModel, MeanPoolClassifier, layer_decay_groups, mix_clips
@@ -67,7 +67,16 @@ class EvaluationConfig:
     hang_s: float
 
     def __post_init__(self) -> None:
-        require_minima(self, {"ranks": 1, "cached_clips": 0})
+        require_minima(self, {"ranks": 1, "cached_clips": 0, "position_std": 0, "train_items": 0, "val_items": 0})
+        require_positive(self, "hang_s", "depth_fraction")
+        for name in ("depth_fraction", "max_bad_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; needed a share, 0 to 1")
+
+
+def _check_recipe(recipe: FrozenConfig | FinetuneConfig | ClassifierConfig) -> None:
+    require_minima(recipe, {"steps": 1, "batch": 1, "warmup_steps": 0})
+    require_positive(recipe, "learning_rate")
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,8 @@ class FrozenConfig:
     patience: int
 
     def __post_init__(self) -> None:
+        _check_recipe(self)
+        require_minima(self, dict.fromkeys(("rate_at_width", "weight_decay", "shrinkage", "patience"), 0))
         if self.patience and self.patience < CHECKS:
             raise ValueError(f"patience = {self.patience}; needed 0 or at least {CHECKS} steps")
 
@@ -106,6 +117,8 @@ class FinetuneConfig:
     warmup_steps: int
 
     def __post_init__(self) -> None:
+        _check_recipe(self)
+        require_minima(self, {"weight_decay": 0})
         if self.encoder_learning_rate <= 0:
             raise ValueError(f"encoder_learning_rate is {self.encoder_learning_rate}; needed more than 0, or the protocol frozen")
 
@@ -120,6 +133,9 @@ class ClassifierConfig:
     warmup_steps: int
 
     weight_decay: ClassVar[float] = 0.05  # mae_st
+
+    def __post_init__(self) -> None:
+        _check_recipe(self)
 
 
 @dataclass(frozen=True)

@@ -85,16 +85,8 @@ def bind_readout(
 
     home: folder of the profile's artifacts.
     """
-    keys = protocol.config_keys(task)
-    unrecorded = {"readout.saving": SavingConfig} if protocol.trains_encoder else {}
-    bound = config.bind(settings, ["profile", "seed", *keys.values()], *keys, unrecorded=unrecorded)
-    evaluation, recipe, sharding = bound[EvaluationConfig], bound[protocol.recipe_class], bound.configs.get(ShardingConfig)
-    try:
-        protocol.check_batch(recipe.batch, evaluation.ranks)
-        if sharding:
-            sharding.check(ranks=evaluation.ranks, batch=recipe.batch)
-    except ValueError as error:
-        raise UserError(f"{protocol.recipe_key(task)}: {error}") from error
+    bound = _bind_task(task, protocol, settings)
+    _check_batch(task, protocol, bound)
     folder = home / "pretrain" / encoder
     if not protocol.supports(model := Checkpoint.read(folder).model):
         problem = f"{encoder} is a {model}, which this protocol cannot fine-tune"
@@ -104,14 +96,40 @@ def bind_readout(
         task_name=task,
         task=bound[TASKS[task]],
         seed=bound.declared["seed"],
-        evaluation=evaluation,
-        recipe=recipe,
+        evaluation=bound[EvaluationConfig],
+        recipe=bound[protocol.recipe_class],
         head=bound.configs.get(HeadConfig),
         compute=bound.configs.get(ComputeConfig),
-        sharding=sharding,
+        sharding=bound.configs.get(ShardingConfig),
         saving=bound.configs.get(SavingConfig),
         frozen_head=protocol.frozen_head(home, encoder, task),
     )
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raises UserError: settings that some readout of the profile's tasks refuses."""
+    for protocol in PROTOCOLS.values():
+        for task in settings["benchmarks"]["tasks"]:
+            if task in protocol.tasks:
+                bound = _bind_task(task, protocol, settings)
+                if settings["encoders"][protocol.name]:
+                    _check_batch(task, protocol, bound)
+
+
+def _bind_task(task: str, protocol: type[ReadoutProtocol], settings: Mapping[str, Any]) -> StageConfig:
+    keys = protocol.config_keys(task)
+    unrecorded = {"readout.saving": SavingConfig} if protocol.trains_encoder else {}
+    return config.bind(settings, ["profile", "seed", *keys.values()], *keys, unrecorded=unrecorded)
+
+
+def _check_batch(task: str, protocol: type[ReadoutProtocol], bound: StageConfig) -> None:
+    ranks, batch, sharding = bound[EvaluationConfig].ranks, bound[protocol.recipe_class].batch, bound.configs.get(ShardingConfig)
+    try:
+        protocol.check_batch(batch, ranks)
+        if sharding:
+            sharding.check(ranks=ranks, batch=batch)
+    except ValueError as error:
+        raise UserError(f"{protocol.recipe_key(task)}: {error}") from error
 
 
 def _inputs(readout_config: ReadoutConfig) -> dict[str, str]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from scaling4d import artifacts, checkpoint, config, provenance, seeds
 from scaling4d.clips import loader
+from scaling4d.config import StageConfig
 from scaling4d.encoders.load import load_model
 from scaling4d.mae.encoder import Method
 from scaling4d.mae.masking import hidden_pixels, random_masking
@@ -63,7 +64,7 @@ def reconstruct(point: str, settings: Mapping[str, Any]) -> Path:
     `fidelity`. A model that takes each patch's mean and deviation from the true pixels is not measured.
     """
     started = time.time()
-    bound = config.bind(settings, ["profile", "seed", "reconstruct"], FillingConfig, FidelityConfig)
+    bound = bind_reconstruct(settings)
     seed, ranks, extractors = bound.declared["seed"], bound[FillingConfig].ranks, bound[FidelityConfig]
     home = artifacts.home(settings)
     folder, clips, final = home / "pretrain" / point, home / "clips", home / "reconstruct" / point
@@ -89,6 +90,11 @@ def reconstruct(point: str, settings: Mapping[str, Any]) -> Path:
         artifacts.write_evidence(out, content, bound.operative)
     artifacts.write_run(f"reconstruct-{point}", artifacts.sha256(final), started=started)
     return final
+
+
+def bind_reconstruct(settings: Mapping[str, Any]) -> StageConfig:
+    """Raises UserError: settings that the stage refuses."""
+    return config.bind(settings, ["profile", "seed", "reconstruct"], FillingConfig, FidelityConfig)
 
 
 def measurements(filled: Sequence[FilledClip]) -> dict[str, float | None]:

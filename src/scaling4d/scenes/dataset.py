@@ -14,6 +14,7 @@ from rich.progress import Progress
 
 from scaling4d import config, provenance, seeds, video
 from scaling4d.benchmarks import perception_test, realestate10k, scannet, ssv2, waymo
+from scaling4d.config import StageConfig
 from scaling4d.records import Sample, UserError
 from scaling4d.scenes import defects, raycast
 from scaling4d.scenes.scene import KINDS, MOTIONS, Scene, draw_scene
@@ -77,6 +78,7 @@ class RenderConfig:
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise ValueError(f"{name} = {getattr(self, name)}; needed {minimum} or more")
+        config.require_positive(self, "rate_hz")
         if not 0 <= self.crf <= 51:
             raise ValueError(f"crf = {self.crf}; needed 0 to 51")
 
@@ -96,9 +98,14 @@ class SceneSpec:
     settings: RenderConfig
 
 
+def bind_render(settings: Mapping[str, Any]) -> StageConfig:
+    """Raises UserError: settings that `render` refuses."""
+    return config.bind(settings, ["seed", "render"], RenderConfig)
+
+
 def render(out: Path, settings: Mapping[str, Any]) -> Path:
     """Command `render`: render the data set of section `render` into the new folder `out`."""
-    bound = config.bind(settings, ["seed", "render"], RenderConfig)
+    bound = bind_render(settings)
     return write_dataset(out, seed=bound.declared["seed"], settings=bound[RenderConfig])
 
 

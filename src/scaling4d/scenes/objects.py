@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-import trimesh
 
 SHAPES = ("ball", "box", "cylinder", "torus", "capsule", "cone")
 PATTERNS = ("checker", "stripes", "blobs", "waves")
@@ -15,6 +14,8 @@ PATTERNS = ("checker", "stripes", "blobs", "waves")
 @cache
 def mesh(shape: str) -> tuple[np.ndarray, np.ndarray]:
     """A shape about the origin with a bounding radius of 1: vertices `V 3` float64, faces `F 3` int32."""
+    import trimesh  # 0.8 s, which `compose` does without
+
     made = {
         "ball": lambda: trimesh.creation.icosphere(subdivisions=2),
         "box": lambda: trimesh.creation.box((1.2, 1.0, 0.8)),

@@ -29,7 +29,7 @@ from typing import Any
 
 import scaling4d
 from scaling4d import artifacts, provenance
-from scaling4d.config import require_minima
+from scaling4d.config import require_minima, require_words
 from scaling4d.records import AGAIN, UserError, write_json
 from scaling4d.training.distributed import stop_requests
 
@@ -60,9 +60,8 @@ class LaunchConfig:
     cluster: str
 
     def __post_init__(self) -> None:
-        if self.where not in ("here", "torchrun", "nodes", "slurm"):
-            raise ValueError(f"where is {self.where!r}; needed here, torchrun, nodes or slurm")
-        require_minima(self, {"nodes": 1})
+        require_words(self, {"where": ("here", "torchrun", "nodes", "slurm"), "cluster": ("slurm", "local")})
+        require_minima(self, {"nodes": 1, "restarts": 0, "wait_s": 0, "hours": 1})
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from scaling4d.config import require_minima
+from scaling4d.config import require_minima, require_words
 
 BUCKET_VALUES = 2**23  # gradients that ranks sum in one message
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -30,9 +30,7 @@ class ComputeConfig:
     compute: str
 
     def __post_init__(self) -> None:
-        for name, known in (("device", ("cpu", "cuda")), ("compute", tuple(DTYPES))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} = {getattr(self, name)!r}; needed {' or '.join(known)}")
+        require_words(self, {"device": ("cpu", "cuda"), "compute": tuple(DTYPES)})
 
 
 @dataclass(frozen=True)
@@ -53,8 +51,7 @@ class ShardingConfig:
     accumulate: int
 
     def __post_init__(self) -> None:
-        if self.recompute not in ("none", "block", "selective"):
-            raise ValueError(f"recompute = {self.recompute!r}; needed none, block or selective")
+        require_words(self, {"recompute": ("none", "block", "selective")})
         require_minima(self, dict.fromkeys(("shards", "recompute_every", "accumulate"), 1))
 
     def check(self, *, ranks: int, batch: int) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from scaling4d import benchmarks
+from scaling4d.config import require_sizes
 from scaling4d.readout.heads import Head, Queries
 from scaling4d.readout.linear import LinearProbe, pooled
 from scaling4d.readout.tasks.task import Metric, MetricSums, Target, Task
@@ -30,6 +31,7 @@ class Actions(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_sizes(self, "classes")
         if "backwards" in self.views:
             raise ValueError("views have 'backwards', and the class of a reversed action is unknown; needed plain or mirrored")
         if len(self.test_views) != 2 or any(not isinstance(count, int) or count < 1 for count in self.test_views):

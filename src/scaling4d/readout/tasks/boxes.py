@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 from torch.nn import functional as F
 
+from scaling4d.config import require_sizes
 from scaling4d.readout import metrics
 from scaling4d.readout.heads import Head, Queries
 from scaling4d.readout.tasks.task import Metric, MetricSums, Target, Task, first_objects, pad, predict_in_chunks
@@ -29,6 +30,10 @@ class Boxes(Task):
     relative: bool
 
     metric: ClassVar = Metric("mean_iou", "share", True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_sizes(self, "objects")
 
     def queries(self, clip: tuple[int, int, int]) -> Queries:
         return Queries(coordinates=4, out=clip[0] * 4)

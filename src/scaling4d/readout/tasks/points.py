@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from scaling4d.benchmarks.queries import QUERIES
+from scaling4d.config import require_sizes, require_words
 from scaling4d.readout import metrics
 from scaling4d.readout.heads import Head, Queries
 from scaling4d.readout.tasks.task import Metric, MetricSums, Target, Task, first_objects, pad, predict_in_chunks
@@ -40,8 +41,8 @@ class Points(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.queries_at not in QUERIES:
-            raise ValueError(f"queries_at = {self.queries_at!r}; needed one of {', '.join(QUERIES)}")
+        require_sizes(self, "tracks")
+        require_words(self, {"queries_at": tuple(QUERIES)})
 
     def queries(self, clip: tuple[int, int, int]) -> Queries:
         return Queries(coordinates=2, tiles=TILES, out=clip[0] // TILES * VALUES)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from scaling4d.config import require_positive
 from scaling4d.readout.heads import Head, Queries
 from scaling4d.readout.linear import LinearProbe
 from scaling4d.readout.views import VIEWS
@@ -46,6 +47,7 @@ class Task:
     linear: ClassVar[bool] = False  # whether a linear probe is fitted beside a frozen readout
 
     def __post_init__(self) -> None:
+        require_positive(self, "rate_hz")
         if not self.views or not set(self.views) <= set(VIEWS):
             raise ValueError(f"views = {list(self.views)}; needed some of {', '.join(VIEWS)}")
 
