@@ -16,7 +16,7 @@ for _library in ("OPENBLAS", "MKL"):  # numpy's BLAS reads this at import; the l
     os.environ[f"{_library}_NUM_THREADS"] = "1"
 
 from scaling4d import config  # noqa: E402
-from scaling4d.records import AGAIN, Preempted, UserError, did_you_mean  # noqa: E402
+from scaling4d.records import AGAIN, Preempted, UserError, did_you_mean, on_one_line  # noqa: E402
 from scaling4d.training.gpus import UTILISATION, WRITE_GB_PER_S  # noqa: E402
 
 HELP = "Pretrain masked video autoencoders of growing size, evaluate them with readouts, and build the scaling report."
@@ -36,10 +36,10 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)  # gin adds lines of its own
+        print(f"error: {on_one_line(error)}", file=sys.stderr)
         sys.exit(1)
     except Preempted as preempted:
-        print(preempted, file=sys.stderr)
+        print(on_one_line(preempted), file=sys.stderr)
         sys.exit(AGAIN)
 
 
@@ -464,7 +464,7 @@ def check(path: Path) -> None:
         print(f"{name}: {split.samples:,} samples{official}{f' ({split.layout})' if split.layout else ''}")
         problems += [f"{name}: {problem}" for problem in split.problems]
     for problem in problems:
-        print(f"problem: {problem}")
+        print(f"problem: {on_one_line(problem)}")
     if unusable:
         raise typer.Exit(1)
 
@@ -477,5 +477,5 @@ def _benchmark_checks(path: Path) -> list:
         return []
     share = config.section(config.read(), "benchmarks.max_bad_share") if config.PARAMS.is_file() else 0.0
     for name in benchmarks.unknown_folders(path / "benchmarks"):
-        print(f"benchmarks/{name}: passed over, since no reader has this name")
+        print(f"benchmarks/{on_one_line(name)}: passed over, since no reader has this name")
     return benchmarks.check_benchmarks(path / "benchmarks", max_bad_share=share)

@@ -43,6 +43,19 @@ def did_you_mean(word: object, known: Iterable[object], count: int = 1) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
+def on_one_line(message: object) -> str:
+    """A message on one line of a terminal, whatever names of files it holds.
+
+    Control characters, and bytes of a name that are not UTF-8, become escapes with a backslash.
+    """
+    return "".join(c if c.isprintable() else _escaped(c) for c in str(message))
+
+
+def _escaped(c: str) -> str:
+    byte = ord(c) - 0xDC00  # Python reads a byte that is not UTF-8 as this surrogate
+    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else c.encode("unicode_escape").decode()
+
+
 class Preempted(Exception):
     """A run saved its state and stopped on request. The command line exits with AGAIN: run it again."""
 

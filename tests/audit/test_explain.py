@@ -97,13 +97,26 @@ def test_explaining_one_number_reads_no_shard(project: Path, monkeypatch: pytest
     assert not [name for name in read if name.startswith(("artifacts/test/clips/shards", "data", "experiments"))]
 
 
-@pytest.mark.parametrize("key", ["nano/actions", "nano/actions/frozen/top9", "kept/tiny/actions/frozen", "nothing"])
-def test_an_unknown_number_lists_those_that_are(project: Path, key: str) -> None:
+NEAR_NANO = "; did you mean nano/actions/frozen or nano/pretrain?"
+NEAR_TOP9 = "; did you mean nano/actions/frozen or mini/actions/frozen or small/actions/frozen?"
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("nano/actions", NEAR_NANO),
+        ("nano/actions/frozn", NEAR_TOP9),
+        ("nano/actions/frozen/top9", NEAR_TOP9),
+        ("kept/tiny/actions/frozen", "; did you mean mini/actions/frozen or nano/actions/frozen or small/actions/frozen?"),
+        ("nothing", ""),
+    ],
+)
+def test_an_unknown_number_lists_those_that_are_and_the_nearest_of_them(project: Path, key: str, near: str) -> None:
     with pytest.raises(UserError) as caught:
         explain(locked_runs(), key)
     known = "mini/pretrain, nano/pretrain, small/pretrain, mini/actions/frozen, nano/actions/frozen, small/actions/frozen"
     assert str(caught.value) == (
-        f"no number {key!r}; needed encoder/task/protocol, point/pretrain or point/reconstruct, one of: {known}"
+        f"no number {key!r}; needed encoder/task/protocol, point/pretrain or point/reconstruct, one of: {known}{near}"
     )
 
 

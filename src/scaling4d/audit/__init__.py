@@ -13,7 +13,7 @@ from scaling4d.audit import predictions, reproduced, studies
 from scaling4d.audit.explain import as_dot, as_text, explain
 from scaling4d.audit.run import NOTE, UNCHECKED, WRONG, AuditFinding, locked_runs
 from scaling4d.audit.verify import checked, verify
-from scaling4d.records import UserError
+from scaling4d.records import UserError, on_one_line
 
 __all__ = ["AuditFinding", "check", "compare", "explain_number", "export", "locked_runs", "verify"]
 FORMATS = {"text": as_text, "json": lambda explained: json.dumps(explained, indent=2, sort_keys=True), "dot": as_dot}
@@ -58,7 +58,7 @@ def compare() -> int:
     """Compare a run made again with the committed one."""
     findings = reproduced.compare_with_committed(locked_runs()[0])
     for finding in findings:
-        print(f"{finding.kind:<16}{finding.where}: {finding.message}")
+        print(f"{finding.kind:<16}{on_one_line(f'{finding.where}: {finding.message}')}")
     kinds = Counter(finding.kind for finding in findings)
     print("; ".join(f"{count} {kind}" for kind, count in kinds.items()))
     return 1 if kinds[reproduced.FAILED] or kinds[reproduced.ABSENT] else 0

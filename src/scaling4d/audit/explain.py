@@ -10,7 +10,7 @@ from typing import Any
 from scaling4d.artifacts import PROVENANCE
 from scaling4d.audit.run import CODE, LockedRun, row_numbers
 from scaling4d.provenance import LockedStage, overlap
-from scaling4d.records import UserError
+from scaling4d.records import UserError, did_you_mean, on_one_line
 
 
 def explain(runs: list[LockedRun], key: str) -> dict[str, Any]:
@@ -34,6 +34,7 @@ def explain(runs: list[LockedRun], key: str) -> dict[str, Any]:
     cells = [cell for cell in table_cells(run, row) if number in (row, f"{row}/{cell['name']}")]
     if not cells:
         known = ", ".join(run.records) or "none was run"
+        known += did_you_mean(number, run.records, 3)
         raise UserError(f"no number {key!r}; needed encoder/task/protocol, point/pretrain or point/reconstruct, one of: {known}")
     record, weights = run.records[row], run.weights(row.split("/")[0])
     levels, waiting = {}, [(record, 0)]  # stage -> its longest way to the number
@@ -99,7 +100,7 @@ def as_text(explained: dict[str, Any]) -> str:
             facts = [f"{key} {value}" for key, value in environment.items() if key not in ("versions", "finished_unix_s")]
             facts += [f"{name} {version}" for name, version in environment.get("versions", {}).items()]
             lines.append(f"   ran on   {', '.join(facts)}")
-    return "\n".join([*lines, "", "to make it again", f"   {explained['again']}"])
+    return "\n".join(map(on_one_line, [*lines, "", "to make it again", f"   {explained['again']}"]))
 
 
 def as_dot(explained: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from scaling4d import artifacts, config, provenance
 from scaling4d.audit.disk import Disk
 from scaling4d.checkpoint import WEIGHTS
 from scaling4d.provenance import LOCK, LockedFile, LockedStage, differences, is_below, overlap, read_lock, required
-from scaling4d.records import UserError
+from scaling4d.records import UserError, on_one_line
 
 WRONG, NOTE, UNCHECKED = "wrong", "note", "not checked"
 SOURCE, CODE, BENCHMARKS = "src/scaling4d", artifacts.CODE.as_posix(), "artifacts/benchmarks"
@@ -37,8 +37,8 @@ class AuditFinding:
     affected: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        affected = "".join(f"\n{'':<12}  {line}" for line in self.affected)
-        return f"{self.kind:<12}{self.where}: {self.message}{affected}"
+        affected = "".join(f"\n{'':<12}  {on_one_line(line)}" for line in self.affected)
+        return f"{self.kind:<12}{on_one_line(f'{self.where}: {self.message}')}{affected}"
 
 
 def shorten(names: Sequence[str], most: int = 1) -> str:

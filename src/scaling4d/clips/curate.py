@@ -28,7 +28,7 @@ from scaling4d.clips.inspection import Frames, Inspection, encode_clips, hash_so
 from scaling4d.clips.settings import CurationConfig
 from scaling4d.clips.shards import read_previous, write_shards, write_tables
 from scaling4d.clips.sources import UNREADABLE, Rejection, SourceFile, list_sources, printable_path
-from scaling4d.records import UserError, write_json
+from scaling4d.records import UserError, on_one_line, write_json
 
 LIBRARIES = ("av", "imagehash", "numpy", "pillow", "scenedetect-headless")  # that an inspection depends on
 TIMEOUT_S = 60.0  # while another run writes into the same cache
@@ -76,10 +76,10 @@ def dry_run(videos: Path, config: CurationConfig, *, cache: Path | None = None) 
     clips, rejected = select_clips(inspections, config)
     counts = Counter((clip.inspection.path, clip.split) for clip in clips)
     for (path, split), number in sorted(counts.items()):
-        print(f"use     {_on_one_line(path)}: {number} clips for {split}")
+        print(f"use     {on_one_line(path)}: {number} clips for {split}")
     for path, why in rejected:
         where = "reject " if why.start_s is None else f"  not   {why.start_s:.2f} to {why.end_s:.2f} s of"
-        print(f"{where} {_on_one_line(path)}: {why.reason}{why.detail and f' ({why.detail})'}")
+        print(f"{where} {on_one_line(path)}: {on_one_line(why.reason + (why.detail and f' ({why.detail})'))}")
     used = len({clip.inspection.path for clip in clips})
     print(f"{len(inspections)} files: {used} used for {len(clips)} clips, {len(inspections) - used} rejected")
     _check_usable(clips, rejected, videos)
@@ -176,11 +176,6 @@ def _check_usable(clips: list[SelectedClip], rejected: list[RejectedFile], video
 
 def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-def _on_one_line(path: str) -> str:
-    """A path on one line of a terminal, whatever its name holds."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in printable_path(path))
 
 
 # ---- results of earlier runs ----

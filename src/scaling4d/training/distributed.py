@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from scaling4d.records import Preempted, UserError
+from scaling4d.records import Preempted, UserError, on_one_line
 
 T = TypeVar("T")
 
@@ -158,7 +158,7 @@ def _run_torchrun_rank(run_rank: Callable[..., T], ranks: int) -> T:
     store, _, _ = next(dist.rendezvous("env://"))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it outlives its ranks: restarted ranks begin anew
         store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    return run_rank(store, rank, lambda message: print(f"error: {message}", file=sys.stderr))
+    return run_rank(store, rank, lambda message: print(f"error: {on_one_line(message)}", file=sys.stderr))
 
 
 def _run_rank(
