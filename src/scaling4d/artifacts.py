@@ -37,7 +37,7 @@ def sha256(path: Path) -> str:
         raise UserError(f"no such file or folder: {path}")
     digest = hashlib.sha256()
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        digest.update(f"{file.relative_to(path).as_posix()}\0{sha256(file)}\n".encode())
+        digest.update(f"{file.relative_to(path).as_posix()}\0{sha256(file)}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
