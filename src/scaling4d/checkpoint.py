@@ -4,6 +4,7 @@ provenance.json."""
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,14 +51,20 @@ class Checkpoint:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raises UserError: no space, or no permission."""
+    """Write a file that all may read whom the umask lets. Raises UserError: no space, or no permission."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
         save_file({key: value.detach().contiguous() for key, value in tensors.items()}, path)
+        path.chmod(0o666 & ~_umask())  # the library writes a temporary file, which its owner alone may read
     except SafetensorError as error:
         raise UserError(f"{path} cannot be written: {error}; free space there, and run the same command again") from error
+
+
+def _umask() -> int:
+    os.umask(umask := os.umask(0o022))  # it can only be read by setting it
+    return umask
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
