@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import lzma
 import math
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -16,9 +18,10 @@ from scaling4d.records import UserError
 
 Shape = tuple[int, ...]
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+MOST_EXPANSION, SMALL = 100, 2**24  # compressed weights shrink little; SMALL: bytes that any file may expand to
 DAMAGE = (
     *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, NotImplementedError),  # zipfile raises these
-    *(EOFError, OSError, ValueError, KeyError, MemoryError),  # numpy raises these
+    *(tokenize.TokenError, EOFError, OSError, ValueError, TypeError, KeyError, MemoryError),  # numpy raises these
 )
 
 
@@ -36,12 +39,13 @@ class Npz:
             self._zip = zipfile.ZipFile(path)
         except DAMAGE as error:
             raise UserError(f"{path} is not an npz file, or is cut short: {error}") from error
+        check_expansion(path, self._zip)
         self.shapes: dict[str, Shape] = {}
         for member in self._zip.namelist():
             key = member.removesuffix(".npy")
             try:
                 with self._zip.open(member) as file:
-                    shape, _, dtype = HEADERS[np.lib.format.read_magic(file)](file)
+                    shape, dtype = read_header(file)
                     size = self._zip.getinfo(member).file_size - file.tell()
             except DAMAGE as error:
                 raise UserError(f"{path}: {key} is damaged: {error}") from error
@@ -60,6 +64,19 @@ class Npz:
                 return np.lib.format.read_array(file, allow_pickle=False)
         except DAMAGE as error:
             raise UserError(f"{self.path}: {key} is damaged: {error}") from error
+
+
+def check_expansion(path: Path, content: zipfile.ZipFile) -> None:
+    """Raises UserError: a zip file would expand to far more than its own size. Nothing is expanded for that."""
+    expanded, limit = sum(member.file_size for member in content.infolist()), path.stat().st_size * MOST_EXPANSION
+    if expanded > max(limit, SMALL):
+        raise UserError(f"{path} would expand to {expanded:,} bytes, more than {MOST_EXPANSION} times its size; refused")
+
+
+def read_header(file: IO[bytes]) -> tuple[Shape, np.dtype]:
+    """Shape and type of a `.npy`; the file then stands at the numbers. Raises errors of DAMAGE."""
+    shape, _, dtype = HEADERS[np.lib.format.read_magic(file)](file)
+    return shape, dtype
 
 
 def write_npz(path: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import zipfile
+import math
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from scaling4d import video
+from scaling4d.encoders.arrays import DAMAGE, read_header
 from scaling4d.records import UserError
 
 
@@ -47,11 +48,17 @@ def read_clips(source: Path, clip: tuple[int, int, int], side_px: int | None) ->
 def read_array(path: Path, *, axes: int) -> np.ndarray:
     """A `.npy` of numbers. Raises UserError: not a `.npy`, Python objects, not numbers, or another number of axes."""
     try:
+        with path.open("rb") as file:
+            shape, dtype = read_header(file)
+            size = path.stat().st_size - file.tell()
+        if dtype.kind not in "uif":
+            raise ValueError(f"it holds {dtype}")
+        if any(axis < 0 for axis in shape) or size != dtype.itemsize * math.prod(shape):
+            raise ValueError(f"it has {size} bytes; needed those of {dtype} {shape}")
         array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except DAMAGE as error:
         raise UserError(f"{path} is not a .npy of numbers: {error}") from error
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "uif" or array.ndim != axes:
-        dtype, shape = getattr(array, "dtype", "no"), getattr(array, "shape", "")
+    if array.ndim != axes:
         raise UserError(f"{path} holds {dtype} numbers {shape}; needed numbers in {axes} axes")
     return array
 

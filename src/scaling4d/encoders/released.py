@@ -10,6 +10,7 @@ import argparse
 import math
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scaling4d.encoders.arrays import Shape
+from scaling4d.encoders.arrays import Shape, check_expansion
 from scaling4d.mae.encoder import EncoderConfig
 from scaling4d.mae.mae_st import MAESTConfig, MAESTEncoderConfig
 from scaling4d.mae.patches import grid_of
@@ -191,6 +192,9 @@ def read_mae_st(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises UserError: a damaged file, content that only unpickling could read, no state dict of dense float32 tensors.
     """
+    if zipfile.is_zipfile(source):
+        with zipfile.ZipFile(source) as content:
+            check_expansion(source, content)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the official code saves its options as one
             content = torch.load(source, map_location="cpu", weights_only=True)
