@@ -3,20 +3,22 @@ provenance.json."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from scaling4d.artifacts import sha256
-from scaling4d.records import UserError, write_json
+from scaling4d.config import check_types
+from scaling4d.records import UserError, read_json_object, shortened, write_json
 
 if TYPE_CHECKING:
     import torch
 
 WEIGHTS = "model.safetensors"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,17 @@ class Checkpoint:
         path = folder / "config.json"
         if not path.is_file() or not (folder / WEIGHTS).is_file():
             raise UserError(f"{folder} is not a checkpoint: needed config.json and {WEIGHTS}")
-        try:
-            return cls(**json.loads(path.read_text()))
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{path} is not a checkpoint's description: {error}") from error
+        return read_description(path, cls, "a checkpoint")
+
+
+def read_description(path: Path, cls: type[T], what: str) -> T:
+    """A dataclass that was written as JSON, checked by its annotations. Raises UserError: the file describes none."""
+    try:
+        content = read_json_object(path)
+        check_types(cls, content)
+        return cls(**content)
+    except (OSError, TypeError, ValueError) as error:
+        raise UserError(f"{path} does not describe {what}: {shortened(error)}") from error
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -74,7 +83,7 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 
     try:
         return load_file(path)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
 
 

@@ -39,6 +39,7 @@ RENAMED = (  # former names of settings, as patterns of dotted keys; a table in 
     (r"\.Points\.queries$", ".Points.queries_at"),
 )
 
+MOST_SIZE = 2**20  # of any side, width or count of a model
 LARGEST_INT, LARGEST_FLOAT = 2**63, 1e300  # larger numbers overflow somewhere
 
 T = TypeVar("T")
@@ -181,15 +182,16 @@ def require_positive(values: Any, *names: str) -> None:
             raise ValueError(f"{name} is {getattr(values, name)}; needed more than 0")
 
 
-def require_sizes(values: Any, *names: str, most: int = 2**20) -> None:
-    """Check sizes of a model, for its config's `__post_init__`. Raises ValueError: one is not in 1 .. most.
+def require_sizes(values: Any, *names: str, least: int = 1, most: int = MOST_SIZE) -> None:
+    """Check sizes of a model, for its config's `__post_init__`. Raises ValueError: one is not in least .. most.
 
     A size may be a tuple. No model in sight has a larger one, and it would only be noticed when memory runs out.
     """
     for name in names:
         size = getattr(values, name)
-        if not all(1 <= one <= most for one in (size if isinstance(size, tuple) else [size])):
-            raise ValueError(f"{name} = {size}; needed {'numbers' if isinstance(size, tuple) else 'a number'} from 1 to {most:,}")
+        sizes, needed = (size, "numbers") if isinstance(size, tuple) else ([size], "a number")
+        if not all(least <= one <= most for one in sizes):
+            raise ValueError(f"{name} = {size}; needed {needed} from {least} to {most:,}")
 
 
 def require_words(values: Any, words: Mapping[str, Sequence[str]]) -> None:

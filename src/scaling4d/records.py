@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+MOST_JSON_BYTES = 2**24  # of a description
+
+
 class UserError(ValueError):
     """An error that a user can repair. The command line prints one line and exits with 1."""
 
@@ -184,6 +187,43 @@ class Result:
     @classmethod
     def read(cls, path: Path) -> Result:
         return cls(**json.loads(path.read_text()))
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object of a file that a stranger may have written.
+
+    Raises ValueError: the file is large, nested deeply, no JSON, or no object, or it has NaN.
+    """
+
+    def refuse(word: str) -> None:
+        raise ValueError(f"it has the number {word}")
+
+    if path.stat().st_size > MOST_JSON_BYTES:
+        raise ValueError(f"it has {path.stat().st_size:,} bytes; needed at most {MOST_JSON_BYTES:,}")
+    try:
+        content = json.loads(path.read_text(), parse_constant=refuse)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}; needed an object")
+    return content
+
+
+def shortened(error: object) -> str:
+    """An error on one line, of at most 300 characters."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:300]} ..."
+
+
+@contextmanager
+def as_user_error(where: object) -> Iterator[None]:
+    """Turn errors that a wrong description causes while something is built of it into a UserError. where: the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{where}: {shortened(error)}") from error
 
 
 def write_json(path: Path, content: Any) -> None:

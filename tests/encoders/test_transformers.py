@@ -20,7 +20,7 @@ from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders import torchvision_shim
 from scaling4d.encoders.features import features_at_depth
 from scaling4d.encoders.stage import baseline
-from scaling4d.encoders.transformers import FAMILIES, PretrainedEncoder, import_encoder
+from scaling4d.encoders.transformers import FAMILIES, PretrainedEncoder, PretrainedEncoderConfig, import_encoder
 from scaling4d.mae.encoder import initialise
 from scaling4d.mae.patches import patchify
 from scaling4d.readout.stage import readout
@@ -435,3 +435,22 @@ def test_without_transformers_the_extra_is_named(published, monkeypatch):
 def test_the_tests_know_every_kind():
     same = {"siglip_vision_model": "siglip", "siglip2_vision_model": "siglip2"}
     assert {same.get(kind, kind) for kind in FAMILIES} == set(MODELS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"values": {"num_hidden_layers": 10**9}}, "num_hidden_layers = 1000000000; needed at most 1,000"),
+        ({"values": {"hidden_sizes": [96, 2**40]}}, "hidden_sizes = 1099511627776; needed at most 1,048,576"),
+        ({"values": {"layer_norm_eps": float("nan")}}, "layer_norm_eps = nan; needed at most .+"),
+        ({"kind": "dinov"}, "kind = 'dinov'; needed .+; did you mean dinov2[?]"),
+        ({"side_px": 0}, "side_px = 0; needed a number from 1 to 1,048,576"),
+        ({"std": (0.0, 1.0, 1.0)}, r"std = \(0.0, 1.0, 1.0\); needed numbers above 0"),
+    ],
+)
+def test_an_encoder_of_impossible_sizes_is_refused_before_it_is_built(changes: dict, message: str) -> None:
+    values = {"kind": "dinov2", "values": {}, "clip": (2, 28, 28), "side_px": 28, "resample": "bicubic"}
+    values |= {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    PretrainedEncoderConfig(**values)
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        PretrainedEncoderConfig(**values | changes)

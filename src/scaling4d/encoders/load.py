@@ -12,7 +12,7 @@ from torch import nn
 from scaling4d import checkpoint
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.mae.models import MODELS, config_of
-from scaling4d.records import UserError
+from scaling4d.records import UserError, as_user_error, shortened
 
 
 def load_model(folder: Path, models: Mapping[str, type[nn.Module]] = MODELS) -> nn.Module:
@@ -21,7 +21,7 @@ def load_model(folder: Path, models: Mapping[str, type[nn.Module]] = MODELS) -> 
     try:
         model.load_state_dict(checkpoint.weights(folder), assign=True)
     except RuntimeError as error:
-        raise UserError(f"{folder}: weights do not fit {type(model).__name__}: {' '.join(str(error).split())}") from error
+        raise UserError(f"{folder}: weights do not fit {type(model).__name__}: {shortened(error)}") from error
     return model
 
 
@@ -34,9 +34,7 @@ def build_model(folder: Path, models: Mapping[str, type[nn.Module]] = MODELS) ->
     saved = Checkpoint.read(folder)
     if saved.model not in models:
         raise UserError(f"{folder}: unknown model {saved.model!r}; needed one of {', '.join(models)}")
-    try:
+    with as_user_error(f"{folder}: config.json is not that of a {saved.model} of this version"):
         config = config_of(models[saved.model], saved.settings)
         with torch.device("meta"):
             return models[saved.model](config), config
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{folder}: config.json is not that of a {saved.model} of this version: {error}") from error

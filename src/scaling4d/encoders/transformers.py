@@ -8,7 +8,6 @@ and keeps the parts that features need; a readout then reads a Checkpoint folder
 from __future__ import annotations
 
 import importlib
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -22,10 +21,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from scaling4d.config import require_sizes
+from scaling4d.config import MOST_SIZE, require_sizes, require_words
 from scaling4d.encoders import torchvision_shim
+from scaling4d.mae.encoder import MOST_BLOCKS
 from scaling4d.mae.patches import patchify
-from scaling4d.records import UserError
+from scaling4d.provenance import flatten
+from scaling4d.records import UserError, read_json_object
 
 CONFIG, WEIGHTS = "config.json", "model*.safetensors"
 PREPROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
@@ -158,6 +159,13 @@ class PretrainedEncoderConfig:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
+    def __post_init__(self) -> None:
+        require_words(self, {"kind": tuple(FAMILIES), "resample": tuple(RESAMPLE.values())})
+        require_sizes(self, "clip", "side_px")
+        if min(self.std) <= 0:
+            raise ValueError(f"std = {self.std}; needed numbers above 0")
+        _check_sizes(self.values)
+
 
 class PretrainedEncoder(nn.Module):
     """A published encoder with the interface of this project's encoders. The grid of image models has T frames.
@@ -253,9 +261,21 @@ def _model_class(kind: str) -> type[nn.Module]:
     return getattr(transformers, name)
 
 
+def _check_sizes(values: Mapping[str, Any]) -> None:
+    """Raises ValueError: a number for which no model has a use, and whose network would fill the memory."""
+    for name, value in flatten(values):
+        for number in value if isinstance(value, list | tuple) else [value]:
+            most = MOST_BLOCKS if re.search("layers|depth", name) else MOST_SIZE
+            if isinstance(number, int | float) and not abs(number) <= most:
+                raise ValueError(f"{name} = {number}; needed at most {most:,}")
+
+
 def _network_config(model: type[nn.Module], values: Mapping[str, Any]) -> Any:
     """The config in transformers. The attention is set here, since a file's config may name code on the hub."""
-    config = model.config_class(**values)
+    try:
+        config = model.config_class(**values)
+    except importlib.import_module("huggingface_hub.errors").StrictDataclassError as error:
+        raise ValueError(str(error)) from error
     config._attn_implementation = "sdpa" if model._supports_sdpa else "eager"
     return config
 
@@ -307,6 +327,7 @@ def _architecture(model: type[nn.Module], content: Mapping[str, Any]) -> dict[st
     common = {field.name for field in fields(_transformers().PreTrainedConfig)}
     names = {field.name for field in fields(model.config_class)} - common
     given = {key: value for key, value in content.items() if key in names | {"qkv_bias"}}  # VideoMAE's old name
+    _check_sizes(given)
     return {key: value for key, value in vars(model.config_class(**given)).items() if key in names and not key.startswith("_")}
 
 
@@ -370,9 +391,6 @@ def source_files(source: Path) -> list[Path]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        return read_json_object(path)
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}; needed settings")
-    return content

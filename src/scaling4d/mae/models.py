@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from scaling4d.config import check_types
 from scaling4d.mae.distilled import Distilled
 from scaling4d.mae.encoder import Encoder, Method, PixelTokens
 from scaling4d.mae.mae_st import MAEST, MAESTEncoder
@@ -35,9 +36,10 @@ def config_of(model: type[nn.Module], settings: Mapping[str, Any]) -> Any:
     """A model class's config; lists become tuples.
 
     Raises:
-        TypeError: a parameter is unknown or missing.
-        ValueError: the config refuses a value.
+        TypeError: a parameter is missing.
+        ValueError: a parameter is unknown or of another type, or the config refuses a value.
     """
+    check_types(model.config_class, settings)
     return model.config_class(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
 
 

@@ -227,7 +227,7 @@ class Queries:
 
     def __post_init__(self) -> None:
         require_sizes(self, "out", "tiles")
-        require_minima(self, dict.fromkeys(("learned", "steps", "coordinates"), 0))
+        require_sizes(self, "learned", "steps", "coordinates", least=0)
 
 
 class Head(nn.Module):

@@ -460,7 +460,7 @@ def load_readout_weights(head: Head, path: Path) -> Whitening:
     tensors = checkpoint.load_tensors(path)
     try:
         whitening = Whitening(tensors.pop("whitening.matrix"), tensors.pop("whitening.offset"))
-        head.load_state_dict(tensors)
+        head.load_state_dict(tensors, assign=next(head.parameters()).is_meta)
     except (KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} does not fit these settings, or is of another version: {reason}") from error

@@ -6,7 +6,6 @@ Arrays of 4DS are streamed: converting a file of 14 GB needs the memory of a few
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -14,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from scaling4d import artifacts, checkpoint
 from scaling4d.checkpoint import WEIGHTS, Checkpoint
+from scaling4d.config import check_types, require_sizes, require_words
 from scaling4d.encoders import released
 from scaling4d.encoders.arrays import Npz, Shape, write_npz, write_safetensors
 from scaling4d.encoders.features import layer_index, split_time
@@ -31,18 +32,80 @@ from scaling4d.mae.patches import unpatchify
 from scaling4d.provenance import atomic_new
 from scaling4d.readout.classifier import DROPOUT, MeanPoolClassifier
 from scaling4d.readout.heads import AttentionReadout, Head, HeadConfig, PlainAttentionReadout, Queries
-from scaling4d.records import UserError, write_json
+from scaling4d.records import UserError, as_user_error, shortened, write_json
 
 READOUT_WEIGHTS, READOUT = "readout.safetensors", "readout.json"
 BACKBONE, BACKBONE_BESIDE_HEAD = "params/", "params/layers_0/"  # prefixes in a 4DS file
 HEAD = "params/layers_2/"
-KINDS = ("depth", "attention", "tracking", "classes")
 DEPTH_FRACTION = 0.95  # of the released readouts
 DEPTH_PATCH = (2, 8, 8)  # of the released depth readout
 TILES = "temporal_tile_posenc/embeddings"
 INITIAL = {"query_std": 0.02, "time_init": "normal", "out_scale": 1.0}  # without effect on loaded weights
 TRACKING = {"fourier_bases": 16, "stretched": True, "distance_bias": (), **INITIAL}  # of the released tracking readouts
 Read = Callable[[str], np.ndarray]  # released array by key
+
+
+@dataclass(frozen=True)
+class AttentionSettings:
+    """Arguments of an AttentionReadout, or of a PlainAttentionReadout, if `plain`. queries: learned ones, 0: given."""
+
+    features_width: int
+    frames: int
+    width: int
+    heads: int
+    queries: int
+    query_width: int
+    out: int
+    plain: bool
+
+    def __post_init__(self) -> None:
+        require_sizes(self, "features_width", "frames", "width", "heads", "out")
+        require_sizes(self, "queries", "query_width", least=0)
+        if bool(self.queries) == bool(self.query_width):
+            raise ValueError(f"queries = {self.queries}, query_width = {self.query_width}; needed one of them above 0")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} does not divide into {self.heads} heads")
+
+
+@dataclass(frozen=True)
+class TrackingSettings:
+    """Arguments of a Head of given queries. head, queries: of HeadConfig and Queries."""
+
+    features_width: int
+    frames: int
+    head: Mapping[str, Any]
+    queries: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        require_sizes(self, "features_width", "frames")
+        check_types(HeadConfig, self.head, "head.")
+        check_types(Queries, self.queries, "queries.")
+        HeadConfig(**self.head)
+        queries = Queries(**self.queries)
+        if queries.learned or queries.coordinates not in (2, 4) or self.frames % queries.tiles:
+            raise ValueError(f"{queries}; needed 2 or 4 coordinates, none learned, and tiles that divide {self.frames} frames")
+
+
+@dataclass(frozen=True)
+class ClassesSettings:
+    """Arguments of a MeanPoolClassifier."""
+
+    width: int
+    classes: int
+    dropout: float
+
+    def __post_init__(self) -> None:
+        require_sizes(self, "width", "classes")
+        if not 0 <= self.dropout <= 1:
+            raise ValueError(f"dropout = {self.dropout}; needed 0 to 1")
+
+
+KINDS = {
+    "depth": AttentionSettings,
+    "attention": AttentionSettings,
+    "tracking": TrackingSettings,
+    "classes": ClassesSettings,
+}
 
 
 @dataclass(frozen=True)
@@ -58,11 +121,18 @@ class ReleasedReadout:
     depth_fraction: float
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"kind = {self.kind!r}; needed one of {', '.join(KINDS)}")
+        require_words(self, {"kind": tuple(KINDS)})
+        if not 0 < self.depth_fraction <= 1:
+            raise ValueError(f"depth_fraction = {self.depth_fraction}; needed a share above 0 and at most 1")
+        check_types(KINDS[self.kind], self.settings)
+        KINDS[self.kind](**self.settings)
 
     def build(self) -> nn.Module:
-        """The module, without weights."""
+        """The module on meta, without weights."""
+        with torch.device("meta"):
+            return self._build()
+
+    def _build(self) -> nn.Module:
         settings = dict(self.settings)
         if self.kind == "classes":
             return MeanPoolClassifier(**settings)
@@ -86,8 +156,9 @@ def from_4ds(source: Path, out: Path) -> Path:
     arrays = Npz(source)
     nested = any(key.startswith(f"{BACKBONE_BESIDE_HEAD}encoder/") for key in arrays.shapes)
     prefix = BACKBONE_BESIDE_HEAD if nested else BACKBONE
-    config = released.four_ds_config(arrays.shapes, source, prefix)
-    readout = four_ds_readout(arrays.shapes, source, config)
+    with as_user_error(source):
+        config = released.four_ds_config(arrays.shapes, source, prefix)
+        readout = four_ds_readout(arrays.shapes, source, config)
     files = {WEIGHTS: released.four_ds_weight_map(config, prefix)}
     files |= {READOUT_WEIGHTS: readout.weight_map()} if readout else {}
     released.check_shapes(arrays.shapes, files, source)
@@ -124,7 +195,7 @@ def _released_arrays(weights: WeightMap, path: Path) -> Iterator[tuple[str, np.n
                 if tensor is None or tensor.shape != entry.shape:
                     raise UserError(f"{path}: {name} is missing or not {entry.shape}; it does not fit the folder's JSON files")
                 yield from zip(entry.arrays, entry.to_released(tensor), strict=True)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
@@ -205,7 +276,8 @@ def from_mae_st(source: Path, out: Path, options: MAESTOptions) -> Path:
     """
     state, saved_options = released.read_mae_st(source)
     shapes = {key: tuple(value.shape) for key, value in state.items()}
-    config = released.mae_st_config(shapes, source, replace(options, **saved_options))
+    with as_user_error(source):
+        config = released.mae_st_config(shapes, source, replace(options, **saved_options))
     files, readout = {WEIGHTS: released.mae_st_weight_map(config)}, None
     if not isinstance(config, MAESTConfig) and len(shapes.get("head.weight", ())) == 2:
         classes, width = shapes["head.weight"]
@@ -242,19 +314,17 @@ def _write_folder(
 def read_readout(folder: Path) -> ReleasedReadout | None:
     """The readout of a Checkpoint folder, if it has one. Raises UserError: readout.json is no such description."""
     path = folder / READOUT
-    try:
-        return ReleasedReadout(**json.loads(path.read_text())) if path.is_file() else None
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path} does not describe a readout: {error}") from error
+    return checkpoint.read_description(path, ReleasedReadout, "a readout") if path.is_file() else None
 
 
 def load_readout(folder: Path, readout: ReleasedReadout) -> nn.Module:
     """The readout's module, with its weights. Raises UserError: readout.json and readout.safetensors do not fit."""
     try:
         module = readout.build()
-        module.load_state_dict(checkpoint.load_tensors(folder / READOUT_WEIGHTS))
+        weights = checkpoint.load_tensors(folder / READOUT_WEIGHTS)
+        module.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
     except (RuntimeError, TypeError, KeyError) as error:
-        raise UserError(f"{folder / READOUT_WEIGHTS} does not fit {READOUT}: {' '.join(str(error).split())}") from error
+        raise UserError(f"{folder / READOUT_WEIGHTS} does not fit {READOUT}: {shortened(error)}") from error
     return module.eval()
 
 
@@ -265,8 +335,12 @@ def predict(
 
     depth: `B T H W 1`. attention: `B Q out`, of learned queries or of given ones `B Q Dq`. tracking: `B Q T values`
     before any sigmoid, of queries `B Q 2` (x y) or `B Q 4` in 0..1. classes: scores `B classes`.
-    layers: all features of the encoder for these clips. Raises UserError: queries are missing or have another width.
+    layers: all features of the encoder for these clips.
+    Raises UserError: the readout is for another encoder, or queries are missing or have another width.
     """
+    width = readout.settings["width" if readout.kind == "classes" else "features_width"]
+    if width != encoder.width:
+        raise UserError(f"{READOUT} is for features of width {width}, and the encoder has {encoder.width}")
     if readout.kind == "classes":
         return module(encoder.last_tokens(pixels)[:, 1:])  # the official code drops the first token even if it is no class token
     features = split_time(layers[layer_index(depth=encoder.depth, fraction=readout.depth_fraction)], encoder.grid)  # B t n D
@@ -274,6 +348,8 @@ def predict(
     query_width = settings["queries"]["coordinates"] if readout.kind == "tracking" else settings["query_width"]
     if not query_width:
         values = module(features)
+        if readout.kind == "depth" and values[0].numel() != math.prod(encoder.clip):
+            raise UserError(f"{READOUT} predicts {values[0].numel()} depths of a clip; needed those of {encoder.clip}")
         return unpatchify(values, encoder.clip, DEPTH_PATCH) if readout.kind == "depth" else values
     if queries is None or queries.shape[-1] != query_width:
         given = "none" if queries is None else f"some of {queries.shape[-1]}"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from scaling4d import checkpoint, config
@@ -15,7 +15,7 @@ from scaling4d.encoders.pretrained import load_encoder
 from scaling4d.readout.heads import Head, HeadConfig
 from scaling4d.readout.protocols import HEAD, EvaluationConfig, Frozen, ReadoutModel, load_readout_weights
 from scaling4d.readout.tasks import TASKS
-from scaling4d.records import Result, UserError
+from scaling4d.records import Result, UserError, read_json_object, shortened
 
 
 @dataclass(frozen=True)
@@ -44,23 +44,24 @@ def load_trained_readout(folder: Path) -> TrainedReadout:
             gone or has other weights.
     """
     try:
-        result = Result.read(folder / "result.json")
-        settings = json.loads((folder / PROVENANCE).read_text())["settings"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder} is not the folder of a readout: {' '.join(str(error).split())}") from error
+        result = checkpoint.read_description(folder / "result.json", Result, "a result")
+        settings = read_json_object(folder / PROVENANCE)["settings"]
+        home = folder.resolve().parents[3] / "pretrain" / result.encoder
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise UserError(f"{folder} is not the folder of a readout: {shortened(error)}") from error
     if result.protocol != Frozen.name:
         raise UserError(f"{folder} was fine-tuned, and the tuned encoder is not kept; take the frozen readout beside it")
     if not (folder / HEAD).is_file():
         raise UserError(f"{folder} is not the folder of a readout: it has no {HEAD}")
-    home = folder.resolve().parents[3] / "pretrain" / result.encoder
     if not home.is_dir() or checkpoint.weights_sha256(home) != result.checkpoint_sha256:
         raise UserError(f"{folder} was trained on an encoder {result.encoder} that is no longer at {home}; run `dvc repro`")
     try:
         keys = ["profile", "readout.Head", "readout.Evaluation", f"readout.tasks.{result.task}"]
         bound = config.build({key: settings[key] for key in keys}, HeadConfig, EvaluationConfig, TASKS[result.task])
-    except (UserError, KeyError) as error:
+    except (UserError, TypeError, KeyError) as error:
         raise UserError(f"{folder} was made by another version, with other settings ({error}); run `dvc repro`") from error
     encoder, task, evaluation = load_encoder(home).eval(), bound[TASKS[result.task]], bound[EvaluationConfig]
-    head = Head(bound[HeadConfig], task.queries(encoder.clip), features_width=encoder.width, frames=encoder.clip[0])
+    with torch.device("meta"):
+        head = Head(bound[HeadConfig], task.queries(encoder.clip), features_width=encoder.width, frames=encoder.clip[0])
     model = ReadoutModel(None, load_readout_weights(head, folder / HEAD), head, task, evaluation.depth_fraction)
     return TrainedReadout(folder, result, bound, Path(evaluation.data), home, encoder, model.eval())
