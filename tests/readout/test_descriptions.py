@@ -20,6 +20,7 @@ from scaling4d.encoders.pretrained import load_encoder
 from scaling4d.encoders.released import MAESTOptions
 from scaling4d.mae.models import MODELS
 from scaling4d.readout.released_heads import from_4ds, from_mae_st, load_readout, read_readout
+from scaling4d.reconstruct.fidelity import load_inception
 from scaling4d.records import UserError
 from scaling4d.show.trained import load_trained_readout
 
@@ -196,6 +197,10 @@ def test_a_zip_bomb_is_refused_before_it_is_expanded(tmp_path: Path, bombs: None
         from_4ds(tmp_path / "bomb.npz", tmp_path / "out")
     with pytest.raises(UserError, match=needed):
         from_mae_st(tmp_path / "bomb.pth", tmp_path / "out", MAESTOptions())
+    with pytest.raises(UserError, match=needed):
+        load_inception(tmp_path / "bomb.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "bomb.pth").read_bytes()[:-9])
+    refused(from_mae_st, tmp_path / "cut.pth", tmp_path / "out", MAESTOptions())
     np.savez_compressed(tmp_path / "zeros.npz", a=np.zeros((2**20,), np.float32))
     assert Npz(tmp_path / "zeros.npz").shapes == {"a": (2**20,)}  # small files may be of zeros
 

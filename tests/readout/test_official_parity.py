@@ -83,11 +83,12 @@ def test_stand_alone_readouts_equal_the_official_ones(name: str, agree: Compare)
     def loaded(head: str, module: torch.nn.Module, weights: WeightMap) -> torch.nn.Module:
         check_shapes({key: params[key].shape for key in params if key.startswith(f"{head}/")}, {head: weights}, name)
         state = {ours: entry.to_ours(*(params[key] for key in entry.arrays)) for ours, entry in weights.items()}
-        module.load_state_dict({key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in state.items()})
+        module.load_state_dict({key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in state.items()}, assign=True)
         return module.requires_grad_(False)
 
     for head, queries, plain in (("cls_vjepa", 1, False), ("cls_plain", 1, True), ("given_queries", 0, False)):
-        shape = {"queries": queries, "query_width": given.shape[-1], "width": heads * d, "heads": heads, "out": 7, "plain": plain}
+        query_width = 0 if queries else given.shape[-1]
+        shape = {"queries": queries, "query_width": query_width, "width": heads * d, "heads": heads, "out": 7, "plain": plain}
         settings = size | shape
         module = ReleasedReadout("attention", settings, 0.95).build()
         module = loaded(head, module, attention_weight_map(settings, f"{head}/params/"))

@@ -39,7 +39,7 @@ class Npz:
             self._zip = zipfile.ZipFile(path)
         except DAMAGE as error:
             raise UserError(f"{path} is not an npz file, or is cut short: {error}") from error
-        check_expansion(path, self._zip)
+        check_expansion(path)
         self.shapes: dict[str, Shape] = {}
         for member in self._zip.namelist():
             key = member.removesuffix(".npy")
@@ -66,10 +66,20 @@ class Npz:
             raise UserError(f"{self.path}: {key} is damaged: {error}") from error
 
 
-def check_expansion(path: Path, content: zipfile.ZipFile) -> None:
-    """Raises UserError: a zip file would expand to far more than its own size. Nothing is expanded for that."""
-    expanded, limit = sum(member.file_size for member in content.infolist()), path.stat().st_size * MOST_EXPANSION
-    if expanded > max(limit, SMALL):
+def check_expansion(path: Path) -> None:
+    """Look into a file before it is loaded, in case it is a zip file, as those of torch and numpy are.
+
+    Raises UserError: it would expand to far more than its own size, or is damaged. Nothing is expanded for that.
+    """
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":
+            return
+    try:
+        with zipfile.ZipFile(path) as content:
+            expanded = sum(member.file_size for member in content.infolist())
+    except DAMAGE as error:
+        raise UserError(f"{path} is not a whole zip file: {error}") from error
+    if expanded > max(path.stat().st_size * MOST_EXPANSION, SMALL):
         raise UserError(f"{path} would expand to {expanded:,} bytes, more than {MOST_EXPANSION} times its size; refused")
 
 

@@ -10,7 +10,6 @@ import argparse
 import math
 import pickle
 import re
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -192,9 +191,7 @@ def read_mae_st(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises UserError: a damaged file, content that only unpickling could read, no state dict of dense float32 tensors.
     """
-    if zipfile.is_zipfile(source):
-        with zipfile.ZipFile(source) as content:
-            check_expansion(source, content)
+    check_expansion(source)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the official code saves its options as one
             content = torch.load(source, map_location="cpu", weights_only=True)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from scaling4d.encoders import torchvision_shim
+from scaling4d.encoders.arrays import check_expansion
 from scaling4d.encoders.pretrained import load_encoder
 from scaling4d.mae.encoder import Encoder, EncoderConfig, initialise
 from scaling4d.records import UserError
@@ -92,6 +93,7 @@ def load_inception(path: Path) -> Extractor:
     """
     if not path.is_file():
         raise UserError(f"no file {path}; correct reconstruct.Fidelity.inception, or leave it empty")
+    check_expansion(path)
     try:
         weights = torch.load(path, weights_only=True, map_location="cpu")
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
