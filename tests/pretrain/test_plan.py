@@ -118,7 +118,7 @@ def test_every_change_that_is_named_makes_it_fit(point: str, mesh: str) -> None:
         (("S", "--recompute", "all"), "--recompute 'all'; needed none or block"),
         (("S", "--utilisation", "40"), "--utilisation 40.0; needed a share above 0 and at most 1"),
         (("S", "--write-gb-per-s", "0"), "--write-gb-per-s 0.0; needed more than 0"),
-        (("huge",), "no profile has a point 'huge'; points: B, G, H, L, S, e, j, mae_st_B, "),
+        (("huge",), "no profile has a point 'huge'; points: B, G, H, L, S, big, e, j, mae_st_B, "),
     ],
 )
 def test_bad_input_is_refused_in_one_line(words: tuple[str, ...], message: str, command: Callable) -> None:
