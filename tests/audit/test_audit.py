@@ -300,6 +300,21 @@ def test_results_without_the_checkpoints_that_they_were_read_from_are_not_called
     assert f"not checked {NANO}: {weights}" in messages("not checked")
 
 
+def test_stages_that_dvc_keeps_of_a_still_earlier_run_are_no_part_of_an_earlier_run(commit: Callable, wrong: Wrong) -> None:
+    lock = yaml.safe_load(Path("dvc.lock").read_text())
+    leftover = json.loads(json.dumps(next(stage for name, stage in lock["stages"].items() if name.startswith("readout@"))))
+    for dep in (dep for dep in leftover["deps"] if dep["path"].startswith("artifacts/")):
+        dep["md5"] = "0" * 32
+    leftover["outs"][0] |= {"path": "artifacts/test/readout/nano/actions/finetune", "md5": "1" * 32}
+    lock["stages"]["finetune@nano"] = leftover
+    Path("dvc.lock").write_text(yaml.safe_dump(lock))
+    commit("a lock with a stage that dvc.yaml no longer has")
+    assert not wrong()
+    Path("src/scaling4d/readout/stage.py").write_text("VALUE = 22\n")
+    commit("other code")
+    assert not wrong()
+
+
 def test_results_of_an_earlier_commit_are_one_note_that_says_what_is_newer(
     flip: Flip, commit: Callable, messages: Messages, wrong: Wrong
 ) -> None:

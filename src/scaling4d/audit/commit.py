@@ -15,6 +15,7 @@ from scaling4d.provenance import LockedStage, commits_of, differences, file_at, 
 from scaling4d.records import UserError
 
 SETTINGS = (f":(glob){config.EXPERIMENTS}/**/*.yaml", "data.dvc", ":(exclude)experiments/study")
+STUDIES = ":(glob)reports/studies/*/study.json"  # the report reads that of the seeds
 Stages = Mapping[str, LockedStage]
 Difference = tuple[str, str, str]  # kind of finding; setting, path or stage; message
 
@@ -61,8 +62,8 @@ def _compare(commit: str, stages: Stages, overrides: tuple[str, ...], changes: d
 
 @cache
 def _commits_with(md5: str | None) -> tuple[str, ...]:
-    """Commits with this code, newest first: the one that brought it, and those that changed settings or data after."""
-    return tuple(commit for commit in commits_of(SOURCE, *SETTINGS) if md5 and _imported_md5(commit, SOURCE) == md5)
+    """Commits with this code, newest first: its first, and later ones that changed settings, data or studies."""
+    return tuple(commit for commit in commits_of(SOURCE, *SETTINGS, STUDIES) if md5 and _imported_md5(commit, SOURCE) == md5)
 
 
 @cache

@@ -41,7 +41,7 @@ def _verify_run(run: LockedRun) -> Iterator[AuditFinding]:
     """A kept run, or results of an earlier commit, have the inputs of a commit; their artifacts may be here or not."""
     if newer := _newer_commits(run):
         yield AuditFinding(NOTE, run.lock, newer)
-        stages = required(read_lock(LOCK), ["report"])  # with those that today's settings no longer have, on their own data
+        stages = required(_without_leftovers(read_lock(LOCK), run.stages), ["report"])
         run = replace(run, stages=stages, settings=None, contradictions={})
     kept = run.settings is None
     paths = [path for path in run.locked_files if not kept or run.owns(path)]
@@ -66,6 +66,21 @@ def _verify_run(run: LockedRun) -> Iterator[AuditFinding]:
         command = f"scaling4d compose profile={Path(run.home).name} && dvc repro" if kept else "dvc repro"
         what = f"{len(absent)} locked files and folders ({shorten(absent, 4)})"
         yield AuditFinding(UNCHECKED, run.lock, f"{what} are not here: run `{command}`")
+
+
+def _without_leftovers(locked: Mapping[str, LockedStage], today: Mapping[str, LockedStage]) -> dict[str, LockedStage]:
+    """The stages of a lock without those of a still earlier run, which DVC never removes.
+
+    A leftover is a stage that today's settings do not have, and that read other code than stage `code` wrote. Others
+    that today's settings do not have are of the run, on their own data.
+    """
+    written = {out.path: out.md5 for out in locked["code"].outs} if "code" in locked else {}
+    stages = {}
+    for name, stage in locked.items():
+        read = {dep.path: dep.md5 for dep in stage.deps if dep.path in written}
+        if name in today or all(md5 == written[path] for path, md5 in read.items()):
+            stages[name] = stage
+    return stages
 
 
 def _newer_commits(run: LockedRun) -> str:
