@@ -66,7 +66,7 @@ def test_nine_of_ten_intervals_hold_the_truth() -> None:
         _, low, high = fitted.prediction(SIZES[-1], 16e12 / FLOPS_PER_CLIP[-1])
         deviation = 0.005 * seeds.numpy(0, "new", draw).standard_normal()
         held["new run"] += low <= true_loss(SIZES[-1], 16e12 / FLOPS_PER_CLIP[-1]) * np.exp(deviation) <= high
-    assert all(80 <= count <= 98 for count in held.values()), held
+    assert all(85 <= count <= 95 for count in held.values()), held
 
 
 def test_an_exponent_without_a_visible_trend_is_not_identified() -> None:
@@ -84,7 +84,10 @@ def test_few_runs_or_one_budget_give_no_law() -> None:
 @pytest.mark.integration
 def test_the_plan_of_a_point_quotes_the_law_and_says_where_it_is_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
-    keys, columns = ("parameters", "clips_seen", "flops", "value"), zip(N, D, FLOPS, true_loss(N, D), strict=True)
+    keys, columns = (
+        ("parameters", "clips_seen", "flops", "value"),
+        zip(N.astype(int), D.astype(int), FLOPS, true_loss(N, D), strict=True),
+    )
     runs = [{"arm": "a", "seed": 0, "task": "pretrain", **dict(zip(keys, values, strict=True))} for values in columns]
     (tmp_path / "runs.csv").write_text(to_csv(RUN_COLUMNS, runs))
     monkeypatch.setattr(law, "FITTED", tmp_path)

@@ -12,7 +12,7 @@ from typing import Any
 
 from scaling4d import artifacts, config, provenance
 from scaling4d.audit.commit import closest_commit
-from scaling4d.audit.report_numbers import page_numbers, verify_numbers
+from scaling4d.audit.report_numbers import verify_numbers
 from scaling4d.audit.run import CODE, NOTE, SOURCE, UNCHECKED, WRONG, AuditFinding, LockedRun, row_numbers, shorten
 from scaling4d.pipeline import code_hashes
 from scaling4d.provenance import LOCK, MISSING, LockedStage, differences, file_at, flatten, overlap, read_lock, required
@@ -29,10 +29,15 @@ def verify(runs: list[LockedRun]) -> list[AuditFinding]:
 
 
 def checked(run: LockedRun) -> Counter[str]:
-    """How many locked files and folders are here ("hashes") and not ("absent"), locked settings, and numbers shown."""
+    """How many locked files and folders are here ("hashes") and not ("absent"), locked settings, and numbers.
+
+    A number counts where the file that it came from is here.
+    """
     here = sum(bool(run.disk.paths(path)) for path in run.locked_files)
-    page = run.disk.text(f"{run.folder}/report.html")
-    numbers = sum(len(row_numbers(row)) for *_, row in run.table_rows()) + (len(page_numbers(page)) if page else 0)
+    rows = (row for key, *_, row in run.table_rows() if run.json_object(run.records.get(key, "")))
+    shown = (entry for entry in run.json(f"{run.folder}/numbers.json") or () if isinstance(entry, dict))
+    numbers = sum(len(row_numbers(row)) for row in rows)
+    numbers += sum(run.disk.text(str(entry.get("source"))) is not None for entry in shown)
     settings = sum(len([*flatten(stage.params)]) for stage in run.stages.values())
     return Counter(hashes=here, absent=len(run.locked_files) - here, settings=settings, numbers=numbers)
 

@@ -15,7 +15,7 @@ from scaling4d import artifacts, config
 from scaling4d.records import UserError, write_json
 from scaling4d.studies.loss_law import MIN_RUNS, NAMES, LossLaw, fit_loss_law
 from scaling4d.studies.markup import cell_text
-from scaling4d.studies.plotting import log_x, style, subplots, to_svg
+from scaling4d.studies.plotting import draw_intervals, legend, log_x, style, subplots, to_svg
 from scaling4d.studies.study import REPORTS, RUNS, Study, read_runs
 
 FITTED = REPORTS / "isoflop"  # the study whose law `scaling4d plan` quotes
@@ -47,9 +47,8 @@ class TrainedRun:
 
 def trained_runs(rows: Iterable[Mapping[str, str]]) -> list[TrainedRun]:
     """The pretrainings in the rows of a study's runs.csv."""
-    keys = ("parameters", "clips_seen", "flops", "value")
-    trained = (row for row in rows if row["task"] == "pretrain")
-    return [TrainedRun(row["arm"], int(row["seed"]), *(float(row[key]) for key in keys)) for row in trained]
+    trained, sizes = (row for row in rows if row["task"] == "pretrain"), ("seed", "parameters", "clips_seen")
+    return [TrainedRun(r["arm"], *(int(r[key]) for key in sizes), float(r["flops"]), float(r["value"])) for r in trained]
 
 
 def read_trained_runs(folder: Path) -> list[TrainedRun]:
@@ -194,20 +193,12 @@ def law_figure(runs: Sequence[TrainedRun], law: LossLaw, predicted: Sequence[Map
     for number, budget in enumerate(budgets):
         color = f"C{number % 10}"
         some = [run for run in runs if _rounded(run.flops) == budget]
-        curves.plot(
-            [run.parameters for run in some], [run.loss for run in some], "o", color=color, ms=4, label=f"{budget:.2g} FLOPs"
-        )
+        points = [run.parameters for run in some], [run.loss for run in some]
+        curves.plot(*points, "o", color=color, ms=4, label=f"{budget:.2g} FLOPs")
         curves.plot(sizes, law.loss(sizes, budget / law.flops_per_clip(sizes)), color=color, lw=1)
     for row in predicted:
-        curves.errorbar(
-            row["parameters"],
-            row["predicted"],
-            [[row["predicted"] - row["low"]], [row["high"] - row["predicted"]]],
-            fmt="_",
-            color="0.3",
-            capsize=3,
-            label="predicted before the run, 90 %",
-        )
+        look = {"fmt": "_", "color": "0.3", "capsize": 3, "label": "predicted before the run, 90 %"}
+        draw_intervals(curves, [row["parameters"]], [(row["predicted"], row["low"], row["high"])], **look)
         curves.plot(row["parameters"], row["measured"], "kx", ms=5, label="its outcome")
     grid = np.geomspace(min(budgets), 2 * max(budgets), BUDGETS)
     best, losses = law.optimum(grid)
@@ -216,13 +207,11 @@ def law_figure(runs: Sequence[TrainedRun], law: LossLaw, predicted: Sequence[Map
     log_x(curves, [*law.parameters], "encoder parameters")
     curves.set_title("validation loss of pretraining\n↓ lower is better")
     frontier.plot(grid, best, "k--", lw=1)
-    frontier.fill_between(grid, low, high, color="0.5", alpha=0.2, lw=0, label="90 %")
+    frontier.fill_between(grid, low, high, color="0.5", alpha=0.2, lw=0, label="its 90 % interval")
     frontier.set_yscale("log")
     log_x(frontier, [*grid], "training FLOPs")
     frontier.set_title("best size of a budget, encoder parameters")
-    handles, labels = curves.get_legend_handles_labels()
-    shown = dict(zip(labels, handles, strict=True))
-    figure.legend(shown.values(), shown, loc="outside lower center", ncols=4)
+    legend(figure)
     return to_svg(figure)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import OptimizeResult, least_squares, nnls
 
-from scaling4d import seeds
+from scaling4d.studies.fits import bootstrap_errors
 
 HUBER = 1e-3  # of log losses; arXiv:2203.15556
 LIMITS = (1e-2, 4.0)  # smallest and largest exponent
@@ -26,14 +26,14 @@ SIZES = 512  # that are tried for an optimum
 
 @dataclass(frozen=True)
 class LossLaw:
-    """A fitted law. draws: `draws 5` of a bootstrap over runs, in the order of NAMES; values: the fit itself.
+    """A fitted law. values: in the order of NAMES. draws: `draws 5`, of a parametric bootstrap, see `bootstrap_errors`.
 
-    deviation: of one run's log loss. parameters, clips, flops: of the fitted runs, `runs`.
+    errors: `draws`, of a new run's log loss. parameters, clips, flops: of the fitted runs, `runs`.
     """
 
     values: np.ndarray
     draws: np.ndarray
-    deviation: float
+    errors: np.ndarray
     parameters: np.ndarray
     clips: np.ndarray
     flops: np.ndarray
@@ -47,8 +47,7 @@ class LossLaw:
         """The loss of a new run, and its 90 % interval: of the law, and of a run's own deviation."""
         size, seen = np.array([parameters]), np.array([clips])
         curves = np.array([self.loss(size, seen, draw)[0] for draw in self.draws])
-        noise = np.exp(self.deviation * seeds.numpy(0, "new_run").standard_normal(len(curves)))
-        return (float(self.loss(size, seen)[0]), *np.quantile(curves * noise, QUANTILES).tolist())
+        return (float(self.loss(size, seen)[0]), *np.quantile(curves * np.exp(self.errors), QUANTILES).tolist())
 
     def interval(self, name: str) -> tuple[float, float, float]:
         """A number of NAMES, and its 90 % interval."""
@@ -91,7 +90,7 @@ class LossLaw:
 def fit_loss_law(
     parameters: Sequence[float], clips: Sequence[float], flops: Sequence[float], losses: Sequence[float], *, draws: int = DRAWS
 ) -> LossLaw | None:
-    """Fit the law to runs by a Huber loss in log space, and again to `draws` samples of a bootstrap.
+    """Fit the law to runs by a Huber loss in log space, and again to `draws` samples of a parametric bootstrap.
 
     Args:
         parameters, clips, flops, losses: of each run. Runs of several seeds count one by one.
@@ -104,14 +103,10 @@ def fit_loss_law(
     n, d, y = size / _middle(size), seen / _middle(seen), np.log(loss)
     starts = [_start(n, d, loss, alpha, beta) for alpha in STARTS for beta in STARTS]
     best = min((_search(n, d, y, start) for start in starts), key=lambda search: search.cost).x
-    errors = y - _log_loss(_values(best), n, d)
-    deviation = float(np.sqrt((errors**2).sum() / max(len(y) - len(NAMES), 1)))
-    rng = seeds.numpy(0, "loss_law")
-    curve, fits = y - errors, []
-    for _ in range(draws):
-        scale = np.sqrt((errors**2).sum() / rng.chisquare(len(y) - len(NAMES)))
-        fits.append(_values(_search(n, d, curve + scale * rng.standard_normal(len(y)), best).x))
-    return LossLaw(_values(best), np.array(fits), deviation, size, seen, work)
+    curve = _log_loss(_values(best), n, d)
+    *errors, of_a_new_run = bootstrap_errors(y - curve, len(NAMES), draws).T
+    fits = [_values(_search(n, d, curve + drawn, best).x) for drawn in np.transpose(errors)]
+    return LossLaw(_values(best), np.array(fits), of_a_new_run, size, seen, work)
 
 
 def _search(n: np.ndarray, d: np.ndarray, log_losses: np.ndarray, start: np.ndarray) -> OptimizeResult:
