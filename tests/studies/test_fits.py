@@ -61,3 +61,8 @@ def test_rank_correlation_takes_ties_at_their_mean_rank_and_needs_three_points_t
     ranks = np.corrcoef([1, 2.5, 2.5, 4, 5], [5, 3.5, 3.5, 1, 2])[0, 1]
     assert fits.spearman(x, y) == pytest.approx(ranks, abs=1e-12)
     assert fits.spearman([1, 2], [1, 2]) is None and fits.spearman([1, 2, 3], [4, 4, 4]) is None
+
+
+def test_a_straight_line_predicts_the_points_that_lie_on_it_and_misses_a_bent_one() -> None:
+    assert fits.left_out_error([1.0, 2.0, 4.0, 7.0], [3.0, 5.0, 9.0, 15.0]) == pytest.approx(0, abs=1e-12)
+    assert fits.left_out_error([0.0, 1.0, 2.0], [0.0, 1.0, 0.0]) == pytest.approx(np.sqrt((4 + 1 + 4) / 3))

@@ -89,7 +89,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_a_study_follows_from_its_locks_and_the_cache_and_is_the_same_bytes_again(scaling: Study) -> None:
     page.write_study(scaling, DVC_CACHE, RUN_FACTS)
     before = content(study.REPORTS)
-    names = ("runs.csv", "table.csv", "fits.csv", "ranks.csv", "runs.svg", "laws_size.svg", "study.html", "study.json")
+    names = ("runs.csv", "table.csv", "fits.csv", "tasks.csv", "runs.svg", "laws_size.svg", "study.html", "study.json")
     assert {"index.html", *(f"scaling/{name}" for name in names)} <= before.keys()
     rows = list(csv.DictReader((scaling.folder / "runs.csv").open()))
     assert len(rows) == 5 * 3 * 5 and rows[0]["experiment"] == "nano-0-abc"
@@ -139,15 +139,35 @@ def test_a_damaged_result_in_the_cache_is_refused(scaling: Study) -> None:
         page.write_study(scaling, DVC_CACHE, {})
 
 
-def test_laws_ranks_and_the_prediction_of_the_largest_size(scaling: Study) -> None:
+def test_laws_predictors_and_the_prediction_of_the_largest_size(scaling: Study) -> None:
     page.write_study(scaling, DVC_CACHE, {})
     fits = {row["task"]: row for row in csv.DictReader((scaling.folder / "fits.csv").open())}
     for task in ("pretrain", "actions"):
         assert float(fits[task]["exponent_low"]) < 0.3 < float(fits[task]["exponent_high"])
         assert fits[task]["points"] == "15" and fits[task]["inside"] == "True" and float(fits[task]["largest"]) == 1e7
     assert fits["actions"]["metric"] == "1 - top1"
-    for row in csv.DictReader((scaling.folder / "ranks.csv").open()):
-        assert float(row["spearman"]) == pytest.approx(1) == float(row["lowest_of_a_seed"])
+    for row in csv.DictReader((scaling.folder / "tasks.csv").open()):
+        assert float(row["spearman_of_loss"]) == pytest.approx(1) == float(row["lowest_of_a_seed"])
+        assert row["better_with_size"] == "yes" and row["better_predictor"] == "loss"  # errors are linear in the loss
+
+
+def test_a_task_that_does_not_rise_says_so_and_has_no_better_predictor(scaling: Study) -> None:
+    page.write_study(scaling, DVC_CACHE, {})
+    rows = study.read_runs(scaling.folder)
+    wobble = {"nano": 0.0, "micro": 0.02, "tiny": -0.02, "small": 0.01, "mini": 0.0}
+    of_seed = {"0": 0.01, "1": -0.01, "2": 0.0}
+    flat = [
+        row | {"value": str(0.5 + wobble[row["arm"]] + of_seed[row["seed"]] * (row["arm"] == "mini"))}
+        for row in rows
+        if row["task"] == "actions"
+    ]
+    falling = [row | {"value": str(1 - float(row["value"]))} for row in rows if row["task"] == "actions"]
+    losses = [row for row in rows if row["task"] == "pretrain"]
+    (within,), (worse,) = (list(page.task_rows(scaling, [*losses, *some])) for some in (flat, falling))
+    assert within["better_with_size"] == "within noise" and within["better_predictor"] is None
+    assert worse["better_with_size"] == "no" and worse["better_predictor"] is None
+    (one_seed,) = page.task_rows(replace(scaling, seeds=(0,)), [row for row in [*losses, *falling] if row["seed"] == "0"])
+    assert one_seed["better_with_size"] is None
 
 
 def test_an_arm_without_the_size_of_its_ladder_is_named(scaling: Study) -> None:
@@ -208,7 +228,7 @@ def test_the_findings_of_every_study_begin_with_one_line() -> None:
     for folder in folders:
         lines = folder.joinpath("findings.md").read_text().splitlines()
         assert lines[0].startswith("# ") and lines[1] == lines[3] == "", folder
-        assert re.search(r"\d.*\. \[(table|fits|ranks): [^]]+\]$", lines[2]) and len(page.REFERENCES.sub("", lines[2])) <= 200, (
+        assert re.search(r"\d.*\. \[(table|fits|tasks): [^]]+\]$", lines[2]) and len(page.REFERENCES.sub("", lines[2])) <= 200, (
             folder
         )
     assert folders
@@ -254,7 +274,7 @@ def wrong(scaling: Study) -> Callable[[], list[str]]:
 
 def test_the_audit_names_a_file_with_a_changed_byte_and_one_that_is_gone(scaling: Study, wrong: Callable[[], list[str]]) -> None:
     assert wrong() == []
-    names = ("runs.csv", "table.csv", "fits.csv", "ranks.csv", "findings.md", "locks/tiny-1.lock", "runs.svg", "study.html")
+    names = ("runs.csv", "table.csv", "fits.csv", "tasks.csv", "findings.md", "locks/tiny-1.lock", "runs.svg", "study.html")
     for name in names:
         path = scaling.folder / name
         before = path.read_bytes()

@@ -92,6 +92,17 @@ def held_out(x: Sequence[float], y: Sequence[float]) -> HeldOut | None:
     return HeldOut(float(x[-1]), float(y[left:].mean()), float(smaller(x[-1])), low, high)
 
 
+def left_out_error(x: Sequence[float], y: Sequence[float]) -> float:
+    """Root mean square over the points of the error of a straight line through the others. At least three points."""
+    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    errors = []
+    for left in range(len(x)):
+        others = np.arange(len(x)) != left
+        _, height = np.polyfit(x[others] - x[left], y[others], 1)
+        errors.append(height - y[left])
+    return float(np.sqrt(np.mean(np.square(errors))))
+
+
 def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
     """Rank correlation, ties at their mean rank. None with fewer than three points, or where all values are equal."""
     from scipy.stats import spearmanr

@@ -1,22 +1,26 @@
-"""Locks of a study's runs in; runs.csv, table.csv, fits.csv, ranks.csv, figures, study.json and study.html out."""
+"""Locks of a study's runs in; runs.csv, table.csv, fits.csv, tasks.csv, figures, study.json and study.html out."""
 
 from __future__ import annotations
 
 import csv
 import html
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
 from scaling4d import artifacts
 from scaling4d.provenance import LOCK, parse_csv, read_lock, to_csv
 from scaling4d.records import UserError, write_json
 from scaling4d.studies import law as laws
 from scaling4d.studies import study as studies
-from scaling4d.studies.fits import held_out, spearman, trend
+from scaling4d.studies.fits import held_out, left_out_error, spearman, trend
 from scaling4d.studies.markup import NOTHING, cell_text, csv_cell_text, deviation_format, html_figure, html_page, html_table
 from scaling4d.studies.plotting import draw_law, legend, log_x, panel_title, style, subplots, to_svg
 from scaling4d.studies.study import REPORTS, UNMEASURED, Study
@@ -25,13 +29,16 @@ from scaling4d.studies.words import WORDS, measure_head, metric_words
 PANELS = 4  # of a row of a figure
 SIGNAL = "signal.csv"
 LAW, OPTIMUM, PREDICTED = "law.csv", "optimum.csv", "predicted.csv"
-FITS, RANKS, INDEX = "fits.csv", "ranks.csv", "index.html"
+FITS, TASKS, INDEX = "fits.csv", "tasks.csv", "index.html"
 REFERENCES = re.compile(r" \[[^]]*\]")  # of a sentence of findings.md: the rows of table.csv, or the figure
 FIT_COLUMNS = (
     *("task", "ladder", "metric", "points", "floor", "floor_low", "floor_high", "exponent", "exponent_low", "exponent_high"),
     *("largest", "measured", "predicted", "predicted_low", "predicted_high", "inside"),
 )
-RANK_COLUMNS = ("task", "ladder", "arms", "spearman", "lowest_of_a_seed", "highest_of_a_seed")
+TASK_COLUMNS = (
+    *("task", "ladder", "arms", "better_with_size", "spearman_of_loss", "lowest_of_a_seed", "highest_of_a_seed"),
+    *("error_by_size", "error_by_loss", "better_predictor"),
+)
 BANNER = (
     '<p class="banner">Made with other code than <code>dvc.lock</code> names: {packages}; '
     "run <code>scaling4d study {name}</code> again.</p>"
@@ -39,7 +46,12 @@ BANNER = (
 AXES = {"parameters": "encoder parameters", "flops": "training FLOPs", "clips_seen": "clips seen"}
 Row = Mapping[str, Any]
 LAWS = "Power laws over all seeds, and the prediction of the largest size by the others"
-RANKED = "Rank correlation of the validation loss with each task"
+PREDICTORS = "Each task: whether it rises beyond the noise of seeds, and whether size or loss predicts it better"
+PREDICTORS_EXPLAINED = (
+    "spearman of loss: rank correlation of validation loss and task error over the arms, of the means and of single seeds. error "
+    "by size, error by loss: root mean square over the arms of the error of a straight line through the other arms, over the "
+    "logarithm of the ladder's size or over the loss. A task that does not rise has no better predictor."
+)
 RUNS_CAPTION = (
     "A dot for each seed, a line at the mean of each arm. The baseline is the arm {base}; the band around it is the seed noise "
     "of a difference at 95 %."
@@ -98,7 +110,7 @@ def write_study(study: Study, cache: Path, run_facts: Mapping[str, Mapping[str, 
     if signals := [*studies.signal_rows(rows)]:
         files[SIGNAL] = to_csv(studies.SIGNAL_COLUMNS, signals)
     if study.ladders:
-        files |= {FITS: to_csv(FIT_COLUMNS, fit_rows(study, rows)), RANKS: to_csv(RANK_COLUMNS, rank_rows(study, rows))}
+        files |= {FITS: to_csv(FIT_COLUMNS, fit_rows(study, rows)), TASKS: to_csv(TASK_COLUMNS, task_rows(study, rows))}
         files |= {f"laws_{ladder}.svg": laws_figure(study, rows, ladder) for ladder in study.ladders}
     if study.law:
         files |= law_files(study, rows)
@@ -158,23 +170,34 @@ def fit_rows(study: Study, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def rank_rows(study: Study, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
-    """Rows of ranks.csv: for each task and ladder, Spearman's correlation of validation loss and task over the arms.
+def task_rows(study: Study, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+    """Rows of tasks.csv: for each task and ladder whether it rises, and whether size or loss predicts it better.
 
-    +1: the lower the loss, the better the task. Of the means over seeds, and the lowest and highest of a single seed.
+    better_with_size: the last arm beside the first, by the noise of seeds (`seed_noise`); None with one seed.
+    spearman_of_loss: of validation loss and error, +1 where a lower loss is a better task. error_by_size,
+    error_by_loss: `left_out_error` of a line over the logarithm of the ladder's size, and over the loss. All are of
+    means over seeds.
     """
     for ladder, (_, arms) in study.ladders.items():
-        errors = {  # task -> arm -> seed -> error
-            task: {arm: {point["seed"]: point["error"] for point in points if point["arm"] == arm} for arm in arms}
-            for task, points in _ladder(study, rows, ladder).items()
-        }
+        tasks, errors, sizes = _ladder(study, rows, ladder), {}, {}
+        for task, points in tasks.items():
+            sizes |= {point["arm"]: point["x"] for point in points}
+            errors[task] = {arm: {point["seed"]: point["error"] for point in points if point["arm"] == arm} for arm in arms}
         losses = errors.pop("pretrain", None)
         for task, by_arm in errors.items() if losses else ():
-            means = spearman(*([fmean(values[arm].values()) for arm in arms] for values in (losses, by_arm)))
+            mean_losses, means = ([fmean(values[arm].values()) for arm in arms] for values in (losses, by_arm))
             single = [spearman([losses[arm][s] for arm in arms], [by_arm[arm][s] for arm in arms]) for s in study.seeds]
             known = [rho for rho in single if rho is not None]
-            row = {"task": task, "ladder": ladder, "arms": len(arms), "spearman": means}
-            yield row | {"lowest_of_a_seed": min(known, default=None), "highest_of_a_seed": max(known, default=None)}
+            noise = studies.seed_noise([[by_arm[arm][s] for s in study.seeds] for arm in arms])
+            rises = None if noise is None else "yes" if means[0] - means[-1] > noise else "no"
+            rises = "within noise" if rises == "no" and abs(means[0] - means[-1]) <= noise else rises
+            row = {"task": task, "ladder": ladder, "arms": len(arms), "better_with_size": rises}
+            row |= {"spearman_of_loss": spearman(mean_losses, means)}
+            row |= {"lowest_of_a_seed": min(known, default=None), "highest_of_a_seed": max(known, default=None)}
+            by_size = left_out_error([math.log(sizes[arm]) for arm in arms], means)
+            by_loss = left_out_error(mean_losses, means)
+            row |= {"error_by_size": by_size, "error_by_loss": by_loss}
+            yield row | {"better_predictor": ("size" if by_size < by_loss else "loss") if rises == "yes" else None}
 
 
 def _ladder(study: Study, rows: Sequence[Row], name: str) -> dict[str, list[dict[str, Any]]]:
@@ -203,12 +226,8 @@ def runs_figure(study: Study, rows: Sequence[Row], table: Sequence[Row]) -> str:
     """A panel for each task: a dot for each seed, a line at each mean, and a band of seed noise around the base arm."""
     arms, tasks = [arm.name for arm in study.arms], list(dict.fromkeys(row["task"] for row in rows))
 
-    columns = min(len(tasks), PANELS)
-    lines = -(-len(tasks) // columns)
-    figure, panels = subplots(lines, columns, (max(2.4, 0.42 * len(arms) + 1.1) * columns, 3.6 * lines + 0.3))
-    for axes in panels.flat[len(tasks) :]:
-        axes.set_axis_off()
-    for axes, task in zip(panels.flat, tasks, strict=False):
+    figure, panels = _task_panels(len(tasks), max(2.4, 0.42 * len(arms) + 1.1), 3.6)
+    for axes, task in zip(panels, tasks, strict=True):
         runs, means = ([row for row in some if row["task"] == task] for some in (rows, table))
         for row in runs:
             axes.plot(arms.index(row["arm"]), float(row["value"]), "o", color="tab:blue", ms=4, alpha=0.55, label="a seed")
@@ -233,7 +252,7 @@ def laws_figure(study: Study, rows: Sequence[Row], name: str) -> str:
     """A panel for each task over a kind of size: every seed, the law with its band, Spearman's correlation."""
     tasks, (x, _) = _ladder(study, rows, name), study.ladders[name]
 
-    figure, (panels,) = subplots(1, len(tasks), (2.7 * len(tasks), 4.4))
+    figure, panels = _task_panels(len(tasks), 2.7, 4.2)
     for axes, points in zip(panels, tasks.values(), strict=True):
         sizes, values, errors = ([point[key] for point in points] for key in ("x", "value", "error"))
         higher, law = points[0]["higher_is_better"], "no power law"
@@ -248,6 +267,16 @@ def laws_figure(study: Study, rows: Sequence[Row], name: str) -> str:
         axes.margins(y=0.15)
     legend(figure)
     return to_svg(figure)
+
+
+def _task_panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure with rows of up to PANELS panels, of a width and height in inches."""
+    columns = min(count, PANELS)
+    lines = -(-count // columns)
+    figure, panels = subplots(lines, columns, (width * columns, height * lines + 0.3))
+    for axes in panels.flat[count:]:
+        axes.set_axis_off()
+    return figure, [*panels.flat[:count]]
 
 
 def _task_title(row: Row, *, higher_is_better: bool) -> str:
@@ -275,9 +304,10 @@ def study_page(study: Study, table: Sequence[Row], files: Mapping[str, str], fin
         items = (f"<li>{html.escape(REFERENCES.sub('', block))}</li>" for block in paragraphs(findings))
         parts.append(f"<h2>Findings</h2><ul>{''.join(items)}</ul>")
     parts.append(f"<h2>Table</h2>{html_table(head, body)}<p>{EXPLAINED.format(base=study.base, seeds=len(study.seeds))}</p>")
-    for name, columns, heading in ((FITS, FIT_COLUMNS, LAWS), (RANKS, RANK_COLUMNS, RANKED)) if study.ladders else ():
+    tables = ((FITS, FIT_COLUMNS, LAWS, ""), (TASKS, TASK_COLUMNS, PREDICTORS, f"<p>{PREDICTORS_EXPLAINED}</p>"))
+    for name, columns, heading, explained in tables if study.ladders else ():
         rows = ([csv_cell_text(text) for text in row.values()] for row in parse_csv(files[name]))
-        parts.append(f"<h2>{heading}</h2>{html_table([column.replace('_', ' ') for column in columns], rows)}")
+        parts.append(f"<h2>{heading}</h2>{html_table([column.replace('_', ' ') for column in columns], rows)}{explained}")
     for name, heading in CSV_TABLES.items():
         if name in files:
             head, *rows = csv.reader(files[name].splitlines())
