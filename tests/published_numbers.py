@@ -10,7 +10,7 @@ from typing import Any
 from scaling4d.provenance import flatten, load_yaml
 from scaling4d.report.seeds import SeedStudy, noise_of_seeds, read_seed_study
 from scaling4d.report.verdict import TRIVIAL, beyond_noise, falls, falls_beyond_noise
-from scaling4d.studies.study import RECONSTRUCT_METRICS
+from scaling4d.studies.study import RECONSTRUCT_METRICS, loss_task
 
 ROOT = Path(__file__).parents[1]
 README, GUIDE = "README.md", "experiments/GUIDE.md"
@@ -78,7 +78,7 @@ def _results() -> Iterator[str]:
     head = f"| | {' | '.join(columns)} | untrained {large} | raw pixels | trivial | {answers} |"
     seed, measured = int(ladder[0]["seed"]), {}
     for row in _rows("built/pretrain.csv"):
-        measured[row["point"], "pretrain", "val_loss"] = seed, float(row["val_loss"]), ""
+        measured[row["point"], loss_task(row["method"]), "val_loss"] = seed, float(row["val_loss"]), ""
     for row in _rows("built/reconstruct.csv"):
         for metric in (metric for metric in RECONSTRUCT_METRICS if row.get(metric)):
             measured[row["point"], RECONSTRUCT_METRICS[metric], metric] = seed, float(row[metric]), row["checkpoint_sha256"]

@@ -23,7 +23,7 @@ from scaling4d.report.page import Page
 from scaling4d.report.run_results import RunResults
 from scaling4d.report.seeds import FOLDER
 from scaling4d.report.verdict import verdict
-from scaling4d.studies.study import RECONSTRUCT_METRICS, RUN_COLUMNS, TABLE_COLUMNS, study_table
+from scaling4d.studies.study import RECONSTRUCT_METRICS, RUN_COLUMNS, TABLE_COLUMNS, loss_task, study_table
 
 NOTEBOOK = Path(__file__).parents[2] / "reports/scaling.ipynb"
 BUILT = Path("reports/built")
@@ -219,7 +219,8 @@ def write_seed_study(run: RunResults, *, seeds_: tuple[int, ...] = (0, 1, 2), de
     """
     measured = [(r.encoder, r.task, r.metric, r.value, r.higher_is_better, r.checkpoint_sha256) for r in run.results]
     for point in run.trained:
-        measured.append((point, "pretrain", "val_loss", run.summaries[point]["val_loss"], False, ""))
+        summary = run.summaries[point]
+        measured.append((point, loss_task(summary["method"]), "val_loss", summary["val_loss"], False, ""))
         for metric, task in RECONSTRUCT_METRICS.items() if point in run.fidelity else ():
             measured.append((point, task, metric, run.fidelity[point][metric], False, run.fidelity[point]["checkpoint_sha256"]))
     rows = []

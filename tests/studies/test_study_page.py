@@ -59,7 +59,7 @@ def write_lock(scaling: Study, arm: Arm, seed: int) -> None:
     pose = {"task": "pose", "metric": "epe", "value": 1 + error, "higher_is_better": False}
     results = [result | actions, result | pose, result | {"masked_mse": error / 10, "moving_mse": error / 5}]
     outs = {name: ("result.json", content) for name, content in zip(arm.targets, results, strict=True)}
-    summary = {"parameters": int(size), "flops": 100 * size, "clips_seen": 800, "val_loss": 0.08 + error}
+    summary = {"method": "SimpleMAE", "parameters": int(size), "flops": 100 * size, "clips_seen": 800, "val_loss": 0.08 + error}
     outs[f"pretrain@{arm.encoder}"] = ("summary.json", summary)
     params = {"params.yaml": {"seed": seed, f"points.{arm.encoder}": {"width": int(size)}}}
     stages = {
@@ -112,6 +112,21 @@ def test_hidden_pixels_that_move_have_their_own_row_and_none_where_nothing_was_m
     assert rows({"masked_mse": 0.1, "moving_mse": 0.3}) == [all_hidden, moving]
     assert rows({"masked_mse": 0.1, "moving_mse": None}) == rows({"masked_mse": 0.1}) == [all_hidden]
     assert rows({"true_patch_statistics": True}) == []
+
+
+def test_the_loss_of_another_method_is_another_task_and_has_no_panel_alone(scaling: Study) -> None:
+    arm, lock = replace(scaling.arms[0], targets=()), scaling.lock("nano-0")
+    summary = {"method": "MAEST", "parameters": 1, "flops": 2, "clips_seen": 3, "val_loss": 0.5}
+    out = cache_out("artifacts/pretrain/nano", "summary.json", summary)
+    lock.write_text(json.dumps({"schema": "2.0", "stages": {"pretrain@nano": {"cmd": "", "outs": [out]}}}))
+    (row,) = study.run_numbers(arm, 0, read_lock(lock), DVC_CACHE, "")
+    assert (row["task"], row["metric"], row["value"]) == ("pretrain_MAEST", "val_loss", 0.5)
+    write_lock(scaling, scaling.arms[0], 0)
+    page.write_study(scaling, DVC_CACHE, {})
+    rows = study.read_runs(scaling.folder)
+    others = [r | {"task": "pretrain_MAEST"} if r["arm"] == "mini" and r["task"] == "pretrain" else r for r in rows]
+    svg = page.runs_figure(scaling, others, study.study_table(others, "nano"))
+    assert "pretrain MAEST" not in svg and ">pretrain<" in svg
 
 
 def test_rows_without_results_in_the_cache_stay_as_long_as_their_lock_does(scaling: Study) -> None:

@@ -13,7 +13,7 @@ from scaling4d import artifacts, config
 from scaling4d.provenance import is_below, parse_gin
 from scaling4d.records import Result, UserError
 from scaling4d.report.seeds import SeedStudy, read_seed_study
-from scaling4d.studies.study import RECONSTRUCT_METRICS
+from scaling4d.studies.study import RECONSTRUCT_METRICS, loss_task
 
 KEYS = ["profile", "seed", "points", "distilled", "encoders", "benchmarks.tasks", "show.tasks", "report"]  # declared in dvc.yaml
 PROTOCOLS = ("frozen", "finetune", "classifier")
@@ -126,7 +126,7 @@ def read_run_results(settings: Mapping[str, Any] | None = None) -> RunResults:
         folder, command = folders[f"pretrain/{point}"] = home / "pretrain" / point, f"pretrain {point}"
         summaries[point] = _with_keys(folder / "summary.json", command, SUMMARY)
         losses[point] = _parsed(folder / "losses.jsonl", command, _json_lines)
-        numbers[point, "pretrain", "val_loss"] = seed, summaries[point]["val_loss"], ""
+        numbers[point, loss_task(summaries[point]["method"]), "val_loss"] = seed, summaries[point]["val_loss"], ""
     for point in points:
         folder, command = folders[f"reconstruct/{point}"] = home / "reconstruct" / point, f"reconstruct {point}"
         fidelity[point] = measured = _with_keys(folder / "result.json", command, ("true_patch_statistics",))

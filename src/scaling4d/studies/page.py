@@ -223,8 +223,10 @@ def _ladder(study: Study, rows: Sequence[Row], name: str) -> dict[str, list[dict
 
 @style()
 def runs_figure(study: Study, rows: Sequence[Row], table: Sequence[Row]) -> str:
-    """A panel for each task: a dot for each seed, a line at each mean, and a band of seed noise around the base arm."""
-    arms, tasks = [arm.name for arm in study.arms], list(dict.fromkeys(row["task"] for row in rows))
+    """A panel for each task of two arms or more: a dot for each seed, a line at each mean, and a band of seed noise."""
+    arms = [arm.name for arm in study.arms]
+    every = list(dict.fromkeys(row["task"] for row in rows))
+    tasks = [task for task in every if sum(row["task"] == task for row in table) > 1] or every
 
     figure, panels = _task_panels(len(tasks), max(2.4, 0.42 * len(arms) + 1.1), 3.6)
     for axes, task in zip(panels, tasks, strict=True):

@@ -200,7 +200,7 @@ def run_numbers(arm: Arm, seed: int, stages: Stages, cache: Path, experiment: st
             return None
         if name in trained:
             run |= {key: content[key] for key in SIZES}
-            numbers = [("pretrain", "", "val_loss", content["val_loss"], "", False, "")]
+            numbers = [(loss_task(content["method"]), "", "val_loss", content["val_loss"], "", False, "")]
         elif name.startswith("reconstruct@"):
             errors = {metric: content[metric] for metric in RECONSTRUCT_METRICS if content.get(metric) is not None}
             weights = content["checkpoint_sha256"]
@@ -210,6 +210,11 @@ def run_numbers(arm: Arm, seed: int, stages: Stages, cache: Path, experiment: st
         common = {"parameters": content.get("parameters")} | run
         rows += [common | dict(zip(RESULT, row, strict=True)) for row in numbers]
     return rows
+
+
+def loss_task(method: str) -> str:
+    """Task of a validation loss in runs.csv. Losses of different methods have different targets and do not compare."""
+    return "pretrain" if method == "SimpleMAE" else f"pretrain_{method}"
 
 
 def _cached_json(out: LockedFile, name: str, cache: Path) -> Any:
