@@ -221,12 +221,6 @@ CLASSIFIER, ACTIONS = "classifier.Classifier.batch", "tasks.actions.Actions"
     ("protocol", "key", "value", "message"),
     [
         ("finetune", "tuning.Sharding.shards", 3, "readout.finetune.actions: 2 ranks do not divide into copies of 3"),
-        (
-            "finetune",
-            "tuning.Compute.device",
-            "tpu",
-            "readout.tuning.Compute: device = 'tpu'; needed cpu or cuda; did you",
-        ),
         ("finetune", "saving.Saving.save_every", -1, "readout.saving.Saving: save_every is -1; needed 0 or more"),
         ("finetune", "saving.Saving.keep_latest_k", 0, "readout.saving.Saving: keep_latest_k is 0; needed 1 or more"),
         ("finetune", "Evaluation.ranks", 0, "readout.Evaluation: ranks is 0; needed 1 or more"),
