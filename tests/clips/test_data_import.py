@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from small_videos import contents, save, world
+from nearness import contents
+from small_videos import save, world
 
 from scaling4d.clips import data_import
 from scaling4d.records import UserError

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from nearness import contents
 
 from scaling4d import benchmarks, config, video
 from scaling4d.benchmarks.samples import ClipRequest
@@ -29,9 +30,9 @@ def tiny(tmp_path_factory) -> Path:
 def test_the_same_seed_gives_the_same_bytes_with_any_number_of_workers(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     again = write_dataset(Path("again"), seed=5, settings=replace(TINY, workers=1))
-    first, second = ({p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in (tiny, again))
+    first, second = contents(tiny), contents(again)
     assert first.keys() == second.keys()
-    assert [str(name) for name in first if first[name] != second[name]] == []
+    assert [name for name in first if first[name] != second[name]] == []
 
 
 def test_every_seed_and_every_index_draws_another_scene():
