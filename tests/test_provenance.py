@@ -73,15 +73,12 @@ def test_a_lock_is_read_into_stages_and_a_target_requires_the_makers_of_its_inpu
     assert [*required(stages, ["report"])] == ["readout@nano", "report", "pretrain@nano"]
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "reason"),
-    [
-        ("'2.0'", "'3.0'", "schema '3.0', needed '2.0'"),
-        ("hash: md5, md5: d", "md5: d", "data2 has a hash of kind None, needed md5"),
-        ("params.yaml", "other.yaml", "readout@nano has settings of other.yaml, needed params.yaml"),
-        ("stages:", "stages: [", "while parsing a flow sequence .*"),
-    ],
-)
+@pytest.mark.parametrize(("old", "new", "reason"), [
+    ("'2.0'", "'3.0'", "schema '3.0', needed '2.0'"),
+    ("hash: md5, md5: d", "md5: d", "data2 has a hash of kind None, needed md5"),
+    ("params.yaml", "other.yaml", "readout@nano has settings of other.yaml, needed params.yaml"),
+    ("stages:", "stages: [", "while parsing a flow sequence .*"),
+])  # fmt: skip
 def test_a_damaged_lock_is_one_line(old: str, new: str, reason: str) -> None:
     with pytest.raises(UserError, match=f"^dvc.lock is damaged: {reason}; take it from git again$"):
         read_lock(Path("dvc.lock"), LOCK.replace(old, new))

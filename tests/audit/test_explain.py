@@ -101,16 +101,13 @@ NEAR_NANO = "; did you mean nano/actions/frozen or nano/pretrain?"
 NEAR_TOP9 = "; did you mean nano/actions/frozen or mini/actions/frozen or small/actions/frozen?"
 
 
-@pytest.mark.parametrize(
-    ("key", "near"),
-    [
-        ("nano/actions", NEAR_NANO),
-        ("nano/actions/frozn", NEAR_TOP9),
-        ("nano/actions/frozen/top9", NEAR_TOP9),
-        ("kept/tiny/actions/frozen", "; did you mean mini/actions/frozen or nano/actions/frozen or small/actions/frozen?"),
-        ("nothing", ""),
-    ],
-)
+@pytest.mark.parametrize(("key", "near"), [
+    ("nano/actions", NEAR_NANO),
+    ("nano/actions/frozn", NEAR_TOP9),
+    ("nano/actions/frozen/top9", NEAR_TOP9),
+    ("kept/tiny/actions/frozen", "; did you mean mini/actions/frozen or nano/actions/frozen or small/actions/frozen?"),
+    ("nothing", ""),
+])  # fmt: skip
 def test_an_unknown_number_lists_those_that_are_and_the_nearest_of_them(project: Path, key: str, near: str) -> None:
     known = "mini/pretrain, nano/pretrain, small/pretrain, mini/actions/frozen, nano/actions/frozen, small/actions/frozen"
     needed = "needed encoder/task/protocol, point/pretrain or point/reconstruct, one of: "

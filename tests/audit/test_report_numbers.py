@@ -15,32 +15,24 @@ BUILT = "reports/built"
 SHOWN, HIDDEN = '<span class="number" id="n-1">0.7500</span>', '<!--an class="number" id="n-1">0.7500</s-->'
 
 
-@pytest.mark.parametrize(
-    ("file", "old", "new", "message"),
-    [
-        ("results.csv", "top1,0.75,", "top1,0.95,", f"line 2: mini/actions/frozen top1 value = 0.95, {MINI} has 0.75"),
-        ("results.csv", "small,6,a", "smell,6,a", "line 6: no stage of dvc.lock makes the numbers of smell/actions/frozen"),
-        ("pretrain.csv", "nano,5,0.5", "nano,5,0.4", "line 3: nano/pretrain train_loss = 0.4, artifacts/test/pretrain/nano/"),
-        ("metrics.json", '"low": 0.4,', '"low": 0.3,', "actions.top1↑ (share).frozen.nano.low = 0.3, the tables have 0.4"),
-        ("report.html", ">0.7500<", ">0.8500<", "n-1 shows 0.8500, reports/built/numbers.json has 0.7500"),
-        ("report.html", '"n-1"', '"n-x"', f"not those of {BUILT}/numbers.json in the same order: n-x only in the page, n-1 only"),
-        ("report.html", '"n-1"', '"n-0"', f"not those of {BUILT}/numbers.json in the same order: none only in the page, n-1 "),
-        (
-            "report.html",
-            SHOWN,
-            HIDDEN,
-            f"not those of {BUILT}/numbers.json in the same order: none only in the page, n-1 only in",
-        ),
-        ("numbers.json", '"text": "0.7500"', '"text": "0.8500"', "n-1: 0.75 with format '.4f' is 0.7500, its text is 0.8500"),
-        ("numbers.json", '".4f"', '".4q"', "n-1: 0.75 with format '.4q' is nothing (Unknown format code 'q'"),
-        ("numbers.json", '"value": 0.75', '"value": 0.85', f"n-1: value 0.85, {MINI} has 0.75 at ['value']"),
-        ("numbers.json", '"top5"', '"topX"', f"n-3: {MINI} has nothing at ['others', 'topX'] ('topX')"),
-        ("numbers.json", '"encoder": "mini"', '"encoder": "many"', "n-2: reports/built/results.csv has nothing at [{"),
-        ("numbers.json", "readout/mini", "readout/many", "n-0: no stage of dvc.lock wrote or read artifacts/test/readout/many/"),
-        ("derived.json", '"value": 0.5', '"value": 0.6', "n-5: value 0.5, reports/built/derived.json has 0.6 at ['gain mini',"),
-        ("derived.json", '"value"\n', '"vilue"\n', f"reports/built/derived.json gain mini: {MINI} has nothing at ['vilue']"),
-    ],
-)
+@pytest.mark.parametrize(("file", "old", "new", "message"), [
+    ("results.csv", "top1,0.75,", "top1,0.95,", f"line 2: mini/actions/frozen top1 value = 0.95, {MINI} has 0.75"),
+    ("results.csv", "small,6,a", "smell,6,a", "line 6: no stage of dvc.lock makes the numbers of smell/actions/frozen"),
+    ("pretrain.csv", "nano,5,0.5", "nano,5,0.4", "line 3: nano/pretrain train_loss = 0.4, artifacts/test/pretrain/nano/"),
+    ("metrics.json", '"low": 0.4,', '"low": 0.3,', "actions.top1↑ (share).frozen.nano.low = 0.3, the tables have 0.4"),
+    ("report.html", ">0.7500<", ">0.8500<", "n-1 shows 0.8500, reports/built/numbers.json has 0.7500"),
+    ("report.html", '"n-1"', '"n-x"', f"not those of {BUILT}/numbers.json in the same order: n-x only in the page, n-1 only"),
+    ("report.html", '"n-1"', '"n-0"', f"not those of {BUILT}/numbers.json in the same order: none only in the page, n-1 "),
+    ("report.html", SHOWN, HIDDEN, f"not those of {BUILT}/numbers.json in the same order: none only in the page, n-1 only in"),
+    ("numbers.json", '"text": "0.7500"', '"text": "0.8500"', "n-1: 0.75 with format '.4f' is 0.7500, its text is 0.8500"),
+    ("numbers.json", '".4f"', '".4q"', "n-1: 0.75 with format '.4q' is nothing (Unknown format code 'q'"),
+    ("numbers.json", '"value": 0.75', '"value": 0.85', f"n-1: value 0.85, {MINI} has 0.75 at ['value']"),
+    ("numbers.json", '"top5"', '"topX"', f"n-3: {MINI} has nothing at ['others', 'topX'] ('topX')"),
+    ("numbers.json", '"encoder": "mini"', '"encoder": "many"', "n-2: reports/built/results.csv has nothing at [{"),
+    ("numbers.json", "readout/mini", "readout/many", "n-0: no stage of dvc.lock wrote or read artifacts/test/readout/many/"),
+    ("derived.json", '"value": 0.5', '"value": 0.6', "n-5: value 0.5, reports/built/derived.json has 0.6 at ['gain mini',"),
+    ("derived.json", '"value"\n', '"vilue"\n', f"reports/built/derived.json gain mini: {MINI} has nothing at ['vilue']"),
+])  # fmt: skip
 def test_one_changed_number_is_named_in_its_file(
     flip: Callable, wrong: Callable, file: str, old: str, new: str, message: str
 ) -> None:

@@ -70,18 +70,15 @@ def test_clips_of_bytes_and_of_floats_are_taken_as_they_are(tmp_path: Path) -> N
         assert torch.equal(read_clips(tmp_path / "clip.npy", CLIP, 64), torch.ones(2, 6, 30, 50, 3, dtype=expected))
 
 
-@pytest.mark.parametrize(
-    ("array", "message"),
-    [
-        (np.zeros((6, 32, 48, 3), np.float32), "holds float32 numbers (6, 32, 48, 3); needed numbers in 5 axes"),
-        (np.full((1, 6, 32, 48, 3), 255.0, np.float32), "values from 255.0 to 255.0; needed floats in 0..1, or uint8"),
-        (np.zeros((1, 6, 32, 48, 1), np.float32), "needed B T H W 3, float in 0..1 or uint8"),
-        (np.zeros((0, 6, 32, 48, 3), np.float32), "needed B T H W 3, float in 0..1 or uint8"),
-        (np.zeros((1, 6, 32, 48, 3), np.int32), "needed B T H W 3, float in 0..1 or uint8"),
-        (np.full((1, 6, 32, 48, 3), np.nan, np.float32), "values from nan to nan; needed floats in 0..1, or uint8"),
-        (np.array([{}], dtype=object), "is not a .npy of numbers"),
-    ],
-)
+@pytest.mark.parametrize(("array", "message"), [
+    (np.zeros((6, 32, 48, 3), np.float32), "holds float32 numbers (6, 32, 48, 3); needed numbers in 5 axes"),
+    (np.full((1, 6, 32, 48, 3), 255.0, np.float32), "values from 255.0 to 255.0; needed floats in 0..1, or uint8"),
+    (np.zeros((1, 6, 32, 48, 1), np.float32), "needed B T H W 3, float in 0..1 or uint8"),
+    (np.zeros((0, 6, 32, 48, 3), np.float32), "needed B T H W 3, float in 0..1 or uint8"),
+    (np.zeros((1, 6, 32, 48, 3), np.int32), "needed B T H W 3, float in 0..1 or uint8"),
+    (np.full((1, 6, 32, 48, 3), np.nan, np.float32), "values from nan to nan; needed floats in 0..1, or uint8"),
+    (np.array([{}], dtype=object), "is not a .npy of numbers"),
+])  # fmt: skip
 def test_arrays_that_are_no_clips_are_refused(array: np.ndarray, message: str, tmp_path: Path) -> None:
     np.save(tmp_path / "clip.npy", array, allow_pickle=True)
     with pytest.raises(UserError) as error:

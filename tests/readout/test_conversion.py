@@ -221,15 +221,12 @@ def test_a_4ds_file_that_is_not_one_is_refused_and_nothing_written(case: str, tm
     assert not (tmp_path / "folder").exists()
 
 
-@pytest.mark.parametrize(
-    ("save", "start", "length", "message"),
-    [
-        (np.savez, 0.5, 1, "bad.npz: params/.* is damaged"),
-        (np.savez_compressed, 0.5, 200, "bad.npz: params/.* is damaged"),
-        (np.savez, 0.3, None, "bad.npz is not an npz file, or is cut short"),
-        (np.savez, 0.999, None, "bad.npz is not an npz file, or is cut short"),
-    ],
-)
+@pytest.mark.parametrize(("save", "start", "length", "message"), [
+    (np.savez, 0.5, 1, "bad.npz: params/.* is damaged"),
+    (np.savez_compressed, 0.5, 200, "bad.npz: params/.* is damaged"),
+    (np.savez, 0.3, None, "bad.npz is not an npz file, or is cut short"),
+    (np.savez, 0.999, None, "bad.npz is not an npz file, or is cut short"),
+])  # fmt: skip
 def test_a_damaged_npz_is_refused_and_nothing_written(
     save: Callable, start: float, length: int | None, message: str, tmp_path: Path
 ) -> None:
@@ -282,19 +279,16 @@ def test_a_pth_with_a_payload_is_refused_and_not_executed(tmp_path: Path, monkey
     assert {path.suffix for path in tmp_path.iterdir()} == {".pth"}
 
 
-@pytest.mark.parametrize(
-    ("change", "options", "message"),
-    [
-        (lambda s: s.pop("norm.bias"), (3, 4), "lacks norm.bias; needed an array (48,)"),
-        (lambda s: s.update(more=torch.zeros(2)), (3, 4), "has more (2,), which this model does not have"),
-        (lambda s: None, (), "width 48 is none of mae_st's own (768, 1024, 1280); give --heads"),
-        (lambda s: None, (3,), "width 32 is none of mae_st's own (512); give --decoder-heads"),
-        (lambda s: None, (7, 4), "width 48 does not divide into 7 heads; correct --heads"),
-        (lambda s: s.update({"norm.bias": s["norm.bias"].half()}), (3,), "norm.bias is torch.float16 (torch.strided); needed"),
-        (lambda s: s.update({"norm.bias": torch.zeros(1).expand(10**9)}), (), "norm.bias has 4 bytes; needed those of (1000"),
-        (lambda s: s.clear(), (), "has no state dict; needed one at the top, below 'model' or below 'model_state'"),
-    ],
-)
+@pytest.mark.parametrize(("change", "options", "message"), [
+    (lambda s: s.pop("norm.bias"), (3, 4), "lacks norm.bias; needed an array (48,)"),
+    (lambda s: s.update(more=torch.zeros(2)), (3, 4), "has more (2,), which this model does not have"),
+    (lambda s: None, (), "width 48 is none of mae_st's own (768, 1024, 1280); give --heads"),
+    (lambda s: None, (3,), "width 32 is none of mae_st's own (512); give --decoder-heads"),
+    (lambda s: None, (7, 4), "width 48 does not divide into 7 heads; correct --heads"),
+    (lambda s: s.update({"norm.bias": s["norm.bias"].half()}), (3,), "norm.bias is torch.float16 (torch.strided); needed"),
+    (lambda s: s.update({"norm.bias": torch.zeros(1).expand(10**9)}), (), "norm.bias has 4 bytes; needed those of (1000"),
+    (lambda s: s.clear(), (), "has no state dict; needed one at the top, below 'model' or below 'model_state'"),
+])  # fmt: skip
 def test_a_mae_st_checkpoint_that_is_not_one_is_refused(change: Callable, options: tuple, message: str, tmp_path: Path) -> None:
     state = official_state()
     change(state)

@@ -154,23 +154,20 @@ def npy_header(shape: str, dtype: str = "<f4", version: int = 1) -> bytes:
     return b"\x93NUMPY" + bytes([version, 0]) + len(text).to_bytes(2 if version == 1 else 4, "little") + text
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        npy_header("(100000000000, 4)"),
-        npy_header("(-1, 4)") + bytes(16),
-        npy_header("(1, 4)") + bytes(15),
-        npy_header("(1, 4)") + bytes(17),
-        npy_header("(1, 4)", "|O") + bytes(8),
-        npy_header("(1, 4)", "|S9") + bytes(36),
-        npy_header("(((((((((((((((((((((((((((") + bytes(4),
-        npy_header("-" * 9000 + "1"),
-        npy_header("(1, 4)", version=2)[:8] + b"\xff\xff\xff\x7f",
-        b"\x93NUMPY\x09\x00",
-        b"",
-        b"PK\x03\x04",
-    ],
-)
+@pytest.mark.parametrize("content", [
+    npy_header("(100000000000, 4)"),
+    npy_header("(-1, 4)") + bytes(16),
+    npy_header("(1, 4)") + bytes(15),
+    npy_header("(1, 4)") + bytes(17),
+    npy_header("(1, 4)", "|O") + bytes(8),
+    npy_header("(1, 4)", "|S9") + bytes(36),
+    npy_header("(((((((((((((((((((((((((((") + bytes(4),
+    npy_header("-" * 9000 + "1"),
+    npy_header("(1, 4)", version=2)[:8] + b"\xff\xff\xff\x7f",
+    b"\x93NUMPY\x09\x00",
+    b"",
+    b"PK\x03\x04",
+])  # fmt: skip
 def test_a_npy_whose_header_lies_is_refused(tmp_path: Path, quick: None, content: bytes) -> None:
     (tmp_path / "a.npy").write_bytes(content)
     assert "is not a .npy of numbers" in refused(lambda: read_array(tmp_path / "a.npy", axes=2))

@@ -323,17 +323,14 @@ def test_own_videos_without_benchmarks_are_reported(new_run: Callable[..., dict]
     assert set(outs()) == OUTS | strips | {f"pictures/clip_{clip}.webm" for clip in (0, 1)}
 
 
-@pytest.mark.parametrize(
-    ("gone", "command"),
-    [
-        ("clips/datasheet.json", "clips"),
-        ("pretrain/tiny/summary.json", "pretrain tiny"),
-        ("pretrain/untrained_nano/provenance.json", "baseline untrained_nano"),
-        ("readout/mini/depth/finetune/result.json", "readout mini depth finetune"),
-        ("reconstruct/nano/filled.png", "reconstruct nano"),
-        ("show/depth/sheet.png", "show RESULT... --out artifacts/test/show/depth"),
-    ],
-)
+@pytest.mark.parametrize(("gone", "command"), [
+    ("clips/datasheet.json", "clips"),
+    ("pretrain/tiny/summary.json", "pretrain tiny"),
+    ("pretrain/untrained_nano/provenance.json", "baseline untrained_nano"),
+    ("readout/mini/depth/finetune/result.json", "readout mini depth finetune"),
+    ("reconstruct/nano/filled.png", "reconstruct nano"),
+    ("show/depth/sheet.png", "show RESULT... --out artifacts/test/show/depth"),
+])  # fmt: skip
 def test_a_missing_file_names_the_stage_to_run(pocket: dict, gone: str, command: str) -> None:
     path = Path("artifacts/test") / gone
     path.unlink()

@@ -85,13 +85,10 @@ def test_a_study_of_other_numbers_encoders_or_another_profile_is_left_out(run: R
     assert report.read_run_results(pocket).seed_study is None
 
 
-@pytest.mark.parametrize(
-    ("seeds_", "reason"),
-    [
-        ((0,), "has one seed alone: run `scaling4d study seeds`."),
-        ((1, 2), "lacks this run's seed, 0: run `scaling4d study seeds --seeds 0,1,2`."),
-    ],
-)
+@pytest.mark.parametrize(("seeds_", "reason"), [
+    ((0,), "has one seed alone: run `scaling4d study seeds`."),
+    ((1, 2), "lacks this run's seed, 0: run `scaling4d study seeds --seeds 0,1,2`."),
+])  # fmt: skip
 def test_a_study_of_too_few_seeds_is_stale(with_study: Callable[..., RunResults], seeds_: tuple, reason: str) -> None:
     assert with_study(seeds_=seeds_).seed_study.stale == f"The study of seeds {reason}"
 

@@ -161,16 +161,13 @@ def server(pocket: dict) -> Iterator[HTTPServer]:
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize(
-    ("path", "headers", "status"),
-    [
-        ("report.html", {"Host": "example.org"}, 403),  # a name that was rebound to this machine
-        ("site/experiments.js", {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}, 403),
-        ("site/experiments.js", {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "cors"}, 403),  # another port
-        ("report%00.html", {}, 404),
-        ("../params.yaml", {}, 404),
-    ],
-)
+@pytest.mark.parametrize(("path", "headers", "status"), [
+    ("report.html", {"Host": "example.org"}, 403),  # a name that was rebound to this machine
+    ("site/experiments.js", {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}, 403),
+    ("site/experiments.js", {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "cors"}, 403),  # another port
+    ("report%00.html", {}, 404),
+    ("../params.yaml", {}, 404),
+])  # fmt: skip
 def test_requests_from_elsewhere_and_impossible_paths_are_refused(
     server: HTTPServer, path: str, headers: dict, status: int
 ) -> None:

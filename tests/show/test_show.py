@@ -349,19 +349,16 @@ def remove_setting(section: str, key: str) -> None:
     write_json(path, content)
 
 
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda: change_result(protocol="finetune"), ".* was fine-tuned, and the tuned encoder is not kept; take .*"),
-        (lambda: change_result(checkpoint_sha256="0" * 64), ".* trained on an encoder pixels that is no longer at .*"),
-        (lambda: (readout("depth") / HEAD).write_bytes(b"no"), ".*head.safetensors is damaged: .*"),
-        ((readout("depth") / HEAD).unlink, ".* is not the folder of a readout: it has no head.safetensors"),
-        (lambda: (readout("depth") / "result.json").write_text("{"), ".* is not the folder of a readout: .*"),
-        (lambda: remove_setting("readout.Evaluation", "ranks"), ".* made by another version, .*ranks.*; run `dvc repro`"),
-        (lambda: shutil.rmtree(readout("depth")), ".* is not the folder of a readout: .*"),
-        (lambda: Path("out").mkdir(), "out exists; choose another name or remove it"),
-    ],
-)
+@pytest.mark.parametrize(("spoil", "message"), [
+    (lambda: change_result(protocol="finetune"), ".* was fine-tuned, and the tuned encoder is not kept; take .*"),
+    (lambda: change_result(checkpoint_sha256="0" * 64), ".* trained on an encoder pixels that is no longer at .*"),
+    (lambda: (readout("depth") / HEAD).write_bytes(b"no"), ".*head.safetensors is damaged: .*"),
+    ((readout("depth") / HEAD).unlink, ".* is not the folder of a readout: it has no head.safetensors"),
+    (lambda: (readout("depth") / "result.json").write_text("{"), ".* is not the folder of a readout: .*"),
+    (lambda: remove_setting("readout.Evaluation", "ranks"), ".* made by another version, .*ranks.*; run `dvc repro`"),
+    (lambda: shutil.rmtree(readout("depth")), ".* is not the folder of a readout: .*"),
+    (lambda: Path("out").mkdir(), "out exists; choose another name or remove it"),
+])  # fmt: skip
 def test_readouts_that_cannot_be_shown_are_refused_in_one_line(project: Path, spoil: Callable[[], object], message: str) -> None:
     spoil()
     existed = Path("out").exists()

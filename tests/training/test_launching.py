@@ -31,10 +31,9 @@ JOB = Job(
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize(
-    ("script", "refused", "code"),
-    [("exit 0", False, 0), ("exit 1", False, AGAIN), ("exit 0", True, 1), ("exit 1", True, 1)],
-)
+@pytest.mark.parametrize(("script", "refused", "code"), [
+    ("exit 0", False, 0), ("exit 1", False, AGAIN), ("exit 0", True, 1), ("exit 1", True, 1)
+])  # fmt: skip
 def test_asked_to_stop_it_says_run_me_again_only_where_that_is_of_use(
     tmp_path: Path, script: str, refused: bool, code: int
 ) -> None:
@@ -81,33 +80,27 @@ def test_a_refusal_of_one_rank_reaches_the_launcher_and_the_other_ranks_leave() 
         assert content is None
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({}, "2 forked ranks of this process"),
-        ({"where": "torchrun"}, "--standalone --nproc-per-node 2 --max-restarts 3 "),
-        (TWO_NODES | {"rendezvous": "a:1"}, "--nnodes 2 --rdzv-backend c10d --rdzv-endpoint a:1 --rdzv-id toy "),
-        ({"where": "slurm", "nodes": 2}, "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=1\n"),
-        ({"where": "slurm", "partition": "gpu"}, "#SBATCH --partition=gpu\n"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "words"), [
+    ({}, "2 forked ranks of this process"),
+    ({"where": "torchrun"}, "--standalone --nproc-per-node 2 --max-restarts 3 "),
+    (TWO_NODES | {"rendezvous": "a:1"}, "--nnodes 2 --rdzv-backend c10d --rdzv-endpoint a:1 --rdzv-id toy "),
+    ({"where": "slurm", "nodes": 2}, "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=1\n"),
+    ({"where": "slurm", "partition": "gpu"}, "#SBATCH --partition=gpu\n"),
+])  # fmt: skip
 def test_it_says_how_it_would_be_started(changes: dict, words: str) -> None:
     if changes.get("where") == "slurm":
         pytest.importorskip("submitit")
     assert words in launch.describe(JOB, replace(HERE, **changes)) and not list(Path().iterdir())
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"where": "moon"}, "where = 'moon'; needed here, torchrun, nodes or slurm"),
-        ({"where": "nodes", "nodes": 3}, "2 ranks do not divide among 3 nodes; set points.toy.Launch.nodes"),
-        (TWO_NODES, "points.toy.Launch.rendezvous is ''; needed HOST:PORT of one of the nodes"),
-        (TWO_NODES | {"rendezvous": "no.invalid:1"}, r"points.+ is no.invalid:1: no host no.invalid \(.+\); needed one of .+"),
-        (TWO_NODES | {"rendezvous": "127.0.0.1:PORT"}, r"nobody answers at points.+ 127.0.0.1:\d+ for 0 s \(.+\); start .+"),
-        ({"where": "slurm"}, "no sbatch here, so no Slurm; set points.toy.Launch.where to here, torchrun or nodes"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"where": "moon"}, "where = 'moon'; needed here, torchrun, nodes or slurm"),
+    ({"where": "nodes", "nodes": 3}, "2 ranks do not divide among 3 nodes; set points.toy.Launch.nodes"),
+    (TWO_NODES, "points.toy.Launch.rendezvous is ''; needed HOST:PORT of one of the nodes"),
+    (TWO_NODES | {"rendezvous": "no.invalid:1"}, r"points.+ is no.invalid:1: no host no.invalid \(.+\); needed one of .+"),
+    (TWO_NODES | {"rendezvous": "127.0.0.1:PORT"}, r"nobody answers at points.+ 127.0.0.1:\d+ for 0 s \(.+\); start .+"),
+    ({"where": "slurm"}, "no sbatch here, so no Slurm; set points.toy.Launch.where to here, torchrun or nodes"),
+])  # fmt: skip
 def test_a_job_that_cannot_be_started_is_refused_in_one_line(
     monkeypatch: pytest.MonkeyPatch, changes: dict, message: str
 ) -> None:
