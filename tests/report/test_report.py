@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import json
 import re
@@ -63,8 +64,7 @@ def built_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def page(built_folder: Path) -> Page:
     """The page of that run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(built_folder)
+    with contextlib.chdir(built_folder):
         return read_page()
 
 

@@ -1,5 +1,6 @@
 """The rendered data set: equal bytes for equal seeds, every benchmark readable, every defect present."""
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,8 +23,7 @@ TINY = RenderConfig(**COUNTS, frames=4, video_frames=16, rate_hz=4.0, side_px=32
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("render"))
+    with contextlib.chdir(tmp_path_factory.mktemp("render")):
         return write_dataset(Path("tiny"), seed=5, settings=TINY).resolve()
 
 

@@ -1,5 +1,6 @@
 """A run that was interrupted ends as an uninterrupted one, to the bit; damaged, foreign and unreadable states."""
 
+import contextlib
 import errno
 import json
 import os
@@ -28,8 +29,7 @@ pytestmark = pytest.mark.integration
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """Result of a run that nothing interrupts."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("undisturbed"))
+    with contextlib.chdir(tmp_path_factory.mktemp("undisturbed")):
         return train(Toy())
 
 
