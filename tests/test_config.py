@@ -130,9 +130,7 @@ def test_dvc_trains_nothing_anew_for_where_a_run_is_launched_and_how_it_is_watch
     ("distilled", {"a": 1}, "params.yaml has distilled.a = 1, which no group .+"),
     ("pixels.PixelTokens", {}, "params.yaml .+ pixels.PixelTokens.+"),
 ])  # fmt: skip
-def test_settings_that_differ_in_more_than_their_values_are_refused(
-    project: Path, changed: Callable, key: str, value: object, message: str
-) -> None:
+def test_settings_of_other_keys_are_refused(project: Path, changed: Callable, key: str, value: object, message: str) -> None:
     changed(key, value)
     with pytest.raises(UserError, match=f"^{message}$"):
         config.overrides(config.read())

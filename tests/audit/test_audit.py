@@ -306,9 +306,7 @@ def test_stages_that_dvc_keeps_of_a_still_earlier_run_are_no_part_of_an_earlier_
     assert not wrong()
 
 
-def test_results_of_an_earlier_commit_are_one_note_that_says_what_is_newer(
-    flip: Flip, commit: Callable, messages: Messages, wrong: Wrong
-) -> None:
+def test_results_of_an_earlier_commit_are_one_note(flip: Flip, commit: Callable, messages: Messages, wrong: Wrong) -> None:
     made = provenance.git_or_error("rev-parse", "--short=7", "HEAD~1").strip()
     Path("src/scaling4d/readout/stage.py").write_text("VALUE = 22\n")
     assert wrong()  # no commit has this edit

@@ -33,9 +33,7 @@ SHOWN, HIDDEN = '<span class="number" id="n-1">0.7500</span>', '<!--an class="nu
     ("derived.json", '"value": 0.5', '"value": 0.6', "n-5: value 0.5, reports/built/derived.json has 0.6 at ['gain mini',"),
     ("derived.json", '"value"\n', '"vilue"\n', f"reports/built/derived.json gain mini: {MINI} has nothing at ['vilue']"),
 ])  # fmt: skip
-def test_one_changed_number_is_named_in_its_file(
-    flip: Callable, wrong: Callable, file: str, old: str, new: str, message: str
-) -> None:
+def test_changed_numbers_are_named_by_file(flip: Callable, wrong: Callable, file: str, old: str, new: str, message: str) -> None:
     flip(f"{BUILT}/{file}", old, new)
     text = wrong()
     assert f"wrong       {BUILT}/{file}: md5 " in text and message in text

@@ -24,9 +24,7 @@ def clips() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("normalised", [False, True])
-def test_a_perfect_prediction_fills_in_the_predicted_frames_and_repeats_them_until_the_next(
-    normalised: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_perfect_prediction_shows_its_frames_until_the_next(normalised: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = build(normalise_target=normalised), clips()
     monkeypatch.setattr(model, "decode", lambda pixels, masked: model.target(pixels))
     filled = model.reconstruct(x, model.draw_mask(2, seeds.stream(0, "m")))

@@ -36,9 +36,7 @@ TOTAL = 0.02  # what a block holds at once is a bound, not a trace; measured: at
     pytest.param("e", 64, 1, 4, "block", 1, marks=pytest.mark.slow),
     pytest.param("j", 256, 1, 8, "block", 1, marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_closed_form_and_dry_run_agree(
-    point: str, shards: int, replicas: int, clips: int, recompute: str, microbatches: int
-) -> None:
+def test_formula_and_dry_run_agree(point: str, shards: int, replicas: int, clips: int, recompute: str, microbatches: int) -> None:
     model = build(point, settings_of(point))
     work = work_of(model)
     formula = memory(work, StepLayout(shards, recompute == "block", microbatches), clips=clips)

@@ -171,9 +171,7 @@ def readme_results(settings: dict, monkeypatch: pytest.MonkeyPatch) -> tuple[str
     return sentences, [[cell.strip() for cell in row.strip("|").split("|")] for row in lines]
 
 
-def test_the_table_of_the_readme_has_means_of_a_study_that_belongs_to_the_run(
-    run: RunResults, pocket: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_readmes_table_has_means_of_the_runs_study(run: RunResults, pocket: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     sentences, (head, *table) = readme_results(pocket, monkeypatch)
     assert sentences.startswith("Results of the pocket: means ± standard deviations over 3 seeds. ")
     assert "more than the noise" in sentences and "one run" not in sentences and "earlier" not in sentences

@@ -168,9 +168,7 @@ def server(pocket: dict) -> Iterator[HTTPServer]:
     ("report%00.html", {}, 404),
     ("../params.yaml", {}, 404),
 ])  # fmt: skip
-def test_requests_from_elsewhere_and_impossible_paths_are_refused(
-    server: HTTPServer, path: str, headers: dict, status: int
-) -> None:
+def test_requests_from_elsewhere_and_odd_paths_are_refused(server: HTTPServer, path: str, headers: dict, status: int) -> None:
     request = urllib.request.Request(f"http://127.0.0.1:{server.server_port}/{path}", headers=headers)
     with pytest.raises(urllib.error.HTTPError, match=f" {status}: "):
         urllib.request.urlopen(request)

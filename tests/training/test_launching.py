@@ -34,9 +34,7 @@ JOB = Job(
 @pytest.mark.parametrize(("script", "refused", "code"), [
     ("exit 0", False, 0), ("exit 1", False, AGAIN), ("exit 0", True, 1), ("exit 1", True, 1)
 ])  # fmt: skip
-def test_asked_to_stop_it_says_run_me_again_only_where_that_is_of_use(
-    tmp_path: Path, script: str, refused: bool, code: int
-) -> None:
+def test_asked_to_stop_it_says_run_me_again_only_where_of_use(tmp_path: Path, script: str, refused: bool, code: int) -> None:
     """A run that had ended, or was refused, is not run again."""
     if refused:
         (tmp_path / REFUSED).write_text("the disk is full")
@@ -101,9 +99,7 @@ def test_it_says_how_it_would_be_started(changes: dict, words: str) -> None:
     (TWO_NODES | {"rendezvous": "127.0.0.1:PORT"}, r"nobody answers at points.+ 127.0.0.1:\d+ for 0 s \(.+\); start .+"),
     ({"where": "slurm"}, "no sbatch here, so no Slurm; set points.toy.Launch.where to here, torchrun or nodes"),
 ])  # fmt: skip
-def test_a_job_that_cannot_be_started_is_refused_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, changes: dict, message: str
-) -> None:
+def test_a_job_that_cannot_start_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, changes: dict, message: str) -> None:
     if changes["where"] == "slurm":
         pytest.importorskip("submitit")
     monkeypatch.setenv("PATH", "")

@@ -99,9 +99,7 @@ def test_the_state_of_another_run_is_refused() -> None:
         train(toy)
 
 
-def test_a_full_disk_is_one_line_and_costs_only_the_state_that_had_no_space(
-    undisturbed: dict, capfd: pytest.CaptureFixture
-) -> None:
+def test_a_full_disk_is_one_line_and_costs_only_the_state_without_space(undisturbed: dict, capfd: pytest.CaptureFixture) -> None:
     toy = Toy()
     assert attempt(toy, at=2, interrupt=ask_to_stop) == AGAIN
     before = states(toy)
