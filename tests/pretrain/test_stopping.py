@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from interrupting import ask_to_stop, kill_a_rank, kill_all, kill_the_parent, send_to_the_parent
@@ -75,12 +76,9 @@ def test_stopped_or_killed_at_its_end_it_leaves_no_part_and_then_repeats_no_step
 
 
 def test_a_full_disk_at_its_end_is_one_line_and_repeats_no_step(short: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device", "artifacts/out")
-
-    settings = short(2)
+    settings, full = short(2), OSError(28, "No space left on device", "artifacts/out")
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "_write", full)
+        patch.setattr(stage, "_write", Mock(side_effect=full))
         with pytest.raises(UserError, match="^artifacts/out: No space left on device; repair that, and the same command .+"):
             pretrain("nano", settings)
     pretrain("nano", settings)

@@ -6,6 +6,7 @@ import socket
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from interrupting import free_port
@@ -106,10 +107,6 @@ def test_a_job_that_cannot_start_is_refused_in_one_line(monkeypatch: pytest.Monk
     monkeypatch.setattr(launch, "POLL_S", 0.01)
     if "PORT" in changes.get("rendezvous", ""):
         changes = changes | {"rendezvous": f"127.0.0.1:{free_port()}"}
-        monkeypatch.setattr(socket.socket, "bind", refuse_to_bind)  # as if the address were another machine's
+        monkeypatch.setattr(socket.socket, "bind", Mock(side_effect=OSError("not an address of this machine")))
     with pytest.raises(ValueError, match=f"^{message}$"):
         launch.launch(JOB, replace(HERE, **changes))
-
-
-def refuse_to_bind(*_: object) -> None:
-    raise OSError("not an address of this machine")
