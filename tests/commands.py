@@ -25,6 +25,12 @@ def cloned(folder: Path, wanted: Callable[[str], bool] = lambda _: True) -> Path
     return folder
 
 
+def git(*words: str) -> str:
+    """In the current folder, as an author that its configuration need not name."""
+    identity = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+    return subprocess.run(["git", *identity, *words], check=True, capture_output=True, text=True).stdout
+
+
 def commit(clone: Path) -> None:
     run(clone, "git", "add", "-A")
     run(clone, "git", "commit", "-qm", "state")

@@ -1,5 +1,6 @@
 """A small project: the real settings at smoke size, and a few curated clips of the pocket data."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -47,8 +48,7 @@ def curated_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in sorted((ROOT / "experiments/pocket/videos/phone").glob("*.mp4"))[:24]:
         (folder / "data/videos").mkdir(parents=True, exist_ok=True)
         shutil.copy(path, folder / "data/videos")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
+    with contextlib.chdir(folder):
         from scaling4d.clips import stage
 
         config.write(["profile=smoke", *(f"clips.Curation.{change}" for change in ("listed=''", "workers=1", "val_share=0.3"))])

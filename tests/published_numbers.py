@@ -5,11 +5,12 @@ import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from scaling4d.provenance import flatten, load_yaml
 from scaling4d.report.seeds import SeedStudy, noise_of_seeds, read_seed_study
-from scaling4d.report.verdict import TRIVIAL, beyond_noise, falls, falls_beyond_noise
+from scaling4d.report.verdict import TRIVIAL, better, beyond_noise, falls, falls_beyond_noise
 from scaling4d.studies.study import RECONSTRUCT_METRICS, loss_task
 
 ROOT = Path(__file__).parents[1]
@@ -109,7 +110,7 @@ def _results() -> Iterator[str]:
         cells = [_shown(fresh, measured, (encoder, *key)) for encoder in encoders]
         cells.append("-" if trivial is None else _short(trivial))
         for other in (small, f"untrained_{large}"):
-            answer = _scales(rows[other], best)
+            answer = better(_interval(best), _interval(rows[other]))
             if fresh:
                 first, last = (fresh.of(encoder, *key) for encoder in (other, large))
                 answer = beyond_noise(last.mean, first.mean, last.noise, best["higher_is_better"] == "True")
@@ -144,12 +145,9 @@ def _short(value: float) -> str:
     return f"{value:.4f}" if value < 0.1 else f"{value:.3f}"
 
 
-def _scales(small: dict[str, str], large: dict[str, str]) -> str:
-    """As scaling4d.report.verdict says it of one run."""
-    if float(large["low"]) <= float(small["high"]) and float(small["low"]) <= float(large["high"]):
-        return "within noise"
-    higher = float(large["value"]) > float(small["value"])
-    return "yes" if higher == (large["higher_is_better"] == "True") else "no"
+def _interval(row: dict[str, str]) -> SimpleNamespace:
+    numbers = {name: float(row[name]) for name in ("value", "low", "high")}
+    return SimpleNamespace(**numbers, higher_is_better=row["higher_is_better"] == "True")
 
 
 def _curation() -> Iterator[str]:

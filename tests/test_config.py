@@ -122,38 +122,30 @@ def test_dvc_trains_nothing_anew_for_where_a_run_is_launched_and_how_it_is_watch
     assert untrained["points"]["mini"].keys() == {"model"}
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("pretrain.Training.stepps", 7, "params.yaml has pretrain.Training.stepps = 7, which no group in experiments/ knows; .+"),
-        ("pretrain.Training.steps", "many", r"pretrain.Training.steps = 'many' is a str; needed a whole number such as \d+"),
-        ("pretrain.Runtime.keep", 2, "params.yaml has pretrain.Runtime.keep = 2, which is pretrain.Runtime.keep_latest_k now"),
-        ("readout.shared", {"Head": {"width": 9}}, "params.yaml has .+ = 9, which is readout.Head.width now"),
-        ("distilled", {"a": 1}, "params.yaml has distilled.a = 1, which no group .+"),
-        ("pixels.PixelTokens", {}, "params.yaml .+ pixels.PixelTokens.+"),
-    ],
-)
-def test_settings_that_differ_in_more_than_their_values_are_refused(
-    project: Path, changed: Callable, key: str, value: object, message: str
-) -> None:
+@pytest.mark.parametrize(("key", "value", "message"), [
+    ("pretrain.Training.stepps", 7, "params.yaml has pretrain.Training.stepps = 7, which no group in experiments/ knows; .+"),
+    ("pretrain.Training.steps", "many", r"pretrain.Training.steps = 'many' is a str; needed a whole number such as \d+"),
+    ("pretrain.Runtime.keep", 2, "params.yaml has pretrain.Runtime.keep = 2, which is pretrain.Runtime.keep_latest_k now"),
+    ("readout.shared", {"Head": {"width": 9}}, "params.yaml has .+ = 9, which is readout.Head.width now"),
+    ("distilled", {"a": 1}, "params.yaml has distilled.a = 1, which no group .+"),
+    ("pixels.PixelTokens", {}, "params.yaml .+ pixels.PixelTokens.+"),
+])  # fmt: skip
+def test_settings_of_other_keys_are_refused(project: Path, changed: Callable, key: str, value: object, message: str) -> None:
     changed(key, value)
     with pytest.raises(UserError, match=f"^{message}$"):
         config.overrides(config.read())
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("profile=smok", "no profile 'smok'; needed one of .+; did you mean smoke[?]"),
-        ("profile=galactic", "no profile 'galactic'; needed one of [^?]+"),
-        ("seeed=1", "unknown setting 'seeed'; did you mean seed[?]"),
-        ("pretrain.Training.stepps=1", "unknown setting 'pretrain.Training.stepps'; did you mean pretrain.Training.steps[?]"),
-        ("masking=random", r"unknown setting 'masking'; did you mean points.\w+.model.SimpleMAE.masking or .+"),
-        ("qqq=1", "unknown setting 'qqq'; experiments/config.yaml lists the settings"),
-        ("seed=[1", "no viable alternative at input .+"),
-        ("=3", "Config group override must be .+"),
-    ],
-)
+@pytest.mark.parametrize(("override", "message"), [
+    ("profile=smok", "no profile 'smok'; needed one of .+; did you mean smoke[?]"),
+    ("profile=galactic", "no profile 'galactic'; needed one of [^?]+"),
+    ("seeed=1", "unknown setting 'seeed'; did you mean seed[?]"),
+    ("pretrain.Training.stepps=1", "unknown setting 'pretrain.Training.stepps'; did you mean pretrain.Training.steps[?]"),
+    ("masking=random", r"unknown setting 'masking'; did you mean points.\w+.model.SimpleMAE.masking or .+"),
+    ("qqq=1", "unknown setting 'qqq'; experiments/config.yaml lists the settings"),
+    ("seed=[1", "no viable alternative at input .+"),
+    ("=3", "Config group override must be .+"),
+])  # fmt: skip
 def test_an_unknown_profile_or_key_is_one_line_with_the_nearest_known_ones(project: Path, override: str, message: str) -> None:
     with pytest.raises(UserError, match=rf"^cannot compose {re.escape(override)}: {message}$") as caught:
         config.write([override])
@@ -163,31 +155,28 @@ def test_an_unknown_profile_or_key_is_one_line_with_the_nearest_known_ones(proje
 SIMPLE, FROZEN = "points.mini.model.SimpleMAE", "readout.frozen.depth.Frozen"
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("pretrain.Training.steps=abc", r"pretrain.Training.steps = 'abc' is a str; needed a whole number such as \d+"),
-        ("pretrain.Training.steps=true", r"pretrain.Training.steps = True is a bool; needed a whole number such as \d+"),
-        ("pretrain.Training.batch=0", "pretrain.Training: batch is 0; needed 1 or more"),
-        ("pretrain.Training.weight_decay=inf", "pretrain.Training.weight_decay = inf is a float; needed a finite number"),
-        (f"{SIMPLE}.masking=randm", f"{SIMPLE}: masking = 'randm'; needed .+; did you mean random[?]"),
-        (f"{SIMPLE}.mask_ratio=1.5", f"{SIMPLE}: mask_ratio = 1.5 keeps .+ set it in .+"),
-        (f"{SIMPLE}.depth=1000000000", f"{SIMPLE}: depth = 1000000000; needed a number from 1 to 1,000"),
-        (f"{SIMPLE}.clip=[8,64]", rf"{SIMPLE}.clip = \[8, 64\] is a list; needed \[(a whole number(, )?)+\]"),
-        ("points.mini.Launch.where=slrm", "points.mini.Launch: where = 'slrm'; needed .+; did you mean slurm[?]"),
-        ("points.mini.Sharding.shards=2", "points.mini, .+: 1 ranks do not divide into copies of 2 shards; .+"),
-        ("benchmarks.tasks=[dept]", "benchmarks.tasks: unknown task 'dept'; needed .+; did you mean depth[?]"),
-        ("encoders.frozen=[nan0]", "encoders.frozen: profile pocket has no encoder 'nan0'; needed .+; did you mean nano[?]"),
-        (f"{FROZEN}.learning_rate=0", f"{FROZEN}: learning_rate is 0; needed more than 0"),
-        ("readout.tuning.Compute.device=tpu", "readout.tuning.Compute: device = 'tpu'; needed .+"),
-        ("clip.side_px=63", "render.Render|clips.Curation: side_px = 63 is odd; .+"),
-        ("render.Render.crf=99", "render.Render: crf = 99; needed 0 to 51"),
-        ("reconstruct.Filling.ranks=0", "reconstruct.Filling: ranks = 0; needed 1 or more"),
-        ("show.tasks=[dept]", "show.tasks has 'dept'; needed .+; did you mean depth[?]"),
-        ("+a=1", "params.yaml has a = 1, which no group in experiments/ knows; correct or remove it"),
-        ("~seed", "params.yaml lacks seed; .+"),
-    ],
-)
+@pytest.mark.parametrize(("override", "message"), [
+    ("pretrain.Training.steps=abc", r"pretrain.Training.steps = 'abc' is a str; needed a whole number such as \d+"),
+    ("pretrain.Training.steps=true", r"pretrain.Training.steps = True is a bool; needed a whole number such as \d+"),
+    ("pretrain.Training.batch=0", "pretrain.Training: batch is 0; needed 1 or more"),
+    ("pretrain.Training.weight_decay=inf", "pretrain.Training.weight_decay = inf is a float; needed a finite number"),
+    (f"{SIMPLE}.masking=randm", f"{SIMPLE}: masking = 'randm'; needed .+; did you mean random[?]"),
+    (f"{SIMPLE}.mask_ratio=1.5", f"{SIMPLE}: mask_ratio = 1.5 keeps .+ set it in .+"),
+    (f"{SIMPLE}.depth=1000000000", f"{SIMPLE}: depth = 1000000000; needed a number from 1 to 1,000"),
+    (f"{SIMPLE}.clip=[8,64]", rf"{SIMPLE}.clip = \[8, 64\] is a list; needed \[(a whole number(, )?)+\]"),
+    ("points.mini.Launch.where=slrm", "points.mini.Launch: where = 'slrm'; needed .+; did you mean slurm[?]"),
+    ("points.mini.Sharding.shards=2", "points.mini, .+: 1 ranks do not divide into copies of 2 shards; .+"),
+    ("benchmarks.tasks=[dept]", "benchmarks.tasks: unknown task 'dept'; needed .+; did you mean depth[?]"),
+    ("encoders.frozen=[nan0]", "encoders.frozen: profile pocket has no encoder 'nan0'; needed .+; did you mean nano[?]"),
+    (f"{FROZEN}.learning_rate=0", f"{FROZEN}: learning_rate is 0; needed more than 0"),
+    ("readout.tuning.Compute.device=tpu", "readout.tuning.Compute: device = 'tpu'; needed .+"),
+    ("clip.side_px=63", "render.Render|clips.Curation: side_px = 63 is odd; .+"),
+    ("render.Render.crf=99", "render.Render: crf = 99; needed 0 to 51"),
+    ("reconstruct.Filling.ranks=0", "reconstruct.Filling: ranks = 0; needed 1 or more"),
+    ("show.tasks=[dept]", "show.tasks has 'dept'; needed .+; did you mean depth[?]"),
+    ("+a=1", "params.yaml has a = 1, which no group in experiments/ knows; correct or remove it"),
+    ("~seed", "params.yaml lacks seed; .+"),
+])  # fmt: skip
 def test_compose_refuses_what_a_stage_would_refuse_and_writes_nothing(project: Path, override: str, message: str) -> None:
     before = config.PARAMS.read_bytes()
     done = CliRunner().invoke(app, ["compose", override])
@@ -209,19 +198,16 @@ def test_a_profile_that_is_not_yaml_is_one_line(tmp_path: Path, monkeypatch: pyt
         config.compose([])
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"radius": True}, "point.Ball.radius = True is a bool; needed a whole number"),
-        ({"radius": "wide"}, "point.Ball.radius = 'wide' is a str; needed a whole number"),
-        ({"radius": 2.0}, "point.Ball.radius = 2.0 is a float; needed a whole number"),
-        ({"radius": 10**30}, "point.Ball.radius = 10+ is a int; needed a whole number"),
-        ({"radius": 1, "weight": float("nan")}, "point.Ball.weight = nan is a float; needed a finite number"),
-        ({"radius": 1, "weight": 10**400}, "point.Ball.weight = 10+ is a int; needed a finite number"),
-        ({"radius": 1, "spin": [1, 2]}, r"point.Ball.spin = \[1, 2\] is a list; needed \[a whole number, a word\]"),
-        ({"radius": 1, "spin": "ab"}, r"point.Ball.spin = 'ab' is a str; needed \[a whole number, a word\]"),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), [
+    ({"radius": True}, "point.Ball.radius = True is a bool; needed a whole number"),
+    ({"radius": "wide"}, "point.Ball.radius = 'wide' is a str; needed a whole number"),
+    ({"radius": 2.0}, "point.Ball.radius = 2.0 is a float; needed a whole number"),
+    ({"radius": 10**30}, "point.Ball.radius = 10+ is a int; needed a whole number"),
+    ({"radius": 1, "weight": float("nan")}, "point.Ball.weight = nan is a float; needed a finite number"),
+    ({"radius": 1, "weight": 10**400}, "point.Ball.weight = 10+ is a int; needed a finite number"),
+    ({"radius": 1, "spin": [1, 2]}, r"point.Ball.spin = \[1, 2\] is a list; needed \[a whole number, a word\]"),
+    ({"radius": 1, "spin": "ab"}, r"point.Ball.spin = 'ab' is a str; needed \[a whole number, a word\]"),
+])  # fmt: skip
 def test_a_value_of_another_type_than_its_field_is_refused(change: dict, message: str) -> None:
     with pytest.raises(UserError, match=f"^{message}$"):
         config.build({"point": {"Ball": change}}, BallConfig)
@@ -278,17 +264,14 @@ def test_a_later_section_wins_a_key_may_name_a_class_itself_and_overrides_count_
     assert bind(boxes, ["point.Ball"], BallConfig).overrides == {}
 
 
-@pytest.mark.parametrize(
-    ("section", "classes", "message"),
-    [
-        ({"Box": {"width": 1, "name": "x"}}, (BallConfig,), "unknown setting point.Box = {.+}; needed Ball there"),
-        ({"Ball": 3}, (BallConfig,), "unknown setting point.Ball = 3; needed Ball there"),
-        ({"Ball": {"radiuss": 2}}, (BallConfig,), "unknown setting point.Ball.radiuss = 2; did you mean radius[?]"),
-        ({"Bell": {"radius": 2}}, (BallConfig,), "unknown setting point.Bell = {.+}; needed Ball there; did you mean Ball[?]"),
-        ({"Box": {"width": 1}}, (BoxConfig,), "point.Box: .*missing.*'name'.*; set it in experiments/"),
-        ({"Box": {"width": -1, "name": "x"}}, (BoxConfig,), "point.Box: width is -1; needed 0 or more"),
-    ],
-)
+@pytest.mark.parametrize(("section", "classes", "message"), [
+    ({"Box": {"width": 1, "name": "x"}}, (BallConfig,), "unknown setting point.Box = {.+}; needed Ball there"),
+    ({"Ball": 3}, (BallConfig,), "unknown setting point.Ball = 3; needed Ball there"),
+    ({"Ball": {"radiuss": 2}}, (BallConfig,), "unknown setting point.Ball.radiuss = 2; did you mean radius[?]"),
+    ({"Bell": {"radius": 2}}, (BallConfig,), "unknown setting point.Bell = {.+}; needed Ball there; did you mean Ball[?]"),
+    ({"Box": {"width": 1}}, (BoxConfig,), "point.Box: .*missing.*'name'.*; set it in experiments/"),
+    ({"Box": {"width": -1, "name": "x"}}, (BoxConfig,), "point.Box: width is -1; needed 0 or more"),
+])  # fmt: skip
 def test_settings_that_do_not_fit_a_class_are_refused_by_their_dotted_key(
     boxes: dict, monkeypatch: pytest.MonkeyPatch, section: dict, classes: tuple, message: str
 ) -> None:

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -42,10 +43,7 @@ def test_a_near_word_is_suggested_and_a_far_or_known_one_is_not() -> None:
 
 
 def test_an_error_is_shown_whole(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    def refuse() -> None:
-        raise UserError("no a\nb; needed c")
-
-    monkeypatch.setattr(cli, "app", refuse)
+    monkeypatch.setattr(cli, "app", Mock(side_effect=UserError("no a\nb; needed c")))
     with pytest.raises(SystemExit, match="^1$"):
         cli.main()
     assert capsys.readouterr().err == "error: no a\\nb; needed c\n"

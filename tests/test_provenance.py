@@ -4,10 +4,10 @@ import errno
 import hashlib
 import json
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
+from commands import git
 
 from scaling4d import provenance
 from scaling4d.provenance import LockedFile, LockedStage, differences, folder_md5, format_number, parse_gin, read_lock, required
@@ -32,9 +32,9 @@ stages:
 
 
 def commit(*paths: str) -> str:
-    subprocess.run(["git", "add", "-A", *paths], check=True)
-    subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-qm", "x"], check=True)
-    return subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    git("add", "-A", *paths)
+    git("commit", "-qm", "x")
+    return git("rev-parse", "HEAD").strip()
 
 
 def write(path: str, text: str) -> None:
@@ -73,15 +73,12 @@ def test_a_lock_is_read_into_stages_and_a_target_requires_the_makers_of_its_inpu
     assert [*required(stages, ["report"])] == ["readout@nano", "report", "pretrain@nano"]
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "reason"),
-    [
-        ("'2.0'", "'3.0'", "schema '3.0', needed '2.0'"),
-        ("hash: md5, md5: d", "md5: d", "data2 has a hash of kind None, needed md5"),
-        ("params.yaml", "other.yaml", "readout@nano has settings of other.yaml, needed params.yaml"),
-        ("stages:", "stages: [", "while parsing a flow sequence .*"),
-    ],
-)
+@pytest.mark.parametrize(("old", "new", "reason"), [
+    ("'2.0'", "'3.0'", "schema '3.0', needed '2.0'"),
+    ("hash: md5, md5: d", "md5: d", "data2 has a hash of kind None, needed md5"),
+    ("params.yaml", "other.yaml", "readout@nano has settings of other.yaml, needed params.yaml"),
+    ("stages:", "stages: [", "while parsing a flow sequence .*"),
+])  # fmt: skip
 def test_a_damaged_lock_is_one_line(old: str, new: str, reason: str) -> None:
     with pytest.raises(UserError, match=f"^dvc.lock is damaged: {reason}; take it from git again$"):
         read_lock(Path("dvc.lock"), LOCK.replace(old, new))
@@ -139,7 +136,7 @@ def test_files_appear_by_rename_or_not_at_all(disks: str, tmp_path: Path, monkey
 def test_git_gives_files_hashes_and_settings_of_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert provenance.git("log") is None and provenance.commits_of("a") == []
-    subprocess.run(["git", "init", "-q"], check=True)
+    git("init", "-q")
     for name, text in (("src/b", "2"), ("src/a/c", "1"), ("settings/x.yaml", "x: 1"), ("settings/y.md", "y")):
         write(name, text)
     first = commit()
@@ -158,7 +155,7 @@ def test_git_gives_files_hashes_and_settings_of_a_commit(tmp_path: Path, monkeyp
     provenance.write_yaml_files_at(first, "none", Path("copy"))
     assert [path.as_posix() for path in Path("copy").rglob("*.*")] == ["copy/settings/x.yaml"]
     for name in (f"{first[:2]}/{first[2:]}/brave-one", "stash", "exec/EXEC_HEAD"):
-        subprocess.run(["git", "update-ref", f"refs/exps/{name}", second], check=True)
+        git("update-ref", f"refs/exps/{name}", second)
     assert provenance.experiments() == {"brave-one": f"refs/exps/{first[:2]}/{first[2:]}/brave-one"}
     with pytest.raises(UserError, match="^git show nothing: fatal: "):
         provenance.git_or_error("show", "nothing")

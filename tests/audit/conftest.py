@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from commands import git
 
 from scaling4d import artifacts, audit, config, provenance
 from scaling4d.audit.run import INTERVAL, locked_runs
@@ -81,8 +82,8 @@ def shell(*words: str) -> None:
 
 
 def _commit(message: str) -> None:
-    shell("git", "add", "-A")
-    shell("git", "-c", "user.name=A", "-c", "user.email=a@example.org", "commit", "-q", "-m", message)
+    git("add", "-A")
+    git("commit", "-qm", message)
 
 
 def _write(path: Path, text: str) -> None:
@@ -97,7 +98,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(root)
         patch.setenv("DVC_NO_ANALYTICS", "true")
         _write_sources()
-        shell("git", "init", "-q")
+        git("init", "-q")
         shell(sys.executable, "-m", "dvc", "init", "-q")
         shell(sys.executable, "-m", "dvc", "import-url", "-q", "experiments/pocket", "data")
         _write_artifacts()

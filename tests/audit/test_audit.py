@@ -53,15 +53,12 @@ SHARD, WEIGHTS = "artifacts/test/clips/shards/train-00000.tar", f"{PRETRAINED}/m
 VIDEO, BENCHMARK = "data/videos/a.mp4", "data/benchmarks/ssv2/list.json"
 
 
-@pytest.mark.parametrize(
-    ("path", "old", "new", "where", "name", "ways", "others"),
-    [
-        (SHARD, "clips", "clipz", "artifacts/test/clips", "shards/train-00000.tar", ["pretrain", "pretrain -> readout"], "test:"),
-        (WEIGHTS, "weights", "weighTs", str(PRETRAINED), "model.safetensors", ["readout"], "mini"),
-        (VIDEO, "as it was", "as it is ", "data/videos", "a.mp4", ["clips -> pretrain", "clips -> pretrain -> readout"], "data:"),
-        (BENCHMARK, "as it was", "as it is ", "data/benchmarks", "ssv2/list.json", ["benchmarks -> readout"], "/pretrain"),
-    ],
-)
+@pytest.mark.parametrize(("path", "old", "new", "where", "name", "ways", "others"), [
+    (SHARD, "clips", "clipz", "artifacts/test/clips", "shards/train-00000.tar", ["pretrain", "pretrain -> readout"], "test:"),
+    (WEIGHTS, "weights", "weighTs", str(PRETRAINED), "model.safetensors", ["readout"], "mini"),
+    (VIDEO, "as it was", "as it is ", "data/videos", "a.mp4", ["clips -> pretrain", "clips -> pretrain -> readout"], "data:"),
+    (BENCHMARK, "as it was", "as it is ", "data/benchmarks", "ssv2/list.json", ["benchmarks -> readout"], "/pretrain"),
+])  # fmt: skip
 def test_one_byte_is_named_with_every_result_that_it_affects_and_nothing_else(
     flip: Flip, wrong: Wrong, path: str, old: str, new: str, where: str, name: str, ways: list[str], others: str
 ) -> None:
@@ -82,14 +79,11 @@ def test_one_byte_of_the_settings_is_named_with_the_results_that_it_would_change
     assert "params.yaml seed -> pretrain -> reports/built: mini/pretrain, nano/pretrain" in text
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "reason", "affects"),
-    [
-        ("VALUE = 1", "VALUE = 2", "the code differs from the code of the run (", True),
-        ("VALUE = 1", "VALUE = )", "the code is not Python: unmatched ')' ", True),
-        ("# a number", "# A number", "no hash of a package differs, so no number changes", False),
-    ],
-)
+@pytest.mark.parametrize(("old", "new", "reason", "affects"), [
+    ("VALUE = 1", "VALUE = 2", "the code differs from the code of the run (", True),
+    ("VALUE = 1", "VALUE = )", "the code is not Python: unmatched ')' ", True),
+    ("# a number", "# A number", "no hash of a package differs, so no number changes", False),
+])  # fmt: skip
 def test_one_byte_of_code_is_named_with_the_results_of_its_package(
     clone: Path, flip: Flip, wrong: Wrong, old: str, new: str, reason: str, affects: bool
 ) -> None:
@@ -154,17 +148,14 @@ def test_hashes_of_benchmarks_that_are_damaged_are_named(wrong: Wrong, content: 
 # ---- the lock ----
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("cmd: true clips", "cmd: true clipz", "clips: dvc.lock has the command `true clipz`, dvc.yaml `true clips`: run"),
-        ("  clips:\n    cmd", "  klips:\n    cmd", "clips: dvc.lock does not have this stage: run `dvc repro`"),
-        ("frames: 4", "frames: 5", "clips: dvc.lock has clips.Curation.frames = 5, params.yaml 4: run `dvc repro`"),
-        ("path: data/videos", "path: data/vide0s", "clips: by dvc.lock it reads data/vide0s; by dvc.yaml data/videos: run"),
-        ("width: 32", "width: 33", "pretrain@mini: dvc.lock has points.mini.SimpleMAE.width = 33, params.yaml 32: run"),
-        ("artifacts/code/readout.json", "artifacts/code/rezdout.json", "artifacts/code/rezdout.json"),
-    ],
-)
+@pytest.mark.parametrize(("old", "new", "message"), [
+    ("cmd: true clips", "cmd: true clipz", "clips: dvc.lock has the command `true clipz`, dvc.yaml `true clips`: run"),
+    ("  clips:\n    cmd", "  klips:\n    cmd", "clips: dvc.lock does not have this stage: run `dvc repro`"),
+    ("frames: 4", "frames: 5", "clips: dvc.lock has clips.Curation.frames = 5, params.yaml 4: run `dvc repro`"),
+    ("path: data/videos", "path: data/vide0s", "clips: by dvc.lock it reads data/vide0s; by dvc.yaml data/videos: run"),
+    ("width: 32", "width: 33", "pretrain@mini: dvc.lock has points.mini.SimpleMAE.width = 33, params.yaml 32: run"),
+    ("artifacts/code/readout.json", "artifacts/code/rezdout.json", "artifacts/code/rezdout.json"),
+])  # fmt: skip
 def test_one_byte_of_the_lock_is_named(flip: Flip, wrong: Wrong, old: str, new: str, message: str) -> None:
     flip("dvc.lock", old, new)
     assert message in wrong()
@@ -315,9 +306,7 @@ def test_stages_that_dvc_keeps_of_a_still_earlier_run_are_no_part_of_an_earlier_
     assert not wrong()
 
 
-def test_results_of_an_earlier_commit_are_one_note_that_says_what_is_newer(
-    flip: Flip, commit: Callable, messages: Messages, wrong: Wrong
-) -> None:
+def test_results_of_an_earlier_commit_are_one_note(flip: Flip, commit: Callable, messages: Messages, wrong: Wrong) -> None:
     made = provenance.git_or_error("rev-parse", "--short=7", "HEAD~1").strip()
     Path("src/scaling4d/readout/stage.py").write_text("VALUE = 22\n")
     assert wrong()  # no commit has this edit

@@ -55,9 +55,7 @@ def test_a_crate_states_who_when_what_and_how_and_is_the_same_bytes_twice(projec
     assert {(use["name"], use["value"], use["unitCode"]) for use in usage} == {("cpus", "4", "C62"), ("seconds", "1.5", "SEC")}
 
 
-def test_a_crate_holds_small_files_and_names_large_ones_and_sources_by_hash(
-    project: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_crate_holds_small_files_and_names_all_others_by_hash(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(crate, "LARGEST_BYTES", 15)
     weights = Path("artifacts/test/pretrain/nano/model.safetensors")
     audit.export(Path("out"))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import git
 
 from scaling4d.audit import predictions
 from scaling4d.audit.run import NOTE, WRONG
@@ -21,11 +22,6 @@ pytestmark = pytest.mark.integration
 
 SIZES, FLOPS_PER_CLIP = (24_400, 146_928, 738_720), (2.88e7, 1.35e8, 5.3e8)
 PREDICTION = law.PREDICTIONS / "larger.json"
-
-
-def commit(message: str) -> None:
-    for words in (("add", "-A"), ("commit", "-q", "--allow-empty", "-m", message)):
-        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@example.org", *words], check=True)
 
 
 def write_runs(name: str, budgets: tuple[float, ...]) -> None:
@@ -41,10 +37,10 @@ def write_runs(name: str, budgets: tuple[float, ...]) -> None:
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commit: Callable) -> Study:
     """A repository with a fitted study, and a study that is to be predicted."""
     monkeypatch.chdir(tmp_path)
-    subprocess.run(["git", "init", "-q", "."], check=True)
+    git("init", "-q")
     law.PREDICTIONS.mkdir(parents=True)
     write_runs("small", (1e12, 2e12, 4e12))
     commit("fitted runs")
@@ -56,7 +52,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
     return Study("larger", "?", arms[0].name, (0,), arms, {}, law=True)
 
 
-def test_a_prediction_before_its_results_is_right_and_stands_beside_them(project: Study) -> None:
+def test_a_prediction_before_its_results_is_right_and_stands_beside_them(project: Study, commit: Callable) -> None:
     assert law.write_prediction(project, REPORTS / "small") == PREDICTION
     commit("prediction")
     write_runs("larger", (8e12,))
@@ -70,7 +66,7 @@ def test_a_prediction_before_its_results_is_right_and_stands_beside_them(project
     assert files == page.law_files(project, read_runs(REPORTS / "larger"))
 
 
-def test_a_prediction_after_its_results_is_wrong(project: Study) -> None:
+def test_a_prediction_after_its_results_is_wrong(project: Study, commit: Callable) -> None:
     law.write_prediction(project, REPORTS / "small")
     late = PREDICTION.read_text()
     PREDICTION.unlink()
@@ -84,7 +80,7 @@ def test_a_prediction_after_its_results_is_wrong(project: Study) -> None:
         law.write_prediction(project, REPORTS / "small")
 
 
-def test_a_prediction_in_the_commit_of_its_results_is_wrong(project: Study) -> None:
+def test_a_prediction_in_the_commit_of_its_results_is_wrong(project: Study, commit: Callable) -> None:
     law.write_prediction(project, REPORTS / "small")
     (finding,) = predictions.findings()
     assert finding.kind == NOTE and "commit it before `scaling4d study larger`" in finding.message
@@ -93,7 +89,7 @@ def test_a_prediction_in_the_commit_of_its_results_is_wrong(project: Study) -> N
     assert [finding.kind for finding in predictions.findings()] == [WRONG]
 
 
-def test_a_prediction_that_was_changed_later_is_wrong(project: Study) -> None:
+def test_a_prediction_that_was_changed_later_is_wrong(project: Study, commit: Callable) -> None:
     law.write_prediction(project, REPORTS / "small")
     commit("prediction")
     content = json.loads(PREDICTION.read_text())
@@ -105,7 +101,7 @@ def test_a_prediction_that_was_changed_later_is_wrong(project: Study) -> None:
     assert "was changed after commit" in changed.message and "the law of reports/studies/small/runs.csv predicts" in other.message
 
 
-def test_other_runs_than_those_of_the_prediction_are_noted(project: Study) -> None:
+def test_other_runs_than_those_of_the_prediction_are_noted(project: Study, commit: Callable) -> None:
     law.write_prediction(project, REPORTS / "small")
     write_runs("small", (1e12, 2e12, 3e12))
     commit("prediction")

@@ -44,15 +44,12 @@ def test_numbers_inside_their_intervals_are_reproduced_and_the_machines_are_comp
     assert audit.compare() == 0
 
 
-@pytest.mark.parametrize(
-    ("path", "values", "stage", "message"),
-    [
-        (NANO, {"value": 0.375}, "readout@nano", "nano/actions/frozen top1 0.375, was 0.5 [0.4, 0.6]"),
-        (NANO, {"others": {}}, "readout@nano", "nano/actions/frozen top5 was 0.875 and is absent now"),
-        (SUMMARY, {"val_loss": 0.26}, "pretrain@nano", "val_loss 0.26, was 0.25"),
-        (SUMMARY, {"parameters": 6}, "pretrain@nano", "parameters 6, was 5"),
-    ],
-)
+@pytest.mark.parametrize(("path", "values", "stage", "message"), [
+    (NANO, {"value": 0.375}, "readout@nano", "nano/actions/frozen top1 0.375, was 0.5 [0.4, 0.6]"),
+    (NANO, {"others": {}}, "readout@nano", "nano/actions/frozen top5 was 0.875 and is absent now"),
+    (SUMMARY, {"val_loss": 0.26}, "pretrain@nano", "val_loss 0.26, was 0.25"),
+    (SUMMARY, {"parameters": 6}, "pretrain@nano", "parameters 6, was 5"),
+])  # fmt: skip
 def test_a_number_that_does_not_come_back_is_named(
     project: Path, rewrite: Callable, path: str, values: dict, stage: str, message: str, capsys: pytest.CaptureFixture
 ) -> None:

@@ -58,20 +58,22 @@ def clip(name: str, frames: int = T) -> Sample:
 
 # ---- benchmarks, each with the writer of a small copy ----
 
-SLOW = replace(CLIP, frames=4, rate_hz=5.0)
-WAYMO = {"rate_hz": 8.0, "jpeg_quality": 90}
+SLOW, JPEG = replace(CLIP, frames=4, rate_hz=5.0), {"rate_hz": 8.0, "jpeg_quality": 90}
+SENSREADER, POSED_IMAGES = scannet.EXPORTS
 Writer = Callable[[Path], None]
+
+
+def both_splits(write: Callable, **options: object) -> Writer:
+    return lambda root: [write(root, split, [clip("0")], **options, **H264) for split in ("train", "val")]
+
+
+def export(layout: str) -> Writer:
+    return lambda root: writers.write_scannet_export(root, clip("scene0003_01", 30), layout)
+
+
 BENCHMARKS: dict[str, tuple[ModuleType, Writer]] = {
-    "kinetics": (
-        kinetics,
-        lambda root: [writers.write_kinetics(root, split, [clip("0")], labels=["a"], **H264) for split in ("train", "val")],
-    ),
-    "ssv2": (
-        ssv2,
-        lambda root: [
-            ssv2.write(root, split, [clip("0")], templates=["Eating [something]"], **H264) for split in ("train", "val")
-        ],
-    ),
+    "kinetics": (kinetics, both_splits(writers.write_kinetics, labels=["a"])),
+    "ssv2": (ssv2, both_splits(ssv2.write, templates=["Eating [something]"])),
     "perception_test": (perception_test, lambda root: perception_test.write(root, "val", [points()], **H264)),
     "perception_test_objects": (
         perception_test_objects,
@@ -79,19 +81,11 @@ BENCHMARKS: dict[str, tuple[ModuleType, Writer]] = {
     ),
     "tapvid": (tapvid, lambda root: writers.write_tapvid(root, [points()])),
     "tapvid_kinetics": (tapvid, lambda root: writers.write_tapvid_kinetics(root, [points()], shards=1)),
-    "waymo_v2": (waymo, lambda root: waymo.write(root, "val", [three_boxes("a")], **WAYMO)),
-    "waymo_v1": (waymo, lambda root: writers.write_waymo_v1(root, "val", three_boxes("a"), **WAYMO)),
-    "scannet": (
-        scannet,
-        lambda root: scannet.write(root, "val", [clip("scene0003_01")], rate_hz=8.0, jpeg_quality=90),
-    ),
-    **{
-        name: (
-            scannet,
-            lambda root, layout=layout: writers.write_scannet_export(root, clip("scene0003_01", 30), layout),
-        )
-        for name, layout in zip(("scannet_sensreader", "scannet_posed_images"), scannet.EXPORTS, strict=True)
-    },
+    "waymo_v2": (waymo, lambda root: waymo.write(root, "val", [three_boxes("a")], **JPEG)),
+    "waymo_v1": (waymo, lambda root: writers.write_waymo_v1(root, "val", three_boxes("a"), **JPEG)),
+    "scannet": (scannet, lambda root: scannet.write(root, "val", [clip("scene0003_01")], **JPEG)),
+    "scannet_sensreader": (scannet, export(SENSREADER)),
+    "scannet_posed_images": (scannet, export(POSED_IMAGES)),
     "realestate10k": (realestate10k, lambda root: realestate10k.write(root, "val", [clip("0" * 16)], **H264)),
     "realestate10k_frames": (
         realestate10k,

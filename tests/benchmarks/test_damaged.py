@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -182,9 +183,7 @@ def test_a_folder_or_an_endless_name_in_the_place_of_a_file_is_a_reason(tmp_path
 
 
 def test_an_error_of_the_disk_under_a_reader_surfaces(tmp_path, monkeypatch):
-    def broken(*_: object, **__: object) -> None:
-        raise OSError(errno.EIO, "Input/output error")
-
+    broken = Mock(side_effect=OSError(errno.EIO, "Input/output error"))
     for name, opened in (("scannet_sensreader", "read_text"), ("tapvid", "open"), ("waymo_v1", "open"), ("scannet", "open")):
         benchmark, write = BENCHMARKS[name]
         write(tmp_path / name)

@@ -117,10 +117,9 @@ def test_objects_outside_the_square_or_without_an_inside_are_not_valid(tmp_path,
     ([], "no object of video_7 starts in the first frame's square"),
 ])  # fmt: skip
 def test_objects_that_are_not_labelled_again_or_never_give_no_sample_by_rule(tmp_path, objects, boxes, expected):
+    changes = {"frame_ids": [0] * len(boxes), "bounding_boxes": boxes, "initial_tracking_box": [1] * len(boxes)}
     for number in range(3):
-        edit_track(
-            tmp_path, OBJECTS, number, frame_ids=[0] * len(boxes), bounding_boxes=boxes, initial_tracking_box=[1] * len(boxes)
-        )
+        edit_track(tmp_path, OBJECTS, number, **changes)
     ((video_id, bad, why),) = left_out(perception_test_objects, tmp_path, "val")
     assert (video_id, bad) == ("video_7", False) and expected in why
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from benchmarks.writers import write_tapvid, write_tapvid_kinetics
 from numbered import CLIP, in_square, numbers, pictures, read, refused
+from payload import Payload
 
 from scaling4d import seeds
 from scaling4d.benchmarks import tapvid
@@ -61,24 +62,14 @@ def test_tapvid_kinetics_holds_jpegs_in_shards_and_a_part_is_that_part_of_all_of
     assert [sample.id for sample in part] == names[1::2]
 
 
-class Calls:
-    """A pickle of this calls the function when it is loaded."""
-
-    def __init__(self, function, *arguments) -> None:
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
-
-
 def test_tapvid_pickles_never_execute_code(tmp_path):
     made, path = tmp_path / "made", tmp_path / "tapvid_davis.pkl"
     attacks = {
-        r"os.system|posix.system": Calls(os.system, f"touch {made}"),
-        r"\S+.eval": Calls(eval, f"open({str(made)!r}, 'w')"),
-        r"\S+.getattr": Calls(getattr, "", "format"),
-        r"numpy\S*.fromfile": Calls(np.fromfile, str(path)),
-        r"\S+Path|\S+.touch|\S+.getattr": Calls(Path.touch, made),
+        r"os.system|posix.system": Payload(os.system, f"touch {made}"),
+        r"\S+.eval": Payload(eval, f"open({str(made)!r}, 'w')"),
+        r"\S+.getattr": Payload(getattr, "", "format"),
+        r"numpy\S*.fromfile": Payload(np.fromfile, str(path)),
+        r"\S+Path|\S+.touch|\S+.getattr": Payload(Path.touch, made),
     }
     pickles = [(name, pickle.dumps({"goat": attack}, protocol)) for name, attack in attacks.items() for protocol in range(6)]
     for name, content in [*pickles, ("os.system", b"cos\nsystem\n(S'touch " + str(made).encode() + b"'\ntR.")]:
@@ -103,7 +94,7 @@ def test_tapvid_arrays_of_every_kind_are_read_as_numpy_reads_them(tmp_path, dtyp
 
 @pytest.mark.parametrize(("content", "expected"), [
     (np.array([{}, []], dtype=object), "it holds an array of kind 'O8'; needed numbers or bytes"),
-    (Calls(np.ndarray, (1,), "O", b"\1" * 8), "x.pkl is no pickle of arrays, or damaged: 'str' object is not callable"),
+    (Payload(np.ndarray, (1,), "O", b"\1" * 8), "x.pkl is no pickle of arrays, or damaged: 'str' object is not callable"),
 ])  # fmt: skip
 def test_tapvid_pickles_make_no_arrays_of_objects_or_pointers(tmp_path, content, expected):
     (tmp_path / "x.pkl").write_bytes(pickle.dumps(content))

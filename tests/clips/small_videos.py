@@ -29,7 +29,3 @@ def save(path: Path, pixels: np.ndarray, rate_hz: float = 16, crf: int = 18, **m
     path.parent.mkdir(parents=True, exist_ok=True)
     video.encode(path, pixels, rate_hz=rate_hz, crf=crf, gop=12, **more)
     return path
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

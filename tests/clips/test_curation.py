@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from distributed import LocalCluster
+from nearness import contents
 from PIL import Image, ImageOps
-from small_videos import SETTINGS, contents
+from small_videos import SETTINGS
 
 from scaling4d import video
 from scaling4d.clips import curate, inspection, loader

@@ -1,10 +1,12 @@
+import contextlib
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
-from small_videos import contents, save, world
+from nearness import contents
+from small_videos import save, world
 
 from scaling4d.clips import data_import
 from scaling4d.records import UserError
@@ -22,8 +24,7 @@ def imported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("imported")
     save(folder / "project/experiments/pocket/videos/a.mp4", world(0, 4))
     save(folder / "own" / "videos" / "deep er" / "ü.mp4", world(1, 4))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder / "project")
+    with contextlib.chdir(folder / "project"):
         sh("git", "init", "-q")
         sh("dvc", "init", "-q")
         sh("dvc", "import-url", "experiments/pocket", "data")

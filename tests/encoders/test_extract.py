@@ -1,5 +1,6 @@
 """Clips from files, encoders by name, baselines that need no download, and features at another size."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +35,8 @@ def folder(tmp_path: Path) -> Path:
 def test_load_finds_encoders_by_folder_or_name_and_leaves_their_files_alone(folder: Path, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert isinstance(scaling4d.load(folder), Encoder) and not scaling4d.load("nano").training
-    with pytest.raises(
-        UserError, match="^0 checkpoints are called 'nothing'; needed a folder, such as artifacts/smoke/pretrain/"
-    ):
+    needed = "needed a folder, such as artifacts/smoke/pretrain/"
+    with pytest.raises(UserError, match=f"^0 checkpoints are called 'nothing'; {needed}"):
         scaling4d.load("nothing")
     before = (folder / WEIGHTS).read_bytes()
     initialise(scaling4d.load(folder), seed=1)
@@ -70,23 +70,19 @@ def test_clips_of_bytes_and_of_floats_are_taken_as_they_are(tmp_path: Path) -> N
         assert torch.equal(read_clips(tmp_path / "clip.npy", CLIP, 64), torch.ones(2, 6, 30, 50, 3, dtype=expected))
 
 
-@pytest.mark.parametrize(
-    ("array", "message"),
-    [
-        (np.zeros((6, 32, 48, 3), np.float32), "holds float32 numbers (6, 32, 48, 3); needed numbers in 5 axes"),
-        (np.full((1, 6, 32, 48, 3), 255.0, np.float32), "values from 255.0 to 255.0; needed floats in 0..1, or uint8"),
-        (np.zeros((1, 6, 32, 48, 1), np.float32), "needed B T H W 3, float in 0..1 or uint8"),
-        (np.zeros((0, 6, 32, 48, 3), np.float32), "needed B T H W 3, float in 0..1 or uint8"),
-        (np.zeros((1, 6, 32, 48, 3), np.int32), "needed B T H W 3, float in 0..1 or uint8"),
-        (np.full((1, 6, 32, 48, 3), np.nan, np.float32), "values from nan to nan; needed floats in 0..1, or uint8"),
-        (np.array([{}], dtype=object), "is not a .npy of numbers"),
-    ],
-)
+@pytest.mark.parametrize(("array", "message"), [
+    (np.zeros((6, 32, 48, 3), np.float32), "holds float32 numbers (6, 32, 48, 3); needed numbers in 5 axes"),
+    (np.full((1, 6, 32, 48, 3), 255.0, np.float32), "values from 255.0 to 255.0; needed floats in 0..1, or uint8"),
+    (np.zeros((1, 6, 32, 48, 1), np.float32), "needed B T H W 3, float in 0..1 or uint8"),
+    (np.zeros((0, 6, 32, 48, 3), np.float32), "needed B T H W 3, float in 0..1 or uint8"),
+    (np.zeros((1, 6, 32, 48, 3), np.int32), "needed B T H W 3, float in 0..1 or uint8"),
+    (np.full((1, 6, 32, 48, 3), np.nan, np.float32), "values from nan to nan; needed floats in 0..1, or uint8"),
+    (np.array([{}], dtype=object), "is not a .npy of numbers"),
+])  # fmt: skip
 def test_arrays_that_are_no_clips_are_refused(array: np.ndarray, message: str, tmp_path: Path) -> None:
     np.save(tmp_path / "clip.npy", array, allow_pickle=True)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=re.escape(message)):
         read_clips(tmp_path / "clip.npy", CLIP, None)
-    assert message in str(error.value)
 
 
 @pytest.mark.integration

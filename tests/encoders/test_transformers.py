@@ -354,24 +354,21 @@ def test_pickles_are_refused_and_named(published, tmp_path):
 CONFIG, PREPROCESSOR, VIDEO_PREPROCESSOR = "config.json", "preprocessor_config.json", "video_preprocessor_config.json"
 
 
-@pytest.mark.parametrize(
-    ("kind", "file", "key", "value", "message"),
-    [
-        ("dinov2", CONFIG, "model_type", "bert", r"config.json has model_type 'bert'; needed one of dinov2, .*vjepa2"),
-        ("dinov2", CONFIG, "hidden_size", "wide", r"cannot be read as a dinov2: .*expected int, got str"),
-        ("dinov2", CONFIG, "num_attention_heads", 0, r"cannot be read as a dinov2: .*zero$"),
-        ("dinov2", CONFIG, "hidden_act", "exec", r"cannot be read as a dinov2: "),
-        ("dinov2", CONFIG, "patch_size", 56, r"a dinov2 of patches \(1, 56, 56\) shown 4 frames of 28 px has no token$"),
-        ("dinov2", CONFIG, "hidden_size", 48, r"lacks \d+ tensors of a dinov2 of this shape, the first embeddings.cls_token; "),
-        ("dinov2", CONFIG, "num_hidden_layers", 4, r"lacks 18 tensors of a dinov2 of this shape, the first encoder.layer.3."),
-        ("dinov2", PREPROCESSOR, "resample", 1, "resample = 1; needed 2 .bilinear. or 3 .bicubic.$"),
-        ("dinov2", PREPROCESSOR, "do_rescale", False, "do_rescale = False, rescale_factor = 0.0039.*; needed 1 / 255$"),
-        ("dinov2", PREPROCESSOR, "crop_size", {"height": 28, "width": 42}, "pictures of .*; needed squares$"),
-        ("dinov2", PREPROCESSOR, "crop_size", None, "cannot be read as a dinov2: "),
-        ("dinov2", PREPROCESSOR, "image_std", [0.2, 0.2], "image_mean = .*, image_std = .*; needed a number for each of three"),
-        ("vjepa2", VIDEO_PREPROCESSOR, "crop_size", {"height": 48, "width": 48}, "crop_size = 32 cannot see 48 px; its files"),
-    ],
-)
+@pytest.mark.parametrize(("kind", "file", "key", "value", "message"), [
+    ("dinov2", CONFIG, "model_type", "bert", r"config.json has model_type 'bert'; needed one of dinov2, .*vjepa2"),
+    ("dinov2", CONFIG, "hidden_size", "wide", r"cannot be read as a dinov2: .*expected int, got str"),
+    ("dinov2", CONFIG, "num_attention_heads", 0, r"cannot be read as a dinov2: .*zero$"),
+    ("dinov2", CONFIG, "hidden_act", "exec", r"cannot be read as a dinov2: "),
+    ("dinov2", CONFIG, "patch_size", 56, r"a dinov2 of patches \(1, 56, 56\) shown 4 frames of 28 px has no token$"),
+    ("dinov2", CONFIG, "hidden_size", 48, r"lacks \d+ tensors of a dinov2 of this shape, the first embeddings.cls_token; "),
+    ("dinov2", CONFIG, "num_hidden_layers", 4, r"lacks 18 tensors of a dinov2 of this shape, the first encoder.layer.3."),
+    ("dinov2", PREPROCESSOR, "resample", 1, "resample = 1; needed 2 .bilinear. or 3 .bicubic.$"),
+    ("dinov2", PREPROCESSOR, "do_rescale", False, "do_rescale = False, rescale_factor = 0.0039.*; needed 1 / 255$"),
+    ("dinov2", PREPROCESSOR, "crop_size", {"height": 28, "width": 42}, "pictures of .*; needed squares$"),
+    ("dinov2", PREPROCESSOR, "crop_size", None, "cannot be read as a dinov2: "),
+    ("dinov2", PREPROCESSOR, "image_std", [0.2, 0.2], "image_mean = .*, image_std = .*; needed a number for each of three"),
+    ("vjepa2", VIDEO_PREPROCESSOR, "crop_size", {"height": 48, "width": 48}, "crop_size = 32 cannot see 48 px; its files"),
+])  # fmt: skip
 def test_files_that_do_not_fit_together_are_refused_in_one_line(published, tmp_path, kind, file, key, value, message):
     refused(rewritten(published(kind)[0], tmp_path, file, key, value), message)
 
@@ -394,28 +391,22 @@ def test_a_damaged_file_and_a_folder_without_preprocessor_are_refused(published,
     refused(folder, r"does not say how the model sees a picture; needed one of preprocessor_config.json, ")
 
 
-@pytest.mark.parametrize(
-    ("kind", "clip", "needed"),
-    [
-        ("vjepa2", (3, 32, 32), "a multiple of 2 frames"),
-        ("videomae", (8, 32, 32), "4 frames"),
-        ("dinov2", (4, 32, 48), "a multiple of 1 frames"),
-    ],
-)
+@pytest.mark.parametrize(("kind", "clip", "needed"), [
+    ("vjepa2", (3, 32, 32), "a multiple of 2 frames"),
+    ("videomae", (8, 32, 32), "4 frames"),
+    ("dinov2", (4, 32, 48), "a multiple of 1 frames"),
+])  # fmt: skip
 def test_clips_that_do_not_suit_the_model_are_refused(published, kind, clip, needed):
     message = re.escape(f"clip T H W = {clip} does not suit a {kind}; needed {needed}, height = width")
     refused(published(kind)[0], f"^{message}$", clip)
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize(
-    ("source", "revision", "message"),
-    [
-        ("no/such", "", "^encoders.pretrained.tiny: no folder no/such; needed a folder, or a model of the hub with its commit"),
-        ("owner/name", "main", "Pretrained.revision = 'main'; needed a commit of 40 hex digits, or '' for a folder$"),
-        ("owner/name", "0" * 40, "^encoders.pretrained.tiny: owner/name at 0{12} cannot be downloaded .*Pretrained.source"),
-    ],
-)
+@pytest.mark.parametrize(("source", "revision", "message"), [
+    ("no/such", "", "^encoders.pretrained.tiny: no folder no/such; needed a folder, or a model of the hub with its commit"),
+    ("owner/name", "main", "Pretrained.revision = 'main'; needed a commit of 40 hex digits, or '' for a folder$"),
+    ("owner/name", "0" * 40, "^encoders.pretrained.tiny: owner/name at 0{12} cannot be downloaded .*Pretrained.source"),
+])  # fmt: skip
 def test_sources_that_cannot_be_had_are_refused_in_one_line(listed, project, monkeypatch, source, revision, message):
     import huggingface_hub
 
@@ -437,17 +428,14 @@ def test_the_tests_know_every_kind():
     assert {same.get(kind, kind) for kind in FAMILIES} == set(MODELS)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"values": {"num_hidden_layers": 10**9}}, "num_hidden_layers = 1000000000; needed at most 1,000"),
-        ({"values": {"hidden_sizes": [96, 2**40]}}, "hidden_sizes = 1099511627776; needed at most 1,048,576"),
-        ({"values": {"layer_norm_eps": float("nan")}}, "layer_norm_eps = nan; needed at most .+"),
-        ({"kind": "dinov"}, "kind = 'dinov'; needed .+; did you mean dinov2[?]"),
-        ({"side_px": 0}, "side_px = 0; needed a number from 1 to 1,048,576"),
-        ({"std": (0.0, 1.0, 1.0)}, r"std = \(0.0, 1.0, 1.0\); needed numbers above 0"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"values": {"num_hidden_layers": 10**9}}, "num_hidden_layers = 1000000000; needed at most 1,000"),
+    ({"values": {"hidden_sizes": [96, 2**40]}}, "hidden_sizes = 1099511627776; needed at most 1,048,576"),
+    ({"values": {"layer_norm_eps": float("nan")}}, "layer_norm_eps = nan; needed at most .+"),
+    ({"kind": "dinov"}, "kind = 'dinov'; needed .+; did you mean dinov2[?]"),
+    ({"side_px": 0}, "side_px = 0; needed a number from 1 to 1,048,576"),
+    ({"std": (0.0, 1.0, 1.0)}, r"std = \(0.0, 1.0, 1.0\); needed numbers above 0"),
+])  # fmt: skip
 def test_an_encoder_of_impossible_sizes_is_refused_before_it_is_built(changes: dict, message: str) -> None:
     values = {"kind": "dinov2", "values": {}, "clip": (2, 28, 28), "side_px": 28, "resample": "bicubic"}
     values |= {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}

@@ -24,9 +24,7 @@ def clips() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("normalised", [False, True])
-def test_a_perfect_prediction_fills_in_the_predicted_frames_and_repeats_them_until_the_next(
-    normalised: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_perfect_prediction_shows_its_frames_until_the_next(normalised: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = build(normalise_target=normalised), clips()
     monkeypatch.setattr(model, "decode", lambda pixels, masked: model.target(pixels))
     filled = model.reconstruct(x, model.draw_mask(2, seeds.stream(0, "m")))
@@ -48,15 +46,6 @@ def test_initial_values_are_the_official_codes() -> None:
     assert not model.decoder_class_token.any()
     assert not any(p.any() for name, p in model.named_parameters() if name.endswith("bias"))
     assert all((p == 1).all() for name, p in model.named_parameters() if name.endswith("norm.weight"))
-
-
-def test_the_loss_is_over_hidden_tokens_alone() -> None:
-    model, x = build(), clips()
-    masked = model.draw_mask(2, seeds.stream(0, "m"))
-    with torch.no_grad():
-        error = (model.decode(x, masked) - model.target(x)).square().mean(-1)
-        total = sum(error[b, token].item() for b in range(2) for token in range(32) if token not in masked.ids_keep[b])
-        assert abs(model(x, masked).item() - total / (2 * (32 - masked.ids_keep.shape[1]))) < 1e-6
 
 
 def test_it_computes_in_bfloat16_under_autocast() -> None:

@@ -109,17 +109,14 @@ def test_branches_by_depth_start_as_released_divided_by_the_root_of_their_number
         assert torch.allclose(b, a / branches**0.5 if last else a), name
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"branch_init": "small"}, "branch_init = 'small'; needed released or by_depth"),
-        ({"position_init": "zero"}, "position_init = 'zero'; needed normal or sincos"),
-        ({"loss_on": "half"}, "loss_on = 'half'; needed all or masked"),
-        ({"decode_blocks": 4}, "decode_blocks = 4; needed 1 to 3, the depth"),
-        ({"heads": 5}, "width 24 does not divide into 5 heads"),
-        ({"patch": (3, 8, 8)}, r"clip T H W = \(4, 16, 24\) does not divide into patches \(3, 8, 8\); set them to multiples"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"branch_init": "small"}, "branch_init = 'small'; needed released or by_depth"),
+    ({"position_init": "zero"}, "position_init = 'zero'; needed normal or sincos"),
+    ({"loss_on": "half"}, "loss_on = 'half'; needed all or masked"),
+    ({"decode_blocks": 4}, "decode_blocks = 4; needed 1 to 3, the depth"),
+    ({"heads": 5}, "width 24 does not divide into 5 heads"),
+    ({"patch": (3, 8, 8)}, r"clip T H W = \(4, 16, 24\) does not divide into patches \(3, 8, 8\); set them to multiples"),
+])  # fmt: skip
 def test_a_model_that_cannot_be_built_is_refused(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}$"):
         small(**changes)

@@ -21,27 +21,22 @@ TOTAL = 0.02  # what a block holds at once is a bound, not a trace; measured: at
 
 
 @pytest.mark.usefixtures("in_the_project")
-@pytest.mark.parametrize(
-    ("point", "shards", "replicas", "clips", "recompute", "microbatches"),
-    [
-        ("S", 8, 1, 8, "none", 1),
-        ("S", 8, 1, 2, "none", 2),
-        ("nano", 4, 2, 2, "block", 3),
-        ("B", 8, 1, 2, "block", 1),
-        ("nano", 4, 2, 2, "block", 1),
-        ("nano", 1024, 1, 1, "none", 1),
-        ("mae_st_tiny", 8, 1, 2, "block", 1),
-        ("nano_distilled", 2, 1, 8, "none", 1),
-        pytest.param("S", 8, 1, 8, "block", 1, marks=pytest.mark.slow),
-        pytest.param("B", 8, 1, 2, "none", 1, marks=pytest.mark.slow),
-        pytest.param("L", 4, 2, 1, "block", 1, marks=pytest.mark.slow),
-        pytest.param("e", 64, 1, 4, "block", 1, marks=pytest.mark.slow),
-        pytest.param("j", 256, 1, 8, "block", 1, marks=pytest.mark.slow),
-    ],
-)
-def test_closed_form_and_dry_run_agree(
-    point: str, shards: int, replicas: int, clips: int, recompute: str, microbatches: int
-) -> None:
+@pytest.mark.parametrize(("point", "shards", "replicas", "clips", "recompute", "microbatches"), [
+    ("S", 8, 1, 8, "none", 1),
+    ("S", 8, 1, 2, "none", 2),
+    ("nano", 4, 2, 2, "block", 3),
+    ("B", 8, 1, 2, "block", 1),
+    ("nano", 4, 2, 2, "block", 1),
+    ("nano", 1024, 1, 1, "none", 1),
+    ("mae_st_tiny", 8, 1, 2, "block", 1),
+    ("nano_distilled", 2, 1, 8, "none", 1),
+    pytest.param("S", 8, 1, 8, "block", 1, marks=pytest.mark.slow),
+    pytest.param("B", 8, 1, 2, "none", 1, marks=pytest.mark.slow),
+    pytest.param("L", 4, 2, 1, "block", 1, marks=pytest.mark.slow),
+    pytest.param("e", 64, 1, 4, "block", 1, marks=pytest.mark.slow),
+    pytest.param("j", 256, 1, 8, "block", 1, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_formula_and_dry_run_agree(point: str, shards: int, replicas: int, clips: int, recompute: str, microbatches: int) -> None:
     model = build(point, settings_of(point))
     work = work_of(model)
     formula = memory(work, StepLayout(shards, recompute == "block", microbatches), clips=clips)

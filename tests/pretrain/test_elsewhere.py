@@ -49,9 +49,7 @@ def wait_for_steps(process: subprocess.Popen, steps: int) -> None:
 
 
 @pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_torchrun_on_one_node_or_two_gives_the_same_bytes_as_forked_ranks(
-    short: Callable, monkeypatch: pytest.MonkeyPatch, nodes: int
-) -> None:
+def test_torchrun_on_nodes_gives_the_bytes_of_forked_ranks(short: Callable, monkeypatch: pytest.MonkeyPatch, nodes: int) -> None:
     pretrain("nano", short(6, **SAVED))
     forked = written()
     here, both = {"where": "torchrun"}, {"where": "nodes", "nodes": 2, "rendezvous": f"127.0.0.1:{free_port()}"}

@@ -32,9 +32,7 @@ def test_a_batch_that_does_not_fit_is_refused_with_one_that_does(changed: Callab
     check_memory(bind_pretrain("nano", changed("points.nano.Sharding.accumulate", parts)), 5 * 10**8)
 
 
-def test_a_rank_that_has_all_weights_gathers_none_and_the_bytes_of_a_teacher_are_not_read(
-    changed: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rank_with_all_weights_gathers_none_and_no_teacher_is_read(changed: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     pretrain("nano", changed("pretrain.Training.steps", 2))
     monkeypatch.setattr(pretrain_settings, "load_model", lambda _: pytest.fail("weights were read"))
     pretraining = bind_pretrain("nano_distilled", config.read())
@@ -47,9 +45,7 @@ def test_a_rank_that_has_all_weights_gathers_none_and_the_bytes_of_a_teacher_are
 
 @pytest.mark.usefixtures("in_the_project")
 @pytest.mark.parametrize("profile", ["h100", "paper"])
-def test_every_point_of_the_large_profiles_fits_its_mesh_and_has_its_script(
-    profile: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_point_of_the_large_profiles_fits_its_mesh_and_has_a_script(profile: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrain_settings.loader, "count_clips", lambda folder, split: 1)  # there are no clips here
     monkeypatch.setattr(stage, "first_gpu_bytes", lambda: 80 * 10**9)
     monkeypatch.setattr(stage, "evidence_of", lambda pretraining: {})

@@ -107,20 +107,17 @@ def test_every_change_that_is_named_makes_it_fit(point: str, mesh: str) -> None:
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("S", "--mesh", "8"), "--mesh '8'; needed SHARDSxREPLICAS, two numbers above 0 such as 256x1 or 8x32"),
-        (("S", "--mesh", "0x4"), "--mesh '0x4'; needed SHARDSxREPLICAS, two numbers above 0 such as 256x1 or 8x32"),
-        (("S", "--mesh", "3x1"), "a batch of 4096 clips does not divide by the 3 GPUs of the mesh; set --batch to a "),
-        (("S", "--mesh", "8x2", "--batch", "4"), "a batch of 4 clips is smaller than the 16 GPUs of the mesh; set --batch to a "),
-        (("S", "--gpu", "tpu"), "unknown gpu 'tpu'; needed one of h100, h200, a100, a100_40"),
-        (("S", "--recompute", "all"), "--recompute 'all'; needed none or block"),
-        (("S", "--utilisation", "40"), "--utilisation 40.0; needed a share above 0 and at most 1"),
-        (("S", "--write-gb-per-s", "0"), "--write-gb-per-s 0.0; needed more than 0"),
-        (("huge",), "no profile has a point 'huge'; points: B, G, H, L, S, big, e, j, mae_st_B, "),
-    ],
-)
+@pytest.mark.parametrize(("words", "message"), [
+    (("S", "--mesh", "8"), "--mesh '8'; needed SHARDSxREPLICAS, two numbers above 0 such as 256x1 or 8x32"),
+    (("S", "--mesh", "0x4"), "--mesh '0x4'; needed SHARDSxREPLICAS, two numbers above 0 such as 256x1 or 8x32"),
+    (("S", "--mesh", "3x1"), "a batch of 4096 clips does not divide by the 3 GPUs of the mesh; set --batch to a "),
+    (("S", "--mesh", "8x2", "--batch", "4"), "a batch of 4 clips is smaller than the 16 GPUs of the mesh; set --batch to a "),
+    (("S", "--gpu", "tpu"), "unknown gpu 'tpu'; needed one of h100, h200, a100, a100_40"),
+    (("S", "--recompute", "all"), "--recompute 'all'; needed none or block"),
+    (("S", "--utilisation", "40"), "--utilisation 40.0; needed a share above 0 and at most 1"),
+    (("S", "--write-gb-per-s", "0"), "--write-gb-per-s 0.0; needed more than 0"),
+    (("huge",), "no profile has a point 'huge'; points: B, G, H, L, S, big, e, j, mae_st_B, "),
+])  # fmt: skip
 def test_bad_input_is_refused_in_one_line(words: tuple[str, ...], message: str, command: Callable) -> None:
     code, out, error = command(*words)
     assert (code, out, error.count("\n")) == (1, "", 1) and error.startswith(f"error: {message}")

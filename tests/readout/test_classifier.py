@@ -105,14 +105,11 @@ def test_the_classifier_starts_from_the_encoders_last_norm_and_nearly_equal_scor
     assert 1e-5 < head.linear.weight.std() < 3e-5 and not head.linear.bias.any()
 
 
-@pytest.mark.parametrize(
-    ("task", "protocol", "message"),
-    [
-        ("actions", "classifier", "^pixels is a PixelTokens, which this protocol cannot fine-tune; take it out of encoders."),
-        ("depth", "classifier", "^unknown readout 'depth' 'classifier'; tasks: .+, pose; .+ .classifier: actions alone.$"),
-        ("actions", "finetune", "^no .+/frozen/head.safetensors; fine-tuning starts from the frozen readout: run .scaling4d"),
-    ],
-)
+@pytest.mark.parametrize(("task", "protocol", "message"), [
+    ("actions", "classifier", "^pixels is a PixelTokens, which this protocol cannot fine-tune; take it out of encoders."),
+    ("depth", "classifier", "^unknown readout 'depth' 'classifier'; tasks: .+, pose; .+ .classifier: actions alone.$"),
+    ("actions", "finetune", "^no .+/frozen/head.safetensors; fine-tuning starts from the frozen readout: run .scaling4d"),
+])  # fmt: skip
 def test_a_readout_that_cannot_be_is_refused(project: object, task: str, protocol: str, message: str) -> None:
     baseline("pixels", config.read())
     with pytest.raises(UserError, match=message):

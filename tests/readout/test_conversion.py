@@ -3,6 +3,7 @@
 import argparse
 import json
 import pickle
+import re
 import subprocess
 import sys
 import zipfile
@@ -14,6 +15,7 @@ import pytest
 import torch
 import typer.testing
 from official import BACKBONE, DEPTH, arrays_of, official_state, with_head
+from payload import Payload
 
 import scaling4d
 from scaling4d import cli, seeds
@@ -221,31 +223,13 @@ def test_a_4ds_file_that_is_not_one_is_refused_and_nothing_written(case: str, tm
     assert not (tmp_path / "folder").exists()
 
 
-def test_arrays_whose_bytes_do_not_fit_their_shape_are_refused(tmp_path: Path) -> None:
-    for shape, name in (((10**7, 10**7), "huge"), ((-1, 96), "negative"), ((48, 95), "long")):
-        header = str({"descr": "<f4", "fortran_order": False, "shape": shape}).encode()
-        header = b"\x93NUMPY\x01\x00" + (128 - 10).to_bytes(2, "little") + header.ljust(128 - 11) + b"\n"
-        with zipfile.ZipFile(BACKBONE) as given, zipfile.ZipFile(tmp_path / "bad.npz", "w") as out:
-            for member in given.namelist():
-                data = given.read(member)
-                out.writestr(member, header + data[128:] if member == f"{KEY}.npy" else data)
-        with pytest.raises(UserError, match=rf"bad.npz: {KEY} "):
-            from_4ds(tmp_path / "bad.npz", tmp_path / name)
-        assert not (tmp_path / name).exists()
-
-
-@pytest.mark.parametrize(
-    ("save", "start", "length", "message"),
-    [
-        (np.savez, 0.5, 1, "bad.npz: params/.* is damaged"),
-        (np.savez_compressed, 0.5, 200, "bad.npz: params/.* is damaged"),
-        (np.savez, 0.3, None, "bad.npz is not an npz file, or is cut short"),
-        (np.savez, 0.999, None, "bad.npz is not an npz file, or is cut short"),
-    ],
-)
-def test_a_damaged_npz_is_refused_and_nothing_written(
-    save: Callable, start: float, length: int | None, message: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("save", "start", "length", "message"), [
+    (np.savez, 0.5, 1, "bad.npz: params/.* is damaged"),
+    (np.savez_compressed, 0.5, 200, "bad.npz: params/.* is damaged"),
+    (np.savez, 0.3, None, "bad.npz is not an npz file, or is cut short"),
+    (np.savez, 0.999, None, "bad.npz is not an npz file, or is cut short"),
+])  # fmt: skip
+def test_a_damaged_npz_is_refused(save: Callable, start: float, length: int | None, message: str, tmp_path: Path) -> None:
     save(tmp_path / "bad.npz", **arrays_of(BACKBONE))
     data = (tmp_path / "bad.npz").read_bytes()
     first = int(start * len(data))
@@ -275,15 +259,11 @@ def test_existing_files_stay(tmp_path: Path) -> None:
     assert (tmp_path / "mine/file").read_text() == "dear"
 
 
-class Evil:
-    def __reduce__(self) -> tuple:
-        return (Path.touch, (Path("executed"),))
-
-
 def test_a_pth_with_a_payload_is_refused_and_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.save({"model": official_state(), "args": Evil()}, "evil.pth")
-    Path("plain.pth").write_bytes(pickle.dumps({"model": Evil()}))
+    evil = Payload(Path.touch, Path("executed"))
+    torch.save({"model": official_state(), "args": evil}, "evil.pth")
+    Path("plain.pth").write_bytes(pickle.dumps({"model": evil}))
     Path("page.pth").write_text("<html>not found</html>")
     for name in ("evil.pth", "plain.pth", "page.pth"):
         with pytest.raises(UserError, match=f"^{name} is no checkpoint of torch, or holds more than tensors: refused, since"):
@@ -295,26 +275,22 @@ def test_a_pth_with_a_payload_is_refused_and_not_executed(tmp_path: Path, monkey
     assert {path.suffix for path in tmp_path.iterdir()} == {".pth"}
 
 
-@pytest.mark.parametrize(
-    ("change", "options", "message"),
-    [
-        (lambda s: s.pop("norm.bias"), (3, 4), "lacks norm.bias; needed an array (48,)"),
-        (lambda s: s.update(more=torch.zeros(2)), (3, 4), "has more (2,), which this model does not have"),
-        (lambda s: None, (), "width 48 is none of mae_st's own (768, 1024, 1280); give --heads"),
-        (lambda s: None, (3,), "width 32 is none of mae_st's own (512); give --decoder-heads"),
-        (lambda s: None, (7, 4), "width 48 does not divide into 7 heads; correct --heads"),
-        (lambda s: s.update({"norm.bias": s["norm.bias"].half()}), (3,), "norm.bias is torch.float16 (torch.strided); needed"),
-        (lambda s: s.update({"norm.bias": torch.zeros(1).expand(10**9)}), (), "norm.bias has 4 bytes; needed those of (1000"),
-        (lambda s: s.clear(), (), "has no state dict; needed one at the top, below 'model' or below 'model_state'"),
-    ],
-)
+@pytest.mark.parametrize(("change", "options", "message"), [
+    (lambda s: s.pop("norm.bias"), (3, 4), "lacks norm.bias; needed an array (48,)"),
+    (lambda s: s.update(more=torch.zeros(2)), (3, 4), "has more (2,), which this model does not have"),
+    (lambda s: None, (), "width 48 is none of mae_st's own (768, 1024, 1280); give --heads"),
+    (lambda s: None, (3,), "width 32 is none of mae_st's own (512); give --decoder-heads"),
+    (lambda s: None, (7, 4), "width 48 does not divide into 7 heads; correct --heads"),
+    (lambda s: s.update({"norm.bias": s["norm.bias"].half()}), (3,), "norm.bias is torch.float16 (torch.strided); needed"),
+    (lambda s: s.update({"norm.bias": torch.zeros(1).expand(10**9)}), (), "norm.bias has 4 bytes; needed those of (1000"),
+    (lambda s: s.clear(), (), "has no state dict; needed one at the top, below 'model' or below 'model_state'"),
+])  # fmt: skip
 def test_a_mae_st_checkpoint_that_is_not_one_is_refused(change: Callable, options: tuple, message: str, tmp_path: Path) -> None:
     state = official_state()
     change(state)
     torch.save({"model": state}, tmp_path / "bad.pth")
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=re.escape(message)):
         from_mae_st(tmp_path / "bad.pth", tmp_path / "folder", MAESTOptions(*options))
-    assert message in str(error.value)
     assert not (tmp_path / "folder").exists()
 
 

@@ -63,7 +63,7 @@ def refused(work: Callable, *arguments: object) -> str:
     return message
 
 
-ENCODER = [
+@pytest.mark.parametrize(("key", "value", "message"), [
     ("heads", 0, "heads = 0; needed a number from 1 to 1,048,576"),
     ("width", -48, "width = -48; needed"),
     ("width", 2**40, "width = 1099511627776; needed"),
@@ -78,10 +78,7 @@ ENCODER = [
     ("patch", [0, 8, 8], "patch = (0, 8, 8); needed numbers from 1"),
     ("patch", {"a": 1}, "patch = {'a': 1} is a dict; needed"),
     ("more", 1, "unknown setting more = 1"),
-]
-
-
-@pytest.mark.parametrize(("key", "value", "message"), ENCODER)
+])  # fmt: skip
 def test_a_config_of_impossible_sizes_is_refused(
     converted: dict, tmp_path: Path, quick: None, key: str, value: object, message: str
 ) -> None:
@@ -157,49 +154,43 @@ def npy_header(shape: str, dtype: str = "<f4", version: int = 1) -> bytes:
     return b"\x93NUMPY" + bytes([version, 0]) + len(text).to_bytes(2 if version == 1 else 4, "little") + text
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        npy_header("(100000000000, 4)"),
-        npy_header("(-1, 4)") + bytes(16),
-        npy_header("(1, 4)") + bytes(15),
-        npy_header("(1, 4)", "|O") + bytes(8),
-        npy_header("(1, 4)", "|S9") + bytes(36),
-        npy_header("(((((((((((((((((((((((((((") + bytes(4),
-        npy_header("-" * 9000 + "1"),
-        npy_header("(1, 4)", version=2)[:8] + b"\xff\xff\xff\x7f",
-        b"\x93NUMPY\x09\x00",
-        b"",
-        b"PK\x03\x04",
-    ],
-)
+@pytest.mark.parametrize("content", [
+    npy_header("(100000000000, 4)"),
+    npy_header("(-1, 4)") + bytes(16),
+    npy_header("(1, 4)") + bytes(15),
+    npy_header("(1, 4)") + bytes(17),
+    npy_header("(1, 4)", "|O") + bytes(8),
+    npy_header("(1, 4)", "|S9") + bytes(36),
+    npy_header("(((((((((((((((((((((((((((") + bytes(4),
+    npy_header("-" * 9000 + "1"),
+    npy_header("(1, 4)", version=2)[:8] + b"\xff\xff\xff\x7f",
+    b"\x93NUMPY\x09\x00",
+    b"",
+    b"PK\x03\x04",
+])  # fmt: skip
 def test_a_npy_whose_header_lies_is_refused(tmp_path: Path, quick: None, content: bytes) -> None:
     (tmp_path / "a.npy").write_bytes(content)
     assert "is not a .npy of numbers" in refused(lambda: read_array(tmp_path / "a.npy", axes=2))
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as out:
         out.writestr("a.npy", content)
-    refused(Npz, tmp_path / "a.npz")
+    assert f"{tmp_path}/a.npz: a " in refused(Npz, tmp_path / "a.npz")
 
 
 @pytest.fixture
 def bombs(tmp_path: Path) -> None:
-    block = bytes(2**20)
     for name in ("bomb.npz", "bomb.pth"):
         with zipfile.ZipFile(tmp_path / name, "w", zipfile.ZIP_DEFLATED) as out, out.open("a.npy", "w") as file:
             file.write(npy_header("(99614720,)"))
             for _ in range(95 * 4):
-                file.write(block)
+                file.write(bytes(2**20))
 
 
 def test_a_zip_bomb_is_refused_before_it_is_expanded(tmp_path: Path, bombs: None, quick: None) -> None:
-    needed = "would expand to 398.+ bytes, more than 100 times its size; refused"
-    with pytest.raises(UserError, match=needed):
-        from_4ds(tmp_path / "bomb.npz", tmp_path / "out")
-    with pytest.raises(UserError, match=needed):
-        from_mae_st(tmp_path / "bomb.pth", tmp_path / "out", MAESTOptions())
-    with pytest.raises(UserError, match=needed):
-        load_inception(tmp_path / "bomb.pth")
-    (tmp_path / "cut.pth").write_bytes((tmp_path / "bomb.pth").read_bytes()[:-9])
+    npz, pth, out = tmp_path / "bomb.npz", tmp_path / "bomb.pth", tmp_path / "out"
+    for load, *arguments in ((from_4ds, npz, out), (from_mae_st, pth, out, MAESTOptions()), (load_inception, pth)):
+        with pytest.raises(UserError, match="would expand to 398.+ bytes, more than 100 times its size; refused"):
+            load(*arguments)
+    (tmp_path / "cut.pth").write_bytes(pth.read_bytes()[:-9])
     refused(from_mae_st, tmp_path / "cut.pth", tmp_path / "out", MAESTOptions())
     np.savez_compressed(tmp_path / "zeros.npz", a=np.zeros((2**20,), np.float32))
     assert Npz(tmp_path / "zeros.npz").shapes == {"a": (2**20,)}  # small files may be of zeros
@@ -209,8 +200,6 @@ def test_a_pth_whose_options_are_impossible_is_refused(tmp_path: Path, quick: No
     sizes = {"patch_embed.proj.weight": (48, 3, 2, 8, 8), "pos_embed_spatial": (1, 16, 48), "pos_embed_temporal": (1, 4, 48)}
     sizes |= {"blocks.0.mlp.fc1.weight": (96, 48), "decoder_embed.weight": (32, 48), "decoder_pred.weight": (3, 32)}
     torch.save({"model": {name: torch.zeros(size) for name, size in sizes.items()}}, tmp_path / "a.pth")
-    options = MAESTOptions(heads=3, decoder_heads=4)
-    assert "predicted_frames = 0" in refused(from_mae_st, tmp_path / "a.pth", tmp_path / "out", options)
-    for ratio in (1.5, float("nan")):
+    for ratio, message in ((0.9, "predicted_frames = 0"), (1.5, ""), (float("nan"), "")):
         options = MAESTOptions(heads=3, decoder_heads=4, mask_ratio=ratio)
-        refused(from_mae_st, tmp_path / "a.pth", tmp_path / "out", options)
+        assert message in refused(from_mae_st, tmp_path / "a.pth", tmp_path / "out", options)

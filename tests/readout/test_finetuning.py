@@ -109,15 +109,12 @@ def trained(settings: dict, protocol: str) -> tuple[list[float], Result, dict[st
     return losses, result, checkpoint.load_tensors(HOME / protocol / "head.safetensors")
 
 
-@pytest.mark.parametrize(
-    ("protocol", "sharding"),
-    [
-        ("finetune", {"shards": 2}),
-        pytest.param("finetune", {"shards": 4}, marks=pytest.mark.slow),
-        pytest.param("finetune", {"shards": 2, "accumulate": 2, "recompute": "block"}, marks=pytest.mark.slow),
-        pytest.param("classifier", {"shards": 2}, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("protocol", "sharding"), [
+    ("finetune", {"shards": 2}),
+    pytest.param("finetune", {"shards": 4}, marks=pytest.mark.slow),
+    pytest.param("finetune", {"shards": 2, "accumulate": 2, "recompute": "block"}, marks=pytest.mark.slow),
+    pytest.param("classifier", {"shards": 2}, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_in_shards_it_learns_the_same_and_each_time_to_the_bit(small: Callable, protocol: str, sharding: dict) -> None:
     four = {"Evaluation.ranks": 4, "classifier.Classifier.learning_rate": 1e-5}
     losses, result, head = trained(small(**four), protocol)
@@ -171,13 +168,10 @@ def test_torchrun_gives_the_same_bytes_as_forked_ranks_and_prints_the_result_onc
     assert written() == forked and not states_left()
 
 
-@pytest.mark.parametrize(
-    ("protocol", "shards"),
-    [
-        ("finetune", 1),
-        *(pytest.param(*some, marks=pytest.mark.slow) for some in (("finetune", 2), ("classifier", 1), ("classifier", 2))),
-    ],
-)
+@pytest.mark.parametrize(("protocol", "shards"), [
+    ("finetune", 1),
+    *(pytest.param(*some, marks=pytest.mark.slow) for some in (("finetune", 2), ("classifier", 1), ("classifier", 2))),
+])  # fmt: skip
 def test_killed_and_stopped_it_ends_with_the_same_bytes(small: Callable, protocol: str, shards: int) -> None:
     finetune(small(**{"tuning.Sharding.shards": shards}), protocol)
     undisturbed = written(protocol)
@@ -217,27 +211,18 @@ RATE = "finetune.actions.Finetune.encoder_learning_rate"
 CLASSIFIER, ACTIONS = "classifier.Classifier.batch", "tasks.actions.Actions"
 
 
-@pytest.mark.parametrize(
-    ("protocol", "key", "value", "message"),
-    [
-        ("finetune", "tuning.Sharding.shards", 3, "readout.finetune.actions: 2 ranks do not divide into copies of 3"),
-        (
-            "finetune",
-            "tuning.Compute.device",
-            "tpu",
-            "readout.tuning.Compute: device = 'tpu'; needed cpu or cuda; did you",
-        ),
-        ("finetune", "saving.Saving.save_every", -1, "readout.saving.Saving: save_every is -1; needed 0 or more"),
-        ("finetune", "saving.Saving.keep_latest_k", 0, "readout.saving.Saving: keep_latest_k is 0; needed 1 or more"),
-        ("finetune", "Evaluation.ranks", 0, "readout.Evaluation: ranks is 0; needed 1 or more"),
-        ("finetune", "Evaluation.cached_clips", -1, "readout.Evaluation: cached_clips is -1; needed 0 or more"),
-        ("finetune", RATE, 0.0, "readout.finetune.actions.Finetune: encoder_learning_rate is 0.0; needed more than 0, or the"),
-        ("classifier", CLASSIFIER, 5, "readout.classifier: batch 5 does not divide over 2 ranks; set batch to a"),
-        ("classifier", CLASSIFIER, 2, "readout.classifier: batch 2 leaves one clip to each of 2 ranks, and mixup"),
-        ("classifier", f"{ACTIONS}.views", ["backwards"], f"readout.{ACTIONS}: views have 'backwards', and"),
-        ("classifier", f"{ACTIONS}.classes", 3, "data/benchmarks/ssv2 has 8 classes, and Actions.classes is 3; set it to 8"),
-    ],
-)
+@pytest.mark.parametrize(("protocol", "key", "value", "message"), [
+    ("finetune", "tuning.Sharding.shards", 3, "readout.finetune.actions: 2 ranks do not divide into copies of 3"),
+    ("finetune", "saving.Saving.save_every", -1, "readout.saving.Saving: save_every is -1; needed 0 or more"),
+    ("finetune", "saving.Saving.keep_latest_k", 0, "readout.saving.Saving: keep_latest_k is 0; needed 1 or more"),
+    ("finetune", "Evaluation.ranks", 0, "readout.Evaluation: ranks is 0; needed 1 or more"),
+    ("finetune", "Evaluation.cached_clips", -1, "readout.Evaluation: cached_clips is -1; needed 0 or more"),
+    ("finetune", RATE, 0.0, "readout.finetune.actions.Finetune: encoder_learning_rate is 0.0; needed more than 0, or the"),
+    ("classifier", CLASSIFIER, 5, "readout.classifier: batch 5 does not divide over 2 ranks; set batch to a"),
+    ("classifier", CLASSIFIER, 2, "readout.classifier: batch 2 leaves one clip to each of 2 ranks, and mixup"),
+    ("classifier", f"{ACTIONS}.views", ["backwards"], f"readout.{ACTIONS}: views have 'backwards', and"),
+    ("classifier", f"{ACTIONS}.classes", 3, "data/benchmarks/ssv2 has 8 classes, and Actions.classes is 3; set it to 8"),
+])  # fmt: skip
 def test_settings_that_cannot_be_are_refused_and_nothing_is_left(
     changed: Callable, actions: None, protocol: str, key: str, value: object, message: str
 ) -> None:

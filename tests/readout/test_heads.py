@@ -101,15 +101,12 @@ def test_keys_and_values_of_wider_features_learn_as_much_slower(width: int, at_w
         assert moved[f"readout.{name}.weight"] == pytest.approx(rate, rel=0.05), name
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"time_init": "zero"}, "time_init = 'zero'; needed normal or sincos"),
-        ({"distance_bias": (1.0,)}, r"distance_bias = \[1.0\]; needed two numbers above 0, or none"),
-        ({"distance_bias": (0.0, 1.0)}, r"distance_bias = \[0.0, 1.0\]; needed two numbers above 0, or none"),
-        ({"heads": 5}, "width 32 does not divide into 5 heads"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"time_init": "zero"}, "time_init = 'zero'; needed normal or sincos"),
+    ({"distance_bias": (1.0,)}, r"distance_bias = \[1.0\]; needed two numbers above 0, or none"),
+    ({"distance_bias": (0.0, 1.0)}, r"distance_bias = \[0.0, 1.0\]; needed two numbers above 0, or none"),
+    ({"heads": 5}, "width 32 does not divide into 5 heads"),
+])  # fmt: skip
 def test_a_head_that_cannot_be_is_refused(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}$"):
         HeadConfig(**vars(HEAD) | changes)

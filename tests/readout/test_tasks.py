@@ -50,10 +50,9 @@ def test_labels_that_are_not_valid_do_not_reach_loss_or_metric(task: str, mask: 
     assert TASK[task].measure(predicted[0].numpy(), one) == TASK[task].measure(predicted[0].numpy(), same)
 
 
-@pytest.mark.parametrize(
-    ("task", "label", "best"),
-    [("boxes", "boxes", 1.0), ("depth", "depth_m", 0.0), ("pose", "pose", 0.0), ("points", "points", 1.0)],
-)
+@pytest.mark.parametrize(("task", "label", "best"), [
+    ("boxes", "boxes", 1.0), ("depth", "depth_m", 0.0), ("pose", "pose", 0.0), ("points", "points", 1.0)
+])  # fmt: skip
 def test_perfect_predictions_score_perfectly(task: str, label: str, best: float) -> None:
     target = arrays(TASK[task].target(sample()))
     predicted = target[label]

@@ -73,18 +73,15 @@ def test_a_mirrored_action_is_another() -> None:
     assert VIEWS["mirrored"](action).labels == {"action": 2, "action_mirrored": 1}
 
 
-@pytest.mark.parametrize(
-    ("task", "settings", "message"),
-    [
-        ("depth", {"views": ("upside_down",)}, "views = ['upside_down']; needed some of plain, mirrored, backwards"),
-        ("pose", {"views": ()}, "views = []; needed some of plain, mirrored, backwards"),
-        ("actions", {"views": ("plain", "backwards")}, "views have 'backwards', and the class of a reversed action is unknown"),
-        *(
-            ("actions", {"test_views": views}, f"test_views = {list(views)}; needed two whole numbers of at least 1: clips over")
-            for views in ((1, 0), (-1, 1), (2,), (1, 1.5))
-        ),
-    ],
-)
+@pytest.mark.parametrize(("task", "settings", "message"), [
+    ("depth", {"views": ("upside_down",)}, "views = ['upside_down']; needed some of plain, mirrored, backwards"),
+    ("pose", {"views": ()}, "views = []; needed some of plain, mirrored, backwards"),
+    ("actions", {"views": ("plain", "backwards")}, "views have 'backwards', and the class of a reversed action is unknown"),
+    *(
+        ("actions", {"test_views": views}, f"test_views = {list(views)}; needed two whole numbers of at least 1: clips over")
+        for views in ((1, 0), (-1, 1), (2,), (1, 1.5))
+    ),
+])  # fmt: skip
 def test_views_that_a_task_cannot_have_are_refused(task: str, settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         replace(TASK[task], **settings)

@@ -12,6 +12,7 @@ import nearness
 import numpy as np
 import pytest
 import torch
+from payload import Payload
 from PIL import Image
 
 from scaling4d import config, seeds
@@ -96,15 +97,11 @@ def test_inception_gives_features_of_frames_from_a_file_of_weights(tmp_path: Pat
     assert first.shape == (2048,) and not np.array_equal(first, second)
 
 
-class Harmful:
-    """Touches a file when it is unpickled."""
-
-    def __reduce__(self) -> tuple:
-        return Path.touch, (Path("touched"),)
+HARMFUL = Payload(Path.touch, Path("touched"))
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    (None, "no file "), ({"fc.bias": torch.ones(1)}, "does not fit Inception"), (Harmful(), "is not a file of weights alone")
+    (None, "no file "), ({"fc.bias": torch.ones(1)}, "does not fit Inception"), (HARMFUL, "is not a file of weights alone")
 ])  # fmt: skip
 def test_a_file_without_weights_of_inception_is_refused_and_runs_nothing(content, message, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)

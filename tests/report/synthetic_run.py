@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 import shutil
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -205,11 +204,6 @@ def write_tables(settings: dict) -> dict:
         (BUILT / f"{name}.csv").write_text(getattr(tables, f"{name}_csv")(run))
     write_json(BUILT / "stages.json", tables.stages(run))
     return tables.stages(run)
-
-
-def git(*command: str) -> str:
-    identity = ("-c", "user.name=a", "-c", "user.email=a@example.org")
-    return subprocess.run(["git", *identity, *command], check=True, capture_output=True, text=True).stdout
 
 
 def write_seed_study(run: RunResults, *, seeds_: tuple[int, ...] = (0, 1, 2), deviation: float = 0.005) -> None:

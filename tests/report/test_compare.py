@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from synthetic_run import BUILT, git, write_tables
+from commands import git
+from synthetic_run import BUILT, write_tables
 
 from scaling4d import config
 from scaling4d.provenance import experiments

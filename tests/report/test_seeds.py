@@ -85,13 +85,10 @@ def test_a_study_of_other_numbers_encoders_or_another_profile_is_left_out(run: R
     assert report.read_run_results(pocket).seed_study is None
 
 
-@pytest.mark.parametrize(
-    ("seeds_", "reason"),
-    [
-        ((0,), "has one seed alone: run `scaling4d study seeds`."),
-        ((1, 2), "lacks this run's seed, 0: run `scaling4d study seeds --seeds 0,1,2`."),
-    ],
-)
+@pytest.mark.parametrize(("seeds_", "reason"), [
+    ((0,), "has one seed alone: run `scaling4d study seeds`."),
+    ((1, 2), "lacks this run's seed, 0: run `scaling4d study seeds --seeds 0,1,2`."),
+])  # fmt: skip
 def test_a_study_of_too_few_seeds_is_stale(with_study: Callable[..., RunResults], seeds_: tuple, reason: str) -> None:
     assert with_study(seeds_=seeds_).seed_study.stale == f"The study of seeds {reason}"
 
@@ -175,9 +172,7 @@ def readme_results(settings: dict, monkeypatch: pytest.MonkeyPatch) -> tuple[str
     return sentences, [[cell.strip() for cell in row.strip("|").split("|")] for row in lines]
 
 
-def test_the_table_of_the_readme_has_means_of_a_study_that_belongs_to_the_run(
-    run: RunResults, pocket: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_readmes_table_has_means_of_the_runs_study(run: RunResults, pocket: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     sentences, (head, *table) = readme_results(pocket, monkeypatch)
     assert sentences.startswith("Results of the pocket: means ± standard deviations over 3 seeds. ")
     assert "more than the noise" in sentences and "one run" not in sentences and "earlier" not in sentences

@@ -33,9 +33,12 @@ def run(pocket: dict) -> RunResults:
     return report.read_run_results(pocket)
 
 
-def changed(run: RunResults, encoder: str, task: str, **values: float) -> RunResults:
-    """The run with other numbers of a frozen readout."""
-    results = [replace(r, **values) if (r.encoder, r.task, r.protocol) == (encoder, task, "frozen") else r for r in run.results]
+def changed(run: RunResults, task: str, **values: tuple[float, float, float]) -> RunResults:
+    """The run with other numbers of frozen readouts: by encoder, value and interval."""
+    names, results = ("value", "low", "high"), []
+    for r in run.results:
+        numbers = values.get(r.encoder) if (r.task, r.protocol) == (task, "frozen") else None
+        results.append(replace(r, **dict(zip(names, numbers, strict=True))) if numbers else r)
     return replace(run, results=tuple(results))
 
 
@@ -60,8 +63,7 @@ def test_the_answer_stands_beside_the_measure(run: RunResults) -> None:
 
 
 def test_the_conclusion_names_every_measure_by_its_answer(run: RunResults) -> None:
-    run = changed(run, "mini", "pose", value=0.5, low=0.4, high=0.6)
-    run = changed(run, "mini", "depth", value=0.5, low=0.4, high=0.6)
+    run = changed(changed(run, "pose", mini=(0.5, 0.4, 0.6)), "depth", mini=(0.5, 0.4, 0.6))
     text = conclusion(run, Page(Path("out")))
     assert "camera" in re.search(r"^<p>Better with size \(from .*? parameters\): (.*?)\. ", text)[1]
     assert "Not better with size: relative error of depth. " in text
@@ -69,20 +71,16 @@ def test_the_conclusion_names_every_measure_by_its_answer(run: RunResults) -> No
 
 
 def test_the_conclusion_names_what_does_not_work(run: RunResults) -> None:
-    run = changed(run, "mini", "pose", value=0.5, low=0.4, high=0.6)
-    run = changed(run, "untrained_mini", "pose", value=0.55, low=0.45, high=0.65)
-    run = changed(run, "pixels", "pose", value=0.9, low=0.8, high=1.0)
-    run = changed(run, "nano", "pose", value=0.9, low=0.8, high=1.0)
+    small = {"mini": (0.5, 0.4, 0.6), "untrained_mini": (0.55, 0.45, 0.65)}
+    run = changed(run, "pose", **small, pixels=(0.9, 0.8, 1.0), nano=(0.9, 0.8, 1.0))
     text = conclusion(run, Page(Path("out")))
     assert re.search(r"mini, the largest, is better than untrained mini, raw pixels, .*pose \(untrained mini[,)]", text)
     assert re.search(r"nano is worse than untrained mini at [^.]*pose", text)
 
 
 def test_the_page_says_of_every_measure_whether_size_and_training_help(run: RunResults) -> None:
-    run = changed(run, "mini", "pose", value=0.5, low=0.4, high=0.6)
-    run = changed(run, "untrained_mini", "pose", value=0.55, low=0.45, high=0.65)
-    run = changed(run, "nano", "pose", value=0.9, low=0.8, high=1.0)
-    run = changed(run, "pixels", "pose", value=0.3, low=0.2, high=0.35)
+    small = {"mini": (0.5, 0.4, 0.6), "untrained_mini": (0.55, 0.45, 0.65)}
+    run = changed(run, "pose", **small, nano=(0.9, 0.8, 1.0), pixels=(0.3, 0.2, 0.35))
     table = verdict_rows(run)
     assert len(table) == 3 + len(run.tasks)
     (pose,) = (cells for name, cells in table.items() if "camera" in name)

@@ -1,10 +1,12 @@
 """The rendered data set: equal bytes for equal seeds, every benchmark readable, every defect present."""
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from nearness import contents
 
 from scaling4d import benchmarks, config, video
 from scaling4d.benchmarks.samples import ClipRequest
@@ -21,17 +23,16 @@ TINY = RenderConfig(**COUNTS, frames=4, video_frames=16, rate_hz=4.0, side_px=32
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("render"))
+    with contextlib.chdir(tmp_path_factory.mktemp("render")):
         return write_dataset(Path("tiny"), seed=5, settings=TINY).resolve()
 
 
 def test_the_same_seed_gives_the_same_bytes_with_any_number_of_workers(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     again = write_dataset(Path("again"), seed=5, settings=replace(TINY, workers=1))
-    first, second = ({p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in (tiny, again))
+    first, second = contents(tiny), contents(again)
     assert first.keys() == second.keys()
-    assert [str(name) for name in first if first[name] != second[name]] == []
+    assert [name for name in first if first[name] != second[name]] == []
 
 
 def test_every_seed_and_every_index_draws_another_scene():

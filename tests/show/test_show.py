@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -223,8 +224,7 @@ def test_no_text_is_cut_off_at_the_edge_of_a_page() -> None:
 def drawn_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project with two encoders of raw pixels, and untrained readouts of all tasks."""
     folder = tmp_path_factory.mktemp("project")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
+    with contextlib.chdir(folder):
         Path("experiments").symlink_to(ROOT / "experiments")
         Path("data").mkdir()
         Path("data/benchmarks").symlink_to(ROOT / "experiments/pocket/benchmarks")
@@ -293,9 +293,8 @@ def test_the_value_beside_a_clip_is_the_metric_of_the_drawn_prediction(project: 
 @pytest.mark.parametrize("task", list(TASKS))
 def test_a_page_has_words_for_metrics_and_drawn_clips(project: Path, task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     texts: list[str] = []
-    monkeypatch.setattr(
-        stage.draw, "page", lambda title, lines, *rest: texts.extend([title, *lines]) or np.zeros((2, 2, 3), np.uint8)
-    )
+    empty = np.zeros((2, 2, 3), np.uint8)
+    monkeypatch.setattr(stage.draw, "page", lambda title, lines, *rest: texts.extend([title, *lines]) or empty)
     monkeypatch.setattr(stage.draw, "block", lambda heading, rows: texts.append(heading))
     monkeypatch.setattr(stage.video, "encode", lambda *arguments, **options: None)
     loaded = load_trained_readout(readout(task))
@@ -317,9 +316,8 @@ def test_features_of_a_trained_readout_come_with_its_predictions(project: Path, 
     queries = Path("queries.npy") if numbers else None
     if numbers:
         np.save(queries, clip.labels[task][:, 0])
-        with pytest.raises(
-            UserError, match=f"^readouts of {task} need objects of the first frame, Q {numbers}; correct --queries"
-        ):
+        needed = f"^readouts of {task} need objects of the first frame, Q {numbers}; correct --queries"
+        with pytest.raises(UserError, match=needed):
             write_features(readout(task), Path("clip.npy"), Path("none.npz"), side_px=None, queries=None)
     names = write_features(readout(task), Path("clip.npy"), Path("out.npz"), side_px=None, queries=queries)
     assert names == ["layer_00", "output"]
@@ -349,19 +347,16 @@ def remove_setting(section: str, key: str) -> None:
     write_json(path, content)
 
 
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda: change_result(protocol="finetune"), ".* was fine-tuned, and the tuned encoder is not kept; take .*"),
-        (lambda: change_result(checkpoint_sha256="0" * 64), ".* trained on an encoder pixels that is no longer at .*"),
-        (lambda: (readout("depth") / HEAD).write_bytes(b"no"), ".*head.safetensors is damaged: .*"),
-        ((readout("depth") / HEAD).unlink, ".* is not the folder of a readout: it has no head.safetensors"),
-        (lambda: (readout("depth") / "result.json").write_text("{"), ".* is not the folder of a readout: .*"),
-        (lambda: remove_setting("readout.Evaluation", "ranks"), ".* made by another version, .*ranks.*; run `dvc repro`"),
-        (lambda: shutil.rmtree(readout("depth")), ".* is not the folder of a readout: .*"),
-        (lambda: Path("out").mkdir(), "out exists; choose another name or remove it"),
-    ],
-)
+@pytest.mark.parametrize(("spoil", "message"), [
+    (lambda: change_result(protocol="finetune"), ".* was fine-tuned, and the tuned encoder is not kept; take .*"),
+    (lambda: change_result(checkpoint_sha256="0" * 64), ".* trained on an encoder pixels that is no longer at .*"),
+    (lambda: (readout("depth") / HEAD).write_bytes(b"no"), ".*head.safetensors is damaged: .*"),
+    ((readout("depth") / HEAD).unlink, ".* is not the folder of a readout: it has no head.safetensors"),
+    (lambda: (readout("depth") / "result.json").write_text("{"), ".* is not the folder of a readout: .*"),
+    (lambda: remove_setting("readout.Evaluation", "ranks"), ".* made by another version, .*ranks.*; run `dvc repro`"),
+    (lambda: shutil.rmtree(readout("depth")), ".* is not the folder of a readout: .*"),
+    (lambda: Path("out").mkdir(), "out exists; choose another name or remove it"),
+])  # fmt: skip
 def test_readouts_that_cannot_be_shown_are_refused_in_one_line(project: Path, spoil: Callable[[], object], message: str) -> None:
     spoil()
     existed = Path("out").exists()

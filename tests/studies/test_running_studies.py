@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from commands import ENVIRONMENT, ROOT, cloned, commit, run
+from nearness import contents
 
 from scaling4d.studies.run import failure_reason, study_runs
 from scaling4d.studies.study import Arm, Study
@@ -31,10 +32,6 @@ arms:
 
 def cli(clone: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
     return run(clone, "python", "-m", "scaling4d", "study", *arguments, check=check)
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -107,12 +104,12 @@ def test_a_study_leaves_its_experiments_and_two_clones_and_nothing_else(clone: P
 
 @pytest.mark.slow
 def test_the_same_command_again_runs_nothing_and_gives_the_same_bytes(clone: Path) -> None:
-    before = content(clone / "reports/studies")
+    before = contents(clone / "reports/studies")
     again = cli(clone, "steps")
     assert again.stdout.splitlines() == ["wrote reports/studies/steps"]
-    assert content(clone / "reports/studies") == before
+    assert contents(clone / "reports/studies") == before
     cli(clone, "steps", "--collect")
-    assert content(clone / "reports/studies") == before
+    assert contents(clone / "reports/studies") == before
 
 
 @pytest.mark.slow

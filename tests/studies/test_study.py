@@ -98,10 +98,9 @@ def test_an_arm_without_a_task_does_not_keep_the_others_from_being_compared_at_i
     assert {row["difference"] for row in without if row["task"] == "pretrain"} == {None}
 
 
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [(["--seeds", "0,1"], "--seeds"), (["--dry"], "--dry"), (["--jobs", "4", "--dry"], "--jobs and --dry")],
-)
+@pytest.mark.parametrize(("options", "named"), [
+    (["--seeds", "0,1"], "--seeds"), (["--dry"], "--dry"), (["--jobs", "4", "--dry"], "--jobs and --dry")
+])  # fmt: skip
 def test_collecting_refuses_the_options_of_a_run(options: list[str], named: str) -> None:
     done = CliRunner().invoke(cli.app, ["study", "none", "--collect", *options])
     message = f"--collect runs nothing and takes the seeds of each study.json; leave out {named}"
@@ -116,15 +115,12 @@ def test_packages_of_other_code_are_those_that_make_numbers() -> None:
     assert study.changed_packages({**code, "artifacts/code/mae.json": "0"}, code) == ["mae"]
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("question: a\nbase: x\n", "experiments/study/bad.yaml is no study: it lacks arms; compare it with another file there"),
-        ("question: a\nbase: y\ntargets: [x]\narms: {x: []}\n", "experiments/study/bad.yaml is no study: no arm 'y'; "),
-        ("question: a\nbase: x\narms: {x: []}\n", "experiments/study/bad.yaml is no study: arm x has no targets; "),
-        ("question: [a\n", "experiments/study/bad.yaml is not YAML: "),
-    ],
-)
+@pytest.mark.parametrize(("content", "message"), [
+    ("question: a\nbase: x\n", "experiments/study/bad.yaml is no study: it lacks arms; compare it with another file there"),
+    ("question: a\nbase: y\ntargets: [x]\narms: {x: []}\n", "experiments/study/bad.yaml is no study: no arm 'y'; "),
+    ("question: a\nbase: x\narms: {x: []}\n", "experiments/study/bad.yaml is no study: arm x has no targets; "),
+    ("question: [a\n", "experiments/study/bad.yaml is not YAML: "),
+])  # fmt: skip
 def test_a_bad_definition_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, message: str) -> None:
     monkeypatch.chdir(tmp_path)
     study.DEFINITIONS.mkdir(parents=True)

@@ -7,13 +7,14 @@ import hashlib
 import json
 import re
 import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
+from commands import git
+from nearness import contents
 
 from scaling4d import seeds
 from scaling4d.provenance import DVC_CACHE, read_lock, to_csv
@@ -29,10 +30,6 @@ TARGETS = ("readout_frozen@{}-actions", "readout_frozen@{}-pose", "reconstruct@{
 ARMS = tuple(Arm(name, "pocket", (), name, tuple(target.format(name) for target in TARGETS)) for name in SIZES)
 LADDERS = {"size": ("parameters", tuple(SIZES))}
 RUN_FACTS = {"nano-0": {"experiment": "nano-0-abc", "seconds": 10.0, "cpu_seconds": 30.0}}
-
-
-def git(*words: str) -> None:
-    subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@example.org", *words], check=True)
 
 
 def cache_out(path: str, name: str, content: dict) -> dict:
@@ -82,19 +79,15 @@ def scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
     return scaling
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_a_study_follows_from_its_locks_and_the_cache_and_is_the_same_bytes_again(scaling: Study) -> None:
     page.write_study(scaling, DVC_CACHE, RUN_FACTS)
-    before = content(study.REPORTS)
+    before = contents(study.REPORTS)
     names = ("runs.csv", "table.csv", "fits.csv", "tasks.csv", "runs.svg", "laws_size.svg", "study.html", "study.json")
     assert {"index.html", *(f"scaling/{name}" for name in names)} <= before.keys()
     rows = list(csv.DictReader((scaling.folder / "runs.csv").open()))
     assert len(rows) == 5 * 3 * 5 and rows[0]["experiment"] == "nano-0-abc"
     page.write_study(scaling, DVC_CACHE, {})
-    assert content(study.REPORTS) == before
+    assert contents(study.REPORTS) == before
 
 
 def test_hidden_pixels_that_move_have_their_own_row_and_none_where_nothing_was_measured(scaling: Study) -> None:
@@ -131,10 +124,10 @@ def test_the_loss_of_another_method_is_another_task_and_has_no_panel_alone(scali
 
 def test_rows_without_results_in_the_cache_stay_as_long_as_their_lock_does(scaling: Study) -> None:
     page.write_study(scaling, DVC_CACHE, RUN_FACTS)
-    before, message = content(study.REPORTS), "^DVC's cache lacks results that .*nano-0.lock names; run `scaling4d study scaling"
+    before, message = contents(study.REPORTS), "^DVC's cache lacks results that .*nano-0.lock names; run `scaling4d study scaling"
     shutil.rmtree(DVC_CACHE)
     page.write_study(scaling, DVC_CACHE, {})
-    assert content(study.REPORTS) == before
+    assert contents(study.REPORTS) == before
     lock = scaling.lock("nano-0")
     text = lock.read_text()
     lock.write_text(text.replace('"seed": 0', '"seed": 7'))
@@ -260,9 +253,9 @@ def test_locks_and_figures_that_a_study_no_longer_has_are_removed(scaling: Study
 def test_the_times_of_a_run_stay_until_another_experiment_replaces_it(scaling: Study) -> None:
     scaling = replace(scaling, ladders={})
     page.write_study(scaling, DVC_CACHE, RUN_FACTS)
-    before = content(study.REPORTS)
+    before = contents(study.REPORTS)
     page.write_study(scaling, DVC_CACHE, {"nano-0": {"experiment": "nano-0-abc"}})
-    assert content(study.REPORTS) == before
+    assert contents(study.REPORTS) == before
     page.write_study(scaling, DVC_CACHE, {"nano-0": {"experiment": "nano-0-def"}})
     assert json.loads((scaling.folder / "study.json").read_text())["runs"]["nano-0"] == {"experiment": "nano-0-def"}
 
@@ -353,7 +346,7 @@ def test_an_edited_question_is_of_other_arms_or_that_of_a_commit(scaling: Study,
 
 def test_the_audit_names_missing_runs_and_rows_of_unknown_runs(scaling: Study, wrong: Callable[[], list[str]]) -> None:
     path, facts = scaling.folder / "runs.csv", scaling.folder / "study.json"
-    text, before = path.read_text(), content(scaling.folder)
+    text, before = path.read_text(), contents(scaling.folder)
     path.write_text(text + re.sub("^mini,2", "giant,2", text.splitlines()[-1]) + "\n")
     table = study.study_table(study.read_runs(scaling.folder), "nano")
     (scaling.folder / "table.csv").write_text(to_csv(study.TABLE_COLUMNS, table))

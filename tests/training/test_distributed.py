@@ -82,14 +82,10 @@ def slow(*, rank: int, ranks: int) -> str:
     return "done"
 
 
-def quick(*, rank: int, ranks: int) -> None:
-    stop_watchdog()
-
-
 def twice(variables: dict[str, str]) -> None:
     """Two runs of the one process that torchrun started; the second one hangs."""
     os.environ |= variables
-    run(quick, ranks=1, hang_s=0.5)
+    run(lambda **_: stop_watchdog(), ranks=1, hang_s=0.5)
     run(sleeping, ranks=1, hang_s=0.5, path=Path())
 
 
@@ -111,14 +107,11 @@ def test_a_tensor_outlives_the_rank_that_made_it(monkeypatch: pytest.MonkeyPatch
     assert run(a_tensor, ranks=1).tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize(
-    ("work", "error", "message"),
-    [
-        (refused, UserError, "^batch 3 does not divide; set batch to 4$"),
-        (preempted, Preempted, "^stopped by SIGUSR1$"),
-        (killed, RuntimeError, r"rank 1 of 2 ended without a result \(SIGKILL\)"),
-    ],
-)
+@pytest.mark.parametrize(("work", "error", "message"), [
+    (refused, UserError, "^batch 3 does not divide; set batch to 4$"),
+    (preempted, Preempted, "^stopped by SIGUSR1$"),
+    (killed, RuntimeError, r"rank 1 of 2 ended without a result \(SIGKILL\)"),
+])  # fmt: skip
 def test_the_end_of_one_rank_ends_all_and_its_reason_reaches_the_caller(work: Callable, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         run(work, ranks=2)

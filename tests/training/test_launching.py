@@ -6,6 +6,7 @@ import socket
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from interrupting import free_port
@@ -31,13 +32,10 @@ JOB = Job(
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize(
-    ("script", "refused", "code"),
-    [("exit 0", False, 0), ("exit 1", False, AGAIN), ("exit 0", True, 1), ("exit 1", True, 1)],
-)
-def test_asked_to_stop_it_says_run_me_again_only_where_that_is_of_use(
-    tmp_path: Path, script: str, refused: bool, code: int
-) -> None:
+@pytest.mark.parametrize(("script", "refused", "code"), [
+    ("exit 0", False, 0), ("exit 1", False, AGAIN), ("exit 0", True, 1), ("exit 1", True, 1)
+])  # fmt: skip
+def test_asked_to_stop_it_says_run_me_again_only_where_of_use(tmp_path: Path, script: str, refused: bool, code: int) -> None:
     """A run that had ended, or was refused, is not run again."""
     if refused:
         (tmp_path / REFUSED).write_text("the disk is full")
@@ -81,46 +79,34 @@ def test_a_refusal_of_one_rank_reaches_the_launcher_and_the_other_ranks_leave() 
         assert content is None
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({}, "2 forked ranks of this process"),
-        ({"where": "torchrun"}, "--standalone --nproc-per-node 2 --max-restarts 3 "),
-        (TWO_NODES | {"rendezvous": "a:1"}, "--nnodes 2 --rdzv-backend c10d --rdzv-endpoint a:1 --rdzv-id toy "),
-        ({"where": "slurm", "nodes": 2}, "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=1\n"),
-        ({"where": "slurm", "partition": "gpu"}, "#SBATCH --partition=gpu\n"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "words"), [
+    ({}, "2 forked ranks of this process"),
+    ({"where": "torchrun"}, "--standalone --nproc-per-node 2 --max-restarts 3 "),
+    (TWO_NODES | {"rendezvous": "a:1"}, "--nnodes 2 --rdzv-backend c10d --rdzv-endpoint a:1 --rdzv-id toy "),
+    ({"where": "slurm", "nodes": 2}, "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=1\n"),
+    ({"where": "slurm", "partition": "gpu"}, "#SBATCH --partition=gpu\n"),
+])  # fmt: skip
 def test_it_says_how_it_would_be_started(changes: dict, words: str) -> None:
     if changes.get("where") == "slurm":
         pytest.importorskip("submitit")
     assert words in launch.describe(JOB, replace(HERE, **changes)) and not list(Path().iterdir())
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"where": "moon"}, "where = 'moon'; needed here, torchrun, nodes or slurm"),
-        ({"where": "nodes", "nodes": 3}, "2 ranks do not divide among 3 nodes; set points.toy.Launch.nodes"),
-        (TWO_NODES, "points.toy.Launch.rendezvous is ''; needed HOST:PORT of one of the nodes"),
-        (TWO_NODES | {"rendezvous": "no.invalid:1"}, r"points.+ is no.invalid:1: no host no.invalid \(.+\); needed one of .+"),
-        (TWO_NODES | {"rendezvous": "127.0.0.1:PORT"}, r"nobody answers at points.+ 127.0.0.1:\d+ for 0 s \(.+\); start .+"),
-        ({"where": "slurm"}, "no sbatch here, so no Slurm; set points.toy.Launch.where to here, torchrun or nodes"),
-    ],
-)
-def test_a_job_that_cannot_be_started_is_refused_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, changes: dict, message: str
-) -> None:
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"where": "moon"}, "where = 'moon'; needed here, torchrun, nodes or slurm"),
+    ({"where": "nodes", "nodes": 3}, "2 ranks do not divide among 3 nodes; set points.toy.Launch.nodes"),
+    (TWO_NODES, "points.toy.Launch.rendezvous is ''; needed HOST:PORT of one of the nodes"),
+    (TWO_NODES | {"rendezvous": "no.invalid:1"}, r"points.+ is no.invalid:1: no host no.invalid \(.+\); needed one of .+"),
+    (TWO_NODES | {"rendezvous": "127.0.0.1:PORT"}, r"nobody answers at points.+ 127.0.0.1:\d+ for 0 s \(.+\); start .+"),
+    ({"where": "slurm"}, "no sbatch here, so no Slurm; set points.toy.Launch.where to here, torchrun or nodes"),
+])  # fmt: skip
+def test_a_job_that_cannot_start_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, changes: dict, message: str) -> None:
     if changes["where"] == "slurm":
         pytest.importorskip("submitit")
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(launch, "POLL_S", 0.01)
     if "PORT" in changes.get("rendezvous", ""):
         changes = changes | {"rendezvous": f"127.0.0.1:{free_port()}"}
-        monkeypatch.setattr(socket.socket, "bind", refuse_to_bind)  # as if the address were another machine's
+        monkeypatch.setattr(socket.socket, "bind", Mock(side_effect=OSError("not an address of this machine")))
     with pytest.raises(ValueError, match=f"^{message}$"):
         launch.launch(JOB, replace(HERE, **changes))
-
-
-def refuse_to_bind(*_: object) -> None:
-    raise OSError("not an address of this machine")

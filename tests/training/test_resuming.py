@@ -1,5 +1,6 @@
 """A run that was interrupted ends as an uninterrupted one, to the bit; damaged, foreign and unreadable states."""
 
+import contextlib
 import errno
 import json
 import os
@@ -28,8 +29,7 @@ pytestmark = pytest.mark.integration
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """Result of a run that nothing interrupts."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("undisturbed"))
+    with contextlib.chdir(tmp_path_factory.mktemp("undisturbed")):
         return train(Toy())
 
 
@@ -38,16 +38,12 @@ def states(toy: Toy) -> list[int]:
     return [int(path.name.removeprefix("step-")) for path in sorted(toy.folder.glob("step-*"))]
 
 
-def left_behind() -> list[Path]:
-    return list(Path(".resume").glob("*toy-*"))
-
-
 def test_killed_in_three_ways_it_ends_with_the_same_bytes_and_repeats_no_saved_step(undisturbed: dict) -> None:
     codes = [attempt(Toy(), at=at, interrupt=kill) for at, kill in ((3, kill_all), (4, kill_the_parent), (7, kill_a_rank))]
     assert codes == [-9, -9, 1] and attempt(Toy()) == 0
     assert written() == undisturbed
     assert steps_computed() == [1, 2, 3, 3, 4, 5, 6, 7, 7, 8]
-    assert not left_behind()  # success removes the state
+    assert not list(Path(".resume").glob("*toy-*"))  # success removes the state
 
 
 def test_asked_to_stop_it_saves_and_ends_with_run_me_again(undisturbed: dict) -> None:
@@ -99,9 +95,7 @@ def test_the_state_of_another_run_is_refused() -> None:
         train(toy)
 
 
-def test_a_full_disk_is_one_line_and_costs_only_the_state_that_had_no_space(
-    undisturbed: dict, capfd: pytest.CaptureFixture
-) -> None:
+def test_a_full_disk_is_one_line_and_costs_only_the_state_without_space(undisturbed: dict, capfd: pytest.CaptureFixture) -> None:
     toy = Toy()
     assert attempt(toy, at=2, interrupt=ask_to_stop) == AGAIN
     before = states(toy)

@@ -61,16 +61,13 @@ def test_between_the_parts_of_a_batch_gradients_lie_in_shards(shards: int) -> No
     assert parameters // shards <= values < 1.1 * parameters / shards  # first axes are rounded up
 
 
-@pytest.mark.parametrize(
-    "sharding",
-    [
-        {"recompute": "block"},
-        {"recompute": "selective", "recompute_every": 3},
-        {"packed": True},
-        pytest.param({"compile": True}, marks=pytest.mark.slow),
-        pytest.param({"compile": True, "recompute": "selective"}, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("sharding", [
+    {"recompute": "block"},
+    {"recompute": "selective", "recompute_every": 3},
+    {"packed": True},
+    pytest.param({"compile": True}, marks=pytest.mark.slow),
+    pytest.param({"compile": True, "recompute": "selective"}, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_how_a_block_is_computed_does_not_change_its_gradients(sharding: dict) -> None:
     _, others = run(gradients, ranks=2, shards=2, **sharding)
     _, plain = run(gradients, ranks=2, shards=2)
