@@ -395,10 +395,11 @@ def audit(
     explain: Annotated[
         str,
         typer.Option(
-            help="Walk a number back: ENCODER/TASK/PROTOCOL, POINT/pretrain, POINT/reconstruct; FOLDER/... of a kept run."
+            help="Walk a number back: ENCODER/TASK/PROTOCOL, POINT/pretrain, POINT/reconstruct; FOLDER/... of a kept run; "
+            "STUDY/ARM/TASK."
         ),
     ] = "",
-    form: Annotated[str, typer.Option("--as", help="Format of --explain: text, json, or dot (Graphviz).")] = "text",
+    form: Annotated[str, typer.Option("--as", help="Format of --explain: text or json.")] = "text",
     crate: Annotated[Path | None, typer.Option(help="Write the verified run to this new folder as an RO-Crate.")] = None,
     reproduced: Annotated[bool, typer.Option("--reproduced", help="Compare a run made again with the committed one.")] = False,
 ) -> None:

@@ -1,17 +1,21 @@
+import contextlib
 import json
 import re
 from pathlib import Path
+from statistics import fmean
 
-import pydot
 import pytest
 
 from scaling4d import artifacts, audit
 from scaling4d.audit import disk
-from scaling4d.audit.explain import as_dot, explain, table_cells
+from scaling4d.audit.explain import explain, explain_study, table_cells
 from scaling4d.audit.run import locked_runs
+from scaling4d.provenance import read_lock
 from scaling4d.records import UserError
 
 pytestmark = pytest.mark.integration
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("here", [True, False])
@@ -68,20 +72,6 @@ def test_a_number_is_explained_as_json(project: Path, capsys: pytest.CaptureFixt
     assert stages["clips"]["environment"]["versions"]["torch"] == "2.13.0"
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of pydot's own parser
-def test_graphviz_text_has_a_node_for_each_stage_and_an_edge_from_maker_to_reader(project: Path) -> None:
-    explained = explain(locked_runs(), "nano/actions/frozen")
-    (graph,) = pydot.graph_from_dot_data(as_dot(explained))
-    labels = {node.get_name().strip('"'): node.get_label() for node in graph.get_nodes() if node.get_label()}
-    edges = {(edge.get_source().strip('"'), edge.get_destination().strip('"')) for edge in graph.get_edges()}
-    assert labels.keys() == {"nano/actions/frozen", *(stage["name"] for stage in explained["stages"])}
-    label = labels["pretrain@nano"]
-    assert "true pretrain nano" in label and "wrote artifacts/test/pretrain/nano md5 " in label
-    assert explained["checkpoint"]["sha256"] in labels["nano/actions/frozen"]
-    makers = {maker for maker, reader in edges if reader == "readout@nano"}
-    assert makers == {"pretrain@nano", "benchmarks", "code"} and ("readout@nano", "nano/actions/frozen") in edges
-
-
 def test_a_number_of_a_kept_run_is_told_by_its_own_lock(project: Path) -> None:
     told = explain(locked_runs(), "kept/nano/actions/frozen")
     assert told["cells"][0]["file"] == "reports/kept/results.csv"
@@ -116,5 +106,47 @@ def test_an_unknown_number_lists_those_that_are_and_the_nearest_of_them(project:
 
 
 def test_an_unknown_form_says_which_there_are(project: Path) -> None:
-    with pytest.raises(UserError, match="^--as pdf: needed text, json, dot$"):
+    with pytest.raises(UserError, match="^--as pdf: needed text, json$"):
         audit.explain_number("nano/actions/frozen", "pdf")
+
+
+def test_a_mean_over_seeds_is_walked_back_to_the_lock_of_every_seed(capsys: pytest.CaptureFixture) -> None:
+    """Of the committed study: its table, its runs and their locks are in git."""
+    with contextlib.chdir(ROOT):
+        explained = explain_study("seeds/mini/boxes")
+        assert audit.explain_number("seeds/mini/boxes", "text") == 0
+    (mean,) = (float(cell["value"]) for cell in explained["cells"] if cell["name"] == "mean")
+    values = {run["seed"]: float(run["cell"]["value"]) for run in explained["runs"]}
+    assert values.keys() == {0, 1, 2} and mean == pytest.approx(fmean(values.values()))
+    for run in explained["runs"]:
+        lock = read_lock(ROOT / run["lock"])
+        names = [stage["name"] for stage in run["stages"]]
+        assert names[0] == "readout_frozen@mini-boxes" and {"pretrain@mini", "clips", "code"} <= {*names}
+        assert all(stage["wrote"][0]["md5"] == lock[stage["name"]].outs[0].md5 for stage in run["stages"])
+        assert next(stage["settings"]["seed"] for stage in run["stages"] if "seed" in stage["settings"]) == run["seed"]
+    text = capsys.readouterr().out
+    steps = [
+        "table.csv line ",
+        "seed 0      reports/studies/seeds/runs.csv line ",
+        "<- pretrain@mini: artifacts/",
+        "seed 1 ",
+        "seed 2 ",
+    ]
+    places = [text.index(step) for step in [*steps, "   scaling4d study seeds --seeds 0,1,2"]]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize(("key", "stage"), [
+    ("seeds/mini/pretrain", "pretrain@mini"),
+    ("seeds/mini/reconstruct_moving", "reconstruct@mini"),
+    ("seeds/untrained_mini/actions", "readout_frozen@untrained_mini-actions"),
+])  # fmt: skip
+def test_every_kind_of_number_of_a_study_has_its_stage(key: str, stage: str) -> None:
+    with contextlib.chdir(ROOT):
+        assert {run["stages"][0]["name"] for run in explain_study(key)["runs"]} == {stage}
+
+
+def test_an_unknown_number_of_a_study_says_which_arms_and_tasks_it_has() -> None:
+    message = r"^no number 'seeds/mini/box'; needed seeds/arm/task; arms: nano, .*; tasks: pretrain, .*mean mini/boxes"
+    with contextlib.chdir(ROOT), pytest.raises(UserError, match=message):
+        explain_study("seeds/mini/box")

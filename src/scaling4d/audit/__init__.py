@@ -10,13 +10,13 @@ from collections import Counter
 from pathlib import Path
 
 from scaling4d.audit import predictions, reproduced, studies
-from scaling4d.audit.explain import as_dot, as_text, explain
+from scaling4d.audit.explain import as_text, explain, explain_study
 from scaling4d.audit.run import NOTE, UNCHECKED, WRONG, AuditFinding, locked_runs
 from scaling4d.audit.verify import checked, verify
 from scaling4d.records import UserError, on_one_line
 
 __all__ = ["AuditFinding", "check", "compare", "explain_number", "export", "locked_runs", "verify"]
-FORMATS = {"text": as_text, "json": lambda explained: json.dumps(explained, indent=2, sort_keys=True), "dot": as_dot}
+FORMATS = {"text": as_text, "json": lambda explained: json.dumps(explained, indent=2, sort_keys=True)}
 
 
 def check() -> int:
@@ -35,10 +35,10 @@ def check() -> int:
 
 
 def explain_number(key: str, form: str) -> int:
-    """Walk one number back. Raises UserError for an unknown number or form."""
+    """Walk a number of the run or of a study back. Raises UserError for an unknown number or form."""
     if form not in FORMATS:
         raise UserError(f"--as {form}: needed {', '.join(FORMATS)}")
-    print(FORMATS[form](explain(locked_runs(), key)))
+    print(FORMATS[form](explain_study(key) or explain(locked_runs(), key)))
     return 0
 
 

@@ -1,16 +1,22 @@
-"""Walk one number back: cell <- result <- checkpoint <- shards <- source videos <- settings <- code <- environment."""
+"""Walk one number back: cell <- result <- checkpoint <- shards <- source videos <- settings <- code <- environment.
+
+A number of a study is the mean over its seeds: cell <- runs <- their locks.
+"""
 
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from scaling4d.artifacts import PROVENANCE
+from scaling4d.audit.disk import Disk
 from scaling4d.audit.run import CODE, LockedRun, row_numbers
-from scaling4d.provenance import LockedStage, overlap
+from scaling4d.provenance import LockedStage, parse_csv, read_lock, required
 from scaling4d.records import UserError, did_you_mean, on_one_line
+from scaling4d.studies import study as studies
+
+STATISTICS = ("mean", "deviation", "noise")  # columns of a study's table.csv
 
 
 def explain(runs: list[LockedRun], key: str) -> dict[str, Any]:
@@ -37,20 +43,55 @@ def explain(runs: list[LockedRun], key: str) -> dict[str, Any]:
         known += did_you_mean(number, run.records, 3)
         raise UserError(f"no number {key!r}; needed encoder/task/protocol, point/pretrain or point/reconstruct, one of: {known}")
     record, weights = run.records[row], run.weights(row.split("/")[0])
-    levels, waiting = {}, [(record, 0)]  # stage -> its longest way to the number
-    while waiting:
-        path, level = waiting.pop()
-        stage = run.maker(path)
-        if stage is not None and levels.get(stage.name, -1) < level:
-            levels[stage.name] = level
-            waiting += [(dep.path, level + 1) for dep in stage.deps]
-    stages = [{"level": n, **_stage(run, run.stages[name])} for n, name in sorted((n, name) for name, n in levels.items())]
+    stages = [{"level": level, **_stage(run, stage)} for level, stage in _makers(run, record)]
     again = "" if kept is None else f"scaling4d compose profile={Path(run.home).name} && "
     again += f"dvc repro {stages[0]['name']}"
     listed = next((cell["weights"] for cell in cells if cell["weights"]), None)
     checkpoint = {"path": weights, "sha256": run.disk.sha256(weights) or listed}
     result = {"path": record, "sha256": run.disk.sha256(record)}
     return {"key": key, "cells": cells, "result": result, "checkpoint": checkpoint, "stages": stages, "again": again}
+
+
+def explain_study(key: str) -> dict[str, Any] | None:
+    """A mean over seeds, and the run of every seed as its lock records it; None where the key begins with no study.
+
+    Args:
+        key: `study/arm/task`, as in the study's table.csv.
+    Returns:
+        key, cells (as of `explain`), runs and `again`, the command that makes the study. A run has seed, the cell of
+        its value, checkpoint (sha256), experiment, lock, and stages (level, name, command, wrote, read, settings).
+    Raises:
+        UserError: the study has no such number, or lacks a lock.
+    """
+    name, _, number = key.partition("/")
+    folder = studies.REPORTS / name
+    if not (folder / studies.FACTS).is_file():
+        return None
+    study = studies.made_study(folder)
+    tables = {file: list(enumerate(parse_csv((folder / file).read_text()), 2)) for file in (studies.TABLE, studies.RUNS)}
+    known = {f"{row['arm']}/{row['task']}": (line, row) for line, row in tables[studies.TABLE]}
+    if number not in known:
+        near = did_you_mean(number, known, 3)
+        words = (", ".join(dict.fromkeys(number.split("/")[place] for number in known)) for place in (0, 1))
+        raise UserError("no number {!r}; needed {}/arm/task; arms: {}; tasks: {}{}".format(key, name, *words, near))
+    line, statistics = known[number]
+    of_runs = [(n, row) for n, row in tables[studies.RUNS] if f"{row['arm']}/{row['task']}" == number]
+    shared = {"interval": [], "unit": of_runs[0][1]["unit"]}
+    table = {"file": (folder / studies.TABLE).as_posix(), "line": line, **shared}
+    cells = [{**table, "name": column, "value": statistics[column]} for column in STATISTICS if statistics[column]]
+    runs, arms, disk = [], {arm.name: arm for arm in study.arms}, Disk({})
+    for n, row in of_runs:
+        lock, arm = study.lock(f"{row['arm']}-{row['seed']}"), arms[row["arm"]]
+        if not lock.is_file():
+            raise UserError(f"no {lock}; take it from git again, or run `{study.command}`")
+        locked = required(read_lock(lock), arm.targets)
+        run = LockedRun(lock.as_posix(), locked, "", folder.as_posix(), None, {}, disk)
+        out = locked[studies.measuring_stage(row, locked)].outs[0]
+        cell = {"file": (folder / studies.RUNS).as_posix(), "line": n, "name": row["metric"], "value": row["value"], **shared}
+        stages = [{"level": level, **_declared(stage)} for level, stage in _makers(run, out.path)]
+        properties = {"seed": int(row["seed"]), "cell": cell, "checkpoint": {"sha256": row["checkpoint_sha256"] or None}}
+        runs.append(properties | {"experiment": row["experiment"], "lock": lock.as_posix(), "stages": stages})
+    return {"key": key, "cells": cells, "runs": runs, "again": study.command}
 
 
 def table_cells(run: LockedRun, key: str) -> list[dict[str, Any]]:
@@ -63,10 +104,28 @@ def table_cells(run: LockedRun, key: str) -> list[dict[str, Any]]:
     return cells
 
 
-def _stage(run: LockedRun, stage: LockedStage) -> dict[str, Any]:
+def _makers(run: LockedRun, path: str) -> list[tuple[int, LockedStage]]:
+    """Every stage that led to a path, the nearest first, with the length of its longest way."""
+    levels, waiting = {}, [(path, 0)]
+    while waiting:
+        path, level = waiting.pop()
+        stage = run.maker(path)
+        if stage is not None and levels.get(stage.name, -1) < level:
+            levels[stage.name] = level
+            waiting += [(dep.path, level + 1) for dep in stage.deps]
+    return [(level, run.stages[name]) for level, name in sorted((level, name) for name, level in levels.items())]
+
+
+def _declared(stage: LockedStage) -> dict[str, Any]:
+    """What a lock records of a stage."""
     properties = {"name": stage.name, "command": stage.command, "settings": dict(stage.params)}
     for verb, files in (("wrote", stage.outs), ("read", stage.deps)):
         properties[verb] = [{"path": file.path, "md5": file.md5, "bytes": file.size, "count": file.nfiles or 1} for file in files]
+    return properties
+
+
+def _stage(run: LockedRun, stage: LockedStage) -> dict[str, Any]:
+    properties = _declared(stage)
     properties["shards"] = {name: sha for out in stage.outs for name, sha in run.shards(out.path).items()}
     made = next((run.json_object(f"{out.path}/{PROVENANCE}") for out in stage.outs), {})
     locked = next((dep for dep in stage.deps if dep.path.startswith(f"{CODE}/")), None)
@@ -78,15 +137,19 @@ def _stage(run: LockedRun, stage: LockedStage) -> dict[str, Any]:
 
 
 def as_text(explained: dict[str, Any]) -> str:
-    """An explained number for a terminal."""
-    lines = []
-    for cell in explained["cells"]:
-        interval = f" [{', '.join(cell['interval'])}]" if cell["interval"] else ""
-        value = f"{cell['value']}{interval} {cell['unit']}".rstrip()
-        lines.append(f"cell        {cell['file']} line {cell['line']}: {cell['name']} = {value}")
-    for name in ("result", "checkpoint"):
+    """What `explain` or `explain_study` returns, for a terminal."""
+    lines = [f"{'cell':<12}{_cell_text(cell)}" for cell in explained["cells"]]
+    for run in explained.get("runs", ()):
+        lines += ["", f"{'seed ' + str(run['seed']):<12}{_cell_text(run['cell'])}"]
+        lines += [f"   {name:<12}{run[name]}" for name in ("experiment", "lock")]
+        lines += [f"   {'checkpoint':<12}sha256 {sha}" for sha in [run["checkpoint"]["sha256"]] if sha]
+        read = {file["path"] for stage in run["stages"] for file in stage["read"]}
+        for stage in run["stages"]:
+            wrote = (file for file in stage["wrote"] if file["path"] in read or stage["level"] == 0)
+            lines += [f"   <- {stage['name']}: {file['path']}  md5 {file['md5']}" for file in wrote]
+    for name in ("result", "checkpoint") if "result" in explained else ():
         lines.append(f"{name:<12}{explained[name]['path']}: sha256 {explained[name]['sha256'] or 'unknown, it is not here'}")
-    for stage in explained["stages"]:
+    for stage in explained.get("stages", ()):
         lines += ["", f"<- {stage['name']}", f"   command  {stage['command']}"]
         for verb in ("wrote", "read"):
             for file in stage[verb]:
@@ -103,19 +166,6 @@ def as_text(explained: dict[str, Any]) -> str:
     return "\n".join(map(on_one_line, [*lines, "", "to make it again", f"   {explained['again']}"]))
 
 
-def as_dot(explained: dict[str, Any]) -> str:
-    """An explained number for Graphviz: a node a stage with its command and hashes, an edge from maker to reader."""
-    number = [explained["key"], *(f"{cell['name']} = {cell['value']} {cell['unit']}".rstrip() for cell in explained["cells"])]
-    number += [f"{explained[name]['path']} sha256 {explained[name]['sha256']}" for name in ("result", "checkpoint")]
-    nodes, edges = {explained["key"]: number}, [(explained["stages"][0]["name"], explained["key"])]
-    for stage in explained["stages"]:
-        hashes = [f"wrote {out['path']} md5 {out['md5']}" for out in stage["wrote"]]
-        hashes += [f"code {stage['code']['package']} sha256 {stage['code']['sha256']}"] if stage["code"] else []
-        nodes[stage["name"]] = [stage["name"], stage["command"], *hashes]
-        for maker in explained["stages"]:
-            if any(overlap(dep["path"], out["path"]) for dep in stage["read"] for out in maker["wrote"]):
-                edges.append((maker["name"], stage["name"]))
-    quoted = partial(json.dumps, ensure_ascii=False)
-    lines = [f"{quoted(name)} [label={quoted(chr(10).join(label))}];" for name, label in nodes.items()]
-    lines += [f"{quoted(maker)} -> {quoted(reader)};" for maker, reader in edges]
-    return "\n".join(["digraph lineage {", "node [shape=box, fontname=monospace];", *lines, "}"])
+def _cell_text(cell: dict[str, Any]) -> str:
+    interval = f" [{', '.join(cell['interval'])}]" if cell["interval"] else ""
+    return f"{cell['file']} line {cell['line']}: {cell['name']} = {cell['value']}{interval} {cell['unit']}".rstrip()

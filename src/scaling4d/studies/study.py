@@ -212,6 +212,14 @@ def run_numbers(arm: Arm, seed: int, stages: Stages, cache: Path, experiment: st
     return rows
 
 
+def measuring_stage(row: Mapping[str, str], stages: Stages) -> str:
+    """The stage whose out has the number in a row of runs.csv."""
+    if row["protocol"]:
+        return f"readout_{row['protocol']}@{row['encoder']}-{row['task']}"
+    kinds = ("reconstruct",) if row["task"] in RECONSTRUCT_METRICS.values() else TRAINING
+    return next(name for kind in kinds if (name := f"{kind}@{row['encoder']}") in stages)
+
+
 def loss_task(method: str) -> str:
     """Task of a validation loss in runs.csv. Losses of different methods have different targets and do not compare."""
     return "pretrain" if method == "SimpleMAE" else f"pretrain_{method}"
