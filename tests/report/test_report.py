@@ -4,21 +4,21 @@ import json
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import chromium
 import pytest
-import yaml
 from matplotlib.figure import Figure
 from synthetic_run import BUILT, NOTEBOOK, OTHERS, POCKET, SIZES, TASKS, rows_of, write_run
 
 from scaling4d import artifacts, config, report
 from scaling4d.audit.report_numbers import _value_at
-from scaling4d.provenance import WORK_FOLDER, flatten, format_number, load_yaml
+from scaling4d.provenance import WORK_FOLDER, format_number, load_yaml
 from scaling4d.records import UserError, write_json
 from scaling4d.report import figures, notebook, sections, stage, tables
 from scaling4d.report.layout import SECTIONS, read_page, report_html
@@ -169,7 +169,7 @@ def test_the_answer_comes_first_and_details_are_folded(page: Page) -> None:
     assert [*page.sections][:5] == ["conclusion", "verdict", "rules", "headline", "results"]
     assert re.search(r"</h1>\n<section[^>]*><p>(Better|Within|Not)", report_html(page, "commit.js"))
     folded = {name for name, content in page.sections.items() if "<details>" in content}
-    details = {"further", "paper", "trends", "fidelity", "overrides", "deviations", "unstated", "lineage"}
+    details = {"further", "paper", "trends", "fidelity", "overrides", "deviations", "unstated", "agreements", "lineage"}
     assert folded == {"rules", "gains"} | details
 
 
@@ -455,31 +455,20 @@ def test_our_own_choices_are_listed_with_their_values_in_this_run(pocket: dict) 
     section = sections.unstated(report.read_run_results(pocket), Page(BUILT))
     cells = [cell for row in rows_of(section) for cell in row]
     assert any(cell.startswith("readout.frozen.*.Frozen.steps: 300 (boxes, pose); 120 (depth)") for cell in cells)
-    assert "absolute relative error" in section and "place_deviation" not in section  # no stage of this run was given it
+    assert "absolute relative error" in section and "position_std" not in section  # no stage of this run was given it
+    assert "Depth is trained on its metric." in section and "patches of one frame" not in section
 
 
-def test_every_setting_that_is_marked_ours_is_in_the_list_and_every_one_of_the_list_exists() -> None:
-    """The mark is a comment in experiments/config.yaml, on the line of a key or of the mapping above it."""
-    settings = dict(flatten(yaml.safe_load((ROOT / "params.yaml").read_text())))
-    listed = [key for choice in sections.unstated_choices() for key in choice.get("settings", ())]
-    for key in listed:
-        assert list(sections.matches(key, settings)), key
-    text = (ROOT / "experiments/config.yaml").read_text()
-    lines = text.splitlines()
-    marked = [key for key, line in keys_of(yaml.compose(text)) if "ours" in lines[line].partition("#")[2]]
-    assert len(marked) > 10
-    for key in marked:
-        words = key.replace("recipes.frozen", "readout.frozen.*.Frozen").split(".")
-        same = [one for one in listed if all(a == b or "*" in (a, b) for a, b in zip(words, one.split("."), strict=False))]
-        assert same, f"{key} is marked ours in experiments/config.yaml and missing in report/unstated.yaml"
-
-
-def keys_of(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Dotted keys and the line on which each stands."""
-    for key, value in (pair for pair in node.value if pair[0].value != "<<"):
-        yield f"{prefix}{key.value}", key.start_mark.line
-        if isinstance(value, yaml.MappingNode):
-            yield from keys_of(value, f"{prefix}{key.value}.")
+def test_the_lists_of_the_protocol_name_source_and_reason_and_the_shape_of_j_is_called_inferred(page: Page) -> None:
+    topics = {
+        name: {row[0]: row for row in rows_of(page.sections[name])[1:]} for name in ("deviations", "unstated", "agreements")
+    }
+    assert [len({*rows} & {*others}) for rows, others in combinations(topics.values(), 2)] == [0, 0, 0]
+    patch = topics["deviations"]["patches of SimpleMAE"]
+    assert patch[1].endswith("(4DS, method figure, as reported)") and "no learning" in patch[2]
+    assert "masking of MAE-ST" not in topics["deviations"] and "loss of SimpleMAE" in topics["agreements"]
+    assert "MAE-ST&#x27;s alone" in page.sections["unstated"] and "profile pocket" in page.sections["deviations"]
+    assert "shape of the encoder of 4DS-j: not stated" in page.sections["paper"] and "inferred" in page.sections["paper"]
 
 
 def test_costs_have_a_column_for_each_axis_of_growth() -> None:

@@ -134,6 +134,7 @@ SECTIONS = (
     Section(sections.overrides, folded="Settings that differ from the profile"),
     Section(sections.deviations, folded="Differences from the papers"),
     Section(sections.unstated, folded="Choices that no paper states"),
+    Section(sections.agreements, folded="Settings as the papers state them"),
     Section(sections.lineage, folded="Lineage: hashes of weights, data and code"),
 )
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib import resources
 from typing import Any
 
 from scaling4d.provenance import flatten
 from scaling4d.report.page import Number, Page, Part, joined, part_of, text_of
 from scaling4d.report.pictures import count_clips, strip_name, video_name
+from scaling4d.report.protocol import SHAPE_OF_J, judged_profile, matched_keys, row_of
+from scaling4d.report.protocol import rows as protocol_rows
 from scaling4d.report.run_results import PROTOCOLS, UNTRAINED, RunResults, is_baseline
 from scaling4d.report.tables import (
     ERRORS,
@@ -28,7 +28,7 @@ from scaling4d.report.tables import (
 )
 from scaling4d.report.verdict import NO, NOISE, YES, encoder_better
 from scaling4d.studies import fits
-from scaling4d.studies.markup import NOTHING, code_html, html_figure, html_table
+from scaling4d.studies.markup import NOTHING, html_figure
 from scaling4d.studies.words import encoder_words, measure, measure_head
 
 PICTURES = "pictures"  # folder beside report.html
@@ -88,7 +88,9 @@ def paper(run: RunResults, page: Page) -> str:
                 row.append([unsure, published_part(*place, spec=".3f")] if there else NOTHING)
             rows.append(row)
     text = f"The same protocols and metrics, on other data and at other sizes. Source: {known['source']}; less sure, marked ~: "
-    return page.paragraph(f"{text}{', '.join(known['approximate'])}.") + page.table(head, rows)
+    j = row_of(SHAPE_OF_J)
+    shape = page.paragraph(f"{SHAPE_OF_J}: {j['stated']}. {j['reason']}")
+    return page.paragraph(f"{text}{', '.join(known['approximate'])}.") + page.table(head, rows) + shape
 
 
 def gains(run: RunResults, page: Page) -> str:
@@ -266,23 +268,37 @@ def overrides(run: RunResults, page: Page) -> str:
 
 
 def deviations(run: RunResults, page: Page) -> str:
-    """Differences from the papers with their reasons, written by hand: the table of deviations.md."""
-    text = resources.files(__package__).joinpath("deviations.md").read_text()
-    head, _, *rows = (line.strip("| ").split(" | ") for line in text.splitlines())
-    return html_table(head, rows, code_html)
+    """Where the papers state another value than ours."""
+    profile, others = judged_profile(run.profile), ""
+    if run.profile != profile:
+        others = page.paragraph(f"The lists judge profile {profile}; profile {run.profile} may have other values.")
+    return others + _protocol(run, page, "differs")
 
 
 def unstated(run: RunResults, page: Page) -> str:
-    """Every choice that is ours because the paper does not state it, with its value in this run."""
-    rows, given = [], _settings(run)
-    for choice in unstated_choices():
-        lines = [[f"{key}: ", value] for key in choice.get("settings", ()) if (value := _in_force(key, given))]
-        if "fixed" in choice and run.results:
-            lines.append([f"in the code: {choice['fixed']}"])
-        if lines:
-            rows.append([choice["what"], joined(lines, "\n"), choice["known"]])
-    head = ("ours, since no paper states it", "in force", "what is known")
-    return f'<div class="words">{page.table(head, rows)}</div>'
+    """Every choice that is ours because no paper states it."""
+    return _protocol(run, page, "ours")
+
+
+def agreements(run: RunResults, page: Page) -> str:
+    """Where ours is as the papers state it."""
+    return _protocol(run, page, "same")
+
+
+def _protocol(run: RunResults, page: Page, status: str) -> str:
+    """The rows of protocol.yaml with a status. Left out: choices without a setting in this run, unless they differ."""
+    table, given, profile = [], _settings(run), judged_profile(run.profile)
+    patterns = [pattern for row in protocol_rows() for pattern in row.get("settings", ())]
+    keys_of = matched_keys(patterns, given)
+    for row in protocol_rows():
+        values = {pattern: _in_force(keys_of[pattern], given) for pattern in row.get("settings", ())}
+        lines: list[Part] = [[f"{pattern}: ", value] for pattern, value in values.items() if value]
+        if "fixed" in row and run.results:
+            lines.append(f"in the code: {row['fixed']}")
+        if row.get(profile) == status and (lines or status == "differs"):
+            lines += [row["reason"]] if "reason" in row else []
+            table.append([row["what"], f"{row['stated']}\n({row['source']})", joined(lines, "\n")])
+    return f'<div class="words">{page.table(("", "the papers (source)", "ours, in force"), table)}</div>'
 
 
 def _settings(run: RunResults) -> dict[str, Part]:
@@ -296,23 +312,10 @@ def _settings(run: RunResults) -> dict[str, Part]:
     return parts
 
 
-def unstated_choices() -> list[dict[str, Any]]:
-    """Entries of unstated.yaml: what, settings (dotted keys; `*` stands for one word), fixed, known."""
-    import yaml
-
-    return yaml.safe_load(resources.files(__package__).joinpath("unstated.yaml").read_text())
-
-
-def matches(pattern: str, keys: Iterator[str] | Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Dotted keys that a pattern stands for, each with the words that its `*` stand for."""
-    form = re.compile(re.escape(pattern).replace(r"\*", "([^.]+)"))
-    return ((key, match.groups()) for key in keys if (match := form.fullmatch(key)))
-
-
-def _in_force(pattern: str, given: Mapping[str, Part]) -> Part:
+def _in_force(keys: Sequence[tuple[str, tuple[str, ...]]], given: Mapping[str, Part]) -> Part:
     """The value of a pattern's keys; where they have several, each with its first words. Empty: no stage has one."""
     values: dict[str, tuple[Part, list[str]]] = {}
-    for key, words in matches(pattern, given):
+    for key, words in keys:
         values.setdefault(text_of(given[key]), (given[key], []))[1].extend(words[:1])
     if len(values) < 2:
         return next((value for value, _ in values.values()), "")
