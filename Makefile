@@ -1,5 +1,6 @@
 # make repro          set everything up and run the pipeline
 # make test           set everything up and run the tests; make quick: those that start no process; make slow: the long ones
+# make install-cuda   the environment of a machine with an NVIDIA GPU, instead of that of `make install`
 # make release-check  whether lock, reports, README and guide belong to this code
 # make gpu            GPU tests and benches, where torch, numpy and wheels/ are (`make wheels`, on a machine with a network)
 PYTHON ?= python3
@@ -9,16 +10,22 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 PARALLEL = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: install repro ahead test quick slow release-check lint wheels gpu measured-on-gpu
+LOCK = requirements.lock
+
+.PHONY: install install-cuda repro ahead test quick slow release-check lint wheels gpu measured-on-gpu
 
 install: .venv/installed
 
-.venv/installed: requirements.lock pyproject.toml
+.venv/installed: $(LOCK) pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python >= 3.11 is needed; say which: make PYTHON=python3.12"'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --no-compile -c requirements.lock -e '.[dev]'
+	$(BIN)/pip install -q --no-compile -c $(LOCK) -e '.[dev]'
 	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true  # on every core, pip has one; some packages bring files of a later Python
 	touch .venv/installed
+
+install-cuda:
+	rm -f .venv/installed
+	$(MAKE) --no-print-directory install LOCK=requirements-cuda.lock
 
 repro: install
 	dvc status --quiet || { $(MAKE) --no-print-directory ahead && dvc repro; }
