@@ -190,8 +190,8 @@ def test_bad_input_is_one_clear_line(story: Path) -> None:
     try:
         (story / "params.yaml").write_text(settings + "\npretrian: {}\n")
         assert "pretrian" in refused(story, "clips")
-        (story / "params.yaml").write_text(settings.replace("loss_on: all", "loss_on: some"))
-        assert refused(story, "baseline", "untrained_nano").endswith("loss_on = 'some'; needed all or masked")
+        (story / "params.yaml").write_text(settings.replace("position_init: sincos", "position_init: some"))
+        assert refused(story, "baseline", "untrained_nano").endswith("position_init = 'some'; needed normal or sincos")
     finally:
         (story / "params.yaml").write_text(settings)
 

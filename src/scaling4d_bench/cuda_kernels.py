@@ -1,6 +1,6 @@
 """The attention kernel that xformers chooses on a GPU of a given compute capability, asked on a machine without one.
 
-`python -m scaling4d_bench.cuda_kernels` prints the choice for every head size and compute type of experiments/point.
+`python -m scaling4d_bench.cuda_kernels` prints the choice for every head size and compute type of the profiles' points.
 xformers itself chooses, for the inputs that `attention` gives it. Assumed is only what a CPU build of torch lacks and
 tests/fixtures/cuda_wheels.json shows of the locked wheels: flash attention is in torch, and xformers' library loads.
 """
@@ -13,13 +13,13 @@ from typing import Any
 from unittest import mock
 
 import torch
-import yaml
 from torch import Tensor
 
+from scaling4d import config
 from scaling4d.mae.attention import attention
 from scaling4d.training.parallelize import DTYPES
 
-POINTS = Path("experiments/point")
+PROFILES = Path("experiments/profile")
 CAPABILITIES = {"sm80": (8, 0), "sm90": (9, 0)}  # A100; H100 and H200
 SHAPE = (2, 16, 4)  # B N heads: the choice does not depend on them
 
@@ -31,15 +31,20 @@ class _OnGPU(Tensor):
     is_cuda = property(lambda self: True)
 
 
-def head_sizes(points: Path = POINTS) -> dict[int, list[str]]:
-    """Head size -> points that have it, in the encoder or in MAE-ST's decoder."""
-    sizes: dict[int, list[str]] = {}
-    for path in sorted(points.glob("*.yaml")):
-        (model,) = yaml.safe_load(path.read_text())["model"].values()
+def head_sizes(profiles: Path = PROFILES) -> dict[int, list[str]]:
+    """Head size -> points of all profiles that have it, in the encoder or in MAE-ST's decoder."""
+    models: dict[str, dict[str, Any]] = {}
+    for path in profiles.glob("*.yaml"):
+        settings = config.compose([f"profile={path.stem}"])
+        models |= {
+            name: next(iter(point["model"].values())) for name, point in (settings["points"] | settings["distilled"]).items()
+        }
+    sizes: dict[int, set[str]] = {}
+    for point, model in sorted(models.items()):
         for part in ("", "decoder_"):
             if f"{part}heads" in model:
-                sizes.setdefault(model[f"{part}width"] // model[f"{part}heads"], []).append(path.stem)
-    return dict(sorted(sizes.items()))
+                sizes.setdefault(model[f"{part}width"] // model[f"{part}heads"], set()).add(point)
+    return {size: sorted(sizes[size]) for size in sorted(sizes)}
 
 
 def chosen_kernels(size: int, dtype: torch.dtype, capability: tuple[int, int], *, packed: bool) -> dict[str, Any]:

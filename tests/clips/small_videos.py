@@ -6,8 +6,8 @@ import numpy as np
 
 from scaling4d import video
 
-SETTINGS = {"frames": 16, "rate_hz": 8.0, "side_px": 32, "encode": True, "listed": "", "crf": 12, "min_distinct": 12}
-SETTINGS |= {"black_level": 24.0, "frozen_level": 2.0, "cut_ratio": 3.0, "hash_bits": 24, "val_share": 0.3}
+SETTINGS = {"frames": 16, "rate_hz": 8.0, "side_px": 32, "encode": True, "listed": "", "crf": 12}
+SETTINGS |= {"hash_bits": 24, "val_share": 0.3}
 SETTINGS |= {"shard_bytes": 20_000, "workers": 2, "cluster": ""}
 
 

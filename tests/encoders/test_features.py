@@ -52,7 +52,7 @@ def open_store(encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     def open_() -> FeatureStore:
         Checkpoint("e", "Encoder", {}, parameters=0, step=0, clips_seen=0).write(tmp_path / "encoder", encoder.state_dict())
-        return FeatureStore(tmp_path / "store", tmp_path / "encoder", encoder, 0.95)
+        return FeatureStore(tmp_path / "store", tmp_path / "encoder", encoder)
 
     return open_
 
@@ -64,7 +64,7 @@ def through(source: MemoryFeatures, clips: list[Tensor]) -> Tensor:
 
 
 def computed(encoder: Encoder, clips: list[Tensor]) -> Tensor:
-    return through(MemoryFeatures(encoder, 0.95), clips)
+    return through(MemoryFeatures(encoder), clips)
 
 
 def test_stored_features_equal_the_encoders_and_the_next_readout_needs_no_pass(encoder, clips, passes, open_store) -> None:

@@ -215,7 +215,7 @@ class LinearProbe(nn.Module):
 def gradients(*, rank: int, ranks: int, folder: Path, compute: str, **changes: object) -> dict[str, Tensor]:
     """Full gradients of a step, by name."""
     model = LinearProbe(folder)
-    plain = {"shards": 1, "recompute": "none", "recompute_every": 1, "compile": False, "packed": False, "accumulate": 1}
+    plain = {"shards": 1, "recompute": "none", "compile": False, "packed": False, "accumulate": 1}
     parallelize(
         model, ShardingConfig(**plain | changes), ComputeConfig("cpu", compute), ranks=ranks, float32_modules=[model.head]
     )

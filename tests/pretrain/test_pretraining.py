@@ -15,7 +15,7 @@ from scaling4d.encoders.load import load_model
 from scaling4d.mae.encoder import Method
 from scaling4d.mae.models import encoder_of
 from scaling4d.pretrain import stage
-from scaling4d.pretrain.settings import PretrainConfig, bind_pretrain
+from scaling4d.pretrain.settings import PretrainConfig, bind_point, bind_pretrain
 from scaling4d.pretrain.stage import draw_masks, evidence_of, param_groups, pretrain
 from scaling4d.pretrain.validate import picture, validate
 from scaling4d.records import UserError
@@ -160,12 +160,12 @@ def test_masks_do_not_depend_on_the_ranks(project: Path, ranks: int, clips: int)
     assert not rows & {tuple(row) for row in draw_masks(model, 7, 4, first=0, count=clips).ids_keep.tolist()}
 
 
-def test_rates_grow_with_the_batch_and_those_of_matrices_fall_with_the_width(changed: Callable) -> None:
-    pretraining = bind_pretrain("nano", changed("pretrain.Training.rates_at_batch", 4))
+def test_rates_of_matrices_fall_with_the_width() -> None:
+    pretraining = bind_point("nano", config.compose(["profile=smoke"]))
     training, groups = pretraining.training, param_groups(pretraining.build(), pretraining)
     (matrices, matrix_rate), (embeddings, embedding_rate) = groups["matrices"], groups["embeddings"]
-    assert matrix_rate == pytest.approx(4 * training.rate_times_width / 16) and training.batch == 16
-    assert embedding_rate == pytest.approx(4 * training.embedding_rate)
+    assert matrix_rate == pytest.approx(training.rate_times_width / 16)
+    assert embedding_rate == training.embedding_rate
     assert {name for name, _ in matrices} >= {"encoder.blocks.0.qkv.weight", "decoder.weight"}
     assert {name for name, _ in embeddings} >= {"encoder.patch_embedding.weight", "encoder.positions", "decoder.bias"}
     assert all(p.ndim == 2 for _, p in matrices)
@@ -174,7 +174,7 @@ def test_rates_grow_with_the_batch_and_those_of_matrices_fall_with_the_width(cha
 
 @pytest.mark.parametrize(("key", "value", "message"), [
     ("points.nano.Sharding.shards", 3, "points.nano, .+: 2 ranks do not divide into copies of 3 shards; set Sharding.+"),
-    ("points.nano.Sharding.recompute", "some", "points.nano.Sharding: recompute = 'some'; needed none, block or selective"),
+    ("points.nano.Sharding.recompute", "some", "points.nano.Sharding: recompute = 'some'; needed none or block"),
     ("points.nano.Sharding.accumulate", 0, "points.nano.Sharding: accumulate is 0; needed 1 or more"),
     ("points.nano.Sharding.accumulate", 3, "points.nano, .+: a batch of 16 clips .+ 2 ranks in 3 microbatches each; .+"),
     ("pretrain.Training.batch", 7, "pretrain.Training: .*batch.* 7 .*does not divide among 2 ranks.+"),

@@ -54,7 +54,7 @@ def test_there_and_back_gives_the_released_arrays_to_the_byte(name: str, tmp_pat
 
 def test_the_encoder_of_a_pretrained_point_goes_into_the_released_layout(tmp_path: Path) -> None:
     shape = {"width": 48, "depth": 4, "heads": 3, "mlp": 96, "clip": (6, 32, 48), "patch": (2, 16, 16)}
-    method = {"decode_blocks": 2, "masking": "random", "mask_ratio": 0.5, "loss_on": "all", "position_init": "normal"}
+    method = {"decode_blocks": 2, "masking": "random", "mask_ratio": 0.5, "position_init": "normal"}
     settings = shape | method | {"coarse_patch": (2, 16, 16), "branch_init": "released", "pixel_mean": 0.0, "pixel_scale": 1.0}
     model = SimpleMAE(SimpleMAEConfig(**settings))
     model.initialise(0)

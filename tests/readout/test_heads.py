@@ -91,7 +91,7 @@ def test_keys_and_values_of_wider_features_learn_as_much_slower(width: int, at_w
     recipe = FrozenConfig(**RECIPE, steps=1, rate_at_width=at_width, patience=0)
     task, head = TASK["actions"], head_of(TASK["actions"], width=width)
     before = {name: weight.detach().clone() for name, weight in head.named_parameters()}
-    model = ReadoutModel(None, Whitening.identity(width), head, task, 0.95)
+    model = ReadoutModel(None, Whitening.identity(width), head, task)
     groups = Frozen(ReadoutConfig(None, "actions", task, 0, None, recipe)).param_groups(model)
     adamw = build_adamw(groups, betas=(0.9, 0.999), weight_decay=0.0)
     model(features_of(3, width=width), targets_of(task, 3)).backward()

@@ -1,4 +1,4 @@
-"""Clips mirrored and run backwards: the labels still say what the picture shows."""
+"""Mirrored clips: the labels still say what the picture shows."""
 
 import re
 from dataclasses import replace
@@ -63,20 +63,14 @@ def test_a_point_of_the_world_is_seen_mirrored_by_the_mirrored_camera() -> None:
         assert np.allclose(mirrored[:3], [-x, y, z])
 
 
-def test_backwards_has_only_the_objects_that_its_first_frame_shows() -> None:
-    view = VIEWS["backwards"](sample())
-    assert len(view.labels["boxes"]) == len(view.valid["boxes"]) == len(view.labels["points"]) == 1
-
-
 def test_a_mirrored_action_is_another() -> None:
     action = Sample("s", "v", np.zeros((T, H, W, 3), np.uint8), {"action": np.int64(1), "action_mirrored": np.int64(2)})
     assert VIEWS["mirrored"](action).labels == {"action": 2, "action_mirrored": 1}
 
 
 @pytest.mark.parametrize(("task", "settings", "message"), [
-    ("depth", {"views": ("upside_down",)}, "views = ['upside_down']; needed some of plain, mirrored, backwards"),
-    ("pose", {"views": ()}, "views = []; needed some of plain, mirrored, backwards"),
-    ("actions", {"views": ("plain", "backwards")}, "views have 'backwards', and the class of a reversed action is unknown"),
+    ("depth", {"views": ("upside_down",)}, "views = ['upside_down']; needed some of plain, mirrored"),
+    ("pose", {"views": ()}, "views = []; needed some of plain, mirrored"),
     *(
         ("actions", {"test_views": views}, f"test_views = {list(views)}; needed two whole numbers of at least 1: clips over")
         for views in ((1, 0), (-1, 1), (2,), (1, 1.5))

@@ -24,7 +24,7 @@ from scaling4d.reconstruct.stage import FillingConfig, fill_clips, measurements,
 from scaling4d.records import UserError
 from scaling4d.training.distributed import run
 
-FIDELITY = FidelityConfig(patch_frames=2, patch_px=8, inception="", checkpoint="")
+FIDELITY = FidelityConfig(inception="", checkpoint="")
 SCRIPT = """import scaling4d.cli, numpy as np; from scaling4d.reconstruct.fidelity import fidelity
 print(fidelity({"clip": np.random.default_rng(0).normal(size=(2, 200, 384))}))"""
 
@@ -123,8 +123,6 @@ def test_pixels_that_differ_from_their_median_over_the_clip_move() -> None:
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="^ranks = 0; needed 1 or more"):
         FillingConfig(ranks=0)
-    with pytest.raises(ValueError, match="^patch_frames = 2, patch_px = 0; needed 1 or more"):
-        FidelityConfig(2, 0, "", "")
 
 
 @pytest.mark.integration
@@ -154,6 +152,6 @@ def test_hidden_pixels_are_measured_and_shown_by_any_number_of_ranks(point: str,
             assert alone[name] == pytest.approx(measured[name], rel=1e-5)
     assert measured["frames"] == measured["clips"] * 4
     assert Image.open(out / "filled.png").size == (8 * 64, 2 * 3 * 64)
-    extractors = load_extractors(FidelityConfig(2, 8, "", str(folder)), (8, 32, 32), 0)  # clips of another size
+    extractors = load_extractors(FidelityConfig("", str(folder)), (8, 32, 32), 0)  # clips of another size
     pixels = torch.zeros(2, 8, 32, 32, 3, dtype=torch.uint8)
     assert features(extractors["checkpoint"], pixels).shape == (2, model.encoder.width)

@@ -66,8 +66,8 @@ def test_the_same_arm_is_the_same_experiment_in_every_study(monkeypatch: pytest.
 
 def test_a_failed_run_is_explained_by_the_line_of_its_stage(tmp_path: Path) -> None:
     log = tmp_path / "run.log"
-    log.write_text("error: loss_on = 'some'\nERROR: failed to reproduce 'pretrain@nano'\n")
-    assert failure_reason(log) == f"loss_on = 'some' ({log})"
+    log.write_text("error: mask_ratio = 2.0\nERROR: failed to reproduce 'pretrain@nano'\n")
+    assert failure_reason(log) == f"mask_ratio = 2.0 ({log})"
     log.write_text("Reproducing\nERROR: unexpected error\nbye\n")
     assert failure_reason(log) == f"unexpected error ({log})"
     log.write_text("")
@@ -115,12 +115,12 @@ def test_the_same_command_again_runs_nothing_and_gives_the_same_bytes(clone: Pat
 @pytest.mark.slow
 def test_a_run_that_fails_is_named_with_its_reason_and_the_others_stay(clone: Path) -> None:
     (clone / "experiments/study/broken.yaml").write_text(
-        STUDY.replace("[ablation=mask_50]", "[points.nano.model.SimpleMAE.loss_on=some]")
+        STUDY.replace("[ablation=mask_50]", "[points.nano.model.SimpleMAE.position_init=some]")
     )
     commit(clone)
     done = cli(clone, "broken", check=False)
     assert done.returncode == 1
-    assert done.stdout.count("loss_on = 'some'; needed all or masked") == 2
+    assert done.stdout.count("position_init = 'some'; needed normal or sincos") == 2
     assert re.match("error: 2 of 4 runs failed, run it again for those: smoke-nano-some-0-.{8}, smoke-nano-some-1-", done.stderr)
     assert not (clone / "reports/studies/broken").exists()
 

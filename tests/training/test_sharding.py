@@ -63,10 +63,9 @@ def test_between_the_parts_of_a_batch_gradients_lie_in_shards(shards: int) -> No
 
 @pytest.mark.parametrize("sharding", [
     {"recompute": "block"},
-    {"recompute": "selective", "recompute_every": 3},
     {"packed": True},
     pytest.param({"compile": True}, marks=pytest.mark.slow),
-    pytest.param({"compile": True, "recompute": "selective"}, marks=pytest.mark.slow),
+    pytest.param({"compile": True, "recompute": "block"}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_how_a_block_is_computed_does_not_change_its_gradients(sharding: dict) -> None:
     _, others = run(gradients, ranks=2, shards=2, **sharding)
@@ -90,15 +89,15 @@ def test_compiled_blocks_that_see_other_numbers_of_tokens_stay_graphs_of_fixed_s
     assert all(isinstance(size, int) for inputs in shapes for shape in inputs for size in shape)
 
 
-def test_recomputed_blocks_are_called_twice_where_the_setting_says() -> None:
+def test_recomputed_blocks_are_called_twice() -> None:
     model = build()
     calls = [0] * len(model.encoder.blocks)
     for i, block in enumerate(model.encoder.blocks):
         block.mlp_in.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
-    parallelize(model, replace(PLAIN, recompute="block", recompute_every=2), CPU, ranks=1)
+    parallelize(model, replace(PLAIN, recompute="block"), CPU, ranks=1)
     model.to_empty(device="cpu").initialise(0)
     model(*batch_of(model, 0, rank=0, ranks=1)).backward()
-    assert calls == [2, 1, 2, 1]
+    assert calls == [2, 2, 2, 2]
 
 
 def test_bfloat16_computes_nearly_the_same_with_float32_weights() -> None:

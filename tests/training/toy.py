@@ -25,12 +25,12 @@ FRAME = {"clip": (4, 16, 16), "patch": (2, 8, 8), "pixel_mean": 0.45, "pixel_sca
 BACKBONE = FRAME | {"width": 16, "depth": 4, "heads": 2, "mlp": 32}
 METHOD = BACKBONE | {"masking": "random", "mask_ratio": 0.5, "position_init": "sincos", "branch_init": "released"}
 SETTINGS = {
-    "SimpleMAE": METHOD | {"coarse_patch": (4, 16, 8), "decode_blocks": 2, "loss_on": "all"},
+    "SimpleMAE": METHOD | {"coarse_patch": (4, 16, 8), "decode_blocks": 2},
     "MAEST": METHOD
     | {"decoder_width": 8, "decoder_depth": 1, "decoder_heads": 2, "predicted_frames": 4, "normalise_target": True}
     | {"separable_positions": True, "class_token": True},
 }
-PLAIN = ShardingConfig(shards=1, recompute="none", recompute_every=1, compile=False, packed=False, accumulate=1)
+PLAIN = ShardingConfig(shards=1, recompute="none", compile=False, packed=False, accumulate=1)
 CPU = ComputeConfig(device="cpu", compute="float32")
 
 

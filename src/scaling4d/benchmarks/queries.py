@@ -3,10 +3,10 @@
 A clip's queries lie in its first frame, so every query frame starts a clip of its own. TAP-Vid also measures frames
 before a query: there, a second clip runs backwards.
 
-"frame_0": the tracks that are visible in the first frame (4DS, by its released models). "first": every track in the
-frame of its first appearance; "strided": in every STRIDE-th frame, the tracks that are visible there (TAP-Vid's two
-protocols). Ours: the clip, not the video, bounds the measured frames, and a query frame is dropped if no full clip fits
-from there.
+"frame_0": the tracks that are visible in the first frame (MooG's demo, in the released code). "first": every track in
+the frame of its first appearance; "strided": in every STRIDE-th frame, the tracks that are visible there (TAP-Vid's
+two protocols). Ours: the clip, not the video, bounds the measured frames, and a query frame is dropped if no full clip
+fits from there.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,11 @@ from scaling4d.video import FileSlice, VideoError
 
 MIN_SIDE_PX, MAX_SIDE_PX = 64, 4096  # shorter and longer side of a source (ours)
 MAX_FRAMES, MAX_S, MAX_BYTES = 100_000, 14_400.0, 10**12  # of a source: decoded frames, their time and pixels (ours)
+BLACK_LEVEL = 24  # 0..255: a frame is black if 99 % of it is darker (ours)
 FROZEN_S = 1.0  # of frames that stand still, to count as frozen (ours)
+FROZEN_LEVEL = 2  # 0..255: a frame stands still if no pixel of its thumbnail changes by more (ours)
+MIN_DISTINCT = 0.75  # share of a clip's frames that differ in the source; fewer: the source is too slow (ours)
+CUT_RATIO = 3.0  # by which a cut stands out of its neighbours: adaptive_threshold of AdaptiveDetector, its default
 CUT_WINDOW = 2  # frames on either side that a cut is compared with: window_width, by its default
 THUMBNAIL_PX = 32  # side of the input of imagehash.phash
 DETECTOR_PX = 64  # shorter side of the input of the shot detector
@@ -102,7 +107,7 @@ def _decode(location: Path | FileSlice, config: CurationConfig) -> tuple[np.ndar
     from scenedetect import FrameTimecode
     from scenedetect.detectors import AdaptiveDetector
 
-    detector = AdaptiveDetector(adaptive_threshold=config.cut_ratio, min_scene_len=1, window_width=CUT_WINDOW)
+    detector = AdaptiveDetector(adaptive_threshold=CUT_RATIO, min_scene_len=1, window_width=CUT_WINDOW)
     times, thumbnails, black, cuts, bgr = [], [], [], [], None
 
     def detect(index: int, repeats: int = 1) -> None:
@@ -128,7 +133,7 @@ def _decode(location: Path | FileSlice, config: CurationConfig) -> tuple[np.ndar
         detect(len(times) + CUT_WINDOW)
         times.append(time_s)
         thumbnails.append(np.asarray(grey.resize((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.LANCZOS)))
-        black.append(np.percentile(np.asarray(grey), 99) < config.black_level)
+        black.append(np.percentile(np.asarray(grey), 99) < BLACK_LEVEL)
     times_s = video.sort_times(times)
     detect(len(times) + CUT_WINDOW, CUT_WINDOW)  # the last frame stands for the frames after it
     cut = np.zeros(len(times), dtype=bool)
@@ -142,7 +147,7 @@ def _find_clips(
     """Clips, and the spans that give none. times_s: `T`, from 0; thumbnails, cut, black: as `_decode` returns them."""
     breaks = cut.copy()  # frames that do not continue the shot of the frame before
     label = np.full(len(times_s), "", dtype=object)
-    label[_is_frozen(times_s, thumbnails, config.frozen_level)] = "frozen"
+    label[_is_frozen(times_s, thumbnails)] = "frozen"
     label[black] = "black"
     if source.stretches:
         inside = [(times_s >= start_s - video.TOLERANCE_S) & (times_s < end_s) for start_s, end_s in source.stretches]
@@ -177,9 +182,9 @@ def _cut_shot(times_s: np.ndarray, first: int, thumbnails: np.ndarray, config: C
             break
         indices = video.frame_indices_at(times_s, wanted_s)
         start_s, end_s = float(wanted_s[0]), float(wanted_s[0] + config.frames / config.rate_hz)
-        distinct = len(np.unique(indices))
-        if distinct < config.min_distinct:
-            detail = f"{distinct} different frames in {config.frames}; needed {config.min_distinct}"
+        distinct, needed = len(np.unique(indices)), math.ceil(MIN_DISTINCT * config.frames)
+        if distinct < needed:
+            detail = f"{distinct} different frames in {config.frames}; needed {needed}"
             spans.append(Rejection("low frame rate", detail, start_s, end_s))
         else:
             hashed = thumbnails[indices[np.linspace(0, config.frames - 1, PHASH_FRAMES).round().astype(int)]]
@@ -189,9 +194,9 @@ def _cut_shot(times_s: np.ndarray, first: int, thumbnails: np.ndarray, config: C
     return spans
 
 
-def _is_frozen(times_s: np.ndarray, thumbnails: np.ndarray, level: float) -> np.ndarray:
+def _is_frozen(times_s: np.ndarray, thumbnails: np.ndarray) -> np.ndarray:
     """Whether each frame belongs to a stretch of FROZEN_S or more in which nothing moves, or is shown for that long."""
-    moves = np.abs(np.diff(thumbnails.astype(np.int16), axis=0)).max(axis=(1, 2)) > level
+    moves = np.abs(np.diff(thumbnails.astype(np.int16), axis=0)).max(axis=(1, 2)) > FROZEN_LEVEL
     starts = np.concatenate([[0], np.flatnonzero(moves) + 1])  # of still stretches
     ends = np.concatenate([starts[1:], [len(times_s)]])
     until_s = np.append(times_s, times_s[-1])[ends]

@@ -14,10 +14,6 @@ class CurationConfig:
     frames, rate_hz, side_px: of a clip. encode: write clips as H.264 of that side and quality `crf`, for fast random
     access; false: the sources go into the shards unchanged, and the loader seeks in them and resizes.
     listed: a csv in the folder that names the videos to use (see `sources.list_sources`); empty: all.
-    min_distinct: different source frames that a clip must have (fewer: the source is too slow for rate_hz).
-    black_level: a frame is black if 99 % of it is darker (0..255).
-    frozen_level: a frame stands still if no pixel of its 32 x 32 thumbnail changes by more (0..255).
-    cut_ratio: by how much a cut stands out of its neighbours, adaptive_threshold of scenedetect's AdaptiveDetector.
     hash_bits: clips whose hashes (4 frames of 64 bits) differ in at most this many of 256 bits are near duplicates.
     val_share: of the source videos. shard_bytes: a shard is closed when it is this large.
     workers: processes on this machine; cluster: address of a running Dask scheduler, or empty to start those workers.
@@ -32,10 +28,6 @@ class CurationConfig:
     encode: bool
     crf: int
     listed: str
-    min_distinct: int
-    black_level: float
-    frozen_level: float
-    cut_ratio: float
     hash_bits: int
     val_share: float
     shard_bytes: int
@@ -46,7 +38,6 @@ class CurationConfig:
         positive = ("frames", "rate_hz", "side_px", "shard_bytes", "workers")
         needed = {name: (getattr(self, name) > 0, "more than 0") for name in positive}
         needed["crf"] = 0 <= self.crf <= 51, "0 (best) to 51"
-        needed["min_distinct"] = 1 <= self.min_distinct <= self.frames, f"1 to frames = {self.frames}"
         needed["hash_bits"] = 0 <= self.hash_bits < 64 * PHASH_FRAMES, f"0 to {64 * PHASH_FRAMES - 1}"
         needed["val_share"] = 0 < self.val_share < 1, "between 0 and 1"
         for name, (fits, values) in needed.items():

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from scaling4d import artifacts
 from scaling4d.checkpoint import Checkpoint, save_tensors, weights_sha256
 
+DEPTH_FRACTION = 0.95  # of the depth, where the readouts of 4DS read: depth demo of its released code
 SHARD_BYTES = 2**28
 CLIPS = "clips"  # the tensor of a shard that names its clips, uint8 `n 32`
 MODELS = ("scaling4d.mae", "scaling4d.encoders")  # modules whose code features depend on
 
 
-def layer_index(*, depth: int, fraction: float) -> int:
+def layer_index(*, depth: int, fraction: float = DEPTH_FRACTION) -> int:
     """Entry of the encoder's feature list at a fraction of its depth; the list has depth + 1 entries.
 
     Source: the released EncoderToReadout, int(len * fraction) - 1; so 0.95 of 12 blocks is the state after 10.
@@ -32,7 +33,7 @@ def layer_index(*, depth: int, fraction: float) -> int:
     return max(int((depth + 1) * fraction) - 1, 0)
 
 
-def features_at_depth(encoder: nn.Module, pixels: Tensor, fraction: float) -> Tensor:
+def features_at_depth(encoder: nn.Module, pixels: Tensor, fraction: float = DEPTH_FRACTION) -> Tensor:
     """uint8 `B T H W C` on the encoder's device -> float32 features `B t h*w D` at a fraction of its depth."""
     index = layer_index(depth=encoder.depth, fraction=fraction)
     return split_time(encoder.features(pixels, index + 1)[index], encoder.grid).float()
@@ -45,19 +46,19 @@ def split_time(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
 
 
 class MemoryFeatures:
-    """Features at a fraction of an encoder's depth. A key stands for a clip's features: here it is their tensor.
+    """Features at DEPTH_FRACTION of an encoder's depth. A key stands for a clip's features: here it is their tensor.
 
     Args:
         device: of the encoder, and of the features.
     """
 
-    def __init__(self, encoder: nn.Module, fraction: float, device: str = "cpu") -> None:
-        self.encoder, self.fraction, self.device = encoder, fraction, device
+    def __init__(self, encoder: nn.Module, device: str = "cpu") -> None:
+        self.encoder, self.device = encoder, device
 
     @torch.no_grad()
     def add(self, pixels: Tensor) -> Tensor | bytes:
         """One clip, uint8 `T H W C` on the CPU -> its key."""
-        return features_at_depth(self.encoder, pixels[None].to(self.device), self.fraction)[0]
+        return features_at_depth(self.encoder, pixels[None].to(self.device))[0]
 
     def stack(self, keys: Sequence[Tensor | bytes]) -> Tensor:
         """float32 `B t n D`."""
@@ -83,15 +84,15 @@ class FeatureStore(MemoryFeatures):
         checkpoint: the encoder's Checkpoint folder.
     """
 
-    def __init__(self, folder: Path, checkpoint: Path, encoder: nn.Module, fraction: float, device: str = "cpu") -> None:
-        super().__init__(encoder, fraction, device)
+    def __init__(self, folder: Path, checkpoint: Path, encoder: nn.Module, device: str = "cpu") -> None:
+        super().__init__(encoder, device)
         modules = (artifacts.code_hash("encoders") or {}).get("modules", {})
         code = {name: digest for name, digest in modules.items() if name.startswith(MODELS)}
         libraries = ("torch", "transformers") if Checkpoint.read(checkpoint).model == "PretrainedEncoder" else ("torch",)
         versions = {name: metadata.version(name) for name in libraries}
         made_by = [weights_sha256(checkpoint), artifacts.sha256(checkpoint / "config.json"), code, versions]
         self.folder = folder / hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
-        self.layer = str(layer_index(depth=encoder.depth, fraction=fraction))  # its tensor in a shard, `n t n D`
+        self.layer = str(layer_index(depth=encoder.depth))  # its tensor in a shard, `n t n D`
         self.places: dict[bytes, tuple[Path, int]] = {}  # clip -> shard and row
         self.mapped: dict[Path, Tensor] = {}  # shards in use -> features
         self.new: dict[bytes, Tensor] = {}  # not on disk yet

@@ -1,4 +1,4 @@
-"""The video transformer of both papers: patches, learned positions, pre-norm blocks."""
+"""The video transformer of 4DS, and the parts that MAE-ST shares: patches, learned positions, pre-norm blocks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from scaling4d.mae.resize import resize
 from scaling4d.records import MaskedTokens
 
 MOST_BLOCKS = 1000
-LAYER_NORM_EPS = 1e-6  # both papers' code
+LAYER_NORM_EPS = 1e-6  # released code of 4DS, and mae_st
 LECUN_STD = 0.87962566103423978  # of a unit normal cut off at two sigma
 
 

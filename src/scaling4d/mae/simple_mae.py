@@ -2,7 +2,8 @@
 
 Visible tokens go through all but the last `decode_blocks` blocks. Then coarse learned tokens join them, and both go
 through the last blocks. A linear layer turns each coarse token into a patch of pixels, larger than an input patch.
-Source: arXiv:2412.15212 (method figure). The coarse grid and the tokens of the loss are not published: settings.
+Source: arXiv:2412.15212 (method figure). The coarse grid is not published: a setting, inferred from the parameter
+counts for the points of the paper. The tokens of the loss are not published: all of them (ours).
 """
 
 from __future__ import annotations
@@ -14,9 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scaling4d.config import require_sizes, require_words
+from scaling4d.config import require_sizes
 from scaling4d.mae.encoder import Encoder, Method, MethodConfig, copy_to_param_, sincos
-from scaling4d.mae.masking import hidden_pixels
 from scaling4d.mae.patches import grid_of, patchify, unpatchify
 from scaling4d.records import MaskedTokens
 
@@ -26,18 +26,15 @@ class SimpleMAEConfig(MethodConfig):
     """4DS's method.
 
     coarse_patch: pt ph pw of decoded tokens. decode_blocks: number of last blocks that see the coarse tokens.
-    loss_on: "all" pixels, or "masked" ones (those outside the visible patches).
     """
 
     coarse_patch: tuple[int, int, int]
     decode_blocks: int
-    loss_on: str
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.decode_blocks <= self.depth:
             raise ValueError(f"decode_blocks = {self.decode_blocks}; needed 1 to {self.depth}, the depth")
-        require_words(self, {"loss_on": ("all", "masked")})
         require_sizes(self, "coarse_patch")
         grid_of(self.clip, self.coarse_patch)
 
@@ -72,13 +69,8 @@ class SimpleMAE(Method):
         return self.decoder(x[:, masked.ids_keep.shape[1] :])  # B M P
 
     def forward(self, pixels: Tensor, masked: MaskedTokens) -> Tensor:
-        """Mean squared error of normalised pixels (a scalar), over all pixels or over the masked ones."""
-        predicted, true = self.decode(pixels, masked), self.encoder.normalise(patchify(pixels, self.coarse_patch))
-        if self.config.loss_on == "masked":
-            error = (predicted - true).square()
-            hidden = patchify(hidden_pixels(masked, self.encoder.clip, self.encoder.patch), self.coarse_patch)  # B M P/3
-            return (error.unflatten(-1, (-1, 3)).mean(-1) * hidden).sum() / hidden.sum()
-        return F.mse_loss(predicted, true)
+        """Mean squared error of all normalised pixels, visible ones included (a scalar)."""
+        return F.mse_loss(self.decode(pixels, masked), self.encoder.normalise(patchify(pixels, self.coarse_patch)))
 
     def reconstruct(self, pixels: Tensor, masked: MaskedTokens) -> Tensor:
         """float `B T H W C` in 0..1: every pixel as predicted."""

@@ -35,10 +35,10 @@ class TrainingConfig(ComputeConfig):
     ranks: processes that share a batch (on a CPU of one thread each); results depend on it. batch: clips a step, over
     all ranks. rate_times_width: peak learning rate of the matrices that read `width` numbers = this / width.
     embedding_rate: of all other parameters (patch embedding, positions, tokens, norms, biases), at every width.
-    rates_at_batch: the batch of both rates; they grow in proportion to the batch. warmup: share of the steps.
-    clip_norm: of the gradient. flip: mirror and time-reverse clips at random. crop: smallest and largest share of the
-    picture's area that a random square keeps. repeats: copies of a clip in a batch, each cropped, flipped and masked on
-    its own (MAE-ST's repeated sampling: 4). window_shards: shards whose clips are shuffled together, 0: all.
+    warmup: share of the steps. clip_norm: of the gradient. flip: mirror and time-reverse clips at random. crop:
+    smallest and largest share of the picture's area that a random square keeps. repeats: copies of a clip in a batch,
+    each cropped, flipped and masked on its own (MAE-ST's repeated sampling: 4). window_shards: shards whose clips are
+    shuffled together, 0: all.
     val_clips: measured clips of the validation split, evenly spread over it, 0: all. masks_per_clip: masks of a
     validation clip. validate_every: steps; 0: at the end alone. log_every: steps to a line of losses.jsonl.
     """
@@ -48,7 +48,6 @@ class TrainingConfig(ComputeConfig):
     steps: int
     rate_times_width: float
     embedding_rate: float
-    rates_at_batch: int
     weight_decay: float
     warmup: float
     clip_norm: float
@@ -63,7 +62,7 @@ class TrainingConfig(ComputeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least_one = ("ranks", "batch", "steps", "rates_at_batch", "log_every", "masks_per_clip")
+        at_least_one = ("ranks", "batch", "steps", "log_every", "masks_per_clip")
         require_minima(self, dict.fromkeys(at_least_one, 1) | dict.fromkeys(("val_clips", "validate_every"), 0))
         require_positive(self, "rate_times_width", "embedding_rate", "clip_norm")
         require_minima(self, {"weight_decay": 0})

@@ -179,7 +179,7 @@ def fourier_embedding(coordinates: Tensor, bases: int) -> Tensor:
 class HeadConfig:
     """The readout of all tasks.
 
-    width, heads: of the attention. fourier_bases, query_width: of the embedding of given queries (released: 16, 512).
+    width, heads: of the attention. fourier_bases, query_width: of the embedding of given queries (MooG: 16, 512).
     query_std: of learned queries at the start (released: 0.02, which leaves attention uniform for long). time_init:
     temporal positions, "normal" N(0, 0.02) as released, or "sincos" (ours: time is visible at once). out_scale: of the
     last layer's initial weights (released: 1; less starts closer to zero). stretched: see CrossAttention (released:

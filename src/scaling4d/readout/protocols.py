@@ -45,7 +45,7 @@ CHECKS = 8  # measurements of the held-out clips within the patience; ours
 class EvaluationConfig:
     """What all readouts share.
 
-    ranks: one-thread processes; results depend on it. depth_fraction: 0.95 in 4DS. whiten: whiten features over the
+    ranks: one-thread processes; results depend on it. whiten: whiten features over the
     training clips (ours; released: false). position_std: deviation that the mean of a token's place keeps, see
     readout.whitening. data: folder of the benchmarks. train_items, val_items: items of a split to use, evenly spread
     over it; 0: all. max_bad_share: of a split's samples that may be damaged or missing; they are left out (ours).
@@ -55,7 +55,6 @@ class EvaluationConfig:
     """
 
     ranks: int
-    depth_fraction: float
     whiten: bool
     position_std: float
     data: str
@@ -68,10 +67,9 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         require_minima(self, {"ranks": 1, "cached_clips": 0, "position_std": 0, "train_items": 0, "val_items": 0})
-        require_positive(self, "hang_s", "depth_fraction")
-        for name in ("depth_fraction", "max_bad_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; needed a share, 0 to 1")
+        require_positive(self, "hang_s")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"max_bad_share is {self.max_bad_share}; needed a share, 0 to 1")
 
 
 def _check_recipe(recipe: FrozenConfig | FinetuneConfig | ClassifierConfig) -> None:
@@ -179,13 +177,13 @@ class ReadoutConfig:
 class ReadoutModel(nn.Module):
     """Encoder (None: inputs are features), whitening and head."""
 
-    def __init__(self, encoder: nn.Module | None, whitening: Whitening, head: nn.Module, task: Task, fraction: float) -> None:
+    def __init__(self, encoder: nn.Module | None, whitening: Whitening, head: nn.Module, task: Task) -> None:
         super().__init__()
-        self.encoder, self.whitening, self.head, self.task, self.fraction = encoder, whitening, head, task, fraction
+        self.encoder, self.whitening, self.head, self.task = encoder, whitening, head, task
 
     def forward(self, inputs: Tensor, target: dict[str, Tensor]) -> Tensor:
         """Pixels `B T H W C` or features `B t n D` -> loss."""
-        features = inputs if self.encoder is None else features_at_depth(self.encoder, inputs, self.fraction)
+        features = inputs if self.encoder is None else features_at_depth(self.encoder, inputs)
         return self.task.loss(self.predict(features, target), target)
 
     def predict(self, features: Tensor, target: dict[str, Tensor]) -> Tensor:
@@ -318,10 +316,8 @@ class Frozen(ReadoutProtocol):
     name, recipe_class, trains_encoder = "frozen", FrozenConfig, False
 
     def train_set(self, split: RankSplit, encoder: nn.Module) -> FeatureDataset:
-        store, fraction = self.config.evaluation.feature_store, self.config.evaluation.depth_fraction
-        source = MemoryFeatures(encoder, fraction)
-        if store:
-            source = FeatureStore(Path(store), self.config.folder, encoder, fraction)
+        store = self.config.evaluation.feature_store
+        source = FeatureStore(Path(store), self.config.folder, encoder) if store else MemoryFeatures(encoder)
         return FeatureDataset(split, source)
 
     def batch(self, train_set: FeatureDataset, rank: int, step: int) -> Batch:
@@ -337,7 +333,7 @@ class Frozen(ReadoutProtocol):
         if evaluation.whiten:
             strength = {"shrinkage": recipe.shrinkage, "position_std": evaluation.position_std}
             whitening = Whitening.fit(train_set.features, len(train_set), **strength)
-        return ReadoutModel(None, whitening, head, self.config.task, evaluation.depth_fraction)
+        return ReadoutModel(None, whitening, head, self.config.task)
 
     def param_groups(self, model: ReadoutModel) -> ParamGroups:
         recipe, named = self.config.recipe, dict(model.head.named_parameters())
@@ -395,7 +391,7 @@ class Finetune(ReadoutProtocol):
     def build(self, encoder: nn.Module, train_set: ClipDataset) -> ReadoutModel:
         head = self.config.new_head(encoder)
         whitening = load_readout_weights(head, self.config.frozen_head)
-        return ReadoutModel(encoder, whitening, head, self.config.task, self.config.evaluation.depth_fraction)
+        return ReadoutModel(encoder, whitening, head, self.config.task)
 
     def param_groups(self, model: ReadoutModel) -> ParamGroups:
         recipe = self.config.recipe
@@ -403,7 +399,7 @@ class Finetune(ReadoutProtocol):
         return {"head": (head, recipe.learning_rate), "encoder": (encoder, recipe.encoder_learning_rate)}
 
     def evaluator(self, model: ReadoutModel, train_set: ClipDataset) -> tuple[Encode, Predict]:
-        return MemoryFeatures(model.encoder, model.fraction, self.config.device).encode, model.predict
+        return MemoryFeatures(model.encoder, self.config.device).encode, model.predict
 
 
 class Classifier(ReadoutProtocol):

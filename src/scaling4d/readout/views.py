@@ -1,8 +1,8 @@
-"""Views of a labelled clip: mirrored, or with reversed time. Labels change with the pixels."""
+"""Views of a labelled clip: plain or mirrored. Labels change with the pixels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -27,18 +27,7 @@ def mirrored(sample: Sample) -> Sample:
     return replace(sample, pixels=sample.pixels[:, :, ::-1], labels=labels, valid=valid)
 
 
-def backwards(sample: Sample) -> Sample:
-    """Reverse time. Points and boxes that the last frame does not show are left out: they cannot be queried."""
-    assert "action" not in sample.labels, "the class of a reversed action is unknown"
-    shown = {name: sample.valid[name][:, -1] for name in ("boxes", "points") if name in sample.valid}
-
-    def reverse(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {name: x[shown[name], ::-1] if name in shown else x[::-1] for name, x in arrays.items()}
-
-    return replace(sample, pixels=sample.pixels[::-1], labels=reverse(sample.labels), valid=reverse(sample.valid))
-
-
-VIEWS: dict[str, Callable[[Sample], Sample]] = {"plain": lambda s: s, "mirrored": mirrored, "backwards": backwards}
+VIEWS: dict[str, Callable[[Sample], Sample]] = {"plain": lambda s: s, "mirrored": mirrored}
 
 
 def view_of(sample: Sample, name: str) -> Sample:

@@ -26,6 +26,7 @@ from scaling4d.mae.encoder import Encoder, EncoderConfig, initialise
 from scaling4d.records import UserError
 
 RANDOM_ENCODER = {"width": 128, "depth": 2, "heads": 4, "mlp": 512, "pixel_mean": 0.5, "pixel_scale": 2.0}  # ours
+PATCH = (2, 8, 8)  # pt ph pw of the random encoders, which divides the clips of all profiles; ours
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 100  # torch-fidelity's default is 100 subsets of 1000; smaller ones are ours
 NEIGHBOURS = 3  # of precision and recall; arXiv:1904.06991
 BATCH = 64  # frames or clips in one pass of an encoder
@@ -41,19 +42,12 @@ Extractor = Callable[[Tensor], Tensor]  # uint8 `n T H W 3` (T = 1 for FRAME_EXT
 class FidelityConfig:
     """Feature extractors.
 
-    patch_frames, patch_px: patches of the random encoders; they must divide the clip.
     inception: file of torch-fidelity's Inception weights; empty: not measured.
     checkpoint: folder of a Checkpoint; empty: not measured.
     """
 
-    patch_frames: int
-    patch_px: int
     inception: str
     checkpoint: str
-
-    def __post_init__(self) -> None:
-        if min(self.patch_frames, self.patch_px) < 1:
-            raise ValueError(f"patch_frames = {self.patch_frames}, patch_px = {self.patch_px}; needed 1 or more")
 
     def files(self) -> dict[str, Path]:
         """File or folder of the weights by extractor; without the random encoders."""
@@ -67,9 +61,8 @@ def load_extractors(config: FidelityConfig, clip: tuple[int, int, int], seed: in
     Raises:
         UserError: weights are missing, damaged or of another model; patches do not divide the clip.
     """
-    px = (config.patch_px, config.patch_px)
     encoders = {}
-    for name, size, patch in (("frame", (1, *clip[1:]), (1, *px)), ("clip", clip, (config.patch_frames, *px))):
+    for name, size, patch in (("frame", (1, *clip[1:]), (1, *PATCH[1:])), ("clip", clip, PATCH)):
         encoder = Encoder(EncoderConfig(**RANDOM_ENCODER, clip=size, patch=patch))
         initialise(encoder, seed=seed)
         encoder.init_sincos_positions()

@@ -34,7 +34,7 @@ Small 4D worlds, drawn by `scaling4d render` (seed {seed}).
 * `benchmarks/` in the on-disk formats of Something-Something v2, ScanNet, RealEstate10K, Perception Test and Waymo Open.
 
 Pictures and labels are synthetic, exact and our own; only the formats are those of the benchmarks. What differs from the
-originals: clips are 8 frames of 64 x 64 px, 4 a second; the eight action classes are our own set, worded after
+originals: clips are {clip}; the eight action classes are our own set, worded after
 Something-Something's templates; depth is rounded to centimetres; a Waymo box is that of the whole object, hidden parts
 included, is left out where under a fifth of it shows, and every object is a vehicle; RealEstate10K's translations are in
 metres.
@@ -148,7 +148,8 @@ def write_dataset(out: Path, *, seed: int, settings: RenderConfig) -> Path:
             video.encode(videos / name, pixels, **h264)
         shots = list(draw_all(draw_video, "defect", range(len(defects.SHOT_SIZES))))
         defects.write_defects(videos, names, shots, rng=seeds.numpy(seed, "defects"), **h264)
-        (folder / "README.md").write_text(README.format(seed=seed))
+        clip = f"{settings.frames} frames of {settings.side_px} x {settings.side_px} px, {settings.rate_hz:g} a second"
+        (folder / "README.md").write_text(README.format(seed=seed, clip=clip))
     return out
 
 

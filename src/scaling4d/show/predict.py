@@ -70,5 +70,5 @@ def _predict(trained: TrainedReadout, layers: list[Tensor], pixels: Tensor, quer
             )
         first = queries.expand(len(pixels), -1, -1)[:, :, None]  # B Q 1 n
         target |= {"points": first, "boxes": first}
-    features = layers[layer_index(depth=encoder.depth, fraction=model.fraction)]
+    features = layers[layer_index(depth=encoder.depth)]
     return model.predict(split_time(features, encoder.grid), target)

@@ -97,7 +97,7 @@ def choose_samples(readout: TrainedReadout, clips: int) -> list[Sample]:
 def predict(readout: TrainedReadout, sample: Sample) -> tuple[np.ndarray, tuple[float, float]]:
     """The prediction for a sample, and (sum, count) of the readout's metric."""
     model, target = readout.model, readout.model.task.target(sample)
-    features = features_at_depth(readout.encoder, torch.from_numpy(sample.pixels)[None], model.fraction)
+    features = features_at_depth(readout.encoder, torch.from_numpy(sample.pixels)[None])
     batch = {name: torch.from_numpy(np.asarray(value)[None]) for name, value in target.items()}
     predicted = model.predict(features, batch)[0].numpy()
     return predicted, model.task.measure(predicted, target)[readout.result.metric]

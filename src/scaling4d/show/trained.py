@@ -63,5 +63,5 @@ def load_trained_readout(folder: Path) -> TrainedReadout:
     encoder, task, evaluation = load_encoder(home).eval(), bound[TASKS[result.task]], bound[EvaluationConfig]
     with torch.device("meta"):
         head = Head(bound[HeadConfig], task.queries(encoder.clip), features_width=encoder.width, frames=encoder.clip[0])
-    model = ReadoutModel(None, load_readout_weights(head, folder / HEAD), head, task, evaluation.depth_fraction)
+    model = ReadoutModel(None, load_readout_weights(head, folder / HEAD), head, task)
     return TrainedReadout(folder, result, bound, Path(evaluation.data), home, encoder, model.eval())

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, groupby
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +18,6 @@ from scaling4d.config import require_minima, require_words
 
 BUCKET_VALUES = 2**23  # gradients that ranks sum in one message
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-EXPENSIVE = ("aten.mm.", "aten.addmm.", "attention", "flash")  # `selective` saves these; norms, GELU and sums run again
 
 
 @dataclass(frozen=True)
@@ -38,21 +36,20 @@ class ShardingConfig:
     """How a model lies on the ranks. Results depend on it only through the order of summation.
 
     shards: ranks that share one copy of weights, gradients and moments. 1: plain data parallel; all ranks: FSDP;
-    between: HSDP. recompute: activations in the backward pass: none; block (all of a block again); selective (only
-    cheap operations again). recompute_every: 1: all blocks; k: every k-th. compile: torch.compile of each block.
-    packed: one attention call for all clips of a rank, see mae.attention. accumulate: microbatches of a rank's batch.
+    between: HSDP. recompute: activations in the backward pass: none, or those of each block. compile: torch.compile of
+    each block. packed: one attention call for all clips of a rank, see mae.attention. accumulate: microbatches of a
+    rank's batch.
     """
 
     shards: int
     recompute: str
-    recompute_every: int
     compile: bool
     packed: bool
     accumulate: int
 
     def __post_init__(self) -> None:
-        require_words(self, {"recompute": ("none", "block", "selective")})
-        require_minima(self, dict.fromkeys(("shards", "recompute_every", "accumulate"), 1))
+        require_words(self, {"recompute": ("none", "block")})
+        require_minima(self, dict.fromkeys(("shards", "accumulate"), 1))
 
     def check(self, *, ranks: int, batch: int) -> None:
         """Raises ValueError: ranks or batch do not divide."""
@@ -73,10 +70,10 @@ def parallelize(
     stay float32; so do reductions, and the computation of `float32_modules`. Inputs keep their dtype.
     """
     blocks = blocks_of(model)
-    for number, block in enumerate(blocks):
+    for block in blocks:
         block.packed = sharding.packed
-        if sharding.recompute != "none" and number % sharding.recompute_every == 0:
-            recompute_block(block, sharding.recompute)
+        if sharding.recompute == "block":
+            recompute_block(block)
         if sharding.compile:
             block.forward = torch.compile(block.forward, dynamic=False)  # blocks share its code, and see other shapes
     if sharding.shards == 1 and compute.compute == "float32":
@@ -102,17 +99,12 @@ def blocks_of(model: nn.Module) -> tuple[nn.Module, ...]:
     return (*model.encoder.blocks, *getattr(model, "decoder_blocks", ())) if model.encoder is not None else ()
 
 
-def recompute_block(block: nn.Module, how: str) -> None:
-    """Activation checkpointing: `block` saves a block's input alone, `selective` results of EXPENSIVE operations."""
-    from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+def recompute_block(block: nn.Module) -> None:
+    """Activation checkpointing: the forward pass saves a block's input alone."""
+    from torch.utils.checkpoint import checkpoint
 
-    def policy(_: Any, operator: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
-        expensive = any(word in str(operator) for word in EXPENSIVE)
-        return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE
-
-    contexts = {"context_fn": partial(create_selective_checkpoint_contexts, policy)} if how == "selective" else {}
     draws = getattr(block, "drop_path", 0) != 0  # random draws must be the same again
-    block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=draws, **contexts)
+    block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=draws)
 
 
 def is_sharded(model: nn.Module) -> bool:

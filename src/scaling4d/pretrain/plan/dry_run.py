@@ -60,7 +60,7 @@ def dry_run(model: Method, *, shards: int, replicas: int, clips: int, recompute:
     teachers = [teacher.to(torch.bfloat16) for teacher in getattr(model, "teacher_encoder", ())]
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
-        sharding = ShardingConfig(shards, recompute, recompute_every=1, compile=False, packed=False, accumulate=microbatches)
+        sharding = ShardingConfig(shards, recompute, compile=False, packed=False, accumulate=microbatches)
         parallelize(model, sharding, ComputeConfig(device="cpu", compute="bfloat16"), ranks=ranks)
         with FakeTensorMode(allow_non_fake_inputs=True):
             for module in (model, *teachers):

@@ -14,7 +14,7 @@ def check_memory(pretraining: PretrainConfig, gpu_bytes: int | None) -> None:
         return
     training, sharding, usable = pretraining.training, pretraining.sharding, USABLE * gpu_bytes
     work = work_of(pretraining.build(teacher_weights=False))
-    recompute = sharding.recompute == "block" and sharding.recompute_every == 1
+    recompute = sharding.recompute == "block"
     sizes = MIXED if training.compute == "bfloat16" else PLAIN if sharding.shards == 1 else FLOAT32
     clips = training.batch // training.ranks
     at_once = clips // sharding.accumulate

@@ -32,8 +32,6 @@ class Actions(Task):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_sizes(self, "classes")
-        if "backwards" in self.views:
-            raise ValueError("views have 'backwards', and the class of a reversed action is unknown; needed plain or mirrored")
         if len(self.test_views) != 2 or any(not isinstance(count, int) or count < 1 for count in self.test_views):
             raise ValueError(
                 f"test_views = {list(self.test_views)}; needed two whole numbers of at least 1: clips over the time of a video, "
