@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 from scaling4d import seeds
 from scaling4d.records import MaskedTokens, Preempted, UserError
 from scaling4d.training.distributed import run
-from scaling4d.training.fit import Batch, Callback, FitConfig, StepResult, fit
+from scaling4d.training.fit import Batch, Callback, FitConfig, Progress, StepResult, fit
 from scaling4d.training.observe import TrainingLog
 from scaling4d.training.optimizer import build_adamw, warmup_cosine
-from scaling4d.training.resume import CheckpointManager
+from scaling4d.training.resume import CheckpointManager, state_folder
 
 pytestmark = pytest.mark.integration
 
@@ -62,7 +63,7 @@ class History(Callback):
         self.begun.append(start)
 
     def after_step(self, result: StepResult) -> None:
-        self.steps.append([result.step, result.last, result.loss.item(), result.grad_norm, result.learning_rate])
+        self.steps.append([result.step, result.last, result.loss.item(), result.grad_norm.item(), result.learning_rate])
         self.weights.append([p.detach().flatten().tolist() for p in self.model.parameters()])
 
     def state_dict(self) -> dict:
@@ -98,12 +99,11 @@ def train(
 
     groups = {"all": (list(model.named_parameters()), rate)}
     try:
-        world_sizes = fit(
-            model, lambda start: map(batch, count(start)), config, param_groups=groups, callbacks=(history, log), manager=manager
-        )
+        run_of = {"param_groups": groups, "callbacks": (history, log), "manager": manager}
+        world_sizes = fit(model, lambda start: map(batch, count(start)), config, **run_of).ranks
     except Preempted as preempted:
         world_sizes = []
-        assert str(preempted).startswith(f"stopped after step {stop_at + 1} of {config.steps}, ")
+        assert str(preempted).startswith(f"stopped after step {stop_at + 2} of {config.steps}, ")
     log.terminal = None  # which cannot be sent to the caller
     return history, log, requested, world_sizes
 
@@ -142,7 +142,7 @@ def test_stopped_it_continues_with_the_next_batch_and_its_callbacks_forget_nothi
     whole, log, *_ = run(train, ranks=2, dropout=0.3)
     _, _, first, _ = run(train, ranks=2, dropout=0.3, saved=True, stop_at=3)
     rest, rest_log, second, world_sizes = run(train, ranks=2, dropout=0.3, saved=True)
-    assert (first, second) == ([0, 1, 2, 3], [4, 5]) and rest.begun == [4] and world_sizes == [[0, 2]]
+    assert (first, second) == ([0, 1, 2, 3, 4], [5]) and rest.begun == [5] and world_sizes == [[0, 2]]
     assert rest.steps == whole.steps and rest.weights == whole.weights  # to the bit, the first ones from the state
     assert rest_log.lines == log.lines  # the second line is a mean over steps of both runs
 
@@ -151,34 +151,81 @@ def test_with_other_ranks_a_mean_continues_from_the_former_ranks_mean() -> None:
     _, log, *_ = run(train, ranks=1)
     run(train, ranks=4, saved=True, stop_at=3)
     _, rest, _, world_sizes = run(train, ranks=2, saved=True)
-    assert world_sizes == [[0, 4], [4, 2]]
+    assert world_sizes == [[0, 4], [5, 2]]
     assert [line["loss"] for line in rest.lines] == pytest.approx([line["loss"] for line in log.lines], rel=1e-5)
 
 
-def not_finite(*, rank: int, ranks: int) -> tuple[str, list[float], list[float]]:
-    """The message, the weights after it, and those before the step."""
-    model, weights = Line(0.0), []
+def damaged(
+    *, rank: int, ranks: int, steps: range, saved: bool = False, stop_at: int | None = None, initialised: bool = True
+) -> tuple[Progress | str, list[list[float]], list[int], list[dict]]:
+    """Progress or message of a training, weights before each step and at the end, numbers of the batches, lines.
 
-    def batch(step: int) -> Batch:
+    steps: numbers of the batches in which rank 1 has a clip that is not finite.
+    """
+    model, weights, numbers = Line(0.0), [], []
+    config = replace(CONFIG, steps=24, save_every=2, log_every=1)
+    manager = None
+    if saved:
+        manager = CheckpointManager("line", {"run": "line", "profile": "smoke"}, keep_latest_k=1, asynchronous=False)
+
+    def batch(number: int) -> Batch:
         weights.append(model.linear.weight.flatten().tolist())
-        clips = batch_of(step, rank=rank, ranks=ranks)
-        if step == 2 and rank == 1:
+        numbers.append(number)
+        if number == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        clips = batch_of(number, rank=rank, ranks=ranks)
+        if number in steps and rank == 1:
             clips.inputs[0][0, 0] = float("nan")
         return clips
 
-    with pytest.raises(UserError) as refusal:
-        fit(model, lambda start: map(batch, count(start)), CONFIG, param_groups={"all": (list(model.named_parameters()), RATE)})
-    return str(refusal.value), model.linear.weight.flatten().tolist(), weights[-1]
+    def initialise() -> None:
+        assert initialised
+        nn.init.constant_(model.linear.weight, 0.25)
+
+    log, groups = TrainingLog(config), {"all": (list(model.named_parameters()), RATE)}
+    run_of = {"param_groups": groups, "callbacks": (log,), "manager": manager, "initialise": initialise}
+    try:
+        answer = fit(model, lambda start: map(batch, count(start)), config, **run_of)
+    except (UserError, Preempted) as error:
+        answer = str(error)
+    return answer, [*weights, model.linear.weight.flatten().tolist()], numbers, log.lines
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_update_and_names_the_clips() -> None:
-    message, after, before = run(not_finite, ranks=2)
-    path = Path(".runs/line/not-finite-00000002.json")
-    assert message == f"step 2: the gradient is nan; each rank's clips and loss are in {path}; lower line.learning_rate"
-    assert after == before != [0.5] * 5
-    content = json.loads(path.read_text())
-    assert content["step"] == 2 and [rank["loss"] == "nan" for rank in content["ranks"]] == [False, True]
-    assert content["ranks"][1]["clips"] == [f"clip2-{n}" for n in range(4, 8)]
+def test_a_step_whose_gradient_is_not_finite_changes_no_weight() -> None:
+    progress, weights, _, lines = run(damaged, ranks=2, steps=range(2, 4))
+    assert weights[2] == weights[3] == weights[4] != weights[5]
+    assert (progress.skipped, progress.rewinds) == (2, [])
+    assert [line["step"] for line in lines] == [step for step in range(1, 25) if step not in (3, 4)]
+
+
+def test_after_many_such_steps_it_goes_back_to_its_last_state_and_on_with_the_next_batches() -> None:
+    progress, weights, numbers, lines = run(damaged, ranks=2, steps=range(5, 15), saved=True)
+    assert numbers == [*range(15), *range(15, 25)] and progress.rewinds == [[14, 1]]
+    assert [line["step"] for line in lines] == [*range(1, 6), *range(15, 25)]
+    assert weights[5] == weights[15] and progress.skipped == 9
+
+
+def test_stopped_after_it_went_back_it_ends_with_the_same_bits() -> None:
+    steps = range(5, 15)
+    whole = run(damaged, ranks=2, steps=steps, saved=True)
+    shutil.rmtree(state_folder("line", {"run": "line", "profile": "smoke"}))
+    message, _, first, _ = run(damaged, ranks=2, steps=steps, saved=True, stop_at=17)
+    assert message.startswith("stopped after step 18 of 24") and first[-1] == 18
+    progress, weights, second, lines = run(damaged, ranks=2, steps=steps, saved=True, initialised=False)
+    assert (progress, weights[-1], lines) == (whole[0], whole[1][-1], whole[3]) and second == [*range(19, 25)]
+
+
+@pytest.mark.parametrize(("saved", "steps", "last"), [
+    (False, range(2, 100), 11), (True, range(2, 100), 29), (False, range(23, 24), 23)
+])  # fmt: skip
+def test_gradients_that_stay_not_finite_end_the_run_and_the_clips_are_named(saved: bool, steps: range, last: int) -> None:
+    message, weights, numbers, _ = run(damaged, ranks=2, steps=steps, saved=saved)
+    path = next(Path(".runs/line").glob("not-finite-*.json"))
+    assert message.endswith(f"not finite; each rank's clips and losses are in {path}; lower line.learning_rate")
+    assert numbers[-1] == last and weights[-1] == weights[steps[0]]
+    content = json.loads(path.read_text())["ranks"]
+    assert [rank[-1]["loss"] == "nan" for rank in content] == [False, True]
+    assert content[1][-1]["clips"] == [f"clip{last}-{n}" for n in range(4, 8)]
 
 
 def ones(step: int, *, rank: int, ranks: int) -> Batch:

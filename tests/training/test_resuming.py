@@ -49,7 +49,7 @@ def test_killed_in_three_ways_it_ends_with_the_same_bytes_and_repeats_no_saved_s
 def test_asked_to_stop_it_saves_and_ends_with_run_me_again(undisturbed: dict) -> None:
     toy = Toy(save_every=1000)
     assert attempt(toy, at=2, interrupt=ask_to_stop) == AGAIN
-    assert states(toy) == [3]  # none was due
+    assert states(toy) == [4]  # none was due; a request counts a step later
     assert attempt(toy, at=5, interrupt=ask_to_stop_as_slurm_does) == AGAIN
     assert attempt(toy) == 0
     assert written() == undisturbed and steps_computed() == list(range(1, 9))
@@ -58,15 +58,15 @@ def test_asked_to_stop_it_saves_and_ends_with_run_me_again(undisturbed: dict) ->
 def test_a_damaged_newest_state_is_passed_over_with_a_warning(undisturbed: dict, capfd: pytest.CaptureFixture) -> None:
     toy = Toy(save_every=1, keep_latest_k=3)
     assert attempt(toy, at=4, interrupt=ask_to_stop) == AGAIN
-    assert states(toy) == [3, 4, 5]
-    (shard,) = toy.folder.glob("step-00000005/__1_*")
+    assert states(toy) == [4, 5, 6]
+    (shard,) = toy.folder.glob("step-00000006/__1_*")
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     capfd.readouterr()
     assert attempt(toy) == 0
     assert f"warning: {shard.parent} is damaged ({shard.name}) and passed over" in capfd.readouterr().err
-    assert written() == undisturbed and steps_computed() == [*range(1, 6), *range(5, 9)]
+    assert written() == undisturbed and steps_computed() == [*range(1, 7), *range(6, 9)]
 
 
 @pytest.mark.parametrize("missing", ["sha256.json", ".metadata", "progress.json"])
@@ -83,7 +83,7 @@ def test_a_changed_setting_starts_at_0_and_is_named(capfd: pytest.CaptureFixture
     capfd.readouterr()
     assert attempt(Toy(clip_norm=0.5)) == 0
     assert f"the state in {Toy().folder} is not used: settings.clip_norm was 1.0, is 0.5" in capfd.readouterr().err
-    assert steps_computed()[4:] == list(range(1, 9)) and states(Toy()) == [2, 4]
+    assert steps_computed()[5:] == list(range(1, 9)) and states(Toy()) == [4, 5]
 
 
 def test_the_state_of_another_run_is_refused() -> None:
@@ -102,7 +102,7 @@ def test_a_full_disk_is_one_line_and_costs_only_the_state_without_space(undistur
     capfd.readouterr()
     assert attempt(toy, most_bytes=20_000) == 1
     (error,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert re.match(r"error: the training state of step 4 cannot be written to .resume/toy-.+: .+; free space there, or", error)
+    assert re.match(r"error: the training state of step 6 cannot be written to .resume/toy-.+: .+; free space there, or", error)
     assert states(toy) == before
     assert attempt(toy) == 0 and written() == undisturbed
 

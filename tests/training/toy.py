@@ -105,15 +105,14 @@ def _train(*, rank: int, ranks: int, toy: Toy) -> None:
         return Batch(batch_of(model, step, rank=rank, ranks=ranks))
 
     groups = {"all": (list(model.named_parameters()), 0.01)}
-    world_sizes = fit(
-        model, lambda start: map(batch, count(start)), toy.fit, param_groups=groups, callbacks=(log,), manager=manager
-    )
+    run = {"param_groups": groups, "callbacks": (log,), "manager": manager}
+    progress = fit(model, lambda start: map(batch, count(start)), toy.fit, **run)
     weights = {name: full_tensor(value) for name, value in model.state_dict().items()}
     if rank == 0:
         RESULT.mkdir(exist_ok=True)
         save_tensors(RESULT / "model.safetensors", weights)
         (RESULT / "losses.json").write_text(json.dumps(log.lines))
-        (RESULT / "ranks.json").write_text(json.dumps(world_sizes))
+        (RESULT / "ranks.json").write_text(json.dumps(progress.ranks))
     manager.close()
 
 

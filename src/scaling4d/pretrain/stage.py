@@ -23,7 +23,7 @@ from scaling4d.pretrain.settings import PretrainConfig, bind_pretrain, clips_rem
 from scaling4d.pretrain.validate import Validation, validate
 from scaling4d.records import MaskedTokens, write_json
 from scaling4d.training import distributed
-from scaling4d.training.fit import Batch, fit
+from scaling4d.training.fit import MOST_REWINDS, Batch, fit
 from scaling4d.training.launch import Job, describe, first_gpu_bytes, launch, snapshot_content
 from scaling4d.training.observe import TrainingLog, peak_flops
 from scaling4d.training.optimizer import ParamGroups
@@ -39,8 +39,7 @@ def pretrain(point: str, settings: Mapping[str, Any]) -> Path | int:
     Returns:
         The Checkpoint folder, with `losses.jsonl` and `summary.json`; or an exit code, where another process trained.
     Raises:
-        UserError: unknown point or setting, no clips, a gradient that is not finite (before the update), no space for
-            the state.
+        UserError: unknown point or setting, no clips, gradients that stay not finite, no space for the state.
         Preempted: a signal asked to stop; the next call continues from the saved state.
     """
     pretraining = _bind_and_check(point, settings)
@@ -139,7 +138,6 @@ def _train(*, rank: int, ranks: int, pretraining: PretrainConfig, evidence: Mapp
         teacher.to(training.device, DTYPES[training.compute])
     parallelize(model, pretraining.sharding, training, ranks=ranks)
     model.to_empty(device=training.device)
-    model.initialise(pretraining.seed)
     name, state = pretraining.fit.name, fingerprint_of(pretraining, evidence)
     peak_s_per_clip = flops_per_clip(model) / (ranks * peak_flops(training.device, DTYPES[training.compute]))
     folder = artifacts.RUNS / name
@@ -148,7 +146,8 @@ def _train(*, rank: int, ranks: int, pretraining: PretrainConfig, evidence: Mapp
     manager = CheckpointManager("pretrain", state, keep_latest_k=runtime.keep_latest_k, asynchronous=runtime.asynchronous)
     batches, groups = partial(_batches, pretraining, model, rank, ranks), param_groups(model, pretraining)
     callbacks = (log, validation)
-    world_sizes = fit(model, batches, pretraining.fit, param_groups=groups, callbacks=callbacks, manager=manager)
+    run = {"callbacks": callbacks, "manager": manager, "initialise": partial(model.initialise, pretraining.seed)}
+    progress = fit(model, batches, pretraining.fit, param_groups=groups, **run)
     val_loss = validate(model, pretraining)
     weights = {}
     for key, value in model.state_dict().items():
@@ -159,7 +158,8 @@ def _train(*, rank: int, ranks: int, pretraining: PretrainConfig, evidence: Mapp
     if rank == 0:
         losses = [line["loss"] for line in log.lines]
         tail = losses[-max(len(losses) // 20, 1) :]
-        summary = {"train_loss": sum(tail) / len(tail), "val_loss": val_loss, "ranks": world_sizes}
+        summary = {"train_loss": sum(tail) / len(tail), "val_loss": val_loss, "ranks": progress.ranks}
+        summary |= {name: value for name in ("skipped", "rewinds") if (value := getattr(progress, name))}
         _write(pretraining, evidence, model, weights, summary, {"losses": log.lines, "validation": validation.lines})
         facts = {"runtime": asdict(runtime), "launch": asdict(pretraining.launch), **log.close()}
         artifacts.write_run(name, artifacts.sha256(pretraining.folder), started=started, **facts)
@@ -188,7 +188,7 @@ def _batches(pretraining: PretrainConfig, model: nn.Module, rank: int, ranks: in
         repeats=training.repeats,
         seed=pretraining.seed,
         start=start,
-        steps=training.steps,
+        steps=training.steps * (1 + MOST_REWINDS),
         flip=training.flip,
         crop=training.crop,
         window_shards=training.window_shards,

@@ -266,11 +266,29 @@ def stop_requests(handle: Callable[[int], object] = int, *, more: tuple[signal.S
             signal.signal(number, handler)
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether the flag is set in any rank. Every rank takes part."""
-    tensor = torch.tensor([float(flag)])
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return bool(tensor)
+class StopVotes:
+    """Whether any rank was asked to stop, known a step later: no step waits for the answer of other machines."""
+
+    def __init__(self) -> None:
+        self.votes, self.pending = torch.zeros(1), None
+
+    def exchange(self, flag: bool) -> bool:
+        """Whether the flag of the call before was set in any rank. Every rank takes part."""
+        answer = self._answer()
+        self.votes = torch.tensor([float(flag)])
+        self.pending = dist.all_reduce(self.votes, op=dist.ReduceOp.MAX, async_op=True)
+        return answer
+
+    def last(self, flag: bool) -> bool:
+        """Whether this flag, or that of the call before, was set in any rank."""
+        before = self.exchange(flag)
+        return self._answer() or before
+
+    def _answer(self) -> bool:
+        if self.pending:
+            self.pending.wait()
+        self.pending = None
+        return bool(self.votes)
 
 
 def gather_round_robin(values: list) -> list:

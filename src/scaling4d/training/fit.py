@@ -3,15 +3,18 @@
 Stages parallelize the model and start the ranks (pretrain.stage, readout.stage).
 
 An interrupted and resumed run gives the same bits as an uninterrupted one: the batch of a step is a pure function of
-the step, and all state is saved.
+the step, and all state is saved. A step waits for no GPU and for no other machine, except where it logs or saves.
 """
 
 from __future__ import annotations
 
+import gc
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,12 +24,16 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from scaling4d import artifacts, seeds
 from scaling4d.records import MaskedTokens, Preempted, UserError, write_json
-from scaling4d.training.distributed import any_rank, heartbeat, stop_requests
+from scaling4d.training.distributed import StopVotes, heartbeat, stop_requests
 from scaling4d.training.optimizer import ParamGroups, build_adamw, named_state, warmup_cosine
 from scaling4d.training.parallelize import full_tensor, reduce_gradients, set_last_microbatch
 from scaling4d.training.resume import CheckpointManager
 
 Input = Tensor | MaskedTokens | dict[str, Tensor]
+MOST_SKIPPED = 10  # steps in a row whose gradient is not finite; ours
+MOST_REWINDS = 3  # of a run to its last state, after so many skipped steps; ours
+STEPS_AHEAD = 2  # of the GPU, whose work this process has issued; ours
+GC_STEPS = 50  # between two garbage collections, alike on all ranks, which wait for each other; ours
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class FitConfig:
     """How `fit` trains.
 
     name: of the run, for messages and its folder in .runs. batch: clips a step, over all ranks. clip_norm: of the
-    gradient. rate_setting: the setting to lower when a gradient is not finite, for the message. device: cpu or cuda.
+    gradient. rate_setting: the setting to lower when gradients are not finite, for the message. device: cpu or cuda.
     accumulate: microbatches of a rank's batch, one after another. log_every, save_every: steps; save_every at
     least 1 with a manager.
     """
@@ -66,13 +73,13 @@ class Batch:
 class StepResult:
     """step: steps done. loss: mean over this rank's clips. grad_norm: before clipping. waited_s: for the batch.
 
-    learning_rate: of the first parameter group.
+    loss and grad_norm lie on the device; to read them waits for it. learning_rate: of the first parameter group.
     """
 
     step: int
     last: bool
     loss: Tensor
-    grad_norm: float
+    grad_norm: Tensor
     learning_rate: float
     waited_s: float
 
@@ -92,6 +99,64 @@ class Callback:
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+@dataclass
+class Progress:
+    """State of a training beside its tensors, saved with them.
+
+    step: steps done. ranks: `[from_step, ranks]` for every number of ranks so far. skipped: steps without an update,
+    since their gradient was not finite. rewinds: `[step, batches]` for every return to a saved state: the training went
+    on from `step` with the batch of number step + batches.
+    """
+
+    step: int
+    ranks: list[list[int]]
+    skipped: int = 0
+    rewinds: list[list[int]] = field(default_factory=list)
+
+    @property
+    def next_batch(self) -> int:
+        """Number of the batch of the next step."""
+        return self.step + (self.rewinds[-1][1] if self.rewinds else 0)
+
+
+class SkippedSteps:
+    """Steps whose gradient is not finite, counted on the device: they change no weight and no moment.
+
+    Args:
+        config: of the training.
+    """
+
+    def __init__(self, config: FitConfig) -> None:
+        self.config = config
+        self.counts = torch.zeros(2, device=config.device)  # since the last call of `read`, and in a row
+        self.recent: deque[dict[str, Any]] = deque(maxlen=MOST_SKIPPED)
+
+    def add(self, step: int, batch: Batch, loss: Tensor, adamw: torch.optim.AdamW, grad_norm: Tensor) -> None:
+        """Before a step's update, which the optimizer then skips if the gradient is not finite."""
+        adamw.found_inf = (~grad_norm.isfinite()).float()
+        self.counts = self.counts + adamw.found_inf
+        self.counts[1] *= adamw.found_inf
+        self.recent.append({"step": step, "clips": batch.ids, "loss": loss})
+
+    def read(self) -> tuple[int, int]:
+        """Skipped steps since the last call, and those in a row up to now. Waits for the device."""
+        steps, row = self.counts.int().tolist()
+        self.counts[0] = 0
+        return steps, row
+
+    def error(self) -> UserError:
+        """Write every rank's last losses and clips to `.runs/`; returns the error that names the file."""
+        ranks: list = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, [line | {"loss": str(line["loss"].item())} for line in self.recent])
+        first, last = self.recent[0]["step"], self.recent[-1]["step"]
+        path = artifacts.RUNS / self.config.name / f"not-finite-{last:08d}.json"
+        if dist.get_rank() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"ranks": ranks})
+        steps = f"steps {first} to {last}: the gradients are not finite; each rank's clips and losses are in {path}"
+        return UserError(f"{steps}; lower {self.config.rate_setting}")
+
+
 def fit(
     model: nn.Module,
     batches: Callable[[int], Iterator[Batch]],
@@ -100,36 +165,35 @@ def fit(
     param_groups: ParamGroups,
     callbacks: Sequence[Callback] = (),
     manager: CheckpointManager | None = None,
-) -> list[list[int]]:
+    initialise: Callable[[], object] = lambda: None,
+) -> Progress:
     """Train a model in place. `model(*inputs)` returns its mean loss.
 
+    A step whose gradient is not finite changes no weight. After MOST_SKIPPED of them in a row the training goes back to
+    its last saved state and on with the batches behind them, MOST_REWINDS times at most.
+
     Args:
-        model: on its ranks, see training.parallelize. batches: first step -> this rank's batches from that step on.
-        param_groups: parameters and their peak learning rates. manager: of the training state; None: nothing is saved.
-    Returns:
-        `[from_step, ranks]` for every number of ranks that the run had.
+        model: on its ranks, see training.parallelize. batches: number of a batch -> this rank's batches from that one
+            on. param_groups: parameters and their peak learning rates. manager: of the training state; None: nothing is
+            saved. initialise: draws the first weights; not called where a saved state has them.
     Raises:
-        UserError: the gradient is not finite (before the update), or the state cannot be written.
+        UserError: gradients stay not finite, or the state cannot be written.
         Preempted: a signal asked to stop, and the state is saved.
     """
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    rank, stop = dist.get_rank(), False
     adamw = build_adamw(param_groups, betas=config.betas, weight_decay=config.weight_decay)
-    start, world_sizes, tensors = 0, [[0, ranks]], {}
-    if manager:
-        tensors = named_state(model, adamw)
-        if progress := manager.load(tensors):
-            start, world_sizes = progress["step"], progress["ranks"]
-            world_sizes = world_sizes if world_sizes[-1][1] == ranks else [*world_sizes, [start, ranks]]
-            for callback, state in zip(callbacks, progress["callbacks"], strict=True):
-                callback.load_state_dict(state)
-        for state in adamw.state.values():
-            state["step"].fill_(start)
-    schedule = LambdaLR(adamw, lambda n: warmup_cosine(start + n, steps=config.steps, warmup=config.warmup_steps))
+    tensors = named_state(model, adamw) if manager else {}
+    progress = _load(manager, tensors, adamw, callbacks)
+    if progress is None:
+        initialise()
+        progress = Progress(0, [[0, dist.get_world_size()]])
+    schedule = LambdaLR(adamw, lambda _: warmup_cosine(progress.step, steps=config.steps, warmup=config.warmup_steps))
     for callback in callbacks:
-        callback.begin(start)
-    done, stop, iterator = start, False, batches(start)
-    with stop_requests() if manager else nullcontext() as requests:
-        for step in range(start, config.steps):
+        callback.begin(progress.step)
+    iterator, skipped, votes, issued = batches(progress.next_batch), SkippedSteps(config), StopVotes(), deque()
+    with stop_requests() if manager else nullcontext([]) as requests, _scheduled_gc():
+        while progress.step < config.steps and not stop:
+            step = progress.step
             heartbeat(f"{config.name} step {step}, reading clips", 2 * step)
             started = time.monotonic()
             batch = next(iterator)
@@ -139,33 +203,105 @@ def fit(
                 torch.manual_seed(int(seeds.numpy(config.seed, "drop", rank, step).integers(2**31)))
                 loss = _accumulate_gradients(model, batch, config)
             grad_norm = full_tensor(nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm))
-            if not torch.isfinite(grad_norm):
-                raise UserError(_not_finite(config, step, grad_norm.item(), batch, loss))
+            skipped.add(step, batch, loss, adamw, grad_norm)
             adamw.step()
             adamw.zero_grad()
-            done, last, learning_rate = step + 1, step + 1 == config.steps, schedule.get_last_lr()[0]
+            _limit_steps_ahead(issued, config.device)
+            progress.step, last, learning_rate = step + 1, step + 1 == config.steps, schedule.get_last_lr()[0]
             schedule.step()
-            result = StepResult(done, last, loss, grad_norm.item(), learning_rate, waited_s)
+            if progress.step % GC_STEPS == 0:
+                gc.collect()
+            stop = manager is not None and votes.exchange(bool(requests))
+            save = manager is not None and (stop or last or progress.step % config.save_every == 0)
+            if save or last or progress.step % config.log_every == 0:
+                steps, row = skipped.read()
+                progress.skipped += steps
+                if row >= MOST_SKIPPED or (last and row):
+                    progress = _rewind(progress, manager, tensors, adamw, callbacks, skipped)
+                    schedule.step()
+                    iterator, skipped = batches(progress.next_batch), SkippedSteps(config)
+                    continue
+            result = StepResult(progress.step, last, loss, grad_norm, learning_rate, waited_s)
             early = any([callback.after_step(result) for callback in callbacks])
             if manager is None:
                 if early:
                     break
                 continue
             assert not early, "a training that saves its state runs all its steps"
-            if last or done % config.log_every == 0:
+            if last or progress.step % config.log_every == 0:
                 manager.wait()
-            stop = any_rank(bool(requests))
-            if stop or last or done % config.save_every == 0:
+            if save:
                 heartbeat(f"{config.name} step {step}, saving")
                 states = [callback.state_dict() for callback in callbacks]
-                manager.save(done, {"step": done, "ranks": world_sizes, "callbacks": states}, tensors)
+                manager.save(progress.step, asdict(progress) | {"callbacks": states}, tensors)
             if stop or last:
                 manager.wait()
-            if stop:
-                break
-    if stop or (manager and any_rank(bool(requests))):  # since the last save; a later request ends this process at once
-        raise Preempted(f"stopped after step {done} of {config.steps}, as asked; the same command goes on from there")
-    return world_sizes
+        stop = stop or (manager is not None and votes.last(bool(requests)))  # a later request ends this process at once
+    if stop:
+        done = f"stopped after step {progress.step} of {config.steps}, as asked"
+        raise Preempted(f"{done}; the same command goes on from there")
+    return progress
+
+
+def _load(
+    manager: CheckpointManager | None, tensors: Mapping[str, Tensor], adamw: torch.optim.AdamW, callbacks: Sequence[Callback]
+) -> Progress | None:
+    """Load the last saved state. None: there is none, and nothing was changed."""
+    saved = manager.load(tensors) if manager else None
+    if saved is None:
+        return None
+    for callback, state in zip(callbacks, saved.pop("callbacks"), strict=True):
+        callback.load_state_dict(state)
+    progress, ranks = Progress(**saved), dist.get_world_size()
+    if progress.ranks[-1][1] != ranks:
+        progress.ranks.append([progress.step, ranks])
+    for state in adamw.state.values():
+        state["step"].fill_(progress.step - progress.skipped)
+    return progress
+
+
+def _rewind(
+    progress: Progress,
+    manager: CheckpointManager | None,
+    tensors: Mapping[str, Tensor],
+    adamw: torch.optim.AdamW,
+    callbacks: Sequence[Callback],
+    skipped: SkippedSteps,
+) -> Progress:
+    """Go back to the last saved state, and on with the batches behind the present one. Raises UserError: as `fit`."""
+    if manager is None or len(progress.rewinds) == MOST_REWINDS:
+        raise skipped.error()
+    manager.wait()
+    saved = _load(manager, tensors, adamw, callbacks)
+    if saved is None:
+        raise skipped.error()
+    saved.rewinds = [*progress.rewinds, [saved.step, progress.next_batch - saved.step]]
+    if dist.get_rank() == 0:
+        back = f"back to the state of step {saved.step}, and on with the batch of step {progress.next_batch}"
+        print(f"warning: step {progress.step}: {MOST_SKIPPED} gradients are not finite; {back}", file=sys.stderr)
+    return saved
+
+
+def _limit_steps_ahead(issued: deque, device: str) -> None:
+    """Wait until the device has all but STEPS_AHEAD steps done: inputs of later ones take memory."""
+    if device == "cuda":
+        issued.append(torch.cuda.Event())
+        issued[-1].record()
+        if len(issued) > STEPS_AHEAD:
+            issued.popleft().synchronize()
+
+
+@contextmanager
+def _scheduled_gc() -> Iterator[None]:
+    """No garbage collection but the caller's own: ranks that collect at different steps wait for each other."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 def _accumulate_gradients(model: nn.Module, batch: Batch, config: FitConfig) -> Tensor:
@@ -181,20 +317,10 @@ def _accumulate_gradients(model: nn.Module, batch: Batch, config: FitConfig) -> 
 
 
 def _microbatch(value: Input, index: int, config: FitConfig) -> Input:
-    """One microbatch of an argument of the model, on the device."""
+    """One microbatch of an argument of the model, on the device. The copy there waits for nothing."""
     if isinstance(value, MaskedTokens):
         return replace(value, ids_keep=_microbatch(value.ids_keep, index, config))
     if isinstance(value, dict):
         return {name: _microbatch(tensor, index, config) for name, tensor in value.items()}
-    return value.chunk(config.accumulate)[index].to(config.device, non_blocking=True)
-
-
-def _not_finite(config: FitConfig, step: int, grad_norm: float, batch: Batch, loss: Tensor) -> str:
-    """Write every rank's loss and clips to `.runs/`; returns the message."""
-    ranks = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, {"loss": str(loss.item()), "clips": batch.ids})
-    path = artifacts.RUNS / config.name / f"not-finite-{step:08d}.json"
-    if dist.get_rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"step": step, "gradient": str(grad_norm), "ranks": ranks})
-    return f"step {step}: the gradient is {grad_norm}; each rank's clips and loss are in {path}; lower {config.rate_setting}"
+    part = value.chunk(config.accumulate)[index]
+    return part.pin_memory().to(config.device, non_blocking=True) if config.device == "cuda" else part

@@ -7,6 +7,7 @@ and pictures go to the terminal and to `.runs/<name>/`, by rank 0 alone; no resu
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,7 @@ class TrainingLog(Callback):
             FLOPs take at the peak of all devices together; 0: unknown.
     Attributes:
         lines: so far, each {"step", "clips_seen", "loss", "lr", "grad"}; the loss is the mean over ranks and over the
-            steps since the line before.
+            steps since the line before whose loss is finite. A step without a finite gradient gets no line.
     """
 
     def __init__(
@@ -59,12 +60,14 @@ class TrainingLog(Callback):
         self.waited_s += result.waited_s
         if not result.last and result.step % self.config.log_every:
             return
-        mean = torch.stack(self.recent).mean()
+        losses = torch.stack(self.recent)
+        mean, self.recent = losses[losses.isfinite()].mean(), []
         dist.all_reduce(mean)
-        seen, loss = result.step * self.config.batch, mean.item() / self.ranks
-        line = {"step": result.step, "clips_seen": seen, "loss": loss, "lr": result.learning_rate, "grad": result.grad_norm}
+        values = {"loss": mean.item() / self.ranks, "lr": result.learning_rate, "grad": result.grad_norm.item()}
+        line = {"step": result.step, "clips_seen": result.step * self.config.batch, **values}
+        if not all(map(math.isfinite, line.values())):
+            return
         self.lines.append(line)
-        self.recent = []
         if self.rank == 0:
             self._show(line)
 
