@@ -61,7 +61,7 @@ GLIBC := 2014 1 2_17 2_24 2_26 2_27 2_28 2_31
 
 wheels: install
 	mkdir -p wheels
-	python -m scaling4d_bench.gpu_wheels > wheels/list.txt
+	grep -vE '^(#|(torch|torchvision|numpy)==|nvidia|cuda|triton)' requirements-cuda.lock > wheels/list.txt
 	pip wheel -q --no-deps -w wheels $$(grep antlr4 wheels/list.txt)
 	grep -v antlr4 wheels/list.txt | xargs pip download -q --no-deps --only-binary=:all: -d wheels --python-version $(GPU_PYTHON) \
 		$(foreach glibc,$(GLIBC),--platform manylinux$(if $(findstring _,$(glibc)),_)$(glibc)_x86_64)

@@ -10,8 +10,6 @@ from typing import Annotated
 
 import typer
 
-from scaling4d.records import UserError
-
 bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory, beside other libraries where there are any.")
 
 Repeats = Annotated[int, typer.Option(min=1, help="Number of turns of each workload.")]
@@ -68,16 +66,11 @@ def pretrain(
     ladder: Annotated[
         bool, typer.Option("--ladder", help="The default profile's points alone, as it trains them: its batch, fp32, one thread.")
     ] = False,
-    against: Annotated[
-        str | None, typer.Option(metavar="REVISION", help="With --ladder: a git revision to measure in alternating turns.")
-    ] = None,
 ) -> None:
     """Clips a second of training steps, share of the matmul peak: ours, transformers' VideoMAE, official MAE-ST."""
     if ladder:
-        _measure("ladder", repeats=repeats, against=against)
+        _measure("ladder", repeats=repeats)
         return
-    if against:
-        raise UserError(f"--against {against} needs --ladder")
     _measure("pretrain", clips=clips, repeats=repeats, precisions=precision, mae_st=mae_st)
 
 

@@ -13,11 +13,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 Table = Mapping[str, Any]  # {"python", "locks": {lock: {"wheels": [...], "unresolved": {...}}}, "wheels": {file: {...}}}
+Libraries = Mapping[str, Mapping[str, Any]]  # path -> {"needs", "soname", "run_path"}
 
 LOCKS = ("requirements.lock", "requirements-cuda.lock")
 PYTHON = "3.12"
@@ -39,13 +40,11 @@ def problems(table: Table, lock: str) -> list[str]:
     symbols = [f"{path}: {len(names)} symbols are in no library, as {names[0]}" for path, names in unresolved.items() if names]
     (torch,) = (wheel["version"] for wheel in wheels.values() if wheel["name"] == "torch")
     (built,) = (wheel["built_for"] for wheel in wheels.values() if wheel["name"] == "xformers")
-    other = (
-        [] if built["torch"].split("+")[0] == torch else [f"xformers is built for torch {built['torch']}; the lock has {torch}"]
-    )
-    return missing + symbols + other
+    other = f"xformers is built for torch {built['torch']}; the lock has {torch}"
+    return missing + symbols + ([] if built["torch"].split("+")[0] == torch else [other])
 
 
-def missing_libraries(libraries: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+def missing_libraries(libraries: Libraries) -> list[tuple[str, str]]:
     """Path of a library below site-packages, name that it needs, where the dynamic loader does not come upon that name.
 
     The loader looks in the library's own run path, and then among the libraries that `import torch` has loaded.
@@ -57,9 +56,7 @@ def missing_libraries(libraries: Mapping[str, Mapping[str, Any]]) -> list[tuple[
     return sorted(_load(libraries, roots, loaded)[1])
 
 
-def _load(
-    libraries: Mapping[str, Mapping[str, Any]], roots: list[str], loaded: set[str]
-) -> tuple[set[str], set[tuple[str, str]]]:
+def _load(libraries: Libraries, roots: list[str], loaded: set[str]) -> tuple[set[str], set[tuple[str, str]]]:
     """Paths of all libraries that the roots load, and the names that are missing."""
     waiting, paths, wanting = list(roots), set(), []
     while waiting:
@@ -68,9 +65,8 @@ def _load(
             continue
         paths.add(path)
         for name in libraries[path]["needs"]:
-            places = [
-                posixpath.normpath(posixpath.join(posixpath.dirname(path), place, name)) for place in libraries[path]["run_path"]
-            ]
+            folders = (posixpath.join(posixpath.dirname(path), place) for place in libraries[path]["run_path"])
+            places = (posixpath.normpath(posixpath.join(folder, name)) for folder in folders)
             if beside := [place for place in places if place in libraries]:
                 waiting.append(beside[0])
             else:
@@ -148,10 +144,7 @@ def download(lock: str, folder: Path) -> list[Path]:
     """torch, torchvision, xformers and their requirements, as the package index has them for Linux with CUDA."""
     platforms = [word for platform in GLIBC for word in ("--platform", platform)]
     command = [sys.executable, "-m", "pip", "download", "-q", "-c", lock, "-d", str(folder), "--only-binary=:all:"]
-    unchanged = os.environ | {
-        "PIP_CONFIG_FILE": os.devnull,
-        "PIP_FIND_LINKS": "",
-    }  # a machine's own CPU build of torch is not meant
+    unchanged = os.environ | {"PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""}  # no CPU build of torch from this machine
     subprocess.run([*command, "--python-version", PYTHON, *platforms, *LOADED_BY_PYTHON], check=True, env=unchanged)
     return sorted(folder.glob("*.whl"))
 
@@ -173,19 +166,5 @@ def table(locks: tuple[str, ...] = LOCKS) -> Table:
     return content
 
 
-def lines(content: Any, depth: int = 0) -> Iterator[str]:
-    """JSON with a line for each library."""
-    if depth == 4 or not isinstance(content, dict) or not content:
-        yield json.dumps(content, sort_keys=True)
-        return
-    yield "{"
-    for number, (key, value) in enumerate(sorted(content.items()), 1):
-        first, *rest = lines(value, depth + 1)
-        *inner, last = [f"{' ' * (depth + 1)}{json.dumps(key)}: {first}", *rest]
-        yield from inner
-        yield last + ("," if number < len(content) else "")
-    yield " " * depth + "}"
-
-
 if __name__ == "__main__":
-    print("\n".join(lines(table())))
+    print(json.dumps(table(), indent=1, sort_keys=True))

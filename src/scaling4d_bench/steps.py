@@ -1,8 +1,7 @@
 """Training steps on random pixels: forward pass, backward pass, AdamW; ours, and those of other libraries.
 
-The same fused AdamW at a learning rate of 0 steps all models, so every step is the same work. No gradient is clipped.
-Ours start from uint8 pixels and draw their masks; a peer receives the output of its own loader: normalised fp32 pixels,
-and its mask.
+The same fused AdamW at a learning rate of 0 steps all models, so every step is the same work. Ours start from
+uint8 pixels and draw their masks; a peer receives the output of its own loader: normalised fp32 pixels, and its mask.
 """
 
 from __future__ import annotations
@@ -71,12 +70,14 @@ def build(point: str, changes: Mapping[str, Any], device: torch.device) -> Metho
     return model.to(device)
 
 
-def adamw_update(model: nn.Module) -> Update:
-    """The backward pass from a loss and AdamW's update."""
-    adamw = build_adamw({"all": (list(model.named_parameters()), 0.0)}, betas=BETAS, weight_decay=0.05)
+def adamw_update(model: nn.Module, *, weight_decay: float = 0.05, clip_norm: float | None = None) -> Update:
+    """The backward pass from a loss and AdamW's update. clip_norm: None: no gradient is clipped."""
+    adamw = build_adamw({"all": (list(model.named_parameters()), 0.0)}, betas=BETAS, weight_decay=weight_decay)
 
     def update(loss: Tensor) -> None:
         loss.backward()
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
         adamw.step()
         adamw.zero_grad()
 

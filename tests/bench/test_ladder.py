@@ -1,90 +1,56 @@
-"""The ladder's training steps beside those of a revision: figures of made-up times, and a real turn."""
+"""Training steps of the default profile's points: its batches and shapes; shares that follow from CPU seconds."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+import torch
 
-from scaling4d import cli, config
-from scaling4d.records import UserError
-from scaling4d_bench import ladder
-
-pytestmark = pytest.mark.integration
+from scaling4d import config
+from scaling4d_bench import ladder, measure
+from scaling4d_bench.measure import Timings
 
 ROOT = Path(__file__).parents[2]
-POINT = {"clip": [8, 64, 64], "patch": [1, 8, 8], "mask_ratio": 0.85, "batch": 16, "parameters": 1000, "flops_per_clip": 10**7}
-FORMER = POINT | {"clip": [16, 64, 64], "batch": 8}
 
 
-class MadeUp(ladder.Checkout):
-    """A turn of a point: 0.2 CPU seconds here, and 0.1 in the other code, whose batch is half. Half the time waits."""
-
-    def __enter__(self):
-        known = {"nano": POINT, "mini": POINT} if self.name == "this code" else {"nano": FORMER, "tiny": FORMER}
-        self.facts = {"points": known, "steps": 10, "product_flops": 10**9}
-        return self
-
-    def __exit__(self, *error) -> None: ...
-
-    def turn(self, name: str) -> tuple[float, float]:
-        cpu_s = 0.1 if name == ladder.PRODUCT or self.name != "this code" else 0.2
-        return 2 * cpu_s, cpu_s
-
-
-@pytest.fixture
-def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A git repository with one empty commit."""
-    monkeypatch.chdir(tmp_path)
-    for words in ("init -q", "-c user.name=a -c user.email=a@b commit -q --allow-empty -m first"):
-        subprocess.run(["git", *words.split()], check=True)
-    return tmp_path
-
-
-def test_shares_and_ratios_follow_from_cpu_seconds(repository: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(ladder, "Checkout", MadeUp)
-    path = ladder.bench(repository / "out", repeats=3, against="HEAD")
-    content, printed = json.loads(path.read_text()), capsys.readouterr().out
-    rows = {row["name"]: row for row in content["results"]["rows"]}
-    assert path.name == "ladder.json" and list(rows) == ["nano", "mini", "nano, HEAD", "tiny, HEAD"]
-    assert {name: row["per_s"] for name, row in rows.items()} == pytest.approx(dict.fromkeys(rows, 400))  # 160 / 0.4, 80 / 0.2
-    assert content["results"]["product_flop_per_s"] == pytest.approx(1e11)  # 10 products of 1e9 in 0.1 s
-    assert [row["share_of_peak"] for row in rows.values()] == pytest.approx([0.08] * 4)  # 800 clips of 1e7 a CPU second
-    (ratio,) = content["results"]["ratios"]
-    assert (ratio["of"], ratio["over"], ratio["median"]) == ("nano", "nano, HEAD", pytest.approx(1))
-    assert "their shapes differ" in printed and "│ 16x64x64 │" in printed
-    assert all(len(values) == 3 for kind in content["raw"]["turns"].values() for values in kind.values())
-    assert subprocess.run(["git", "worktree", "list"], capture_output=True, text=True, check=True).stdout.count("\n") == 1
-
-
-def test_a_revision_is_measured_in_its_own_files(repository: Path) -> None:
-    Path("only_here").touch()
-    with ladder.worktree("HEAD") as root:
-        assert (root / ".git").exists() and not (root / "only_here").exists()
-    assert not root.exists()
-    with pytest.raises(UserError, match="invalid reference: nowhere"), ladder.worktree("nowhere"):
-        pass
-
-
-def test_code_that_cannot_be_measured_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^the steps of old cannot be measured: .*Error.*$"):
-        ladder.Checkout("old", tmp_path, tmp_path).__enter__()
-
-
-def test_the_default_profiles_points_are_measured_as_it_trains_them(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.integration
+def test_the_default_profiles_points_are_measured_as_it_trains_them(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(ladder, "STEPS", 1)
     settings = config.compose([])
-    with ladder.Checkout("this code", ROOT, ROOT / "src") as checkout:
-        points = checkout.facts["points"]
-        assert list(points) == [name for name, point in settings["points"].items() if "SimpleMAE" in point["model"]]
-        assert {point["batch"] for point in points.values()} == {settings["pretrain"]["Training"]["batch"]}
-        for name, point in points.items():
-            given = settings["points"][name]["model"]["SimpleMAE"]
-            assert all(point[key] == given[key] for key in ("clip", "patch", "coarse_patch", "mask_ratio"))
-        assert min(checkout.turn(next(iter(points)))) > 0
+    content, shown = json.loads(ladder.bench(tmp_path, repeats=1).read_text()), capsys.readouterr().out
+    rows = {row["name"]: row for row in content["results"]["rows"]}
+    assert list(rows) == [name for name, point in settings["points"].items() if "SimpleMAE" in point["model"]]
+    for name, row in rows.items():
+        given = settings["points"][name]["model"]["SimpleMAE"]
+        assert row["batch"] == settings["pretrain"]["Training"]["batch"] and row["share_of_peak"] > 0
+        assert all(row[key] == given[key] for key in ("clip", "patch", "coarse_patch", "mask_ratio"))
+    assert content["raw"]["turns"]["seconds"].keys() == {*rows, ladder.PRODUCT}
+    assert all(f"│ {name} " in shown for name in rows)
 
 
-def test_a_revision_without_the_ladder_is_refused() -> None:
-    refused = CliRunner().invoke(cli.app, ["bench", "pretrain", "--against", "HEAD"])
-    assert str(refused.exception) == "--against HEAD needs --ladder"
+def test_the_share_of_the_peak_is_that_of_cpu_seconds(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    facts = {
+        "batch": 16,
+        "flops_per_clip": 10**7,
+        "parameters": 1000,
+        "clip": [8, 64, 64],
+        "patch": [1, 8, 8],
+        "mask_ratio": 0.85,
+    }
+    monkeypatch.setattr(ladder, "point_step", lambda given, training: (lambda: None, facts | {"mask_ratio": 0.85}))
+    monkeypatch.setattr(ladder, "matrix_product", lambda *_, side: (lambda: None, 10**9))
+
+    def made_up(runs, *, repeats) -> Timings:
+        cpu_s = {name: [0.1 if name == ladder.PRODUCT else 0.2] * repeats for name in runs}
+        return Timings({name: [2 * s for s in values] for name, values in cpu_s.items()}, cpu_s)
+
+    monkeypatch.setattr(measure, "take_turns", made_up)
+    results = json.loads(ladder.bench(tmp_path, repeats=3).read_text())["results"]
+    assert results["product_flop_per_s"] == pytest.approx(1e11)  # 10 products of 1e9 in 0.1 s
+    for row in results["rows"]:
+        assert row["per_s"] == pytest.approx(400)  # 160 clips in 0.4 s
+        assert row["share_of_peak"] == pytest.approx(0.08)  # 800 clips of 1e7 a CPU second
