@@ -156,7 +156,8 @@ def report() -> None:
 @app.command()
 def table() -> None:
     """Print the results as one table: point x task x protocol."""
-    from scaling4d.report import read_run_results, table_text
+    from scaling4d.report.run_results import read_run_results
+    from scaling4d.report.tables import table_text
 
     print(table_text(read_run_results(_settings())))
 

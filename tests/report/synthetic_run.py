@@ -14,14 +14,14 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from scaling4d import config, report, seeds
+from scaling4d import config, seeds
 from scaling4d.provenance import parse_csv, to_csv
 from scaling4d.records import Result, write_json
 from scaling4d.report import tables
 from scaling4d.report.page import Page
-from scaling4d.report.run_results import RunResults
+from scaling4d.report.run_results import RunResults, read_run_results
 from scaling4d.report.seeds import FOLDER
-from scaling4d.report.verdict import verdict
+from scaling4d.report.verdict import conclusion, measure_rows, verdict
 from scaling4d.studies.study import RECONSTRUCT_METRICS, RUN_COLUMNS, TABLE_COLUMNS, loss_task, study_table
 
 NOTEBOOK = Path(__file__).parents[2] / "reports/scaling.ipynb"
@@ -60,9 +60,19 @@ def rows_of(section: str) -> list[list[str]]:
     return [[" ".join(re.sub(r"<[^>]+>", " ", cell).split()) for cell in row] for row in rows]
 
 
+def conclusion_text(run: RunResults) -> str:
+    page = Page(Path("out"))
+    return conclusion(run, page, measure_rows(run, page))
+
+
+def verdict_text(run: RunResults) -> str:
+    page = Page(Path("out"))
+    return verdict(run, page, measure_rows(run, page))
+
+
 def verdict_rows(run: RunResults) -> dict[str, list[str]]:
     """Cells of the verdict's table by the first one, as text."""
-    table = verdict(run, Page(Path("out"))).partition("<tbody>")[2]
+    table = verdict_text(run).partition("<tbody>")[2]
     return {name: rest for name, *rest in rows_of(table)}
 
 
@@ -198,7 +208,7 @@ def _readout(home: Path, encoder: str, points: dict[str, int], task: str, protoc
 
 def write_tables(settings: dict) -> dict:
     """Write the report's tables and stages.json without notebook and figures. Returns the content of stages.json."""
-    run = report.read_run_results(settings)
+    run = read_run_results(settings)
     BUILT.mkdir(parents=True, exist_ok=True)
     for name in ("results", "pretrain", "curves"):
         (BUILT / f"{name}.csv").write_text(getattr(tables, f"{name}_csv")(run))

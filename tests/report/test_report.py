@@ -16,13 +16,14 @@ import pytest
 from matplotlib.figure import Figure
 from synthetic_run import BUILT, NOTEBOOK, OTHERS, POCKET, SIZES, TASKS, rows_of, write_run
 
-from scaling4d import artifacts, config, report
+from scaling4d import artifacts, config
 from scaling4d.audit.report_numbers import _value_at
 from scaling4d.provenance import WORK_FOLDER, format_number, load_yaml
 from scaling4d.records import UserError, write_json
 from scaling4d.report import figures, notebook, sections, stage, tables
 from scaling4d.report.layout import SECTIONS, read_page, report_html
 from scaling4d.report.page import Page
+from scaling4d.report.run_results import read_run_results
 from scaling4d.studies.plotting import panel_title
 from scaling4d.studies.words import WORDS, measure, metric_words
 
@@ -57,7 +58,7 @@ def built_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         artifacts.write_run("pretrain-nano", "0" * 64, started=0)
         Path(".runs/studies").mkdir()
         write_json(Path(".runs/studies/pocket-nano-0.json"), {"seconds": 1.0, "cpu_seconds": 1.0})
-        report.build(settings)
+        stage.build(settings)
     return folder
 
 
@@ -65,7 +66,7 @@ def built_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def page(built_folder: Path) -> Page:
     """The page of that run."""
     with contextlib.chdir(built_folder):
-        return read_page()
+        return read_page(read_run_results(config.read()))
 
 
 @pytest.fixture
@@ -81,7 +82,7 @@ def test_the_report_is_the_same_bytes_twice_and_needs_no_network(built: Path, ca
     strips = {f"pictures/clip_{clip}_{row}.png" for clip in (0, 1) for row in ("input", "masked", *SIZES, "difference")}
     pictures = strips | {f"pictures/clip_{clip}.webm" for clip in (0, 1)} | {f"pictures/sheet_{task}.png" for task in TASKS}
     assert set(first) == OUTS | pictures
-    report.build(config.read())
+    stage.build(config.read())
     assert outs() == first
     table = capsys.readouterr().out
     assert "untrained_mini" in table and "average_jaccard ↑" in table
@@ -156,7 +157,7 @@ def test_every_figure_has_a_caption_and_that_of_the_tasks_names_its_baselines(pa
 
 
 def test_the_title_of_a_panel_has_words_in_at_most_two_lines(pocket: dict) -> None:
-    run = report.read_run_results(pocket)
+    run = read_run_results(pocket)
     svg = figures.headline(run)
     for r in run.results:
         name, *words, direction = panel_title(r.task, r.metric, r.unit, r.higher_is_better).splitlines()
@@ -170,7 +171,7 @@ def test_the_answer_comes_first_and_details_are_folded(page: Page) -> None:
     assert re.search(r"</h1>\n<section[^>]*><p>(Better|Within|Not)", report_html(page, "commit.js"))
     folded = {name for name, content in page.sections.items() if "<details>" in content}
     details = {"further", "paper", "trends", "fidelity", "overrides", "deviations", "unstated", "agreements", "lineage"}
-    assert folded == {"rules", "gains"} | details
+    assert folded == {"rules"} | details
 
 
 @chromium.needed
@@ -223,7 +224,7 @@ def test_every_number_of_the_page_is_listed_with_the_file_and_place_that_hold_it
 
 
 def test_no_digit_of_a_table_of_numbers_stands_outside_a_number(page: Page) -> None:
-    for name in ("results", "gains", "further", "points", "fidelity", "reconstructions"):
+    for name in ("results", "further", "points", "fidelity", "reconstructions"):
         body = re.sub(r"<thead>.*?</thead>|<summary>.*?</summary>|<h2>.*?</h2>", "", page.sections[name])
         text = re.sub(r'<span class="number".*?</span>|<[^>]+>|4DS|95 %|0\.\.1|&#x27;', "", body)
         assert not re.search(r"\d", text), (name, text)
@@ -234,26 +235,23 @@ def test_further_metrics_say_at_which_step_early_stopping_took_the_weights(page:
     steps = {(encoder, protocol): cells[-2:] for encoder, protocol, *cells in filter(None, rows_of(page.sections["further"]))}
     assert steps["mini", "frozen"] == steps["untrained nano", "frozen"] == ["120", "300"]  # the first of two equal losses
     assert steps["mini", "finetune"] == steps["raw pixels", "frozen"] == ["-", "-"]
-    run = report.read_run_results(pocket)
+    run = read_run_results(pocket)
     number, _ = tables.held_out_parts(run, run.result("mini", "pose", "frozen"))
     assert number.value == _value_at(number.source, Path(number.source).read_text(), number.key) == 120
 
 
 def test_derived_numbers_name_the_numbers_that_they_come_from(built: Path) -> None:
     derived = json.loads((BUILT / "derived.json").read_text())
-    gain = derived["gain of mini at pose"]
-    values = []
-    for source, key in gain["from"]:
-        assert key == ["value"]
-        values.append(json.loads(Path(source).read_text())["value"])
-    assert gain["value"] == values[1] - values[0] > 0  # a smaller error is a gain
+    trend = derived["trend of SimpleMAE"]
+    losses = [json.loads(Path(source).read_text())["val_loss"] for source, key in trend["from"] if key == ["val_loss"]]
+    assert len(losses) == 5 and trend["value"]["change"] == abs(1 - losses[-1] / losses[0])
     law = derived["law of ours: validation loss, parameters"]
     assert law["value"]["sizes"] == 5 and len(law["from"]) == 10
     assert ["artifacts/test/pretrain/mini/summary.json", ["val_loss"]] in law["from"]
 
 
 def test_tables_hold_every_result_in_full(pocket: dict) -> None:
-    run = report.read_run_results(pocket)
+    run = read_run_results(pocket)
     rows = list(csv.DictReader(tables.results_csv(run).splitlines()))
     assert list(rows[0]) == [
         *("encoder", "parameters", "task", "protocol", "metric", "value", "low", "high"),
@@ -273,7 +271,7 @@ def test_tables_hold_every_result_in_full(pocket: dict) -> None:
 
 
 def test_linear_probes_are_drawn_from_few_to_all_labelled_clips(pocket: dict) -> None:
-    run, results, metrics = report.read_run_results(pocket), [], {"actions": "top1", "depth": "abs_rel"}
+    run, results, metrics = read_run_results(pocket), [], {"actions": "top1", "depth": "abs_rel"}
     assert "no readout with linear probes" in figures.label_efficiency(run)
     for r in run.results:
         worse, metric = -1 if r.higher_is_better else 1, metrics.get(r.task)
@@ -290,24 +288,24 @@ def test_linear_probes_are_drawn_from_few_to_all_labelled_clips(pocket: dict) ->
 
 
 def test_a_student_is_no_part_of_the_ladder_and_stands_beside_the_point_of_its_size(pocket: dict) -> None:
-    run = report.read_run_results(pocket)
+    run = read_run_results(pocket)
     assert run.methods[0] == "SimpleMAE" and run.methods[-1] == "Distilled"
     assert run.of_method("Distilled") == ["nano_distilled"]
-    assert "nano_distilled" in report.table_text(run)
+    assert "nano_distilled" in tables.table_text(run)
     small = replace(run, points=("mae_st_tiny", "nano"))
     assert small.methods == ["MAEST", "SimpleMAE", "Distilled"]  # each with one point
 
 
 def test_a_missing_readout_of_the_profile_is_a_dash_and_not_an_error(new_run: Callable[..., dict]) -> None:
     settings = new_run(points={"nano": 180_000, "mini": 8_000_000}, frozen=["mini"], finetune=[])
-    text = report.table_text(report.read_run_results(settings)).splitlines()
+    text = tables.table_text(read_run_results(settings)).splitlines()
     assert next(line for line in text if "nano" in line).split()[-5:] == ["-"] * 5
     assert "-" not in next(line for line in text if "mini" in line).split()
 
 
 def test_a_published_encoder_stands_beside_ours(new_run: Callable[..., dict]) -> None:
     points, published = {"nano": 180_000, "mini": 8_000_000}, {"dinov2_l": 304_000_000}
-    run = report.read_run_results(new_run(points=points, frozen=[*points, *published], finetune=[], published=published))
+    run = read_run_results(new_run(points=points, frozen=[*points, *published], finetune=[], published=published))
     rows = [row for row in csv.DictReader(tables.results_csv(run).splitlines()) if row["encoder"] == "dinov2_l"]
     assert {row["task"] for row in rows} == {*TASKS} and {row["parameters"] for row in rows} == {"304000000"}
     assert "dinov2_l, frozen" in figures.headline(run)
@@ -315,7 +313,7 @@ def test_a_published_encoder_stands_beside_ours(new_run: Callable[..., dict]) ->
 
 
 def test_own_videos_without_benchmarks_are_reported(new_run: Callable[..., dict]) -> None:
-    report.build(new_run(points={"nano": 180_000}, frozen=[], finetune=[]))
+    stage.build(new_run(points={"nano": 180_000}, frozen=[], finetune=[]))
     assert (BUILT / "results.csv").read_text().count("\n") == 1
     page = (BUILT / "report.html").read_text()
     assert "no benchmark" in page and "draws no predictions" in page
@@ -336,7 +334,7 @@ def test_a_missing_file_names_the_stage_to_run(pocket: dict, gone: str, command:
     path.unlink()
     expected = f"the report needs {path}, which is missing: run `dvc repro`, or `scaling4d {command}` alone"
     with pytest.raises(UserError, match=f"^{re.escape(expected)}$"):
-        report.build(pocket)
+        stage.build(pocket)
     assert not BUILT.exists()
 
 
@@ -346,12 +344,12 @@ def test_a_damaged_result_and_one_of_another_version_are_named(pocket: dict) -> 
     for damaged in (content[:40], content.replace('"metric"', '"measure"')):
         path.write_text(damaged)
         with pytest.raises(UserError, match=f"{path} is damaged .*run `scaling4d readout mini depth frozen`"):
-            report.read_run_results(pocket)
+            read_run_results(pocket)
     path.write_text(content)
     path = Path("artifacts/test/pretrain/mini/summary.json")
     path.write_text(path.read_text().replace('"flops"', '"operations"'))
     with pytest.raises(UserError, match=f"^{path} lacks flops: it was made by another version; run its stage again$"):
-        report.read_run_results(pocket)
+        read_run_results(pocket)
 
 
 def test_a_failing_notebook_is_refused_with_its_cell(pocket: dict, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,7 +357,7 @@ def test_a_failing_notebook_is_refused_with_its_cell(pocket: dict, monkeypatch: 
     source = notebook.NOTEBOOK.read_text()
     notebook.NOTEBOOK.write_text(source.replace('show_table(\\"pretrain.csv\\")', "1 / 0", 1))
     with pytest.raises(UserError, match="fails in cell .*ZeroDivisionError"):
-        report.build(pocket)
+        stage.build(pocket)
     assert not BUILT.exists()
 
 
@@ -371,23 +369,11 @@ def test_the_notebook_is_short_and_only_calls_the_report() -> None:
     assert not re.search(r"\b(for|if|def|lambda)\b", code)
 
 
-def test_an_untrained_baseline_shows_the_gain_of_pretraining(page: Page) -> None:
-    section = page.sections["gains"]
-    rows = rows_of(section)[1:]
-    assert len(rows) == 2 * 5
-    pose = next(row for row in rows if row[1] == "mini" and row[0].startswith("pose"))
-    assert float(pose[4]) > 0  # a smaller error counts as a gain
-    heads = "Better than untrained|Within overlapping intervals of this run|Worse than untrained"
-    answers = dict(re.findall(rf"({heads}): (.*?)\.", section))
-    assert ("pose (mini)" in answers["Better than untrained"]) == (pose[5] == "yes")
-    assert sum(len(names.split(", ")) for names in answers.values()) == 10
-
-
 def test_the_main_table_has_losses_of_one_method_and_the_table_of_points_has_all(page: Page, pocket: dict) -> None:
     rows = {row[0]: row for row in rows_of(page.sections["results"])[1:] if row[2] == "frozen"}
     assert "<th>validation loss of pretraining ↓<br>SimpleMAE</th>" in page.sections["results"]
     assert rows["mae_st_tiny"][3] == rows["nano_distilled"][3] == "-" and float(rows["mini"][3]) > 0
-    text = report.table_text(report.read_run_results(pocket))
+    text = tables.table_text(read_run_results(pocket))
     assert next(line for line in text.splitlines() if "mae_st_tiny" in line).split()[4] == "-"
     points = {row[0]: row for row in rows_of(page.sections["points"])[1:]}
     assert float(points["mae_st_tiny"][7]) > 0 and "do not compare" in page.sections["points"]
@@ -402,12 +388,12 @@ def test_a_trivial_answer_beyond_the_encoders_is_named_at_the_edge_and_does_not_
     figures._draw_trivial(axes, 0.1)
     assert axes.get_ylim()[1] == high and low - 0.2 * (high - low) < axes.get_ylim()[0] < low
     assert [text.get_text() for text in axes.texts] == ["↓ off axis: trivial 0.1"]
-    assert ">↑ off axis: trivial 0.3</text>" in figures.headline(report.read_run_results(pocket))  # an error of depth
+    assert ">↑ off axis: trivial 0.3</text>" in figures.headline(read_run_results(pocket))  # an error of depth
 
 
 def test_points_with_another_masking_are_no_part_of_the_ladder(new_run: Callable[..., dict]) -> None:
     sizes = {"nano": 180_000, "tiny": 1_060_000, "tiny_tube": 1_060_000, "mini": 8_350_000}
-    run = report.read_run_results(new_run(points=sizes, frozen=list(sizes), finetune=[]))
+    run = read_run_results(new_run(points=sizes, frozen=list(sizes), finetune=[]))
     assert run.ladder == ["nano", "tiny", "mini"]
     assert run.masking("tiny_tube") == "tube 95%"
     assert rows_of(sections.points(run, Page(BUILT)))[3][-1].split() == ["tube", "95%"]
@@ -424,7 +410,7 @@ def test_trends_fit_ours_and_the_published_curves_by_the_same_code(page: Page) -
 
 
 def test_stages_name_their_inputs_and_the_stages_that_made_them(pocket: dict) -> None:
-    stages = tables.stages(report.read_run_results(pocket))["stages"]
+    stages = tables.stages(read_run_results(pocket))["stages"]
     readout = stages["readout/mini/depth/finetune"]
     assert readout["from"] == {"checkpoint": "pretrain/mini"}
     assert readout["operative"] == {"Kind.of": "readout", "Kind.steps": 3}
@@ -452,7 +438,7 @@ def test_our_own_choices_are_listed_with_their_values_in_this_run(pocket: dict) 
         path = Path(f"artifacts/test/readout/mini/{task}/frozen/provenance.json")
         content = json.loads(path.read_text()) | {"settings": {f"readout.frozen.{task}": {"Frozen": {"steps": steps}}}}
         write_json(path, content)
-    section = sections.unstated(report.read_run_results(pocket), Page(BUILT))
+    section = sections.unstated(read_run_results(pocket), Page(BUILT))
     cells = [cell for row in rows_of(section) for cell in row]
     assert any(cell.startswith("readout.frozen.*.Frozen.steps: 300 (boxes, pose); 120 (depth)") for cell in cells)
     assert "absolute relative error" in section and "position_std" not in section  # no stage of this run was given it

@@ -10,16 +10,16 @@ from statistics import fmean, stdev
 import published_numbers
 import pytest
 import yaml
-from synthetic_run import BUILT, verdict_rows, write_seed_study, write_tables
+from synthetic_run import BUILT, verdict_rows, verdict_text, write_seed_study, write_tables
 
-from scaling4d import config, report
+from scaling4d import config
 from scaling4d.audit.report_numbers import _value_at
 from scaling4d.records import write_json
 from scaling4d.report import figures, layout, tables
 from scaling4d.report.page import Page
-from scaling4d.report.run_results import RunResults
+from scaling4d.report.run_results import RunResults, read_run_results
 from scaling4d.report.seeds import FOLDER
-from scaling4d.report.verdict import NO, NOISE, YES, conclusion, rules, verdict
+from scaling4d.report.verdict import NO, NOISE, YES, conclusion, measure_rows, rules, verdict
 from scaling4d.studies.study import loss_task, seed_noise
 from scaling4d.studies.words import MEASURES
 
@@ -31,8 +31,8 @@ def with_study(pocket: dict) -> Callable[..., RunResults]:
     """Write a study of seeds of the run, and read the run with it."""
 
     def write(**properties: object) -> RunResults:
-        write_seed_study(report.read_run_results(pocket), **properties)
-        return report.read_run_results(pocket)
+        write_seed_study(read_run_results(pocket), **properties)
+        return read_run_results(pocket)
 
     return write
 
@@ -60,11 +60,11 @@ def test_a_study_of_other_code_is_left_out_of_the_verdict(run: RunResults, pocke
     facts = json.loads(STUDY.read_text())
     facts["code"]["artifacts/code/show.json"] = "0" * 32  # it makes no number
     write_json(STUDY, facts)
-    assert report.read_run_results(pocket).fresh_seed_study
+    assert read_run_results(pocket).fresh_seed_study
     facts["code"]["artifacts/code/readout.json"] = "0" * 32
     write_json(STUDY, facts)
-    run = report.read_run_results(pocket)
-    text = verdict(run, Page(Path("out"))) + rules(run, Page(Path("out")))
+    run = read_run_results(pocket)
+    text = verdict_text(run) + rules(run, Page(Path("out")))
     assert run.fresh_seed_study is None and "±" not in text
     svg = figures.headline(run)
     assert "standard deviation" not in svg and "this run" not in svg
@@ -76,13 +76,13 @@ def test_a_study_of_other_code_is_left_out_of_the_verdict(run: RunResults, pocke
 def test_a_study_of_other_numbers_encoders_or_another_profile_is_left_out(run: RunResults, pocket: dict) -> None:
     before = RUNS.read_text()
     edit(RUNS, run.result("tiny", "boxes", "frozen").checkpoint_sha256, "0" * 64)
-    stale = report.read_run_results(pocket).seed_study.stale
+    stale = read_run_results(pocket).seed_study.stale
     assert re.match("The study of seeds has other numbers of tiny at .* with seed 0, so other settings, data or machines", stale)
     RUNS.write_text(re.sub("^small,0,small,depth.*\n", "", before, flags=re.MULTILINE))
-    stale = report.read_run_results(pocket).seed_study.stale
+    stale = read_run_results(pocket).seed_study.stale
     assert stale.startswith("The study of seeds lacks small at depth with seed 0: ")
     edit(STUDY, '"profile": "test"', '"profile": "desk"')
-    assert report.read_run_results(pocket).seed_study is None
+    assert read_run_results(pocket).seed_study is None
 
 
 @pytest.mark.parametrize(("seeds_", "reason"), [
@@ -114,7 +114,7 @@ def test_a_difference_within_the_noise_of_seeds_is_no_answer(with_study: Callabl
 def test_a_mean_loss_that_rises_at_one_step_of_size_is_not_better_with_size(run: RunResults, pocket: dict) -> None:
     loss = run.fresh_seed_study.numbers["small", "pretrain", "val_loss"].mean
     edit(FOLDER / "table.csv", f"small,pretrain,val_loss,3,{loss}", f"small,pretrain,val_loss,3,{loss * 2}")
-    table = verdict_rows(report.read_run_results(pocket))
+    table = verdict_rows(read_run_results(pocket))
     cells = table["validation loss of pretraining ↓"]
     assert cells[0].startswith(NO) and "Spearman" in cells[0] and "noise" in cells[0]
     assert table["squared error of hidden pixels ↓"][0].startswith(YES)
@@ -133,7 +133,8 @@ def test_the_noise_of_a_loss_is_of_the_points_that_differ_in_size_alone(run: Run
 
 def test_every_number_of_the_verdict_stands_in_its_source(run: RunResults) -> None:
     page = Page(Path("out"))
-    text = conclusion(run, page) + verdict(run, page) + rules(run, page)
+    rows = measure_rows(run, page)
+    text = conclusion(run, page, rows) + verdict(run, page, rows) + rules(run, page)
     page.write_json(Path())
     shown = re.sub(r'<span class="number".*?</span>|<[^>]+>|95 %', "", unescape(text))
     assert not re.search(r"\d", shown), shown
@@ -166,7 +167,7 @@ def test_the_headline_shows_means_and_this_run(run: RunResults) -> None:
 def readme_results(settings: dict, monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[list[str]]]:
     """The sentences and the cells of the rows that README should have."""
     write_tables(settings)
-    (BUILT / "reconstruct.csv").write_text(tables.reconstruct_csv(report.read_run_results(settings)))
+    (BUILT / "reconstruct.csv").write_text(tables.reconstruct_csv(read_run_results(settings)))
     monkeypatch.setattr(published_numbers, "ROOT", Path.cwd())
     sentences, *lines = published_numbers._results()
     return sentences, [[cell.strip() for cell in row.strip("|").split("|")] for row in lines]

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from synthetic_run import OTHERS, verdict_rows
+from synthetic_run import OTHERS, conclusion_text, verdict_rows, verdict_text
 
-from scaling4d import report, video
+from scaling4d import video
 from scaling4d.report.page import Page
 from scaling4d.report.pictures import draw_strips
-from scaling4d.report.run_results import RunResults
+from scaling4d.report.run_results import RunResults, read_run_results
 from scaling4d.report.verdict import (
     NO,
     NOISE,
@@ -20,17 +20,15 @@ from scaling4d.report.verdict import (
     YES,
     better,
     beyond,
-    conclusion,
     falls_beyond_noise,
     rules,
     trivial_answer,
-    verdict,
 )
 
 
 @pytest.fixture
 def run(pocket: dict) -> RunResults:
-    return report.read_run_results(pocket)
+    return read_run_results(pocket)
 
 
 def changed(run: RunResults, task: str, **values: tuple[float, float, float]) -> RunResults:
@@ -53,18 +51,18 @@ def test_a_result_is_better_where_its_interval_is_apart_on_the_better_side(run: 
 def test_the_trivial_answer_is_compared_as_if_its_interval_were_as_wide_as_the_results(run: RunResults) -> None:
     r = replace(run.result("nano", "pose", "frozen"), value=1.0, low=0.9, high=1.1)
     assert (beyond(r, 1.5), beyond(r, 0.5), beyond(r, 1.15), beyond(r, 0.85)) == (YES, NO, NOISE, NOISE)
-    text = verdict(run, Page(Path("out")))
+    text = verdict_text(run)
     assert text.index("as wide as that of the largest point") < text.index("<table>")
 
 
 def test_the_answer_stands_beside_the_measure(run: RunResults) -> None:
-    heads = re.findall("<th>(.*?)</th>", verdict(run, Page(Path("out"))))
+    heads = re.findall("<th>(.*?)</th>", verdict_text(run))
     assert heads[:4] == ["measure", "better with size", "nano, smallest", "mini, largest"]
 
 
 def test_the_conclusion_names_every_measure_by_its_answer(run: RunResults) -> None:
     run = changed(changed(run, "pose", mini=(0.5, 0.4, 0.6)), "depth", mini=(0.5, 0.4, 0.6))
-    text = conclusion(run, Page(Path("out")))
+    text = conclusion_text(run)
     assert "camera" in re.search(r"^<p>Better with size \(from .*? parameters\): (.*?)\. ", text)[1]
     assert "Not better with size: relative error of depth. " in text
     assert all(name.rsplit(" ", 1)[0] in text for name in verdict_rows(run))
@@ -73,7 +71,7 @@ def test_the_conclusion_names_every_measure_by_its_answer(run: RunResults) -> No
 def test_the_conclusion_names_what_does_not_work(run: RunResults) -> None:
     small = {"mini": (0.5, 0.4, 0.6), "untrained_mini": (0.55, 0.45, 0.65)}
     run = changed(run, "pose", **small, pixels=(0.9, 0.8, 1.0), nano=(0.9, 0.8, 1.0))
-    text = conclusion(run, Page(Path("out")))
+    text = conclusion_text(run)
     assert re.search(r"mini, the largest, is better than untrained mini, raw pixels, .*pose \(untrained mini[,)]", text)
     assert re.search(r"nano is worse than untrained mini at [^.]*pose", text)
 
@@ -114,7 +112,7 @@ def test_every_task_has_a_trivial_answer_where_it_was_measured(run: RunResults) 
 
 def test_one_size_alone_has_no_verdict(run: RunResults) -> None:
     run, page = replace(run, points=("nano",), students=()), Page(Path("out"))
-    assert "nothing can be said" in conclusion(run, page) and verdict(run, page) == rules(run, page) == ""
+    assert "nothing can be said" in conclusion_text(run) and verdict_text(run) == rules(run, page) == ""
 
 
 def test_strips_and_video_show_every_row_and_the_difference_of_the_ends(tmp_path: Path) -> None:

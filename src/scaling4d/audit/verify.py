@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -17,6 +15,7 @@ from scaling4d.audit.run import CODE, NOTE, SOURCE, UNCHECKED, WRONG, AuditFindi
 from scaling4d.pipeline import code_hashes
 from scaling4d.provenance import LOCK, MISSING, LockedStage, differences, file_at, flatten, overlap, read_lock, required
 from scaling4d.records import UserError
+from scaling4d.studies.study import json_md5
 
 PINS = Path("requirements.lock")
 INPUTS = (SOURCE, "params.yaml", "dvc.yaml", "data.dvc", "dvc.lock")  # of the checkout's run; an edit of one is a finding
@@ -69,8 +68,8 @@ def _verify_run(run: LockedRun) -> Iterator[AuditFinding]:
     absent = [path for path in paths if not run.disk.paths(path) and not path.startswith(f"{CODE}/")]
     if absent:
         command = f"scaling4d compose profile={Path(run.home).name} && dvc repro" if kept else "dvc repro"
-        what = f"{len(absent)} locked files and folders ({shorten(absent, 4)})"
-        yield AuditFinding(UNCHECKED, run.lock, f"{what} are not here: run `{command}`")
+        files = f"{len(absent)} locked files and folders ({shorten(absent, 4)})"
+        yield AuditFinding(UNCHECKED, run.lock, f"{files} are not here: run `{command}`")
 
 
 def _without_leftovers(locked: Mapping[str, LockedStage], today: Mapping[str, LockedStage]) -> dict[str, LockedStage]:
@@ -190,16 +189,11 @@ def _changed_packages(run: LockedRun) -> dict[str, str]:
         return dict.fromkeys(locked, f"the code is not Python: {error}")
     changed = {}
     for package, now in hashes.items():
-        if _json_md5(now) != locked.get(path := f"{CODE}/{package}.json", _json_md5(now)):
+        if json_md5(now) != locked.get(path := f"{CODE}/{package}.json", json_md5(now)):
             before = run.json_object(path).get("modules")
             names = ", ".join(name for name, *_ in differences(before, now["modules"])) if before else "unknown modules"
             changed[path] = f"the code differs from the code of the run ({names or 'unknown modules'})"
     return changed
-
-
-def _json_md5(content: Any) -> str:
-    """md5 of a file that `records.write_json` writes."""
-    return hashlib.md5((json.dumps(content, indent=2, sort_keys=True) + "\n").encode()).hexdigest()
 
 
 def _settings(run: LockedRun) -> Iterator[AuditFinding]:
@@ -272,7 +266,7 @@ def _provenance(run: LockedRun, stage: LockedStage, path: str, content: Mapping[
     for key, value, locked in differences(settings, stage.params):
         yield f"{path} has {key} = {value!r}, {run.lock} {locked!r}"
     code = {dep.md5 for dep in stage.deps if dep.path.startswith(f"{CODE}/")}
-    if code and _json_md5(content.get("code")) not in code:
+    if code and json_md5(content.get("code")) not in code:
         yield f"{path} names other code than the {CODE} of {run.lock}"
     data = [dep for dep in stage.deps if not dep.path.startswith(f"{CODE}/")]
     if not inputs or any(run.disk.md5(dep.path) != dep.md5 for dep in data):  # absent, or changed: an own finding

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from scaling4d.report import sections
 from scaling4d.report.page import Page
-from scaling4d.report.run_results import RunResults, read_run_results
-from scaling4d.report.verdict import conclusion, rules, verdict
+from scaling4d.report.run_results import RunResults
+from scaling4d.report.verdict import conclusion, measure_rows, rules, verdict
 from scaling4d.studies.markup import code_html, html_figure, html_page
 from scaling4d.studies.words import encoder_words
 
@@ -88,10 +88,12 @@ FIGURES = {  # name -> what the picture shows, caption; words in braces are thos
 class Section:
     """A part of the page. content: a function that gives its HTML, or a name of FIGURES; its name is the part's id.
 
+    The function takes run and page; `conclusion` and `verdict` also take `measure_rows`.
+
     heading, text: above it. folded: its title where it is folded; empty: always in sight.
     """
 
-    content: Callable[[RunResults, Page], str] | str
+    content: Callable[..., str] | str
     heading: str = ""
     text: str = ""
     folded: str = ""
@@ -117,7 +119,6 @@ SECTIONS = (
     Section(rules, folded="The rules in full"),
     Section("headline", "Tasks over the size of the encoder"),
     Section(sections.results, "This run alone"),
-    Section(sections.gains, folded="Gains over the untrained baselines"),
     Section(sections.further, folded="Further metrics of every readout"),
     Section(sections.paper, folded="4DS as published, in the rows and columns of our table"),
     Section("label_efficiency", "Tasks over the number of labelled clips"),
@@ -139,13 +140,14 @@ SECTIONS = (
 )
 
 
-def read_page(run: RunResults | None = None) -> Page:
-    """All sections of a run (default: of params.yaml), with ids of numbers in order."""
-    run = read_run_results() if run is None else run
+def read_page(run: RunResults) -> Page:
+    """All sections of a run, with ids of numbers in order."""
     page = Page(run.folder)
+    rows = measure_rows(run, page)
     for section in SECTIONS:
         name, write = section.name, section.content
-        content = figure(run, name) if name in FIGURES else write(run, page)
+        given = (run, page, rows) if write in (conclusion, verdict) else (run, page)
+        content = figure(run, name) if name in FIGURES else write(*given)
         if not content:
             continue
         content = (f"<p>{code_html(section.text)}</p>" if section.text else "") + content

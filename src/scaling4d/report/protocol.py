@@ -9,7 +9,6 @@ from importlib import resources
 from typing import Any
 
 PROFILES = ("paper", "pocket")
-STATUSES = ("same", "differs", "ours")
 SHAPE_OF_J = "shape of the encoder of 4DS-j"  # `what` of a row
 
 
@@ -25,12 +24,12 @@ def rows() -> list[dict[str, Any]]:
     return protocol()["rows"]
 
 
-def row_of(what: str) -> dict[str, Any]:
+def row_of(topic: str) -> dict[str, Any]:
     """The row of a topic."""
-    return next(row for row in rows() if row["what"] == what)
+    return next(row for row in rows() if row["what"] == topic)
 
 
-def judged_profile(profile: str) -> str:
+def status_profile(profile: str) -> str:
     """The profile whose statuses stand for a run's: its own, or `pocket`, whose defaults the other profiles share."""
     return profile if profile in PROFILES else "pocket"
 
@@ -45,13 +44,3 @@ def matched_keys(patterns: Iterable[str], keys: Iterable[str]) -> dict[str, list
             if len(words) == min(len(others) for _, others in matches):
                 keys_of[pattern].append((key, words))
     return keys_of
-
-
-def recorded_value(record: Any, profile: str, words: tuple[str, ...]) -> Any:
-    """The value that a row records for a key: the record itself, or its entry by profile, by words, or by both.
-
-    Raises KeyError: the record has no entry for the profile or the words.
-    """
-    if isinstance(record, dict) and record and record.keys() <= {*PROFILES}:
-        record = record[profile]
-    return record[".".join(words)] if isinstance(record, dict) and record else record

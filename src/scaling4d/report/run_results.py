@@ -107,13 +107,12 @@ class RunResults:
         return sorted(methods, key=lambda method: (method in distilled, -len(self.of_method(method)), method))
 
 
-def read_run_results(settings: Mapping[str, Any] | None = None) -> RunResults:
-    """Read the results that the settings (default: params.yaml) name.
+def read_run_results(settings: Mapping[str, Any]) -> RunResults:
+    """Read the results that the settings name.
 
     Raises:
         UserError: a missing file (names the stage to run), or a damaged one.
     """
-    settings = config.read() if settings is None else settings
     declared = config.declared(settings, KEYS)
     home = artifacts.home(settings)
     encoders = {protocol: tuple(config.section(settings, f"encoders.{protocol}") or ()) for protocol in PROTOCOLS}

@@ -10,14 +10,13 @@ from typing import Any
 from scaling4d.provenance import flatten
 from scaling4d.report.page import Number, Page, Part, joined, part_of, text_of
 from scaling4d.report.pictures import count_clips, strip_name, video_name
-from scaling4d.report.protocol import SHAPE_OF_J, judged_profile, matched_keys, row_of
+from scaling4d.report.protocol import SHAPE_OF_J, matched_keys, row_of, status_profile
 from scaling4d.report.protocol import rows as protocol_rows
-from scaling4d.report.run_results import PROTOCOLS, UNTRAINED, RunResults, is_baseline
+from scaling4d.report.run_results import PROTOCOLS, RunResults, is_baseline
 from scaling4d.report.tables import (
     ERRORS,
     fidelity_columns,
     held_out_parts,
-    interval,
     label,
     overview,
     published,
@@ -26,7 +25,6 @@ from scaling4d.report.tables import (
     summary_part,
     with_interval,
 )
-from scaling4d.report.verdict import NO, NOISE, YES, encoder_better
 from scaling4d.studies import fits
 from scaling4d.studies.markup import NOTHING, html_figure
 from scaling4d.studies.words import encoder_words, measure, measure_head
@@ -91,34 +89,6 @@ def paper(run: RunResults, page: Page) -> str:
     j = row_of(SHAPE_OF_J)
     shape = page.paragraph(f"{SHAPE_OF_J}: {j['stated']}. {j['reason']}")
     return page.paragraph(f"{text}{', '.join(known['approximate'])}.") + page.table(head, rows) + shape
-
-
-def gains(run: RunResults, page: Page) -> str:
-    """Trained against untrained: frozen readouts of encoders with the same shape, with and without pretraining."""
-    rows, study = [], run.fresh_seed_study
-    shown: dict[str | None, list[str]] = {YES: [], NOISE: [], NO: []}
-    for encoder in (encoder for encoder in run.baselines if encoder.startswith(UNTRAINED)):
-        point = encoder.removeprefix(UNTRAINED)
-        for task in run.tasks:
-            pair = [run.result(name, task, "frozen") for name in (point, encoder)]
-            if None in pair:
-                continue
-            name, sign = f"gain of {point} at {task}", 1 if pair[0].higher_is_better else -1
-            values, cells = [result_part(run, r, "value") for r in pair], [interval(run, r) for r in pair]
-            if study:
-                measured = [study.of(r.encoder, task, r.metric) for r in pair]
-                values, cells = ([statistics.part("mean") for statistics in measured], [s.with_deviation for s in measured])
-            page.derive(name, (values[0].value - values[1].value) * sign, values)
-            answer = encoder_better(run, task, point, encoder)
-            shown[answer].append(f"{task} ({point})")
-            rows.append([f"{task}: {label(pair[0])}", point, *cells, page.derived_number(name, spec="+.4f"), answer])
-    if not rows:
-        return page.paragraph("This profile compares no point with its untrained baseline.")
-    noise = "the noise of seeds" if study else "overlapping intervals of this run"
-    heads = {YES: "Better than untrained", NOISE: f"Within {noise}", NO: "Worse than untrained"}
-    text = " ".join(f"{heads[answer]}: {', '.join(names)}." for answer, names in shown.items() if names)
-    head = ("task, frozen", "point", "trained", "untrained baseline", "gain (+ is better)", "better")
-    return page.table(head, rows) + page.paragraph(text)
 
 
 def sheets(run: RunResults, page: Page) -> str:
@@ -269,7 +239,7 @@ def overrides(run: RunResults, page: Page) -> str:
 
 def deviations(run: RunResults, page: Page) -> str:
     """Where the papers state another value than ours."""
-    profile, others = judged_profile(run.profile), ""
+    profile, others = status_profile(run.profile), ""
     if run.profile != profile:
         others = page.paragraph(f"The lists judge profile {profile}; profile {run.profile} may have other values.")
     return others + _protocol(run, page, "differs")
@@ -287,7 +257,7 @@ def agreements(run: RunResults, page: Page) -> str:
 
 def _protocol(run: RunResults, page: Page, status: str) -> str:
     """The rows of protocol.yaml with a status. Left out: choices without a setting in this run, unless they differ."""
-    table, given, profile = [], _settings(run), judged_profile(run.profile)
+    table, given, profile = [], _settings(run), status_profile(run.profile)
     patterns = [pattern for row in protocol_rows() for pattern in row.get("settings", ())]
     keys_of = matched_keys(patterns, given)
     for row in protocol_rows():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -101,8 +100,7 @@ def read_seed_study(profile: str, codes: Mapping[str, Any], results: Mapping[Key
 
 def _stale(facts: Mapping[str, Any], codes: Mapping[str, Any], recorded: Mapping[Any, Any], results: Mapping[Key, Any]) -> str:
     """Why a study does not belong to the run, as the end of a sentence; empty where it does. facts: study.json."""
-    texts = {name: json.dumps(code, indent=2, sort_keys=True) + "\n" for name, code in codes.items()}  # as `write_json` does
-    of_run = {f"{artifacts.CODE}/{name}.json": hashlib.md5(text.encode()).hexdigest() for name, text in texts.items()}
+    of_run = {f"{artifacts.CODE}/{name}.json": studies.json_md5(code) for name, code in codes.items()}
     of_study = {path: md5 for path, md5 in facts["code"].items() if path in of_run}  # a run's stages need not be of all packages
     if packages := studies.changed_packages(of_study, of_run):
         return f"is of other code ({', '.join(packages)})"

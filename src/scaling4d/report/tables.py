@@ -65,10 +65,7 @@ def metrics(run: RunResults) -> dict[str, Any]:
 
     Numbers of pretraining and reconstruction have no protocol and no interval.
     """
-    nested: dict[str, Any] = {
-        "val_loss": {"↓": {point: run.summaries[point]["val_loss"] for point in run.trained}},
-        "masked_mse": {"↓": {}},
-    }
+    nested: dict[str, Any] = {"val_loss": {"↓": {point: run.summaries[point]["val_loss"] for point in run.trained}}}
     for name in RECONSTRUCT_METRICS:
         if values := {point: value for point in run.points if (value := run.fidelity[point].get(name)) is not None}:
             nested[name] = {"↓": values}

@@ -63,11 +63,15 @@ class Verdict:
     task: str = ""
 
 
-def conclusion(run: RunResults, page: Page) -> str:
+def measure_rows(run: RunResults, page: Page) -> list[Verdict]:
+    """A row for each measure; none with one size alone."""
+    return [*_losses(run, page), *_tasks(run, page)] if len(run.ladder) > 1 else []
+
+
+def conclusion(run: RunResults, page: Page, rows: Sequence[Verdict]) -> str:
     """What improves with size, which baselines the largest point does not beat, and where other encoders are better."""
     if len(run.ladder) < 2:
         return page.paragraph("This profile has one size alone, so nothing can be said of size.")
-    rows = [*_losses(run, page), *_tasks(run, page)]
     named = [(answer, [row.name.rsplit(" ", 1)[0] for row in rows if row.scales == answer]) for answer in (YES, NOISE, NO)]
     noise = "the noise of seeds" if run.fresh_seed_study else "the noise of this run"
     heads = {YES: "Better with size", NOISE: f"Within {noise}", NO: "Not better with size"}
@@ -109,14 +113,13 @@ def encoder_better(run: RunResults, task: str, a: str, b: str) -> str | None:
     return beyond_noise(one.mean, other.mean, one.noise, first.higher_is_better)
 
 
-def verdict(run: RunResults, page: Page) -> str:
+def verdict(run: RunResults, page: Page, rows: Sequence[Verdict]) -> str:
     """The rule of the answers, and a row for each measure. Tasks: frozen readouts.
 
     With a study of seeds that belongs to the run, means over seeds are compared, else the intervals of this run.
     """
     if len(run.ladder) < 2:
         return ""
-    rows = [*_losses(run, page), *_tasks(run, page)]
     baselines = list(dict.fromkeys(name for row in rows for name in row.beats))
     head = ["measure", "better with size", f"{run.ladder[0]}, smallest", f"{run.ladder[-1]}, largest"]
     head += [f"largest better than\n{name}" for name in baselines]

@@ -7,6 +7,7 @@ and DVC's cache, so that the audit can make them again.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -305,6 +306,11 @@ def signal_rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
             signal = stdev(fmean(by_seed[seed] for seed in seeds) for by_seed in values.values())
             row = {"task": task, "metric": some[0]["metric"], "arms": len(values), "seeds": len(seeds)}
             yield row | {"signal": signal, "noise": deviation, "ratio": signal / deviation}
+
+
+def json_md5(content: Any) -> str:
+    """md5 of a file that `records.write_json` writes."""
+    return hashlib.md5((json.dumps(content, indent=2, sort_keys=True) + "\n").encode()).hexdigest()
 
 
 def changed_packages(code: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
