@@ -212,7 +212,7 @@ def study(
 
     Finished runs are not repeated; a stopped study continues with the same command.
     """
-    from scaling4d.studies.study import FACTS, REPORTS, made_study, read_study, study_names, with_seeds
+    from scaling4d.studies.study import FACTS, REPORTS, read_finished_study, read_study, study_names, with_seeds
 
     if collect:
         given = [name for name in ("jobs", "seeds", "dry") if context.get_parameter_source(name).name == "COMMANDLINE"]
@@ -223,7 +223,7 @@ def study(
         from scaling4d.studies.run import dvc_cache_folder
 
         for folder in [REPORTS / name for name in names or ()] or [path.parent for path in sorted(REPORTS.glob(f"*/{FACTS}"))]:
-            write_study(made_study(folder), dvc_cache_folder(), {})
+            write_study(read_finished_study(folder), dvc_cache_folder(), {})
             print(f"wrote {folder}")
         return
     if not names:

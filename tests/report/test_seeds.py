@@ -20,7 +20,7 @@ from scaling4d.report.page import Page
 from scaling4d.report.run_results import RunResults, read_run_results
 from scaling4d.report.seeds import FOLDER
 from scaling4d.report.verdict import NO, NOISE, YES, conclusion, measure_rows, rules, verdict
-from scaling4d.studies.study import loss_task, seed_noise
+from scaling4d.studies.study import loss_task, noise_limit
 from scaling4d.studies.words import MEASURES
 
 STUDY, RUNS = FOLDER / "study.json", FOLDER / "runs.csv"
@@ -124,8 +124,8 @@ def test_the_noise_of_a_loss_is_of_the_points_that_differ_in_size_alone(run: Run
     tasks = {point: loss_task(run.summaries[point]["method"]) for point in run.trained}
     measured = {point: run.fresh_seed_study.of(point, task, "val_loss") for point, task in tasks.items()}
     values = [list(measured[point].values.values()) for point in run.ladder]
-    noise = seed_noise(values)
-    assert noise != pytest.approx(seed_noise([list(statistics.values.values()) for statistics in measured.values()]))
+    noise = noise_limit(values)
+    assert noise != pytest.approx(noise_limit([list(statistics.values.values()) for statistics in measured.values()]))
     smallest, largest = measured["nano"].mean, measured["mini"].mean
     shown = verdict_rows(run)["validation loss of pretraining ↓"][0]
     assert shown.startswith(f"{YES} {largest / smallest - 1:+.1%} noise {noise / smallest:.1%} Spearman")

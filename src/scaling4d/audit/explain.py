@@ -67,7 +67,7 @@ def explain_study(key: str) -> dict[str, Any] | None:
     folder = studies.REPORTS / name
     if not (folder / studies.FACTS).is_file():
         return None
-    study = studies.made_study(folder)
+    study = studies.read_finished_study(folder)
     tables = {file: list(enumerate(parse_csv((folder / file).read_text()), 2)) for file in (studies.TABLE, studies.RUNS)}
     known = {f"{row['arm']}/{row['task']}": (line, row) for line, row in tables[studies.TABLE]}
     if number not in known:

@@ -10,14 +10,14 @@ from pathlib import Path
 from scaling4d import artifacts
 from scaling4d.audit.commit import closest_commit
 from scaling4d.audit.run import NOTE, UNCHECKED, WRONG, AuditFinding
-from scaling4d.provenance import DVC_CACHE, commits_of, file_at, git, load_yaml, parse_csv, read_lock, to_csv
+from scaling4d.provenance import DVC_CACHE, LOCK, commits_of, file_at, git, load_yaml, parse_csv, read_lock, to_csv
 from scaling4d.records import UserError
 from scaling4d.studies import study as studies
 
 
 def findings() -> Iterator[AuditFinding]:
     """Findings about every study in reports/studies, and about their index."""
-    from scaling4d.studies.page import INDEX, index_page, without_banners
+    from scaling4d.studies.page import INDEX, index_page
 
     index, damaged = studies.REPORTS / INDEX, False
     for path in sorted(studies.REPORTS.glob(f"*/{studies.FACTS}")):
@@ -26,13 +26,9 @@ def findings() -> Iterator[AuditFinding]:
         except (UserError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             damaged = True
             yield AuditFinding(WRONG, path.parent.as_posix(), f"{' '.join(str(error).split())}; take it from git again")
-    if damaged or not index.is_file() or (shown := index.read_text()) == (expected := index_page()):
-        return
-    again = "run `scaling4d study --collect`"
-    if without_banners(shown) != without_banners(expected):
-        yield AuditFinding(WRONG, str(index), f"it does not follow from the studies; take it from git again, or {again}")
-    else:
-        yield AuditFinding(NOTE, str(index), f"its banners on code do not follow from dvc.lock; {again}")
+    if not damaged and index.is_file() and index.read_text() != index_page():
+        again = "take it from git again, or run `scaling4d study --collect`"
+        yield AuditFinding(WRONG, str(index), f"it does not follow from the studies; {again}")
 
 
 def _questions(name: str) -> Iterator[str]:
@@ -52,7 +48,7 @@ def _verify_study(path: Path) -> Iterator[AuditFinding]:
         listed, now = facts["files"].get(name, "none"), artifacts.sha256(folder / name) if name in here else "absent"
         if listed != now:
             yield AuditFinding(WRONG, f"{folder}/{name}", f"sha256 {listed} in {path}, {now} on disk: {again}")
-    study = studies.made_study(folder)
+    study = studies.read_finished_study(folder)
     if folder.name not in studies.study_names():
         yield AuditFinding(NOTE, str(path), f"{studies.DEFINITIONS} no longer has this study")
     elif (defined := replace(studies.read_study(folder.name), seeds=study.seeds)) != study:
@@ -64,6 +60,10 @@ def _verify_study(path: Path) -> Iterator[AuditFinding]:
         else:
             message = f"{studies.DEFINITIONS} now defines it otherwise; `{study.command}` makes it anew"
             yield AuditFinding(NOTE, str(path), message)
+    outs = read_lock(LOCK)["code"].outs if LOCK.is_file() else None
+    if outs and (packages := studies.changed_packages(facts["code"], {out.path: out.md5 for out in outs})):
+        message = f"it was made with other code than {LOCK} names ({', '.join(packages)}); `{study.command}` makes it anew"
+        yield AuditFinding(NOTE, str(path), message)
     needed = [*map(study.lock, study.runs), folder / studies.RUNS, folder / studies.TABLE]
     if absent := [file for file in needed if not file.is_file()]:
         yield from (AuditFinding(WRONG, str(file), f"absent, though {path} needs it: run `{study.command}`") for file in absent)

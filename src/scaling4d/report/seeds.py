@@ -59,9 +59,9 @@ class SeedStudy:
 
 
 def noise_of_seeds(measured: Sequence[SeedStatistics]) -> float | None:
-    """The `seed_noise` of some encoders alone, over the seeds that all of them have."""
+    """The `noise_limit` of some encoders alone, over the seeds that all of them have."""
     seeds = sorted(set.intersection(*({*statistics.values} for statistics in measured)))
-    return studies.seed_noise([[statistics.values[seed] for seed in seeds] for statistics in measured])
+    return studies.noise_limit([[statistics.values[seed] for seed in seeds] for statistics in measured])
 
 
 def read_seed_study(profile: str, codes: Mapping[str, Any], results: Mapping[Key, tuple[int, float, str]]) -> SeedStudy | None:

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from scaling4d import artifacts
-from scaling4d.provenance import LOCK, parse_csv, read_lock, to_csv
+from scaling4d.provenance import parse_csv, read_lock, to_csv
 from scaling4d.records import UserError, write_json
 from scaling4d.studies import law as laws
 from scaling4d.studies import study as studies
@@ -39,14 +39,8 @@ TASK_COLUMNS = (
     *("task", "ladder", "arms", "better_with_size", "spearman_of_loss", "lowest_of_a_seed", "highest_of_a_seed"),
     *("error_by_size", "error_by_loss", "better_predictor"),
 )
-BANNER = (
-    '<p class="banner">Made with other code than <code>dvc.lock</code> names: {packages}; '
-    "run <code>scaling4d study {name}</code> again.</p>"
-)
 AXES = {"parameters": "encoder parameters", "flops": "training FLOPs", "clips_seen": "clips seen"}
 Row = Mapping[str, Any]
-LAWS = "Power laws over all seeds, and the prediction of the largest size by the others"
-PREDICTORS = "Each task: whether it rises beyond the noise of seeds, and whether size or loss predicts it better"
 PREDICTORS_EXPLAINED = (
     "spearman of loss: rank correlation of validation loss and task error over the arms, of the means and of single seeds. error "
     "by size, error by loss: root mean square over the arms of the error of a straight line through the other arms, over the "
@@ -61,6 +55,8 @@ LAWS_CAPTION = (
     "with each other."
 )
 CSV_TABLES = {  # file -> heading of its table on the page
+    FITS: "Power laws over all seeds, and the prediction of the largest size by the others",
+    TASKS: "Each task: whether it rises beyond the noise of seeds, and whether size or loss predicts it better",
     SIGNAL: "Signal to noise: standard deviation of the arms' means over that of a single seed",
     PREDICTED: "Losses that were predicted before these runs",
     LAW: "Loss over size N and clips seen D: E + A (N / n)^-alpha + B (D / d)^-beta, with 90 % intervals",
@@ -173,7 +169,7 @@ def fit_rows(study: Study, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
 def task_rows(study: Study, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
     """Rows of tasks.csv: for each task and ladder whether it rises, and whether size or loss predicts it better.
 
-    better_with_size: the last arm beside the first, by the noise of seeds (`seed_noise`); None with one seed.
+    better_with_size: the last arm beside the first, by the noise of seeds (`noise_limit`); None with one seed.
     spearman_of_loss: of validation loss and error, +1 where a lower loss is a better task. error_by_size,
     error_by_loss: `left_out_error` of a line over the logarithm of the ladder's size, and over the loss. All are of
     means over seeds.
@@ -188,9 +184,9 @@ def task_rows(study: Study, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
             mean_losses, means = ([fmean(values[arm].values()) for arm in arms] for values in (losses, by_arm))
             single = [spearman([losses[arm][s] for arm in arms], [by_arm[arm][s] for arm in arms]) for s in study.seeds]
             known = [rho for rho in single if rho is not None]
-            noise = studies.seed_noise([[by_arm[arm][s] for s in study.seeds] for arm in arms])
-            rises = None if noise is None else "yes" if means[0] - means[-1] > noise else "no"
-            rises = "within noise" if rises == "no" and abs(means[0] - means[-1]) <= noise else rises
+            limit = studies.noise_limit([[by_arm[arm][s] for s in study.seeds] for arm in arms])
+            rises = None if limit is None else "yes" if means[0] - means[-1] > limit else "no"
+            rises = "within noise" if rises == "no" and abs(means[0] - means[-1]) <= limit else rises
             row = {"task": task, "ladder": ladder, "arms": len(arms), "better_with_size": rises}
             row |= {"spearman_of_loss": spearman(mean_losses, means)}
             row |= {"lowest_of_a_seed": min(known, default=None), "highest_of_a_seed": max(known, default=None)}
@@ -236,11 +232,11 @@ def runs_figure(study: Study, rows: Sequence[Row], table: Sequence[Row]) -> str:
         for row in means:
             place = arms.index(row["arm"])
             axes.plot([place - 0.3, place + 0.3], [row["mean"]] * 2, color="tab:blue", lw=1.6, label="mean of the seeds")
-        noise = next((row["noise"] for row in means if row["noise"] is not None), None)
+        limit = next((row["noise"] for row in means if row["noise"] is not None), None)
         middle = next((row["mean"] for row in means if row["arm"] == study.base), None)
-        if noise is not None and middle is not None:
+        if limit is not None and middle is not None:
             label = f"{study.base} ± seed noise of a difference, 95 %"
-            axes.axhspan(middle - noise, middle + noise, color="0.5", alpha=0.15, lw=0, label=label)
+            axes.axhspan(middle - limit, middle + limit, color="0.5", alpha=0.15, lw=0, label=label)
         axes.set_xticks(range(len(arms)), [arm.replace("_", " ") for arm in arms], rotation=35, ha="right", fontsize=8)
         axes.set_xlim(-0.6, len(arms) - 0.4)
         axes.set_title(_task_title(runs[0], higher_is_better=runs[0]["higher_is_better"] == "True"))
@@ -299,22 +295,18 @@ def study_page(study: Study, table: Sequence[Row], files: Mapping[str, str], fin
     head = ("arm", *(f"{task.replace('_', ' ')}\n{measure_head(metric)}" for task, metric in tasks.items()))
     body = [[arm.name, *(cells.get((arm.name, task), NOTHING) for task in tasks)] for arm in study.arms]
     settings = [[arm.name, arm.encoder, ", ".join(arm.overrides) or f"profile {arm.profile} as it is"] for arm in study.arms]
-    parts = [
-        f"<h1>{html.escape(study.name.replace('_', ' '))}</h1>{banner(study.name, code)}<p>{html.escape(study.question)}</p>"
-    ]
+    parts = [f"<h1>{html.escape(study.name.replace('_', ' '))}</h1><p>{html.escape(study.question)}</p>"]
     if findings:
         items = (f"<li>{html.escape(REFERENCES.sub('', block))}</li>" for block in paragraphs(findings))
         parts.append(f"<h2>Findings</h2><ul>{''.join(items)}</ul>")
     parts.append(f"<h2>Table</h2>{html_table(head, body)}<p>{EXPLAINED.format(base=study.base, seeds=len(study.seeds))}</p>")
-    tables = ((FITS, FIT_COLUMNS, LAWS, ""), (TASKS, TASK_COLUMNS, PREDICTORS, f"<p>{PREDICTORS_EXPLAINED}</p>"))
-    for name, columns, heading, explained in tables if study.ladders else ():
-        rows = ([csv_cell_text(text) for text in row.values()] for row in parse_csv(files[name]))
-        parts.append(f"<h2>{heading}</h2>{html_table([column.replace('_', ' ') for column in columns], rows)}{explained}")
     for name, heading in CSV_TABLES.items():
         if name in files:
             head, *rows = csv.reader(files[name].splitlines())
-            cells = [[metric_words(text) if text in WORDS else csv_cell_text(text) for text in row] for row in rows]
-            parts.append(f"<h2>{heading}</h2>{html_table([column.replace('_', ' ') for column in head], cells)}")
+            named = WORDS if name == SIGNAL else ()  # the others keep the metric's key
+            cells = [[metric_words(text) if text in named else csv_cell_text(text) for text in row] for row in rows]
+            explained = f"<p>{PREDICTORS_EXPLAINED}</p>" if name == TASKS else ""
+            parts.append(f"<h2>{heading}</h2>{html_table([column.replace('_', ' ') for column in head], cells)}{explained}")
     captions = {"law": LAW_CAPTION} if "law.svg" in files else {}
     captions |= {"runs": RUNS_CAPTION.format(base=study.base)}
     captions |= {f"laws_{ladder}": LAWS_CAPTION.format(size=AXES[x]) for ladder, (x, _) in study.ladders.items()}
@@ -342,19 +334,6 @@ def paragraphs(findings: str) -> list[str]:
     return [" ".join(block.split()) for block in text.split("\n\n") if block.strip()]
 
 
-def banner(name: str, code: Mapping[str, str]) -> str:
-    """HTML that names the packages of other code than dvc.lock's; empty for its code. code: of study.json."""
-    outs = read_lock(LOCK)["code"].outs if LOCK.is_file() else None
-    packages = [] if outs is None else studies.changed_packages(code, {out.path: out.md5 for out in outs})
-    return BANNER.format(packages=", ".join(packages), name=name) if packages else ""
-
-
-def without_banners(page: str) -> str:
-    """A page without what `banner` wrote into it."""
-    pattern = re.escape(BANNER.format(packages="@", name="@")).replace("@", r"[\w, ]+")
-    return re.sub(pattern, "", page)
-
-
 def code_text(code: Mapping[str, str]) -> str:
     """The packages that make numbers, with the first digits of their hashes. code: of study.json."""
     hashes = {Path(path).stem: md5[:7] for path, md5 in sorted(code.items())}
@@ -367,7 +346,7 @@ def index_page() -> str:
     for path in sorted(REPORTS.glob(f"*/{studies.FACTS}")):
         facts, name, findings = json.loads(path.read_text()), path.parent.name, path.with_name(studies.FINDINGS)
         seconds |= {run["experiment"]: run["cpu_seconds"] for run in facts["runs"].values() if "cpu_seconds" in run}
-        parts.append(f"<h2><a href='{name}/study.html'>{name.replace('_', ' ')}</a></h2>{banner(name, facts['code'])}")
+        parts.append(f"<h2><a href='{name}/study.html'>{name.replace('_', ' ')}</a></h2>")
         parts.append(f"<p>{html.escape(facts['question'])}</p>")
         if findings.is_file() and (texts := paragraphs(findings.read_text())):
             parts.append(f"<p><b>{html.escape(REFERENCES.sub('', texts[0]))}</b></p>")

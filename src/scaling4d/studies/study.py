@@ -102,14 +102,14 @@ def read_study(name: str) -> Study:
     if not path.is_file():
         raise UserError(f"no study {name!r}; needed one of {', '.join(study_names()) or 'experiments/study/*.yaml'}")
     try:
-        return _study(name, yaml.safe_load(path.read_text()))
+        return parse_study(name, yaml.safe_load(path.read_text()))
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise UserError(f"{path} is no study: {' '.join(str(error).split())}; compare it with another file there") from error
 
 
-def made_study(folder: Path) -> Study:
+def read_finished_study(folder: Path) -> Study:
     """The study as its outcome in a folder was made, also where its definition differs now.
 
     Raises:
@@ -148,13 +148,14 @@ def with_seeds(study: Study, seeds: str) -> Study:
         raise UserError(f"--seeds {seeds!r}; needed numbers such as 0,1,2") from None
 
 
-def _study(name: str, content: Mapping[str, Any]) -> Study:
+def parse_study(name: str, content: Mapping[str, Any]) -> Study:
+    """Raises ValueError: a missing or unknown key, or an unknown arm or size. content: of the definition's YAML."""
     required, known = {"question", "base", "arms"}, {"profile", "encoder", "targets", "seeds", "ladders", "law"}
     if missing := required - content.keys():
         raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     if unknown := content.keys() - required - known:
         raise ValueError(f"it has {', '.join(sorted(unknown))}, which no study has")
-    arms = tuple(_arm(arm, given, content) for arm, given in content["arms"].items())
+    arms = tuple(parse_arm(arm, given, content) for arm, given in content["arms"].items())
     ladders = {ladder: (given["x"], tuple(given["arms"])) for ladder, given in content.get("ladders", {}).items()}
     for ladder, (x, _) in ladders.items():
         if x not in SIZES:
@@ -166,7 +167,7 @@ def _study(name: str, content: Mapping[str, Any]) -> Study:
     return Study(name, content["question"].strip(), content["base"], seeds, arms, ladders, law)
 
 
-def _arm(name: str, given: Mapping[str, Any] | list[str], shared: Mapping[str, Any]) -> Arm:
+def parse_arm(name: str, given: Mapping[str, Any] | list[str], shared: Mapping[str, Any]) -> Arm:
     """given: an arm's keys, or its overrides alone. shared: the study's keys, which hold for arms without their own."""
     given = {"overrides": given} if isinstance(given, list) else given
     if unknown := given.keys() - {"profile", "overrides", "encoder", "targets"}:
@@ -255,22 +256,22 @@ def study_table(rows: Sequence[Mapping[str, Any]], base: str) -> list[dict[str, 
         metric = next(row["metric"] for row in rows if row["task"] == task)
         seeds = sorted(set.intersection(*(set(by_seed) for by_seed in values.values())))
         compared = seeds and base in values
-        noise = seed_noise([[by_seed[seed] for seed in seeds] for by_seed in values.values()]) if compared else None
+        limit = noise_limit([[by_seed[seed] for seed in seeds] for by_seed in values.values()]) if compared else None
         for arm, by_seed in values.items():
             row = {"arm": arm, "task": task, "metric": metric, "seeds": len(by_seed), "mean": fmean(by_seed.values())}
             row |= {"deviation": stdev(by_seed.values()) if len(by_seed) > 1 else None}
             row |= {"difference": None, "noise": None, "beyond_noise": None}
             if compared and arm != base:
                 difference = fmean(by_seed[seed] - values[base][seed] for seed in seeds)
-                beyond = None if noise is None else abs(difference) > noise
-                row |= {"difference": difference, "noise": noise, "beyond_noise": beyond}
+                beyond = None if limit is None else abs(difference) > limit
+                row |= {"difference": difference, "noise": limit, "beyond_noise": beyond}
             table.append(row)
     order = list(dict.fromkeys(row["arm"] for row in rows))
     return sorted(table, key=lambda row: order.index(row["arm"]))
 
 
-def seed_noise(values: Sequence[Sequence[float]]) -> float | None:
-    """t * s * sqrt(2 / seeds) of `study_table`, from arms x seeds; None with fewer than two of either."""
+def noise_limit(values: Sequence[Sequence[float]]) -> float | None:
+    """Column `noise` of table.csv, t * s * sqrt(2 / seeds), from arms x seeds; None with fewer than two of either."""
     from scipy.stats import t
 
     deviation, freedom = seed_deviation(values)
@@ -292,8 +293,8 @@ def seed_deviation(values: Sequence[Sequence[float]]) -> tuple[float | None, int
 def signal_rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """One row for each task: how far the arms lie apart, in deviations of a single seed.
 
-    rows: of runs.csv. signal: standard deviation of the arms' means. noise: s of `study_table`. Tasks without two arms
-    that share two seeds have none.
+    rows: of runs.csv. signal: standard deviation of the arms' means. noise: `seed_deviation`, not that of table.csv.
+    Tasks without two arms that share two seeds have none.
     """
     for task in dict.fromkeys(row["task"] for row in rows):
         some = [row for row in rows if row["task"] == task]
