@@ -128,8 +128,10 @@ def readout(encoder: str, task: str, protocol: str) -> None:
 def show(
     results: Annotated[list[Path], typer.Argument(metavar="RESULT", help="Frozen readouts of one task, folders in artifacts/.")],
     out: Annotated[Path | None, typer.Option(help="New folder for sheet.png and clips.mp4; default: one in shown/.")] = None,
-    clips: Annotated[int, typer.Option(min=1, help="Number of validation clips, drawn by the result's seed.")] = 4,
-    frames: Annotated[int, typer.Option(min=1, help="Frames of each clip on the sheet.")] = 4,
+    clips: Annotated[
+        int | None, typer.Option(min=1, help="Validation clips, drawn by the result's seed; default: show.clips.")
+    ] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames of a clip on the sheet; default: show.frames.")] = None,
 ) -> None:
     """Draw predictions beside the ground truth: depth maps, tracks, boxes, camera paths, top classes (a DVC stage)."""
     from scaling4d.show import stage
@@ -309,9 +311,10 @@ def render(
     out: Path, overrides: Annotated[list[str] | None, typer.Argument(help="profile=NAME key=value ...; default: pocket.")] = None
 ) -> None:
     """Render labelled 4D worlds, by default those of the pocket data set, to a new folder OUT."""
-    from scaling4d.scenes.dataset import render as draw
+    from scaling4d.scenes.dataset import RenderConfig, bind_render, write_dataset
 
-    print(f"wrote {draw(out, config.compose(overrides or []))}")
+    bound = bind_render(config.compose(overrides or []))
+    print(f"wrote {write_dataset(out, seed=bound.declared['seed'], settings=bound[RenderConfig])}")
 
 
 @app.command()

@@ -2,16 +2,17 @@
 
 import contextlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from nearness import contents
 
-from scaling4d import benchmarks, config, video
+from scaling4d import benchmarks, cli, config, video
 from scaling4d.benchmarks.samples import ClipRequest
 from scaling4d.records import UserError
-from scaling4d.scenes.dataset import RenderConfig, SceneSpec, draw_sample, draw_video, render, write_dataset
+from scaling4d.scenes.dataset import RenderConfig, SceneSpec, bind_render, draw_sample, draw_video, write_dataset
 from scaling4d.scenes.scene import MOTIONS
 
 pytestmark = pytest.mark.integration
@@ -102,9 +103,9 @@ def test_videos_hold_every_defect(tiny):
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"side_px": 33}, "side_px = 33; needed an even number"),
-    ({"video_frames": 8}, "video_frames = 8; needed 16 or more"),
+    ({"video_frames": 8}, "video_frames is 8; needed 16 or more"),
     ({"walk": (1,)}, r"walk = \[1\]; needed \[clips for training, clips for validation\]"),
-    ({"workers": 0}, "workers = 0; needed 1 or more"),
+    ({"workers": 0}, "workers is 0; needed 1 or more"),
 ])  # fmt: skip
 def test_settings_that_cannot_be_drawn_are_refused(change, message):
     with pytest.raises(ValueError, match=f"^{message}"):
@@ -113,12 +114,13 @@ def test_settings_that_cannot_be_drawn_are_refused(change, message):
 
 def test_a_refused_command_names_the_cause_and_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
+    render = partial(cli.app, standalone_mode=False)
     with pytest.raises(UserError, match="exists; render writes a new folder"):
-        render(tmp_path, config.compose([]))
+        render(["render", str(tmp_path)])
     with pytest.raises(UserError, match="^render.Render: side_px = 33; needed an even number"):
-        render(tmp_path / "x", config.compose(["render.Render.side_px=33"]))
+        render(["render", str(tmp_path / "x"), "render.Render.side_px=33"])
     settings = config.compose([])
     del settings["render"]["Render"]["crf"]
     with pytest.raises(UserError, match="^params.yaml lacks render.Render.crf"):
-        render(tmp_path / "x", settings)
+        bind_render(settings)
     assert list(tmp_path.iterdir()) == []

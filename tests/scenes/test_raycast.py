@@ -44,7 +44,7 @@ def test_depth_of_one_frame_lands_on_the_surfaces_of_another(index):
 
 def test_depth_is_z_and_ends_at_the_nearest_wall_of_an_empty_room():
     scene = replace(draw("room", 1), objects=())
-    depth, _ = raycast.depth_and_object_ids(scene, height=12, width=16)
+    depth = raycast.depth_maps(scene, height=12, width=16)
     origin, directions = raycast.pixel_rays(scene, 2, height=12, width=16)
     _, z = raycast.project(scene, 2, origin + depth[2].reshape(-1, 1) * directions)
     assert np.allclose(z, depth[2].ravel(), rtol=1e-12)
@@ -98,11 +98,11 @@ def test_a_tracked_point_is_visible_exactly_while_nothing_is_in_front_of_it(inde
 def test_a_box_encloses_its_object_with_occluded_parts_to_a_pixel(index):
     scene = draw("drive", index, frames=3)
     boxes, present = raycast.bounding_boxes(scene, frames=range(3))
-    _, ids = raycast.depth_and_object_ids(scene, height=48, width=64)
     assert present.any()
     for q, t in zip(*np.nonzero(present), strict=True):
         x1, y1, x2, y2 = boxes[q, t] * [64, 48, 64, 48]
-        i, j = np.nonzero(ids[t] == q + 1)
+        visible = raycast.RayCaster(scene, t).cast(*raycast.pixel_rays(scene, t, height=48, width=64)).object_id
+        i, j = np.nonzero(visible.reshape(48, 64) == q + 1)
         assert (j + 0.5 >= x1).all() and (j + 0.5 <= x2).all() and (i + 0.5 >= y1).all() and (i + 0.5 <= y2).all()
         fine = raycast.pixel_rays(scene, t, height=480, width=640)
         alone = raycast.RayCaster(scene, t, object_ids=[q + 1]).cast(*fine).object_id == q + 1

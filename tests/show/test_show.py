@@ -270,7 +270,8 @@ def readout(task: str, encoder: str = "pixels") -> Path:
 @pytest.mark.parametrize("task", list(TASKS))
 def test_every_task_gives_a_sheet_and_a_video_and_the_same_bytes_twice(project: Path, task: str) -> None:
     both = [readout(task), readout(task, "other") / "result.json"]
-    named, default = (stage.show(both, out, clips=2, frames=3) for out in (Path("shown/a"), None))
+    shown = config.read()["show"]
+    named, default = stage.show(both, Path("shown/a"), clips=shown["clips"], frames=shown["frames"]), stage.show(both, None)
     assert default == Path(f"shown/pixels-other-{task}") and artifacts.sha256(named) == artifacts.sha256(default)
     assert {path.name for path in named.iterdir()} == {"sheet.png", "clips.mp4", "provenance.json", "operative_config.gin"}
     _, pictures = video.decode_all(Path("shown/a/clips.mp4"))

@@ -75,9 +75,7 @@ class RenderConfig:
         if self.side_px % 2:
             raise ValueError(f"side_px = {self.side_px}; needed an even number from 16 up, for H.264")
         least = {"side_px": 16, "frames": 2, "video_frames": defects.MIN_FRAMES, "videos": 0, "depth_side_px": 1, "workers": 1}
-        for name, minimum in least.items():
-            if getattr(self, name) < minimum:
-                raise ValueError(f"{name} = {getattr(self, name)}; needed {minimum} or more")
+        config.require_minima(self, least)
         config.require_positive(self, "rate_hz")
         if not 0 <= self.crf <= 51:
             raise ValueError(f"crf = {self.crf}; needed 0 to 51")
@@ -101,12 +99,6 @@ class SceneSpec:
 def bind_render(settings: Mapping[str, Any]) -> StageConfig:
     """Raises UserError: settings that `render` refuses."""
     return config.bind(settings, ["seed", "render"], RenderConfig)
-
-
-def render(out: Path, settings: Mapping[str, Any]) -> Path:
-    """Command `render`: render the data set of section `render` into the new folder `out`."""
-    bound = bind_render(settings)
-    return write_dataset(out, seed=bound.declared["seed"], settings=bound[RenderConfig])
 
 
 def write_dataset(out: Path, *, seed: int, settings: RenderConfig) -> Path:
@@ -173,7 +165,7 @@ def draw_sample(spec: SceneSpec) -> Sample:
         name, source = f"scene{index:04d}_00", f"scene{index:04d}"
         labels |= {"camera_to_world": scene.camera_to_world, "intrinsics": scene.intrinsics}
         if kind == "room":
-            depth_m, _ = raycast.depth_and_object_ids(scene, height=s.depth_side_px, width=s.depth_side_px)
+            depth_m = raycast.depth_maps(scene, height=s.depth_side_px, width=s.depth_side_px)
             labels["depth_m"] = depth_m.round(2)  # the files become half as large
         else:
             val = index - len(s.clips("walk", "train"))

@@ -150,11 +150,10 @@ def render_frames(scene: Scene) -> np.ndarray:
     return np.stack(frames)
 
 
-def depth_and_object_ids(scene: Scene, *, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Exact z-depth in metres and the id of the visible object or room, both `T height width`, at pixel centres."""
+def depth_maps(scene: Scene, *, height: int, width: int) -> np.ndarray:
+    """Exact z-depth in metres, `T height width`, at pixel centres."""
     hits = [RayCaster(scene, t).cast(*pixel_rays(scene, t, height=height, width=width)) for t in range(scene.frames)]
-    shape = (scene.frames, height, width)
-    return np.stack([h.depth for h in hits]).reshape(shape), np.stack([h.object_id for h in hits]).reshape(shape)
+    return np.stack([h.depth for h in hits]).reshape(scene.frames, height, width)
 
 
 def track_points(scene: Scene, *, count: int, on_room: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -54,7 +54,6 @@ class Scene:
     motion: of objects[0] in kind action, index into MOTIONS; -1 in other kinds.
     """
 
-    kind: str
     height_px: int
     width_px: int
     intrinsics: np.ndarray
@@ -98,7 +97,6 @@ def draw_scene(
     else:
         cameras, objects = _walk(rng, room, time)
     return Scene(
-        kind=kind,
         height_px=height_px,
         width_px=width_px,
         intrinsics=intrinsics,

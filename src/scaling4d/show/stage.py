@@ -39,17 +39,18 @@ NOTES = {
 }
 
 
-def show(folders: Sequence[Path], out: Path | None, *, clips: int, frames: int) -> Path:
+def show(folders: Sequence[Path], out: Path | None, *, clips: int | None = None, frames: int | None = None) -> Path:
     """Write `sheet.png`, `clips.mp4` and their provenance to the new folder `out` (None: in `shown/`); return it.
 
     Args:
         folders: frozen readouts of one task in artifacts/, or their result.json. All predict the same clips.
-        clips: number of validation clips, drawn by the seed of the first result.
-        frames: of a clip on the sheet, evenly spaced from the first to the last.
+        clips: number of validation clips, drawn by the seed of the first result; None: `show.clips` of the settings.
+        frames: of a clip on the sheet, evenly spaced from the first to the last; None: `show.frames`.
     Raises:
         UserError: no readout, a fine-tuned one, readouts of different tasks, data or clips, or `out` exists.
     """
-    started, bound = time.time(), config.bind(config.read(), [])
+    started, settings = time.time(), config.read()
+    bound = config.bind(settings, [])
     torch.set_num_threads(1)  # bits depend on it
     readouts = [load_trained_readout(folder.parent if folder.name == "result.json" else folder) for folder in folders]
     first, task = readouts[0], readouts[0].result.task
@@ -66,9 +67,10 @@ def show(folders: Sequence[Path], out: Path | None, *, clips: int, frames: int) 
     out = out or Path("shown") / "-".join([*names, task])
     out.parent.mkdir(parents=True, exist_ok=True)
     with provenance.atomic_new(out) as partial:
-        samples = choose_samples(first, clips)
+        samples = choose_samples(first, clips or settings["show"]["clips"])
         partial.mkdir()
-        write_pictures(partial, samples, dict(zip(map(encoder_words, names), readouts, strict=True)), frames)
+        by_words = dict(zip(map(encoder_words, names), readouts, strict=True))
+        write_pictures(partial, samples, by_words, frames or settings["show"]["frames"])
         inputs = {"benchmark": artifacts.sha256(benchmarks.find_benchmark(task, first.data, "val").folder)}
         for name, readout in zip(names, readouts, strict=True):
             inputs[f"readout/{name}/{task}/frozen"] = artifacts.sha256(readout.folder)
