@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +17,7 @@ for _library in ("OPENBLAS", "MKL"):  # numpy's BLAS reads this at import; the l
     os.environ[f"{_library}_NUM_THREADS"] = "1"
 
 from scaling4d import config  # noqa: E402
-from scaling4d.records import AGAIN, Preempted, UserError, did_you_mean, on_one_line  # noqa: E402
+from scaling4d.records import AGAIN, Preempted, UserError, on_one_line  # noqa: E402
 from scaling4d.training.gpus import UTILISATION, WRITE_GB_PER_S  # noqa: E402
 
 HELP = "Pretrain masked video autoencoders of growing size, evaluate them with readouts, and build the scaling report."
@@ -214,43 +215,21 @@ def study(
 
     Finished runs are not repeated; a stopped study continues with the same command.
     """
-    from scaling4d.studies.study import FACTS, REPORTS, read_finished_study, read_study, study_names, with_seeds
+    from scaling4d.studies import run
+    from scaling4d.studies.study import read_study, study_names
 
     if collect:
         given = [name for name in ("jobs", "seeds", "dry") if context.get_parameter_source(name).name == "COMMANDLINE"]
         if given:
             options = " and ".join(f"--{name}" for name in given)
             raise UserError(f"--collect runs nothing and takes the seeds of each study.json; leave out {options}")
-        from scaling4d.studies.page import write_study
-        from scaling4d.studies.run import dvc_cache_folder
-
-        for folder in [REPORTS / name for name in names or ()] or [path.parent for path in sorted(REPORTS.glob(f"*/{FACTS}"))]:
-            write_study(read_finished_study(folder), dvc_cache_folder(), {})
+        for folder in run.collect_studies(names or ()):
             print(f"wrote {folder}")
-        return
-    if not names:
+    elif names:
+        run.run_studies(names, seeds=seeds, jobs=jobs, dry=dry, report=partial(print, flush=True))
+    else:
         for name in study_names():
             print(f"{name}: {read_study(name).question}")
-        return
-    from scaling4d.studies import run as study_run
-    from scaling4d.studies.page import write_study
-
-    chosen = [with_seeds(one, seeds) if seeds else one for one in map(read_study, names)]
-    by_study = {one.name: study_run.study_runs(one) for one in chosen}
-    runs = list({run.name: run for some in by_study.values() for run in some}.values())
-    if dry:
-        known = study_run.experiments()
-        for run in runs:
-            print(f"{run.name}: {'exists' if run.name in known else ' '.join(run.command)}")
-        return
-    failed = study_run.run_experiments(runs, jobs=jobs, report=lambda line: print(line, flush=True))
-    for one in chosen:
-        study_runs = by_study[one.name]
-        if not any(run.name in failed for run in study_runs):
-            write_study(one, study_run.dvc_cache_folder(), study_run.save_locks(one, study_runs))
-            print(f"wrote {one.folder}")
-    if failed:
-        raise UserError(f"{len(failed)} of {len(runs)} runs failed, run it again for those: {', '.join(failed)}")
 
 
 @app.command()
@@ -290,20 +269,13 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
     from scaling4d.readout import stage as readout_stage
     from scaling4d.reconstruct.stage import bind_reconstruct
     from scaling4d.scenes.dataset import bind_render
+    from scaling4d.show import settings as show_settings
 
     config.overrides(settings)
     bind_render(settings)
-    for part in (clips_stage, benchmarks_stage, pretrain_settings, encoders_stage, readout_stage):
+    for part in (clips_stage, benchmarks_stage, pretrain_settings, encoders_stage, readout_stage, show_settings):
         part.check_settings(settings)
     bind_reconstruct(settings)
-    shown, read_out = settings["show"], settings["encoders"]["frozen"]
-    if shown["clips"] < 1 or shown["frames"] < 1:
-        raise UserError(f"show.clips = {shown['clips']}, show.frames = {shown['frames']}; needed 1 or more")
-    for key, known in {"tasks": settings["benchmarks"]["tasks"], "encoder": read_out, "beside": read_out}.items():
-        words = shown[key] if key == "tasks" else [shown[key]] if shown["tasks"] else []
-        for word in (word for word in words if word not in known):
-            needed = f"needed some of {', '.join(known)}" if known else "profile has none"
-            raise UserError(f"show.{key} has {word!r}; {needed}{did_you_mean(word, known)}")
 
 
 @app.command()
@@ -421,27 +393,11 @@ def audit(
 
 @app.command()
 def doctor() -> None:
-    """Print versions, the device, and missing packages."""
-    import platform
-    from importlib import metadata
+    """Print versions, the device, its attention, and missing packages."""
+    from scaling4d.pipeline.environment import describe_environment
 
-    from packaging.requirements import Requirement
-
-    print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
-    missing = []
-    for requirement in map(Requirement, metadata.requires("scaling4d") or []):
-        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        try:
-            print(f"{requirement.name} {metadata.version(requirement.name)}")
-        except metadata.PackageNotFoundError:
-            missing.append(requirement.name)
-    import torch
-
-    print(f"device: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'}, {torch.get_num_threads()} threads")
-    if missing:
-        raise UserError(f"not installed: {', '.join(missing)}; run `make install`")
-    print("nothing is missing")
+    for line in describe_environment():
+        print(line)
 
 
 @data.command()

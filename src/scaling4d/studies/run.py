@@ -32,7 +32,8 @@ from scaling4d import artifacts, config
 from scaling4d.pipeline import code_hashes
 from scaling4d.provenance import EXPERIMENT_REFS, LOCK, experiments, file_at, git_or_error, load_yaml, read_lock, required
 from scaling4d.records import UserError, write_json
-from scaling4d.studies.study import UNMEASURED, Arm, Study
+from scaling4d.studies.page import write_study
+from scaling4d.studies.study import FACTS, REPORTS, UNMEASURED, Arm, Study, read_finished_study, read_study, with_seeds
 
 CLONES = Path(".dvc/tmp/studies")
 TIMES = artifacts.RUNS / "studies"  # not beside the stages' own, all of which the report reads
@@ -54,6 +55,39 @@ class StudyRun:
         """The command that runs in a clone."""
         settings = [word for value in self.arm.settings(self.seed) for word in ("-S", value)]
         return ["dvc", "exp", "run", "--name", self.name, *settings, *self.arm.targets]
+
+
+def collect_studies(names: Sequence[str]) -> Iterator[Path]:
+    """Write tables, figures and pages of finished studies again (no names: of all). Yields their folders."""
+    for folder in [REPORTS / name for name in names] or [path.parent for path in sorted(REPORTS.glob(f"*/{FACTS}"))]:
+        write_study(read_finished_study(folder), dvc_cache_folder(), {})
+        yield folder
+
+
+def run_studies(names: Sequence[str], *, seeds: str, jobs: int, dry: bool, report: Callable[[str], None]) -> None:
+    """Run all arms of studies with all seeds, and write their outcome. A shared experiment runs once.
+
+    Args:
+        seeds: such as `0,1,2`; empty: the studies' own. jobs: experiments side by side. dry: run none, and report
+            which exist. report: receives a line for each run and each outcome.
+    Raises:
+        UserError: as `read_study` and `run_experiments`, or runs failed.
+    """
+    studies = [with_seeds(study, seeds) if seeds else study for study in map(read_study, names)]
+    by_study = {study.name: study_runs(study) for study in studies}
+    runs = list({run.name: run for some in by_study.values() for run in some}.values())
+    if dry:
+        known = experiments()
+        for run in runs:
+            report(f"{run.name}: {'exists' if run.name in known else ' '.join(run.command)}")
+        return
+    failed = run_experiments(runs, jobs=jobs, report=report)
+    for study in studies:
+        if not any(run.name in failed for run in by_study[study.name]):
+            write_study(study, dvc_cache_folder(), save_locks(study, by_study[study.name]))
+            report(f"wrote {study.folder}")
+    if failed:
+        raise UserError(f"{len(failed)} of {len(runs)} runs failed, run it again for those: {', '.join(failed)}")
 
 
 def study_runs(study: Study) -> list[StudyRun]:
