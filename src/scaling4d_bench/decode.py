@@ -9,7 +9,6 @@ from __future__ import annotations
 import cProfile
 import importlib
 import pstats
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -46,9 +45,8 @@ def bench(out: Path, *, clips: int, repeats: int) -> Path:
     settings |= {"side_px": SIDE_PX, "threads": 1, "rate_hz": RATE_HZ, "same_below": SAME_BELOW}
     measurements = Measurements("decode", settings, LIBRARIES)
     torch.set_num_threads(1)
-    for name, version in FFMPEG.items():
-        with suppress(*measure.CANNOT_LOAD):
-            measurements.versions[name] = version()
+    with suppress(*measure.CANNOT_LOAD):  # the other wheels bring their own, always the same
+        measurements.versions["FFmpeg of torchcodec"] = str(importlib.import_module("torchcodec").ffmpeg_major_version)
     with tempfile.TemporaryDirectory() as folder:
         short = videos.write(Path(folder, "short.mp4"), SEED, seconds=2, size_px=(96, 128), gop=12)
 
@@ -235,12 +233,6 @@ def ffmpeg_alone(path: Path, numbers: Sequence[int]) -> int:
     return sum(1 for _ in _decode(path, numbers))
 
 
-def opencv_libavcodec() -> str:
-    import cv2
-
-    return "".join(re.findall(r"avcodec: *(.*)", cv2.getBuildInformation())[:1])
-
-
 LOADERS = {
     OURS: ours,
     "torchcodec": partial(torchcodec, "approximate"),
@@ -248,11 +240,6 @@ LOADERS = {
     "torchcodec, torch resizes": torchcodec_torch,
     "OpenCV": opencv,
     "plain PyAV": pyav,
-}
-FFMPEG = {  # loaders of the version of the FFmpeg that each library decodes with
-    "FFmpeg of av": lambda: importlib.import_module("av").ffmpeg_version_info,
-    "FFmpeg of torchcodec": lambda: str(importlib.import_module("torchcodec").ffmpeg_major_version),
-    "libavcodec of opencv": opencv_libavcodec,
 }
 
 

@@ -182,7 +182,7 @@ def outcome_rows(prediction: Mapping[str, Any], runs: Sequence[TrainedRun]) -> I
 
 
 @style()
-def law_figure(runs: Sequence[TrainedRun], law: LossLaw, predicted: Sequence[Mapping[str, Any]] = ()) -> str:
+def law_figure(runs: Sequence[TrainedRun], law: LossLaw, predicted: Sequence[Mapping[str, Any]]) -> str:
     """Left: loss over size, a curve for each budget, and the optimum. Right: the best size for every budget.
 
     predicted: rows of `outcome_rows`, drawn with their intervals beside the measured losses.
