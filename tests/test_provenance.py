@@ -4,6 +4,8 @@ import errno
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -130,6 +132,89 @@ def test_files_appear_by_rename_or_not_at_all(disks: str, tmp_path: Path, monkey
             pass
     provenance.write_text(Path("new"), "newer")
     assert sorted(path.name for path in Path().iterdir()) == [".resume", "new", "out"] and Path("new").read_text() == "newer"
+
+
+def test_folders_of_a_killed_run_go_and_one_in_use_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with provenance.work_folder("out-folder") as in_use:
+        killed = [Path(".resume/out-folder.partial-0123abcd"), Path("out/.folder.partial-0123abcd")]
+        other = Path(".resume/out-folder.partial-of-a-user")
+        for folder in (*killed, other):
+            write(f"{folder}/out/part", "half")
+        (killed[0] / provenance.LOCK_FILE).touch()
+        with provenance.atomic_folder(Path("out/folder")) as folder:
+            write(f"{folder}/whole", "whole")
+        assert in_use.is_dir() and other.is_dir() and not any(folder.exists() for folder in killed)
+    assert [path.name for path in Path(".resume").iterdir()] == [other.name]
+
+
+def test_a_linked_folder_stays_on_its_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("disk/folder").mkdir(parents=True)
+    Path("out").symlink_to("disk/folder")
+    with provenance.atomic_folder(Path("out")) as folder:
+        write(f"{folder}/a", "new")
+    assert Path("out").is_symlink() and Path("disk/folder/a").read_text() == "new"
+
+
+@pytest.mark.parametrize(("number", "needed"), [
+    (errno.ENOSPC, "room on its disk"),
+    (errno.EFBIG, "room on its disk"),
+    (errno.EROFS, "permission for this user"),
+    (errno.EACCES, "permission for this user"),
+])  # fmt: skip
+@pytest.mark.parametrize("write_to", [provenance.atomic_folder, provenance.atomic_new, provenance.write_text])
+def test_a_full_or_read_only_disk_is_one_line_and_the_former_result_stays(
+    write_to: Callable, number: int, needed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    former = {provenance.atomic_folder: "out/former", provenance.atomic_new: "other", provenance.write_text: "out"}[write_to]
+    write(former, "former")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with pytest.raises(UserError, match=f"^out: {os.strerror(number)}; needed {needed}; repair that, and the same command con"):
+        if write_to is provenance.write_text:
+            monkeypatch.setattr(Path, "write_bytes", refuse)
+            write_to(Path("out"), "text")
+        else:
+            with write_to(Path("out")) as partial:
+                write(f"{partial}/a" if former == "out/former" else partial, "half")
+                refuse()
+    assert [path.as_posix() for path in Path().rglob("*") if path.is_file()] == [former] and Path(former).read_text() == "former"
+
+
+def test_a_disk_that_fills_while_a_folder_is_published_costs_no_former_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write("out/former", "former")
+
+    def half_copied(source: Path, target: Path) -> None:
+        shutil.copytree(source, target)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source), None, str(target))
+
+    monkeypatch.setattr(shutil, "move", half_copied)
+    with pytest.raises(UserError, match="^.*/new: No space left"), provenance.atomic_folder(Path("out")) as folder:
+        write(f"{folder}/new", "new")
+    assert [path.as_posix() for path in Path().rglob("*") if path.is_file()] == ["out/former"]
+
+
+@pytest.mark.parametrize("file_system", ["locks", "no locks"])
+def test_writers_of_the_same_name_do_not_meet(file_system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.chdir(tmp_path)
+    if file_system == "no locks":
+        monkeypatch.setattr(provenance.fcntl, "flock", no_locks)
+    with provenance.atomic_folder(Path("out")) as first:
+        write(f"{first}/a", "first")
+        with provenance.atomic_folder(Path("out")) as second:
+            write(f"{second}/a", "second")
+        assert Path("out/a").read_text() == "second"
+    assert Path("out/a").read_text() == "first" and not [*Path(".resume").iterdir()]
 
 
 @pytest.mark.integration

@@ -13,9 +13,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from scaling4d import config
+from scaling4d import config, provenance
 from scaling4d.config import StageConfig
-from scaling4d.records import UserError, write_json
+from scaling4d.records import UserError, json_text, write_json
 
 CODE = Path("artifacts/code")
 RUNS = Path(".runs")
@@ -65,7 +65,6 @@ def write_evidence(out: Path, content: Mapping[str, Any], operative: str) -> Non
 
 def write_run(stage: str, out_sha256: str, *, started: float, **facts: Any) -> None:
     """Write time, machine, versions and throughput of a run to `.runs/`, outside DVC's outs. started: Unix seconds."""
-    RUNS.mkdir(exist_ok=True)
     revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     content = {
         "stage": stage,
@@ -79,7 +78,7 @@ def write_run(stage: str, out_sha256: str, *, started: float, **facts: Any) -> N
         "versions": {name: metadata.version(name) for name in VERSIONS},
         **facts,
     }
-    write_json(RUNS / f"{stage}-{out_sha256[:16]}.json", content)
+    provenance.write_text(RUNS / f"{stage}-{out_sha256[:16]}.json", json_text(content))
 
 
 def processor() -> str:

@@ -17,7 +17,7 @@ for _library in ("OPENBLAS", "MKL"):  # numpy's BLAS reads this at import; the l
     os.environ[f"{_library}_NUM_THREADS"] = "1"
 
 from scaling4d import config  # noqa: E402
-from scaling4d.records import AGAIN, Preempted, UserError, on_one_line  # noqa: E402
+from scaling4d.records import AGAIN, Preempted, UserError, file_system_errors, on_one_line  # noqa: E402
 from scaling4d.training.gpus import UTILISATION, WRITE_GB_PER_S  # noqa: E402
 
 HELP = "Pretrain masked video autoencoders of growing size, evaluate them with readouts, and build the scaling report."
@@ -35,7 +35,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
-        app()
+        with file_system_errors():
+            app()
     except UserError as error:
         print(f"error: {on_one_line(error)}", file=sys.stderr)
         sys.exit(1)

@@ -7,26 +7,33 @@ from __future__ import annotations
 
 import ast
 import csv
+import errno
+import fcntl
+import glob
 import hashlib
 import io
 import json
 import os
 import re
+import secrets
 import shutil
 import subprocess
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from scaling4d.records import UserError
+from scaling4d.records import UserError, file_system_errors
 
 WORK_FOLDER = Path(".resume")  # training states, snapshots of launched jobs, caches of clips and features, unfinished outputs
 LOCK = Path("dvc.lock")
 DVC_CACHE = Path(".dvc/cache")
 EXPERIMENT_REFS = "refs/exps/"  # DVC keeps an experiment at refs/exps/<2>/<38 of its commit>/<name>
 MISSING = "missing"
+LOCK_FILE = "lock"  # in a folder that one process uses
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # of a file system
 
 # ---- settings ----
 
@@ -86,52 +93,97 @@ def parse_csv(text: str) -> list[dict[str, str]]:
 # ---- files by rename ----
 
 
+def lock_folder(folder: Path, *, wait_s: float) -> IO[bytes] | None:
+    """Make a folder and take it for this process until the returned file is closed. None: another process has it.
+
+    Raises:
+        OSError: its file system has no locks (NO_LOCKS), or refuses the folder.
+    """
+    until = time.monotonic() + wait_s
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError), ExitStack() as opened:  # removed meanwhile
+            file = opened.enter_context((folder / LOCK_FILE).open("ab"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    return None
+                time.sleep(0.1)
+                continue
+            if os.path.samestat(os.fstat(file.fileno()), (folder / LOCK_FILE).stat()):
+                opened.pop_all()
+                return file
+
+
+@contextmanager
+def work_folder(name: str, root: Path = WORK_FOLDER) -> Iterator[Path]:
+    """Give an empty folder to write into, which is removed in the end; first, those of this name whose run was killed.
+
+    It is `root/<name>.partial-<8 hex digits>/out`, beside the lock of its process.
+    """
+    for folder in root.glob(f"{glob.escape(name)}.partial-{'[0-9a-f]' * 8}"):
+        with suppress(OSError):  # another user's, or no locks: it may be in use
+            if killed := lock_folder(folder, wait_s=0):
+                with killed:
+                    shutil.rmtree(folder)
+    folder, lock = root / f"{name}.partial-{secrets.token_hex(4)}", None
+    try:
+        try:
+            lock = lock_folder(folder, wait_s=0)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        out = folder / "out"
+        out.mkdir()
+        yield out
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock:
+            lock.close()
+
+
 @contextmanager
 def atomic_folder(final: Path) -> Iterator[Path]:
-    """Give an empty folder to write into. It replaces `final` when the block ends without an error."""
-    partial = WORK_FOLDER / f"partial-{final.as_posix().replace('/', '-')}-{os.getpid()}"
-    beside = final.with_name(f".{partial.name}")  # WORK_FOLDER may be on another file system, from which nothing is renamed
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        final.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(final, ignore_errors=True)
-        shutil.move(partial, beside)
-        beside.rename(final)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(beside, ignore_errors=True)
+    """Give an empty folder to write into. It replaces `final` when the block ends without an error.
+
+    Raises UserError: the disk is full, or a file may not be written.
+    """
+    with file_system_errors(final), work_folder(final.as_posix().replace("/", "-")) as out:
+        yield out
+        place = final.resolve()
+        with work_folder(f".{place.name}", place.parent) as beside:  # WORK_FOLDER may be on another disk
+            shutil.move(out, beside / "new")
+            with suppress(FileNotFoundError):
+                place.rename(beside / "old")
+            (beside / "new").rename(place)
 
 
 @contextmanager
 def atomic_new(out: Path) -> Iterator[Path]:
     """Give a name beside `out` for a file or a folder. It becomes `out` when the block ends without an error.
 
-    Raises UserError where `out` exists, or its parent folder does not.
+    Raises UserError where `out` exists, its parent folder does not, the disk is full, or a file may not be written.
     """
     if out.exists():
         raise UserError(f"{out} exists; choose another name or remove it")
     if not out.absolute().parent.is_dir():
         raise UserError(f"no folder {out.parent} to write {out.name} in; make it first")
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        yield partial
-        partial.rename(out)
-    finally:
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        partial.unlink(missing_ok=True)
+    with file_system_errors(out), work_folder(f".{out.name}", out.parent) as folder:
+        yield folder / out.name
+        (folder / out.name).rename(out)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file by rename, so that no part of it ever stands alone. Raises UserError: as atomic_folder."""
+    with file_system_errors(path), work_folder(f".{path.name}", path.parent) as folder:
+        (folder / path.name).write_bytes(content)
+        (folder / path.name).replace(path)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file by rename, so that no part of it ever stands alone. The folder must exist."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(text)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Write a file in UTF-8, as write_bytes."""
+    write_bytes(path, text.encode())
 
 
 # ---- gin ----

@@ -8,6 +8,7 @@ Pixels are uint8 `B T H W C` until the model; times are seconds (`_s`), rates he
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 
 
 MOST_JSON_BYTES = 2**24  # of a description
+NEEDED = {  # where the file system refuses
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "room on its disk"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "permission for this user"),
+}
 
 
 class UserError(ValueError):
@@ -226,6 +231,27 @@ def as_user_error(where: object) -> Iterator[None]:
         raise UserError(f"{where}: {shortened(error)}") from error
 
 
+@contextmanager
+def file_system_errors(where: object = "a file") -> Iterator[None]:
+    """Turn a refusal of the file system (a full disk, no permission) into one line. where: if the error names no file.
+
+    Raises:
+        UserError: there was one.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NEEDED:
+            raise
+        path = error.filename2 or error.filename or where  # of two, the second is written
+        change = "repair that, and the same command continues"
+        raise UserError(f"{path}: {error.strerror}; needed {NEEDED[error.errno]}; {change}") from error
+
+
+def json_text(content: Any) -> str:
+    """JSON in one layout (sorted keys, two spaces, final newline): equal content gives equal text."""
+    return json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON in one layout (sorted keys, two spaces, final newline): equal content gives equal bytes."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    path.write_text(json_text(content))

@@ -130,10 +130,12 @@ def test_an_interrupted_write_leaves_nothing_and_the_next_readout_starts_anew(en
         with pytest.raises(KeyboardInterrupt):
             through(store, clips)
     assert list(store.folder.iterdir()) == []
-    (store.folder / "partial-killed").mkdir()  # remains of a killed process
-    (store.folder / "partial-killed/shard").write_bytes(b"half of a sha")
+    killed = store.folder / "shard.partial-0123abcd"
+    killed.mkdir()
+    (killed / "shard").write_bytes(b"half of a sha")
     del passes[:]
     assert torch.equal(through(open_store(), clips), computed(encoder, clips)) and len(passes) == 2 * len(clips)
+    assert not killed.exists()
 
 
 def test_other_weights_code_and_libraries_have_folders_of_their_own(encoder, tmp_path, open_store, monkeypatch) -> None:

@@ -414,7 +414,7 @@ def test_sources_that_cannot_be_had_are_refused_in_one_line(listed, project, mon
     with pytest.raises(UserError, match=message) as caught:
         baseline("tiny", listed(source, revision))
     assert "\n" not in str(caught.value)
-    assert not list((project / ".resume").glob("partial-*"))
+    assert not list((project / ".resume").glob("*.partial-*"))
 
 
 def test_without_transformers_the_extra_is_named(published, monkeypatch):

@@ -194,7 +194,7 @@ def test_settings_that_cannot_be_are_refused_in_one_line_before_a_rank_starts(
     monkeypatch.setattr(distributed, "run", lambda *_, **__: pytest.fail("a rank was started"))
     with pytest.raises(UserError, match=f"^{message}$"):
         pretrain("nano", changed(key, value))
-    assert not list(Path(".resume").glob("partial-*"))
+    assert not list(Path(".resume").glob("*.partial-*"))
 
 
 def test_a_point_with_two_methods_is_refused(project: Path) -> None:

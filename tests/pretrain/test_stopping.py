@@ -79,7 +79,7 @@ def test_a_full_disk_at_its_end_is_one_line_and_repeats_no_step(short: Callable,
     settings, full = short(2), OSError(28, "No space left on device", "artifacts/out")
     with monkeypatch.context() as patch:
         patch.setattr(stage, "_write", Mock(side_effect=full))
-        with pytest.raises(UserError, match="^artifacts/out: No space left on device; repair that, and the same command .+"):
+        with pytest.raises(UserError, match="^artifacts/out: No space left on device; needed room on its disk; repair .+"):
             pretrain("nano", settings)
     pretrain("nano", settings)
     assert steps_shown() == [1, 2]

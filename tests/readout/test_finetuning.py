@@ -230,4 +230,4 @@ def test_settings_that_cannot_be_are_refused_and_nothing_is_left(
         changed(f"readout.{name}", small_value)
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
         finetune(changed(f"readout.{key}", value), protocol)
-    assert not list(provenance.WORK_FOLDER.glob("partial-*"))
+    assert not list(provenance.WORK_FOLDER.glob("*.partial-*"))

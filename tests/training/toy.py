@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from scaling4d import seeds
 from scaling4d.checkpoint import save_tensors
 from scaling4d.mae.models import METHODS, config_of
-from scaling4d.records import MaskedTokens
+from scaling4d.records import MaskedTokens, file_system_errors
 from scaling4d.training import distributed
 from scaling4d.training.fit import Batch, FitConfig, fit
 from scaling4d.training.observe import TrainingLog
 from scaling4d.training.parallelize import ComputeConfig, ShardingConfig, full_tensor, parallelize
-from scaling4d.training.resume import CheckpointManager, file_system_errors, fingerprint, remove_state, state_folder
+from scaling4d.training.resume import CheckpointManager, fingerprint, remove_state, state_folder
 
 RESULT, LOG = Path("result"), Path(".runs/toy")
 FRAME = {"clip": (4, 16, 16), "patch": (2, 8, 8), "pixel_mean": 0.45, "pixel_scale": 4.0}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 import warnings
 from collections.abc import Sequence
 from importlib import metadata
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from scaling4d import artifacts
 from scaling4d.checkpoint import Checkpoint, save_tensors, weights_sha256
+from scaling4d.provenance import work_folder
 
 DEPTH_FRACTION = 0.95  # of the depth, where the readouts of 4DS read: depth demo of its released code
 SHARD_BYTES = 2**28
@@ -143,8 +143,8 @@ class FeatureStore(MemoryFeatures):
             return
         shard = {self.layer: torch.stack(list(self.new.values()))}
         shard[CLIPS] = torch.from_numpy(np.frombuffer(b"".join(self.new), np.uint8).reshape(-1, 32).copy())
-        with tempfile.TemporaryDirectory(dir=self.folder, prefix="partial-") as partial:  # of no other process or machine
-            file = Path(partial, "shard")
+        with work_folder("shard", self.folder) as partial:  # of no other process or machine
+            file = partial / "shard"
             save_tensors(file, shard)
             final = self.folder / f"{artifacts.sha256(file)}.safetensors"
             file.rename(final)

@@ -13,7 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from scaling4d.records import write_json
+from scaling4d import provenance
+from scaling4d.records import json_text
 
 PACKAGE = "scaling4d"
 SOURCE = Path(__file__).parents[1]
@@ -23,9 +24,8 @@ DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 def write_hashes(source: Path, out: Path) -> None:
     """Write `<package>.json` for every package with a stage: {"package", "sha256", "modules": {module: sha256}}."""
-    out.mkdir(parents=True, exist_ok=True)
     for package, content in hashes(source).items():
-        write_json(out / f"{package}.json", content)
+        provenance.write_text(out / f"{package}.json", json_text(content))
 
 
 @cache

@@ -21,14 +21,14 @@ from scaling4d.pretrain.plan.closed_form import flops_per_clip
 from scaling4d.pretrain.plan.memory import check_memory
 from scaling4d.pretrain.settings import PretrainConfig, bind_pretrain, clips_remedies
 from scaling4d.pretrain.validate import Validation, validate
-from scaling4d.records import MaskedTokens, write_json
+from scaling4d.records import MaskedTokens, file_system_errors, write_json
 from scaling4d.training import distributed
 from scaling4d.training.fit import MOST_REWINDS, Batch, fit
 from scaling4d.training.launch import Job, describe, first_gpu_bytes, launch, snapshot_content
 from scaling4d.training.observe import TrainingLog, peak_flops
 from scaling4d.training.optimizer import ParamGroups
 from scaling4d.training.parallelize import DTYPES, full_tensor, parallelize
-from scaling4d.training.resume import CheckpointManager, file_system_errors, fingerprint, remove_state, state_folder
+from scaling4d.training.resume import CheckpointManager, fingerprint, remove_state, state_folder
 
 MASK_GROUP = 8  # clips whose masks are one draw: a clip's mask is the same on any number of ranks
 

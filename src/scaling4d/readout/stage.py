@@ -26,12 +26,12 @@ from scaling4d.readout.heads import HeadConfig
 from scaling4d.readout.protocols import HEAD, PROTOCOLS, EvaluationConfig, ReadoutConfig, ReadoutProtocol, SavingConfig
 from scaling4d.readout.tasks import TASKS
 from scaling4d.readout.tasks.task import MetricSums
-from scaling4d.records import Result, UserError, write_json
+from scaling4d.records import Result, UserError, file_system_errors, write_json
 from scaling4d.training import distributed
 from scaling4d.training.fit import FitConfig, fit
 from scaling4d.training.observe import TrainingLog
 from scaling4d.training.parallelize import ComputeConfig, ShardingConfig, parallelize, unshard
-from scaling4d.training.resume import CheckpointManager, file_system_errors, fingerprint, remove_state, state_folder
+from scaling4d.training.resume import CheckpointManager, fingerprint, remove_state, state_folder
 
 BETAS = (0.9, 0.999)  # AdamW's default; released readouts publish none
 BOOTSTRAP_DRAWS = 1000  # ours

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 from scaling4d import config
-from scaling4d.provenance import parse_csv
+from scaling4d.provenance import parse_csv, work_folder
 from scaling4d.records import UserError
 from scaling4d.studies.markup import csv_cell_text, html_table
 from scaling4d.studies.words import WORDS, measure
@@ -76,10 +76,10 @@ def _private_jupyter() -> Iterator[None]:
 
     The kernel imports this copy of the package, from any folder.
     """
-    with tempfile.TemporaryDirectory(prefix="scaling4d-") as empty:
-        variables = dict.fromkeys(JUPYTER_FOLDERS, empty) | {"PYTHONPATH": str(Path(config.__file__).absolute().parents[1])}
+    with work_folder("scaling4d-jupyter", Path(tempfile.gettempdir())) as empty:
+        variables = dict.fromkeys(JUPYTER_FOLDERS, str(empty)) | {"PYTHONPATH": str(Path(config.__file__).absolute().parents[1])}
         with patch.dict(os.environ, variables):
-            quiet = Path(empty) / "profile_default/ipython_kernel_config.json"
+            quiet = empty / "profile_default/ipython_kernel_config.json"
             quiet.parent.mkdir()
             quiet.write_text('{"IPKernelApp": {"log_level": 40}}')  # errors only
             yield

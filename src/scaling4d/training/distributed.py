@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from scaling4d.provenance import work_folder
 from scaling4d.records import Preempted, UserError, on_one_line
 
 T = TypeVar("T")
@@ -58,7 +59,7 @@ def run(work: Callable[..., T], *, ranks: int, device: str = "cpu", hang_s: floa
     sys.stdout.flush()
     sys.stderr.flush()
     alive = os.pipe()  # its end in this process shows the ranks that their parent lives
-    with tempfile.TemporaryDirectory() as folder:
+    with work_folder("scaling4d-ranks", Path(tempfile.gettempdir())) as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
         children = [
             context.Process(target=_run_forked_rank, args=(run_rank, rank, folder, sender, alive), daemon=True)
@@ -129,7 +130,7 @@ def _failure(children: list) -> str:
     return f"rank {rank} of {len(children)} ended without a result ({why})"
 
 
-def _run_forked_rank(run_rank: Callable, rank: int, folder: str, sender: Any, alive: tuple[int, int]) -> None:
+def _run_forked_rank(run_rank: Callable, rank: int, folder: Path, sender: Any, alive: tuple[int, int]) -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)  # the parent's handler is not this process's
     os.close(alive[1])

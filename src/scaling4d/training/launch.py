@@ -158,16 +158,15 @@ def _write_snapshot(job: Job, suffix: str) -> Path:
     folder = provenance.WORK_FOLDER / f"snapshot-{digest[:16]}{suffix}"
     (folder / REFUSED).unlink(missing_ok=True)
     if not folder.is_dir():
-        partial = folder.with_name(f"partial-{folder.name}-{socket.gethostname()}-{os.getpid()}")
         source = Path(scaling4d.__file__).parent
-        shutil.copytree(source, partial / CODE / "scaling4d", ignore=shutil.ignore_patterns("__pycache__"))
-        write_json(partial / CONTENT, job.content)
-        try:
-            partial.rename(folder)
-        except OSError:  # another machine was first
-            if not folder.is_dir():
-                raise
-            shutil.rmtree(partial)
+        with provenance.work_folder(folder.name) as partial:
+            shutil.copytree(source, partial / CODE / "scaling4d", ignore=shutil.ignore_patterns("__pycache__"))
+            write_json(partial / CONTENT, job.content)
+            try:
+                partial.rename(folder)
+            except OSError:  # another machine was first
+                if not folder.is_dir():
+                    raise
     return folder
 
 

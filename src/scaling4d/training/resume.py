@@ -10,14 +10,11 @@ written. `training.fit` decides when to save and to load; this module only store
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -31,9 +28,8 @@ from torch import Tensor
 from scaling4d import artifacts, provenance
 from scaling4d.records import UserError, write_json
 
-FINGERPRINT, PROGRESS, SHAS, LOCK = "fingerprint.json", "progress.json", "sha256.json", "lock"
+FINGERPRINT, PROGRESS, SHAS = "fingerprint.json", "progress.json", "sha256.json"
 LOCK_WAIT_S = 5.0  # a killed process may hold the lock for a moment
-REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}  # no space, or no permission
 
 
 def fingerprint(run: str, *, settings: Mapping[str, Any], inputs: Mapping[str, str], code_sha256: str) -> dict[str, Any]:
@@ -47,7 +43,7 @@ def state_folder(stage: str, fingerprint: Mapping[str, Any]) -> Path:
     return provenance.WORK_FOLDER / f"{stage}-{digest[:16]}"
 
 
-def acquire_lock(folder: Path, fingerprint: Mapping[str, Any]) -> IO[str]:
+def acquire_lock(folder: Path, fingerprint: Mapping[str, Any]) -> IO[bytes]:
     """Take the folder for this process until the returned file is closed, and write or check its fingerprint.
 
     Raises:
@@ -83,28 +79,18 @@ def _trash_path(folder: Path) -> Path:
     return folder.with_name(f"removed-{folder.name}")
 
 
-def _lock(folder: Path) -> IO[str]:
+def _lock(folder: Path) -> IO[bytes]:
     """Raises UserError: another process of this run holds the lock."""
-    until = time.monotonic() + LOCK_WAIT_S
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            file = (folder / LOCK).open("a")
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(file.fileno()), (folder / LOCK).stat()):
-                return file
-        except FileNotFoundError:  # removed meanwhile
-            continue
-        except BlockingIOError:
-            if time.monotonic() > until:
-                message = f"{folder} is in use by another process that trains the same; wait until it has ended, or end it"
-                raise UserError(message) from None
-            time.sleep(0.1)
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-            print(f"warning: the file system of {folder} has no locks; start no second process of this run", file=sys.stderr)
-            return file
+    try:
+        lock = provenance.lock_folder(folder, wait_s=LOCK_WAIT_S)
+    except OSError as error:
+        if error.errno not in provenance.NO_LOCKS:
+            raise
+        print(f"warning: the file system of {folder} has no locks; start no second process of this run", file=sys.stderr)
+        return (folder / provenance.LOCK_FILE).open("ab")
+    if lock is None:
+        raise UserError(f"{folder} is in use by another process that trains the same; wait until it has ended, or end it")
+    return lock
 
 
 def _read_fingerprint(path: Path) -> dict[str, Any] | None:
@@ -245,6 +231,7 @@ class CheckpointManager:
         try:
             yield
         except (CheckpointException, OSError) as error:
+            shutil.rmtree(self.folder / f"partial-{step:08d}", ignore_errors=True)
             first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
             why = " ".join(str(first).split())[:200]
             problem = f"the training state of step {step} cannot be written to {self.folder}: {why}"
@@ -264,19 +251,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def file_system_errors() -> Iterator[None]:
-    """Turn a refusal of the file system, a full disk above all, into one line.
-
-    Raises:
-        UserError: there was one.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in REFUSALS:
-            raise
-        change = "repair that, and the same command continues from the last state"
-        raise UserError(f"{error.filename or 'a file'}: {error.strerror}; {change}") from error
