@@ -1,11 +1,17 @@
 """The project in a temporary clone, and commands as a user types them there."""
 
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": "src"}
@@ -41,3 +47,48 @@ def run(clone: Path, *command: str, check: bool = True) -> subprocess.CompletedP
     done = subprocess.run(command, cwd=clone, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert not check or done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done
+
+
+def run_limited(clone: Path, *command: str, most_bytes: int) -> subprocess.CompletedProcess:
+    """As `run`, but no file may become larger than so many bytes, as on a full disk."""
+    limit = (most_bytes, most_bytes)
+    return subprocess.run(
+        command,
+        cwd=clone,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+    )
+
+
+def run_killed(clone: Path, *command: str, after_s: float, group: bool) -> bool:
+    """Kill a command, or it and all that it started; return when nothing of it is at work. Whether it was killed."""
+    mark = f"{time.time_ns()}"
+    with (clone / ".killed.log").open("w") as log:
+        environment = ENVIRONMENT | {"KILLED": mark}
+        process = subprocess.Popen(command, cwd=clone, env=environment, stdout=log, stderr=log, start_new_session=True)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(after_s)
+        killed = process.poll() is None
+        if group and killed:
+            os.killpg(process.pid, signal.SIGKILL)
+        elif killed:
+            process.kill()
+        process.wait()
+    (clone / ".killed.log").unlink()
+    until = time.monotonic() + 30
+    while left := _processes_with(mark):
+        assert time.monotonic() < until, f"{' '.join(command)} was killed after {after_s:.2f} s, and still at work: {left}"
+        time.sleep(0.1)
+    return killed
+
+
+def _processes_with(mark: str) -> list[str]:
+    names = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get("KILLED") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                names.append(" ".join(process.cmdline()))
+    return names

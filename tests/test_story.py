@@ -2,8 +2,11 @@
 
 import csv
 import json
+import random
 import re
+import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from commands import cloned, commit, run
+from commands import ENVIRONMENT, cloned, commit, run, run_killed, run_limited
 
+from scaling4d.audit.disk import Disk
 from scaling4d.provenance import flatten, read_lock
 
 pytestmark = pytest.mark.integration
@@ -201,3 +205,108 @@ def test_stages_made_again_have_the_same_bytes(story: Path) -> None:
     stages = ("pretrain@nano", "readout_finetune@nano-actions", "readout_classifier@nano", "reconstruct@nano", "show@depth")
     assert set(stages_run(run(story, "dvc", "repro", "-f", "-s", *stages, "report").stdout)) == {*stages, "report"}
     assert yaml.safe_load((story / "dvc.lock").read_text()) == lock
+
+
+STAGES_KILLED = {  # stage of dvc.yaml: kills, full disks
+    "benchmarks": (3, 1),
+    "clips": (8, 3),
+    "pretrain@nano": (8, 2),
+    "readout_frozen@nano-depth": (4, 1),
+    "readout_finetune@nano-depth": (4, 2),
+    "report": (8, 2),
+}
+killed_stages = pytest.mark.parametrize(
+    "stage", [pytest.param(name, marks=[pytest.mark.slow] if name != "benchmarks" else []) for name in STAGES_KILLED]
+)
+INSIDE = (".resume", ".runs", "artifacts", "data", "reports", ".dvc")
+
+
+@pytest.fixture
+def temporary(story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of temporary files of commands."""
+    monkeypatch.setitem(ENVIRONMENT, "TMPDIR", str(tmp_path))
+    return tmp_path
+
+
+class KilledStage:
+    """A stage's command in the story's clone, its outputs, and what lies in the clone and in a temporary folder."""
+
+    def __init__(self, story: Path, name: str, temporary: Path) -> None:
+        stage = read_lock(story / "dvc.lock")[name]
+        self.story, self.persistent, self.folders = story, name == "clips", [*(story / part for part in INSIDE), temporary]
+        self.command = stage.command.removeprefix("PYTHONPATH=src ").split()
+        self.outs = {out.path: out.md5 for out in stage.outs}
+        started = time.monotonic()
+        self.start_anew()
+        run(story, *self.command)
+        self.seconds, self.files = time.monotonic() - started, self.files_now()
+        assert self.made() == self.outs
+
+    def start_anew(self) -> None:
+        """As DVC before a stage runs; and no result of an earlier run is at hand."""
+        shutil.rmtree(self.story / ".resume/clips", ignore_errors=True)
+        for name in self.outs:
+            path = self.story / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            path.unlink(missing_ok=True)
+
+    def files_now(self) -> set[str]:
+        return {str(path) for folder in self.folders for path in folder.rglob("*")}
+
+    def made(self) -> dict[str, str | None]:
+        """DVC's hashes, as the audit of a run that is made again compares them."""
+        return {name: Disk({}).md5(str(self.story / name)) for name in self.outs}
+
+
+@killed_stages
+@pytest.mark.timeout(1200)
+def test_killed_at_any_moment_and_run_again_a_stage_has_the_same_bytes_and_leaves_nothing(
+    story: Path, temporary: Path, stage: str
+) -> None:
+    kills, rng = STAGES_KILLED[stage][0], random.Random(stage)
+    killed_stage, killed = KilledStage(story, stage, temporary), 0
+    for number in range(kills):
+        killed_stage.start_anew()
+        moment = rng.uniform(0.2, 1) * killed_stage.seconds
+        killed += run_killed(story, *killed_stage.command, after_s=moment, group=number % 2 == 0)
+        run(story, *killed_stage.command)
+        assert killed_stage.made() == killed_stage.outs, f"killed after {moment:.2f} s"
+        assert killed_stage.files_now() == killed_stage.files, f"killed after {moment:.2f} s"
+    print(f"{stage}: {killed} of {kills} killed at work, {killed_stage.seconds:.1f} s undisturbed")
+
+
+@killed_stages
+@pytest.mark.timeout(1200)
+def test_on_a_full_disk_a_stage_says_one_line_and_leaves_no_part(story: Path, temporary: Path, stage: str) -> None:
+    rng, full = random.Random(stage), KilledStage(story, stage, temporary)
+    sizes = [path.stat().st_size for name in full.outs for path in [story / name, *(story / name).rglob("*")] if path.is_file()]
+    for _ in range(STAGES_KILLED[stage][1]):
+        full.start_anew()
+        before = full.files_now()
+        most_bytes = int(rng.uniform(0.02, 0.98) * max(sizes))
+        done = run_limited(story, *full.command, most_bytes=most_bytes)
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert done.returncode == 1 and len(errors) == 1 and "Traceback" not in done.stderr, f"{most_bytes} bytes: {done.stderr}"
+        outside = {path for path in full.files_now() - before if "/.resume/" not in path}
+        assert not outside, f"{most_bytes} bytes: {sorted(outside)}"
+        run(story, *full.command)
+        assert full.made() == full.outs and full.files_now() == full.files
+        print(f"{stage} {most_bytes} bytes: {errors[0]}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_dvc_repro_killed_again_and_again_ends_with_the_same_lock_and_leaves_nothing(story: Path, temporary: Path) -> None:
+    lock, folders = yaml.safe_load((story / "dvc.lock").read_text()), [*(story / part for part in INSIDE), temporary]
+    files = {str(path) for folder in folders for path in folder.rglob("*")}
+    for name in ("data", "artifacts", "reports/smoke", ".dvc/cache", ".resume"):
+        shutil.rmtree(story / name)
+    (story / "dvc.lock").unlink()
+    rng, killed = random.Random("dvc repro"), 0
+    for _ in range(8):
+        killed += run_killed(story, "dvc", "repro", after_s=rng.uniform(2, 40), group=True)
+    run(story, "dvc", "repro")
+    assert yaml.safe_load((story / "dvc.lock").read_text()) == lock
+    left = {str(path) for folder in folders for path in folder.rglob("*")} - files
+    assert not left and killed == 8, sorted(left)
