@@ -162,6 +162,7 @@ def test_a_linked_folder_stays_on_its_disk(tmp_path: Path, monkeypatch: pytest.M
     (errno.EFBIG, "room on its disk"),
     (errno.EROFS, "permission for this user"),
     (errno.EACCES, "permission for this user"),
+    (errno.EBUSY, "a folder that is no mount point"),
 ])  # fmt: skip
 @pytest.mark.parametrize("write_to", [provenance.atomic_folder, provenance.atomic_new, provenance.write_text])
 def test_a_full_or_read_only_disk_is_one_line_and_the_former_result_stays(
@@ -176,7 +177,7 @@ def test_a_full_or_read_only_disk_is_one_line_and_the_former_result_stays(
 
     with pytest.raises(UserError, match=f"^out: {os.strerror(number)}; needed {needed}; repair that, and the same command con"):
         if write_to is provenance.write_text:
-            monkeypatch.setattr(Path, "write_bytes", refuse)
+            monkeypatch.setattr(Path, "write_text", refuse)
             write_to(Path("out"), "text")
         else:
             with write_to(Path("out")) as partial:
@@ -185,19 +186,25 @@ def test_a_full_or_read_only_disk_is_one_line_and_the_former_result_stays(
     assert [path.as_posix() for path in Path().rglob("*") if path.is_file()] == [former] and Path(former).read_text() == "former"
 
 
-def test_a_disk_that_fills_while_a_folder_is_published_costs_no_former_result(
+def test_another_disk_that_fills_while_a_folder_is_published_costs_no_former_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write("out/former", "former")
 
-    def half_copied(source: Path, target: Path) -> None:
-        shutil.copytree(source, target)
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source), None, str(target))
+    def other_disk(path: Path, new: Path) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(path))
 
-    monkeypatch.setattr(shutil, "move", half_copied)
-    with pytest.raises(UserError, match="^.*/new: No space left"), provenance.atomic_folder(Path("out")) as folder:
-        write(f"{folder}/new", "new")
+    def full(source: str, target: str) -> None:
+        Path(target).touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), source, None, target)
+
+    monkeypatch.setattr(os, "rename", other_disk)
+    monkeypatch.setattr(shutil, "copy2", full)
+    with pytest.raises(UserError, match="^[^;]*/new/[ab]: No space left on device; needed room on its disk; [^;]*$"):
+        with provenance.atomic_folder(Path("out")) as folder:
+            for name in "ab":
+                write(f"{folder}/{name}", "new")
     assert [path.as_posix() for path in Path().rglob("*") if path.is_file()] == ["out/former"]
 
 

@@ -153,10 +153,15 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         yield out
         place = final.resolve()
         with work_folder(f".{place.name}", place.parent) as beside:  # WORK_FOLDER may be on another disk
-            shutil.move(out, beside / "new")
+            shutil.move(out, beside / "new", copy_function=_copy)
             with suppress(FileNotFoundError):
                 place.rename(beside / "old")
             (beside / "new").rename(place)
+
+
+def _copy(source: str, target: str) -> None:
+    with file_system_errors(target):  # shutil would go on and gather the errors of all files
+        shutil.copy2(source, target)
 
 
 @contextmanager
@@ -174,16 +179,11 @@ def atomic_new(out: Path) -> Iterator[Path]:
         (folder / out.name).rename(out)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write a file by rename, so that no part of it ever stands alone. Raises UserError: as atomic_folder."""
     with file_system_errors(path), work_folder(f".{path.name}", path.parent) as folder:
-        (folder / path.name).write_bytes(content)
+        (folder / path.name).write_text(text)
         (folder / path.name).replace(path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file in UTF-8, as write_bytes."""
-    write_bytes(path, text.encode())
 
 
 # ---- gin ----

@@ -28,6 +28,7 @@ MOST_JSON_BYTES = 2**24  # of a description
 NEEDED = {  # where the file system refuses
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "room on its disk"),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "permission for this user"),
+    errno.EBUSY: "a folder that is no mount point",
 }
 
 
