@@ -153,15 +153,20 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         yield out
         place = final.resolve()
         with work_folder(f".{place.name}", place.parent) as beside:  # WORK_FOLDER may be on another disk
-            shutil.move(out, beside / "new", copy_function=_copy)
+            move_folder(out, beside / "new")
             with suppress(FileNotFoundError):
                 place.rename(beside / "old")
             (beside / "new").rename(place)
 
 
-def _copy(source: str, target: str) -> None:
-    with file_system_errors(target):  # shutil would go on and gather the errors of all files
-        shutil.copy2(source, target)
+def move_folder(source: Path, target: Path) -> None:
+    """Move a folder, also to another disk. Raises UserError: that is full, or may not be written."""
+
+    def copy(file: str, new: str) -> None:
+        with file_system_errors(new):  # shutil would go on and gather the errors of all files
+            shutil.copy2(file, new)
+
+    shutil.move(source, target, copy_function=copy)
 
 
 @contextmanager

@@ -1,8 +1,10 @@
 import contextlib
 import csv
 import json
+import os
 import re
 import shutil
+import tempfile
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -350,6 +352,13 @@ def test_a_damaged_result_and_one_of_another_version_are_named(pocket: dict) -> 
     path.write_text(path.read_text().replace('"flops"', '"operations"'))
     with pytest.raises(UserError, match=f"^{path} lacks flops: it was made by another version; run its stage again$"):
         read_run_results(pocket)
+
+
+def test_a_notebook_has_no_temporary_file_outside_its_own_folder() -> None:
+    with notebook._private_jupyter():
+        folder = Path(tempfile.gettempdir())
+        assert folder.parent.name.startswith("scaling4d-jupyter.partial-") and os.environ["TMPDIR"] == str(folder)
+    assert not folder.parent.exists() and Path(tempfile.gettempdir()) != folder
 
 
 def test_a_failing_notebook_is_refused_with_its_cell(pocket: dict, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from IPython.display import HTML
 
 NOTEBOOK = Path("reports/scaling.ipynb")
-JUPYTER_FOLDERS = ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")
+JUPYTER_FOLDERS = ("TMPDIR", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")
 HASH = "checkpoint_sha256"
 
 
@@ -78,7 +78,7 @@ def _private_jupyter() -> Iterator[None]:
     """
     with work_folder("scaling4d-jupyter", Path(tempfile.gettempdir())) as empty:
         variables = dict.fromkeys(JUPYTER_FOLDERS, str(empty)) | {"PYTHONPATH": str(Path(config.__file__).absolute().parents[1])}
-        with patch.dict(os.environ, variables):
+        with patch.dict(os.environ, variables), patch.object(tempfile, "tempdir", str(empty)):  # the kernel's connection file
             quiet = empty / "profile_default/ipython_kernel_config.json"
             quiet.parent.mkdir()
             quiet.write_text('{"IPKernelApp": {"log_level": 40}}')  # errors only

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from scaling4d import artifacts
-from scaling4d.provenance import commit_and_edits, work_folder, write_text
+from scaling4d.provenance import commit_and_edits, move_folder, work_folder, write_text
 from scaling4d.records import UserError, file_system_errors, write_json
 from scaling4d.report import site, tables
 from scaling4d.report.built import read_built_report
@@ -36,7 +36,7 @@ def build(settings: Mapping[str, Any]) -> None:
     run = read_run_results(settings)
     if not NOTEBOOK.is_file():
         raise UserError(f"no {NOTEBOOK} in {Path.cwd()}; run inside the project")
-    with file_system_errors(run.folder), work_folder(".report", run.folder) as out:
+    with file_system_errors(run.folder), work_folder("report") as out:
         for name in ("results", "pretrain", "reconstruct", "curves"):
             (out / f"{name}.csv").write_text(getattr(tables, f"{name}_csv")(run))
         write_json(out / "metrics.json", tables.metrics(run))
@@ -54,11 +54,14 @@ def build(settings: Mapping[str, Any]) -> None:
         (out / site.FOLDER).mkdir()
         report = replace(read_built_report(folder=out.as_posix()), name="this report")
         (out / site.FOLDER / site.PAGE).write_text(site.site_page(report))
-        shutil.rmtree(run.folder / PICTURES, ignore_errors=True)
-        for file in sorted(file for file in out.rglob("*") if file.is_file()):
-            final = run.folder / file.relative_to(out)
-            final.parent.mkdir(parents=True, exist_ok=True)
-            file.replace(final)
+        with work_folder(".report", run.folder) as beside:
+            complete = beside / "complete"
+            move_folder(out, complete)
+            shutil.rmtree(run.folder / PICTURES, ignore_errors=True)
+            for file in sorted(file for file in complete.rglob("*") if file.is_file()):
+                final = run.folder / file.relative_to(complete)
+                final.parent.mkdir(parents=True, exist_ok=True)
+                file.replace(final)
     page_sha256 = artifacts.sha256(run.folder / "report.html")
     artifacts.write_run("report", page_sha256, started=started)
     write_runs(run, also={page_sha256})
