@@ -78,7 +78,7 @@ def test_archives_that_cannot_be_read_are_one_refused_input_each(tmp_path):
     (tmp_path / "short.tar").write_bytes(whole[:6000])
     (tmp_path / "out.tar").symlink_to("/etc/passwd")
     damaged = dict.fromkeys(("text.tar", "short.tar", "short.tar/second.mp4"), "damaged archive")
-    assert reasons(list_sources(tmp_path)) == damaged | {"nothing.tar": "empty archive", "out.tar": "link"}
+    assert reasons(list_sources(tmp_path)) == damaged | {"nothing.tar": "empty archive", "out.tar": "damaged archive"}
 
 
 def test_a_header_that_cannot_be_read_in_the_middle_of_an_archive_is_not_its_end(tmp_path):
@@ -136,7 +136,7 @@ def test_links_onto_themselves_and_closed_folders_are_refused(tmp_path, monkeypa
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    assert reasons(list_sources(tmp_path)) == {"b.tar": "link", "in": "cannot be read"}
+    assert reasons(list_sources(tmp_path)) == {"a.mp4": "link", "b.tar": "link", "in": "cannot be read"}
     (why,) = hash_sources(tmp_path, [SourceFile("a.mp4")])
     assert (why.reason, why.detail) == ("link", "it leads to itself")
 
@@ -206,3 +206,4 @@ def test_names_of_any_bytes_are_found(tmp_path):
     inspections = {item.path: inspect_video(tmp_path, item, "0" * 64, CONFIG) for item in list_sources(tmp_path)}
     assert set(inspections) == {*names, os.fsdecode(b"\xff.mp4")} - {" .mp4"}
     assert all(inspection.clips for inspection in inspections.values())
+    assert reasons(list_sources(tmp_path)) == {os.fsdecode(b"\xff.mp4"): "name"}

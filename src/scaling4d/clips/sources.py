@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import math
 import os
 import stat
@@ -15,6 +16,7 @@ from scaling4d.records import UserError
 from scaling4d.video import FileSlice, VideoError
 
 EXTENDED_HEADERS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+DVC_NAMES = (".dvc", ".dvcignore", ".git", ".hg")  # that DVC passes over, with what is in them
 KINETICS_COLUMNS = ("youtube_id", "time_start", "time_end")  # of the official lists
 UNREADABLE = "cannot be read"  # the reason of a failure that another run may not see
 
@@ -56,7 +58,7 @@ class SourceFile:
 
 
 def list_sources(videos: Path, listed: str = "") -> list[SourceFile]:
-    """Everything below `videos` that is not a folder, hidden files too, ascending by path; a tar counts as its members.
+    """The files of `walk_files`, ascending by path; a tar counts as its members.
 
     listed: path below `videos` of a csv, see `_listed_names`. Files without a name in it and names without a file are
     refused. Raises UserError: no such folder, nothing in it, or a list that cannot be read.
@@ -64,36 +66,84 @@ def list_sources(videos: Path, listed: str = "") -> list[SourceFile]:
     if not videos.is_dir():
         raise UserError(f"no folder {videos}; run `dvc repro data.dvc`, or name your own data with `scaling4d data use PATH`")
     sources: list[SourceFile] = []
-    closed: list[OSError] = []  # errors of folders
     listed = PurePosixPath(listed).as_posix() if listed else ""
-    for folder, folders, files in os.walk(videos, onerror=closed.append):
-        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
-        for name in files + links:
-            path = Path(folder, name).relative_to(videos).as_posix()
-            if path != listed:
-                sources += _tar_members(videos, path) if path.endswith(".tar") else [SourceFile(path)]
-    for error in closed:
-        sources.append(SourceFile(Path(error.filename).relative_to(videos).as_posix(), refused=Rejection.from_error(error)))
+    for file in walk_files(videos):
+        if file.path != listed:
+            tar = file.refused is None and file.path.endswith(".tar")
+            sources += _tar_members(videos, file.path) if tar else [SourceFile(file.path, refused=file.refused)]
     if not sources:
         raise UserError(f"{videos} holds no files; put videos there, or name your own data with `scaling4d data use PATH`")
     return sorted(_apply_list(videos, listed, sources) if listed else sources, key=lambda source: source.path)
 
 
-def check_regular(videos: Path, path: str) -> None:
-    """Raises VideoError: not a plain file, or a link that leads out of the folder, to nothing, or to a folder."""
-    file = videos / path
-    if file.is_symlink():
+@dataclass(frozen=True, slots=True)
+class FolderFile:
+    """A file below a folder, or what cannot be read as one. linked: a link, or in a linked folder."""
+
+    path: str
+    linked: bool
+    refused: Rejection | None = None
+
+
+def walk_files(folder: Path) -> Iterator[FolderFile]:
+    """Everything below a folder that is not a folder, hidden files too. Links to files and folders are followed.
+
+    Refused: pipes, sockets, devices, links to nothing or to a folder around them, names that DVC cannot track, and
+    files or folders that cannot be read. A refused folder counts as one file.
+    """
+    parents = [os.stat(parent) for parent in folder.resolve().parents]
+    yield from _walk(folder, "", linked=False, around=tuple((parent.st_dev, parent.st_ino) for parent in parents))
+
+
+def _walk(folder: Path, below: str, *, linked: bool, around: tuple[tuple[int, int], ...]) -> Iterator[FolderFile]:
+    """around: device and inode of the folders above this one."""
+    try:
+        here = os.stat(folder / below)
+        if (here.st_dev, here.st_ino) in around:
+            yield FolderFile(below, linked, Rejection("link", "it leads to a folder around it"))
+            return
+        with os.scandir(folder / below) as scan:
+            entries = sorted(scan, key=lambda entry: entry.name)
+    except OSError as error:
+        yield FolderFile(below or ".", linked, Rejection.from_error(error))
+        return
+    for entry in entries:
+        path, entry_linked = (f"{below}/{entry.name}" if below else entry.name), linked or entry.is_symlink()
         try:
-            target = file.resolve()
-        except (RuntimeError, OSError) as error:
+            check_name(entry.name)
+            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+                yield from _walk(folder, path, linked=entry_linked, around=(*around, (here.st_dev, here.st_ino)))
+                continue
+            if not entry.is_file(follow_symlinks=False):
+                check_regular(folder, path)
+            if not os.access(entry.path, os.R_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            yield FolderFile(path, entry_linked)
+        except (VideoError, OSError) as error:
+            yield FolderFile(path, entry_linked, Rejection.from_error(error))
+
+
+def check_name(name: str) -> None:
+    """Raises VideoError: DVC stops at this name of a file or folder, or passes over it."""
+    if name in DVC_NAMES:
+        raise VideoError(f"name: DVC does not track {name}")
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise VideoError("name: it is not UTF-8, as DVC needs; rename it") from error
+
+
+def check_regular(folder: Path, path: str) -> None:
+    """Raises VideoError: not a plain file, nor a link to one."""
+    try:
+        mode = os.stat(folder / path).st_mode
+    except OSError as error:
+        if error.errno == errno.ELOOP:
             raise VideoError("link: it leads to itself") from error
-        if not target.is_relative_to(videos.resolve()):
-            raise VideoError("link: it leads out of the folder; copy the file to its place")
-        if not target.exists():
-            raise VideoError("link: it leads to nothing")
-        if target.is_dir():
-            raise VideoError("link: it leads to a folder; links to folders are not followed")
-    if not stat.S_ISREG(os.stat(file).st_mode):
+        if error.errno in (errno.ENOENT, errno.ENOTDIR) and os.path.islink(folder / path):
+            raise VideoError("link: it leads to nothing") from error
+        raise
+    if not stat.S_ISREG(mode):
         raise VideoError("not a file: a pipe, socket or device")
 
 
