@@ -68,13 +68,16 @@ def code() -> None:
 
 @app.command()
 def clips(
-    dry: Annotated[bool, typer.Option(help="Print the usable files, and why the others are not; write nothing.")] = False,
+    dry: Annotated[bool, typer.Option("--dry", help="Count usable videos of data.dvc's folder, and others by reason.")] = False,
+    list_files: Annotated[bool, typer.Option("--all", help="With --dry: each file, and why it is not used.")] = False,
 ) -> None:
     """Curate data/videos into shards of clips (a DVC stage)."""
     from scaling4d.clips import stage
 
+    if list_files and not dry:
+        raise UserError("--all lists the files of a dry run; needed --dry --all")
     if dry:
-        stage.dry_run(_settings())
+        stage.dry_run(_settings(), list_files=list_files)
     else:
         print(f"wrote {stage.clips(_settings())}")
 
@@ -403,16 +406,18 @@ def doctor() -> None:
 
 @data.command()
 def use(path: Path) -> None:
-    """Make PATH (videos/ and, if there are labels, benchmarks/) the data of this project."""
+    """Make PATH the data of this project: any folder of videos, or one with videos/, benchmarks/ or both.
+
+    data/ links to the files; nothing is copied, except a plain folder of the project, which DVC imports.
+    """
     from scaling4d.clips.data_import import use_data
 
     use_data(path)
-    print(f"data.dvc now imports {path}; run `dvc repro`")
 
 
 @data.command()
 def check(path: Path) -> None:
-    """Look at the videos and benchmarks below PATH, and print the first problems.
+    """Look at the videos and benchmarks below PATH: what `data use` leaves out, and the first problems of the rest.
 
     Exit code 1: a benchmark cannot be used. Videos that do not open are only listed: curation continues without them.
     """

@@ -66,7 +66,7 @@ def test_each_file_is_used_or_listed_once_with_its_reason(curated, videos):
         "black.mp4": "black", "frozen.mp4": "frozen", "short.mp4": "too short", "small.mp4": "too small",
         "large.mp4": "too large", "long.mp4": "too long", "slow.mp4": "low frame rate", "good0.mp4": "near duplicate",
         "same_as_good1.mp4": "duplicate", "cut_off.mkv": "incomplete", "damaged.mp4": "decoding fails",
-        "empty.mp4": "the file is empty", "list.mp4": "not a video", "leads_out.mp4": "link", "leads_nowhere.mp4": "link",
+        "empty.mp4": "the file is empty", "list.mp4": "not a video", "leads_nowhere.mp4": "link",
         "leads_in_a_circle": "link", **dict.fromkeys(("cut_off.mp4", "text.mp4", ".hidden"), "not a readable video"),
     }  # fmt: skip
     files, used = {source.path for source in list_sources(videos)}, {row["source"] for row in table(curated / "clips.parquet")}
@@ -155,6 +155,18 @@ def test_a_folder_without_a_usable_video_says_why_and_what_to_do(quick, tmp_path
     why = r"^none of the 2 files in .* can be used \(1 not a readable video, 1 the file is empty\); see"
     with pytest.raises(UserError, match=why):
         curate.dry_run(tmp_path / "videos", quick)
+
+
+def test_a_dry_run_counts_by_reason_and_lists_files_only_where_that_is_wanted(quick, videos, tmp_path, capsys):
+    corpus = few(videos, tmp_path / "corpus", 3)
+    for name in ("empty", "none"):
+        (corpus / f"{name}.mp4").write_bytes(b"")
+    for list_files in (False, True):
+        curate.dry_run(corpus, quick, list_files=list_files)
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[-2].startswith(f"5 files in {corpus}: 3 used for ") and lines[-2].endswith(", 2 rejected")
+        assert lines[-1] == "rejected files: 2 the file is empty"
+        assert any(".mp4" in line for line in lines) == list_files
 
 
 def test_a_cluster_that_does_not_answer_is_named(videos, tmp_path, monkeypatch):

@@ -68,20 +68,27 @@ def curate(videos: Path, out: Path, config: CurationConfig, *, previous: Path | 
     return hashlib.sha256("".join(names).encode()).hexdigest()
 
 
-def dry_run(videos: Path, config: CurationConfig, *, cache: Path | None = None) -> None:
-    """Print which sources `curate` would use, and why not the rest; write to `cache` alone."""
+def dry_run(videos: Path, config: CurationConfig, *, cache: Path | None = None, list_files: bool = False) -> None:
+    """Print how many sources `curate` would use, and the rest by reason; write to `cache` alone.
+
+    list_files: print each source before.
+    """
     sources = list_sources(videos, config.listed)
     with dask_client(config.cluster, config.workers) as client:
         inspections = _inspect_all(client, videos, sources, config, cache)
     clips, rejected = select_clips(inspections, config)
-    counts = Counter((clip.inspection.path, clip.split) for clip in clips)
-    for (path, split), number in sorted(counts.items()):
-        print(f"use     {on_one_line(path)}: {number} clips for {split}")
-    for path, why in rejected:
-        where = "reject " if why.start_s is None else f"  not   {why.start_s:.2f} to {why.end_s:.2f} s of"
-        print(f"{where} {on_one_line(path)}: {on_one_line(why.reason + (why.detail and f' ({why.detail})'))}")
+    if list_files:
+        counts = Counter((clip.inspection.path, clip.split) for clip in clips)
+        for (path, split), number in sorted(counts.items()):
+            print(f"use     {on_one_line(path)}: {number} clips for {split}")
+        for path, why in rejected:
+            where = "reject " if why.start_s is None else f"  not   {why.start_s:.2f} to {why.end_s:.2f} s of"
+            print(f"{where} {on_one_line(path)}: {on_one_line(why.reason + (why.detail and f' ({why.detail})'))}")
     used = len({clip.inspection.path for clip in clips})
-    print(f"{len(inspections)} files: {used} used for {len(clips)} clips, {len(inspections) - used} rejected")
+    print(f"{len(inspections)} files in {videos}: {used} used for {len(clips)} clips, {len(inspections) - used} rejected")
+    for kind, spans in (("files", False), ("stretches of videos", True)):
+        for reason, number in Counter(why.reason for _, why in rejected if (why.start_s is not None) == spans).most_common():
+            print(f"rejected {kind}: {number} {reason}")
     _check_usable(clips, rejected, videos)
 
 
@@ -169,7 +176,7 @@ def _check_usable(clips: list[SelectedClip], rejected: list[RejectedFile], video
     if not clips:
         reasons = Counter(why.reason for _, why in rejected if why.start_s is None)
         why = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
-        raise UserError(f"none of the {reasons.total()} files in {videos} can be used ({why}); see `scaling4d clips --dry`")
+        raise UserError(f"none of the {reasons.total()} files in {videos} can be used ({why}); see `scaling4d clips --dry --all`")
     if len({clip.split for clip in clips}) < len(SPLITS):
         raise UserError(f"{videos} holds one usable video or copies of one; needed two different ones, to train and to validate")
 

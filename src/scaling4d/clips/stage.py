@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from scaling4d import artifacts, config, provenance
-from scaling4d.clips import curate
+from scaling4d.clips import curate, data_import
 from scaling4d.clips.settings import CurationConfig
 
 VIDEOS = Path("data/videos")
@@ -33,10 +33,10 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     config.bind(settings, KEYS, CurationConfig)
 
 
-def dry_run(settings: Mapping[str, Any]) -> None:
-    """Print which videos would be used, and why not the rest."""
+def dry_run(settings: Mapping[str, Any], *, list_files: bool) -> None:
+    """Print how many videos of the folder that data.dvc names would be used, and why not the rest."""
     bound = config.bind(settings, KEYS, CurationConfig)
-    curate.dry_run(VIDEOS, bound[CurationConfig], cache=_cache())
+    curate.dry_run(data_import.used_folder().videos, bound[CurationConfig], cache=_cache(), list_files=list_files)
 
 
 def _cache() -> Path | None:

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from scaling4d import artifacts, config
+from scaling4d.clips.data_import import restore_links
 from scaling4d.pipeline import code_hashes
 from scaling4d.provenance import EXPERIMENT_REFS, LOCK, experiments, file_at, git_or_error, load_yaml, read_lock, required
 from scaling4d.records import UserError, write_json
@@ -218,6 +219,7 @@ class ProjectClone:
         for key in ("user.name", "user.email"):
             self._git("config", key, git_or_error("config", "--default", "scaling4d", "--get", key).strip())
         self._reset()
+        restore_links(self.folder)
         (self.folder / ".dvc/config.local").write_text(f"[cache]\n    dir = {dvc_cache}\n")
 
     def prepare(self, arm: Arm) -> None:
