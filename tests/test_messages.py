@@ -27,13 +27,15 @@ def test_the_command_line_prints_an_error_and_problems_on_one_line_each(
     monkeypatch.setattr(sys, "argv", ["scaling4d", "data", "check", str(folder)])
     with pytest.raises(SystemExit, match="^1$"):
         cli.main()
-    assert capsys.readouterr().err == f"error: no folder {tmp_path}/{SHOWN}; needed a folder with videos/, benchmarks/ or both\n"
+    needed = "needed a folder of videos, or one with videos/, benchmarks/ or both"
+    assert capsys.readouterr().err == f"error: no folder {tmp_path}/{SHOWN}; {needed}\n"
     (folder / "videos").mkdir(parents=True)
     (folder / "videos" / f"{NAME}.mp4").write_bytes(b"no video")
     with pytest.raises(SystemExit, match="^0$"):
         cli.main()
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and lines[1].startswith(r"problem: videos/a\x1b[2J\nerror: b"), lines
+    assert len(lines) == 3 and lines[0].startswith(f"{tmp_path}/{SHOWN}: 1 files"), lines
+    assert lines[2].startswith(r"problem: videos/a\x1b[2J\nerror: b"), lines
 
 
 def test_a_near_word_is_suggested_and_a_far_or_known_one_is_not() -> None:

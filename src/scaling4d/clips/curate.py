@@ -85,7 +85,8 @@ def dry_run(videos: Path, config: CurationConfig, *, cache: Path | None = None, 
             where = "reject " if why.start_s is None else f"  not   {why.start_s:.2f} to {why.end_s:.2f} s of"
             print(f"{where} {on_one_line(path)}: {on_one_line(why.reason + (why.detail and f' ({why.detail})'))}")
     used = len({clip.inspection.path for clip in clips})
-    print(f"{len(inspections)} files in {videos}: {used} used for {len(clips)} clips, {len(inspections) - used} rejected")
+    where = on_one_line(videos)
+    print(f"{len(inspections)} files in {where}: {used} used for {len(clips)} clips, {len(inspections) - used} rejected")
     for kind, spans in (("files", False), ("stretches of videos", True)):
         for reason, number in Counter(why.reason for _, why in rejected if (why.start_s is not None) == spans).most_common():
             print(f"rejected {kind}: {number} {reason}")

@@ -7,7 +7,8 @@
 * Any other folder: links. `data use` makes `data/` a tree of folders with one link for each file. DVC hashes the files
   through the links, where they lie, and copies nothing (`cache: false`). `dvc status` and `dvc repro` see a changed or
   removed file; a new one needs `data use` again. DVC cannot bring such data to another folder: `dvc exp run --temp`
-  and `--queue` stop with "missing data source"; a study links them in its clones.
+  and `--queue` stop with "missing data source"; a study links them in its clones. What DVC cannot read is left out of
+  `data/`, and so of the tables of curation; `data use`, `data check` and `clips --dry` list it.
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ def use_data(path: Path) -> None:
     provenance.write_text(IMPORT, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
     for line in folder.problems:
         print(f"left out: {on_one_line(line)}")
-    print(f"{path}: {folder.counts()}\n{IMPORT} now names {path}: {next_step}")
+    shown = on_one_line(path)
+    print(f"{shown}: {folder.counts()}\n{IMPORT} now names {shown}: {next_step}")
 
 
 def restore_links(project: Path) -> None:
@@ -123,7 +125,7 @@ def used_folder() -> DataFolder:
 def check_videos(path: Path) -> list[str]:
     """Print what `data use` takes of `path`, and how many files open as videos. Returns problems, a line each."""
     folder = read_folder(path)
-    print(f"{path}: {folder.counts()}")
+    print(f"{on_one_line(path)}: {folder.counts()}")
     left_out, unopened = folder.problems, []
     if not any(folder.name(file).startswith("videos/") for file in folder.files):
         print("videos: none")
