@@ -34,7 +34,7 @@ def test_the_command_line_prints_an_error_and_problems_on_one_line_each(
     with pytest.raises(SystemExit, match="^0$"):
         cli.main()
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and lines[0].startswith(f"{tmp_path}/{SHOWN}: 1 files"), lines
+    assert len(lines) == 3 and lines[0].startswith(f"{tmp_path}/{SHOWN}: 0 files"), lines
     assert lines[2].startswith(r"problem: videos/a\x1b[2J\nerror: b"), lines
 
 

@@ -174,6 +174,16 @@ def test_a_folder_of_the_project_that_dvc_would_not_import_as_it_is_becomes_link
     assert contents(Path("data")) == before
 
 
+def test_a_folder_without_a_usable_file_is_refused_and_a_check_says_why(project):
+    (project.parent / "odd").mkdir()
+    (project.parent / "odd/a.mp4").symlink_to("nothing")
+    why = "videos/a.mp4: link: it leads to nothing"
+    with pytest.raises(UserError, match=rf"^.*odd holds no files that can be read \({why}\); see `scaling4d data check .*odd`$"):
+        data_import.use_data(project.parent / "odd")
+    assert data_import.check_videos(project.parent / "odd") == [why]
+    assert contents(Path("data")) == contents(Path("experiments/pocket"))
+
+
 def test_a_file_that_may_not_be_read_is_left_out(project, monkeypatch):
     secret = project.parent / "own/videos/secret.mp4"
     secret.write_bytes(b"x")
@@ -241,12 +251,9 @@ NEEDED = "needed a folder of videos, or one with videos/, benchmarks/ or both"
 @pytest.mark.parametrize(("path", "message"), [
     ("none", f"no folder .*none; {NEEDED}$"),
     ("empty", f".*empty holds no files; {NEEDED}$"),
-    ("odd", rf".*odd holds no files that can be read \(videos/a.mp4: link: it leads to nothing\); {NEEDED}$"),
 ])  # fmt: skip
-def test_a_folder_without_a_usable_file_is_refused(project, path, message):
+def test_a_missing_or_empty_folder_is_refused(project, path, message):
     (project.parent / "empty/videos").mkdir(parents=True)
-    (project.parent / "odd").mkdir()
-    (project.parent / "odd/a.mp4").symlink_to("nothing")
     for command in (data_import.use_data, data_import.check_videos):
         with pytest.raises(UserError, match=f"^{message}"):
             command(project.parent / path)

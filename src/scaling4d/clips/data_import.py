@@ -67,13 +67,12 @@ class DataFolder:
 
 
 def read_folder(path: Path) -> DataFolder:
-    """Walk a folder once. Raises UserError: no such folder, or not one usable file in it."""
+    """Walk a folder once. Raises UserError: no such folder, or no file in its videos/ and benchmarks/."""
     if not path.is_dir():
         raise UserError(f"no folder {path}; needed a folder of videos, or one with videos/, benchmarks/ or both")
     folder = DataFolder(path, not any((path / name).is_dir() for name in LAYOUT), tuple(walk_files(path)))
-    if not any(folder.name(file).startswith(tuple(f"{name}/" for name in LAYOUT)) for file in folder.usable):
-        why = f" that can be read ({folder.problems[0]})" if folder.problems else ""
-        raise UserError(f"{path} holds no files{why}; needed a folder of videos, or one with videos/, benchmarks/ or both")
+    if not any(folder.name(file).startswith(tuple(f"{name}/" for name in LAYOUT)) for file in folder.files):
+        raise UserError(f"{path} holds no files; needed a folder of videos, or one with videos/, benchmarks/ or both")
     return folder
 
 
@@ -91,6 +90,8 @@ def use_data(path: Path) -> None:
     if printable_path(str(target)) != str(target):
         raise UserError(f"{printable_path(str(target))} is not UTF-8, as {IMPORT} needs; rename the folder")
     folder = read_folder(path)
+    if not folder.usable:
+        raise UserError(f"{path} holds no files that can be read ({folder.problems[0]}); see `scaling4d data check {path}`")
     _check_nothing_lost()
     inside = target.is_relative_to(project)
     name = (target.relative_to(project) if inside else target).as_posix()
