@@ -1,7 +1,8 @@
 """The benchmarks' own on-disk formats -> Samples, and writers for the pocket data; one module per benchmark.
 
-A clip is, for now, the first `frames` frames at `rate_hz` of each video, scene, row file or segment; clips of points
-start in the query frames (`queries`). A benchmark's module has
+A clip is a window of `frames` frames at `rate_hz` of a video, scene, row file or segment: the first one, or the one at
+a position from 0 (its start) to 1 (its end). Clips of points start in the query frames (`queries`). A benchmark's module
+has
   OFFICIAL                          number of items per split, by the authors' count
   open_split(root, split, request)  Samples of a split; raises UserError where the layout is another one
   class_names(root)                 of actions: names of the classes
@@ -74,8 +75,10 @@ def read_samples(
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}; needed one of {', '.join(SPLITS)}")
     benchmark = find_benchmark(task, root, split)
-    if (request.views != (1, 1) and task != "actions") or (request.queries != "frame_0" and task != "points"):
-        needed = "needed (1, 1) except of actions, and 'frame_0' except of points"
+    windows, squares = request.views
+    fits = task == "actions" or (squares == 1 and (windows == 1 or request.windows == "random"))
+    if not fits or (request.queries != "frame_0" and (task != "points" or windows > 1)):
+        needed = "needed (1, 1) except of actions, (n, 1) of random windows, and 'frame_0' except of points and of (1, 1)"
         raise UserError(f"views = {request.views} and queries = {request.queries!r} of task {task}; {needed}")
     samples = benchmark.module.open_split(benchmark.folder, split, request)
     if samples.missing:

@@ -130,33 +130,42 @@ def squares_by_number(path: Path, numbers: Sequence[int] | np.ndarray, side_px: 
     raise UserError(f"{path} ends before frame {missing}; lower frames or raise rate_hz")
 
 
-def read_views(path: Path, request: ClipRequest) -> list[np.ndarray]:
+def read_views(path: Path, request: ClipRequest, positions: Sequence[float]) -> list[np.ndarray]:
     """uint8 `T side side 3` each: the clips of a video, and the squares of each clip.
 
-    One clip starts with the video. Several are evenly spaced, from its start to its end. One square is cut from the
-    middle, several from one end to the other. A video that ends early is padded with its last frame.
-    Raises UserError: it cannot be decoded.
+    positions: a clip at 0 starts with the video, at 1 it ends with it. One square is cut from the middle, several from
+    one end to the other. A video that ends early is padded with its last frame. Raises UserError: it cannot be decoded.
     """
-    clips, crops = request.views
-    starts_s = np.zeros(1)
-    if clips > 1:
+    crops, starts_s = request.views[1], np.zeros(len(positions))
+    if request.anywhere:
         with _video_named(path):
             duration_s = video.probe(path, sha256="").duration_s or _counted_s(path)
-        starts_s = np.linspace(0.0, max(duration_s - request.frames / request.rate_hz, 0.0), clips)
+        starts_s = np.asarray(positions) * max(duration_s - request.frames / request.rate_hz, 0.0)
     clips_s = [start_s + request.times_s for start_s in starts_s]
     unique_s = np.unique(np.concatenate(clips_s))
     pictures = frames_by_time(path, unique_s)
-    positions = np.linspace(0, 1, crops) if crops > 1 else [0.5]
-    squares = [Crop(*pictures.shape[1:3], request.side_px, position) for position in positions]
+    places = np.linspace(0, 1, crops) if crops > 1 else [0.5]
+    squares = [Crop(*pictures.shape[1:3], request.side_px, place) for place in places]
     return [square.pixels(pictures[np.searchsorted(unique_s, clip_s)]) for clip_s in clips_s for square in squares]
 
 
-def nearest_rows(path: Path, stamps_us: np.ndarray, request: ClipRequest) -> np.ndarray:
-    """Index `T` of the time stamp, `n` ascending, nearest to each frame of a clip that starts with the first stamp.
+def start_rows(times_s: np.ndarray, request: ClipRequest) -> np.ndarray:
+    """Indices of the frames, `n` at ascending times, in which a clip may start: one that ends with the last, or before.
+
+    A video that is too short for a clip has the first alone.
+    """
+    if not request.anywhere or not len(times_s):
+        return np.zeros(1, int)
+    last_s = times_s[-1] - request.times_s[-1] + TOLERANCE_S
+    return np.arange(max(np.searchsorted(times_s, last_s, side="right"), 1))
+
+
+def nearest_rows(path: Path, stamps_us: np.ndarray, request: ClipRequest, start: int) -> np.ndarray:
+    """Index `T` of the time stamp, `n` ascending, nearest to each frame of a clip that starts with stamp `start`.
 
     Raises UserError: the last stamp comes too early.
     """
-    wanted_us = stamps_us[0] + request.times_s * 1e6
+    wanted_us = stamps_us[start] + request.times_s * 1e6
     if wanted_us[-1] > stamps_us[-1] + np.diff(stamps_us).max(initial=0):
         raise request.too_long(path, (stamps_us[-1] - stamps_us[0]) / 1e6)
     return np.abs(stamps_us[:, None] - wanted_us).argmin(0)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 from collections import namedtuple
+from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
     # of the listed segment; never of another segment of the same YouTube video
     videos = {entry.name: files.get(entry.youtube_id) or files.get(entry.name) for entry in entries}
 
-    def load(entry: Entry) -> list[Sample]:
+    def load(entry: Entry, positions: Sequence[float] = request.positions) -> list[Sample]:
         where = f"{list_path}, line {entry.line}"
         if entry.label not in indices:
             raise UserError(f"{where}: {entry.label!r} is no label of the training list")
@@ -55,7 +56,7 @@ def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
             raise UserError(f"{where}: no file {entry.name}.mp4 below {folder}")
         action = np.int64(indices[entry.label])
         labels = {"action": action, "action_mirrored": action}
-        return [Sample(entry.name, entry.youtube_id, pixels, labels) for pixels in read_views(path, request)]
+        return [Sample(entry.name, entry.youtube_id, pixels, labels) for pixels in read_views(path, request, positions)]
 
     names = [f"{entry.name}.mp4" for entry in entries if videos[entry.name] is None]
     missing = MissingFiles(folder, names, listed=len(entries), what=f"videos of {split}") if names else None

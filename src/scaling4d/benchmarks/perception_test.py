@@ -8,7 +8,7 @@ notebooks.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from operator import itemgetter
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import numpy as np
 from scaling4d import video
 from scaling4d.benchmarks.frames import Crop, load_json, missing_files, require_path, squares_by_number
 from scaling4d.benchmarks.queries import query_clips
-from scaling4d.benchmarks.samples import ClipRequest, ExcludedItem, MissingFiles, Samples
+from scaling4d.benchmarks.samples import ClipRequest, ExcludedItem, MissingFiles, Samples, at_positions
 from scaling4d.records import Sample, UserError
 
 OFFICIAL = {"train": "145 in all splits", "val": "145 in all splits"}
@@ -33,20 +33,23 @@ def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
     """
     path, items, missing = read_tracks(root, split, KIND)
 
-    def load(item: tuple[str, dict]) -> list[Sample]:
+    def load(item: tuple[str, dict], positions: Sequence[float] = request.positions) -> list[Sample]:
         name, entry = item
         offsets, crop = clip_frames(path, name, entry, KIND, request)
         total = max(entry["metadata"]["num_frames"], offsets[-1] + 1)
         tracks = [_track(path, name, track, total) for track in entry[KIND]]
         points, visible = (np.stack(arrays) for arrays in zip(*tracks, strict=True))
         points = crop.points(points)
-        clips = query_clips(name, points, visible & ((points >= 0) & (points < 1)).all(-1), offsets, request.queries)
+        visible &= ((points >= 0) & (points < 1)).all(-1)
+        starts = [frame for frame in request.start_frames(offsets, total) if visible[:, frame].any()]
+        clips = query_clips(name, points, visible, offsets, request.queries, at_positions(starts, positions))
         if not clips:
             raise ExcludedItem(f"{path}: {name} has no visible track in the square at queries = {request.queries!r}")
         numbers = np.unique([clip.frame_numbers for clip in clips])
         pixels = read_pixels(root, name, numbers, request)
-        pixels_of = {clip.id: pixels[np.searchsorted(numbers, clip.frame_numbers)] for clip in clips}
-        return [Sample(c.id, name, pixels_of[c.id], {"points": c.points}, {"points": c.visible}) for c in clips]
+        shown = [pixels[np.searchsorted(numbers, clip.frame_numbers)] for clip in clips]
+        clips = zip(clips, shown, strict=True)
+        return [Sample(c.id, name, frames, {"points": c.points}, {"points": c.visible}) for c, frames in clips]
 
     return Samples(items, load, itemgetter(0), len(items), path.name, missing)
 
@@ -94,7 +97,7 @@ def read_tracks(root: Path, split: str, kind: str) -> tuple[Path, list[tuple[str
 
 
 def clip_frames(path: Path, name: str, entry: dict, kind: str, request: ClipRequest) -> tuple[np.ndarray, Crop]:
-    """Frame numbers `T` of the clip at the start of a video, and the crop for labels in 0..1 of the picture.
+    """Frame numbers `T` of a clip, counted from its first, and the crop for labels in 0..1 of the picture.
 
     Raises UserError: the entry has no metadata, or tracks that are no list of dicts.
     """

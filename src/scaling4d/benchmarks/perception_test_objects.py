@@ -8,6 +8,7 @@ Facts: the official README and baseline notebook, which ignores `is_masked` and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from operator import itemgetter
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from scaling4d.benchmarks import perception_test
 from scaling4d.benchmarks.frames import Crop
-from scaling4d.benchmarks.samples import ClipRequest, ExcludedItem, Samples
+from scaling4d.benchmarks.samples import ClipRequest, ExcludedItem, Samples, at_positions
 from scaling4d.records import Sample, UserError
 
 OFFICIAL = {"train": "11,609 in all splits", "val": "11,609 in all splits"}
@@ -31,28 +32,39 @@ def has_lists(root: Path) -> bool:
 def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
     """Label boxes `Q T 4` with valid (labelled in that very frame): the objects whose tracking starts in frame 0.
 
-    A video without any, or without a label in a later frame, is excluded. At most rates few frames are labelled.
+    A video without any, or without a label in a later frame, is excluded. At most rates few frames are labelled. A
+    window that may lie anywhere starts in a labelled frame, with the objects that are tracked by then.
     """
     path, items, missing = perception_test.read_tracks(root, split, KIND)
 
-    def load(item: tuple[str, dict]) -> list[Sample]:
+    def load(item: tuple[str, dict], positions: Sequence[float] = request.positions) -> list[Sample]:
         name, entry = item
-        numbers, crop = perception_test.clip_frames(path, name, entry, KIND, request)
-        tracks = [_track(path, name, track, numbers, crop) for track in entry[KIND]]
-        started = [(boxes, valid) for boxes, valid in tracks if valid[0]]
-        if not started:
+        offsets, crop = perception_test.clip_frames(path, name, entry, KIND, request)
+        tracks = [_track(path, name, track, crop) for track in entry[KIND]]
+        labelled = set().union(*tracks) if request.anywhere else {0}
+        starts = [start for start in request.start_frames(offsets, entry["metadata"]["num_frames"]) if start in labelled]
+        given = [(start + offsets, [boxes for boxes in tracks if start in boxes]) for start in starts]
+        given = [(numbers, objects) for numbers, objects in given if objects]
+        if not given:
             raise ExcludedItem(f"{path}: no object of {name} starts in the first frame's square")
-        boxes, valid = (np.stack(arrays) for arrays in zip(*started, strict=True))
-        if not valid[:, 1:].any():
+        later = [window for window in given if any(n in boxes for n in window[0][1:].tolist() for boxes in window[1])]
+        if not later:
             raise ExcludedItem(f"{path}: no object of {name} is labelled in a later frame of the clip")
-        pixels = perception_test.read_pixels(root, name, numbers, request)
-        return [Sample(name, name, pixels, {"boxes": boxes}, {"boxes": valid})]
+        windows = at_positions(later, positions)
+        read = np.unique([numbers for numbers, _ in windows])
+        pixels, samples = perception_test.read_pixels(root, name, read, request), []
+        for numbers, objects in windows:
+            valid = np.array([[n in boxes for n in numbers.tolist()] for boxes in objects])  # Q T
+            boxes = [[boxes.get(n, np.zeros(4)) for n in numbers.tolist()] for boxes in objects]
+            labels = {"boxes": np.array(boxes, np.float32)}
+            samples.append(Sample(name, name, pixels[np.searchsorted(read, numbers)], labels, {"boxes": valid}))
+        return samples
 
     return Samples(items, load, itemgetter(0), len(items), path.name, missing)
 
 
-def _track(path: Path, name: str, track: dict, numbers: np.ndarray, crop: Crop) -> tuple[np.ndarray, np.ndarray]:
-    """boxes `T 4` float32 of the square and valid `T`, at these frames, none before tracking starts."""
+def _track(path: Path, name: str, track: dict, crop: Crop) -> dict[int, np.ndarray]:
+    """An object's boxes of the square, float `4` each, by frame number. None before tracking starts, or outside of it."""
     try:
         ids, stored = np.asarray(track["frame_ids"], int), np.asarray(track["bounding_boxes"], float)
         starts = np.asarray(track.get("initial_tracking_box", [1]), int)
@@ -64,8 +76,8 @@ def _track(path: Path, name: str, track: dict, numbers: np.ndarray, crop: Crop) 
         has = f"has boxes {stored.shape} for {len(ids)} frames; needed {len(ids)} x 4"
         raise UserError(f"{path}: object {track.get('id')} of {name} {has}")
     start = ids[starts.argmax()] if len(ids) and starts.any() and starts.argmax() < len(ids) else np.inf
-    box_of = {int(number): stored[n] for n, number in enumerate(ids) if number >= start}
-    picture = np.array([box_of.get(int(number), np.full(4, np.nan)) for number in numbers])  # T 4
-    square = crop.boxes(picture)
-    valid = np.isfinite(picture).all(-1) & (square[:, 2:] > square[:, :2]).all(-1)
-    return np.where(valid[:, None], square, 0).astype(np.float32), valid
+    boxes = stored if len(ids) else np.zeros((0, 4))
+    square = crop.boxes(boxes)
+    valid = np.isfinite(boxes).all(-1) & (square[:, 2:] > square[:, :2]).all(-1)
+    box_of = {int(number): n for n, number in enumerate(ids) if number >= start}  # the last one of a number
+    return {number: square[n] for number, n in box_of.items() if valid[n]}

@@ -3,15 +3,16 @@
 A clip's queries lie in its first frame, so every query frame starts a clip of its own. TAP-Vid also measures frames
 before a query: there, a second clip runs backwards.
 
-"frame_0": the tracks that are visible in the first frame (MooG's demo, in the released code). "first": every track in
-the frame of its first appearance; "strided": in every STRIDE-th frame, the tracks that are visible there (TAP-Vid's
-two protocols). Ours: the clip, not the video, bounds the measured frames, and a query frame is dropped if no full clip
-fits from there.
+"frame_0": the tracks that are visible in a window's first frame (MooG's demo, in the released code). "first": every
+track in the frame of its first appearance; "strided": in every STRIDE-th frame, the tracks that are visible there
+(TAP-Vid's two protocols). Ours: the clip, not the video, bounds the measured frames, and a query frame is dropped if no
+full clip fits from there.
 """
 
 from __future__ import annotations
 
 from collections import namedtuple
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -24,15 +25,17 @@ STRIDE = 5  # frames; tapnet's sample_queries_strided
 QueryClip = namedtuple("QueryClip", "id frame_numbers points visible")
 
 
-def query_clips(video: str, points: np.ndarray, visible: np.ndarray, offsets: np.ndarray, queries: str) -> list[QueryClip]:
+def query_clips(
+    video: str, points: np.ndarray, visible: np.ndarray, offsets: np.ndarray, queries: str, starts: Sequence[int] = (0,)
+) -> list[QueryClip]:
     """The clips of a video, by query frame.
 
     points: `Q F 2` in all F frames of the video. visible: bool `Q F`. offsets: `T`, a clip's frames counted from its
-    first. queries: one of QUERIES.
+    first. queries: one of QUERIES. starts: of frame_0 alone, the first frames of the windows.
     """
     assert queries in QUERIES
     total, clips = visible.shape[1], []
-    for frame in range(0, total if queries != "frame_0" else 1, STRIDE if queries == "strided" else 1):
+    for frame in starts if queries == "frame_0" else range(0, total, STRIDE if queries == "strided" else 1):
         tracks = visible[:, frame]
         if queries == "first":
             tracks = tracks & ~visible[:, :frame].any(1)

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from scaling4d import video
-from scaling4d.benchmarks.frames import Crop, frames_by_seeking, nearest_rows, open_picture, require_path
-from scaling4d.benchmarks.samples import ClipRequest, MissingFiles, Samples, content_of
+from scaling4d.benchmarks.frames import Crop, frames_by_seeking, nearest_rows, open_picture, require_path, start_rows
+from scaling4d.benchmarks.samples import ClipRequest, MissingFiles, Samples, at_positions, content_of
 from scaling4d.records import Sample, UserError
 
 OFFICIAL = {"train": "about 72,000", "val": "about 8,000"}  # 80,000, nine to one
@@ -47,7 +47,7 @@ def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
             layouts.append(f"row files, {'a folder of frames a clip' if source.is_dir() else kind}")
     missing = MissingFiles(root, errors, listed=len(paths), what=f"videos of {split}") if errors else None
 
-    def load(path: Path) -> list[Sample]:
+    def load(path: Path, positions: Sequence[float] = request.positions) -> list[Sample]:
         youtube_id, source = _find_pictures(root, path)
         stamps_us, poses = _read_rows(path)
         if source.is_dir():  # names of frames may be padded with zeros
@@ -56,19 +56,22 @@ def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
             if not present.any():
                 raise UserError(f"{source} holds no <time stamp>.png or .jpg of a time that {path.name} lists")
             stamps_us, poses = stamps_us[present], poses[present]
-        rows = nearest_rows(path, stamps_us, request)  # T
-        if source.is_dir():
-            shown = [images[int(stamp)] for stamp in stamps_us[rows]]
-            opened = [np.asarray(open_picture(image, image, ["JPEG", "PNG"]).convert("RGB")) for image in shown]
-            if len({picture.shape for picture in opened}) > 1:
-                raise UserError(f"{source}: frames differ in size")
-            pictures = np.stack(opened)
-        else:  # the video of the clip alone starts with its first row
-            offset_us = stamps_us[0] if source.stem == path.stem else 0
-            pictures = frames_by_seeking(source, (stamps_us[rows] - offset_us) / 1e6)
-        pixels = Crop(*pictures.shape[1:3], request.side_px).pixels(pictures)
-        labels, valid = {"camera_to_world": poses[rows]}, {"camera_to_world": np.ones(request.frames, bool)}
-        return [Sample(path.stem, youtube_id, pixels, labels, valid)]
+        samples = []
+        for start in at_positions(start_rows(stamps_us / 1e6, request), positions):
+            rows = nearest_rows(path, stamps_us, request, start)  # T
+            if source.is_dir():
+                shown = [images[int(stamp)] for stamp in stamps_us[rows]]
+                opened = [np.asarray(open_picture(image, image, ["JPEG", "PNG"]).convert("RGB")) for image in shown]
+                if len({picture.shape for picture in opened}) > 1:
+                    raise UserError(f"{source}: frames differ in size")
+                pictures = np.stack(opened)
+            else:  # the video of the clip alone starts with its first row
+                offset_us = stamps_us[0] if source.stem == path.stem else 0
+                pictures = frames_by_seeking(source, (stamps_us[rows] - offset_us) / 1e6)
+            pixels = Crop(*pictures.shape[1:3], request.side_px).pixels(pictures)
+            labels, valid = {"camera_to_world": poses[rows]}, {"camera_to_world": np.ones(request.frames, bool)}
+            samples.append(Sample(path.stem, youtube_id, pixels, labels, valid))
+        return samples
 
     return Samples(paths, load, attrgetter("stem"), len(paths), layouts[0] if layouts else "row files", missing)
 

@@ -16,14 +16,14 @@ import re
 import struct
 import zlib
 from collections import namedtuple
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from scaling4d.benchmarks.frames import Crop, encode_jpeg, open_picture, require_path
-from scaling4d.benchmarks.samples import ClipRequest, ExcludedItem, MissingFiles, Samples, content_of
+from scaling4d.benchmarks.frames import Crop, encode_jpeg, open_picture, require_path, start_rows
+from scaling4d.benchmarks.samples import ClipRequest, ExcludedItem, MissingFiles, Samples, at_positions, content_of
 from scaling4d.records import Sample, UserError
 from scaling4d.video import MAX_PIXELS, TOLERANCE_S
 
@@ -45,15 +45,18 @@ POSED_IMAGES = Export("posed_images", ".", ".", ".", "intrinsic.txt", "depth_int
 EXPORTS = {"SensReader's export": SENSREADER, "mmdet3d's posed_images": POSED_IMAGES}
 
 
-# Frames of a scene as they are stored. pictures: uint8 `H W 3` each. depth: uint16 `T h w`, `shift` units a metre.
+# Frames of a clip as they are stored. pictures: uint8 `H W 3` each. depth: uint16 `T h w`, `shift` units a metre.
 # poses: `T 4 4`. color_k, depth_k: intrinsics `4 4` in pixels.
 SceneClip = namedtuple("SceneClip", "pictures depth shift poses color_k depth_k")
+# times_s: of the stored frames, from 0. read_clip: the frames of these indices `T`.
+Scene = tuple[np.ndarray, Callable[[np.ndarray], SceneClip]]
 
 
 def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
     """Labels depth_m `T H W` with valid (measured and within RANGE_M), camera_to_world `T 4 4` with valid (finite).
 
-    Depth is the nearest measurement along the ray of each pixel's centre. A clip without any measurement is excluded.
+    Depth is the nearest measurement along the ray of each pixel's centre. A clip without any measurement is excluded. A
+    window that may lie anywhere gives way to the ones behind it, and to those at the scene's start, until one has any.
     """
     scenes = _scenes(root, split)
     if not any((root / export.scenes).is_dir() for export in EXPORTS.values()):
@@ -61,27 +64,43 @@ def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
     files = {".sens": "scans/{0}/{0}.sens"} | {name: f"{e.scenes}/{{0}}/{e.color_k}" for name, e in EXPORTS.items()}
     layouts = {s: next((name for name, file in files.items() if (root / file.format(s)).is_file()), "") for s in scenes}
 
-    def load(scene: str) -> list[Sample]:
+    def load(scene: str, positions: Sequence[float] = request.positions) -> list[Sample]:
         stored_as = layouts[scene]
         if not stored_as:
             raise UserError(f"no {root / 'scans' / scene / scene}.sens, nor an export of the scene, which the split lists")
         if stored_as in EXPORTS:
-            clip = _read_export(root / EXPORTS[stored_as].scenes / scene, EXPORTS[stored_as], request)
+            path = root / EXPORTS[stored_as].scenes / scene
+            times_s, read_clip = _open_export(path, EXPORTS[stored_as])
         else:
             path = root / "scans" / scene / f"{scene}.sens"
             with content_of(path):
-                clip = _read_sens(path, request)
+                times_s, read_clip = _open_sens(path, request)
+        count, samples = len(start_rows(np.maximum.accumulate(times_s), request)), []
+        for start in at_positions(range(count), positions):
+            shown = _frames_on_show(path, times_s, request, start)
+            step = max(shown[-1] - start, 1)
+            tries = [*range(start, count, step), *range(0, start, step)]
+            windows = (window(scene, read_clip(_frames_on_show(path, times_s, request, first))) for first in tries)
+            sample = next(filter(None, windows), None)
+            if not sample:
+                where = f"in the clip of {scene}"
+                raise ExcludedItem(f"{root}: nothing is measured within {RANGE_M[0]} .. {RANGE_M[1]} m {where}")
+            samples.append(sample)
+        return samples
+
+    def window(scene: str, clip: SceneClip) -> Sample | None:
+        """None: nothing is measured."""
         for k in (clip.color_k, clip.depth_k):
             if not np.isfinite(k).all() or min(k[0, 0], k[1, 1]) <= 0:
                 raise UserError(f"{root}: the intrinsics of {scene} are not numbers with focal lengths above 0")
         crop = Crop(*clip.pictures[0].shape[:2], request.side_px)
         depth_m, measured = _aligned_depth(clip, crop)
         if not measured.any():
-            raise ExcludedItem(f"{root}: nothing is measured within {RANGE_M[0]} .. {RANGE_M[1]} m in the clip of {scene}")
+            return None
         labels = {"depth_m": depth_m, "camera_to_world": clip.poses}
         valid = {"depth_m": measured, "camera_to_world": np.isfinite(clip.poses).all((1, 2))}
         space = scene.split("_")[0]  # which may have several scans
-        return [Sample(scene, space, crop.pixels(clip.pictures), labels, valid)]
+        return Sample(scene, space, crop.pixels(clip.pictures), labels, valid)
 
     names = [scene for scene in scenes if not layouts[scene]]
     missing = MissingFiles(root / "scans", names, listed=len(scenes), what=f"scenes of {split}") if names else None
@@ -154,19 +173,22 @@ def _aligned_depth(clip: SceneClip, crop: Crop) -> tuple[np.ndarray, np.ndarray]
     return depth_m, inside & (depth_m >= RANGE_M[0]) & (depth_m <= RANGE_M[1])
 
 
-def _frames_on_show(path: Path, times_s: np.ndarray, request: ClipRequest) -> np.ndarray:
-    """Index `T` of the frame on show at each time of the clip. times_s: of the stored frames, from 0.
+def _frames_on_show(path: Path, times_s: np.ndarray, request: ClipRequest, start: int) -> np.ndarray:
+    """Index `T` of the frame on show at each time of a clip that starts with frame `start`.
 
     Raises UserError: the scene ends early.
     """
-    end_s = times_s[-1] if len(times_s) else 0.0
-    if not len(times_s) or request.times_s[-1] > end_s + np.diff(times_s)[-1:].sum() + TOLERANCE_S:
-        raise request.too_long(path, end_s)
-    return np.searchsorted(np.maximum.accumulate(times_s), request.times_s + TOLERANCE_S, side="right") - 1
+    if not len(times_s):
+        raise request.too_long(path, 0.0)
+    rising_s = np.maximum.accumulate(times_s)
+    wanted_s = rising_s[start] + request.times_s
+    if wanted_s[-1] > times_s[-1] + np.diff(times_s)[-1:].sum() + TOLERANCE_S:
+        raise request.too_long(path, times_s[-1])
+    return np.searchsorted(rising_s, wanted_s + TOLERANCE_S, side="right") - 1
 
 
-def _read_sens(path: Path, request: ClipRequest) -> SceneClip:
-    """Read the frame headers up to the clip's end, and pictures and depth maps of the clip alone."""
+def _open_sens(path: Path, request: ClipRequest) -> Scene:
+    """Read the frame headers: all, or up to the end of a clip at the scene's start."""
     size = path.stat().st_size
     with path.open("rb") as file:
         version, length = struct.unpack("<IQ", file.read(12))
@@ -192,24 +214,28 @@ def _read_sens(path: Path, request: ClipRequest) -> SceneClip:
                 raise UserError(f"{path} is damaged: it ends inside frame {number} of {total}")
             frames.append((np.reshape(pose, (4, 4)), start, color_bytes, depth_bytes))
             stamps_s.append(color_us / 1e6 if color_us or number == 0 else number / RATE_HZ)
-            if stamps_s[-1] - stamps_s[0] > last_s:
+            if not request.anywhere and stamps_s[-1] - stamps_s[0] > last_s:
                 break
             file.seek(start + color_bytes + depth_bytes)
-        shown = _frames_on_show(path, np.array(stamps_s) - (stamps_s or [0.0])[0], request)
+
+    def read_clip(shown: np.ndarray) -> SceneClip:
         pictures, depths = [], []
-        for _, start, color_bytes, depth_bytes in (frames[index] for index in shown):
-            file.seek(start)
-            picture = open_picture(file.read(color_bytes), f"{path}: a picture", ["JPEG", "PNG"])
-            pictures.append(np.asarray(picture.convert("RGB")))
-            packed = file.read(depth_bytes)
-            needed = 2 * depth_h * depth_w
-            raw = _inflate(packed, needed) if depth_code == ZLIB_USHORT else packed
-            if len(raw) != needed:
-                has = f"{len(raw)} bytes" if len(raw) < needed else f"more than {needed} bytes"
-                raise UserError(f"{path} is damaged: a depth map of {has}; needed {depth_h} x {depth_w} x 2")
-            depths.append(np.frombuffer(raw, "<u2").reshape(depth_h, depth_w))
-    poses = np.stack([frames[index][0] for index in shown])
-    return SceneClip(pictures, np.stack(depths), shift, poses, color_k, depth_k)
+        with content_of(path), path.open("rb") as file:
+            for _, start, color_bytes, depth_bytes in (frames[index] for index in shown):
+                file.seek(start)
+                picture = open_picture(file.read(color_bytes), f"{path}: a picture", ["JPEG", "PNG"])
+                pictures.append(np.asarray(picture.convert("RGB")))
+                packed = file.read(depth_bytes)
+                needed = 2 * depth_h * depth_w
+                raw = _inflate(packed, needed) if depth_code == ZLIB_USHORT else packed
+                if len(raw) != needed:
+                    has = f"{len(raw)} bytes" if len(raw) < needed else f"more than {needed} bytes"
+                    raise UserError(f"{path} is damaged: a depth map of {has}; needed {depth_h} x {depth_w} x 2")
+                depths.append(np.frombuffer(raw, "<u2").reshape(depth_h, depth_w))
+        poses = np.stack([frames[index][0] for index in shown])
+        return SceneClip(pictures, np.stack(depths), shift, poses, color_k, depth_k)
+
+    return np.array(stamps_s) - (stamps_s or [0.0])[0], read_clip
 
 
 def _inflate(packed: bytes, size: int) -> bytes:
@@ -221,13 +247,18 @@ def _inflate(packed: bytes, size: int) -> bytes:
     return raw
 
 
-def _read_export(folder: Path, export: Export, request: ClipRequest) -> SceneClip:
-    """Read an export. Numbers, not names, are in order of time: 2 comes before 10."""
+def _open_export(folder: Path, export: Export) -> Scene:
+    """List the frames of an export. Numbers, not names, are in order of time: 2 comes before 10."""
     paths = {int(path.stem): path for path in (folder / export.color).glob("*.jpg") if path.stem.isdecimal()}
     if not paths:
         raise UserError(f"{folder / export.color} holds no <number>.jpg")
     numbers = np.array(sorted(paths))
-    shown = [paths[number] for number in numbers[_frames_on_show(folder, (numbers - numbers[0]) / RATE_HZ, request)]]
+    times_s = (numbers - numbers[0]) / RATE_HZ
+    return times_s, lambda shown: _read_export(folder, export, [paths[number] for number in numbers[shown]])
+
+
+def _read_export(folder: Path, export: Export, shown: Sequence[Path]) -> SceneClip:
+    """The clip of these pictures of an export."""
     pictures = [_open(path, "JPEG", ("RGB", "L"), "a colour picture") for path in shown]
     maps = [folder / export.depth / f"{path.stem}.png" for path in shown]
     depths = [_open(path, "PNG", ("I;16", "I;16B", "I"), "depth as 16-bit grey, in mm") for path in maps]

@@ -37,13 +37,13 @@ def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
     indices = {name: index for index, name in enumerate(class_names(root))}
     folder = require_path(root, root / VIDEOS, "videos <id>.webm")
 
-    def load(entry: dict) -> list[Sample]:
+    def load(entry: dict, positions: Sequence[float] = request.positions) -> list[Sample]:
         name, video_id = _class_name(entry["template"]), entry["id"]
         if name not in indices:
             raise UserError(f"{path}: {video_id} is {name!r}, which labels.json does not list")
         mirrored = re.sub(rf"\b({'|'.join(MIRRORED)})\b", lambda word: MIRRORED[word[0]], name)
         labels = {"action": np.int64(indices[name]), "action_mirrored": np.int64(indices.get(mirrored, indices[name]))}
-        views = read_views(require_path(root, folder / f"{video_id}.webm", "listed in the labels"), request)
+        views = read_views(require_path(root, folder / f"{video_id}.webm", "listed in the labels"), request, positions)
         return [Sample(video_id, video_id, pixels, labels) for pixels in views]
 
     missing = missing_files(folder, [f"{entry['id']}.webm" for entry in entries], f"videos of {split}")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import pickle
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
@@ -25,7 +25,7 @@ import numpy as np
 
 from scaling4d.benchmarks.frames import Crop, open_picture
 from scaling4d.benchmarks.queries import query_clips
-from scaling4d.benchmarks.samples import ClipRequest, ExcludedItem, Samples, content_of
+from scaling4d.benchmarks.samples import ClipRequest, ExcludedItem, Samples, at_positions, content_of
 from scaling4d.records import Sample, UserError
 
 OFFICIAL = {"val": "30 in DAVIS"}
@@ -138,7 +138,7 @@ def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
         raise UserError(f"{root} holds several of TAP-Vid's sets: {', '.join(sets)}; keep one of them there")
     first, *others = (str(path.relative_to(root)) for path in paths)
 
-    def load(item: tuple[str, Path, dict]) -> list[Sample]:
+    def load(item: tuple[str, Path, dict], positions: Sequence[float] = request.positions) -> list[Sample]:
         name, path, content = item
         where = f"{path}, {name}"
         if not isinstance(content, dict) or not {"video", "points", "occluded"} <= content.keys():
@@ -158,7 +158,9 @@ def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
         crop = Crop(height, width, request.side_px)
         centre = 0.5 / np.array([width, height])  # elsewhere, pixel centres lie at halves
         inside = crop.points(points.astype(float) + centre)  # Q F 2
-        clips = query_clips(name, inside, visible & ((inside >= 0) & (inside < 1)).all(-1), offsets, request.queries)
+        visible &= ((inside >= 0) & (inside < 1)).all(-1)
+        starts = [frame for frame in request.start_frames(offsets, len(stored)) if visible[:, frame].any()]
+        clips = query_clips(name, inside, visible, offsets, request.queries, at_positions(starts, positions))
         if not clips:
             raise ExcludedItem(f"{where}: no track is visible in the square at queries = {request.queries!r}")
         samples = []

@@ -10,22 +10,25 @@ tutorial and its column types; dataset.proto, label.proto and the v1 tutorial.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from scaling4d.benchmarks import tfrecord
-from scaling4d.benchmarks.frames import Crop, encode_jpeg, missing_files, nearest_rows, open_picture, require_path
-from scaling4d.benchmarks.samples import ClipRequest, ExcludedItem, Samples, content_of
+from scaling4d.benchmarks.frames import Crop, encode_jpeg, missing_files, nearest_rows, open_picture, require_path, start_rows
+from scaling4d.benchmarks.samples import ClipRequest, ExcludedItem, Samples, at_positions, content_of
 from scaling4d.records import Sample, UserError
 
 OFFICIAL = {"train": "798", "val": "202"}
 FOLDERS = {"train": "training", "val": "validation"}
 FRONT = (1, "FRONT")
 VEHICLE = 1
-MIN_AREA = 0.005  # of the square: smaller boxes in frame 0 are dropped (InternVideo-Next's account of the protocol)
+# InternVideo-Next's account of the protocol: of an object, the smallest area in frame 0 as a share of the square, the
+# smallest share of a window's frames, and the number of frames in a row without it that is too many.
+MIN_AREA, MIN_PRESENCE, GAP = 0.005, 0.7, 5
+WINDOW_STEP = 3  # stored frames from a window's start to the next one's (ours)
 KEYS = ("key.segment_context_name", "key.frame_timestamp_micros", "key.camera_name")
 OBJECT = "key.camera_object_id"
 IMAGE, POSE = "[CameraImageComponent].image", "[CameraImageComponent].pose.transform"
@@ -43,7 +46,11 @@ Segment = tuple[Path, dict[int, bytes], dict[str, dict[int, BoxPx]]]  # jpegs, a
 
 
 def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
-    """Label boxes `Q T 4` with valid (labelled in that frame): the objects of frame 0. No such object: excluded."""
+    """Label boxes `Q T 4` with valid (labelled in that frame): the objects of frame 0. No such object: excluded.
+
+    A window that may lie anywhere has the objects of its own first frame that meet MIN_PRESENCE and GAP, too. It starts
+    in one of every WINDOW_STEP frames, where it has such an object.
+    """
     folder, (prefix, suffix) = root / FOLDERS[split], RECORD
     v2 = sorted(path.stem for path in (folder / "camera_image").glob("*.parquet"))
     v1 = sorted(path.name.removeprefix(prefix).removesuffix(suffix) for path in folder.glob(f"{prefix}*{suffix}"))
@@ -56,21 +63,27 @@ def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
         boxes_folder = require_path(root, folder / "camera_box", "boxes <context>.parquet")
         missing = missing_files(boxes_folder, [f"{context}.parquet" for context in v2], f"segments of {split}")
 
-    def load(context: str) -> list[Sample]:
+    def load(context: str, positions: Sequence[float] = request.positions) -> list[Sample]:
         path, jpegs, boxes_of = (_read_v2 if v2 else _read_v1)(folder, context, request)
         if not jpegs:
             raise UserError(f"{path} has no picture of camera FRONT")
         stamps = np.array(sorted(jpegs))
-        stamps = stamps[nearest_rows(path, stamps, request)]  # T
-        pictures = [np.asarray(open_picture(jpegs[stamp], f"{path}: a picture", ["JPEG"]).convert("RGB")) for stamp in stamps]
-        crop = Crop(*pictures[0].shape[:2], request.side_px)
-        tracks = [_track(boxes, stamps, crop) for _, boxes in sorted(boxes_of.items())]
-        tracks = [(boxes, valid) for boxes, valid in tracks if valid[0] and np.prod(boxes[0, 2:] - boxes[0, :2]) >= MIN_AREA]
-        if not tracks:
-            raise ExcludedItem(f"{path}: no object covers {MIN_AREA} of the square in the first frame")
-        boxes, valid = (np.stack(arrays) for arrays in zip(*tracks, strict=True))
-        labels, valid = {"boxes": boxes.astype(np.float32)}, {"boxes": valid}
-        return [Sample(context, context, crop.pixels(pictures), labels, valid)]
+        starts = start_rows(stamps / 1e6, request)[::WINDOW_STEP]
+        windows = [nearest_rows(path, stamps, request, start) for start in starts]
+        picture = lambda row: open_picture(jpegs[stamps[row]], f"{path}: a picture", ["JPEG"]).convert("RGB")  # noqa: E731
+        crop = Crop(*picture(0).size[::-1], request.side_px)
+        tracks = [_track(boxes, stamps, crop) for _, boxes in sorted(boxes_of.items())]  # of all stored frames
+        objects = [[n for n, track in enumerate(tracks) if _is_tracked(*track, rows, request)] for rows in windows]
+        usable = [(rows, numbers) for rows, numbers in zip(windows, objects, strict=True) if numbers]
+        if not usable:
+            where = "the first frame of a window that goes on with it" if request.anywhere else "the first frame"
+            raise ExcludedItem(f"{path}: no object covers {MIN_AREA} of the square in {where}")
+        samples = []
+        for rows, numbers in at_positions(usable, positions):
+            boxes, valid = (np.stack([tracks[n][part][rows] for n in numbers]) for part in (0, 1))  # Q T 4, Q T
+            pixels = crop.pixels([np.asarray(picture(row)) for row in rows])
+            samples.append(Sample(context, context, pixels, {"boxes": boxes.astype(np.float32)}, {"boxes": valid}))
+        return samples
 
     contexts = v2 or v1
     return Samples(contexts, load, str, len(contexts), "v2, parquet" if v2 else "v1, tfrecord", missing)
@@ -141,7 +154,7 @@ def _front_rows(path: Path, columns: list[str]) -> list[dict]:
 
 
 def _read_v1(folder: Path, context: str, request: ClipRequest) -> Segment:
-    """Read a file until the first frame at or behind the clip's end."""
+    """Read a file, for a clip at its start until the first frame at or behind the clip's end."""
     path, jpegs, boxes = folder / context.join(RECORD), {}, {}
     for number, record in enumerate(tfrecord.read_records(path)):
         try:
@@ -153,7 +166,7 @@ def _read_v1(folder: Path, context: str, request: ClipRequest) -> Segment:
         jpegs[stamp] = jpeg
         for object_id, box in labelled:
             boxes.setdefault(object_id, {})[stamp] = box
-        if stamp >= min(jpegs) + request.times_s[-1] * 1e6:
+        if not request.anywhere and stamp >= min(jpegs) + request.times_s[-1] * 1e6:
             break
     return path, jpegs, boxes
 
@@ -180,6 +193,16 @@ def _parse_frame(record: memoryview) -> tuple[int, bytes | None, list[tuple[str,
                 sides = tuple(box.get(part, 0.0) for part in (CENTRE_X, CENTRE_Y, LENGTH, WIDTH))
                 boxes.append((str(label[LABEL_ID], "utf-8"), sides))
     return stamp, jpeg, boxes
+
+
+def _is_tracked(boxes: np.ndarray, valid: np.ndarray, rows: np.ndarray, request: ClipRequest) -> bool:
+    """Whether an object of a window is given in its first frame, and measured. boxes `F 4`, valid `F`; rows `T`."""
+    x1, y1, x2, y2 = boxes[rows[0]]
+    given = valid[rows[0]] and (x2 - x1) * (y2 - y1) >= MIN_AREA
+    if not given or not request.anywhere:
+        return given
+    gaps = np.diff(np.append(np.nonzero(valid[rows])[0], len(rows))) - 1  # frames without it, behind each with it
+    return valid[rows].mean() >= MIN_PRESENCE and gaps.max() < GAP
 
 
 def _track(box_of: dict[int, BoxPx], stamps: np.ndarray, crop: Crop) -> tuple[np.ndarray, np.ndarray]:
