@@ -1,8 +1,7 @@
 """The benchmarks' own on-disk formats -> Samples, and writers for the pocket data; one module per benchmark.
 
 A clip is a window of `frames` frames at `rate_hz` of a video, scene, row file or segment: the first one, or the one at
-a position from 0 (its start) to 1 (its end). Clips of points start in the query frames (`queries`). A benchmark's module
-has
+a position from 0 (its start) to 1 (its end). Clips of points start in the query frames (`queries`). A module has
   OFFICIAL                          number of items per split, by the authors' count
   open_split(root, split, request)  Samples of a split; raises UserError where the layout is another one
   class_names(root)                 of actions: names of the classes

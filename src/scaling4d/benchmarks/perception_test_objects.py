@@ -64,7 +64,7 @@ def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
 
 
 def _track(path: Path, name: str, track: dict, crop: Crop) -> dict[int, np.ndarray]:
-    """An object's boxes of the square, float `4` each, by frame number. None before tracking starts, or outside of it."""
+    """An object's boxes of the square, float `4` each, by frame. None before tracking starts, or outside of it."""
     try:
         ids, stored = np.asarray(track["frame_ids"], int), np.asarray(track["bounding_boxes"], float)
         starts = np.asarray(track.get("initial_tracking_box", [1]), int)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Sequence
 from importlib import metadata
@@ -43,6 +44,15 @@ def split_time(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
     """`B N D` -> `B t n D`."""
     t, h, w = grid
     return x.reshape(x.shape[0], t, h * w, x.shape[-1])
+
+
+def stored_features(encoder: nn.Module, clips: int, windows: int, *, draws: int) -> tuple[int, float]:
+    """Bytes of the features of `windows` windows of each clip, and the share of a training's draws that take one again.
+
+    The training takes window e modulo `windows` of every clip in epoch e, so that all are drawn before one is again.
+    """
+    stored = clips * windows
+    return 4 * math.prod(encoder.grid) * encoder.width * stored, max(1 - stored / draws, 0.0)
 
 
 class MemoryFeatures:

@@ -1,8 +1,8 @@
 """MAE-ST's fine-tuning for actions: the whole encoder with a mean-pooling classifier, mixup and cutmix.
 
 Source: arXiv:2205.09113 and facebookresearch/mae_st. Not done here: RandAugment and random erasing (our actions tell
-left from right and up from down), random crops and time windows, repeated augmentation. torchvision's MixUp and CutMix
-draw from torch's global state.
+left from right and up from down), random crops, repeated augmentation. torchvision's MixUp and CutMix draw from torch's
+global state.
 """
 
 from __future__ import annotations

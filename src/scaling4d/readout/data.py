@@ -1,4 +1,8 @@
-"""BENCHMARK -> TRAINING BATCHES AND METRIC SUMS, on each rank's part of a split."""
+"""BENCHMARK -> TRAINING BATCHES AND METRIC SUMS, on each rank's part of a split.
+
+With random windows, epoch e of a training sees window e of every video, which is drawn by seed, video and e. A frozen
+encoder's features are stored of the first n windows; epoch e takes window e modulo n there.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,8 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field, replace
+from itertools import islice, repeat
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +36,8 @@ class RankSplit:
     """Every `ranks`-th item of a benchmark's split, from `rank` on.
 
     items: number of items to use, evenly spread over the split; 0: all. clip: T H W of the encoder. max_bad_share: of a
-    split's samples, damaged or missing. skipped: samples left out on this rank; filled while the split is read.
+    split's samples, damaged or missing. windows_seed: of the windows in time of a training video; None: the first
+    frames alone. skipped: samples left out on this rank; filled while the split is read.
     """
 
     name: str
@@ -44,13 +49,15 @@ class RankSplit:
     clip: tuple[int, int, int]
     rank: int
     ranks: int
+    windows_seed: int | None = None
     skipped: list[SkippedItem] = field(default_factory=list)
 
     def samples(self) -> Samples:
         """For validation in the task's test views and with its point queries."""
         (frames, side_px, _), task = self.clip, self.task
         views, queries = ((1, 1), "frame_0") if self.split == "train" else (tuple(task.test_views), task.queries_at)
-        request = ClipRequest(frames=frames, rate_hz=task.rate_hz, side_px=side_px, views=views, queries=queries)
+        windows = "first" if self.windows_seed is None else "random"
+        request = ClipRequest(frames, task.rate_hz, side_px, views, queries, windows)
         samples = benchmarks.read_samples(
             self.name, self.root, self.split, request, skipped=self.skipped, max_bad_share=self.max_bad_share
         )
@@ -75,28 +82,30 @@ class RankSplit:
                 f"{self.name}: too few samples in split {self.split} for {self.ranks} ranks; lower readout.Evaluation.ranks"
             )
 
-    def training_views(self, samples: Samples) -> Iterator[tuple[int, int, str, Sample]]:
-        """(item, clip of the item, view, sample) of every training clip in every view of the task."""
-        for item, clips in self.by_index(samples):
-            for number, plain in enumerate(clips):
-                for view in self.task.views:
-                    yield item, number, view, view_of(plain, view)
+    def position(self, item: str, draw: int) -> float:
+        """Position in 0..1 of a training item's window, the same on any rank. draw: number of the window."""
+        return 0.0 if self.windows_seed is None else float(seeds.numpy(self.windows_seed, "window", item, draw).random())
 
 
 class FeatureDataset:
-    """Training clips of a frozen encoder: features, computed once, and targets.
+    """Training clips of a frozen encoder: features of `task.train_windows` windows of each, computed once, and targets.
 
+    A clip is a video in one view.
     Attributes:
         held_out: indices of the clips of `held_out_videos`. trained_on: of the others.
     Raises UserError: as RankSplit.by_index, or no clip of a rank is left to train on.
     """
 
     def __init__(self, split: RankSplit, source: MemoryFeatures) -> None:
-        self.source, self.keys, self.targets, videos = source, [], [], []
-        for *_, sample in split.training_views(split.samples()):
-            self.keys.append(source.add(torch.from_numpy(sample.pixels)))
-            self.targets.append(split.task.train_target(sample))
-            videos.append(sample.video)
+        draws, videos = range(split.task.train_windows), []
+        self.source, self.windows = source, []  # key and target of each window of each clip
+        samples = replace(split.samples(), positions=lambda item: [split.position(item, draw) for draw in draws])
+        for _, plain in split.by_index(samples):
+            for view in split.task.views:
+                clips = [view_of(sample, view) for sample in plain]
+                keys = [source.add(torch.from_numpy(clip.pixels)) for clip in clips]
+                self.windows.append(list(zip(keys, map(split.task.train_target, clips), strict=True)))
+                videos.append(plain[0].video)
         source.flush()
         held_out = held_out_videos(videos)
         self.held_out = [index for index, video in enumerate(videos) if video in held_out]
@@ -105,15 +114,17 @@ class FeatureDataset:
             raise UserError(f"{split.name}: all training clips of a rank are held out; lower readout.Evaluation.ranks")
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return len(self.windows)
 
     def features(self, indices: Sequence[int]) -> Tensor:
-        """`B t n D`."""
-        return self.source.stack([self.keys[index] for index in indices])
+        """`B t n D`, of the first window of each clip."""
+        return self.source.stack([self.windows[index][0][0] for index in indices])
 
-    def batch(self, indices: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Features `B t n D` and targets."""
-        return self.features(indices), collate([self.targets[index] for index in indices])
+    def batch(self, indices: Sequence[int], epochs: Iterable[int] = repeat(0)) -> tuple[Tensor, dict[str, Tensor]]:
+        """Features `B t n D` and targets of clips, each in its window for an epoch."""
+        stored = map(self.windows.__getitem__, indices)
+        keys, targets = zip(*(windows[epoch % len(windows)] for windows, epoch in zip(stored, epochs, strict=False)), strict=True)
+        return self.source.stack(keys), collate(targets)
 
 
 def held_out_videos(videos: Iterable[str]) -> set[str]:
@@ -123,34 +134,40 @@ def held_out_videos(videos: Iterable[str]) -> set[str]:
 
 
 class ClipDataset:
-    """Training clips as pixels. The first `cached_clips` stay in memory; the others are read again for each batch.
+    """Training clips as pixels, read again for each batch. Of first frames, `cached_clips` clips stay in memory.
 
-    The constructor reads the whole split, to know which samples are usable. Raises UserError: as RankSplit.by_index.
+    The constructor reads the whole split, to know which samples are usable: of random windows the last one of each
+    video, since damage before it mostly shows on the way. Raises UserError: as RankSplit.by_index.
     """
 
     def __init__(self, split: RankSplit, cached_clips: int) -> None:
-        self.task, self.samples = split.task, split.samples()
-        self.places: list[tuple[int, int, str]] = []
+        self.split, self.task, self.samples = split, split.task, split.samples()
+        self.places: list[tuple[int, str, str]] = []  # item, its id, view
         self.kept: list[tuple[np.ndarray, Target]] = []
-        for item, number, view, sample in split.training_views(self.samples):
-            self.places.append((item, number, view))
-            if len(self.kept) < cached_clips:
-                self.kept.append((sample.pixels, self.task.train_target(sample)))
+        random = split.windows_seed is not None
+        for item, (plain,) in split.by_index(replace(self.samples, positions=lambda _: [float(random)])):
+            for view in self.task.views:
+                self.places.append((item, plain.id, view))
+                if len(self.kept) < cached_clips and not random:
+                    self.kept.append(self._clip_and_target(plain, view))
 
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, Target]:
-        """Pixels `T H W C` and the target."""
-        if index < len(self.kept):
-            return self.kept[index]
-        item, number, view = self.places[index]
-        sample = view_of(self.samples.at_index(item)[number], view)
+    def _clip_and_target(self, plain: Sample, view: str) -> tuple[np.ndarray, Target]:
+        sample = view_of(plain, view)
         return sample.pixels, self.task.train_target(sample)
 
-    def batch(self, indices: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Pixels `B T H W C` and targets."""
-        pixels, targets = zip(*(self[index] for index in indices), strict=True)
+    def _read(self, index: int, epoch: int) -> tuple[np.ndarray, Target]:
+        if index < len(self.kept):
+            return self.kept[index]
+        item, name, view = self.places[index]
+        (plain,) = self.samples.at_index(item, [self.split.position(name, epoch)])
+        return self._clip_and_target(plain, view)
+
+    def batch(self, indices: Sequence[int], epochs: Iterable[int] = repeat(0)) -> tuple[Tensor, dict[str, Tensor]]:
+        """Pixels `B T H W C` and targets of clips, each in its window for an epoch."""
+        pixels, targets = zip(*map(self._read, indices, epochs), strict=True)
         return torch.from_numpy(np.stack(pixels)), collate(targets)
 
 
@@ -162,16 +179,21 @@ def shuffled_batch(step: int, size: int, length: int, seed: int, rank: int) -> l
     return np.concatenate(epochs)[start : start + size].tolist()
 
 
+def epochs_of(step: int, size: int, length: int) -> list[int]:
+    """The pass, from 0, that each index of `shuffled_batch` belongs to."""
+    return [place // length for place in range(step * size, (step + 1) * size)]
+
+
 @torch.no_grad()
 def evaluate(
     split: RankSplit, encode: Encode, predict: Predict, *, size: int, probes: Mapping[str, Predict] | None = None
 ) -> tuple[list[str], list[MetricSums], float]:
-    """Evaluate a split in batches of `size`. The test views of a clip follow one another and are pooled.
+    """Evaluate a split in batches of `size`. The test views of a video follow one another; a task may pool them.
 
     probes: further ways to predict, by name. Of each the task's own metric is measured, as `<metric>_<name>`.
     Returns video ids, metric sums of each clip, and the seconds of `predict` and metrics. Raises as RankSplit.by_index.
     """
-    task, per_clip = split.task, math.prod(split.task.test_views)
+    task, per_clip = split.task, math.prod(split.task.test_views) if split.task.pools else 1
     samples = (sample for _, clips in split.by_index(split.samples()) for sample in clips)
     predictors = {"": predict} | dict(probes or {})
     videos, sums, views, seconds = [], [], [], 0.0

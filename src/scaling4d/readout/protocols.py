@@ -6,6 +6,7 @@ A protocol says what is trained on what; readout.stage drives all three alike.
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,11 +20,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from scaling4d import checkpoint, seeds
-from scaling4d.config import require_minima, require_positive
-from scaling4d.encoders.features import FeatureStore, MemoryFeatures, features_at_depth
+from scaling4d.benchmarks.samples import WINDOWS
+from scaling4d.config import require_minima, require_positive, require_words
+from scaling4d.encoders.features import FeatureStore, MemoryFeatures, features_at_depth, stored_features
 from scaling4d.mae.models import MODELS
 from scaling4d.readout.classifier import DROP_PATH, ClassifierModel, MeanPoolClassifier, layer_decay_groups, mix_clips
-from scaling4d.readout.data import ClipDataset, Encode, FeatureDataset, Predict, RankSplit, shuffled_batch
+from scaling4d.readout.data import ClipDataset, Encode, FeatureDataset, Predict, RankSplit, epochs_of, shuffled_batch
 from scaling4d.readout.heads import Head, HeadConfig
 from scaling4d.readout.linear import RegressionBatch, fit_probes
 from scaling4d.readout.tasks import TASKS
@@ -45,13 +47,15 @@ CHECKS = 8  # measurements of the held-out clips within the patience; ours
 class EvaluationConfig:
     """What all readouts share.
 
-    ranks: one-thread processes; results depend on it. whiten: whiten features over the
-    training clips (ours; released: false). position_std: deviation that the mean of a token's place keeps, see
-    readout.whitening. data: folder of the benchmarks. train_items, val_items: items of a split to use, evenly spread
-    over it; 0: all. max_bad_share: of a split's samples that may be damaged or missing; they are left out (ours).
-    feature_store: folder in which a frozen encoder's features stay for all readouts; "": in memory. cached_clips: clips
-    of a rank that stay in memory while the encoder is trained; the others are read again. hang_s: seconds of
-    standstill of a rank, after which the readout ends. cached_clips and hang_s change no result.
+    ranks: one-thread processes; results depend on it. whiten: whiten features over the training clips (ours; released:
+    false). position_std: deviation that the mean of a token's place keeps, see readout.whitening. data: folder of the
+    benchmarks. train_items, val_items: items of a split to use, evenly spread over it; 0: all. windows: in time, of a
+    labelled video: "first", its first frames; "random", a new window in every epoch of a training, and even ones in a
+    test (ours), see readout.data. max_bad_share: of a split's samples that may be damaged or missing; they are left out
+    (ours). feature_store: folder in which a frozen encoder's features stay for all readouts; "": in memory.
+    cached_clips: clips of a rank that stay in memory while the encoder is trained on first windows; all others are read
+    again. hang_s: seconds of standstill of a rank, after which the readout ends. cached_clips and hang_s change no
+    result.
     """
 
     ranks: int
@@ -60,6 +64,7 @@ class EvaluationConfig:
     data: str
     train_items: int
     val_items: int
+    windows: str
     max_bad_share: float
     feature_store: str
     cached_clips: int
@@ -68,6 +73,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         require_minima(self, {"ranks": 1, "cached_clips": 0, "position_std": 0, "train_items": 0, "val_items": 0})
         require_positive(self, "hang_s")
+        require_words(self, {"windows": WINDOWS})
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share is {self.max_bad_share}; needed a share, 0 to 1")
 
@@ -282,8 +288,9 @@ class ReadoutProtocol(ABC):
 
     def batch(self, train_set: Dataset, rank: int, step: int) -> Batch:
         """This rank's part of a step's batch."""
-        size = self.config.recipe.batch // self.config.evaluation.ranks
-        return Batch(train_set.batch(shuffled_batch(step, size, len(train_set), self.config.seed, rank)))
+        size, length = self.config.recipe.batch // self.config.evaluation.ranks, len(train_set)
+        drawn = shuffled_batch(step, size, length, self.config.seed, rank)
+        return Batch(train_set.batch(drawn, epochs_of(step, size, length)))
 
     def batches(self, train_set: Dataset, rank: int, start: int) -> Iterator[Batch]:
         """This rank's batches from step `start` on."""
@@ -318,13 +325,21 @@ class Frozen(ReadoutProtocol):
     def train_set(self, split: RankSplit, encoder: nn.Module) -> FeatureDataset:
         store = self.config.evaluation.feature_store
         source = FeatureStore(Path(store), self.config.folder, encoder) if store else MemoryFeatures(encoder)
-        return FeatureDataset(split, source)
+        train_set = FeatureDataset(split, source)
+        clips = torch.tensor(len(train_set))
+        dist.all_reduce(clips)
+        if split.rank == 0:
+            recipe, windows = self.config.recipe, split.task.train_windows
+            size, reused = stored_features(encoder, int(clips), windows, draws=recipe.steps * recipe.batch)
+            what = f"features of {clips} clips of {self.config.task_name} x {windows} windows, {size / 1e9:.3g} GB"
+            print(f"{what}; {reused:.1%} of the training's draws take one again", file=sys.stderr, flush=True)
+        return train_set
 
     def batch(self, train_set: FeatureDataset, rank: int, step: int) -> Batch:
         size = self.config.recipe.batch // self.config.evaluation.ranks
         clips = train_set.trained_on if self.config.recipe.patience else range(len(train_set))
         drawn = shuffled_batch(step, size, len(clips), self.config.seed, rank)
-        return Batch(train_set.batch([clips[index] for index in drawn]))
+        return Batch(train_set.batch([clips[index] for index in drawn], epochs_of(step, size, len(clips))))
 
     def build(self, encoder: nn.Module, train_set: FeatureDataset) -> ReadoutModel:
         evaluation, recipe, head = self.config.evaluation, self.config.recipe, self.config.new_head(encoder)

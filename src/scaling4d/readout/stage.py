@@ -119,7 +119,13 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 def _bind_task(task: str, protocol: type[ReadoutProtocol], settings: Mapping[str, Any]) -> StageConfig:
     keys = protocol.config_keys(task)
     unrecorded = {"readout.saving": SavingConfig} if protocol.trains_encoder else {}
-    return config.bind(settings, ["profile", "seed", *keys.values()], *keys, unrecorded=unrecorded)
+    bound = config.bind(settings, ["profile", "seed", *keys.values()], *keys, unrecorded=unrecorded)
+    bound_task = bound[TASKS[task]]
+    several = bound_task.train_windows > 1 or (bound_task.test_views[0] > 1 and not bound_task.pools)
+    if bound[EvaluationConfig].windows == "first" and several:
+        counts = f"train_windows = {bound_task.train_windows} and test_views = {list(bound_task.test_views)}"
+        raise UserError(f"readout.tasks.{task}: {counts}; needed 1 and [1, 1], or readout.Evaluation.windows: random")
+    return bound
 
 
 def _check_batch(task: str, protocol: type[ReadoutProtocol], bound: StageConfig) -> None:
@@ -154,7 +160,8 @@ def _train_and_evaluate(
     root, task, sharding = Path(evaluation.data), readout_config.task, readout_config.sharding
     task.check_benchmark(root)
     encoder = load_encoder(readout_config.folder).requires_grad_(protocol.trains_encoder)
-    where = (task, root, evaluation.max_bad_share, encoder.clip, rank, ranks)
+    windows_seed = readout_config.seed if evaluation.windows == "random" else None
+    where = (task, root, evaluation.max_bad_share, encoder.clip, rank, ranks, windows_seed)
     train = RankSplit(readout_config.task_name, "train", evaluation.train_items, *where)
     val = RankSplit(readout_config.task_name, "val", evaluation.val_items, *where)
     train_set = protocol.train_set(train, encoder)

@@ -15,6 +15,7 @@ from PIL import Image
 from scaling4d import artifacts, benchmarks, config, provenance, seeds, video
 from scaling4d.benchmarks.samples import ClipRequest
 from scaling4d.encoders.features import features_at_depth
+from scaling4d.readout.protocols import EvaluationConfig
 from scaling4d.records import Sample, UserError
 from scaling4d.show import draw
 from scaling4d.show.trained import TrainedReadout, load_trained_readout
@@ -84,7 +85,8 @@ def show(folders: Sequence[Path], out: Path | None, *, clips: int | None = None,
 def choose_samples(readout: TrainedReadout, clips: int) -> list[Sample]:
     """Readable validation samples in an order drawn by the result's seed."""
     name, task, (frames, side_px, _) = readout.result.task, readout.model.task, readout.encoder.clip
-    request = ClipRequest(frames, task.rate_hz, side_px, queries=task.queries_at)
+    windows = readout.bound[EvaluationConfig].windows
+    request = ClipRequest(frames, task.rate_hz, side_px, queries=task.queries_at, windows=windows)
     read = partial(benchmarks.read_samples, name, readout.data, "val", request, skipped=[], max_bad_share=1.0)
     chosen: list[Sample] = []
     for index in seeds.numpy(readout.result.seed, "show", name).permutation(read().count).tolist():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,22 +21,17 @@ from scaling4d.records import Sample, UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Actions(Task):
-    """classes: of the benchmark (SSv2: 174). test_views: clips over the time of a video, squares cut out of each."""
+    """classes: of the benchmark (SSv2: 174)."""
 
     classes: int
-    test_views: tuple[int, int] = field()  # no default
 
     metric: ClassVar = Metric("top1", "share", True)
+    pools: ClassVar = True
     linear: ClassVar = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_sizes(self, "classes")
-        if len(self.test_views) != 2 or any(not isinstance(count, int) or count < 1 for count in self.test_views):
-            raise ValueError(
-                f"test_views = {list(self.test_views)}; needed two whole numbers of at least 1: clips over the time of a video, "
-                "and squares cut out of each"
-            )
 
     def check_benchmark(self, root: Path) -> None:
         names = benchmarks.class_names(root)

@@ -43,6 +43,10 @@ class Points(Task):
         super().__post_init__()
         require_sizes(self, "tracks")
         require_words(self, {"queries_at": tuple(QUERIES)})
+        if self.queries_at != "frame_0" and self.test_views[0] > 1:
+            raise ValueError(
+                f"test_views = {list(self.test_views)}; needed [1, 1] at queries_at = {self.queries_at!r}, all frames"
+            )
 
     def queries(self, clip: tuple[int, int, int]) -> Queries:
         return Queries(coordinates=2, tiles=TILES, out=clip[0] // TILES * VALUES)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from scaling4d.config import require_positive
+from scaling4d.config import require_minima, require_positive
 from scaling4d.readout.heads import Head, Queries
 from scaling4d.readout.linear import LinearProbe
 from scaling4d.readout.views import VIEWS
@@ -35,14 +35,18 @@ class Metric:
 class Task:
     """Turns samples into targets, defines queries and loss, and sums up metrics sample by sample.
 
-    rate_hz: of a clip's frames. views: of a training clip, names of readout.views.VIEWS.
+    rate_hz: of a clip's frames. views: of a training clip, names of readout.views.VIEWS. train_windows: windows in time
+    of a training video of which a frozen readout stores the features, see readout.data. test_views: windows over the
+    time of a validation video, and squares cut out of each, of a task that pools alone.
     """
 
     rate_hz: float
     views: tuple[str, ...]
+    train_windows: int = 1
+    test_views: tuple[int, int] = (1, 1)
 
     metric: ClassVar[Metric]
-    test_views: ClassVar[tuple[int, int]] = (1, 1)  # clips over the time of a video, and squares cut out of each
+    pools: ClassVar[bool] = False  # whether the predictions of a video's test views become one; else each is measured
     queries_at: ClassVar[str] = "frame_0"  # frames of a validation video in which points are given
     linear: ClassVar[bool] = False  # whether a linear probe is fitted beside a frozen readout
 
@@ -50,6 +54,14 @@ class Task:
         require_positive(self, "rate_hz")
         if not self.views or not set(self.views) <= set(VIEWS):
             raise ValueError(f"views = {list(self.views)}; needed some of {', '.join(VIEWS)}")
+        require_minima(self, {"train_windows": 1})
+        if len(self.test_views) != 2 or any(not isinstance(count, int) or count < 1 for count in self.test_views):
+            raise ValueError(
+                f"test_views = {list(self.test_views)}; needed two whole numbers of at least 1: clips over the time of a video, "
+                "and squares cut out of each"
+            )
+        if not self.pools and self.test_views[1] > 1:
+            raise ValueError(f"test_views = {list(self.test_views)}; needed one square, since their answers are not pooled")
 
     def check_benchmark(self, root: Path) -> None:
         """Raises UserError: the benchmark below `root` does not fit the settings."""
@@ -81,8 +93,8 @@ class Task:
         raise NotImplementedError
 
     def pool(self, predicted: np.ndarray) -> np.ndarray:
-        """Predictions `V ...` of a video's test views -> one prediction."""
-        return predicted[0]
+        """Predictions `V ...` of a video's test views -> one prediction, of a task that pools."""
+        raise NotImplementedError
 
     def measure(self, predicted: np.ndarray, target: Target) -> MetricSums:
         """Sum and count of each metric for one sample."""
