@@ -26,7 +26,8 @@ class Checkpoint:
     """Description of a folder of weights.
 
     model: name of its class. settings: of the class's config. parameters: of the encoder that readouts use.
-    step, clips_seen: 0 without training.
+    step, clips_seen: 0 without training. rate_hz: frames per second of the clips; None, and not in config.json: not
+    told there.
     """
 
     name: str
@@ -35,10 +36,18 @@ class Checkpoint:
     parameters: int
     step: int
     clips_seen: int
+    rate_hz: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rate_hz is not None and not self.rate_hz > 0:
+            raise ValueError(f"rate_hz = {self.rate_hz}; needed more than 0, or none")
 
     def write(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
         save_tensors(folder / WEIGHTS, weights)
-        write_json(folder / "config.json", asdict(self))
+        self.write_config(folder)
+
+    def write_config(self, folder: Path) -> None:
+        write_json(folder / "config.json", {key: value for key, value in asdict(self).items() if value is not None})
 
     @classmethod
     def read(cls, folder: Path) -> Checkpoint:

@@ -1,7 +1,8 @@
 """Settings: Hydra composes `experiments/` into params.yaml, a stage declares its part, gin builds its configs of that.
 
-No other module imports Hydra or gin. An unknown key or a wrong type is an error, so a typo cannot pass silently. A
-config is a frozen dataclass that checks itself; its section in params.yaml has the class's name without `Config`.
+No other module imports Hydra or gin, and this one does so at first use, since encoders alone need neither. An unknown
+key or a wrong type is an error, so a typo cannot pass silently. A config is a frozen dataclass that checks itself; its
+section in params.yaml has the class's name without `Config`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ from functools import cache, reduce
 from pathlib import Path
 from types import MappingProxyType, NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
-
-import gin
 
 from scaling4d.provenance import flatten, is_below
 from scaling4d.records import UserError, did_you_mean
@@ -130,6 +129,8 @@ def build(values: Mapping[str, Any], *classes: type) -> StageConfig:
     Raises:
         UserError: as `bind`.
     """
+    import gin
+
     known, origin = {section_of(cls): cls for cls in classes}, {}
     gin.clear_config()
     for key, value in values.items():
@@ -249,6 +250,8 @@ def _words(kind: Any) -> str:
 
 @cache
 def _registered(cls: type[T]) -> type[T]:
+    import gin
+
     return gin.external_configurable(cls, name=section_of(cls), module="scaling4d")
 
 

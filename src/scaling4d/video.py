@@ -141,6 +141,50 @@ def decode_all(source: VideoInput) -> tuple[np.ndarray, np.ndarray]:
     return times_s - times_s[0], np.stack([rgb for _, rgb in frames])
 
 
+def read_video(path: str | Path, *, start_s: float = 0.0, rate_hz: float | None = None, frames: int | None = None) -> np.ndarray:
+    """A part of a video file: uint8 `T H W 3`, upright, with square pixels.
+
+    Args:
+        start_s: seconds after the first frame. rate_hz: frames per second of the result, those shown at these times;
+            None: every frame of the file. frames: T; None: to the end.
+    Raises:
+        UserError: no such file, a file that is no video, is damaged or cut short, or ends before the last frame.
+    """
+    path = Path(path)
+    numbers = {"start_s": (start_s, start_s >= 0), "rate_hz": (rate_hz, rate_hz is None or rate_hz > 0)}
+    for name, (value, fits) in numbers.items():
+        if not (fits and (value is None or math.isfinite(value))):
+            raise UserError(f"{name} = {value}; needed a finite number, {'0 or more' if name == 'start_s' else 'more than 0'}")
+    if frames is not None and frames < 1:
+        raise UserError(f"frames = {frames}; needed 1 or more")
+    if not path.is_file():
+        raise UserError(f"{path} is a folder; needed a video file" if path.is_dir() else f"no file {path}")
+    try:
+        return _read_video(path, start_s, rate_hz, frames)
+    except VideoError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _read_video(path: Path, start_s: float, rate_hz: float | None, frames: int | None) -> np.ndarray:
+    if rate_hz and frames:
+        with open_video(path) as opened:
+            wanted_s = opened.first_s() + start_s + np.arange(frames) / rate_hz
+            if opened.shows(wanted_s[-1]):
+                return opened.frames_at(wanted_s)
+    times_s, pixels = decode_all(path)
+    end_s = times_s[-1] + (times_s[-1] / (len(times_s) - 1) if len(times_s) > 1 else 0)  # the last frame is shown for a while
+    if rate_hz:
+        wanted_s = start_s + np.arange(frames or max(math.ceil((end_s - start_s) * rate_hz - TOLERANCE_S), 0)) / rate_hz
+        indices = frame_indices_at(times_s, wanted_s[wanted_s < max(end_s, TOLERANCE_S)])
+    else:
+        indices = np.flatnonzero(times_s >= start_s - TOLERANCE_S)[:frames]
+    if len(indices) < (frames or 1):
+        rate = f" at {rate_hz:g} Hz" if rate_hz else ""
+        needed = f"needed {frames or 'some'} frames{rate} from start_s = {start_s:g}"
+        raise VideoError(f"too short: {len(times_s)} frames, {end_s:.2f} s; {needed}; lower start_s or frames")
+    return pixels[indices]
+
+
 def frame_indices_at(times_s: np.ndarray, wanted_s: Times) -> np.ndarray:
     """Index of the frame shown at each wanted time: the last frame that starts at most 1 ms after it."""
     return np.clip(np.searchsorted(times_s, np.asarray(wanted_s) + TOLERANCE_S, side="right") - 1, 0, len(times_s) - 1)
@@ -173,6 +217,18 @@ class OpenVideo:
     def first_s(self) -> float:
         """Time of the first frame on the stream's own clock. Call it before `frames_at`. Raises VideoError."""
         return float(sort_times([_time_s(frame) for frame in islice(_decode(self.container, self.stream), 1)])[0])
+
+    def shows(self, time_s: float) -> bool:
+        """Whether the data reaches a time on the stream's own clock. Headers may declare an end that is not there."""
+        base = self.stream.time_base
+        try:
+            self.container.seek(int(time_s / base), stream=self.stream)
+            for packet in self.container.demux(self.stream):
+                if packet.pts is not None and (packet.pts + (packet.duration or 1)) * base > time_s:
+                    return True
+        except av.FFmpegError:  # no index, or damaged from there on
+            return False
+        return False
 
     def frames_at(self, times_s: Times, *, side_px: int | None = None) -> np.ndarray:
         """As `read_frames_at`."""

@@ -1,4 +1,4 @@
-"""Clips from files, encoders by name, baselines that need no download, and features at another size."""
+"""Clips from files, baselines that need no download, and features at another size."""
 
 import re
 from pathlib import Path
@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-import scaling4d
 from scaling4d import config
-from scaling4d.checkpoint import WEIGHTS, Checkpoint
+from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders.extract import all_features, read_clips
 from scaling4d.encoders.load import load_model
+from scaling4d.encoders.pretrained import load_encoder
 from scaling4d.encoders.stage import baseline
 from scaling4d.mae.encoder import Encoder, EncoderConfig, PixelTokens, PixelTokensConfig, initialise
 from scaling4d.pretrain.settings import bind_pretrain
@@ -32,19 +32,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "artifacts/smoke/pretrain/nano"
 
 
-def test_load_finds_encoders_by_folder_or_name_and_leaves_their_files_alone(folder: Path, tmp_path: Path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert isinstance(scaling4d.load(folder), Encoder) and not scaling4d.load("nano").training
-    needed = "needed a folder, such as artifacts/smoke/pretrain/"
-    with pytest.raises(UserError, match=f"^0 checkpoints are called 'nothing'; {needed}"):
-        scaling4d.load("nothing")
-    before = (folder / WEIGHTS).read_bytes()
-    initialise(scaling4d.load(folder), seed=1)
-    assert (folder / WEIGHTS).read_bytes() == before
-
-
 def test_clips_of_another_size_resize_the_positions_and_of_the_same_size_leave_them(folder: Path) -> None:
-    encoder = scaling4d.load(folder)
+    encoder = load_encoder(folder)
     before = encoder.positions.clone()
     assert len(all_features(encoder, torch.zeros(1, *CLIP, 3))) == 3 and torch.equal(encoder.positions, before)
     assert all_features(encoder, torch.zeros(1, 12, 64, 64, 3))[0].shape == (1, 6 * 4 * 4, 24)

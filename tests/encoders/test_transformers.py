@@ -14,11 +14,11 @@ from nearness import near
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import scaling4d
 from scaling4d import artifacts, config, seeds
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders import torchvision_shim
 from scaling4d.encoders.features import features_at_depth
+from scaling4d.encoders.pretrained import load_encoder
 from scaling4d.encoders.stage import baseline
 from scaling4d.encoders.transformers import FAMILIES, PretrainedEncoder, PretrainedEncoderConfig, import_encoder
 from scaling4d.mae.encoder import initialise
@@ -267,7 +267,7 @@ def test_the_stage_imports_what_features_need_and_gives_the_same_bytes_twice(pub
     settings = listed(source, clip=(FRAMES, 32, 32))
     folder = baseline("tiny", settings)
     assert folder == Path("artifacts/smoke/pretrain/tiny")
-    sha256, encoder = artifacts.sha256(folder), scaling4d.load("tiny")
+    sha256, encoder = artifacts.sha256(folder), load_encoder(folder).eval()
     assert artifacts.sha256(baseline("tiny", settings)) == sha256
     assert not any(weight.is_meta for weight in [*encoder.parameters(), *encoder.buffers()])
     assert torch.equal(last_layer(encoder, clips(32)), last_layer(imported(source), clips(32)))

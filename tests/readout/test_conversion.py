@@ -65,7 +65,7 @@ def test_the_encoder_of_a_pretrained_point_goes_into_the_released_layout(tmp_pat
     Checkpoint("point", "SimpleMAE", settings, 150480, 1, 8).write(tmp_path / "point", model.state_dict())
     to_4ds(tmp_path / "point", tmp_path / "point.npz")
     from_4ds(tmp_path / "point.npz", tmp_path / "folder")
-    for name, weight in scaling4d.load(tmp_path / "folder").state_dict().items():
+    for name, weight in scaling4d.Encoder.from_pretrained(tmp_path / "folder").model.state_dict().items():
         assert torch.equal(weight, model.encoder.state_dict()[name]), name
 
 
@@ -108,7 +108,7 @@ def test_a_classifier_named_as_in_pyslowfast_and_an_encoder_alone_are_converted(
         from_mae_st(tmp_path / f"{name}.pth", tmp_path / name, HEADS)
         readout = released_heads.read_readout(tmp_path / name)
         assert (readout and readout.kind) == kind
-        assert len(scaling4d.load(tmp_path / name).features(torch.zeros(1, 8, 32, 32, 3))) == 4
+        assert len(scaling4d.Encoder.from_pretrained(tmp_path / name)(torch.zeros(1, 8, 32, 32, 3)).hidden_states) == 4
 
 
 # ---- predictions ----
@@ -158,7 +158,7 @@ def big_npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
 MEASURE = """
 import sys
 from pathlib import Path
-from scaling4d.encoders.pretrained import load
+from scaling4d.encoders.pretrained import load_encoder
 from scaling4d.readout.released_heads import from_4ds, to_4ds
 
 
@@ -175,7 +175,7 @@ def grown(work):
 
 npz, folder, back = map(Path, sys.argv[1:])
 print(grown(lambda: from_4ds(npz, folder)), grown(lambda: to_4ds(folder, back)))
-print(grown(lambda: sum(float(p.detach().sum()) for p in load(folder).parameters())))
+print(grown(lambda: sum(float(p.detach().sum()) for p in load_encoder(folder).parameters())))
 """
 
 

@@ -27,6 +27,7 @@ from scaling4d.records import UserError
 
 PATCH_KERNEL = "encoder/patch_embedding/Conv_0/kernel"  # pt ph pw 3 D
 POSITIONS = "encoder/posenc/embeddings"  # t h w D
+BACKBONE, BACKBONE_BESIDE_HEAD = "params/", "params/layers_0/"  # prefixes in a 4DS file
 MAE_ST_HEADS = {768: 12, 1024: 16, 1280: 16}  # by width; its files do not say
 MAE_ST_DECODER_HEADS = {512: 16}
 MAE_ST_OPTIONS = {  # name in its files -> type, our name
@@ -124,6 +125,12 @@ def _count_blocks(shapes: Mapping[str, Shape], prefix: str) -> int:
 
 
 # ---- 4DS ----
+
+
+def four_ds_prefix(shapes: Mapping[str, Shape]) -> str:
+    """Prefix of the backbone's arrays, which depends on whether a readout is beside it."""
+    nested = any(key.startswith(f"{BACKBONE_BESIDE_HEAD}encoder/") for key in shapes)
+    return BACKBONE_BESIDE_HEAD if nested else BACKBONE
 
 
 def four_ds_config(shapes: Mapping[str, Shape], source: object, prefix: str) -> EncoderConfig:

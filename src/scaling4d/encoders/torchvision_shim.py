@@ -15,7 +15,10 @@ def declare_operators() -> torch.library.Library | None:
 
     Call it before an import of torchvision or of a package that imports it (torch-fidelity, transformers).
     """
-    library = Path(importlib.util.find_spec("torchvision").origin).parent / "_C.so"
+    package = importlib.util.find_spec("torchvision")
+    if package is None:
+        return None
+    library = Path(package.origin).parent / "_C.so"
     try:
         torch.ops.load_library(library)
         return None

@@ -22,14 +22,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from scaling4d.config import MOST_SIZE, require_sizes, require_words
-from scaling4d.encoders import torchvision_shim
+from scaling4d.encoders import hub, torchvision_shim
 from scaling4d.mae.encoder import MOST_BLOCKS
 from scaling4d.mae.patches import patchify
 from scaling4d.provenance import flatten
-from scaling4d.records import UserError, read_json_object
+from scaling4d.records import UserError, read_json_object, remedy
 
 CONFIG, WEIGHTS = "config.json", "model*.safetensors"
 PREPROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+DEFAULT_FRAMES = 16  # of a clip, as 4DS and MAE-ST take
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 FILE_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, SafetensorError)
 
@@ -321,6 +322,15 @@ def import_encoder(source: Path, clip: tuple[int, int, int]) -> tuple[Pretrained
     return config, encoder
 
 
+def default_clip(source: Path) -> tuple[int, int, int]:
+    """T H W of a model's own settings; DEFAULT_FRAMES frames of an image model, or where they do not tell."""
+    content = _read_json(source / CONFIG)
+    kind = str(content.get("model_type"))
+    side_px = _preprocessing(source, FAMILIES[kind])["side_px"] if kind in FAMILIES else 1  # import_encoder refuses others
+    frames = content.get("num_frames", content.get("frames_per_clip", DEFAULT_FRAMES))
+    return frames, side_px, side_px
+
+
 def _architecture(model: type[nn.Module], content: Mapping[str, Any]) -> dict[str, Any]:
     """Values of config.json that shape the network (the vision part of a larger model). No other value is used."""
     content = content.get(model.config_class.base_config_key) or content
@@ -374,14 +384,12 @@ def source_folder(config: PretrainedConfig, key: str) -> Path:
     if not re.fullmatch("[0-9a-f]{40}", revision):
         raise UserError(f"{key}.Pretrained.revision = {revision!r}; needed a commit of 40 hex digits, or '' for a folder")
     _transformers()
-    hub, patterns = importlib.import_module("huggingface_hub"), [CONFIG, WEIGHTS, f"{WEIGHTS}.index.json", *PREPROCESSORS]
-    try:
-        return Path(hub.snapshot_download(source, revision=revision, allow_patterns=patterns))
-    except (OSError, ValueError) as error:  # huggingface_hub's errors are one of both
-        raise UserError(
-            f"{key}: {source} at {revision[:12]} cannot be downloaded ({' '.join(str(error).split())[:200]}); "
-            "or copy its files to a folder, set Pretrained.source to it and Pretrained.revision to ''"
-        ) from error
+    patterns = (CONFIG, WEIGHTS, f"{WEIGHTS}.index.json", *PREPROCESSORS)
+    with remedy(UserError, "or copy its files to a folder, set Pretrained.source to it and Pretrained.revision to ''"):
+        try:
+            return hub.download(source, revision, patterns)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from error
 
 
 def source_files(source: Path) -> list[Path]:

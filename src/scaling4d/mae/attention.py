@@ -1,11 +1,14 @@
-"""Scaled dot-product attention: xformers on CUDA, torch elsewhere; one function, one answer."""
+"""Scaled dot-product attention: xformers on CUDA where it is installed, torch elsewhere; one function, one answer."""
 
 from __future__ import annotations
+
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+HAS_XFORMERS = find_spec("xformers") is not None  # encoders alone do without
 ALIGNMENT = 8  # values of the last axis; xformers' kernels need a multiple
 
 
@@ -19,7 +22,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, pa
     B, Q, N, mask = *q.shape[:2], k.shape[1], None
     if packed:
         q, k, v = (x.flatten(0, 1)[None] for x in (q, k, v))  # 1 B*N heads d
-    if q.is_cuda:
+    if q.is_cuda and HAS_XFORMERS:
         from xformers.ops import memory_efficient_attention
         from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
@@ -29,7 +32,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, pa
         out = memory_efficient_attention(*align(q, k, v), attn_bias=mask, scale=scale)[..., : v.shape[-1]]
     else:
         if packed:
-            mask = torch.eye(B, dtype=torch.bool).repeat_interleave(Q, 0).repeat_interleave(N, 1)  # B*Q B*N
+            mask = torch.eye(B, dtype=torch.bool, device=q.device).repeat_interleave(Q, 0).repeat_interleave(N, 1)  # B*Q B*N
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # B heads N d
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
     return out.reshape(B, Q, *out.shape[2:])

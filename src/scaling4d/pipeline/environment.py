@@ -17,12 +17,11 @@ def describe_environment() -> Iterator[str]:
     yield f"python {platform.python_version()} on {platform.system()} {platform.machine()}"
     missing = []
     for requirement in map(Requirement, metadata.requires("scaling4d") or []):
-        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
-            continue
+        core = not requirement.marker or requirement.marker.evaluate({"extra": ""})  # else of an extra, which may be absent
         try:
             yield f"{requirement.name} {metadata.version(requirement.name)}"
         except metadata.PackageNotFoundError:
-            missing.append(requirement.name)
+            missing += [requirement.name] if core else []
     import torch
 
     yield f"device: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'}, {torch.get_num_threads()} threads"
@@ -42,7 +41,7 @@ def describe_attention() -> Iterator[str]:
         from xformers import _cpp_lib
         from xformers.ops import fmha
     except ImportError:
-        yield "attention: none, xformers is not installed" if on_gpu else "attention: torch's scaled_dot_product_attention"
+        yield "attention: torch's scaled_dot_product_attention"
         return
     error = _cpp_lib._cpp_library_load_exception
     for dtype in (torch.bfloat16, torch.float32) if on_gpu else ():

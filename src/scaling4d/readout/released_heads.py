@@ -35,7 +35,6 @@ from scaling4d.readout.heads import AttentionReadout, Head, HeadConfig, PlainAtt
 from scaling4d.records import UserError, as_user_error, shortened, write_json
 
 READOUT_WEIGHTS, READOUT = "readout.safetensors", "readout.json"
-BACKBONE, BACKBONE_BESIDE_HEAD = "params/", "params/layers_0/"  # prefixes in a 4DS file
 HEAD = "params/layers_2/"
 DEPTH_FRACTION = 0.95  # of the released readouts
 DEPTH_PATCH = (2, 8, 8)  # of the released depth readout
@@ -154,8 +153,7 @@ def from_4ds(source: Path, out: Path) -> Path:
     Raises UserError, and writes nothing: `out` exists, a damaged file, or a key or shape that 4DS models do not have.
     """
     arrays = Npz(source)
-    nested = any(key.startswith(f"{BACKBONE_BESIDE_HEAD}encoder/") for key in arrays.shapes)
-    prefix = BACKBONE_BESIDE_HEAD if nested else BACKBONE
+    prefix = released.four_ds_prefix(arrays.shapes)
     with as_user_error(source):
         config = released.four_ds_config(arrays.shapes, source, prefix)
         readout = four_ds_readout(arrays.shapes, source, config)
@@ -177,7 +175,7 @@ def to_4ds(folder: Path, out: Path) -> Path:
     if (config.pixel_mean, config.pixel_scale) != (0.0, 1.0):
         numbers = f"(x - {config.pixel_mean}) * {config.pixel_scale}"
         raise UserError(f"{folder} takes pixels as {numbers}; the released 4DS layout tells no such numbers and means 0 and 1")
-    encoder = released.four_ds_weight_map(config, BACKBONE_BESIDE_HEAD if readout else BACKBONE)
+    encoder = released.four_ds_weight_map(config, released.BACKBONE_BESIDE_HEAD if readout else released.BACKBONE)
     if saved.model == "SimpleMAE":
         encoder = {f"encoder.{name}": entry for name, entry in encoder.items()}
     files = {WEIGHTS: encoder} | ({READOUT_WEIGHTS: readout.weight_map()} if readout else {})
@@ -303,7 +301,7 @@ def _write_folder(
         for file, tensors in files.items():
             converted = (entry.to_ours(*(read(key) for key in entry.arrays)) for entry in tensors.values())
             write_safetensors(folder / file, {name: entry.shape for name, entry in tensors.items()}, converted)
-        write_json(folder / "config.json", asdict(Checkpoint(out.name, model, asdict(config), parameters, 0, 0)))
+        Checkpoint(out.name, model, asdict(config), parameters, 0, 0).write_config(folder)
         if readout:
             write_json(folder / READOUT, asdict(readout))
         evidence = {"stage": "convert", "settings": {}, "overrides": {}, "code": None}

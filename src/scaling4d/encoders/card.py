@@ -1,0 +1,66 @@
+"""The model card: README.md of a folder that `Encoder.save_pretrained` writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from scaling4d.checkpoint import Checkpoint
+from scaling4d.provenance import flatten
+
+CARD = """---
+library_name: scaling4d
+tags:
+- video
+- masked-autoencoder
+---
+
+# {name}
+
+An encoder of video, {model} with {parameters:,} parameters. It turns a clip into tokens.
+
+| | |
+|---|---|
+| clip, frames x height x width | {clip} |
+| frames per second | {rate} |
+| pixels x in 0..1 become | (x - mean) * scale, mean {mean}, scale {scale} |
+| training | {training} |
+
+```python
+import scaling4d
+
+encoder = scaling4d.Encoder.from_pretrained("PATH or owner/name")
+video = scaling4d.read_video("VIDEO", rate_hz=encoder.rate_hz, frames=encoder.clip[0])  # uint8 T H W C
+output = encoder(encoder.preprocess(video))  # last_hidden_state B N D, hidden_states, pooled B D
+```
+"""
+UNKNOWN = "not known"
+
+
+def model_card(
+    checkpoint: Checkpoint, provenance: Mapping[str, Any], *, mean: float | tuple[float, ...], scale: float | tuple[float, ...]
+) -> str:
+    """Markdown of a checkpoint and of the facts in its provenance.json; without those: that its origin is not known."""
+    trained = f"{checkpoint.step:,} steps, {checkpoint.clips_seen:,} clips" if checkpoint.step else "none by scaling4d"
+    text = CARD.format(
+        name=checkpoint.name,
+        model=checkpoint.model,
+        parameters=checkpoint.parameters,
+        clip=" x ".join(map(str, checkpoint.settings["clip"])),
+        rate=UNKNOWN if checkpoint.rate_hz is None else f"{checkpoint.rate_hz:g}",
+        mean=_numbers(mean),
+        scale=_numbers(scale),
+        training=trained,
+    )
+    if not provenance:
+        return f"{text}\n## Origin\n\n{UNKNOWN.capitalize()}: the checkpoint had no provenance.json.\n"
+    facts = {"stage": provenance.get("stage")} | dict(flatten({"inputs": provenance.get("inputs") or {}}))
+    facts["code"] = (provenance.get("code") or {}).get("sha256")
+    facts |= dict(flatten({"settings": provenance.get("settings") or {}}))
+    rows = [f"| {key} | `{json.dumps(value)}` |" for key, value in facts.items() if value not in (None, {})]
+    return "\n".join([text, "## Origin", "", "As in provenance.json.", "", "| | |", "|---|---|", *rows, ""])
+
+
+def _numbers(value: float | tuple[float, ...]) -> str:
+    return ", ".join(f"{number:g}" for number in (value if isinstance(value, tuple) else (value,)))

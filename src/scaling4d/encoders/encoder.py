@@ -1,0 +1,269 @@
+"""`scaling4d.Encoder`: an encoder by path or hub id, preprocessing for any video, and features as one output."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from scaling4d import artifacts
+from scaling4d.checkpoint import WEIGHTS, Checkpoint
+from scaling4d.encoders import card, hub, released
+from scaling4d.encoders.arrays import Npz
+from scaling4d.encoders.preprocess import check_video, pick_frames, resize_and_crop
+from scaling4d.encoders.pretrained import load_encoder
+from scaling4d.encoders.transformers import CONFIG, PREPROCESSORS, PretrainedEncoder, default_clip, import_encoder
+from scaling4d.encoders.transformers import WEIGHTS as PRETRAINED_WEIGHTS
+from scaling4d.mae.encoder import Encoder as Backbone
+from scaling4d.mae.mae_st import MAESTEncoder, MAESTEncoderConfig
+from scaling4d.provenance import atomic_new
+from scaling4d.records import UserError, as_user_error, read_json_object, write_json
+
+HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
+HUB_FILES = (CONFIG, PRETRAINED_WEIGHTS, f"{PRETRAINED_WEIGHTS}.index.json", *PREPROCESSORS, artifacts.PROVENANCE)
+
+
+@dataclass(frozen=True)
+class EncoderOutput:
+    """Features of a batch of clips. N = t h w tokens of the patches, in this order; class tokens are left out.
+
+    last_hidden_state: `B N D`, the output of the last block, before any final norm.
+    hidden_states: depth + 1 tensors `B N D`. Of 4DS and MAE-ST, as the released 4DS code lists them: the embedded
+    tokens, then the INPUT of each block, so [0] equals [1] and last_hidden_state is not among them. Of a model of
+    transformers: the embedded tokens, then the output of each block, so [-1] is last_hidden_state.
+    pooled: `B D`, the mean of last_hidden_state over the tokens.
+    """
+
+    last_hidden_state: Tensor
+    hidden_states: tuple[Tensor, ...]
+    pooled: Tensor
+
+
+class Encoder(nn.Module):
+    """A frozen or trainable encoder of video: `encoder(encoder.preprocess(video))` gives an EncoderOutput.
+
+    Attributes:
+        model: the network, of this project (4DS, MAE-ST, raw pixels) or of transformers.
+        checkpoint: its description, as in config.json. provenance: how it was made; empty: not known.
+        rate_hz: frames per second of the clips that it was trained on; None: not known. It may be set.
+        clip: T H W of its clips. grid: t h w of its tokens. width: D. depth: number of blocks.
+        mean, scale: the encoder computes with (x - mean) * scale of pixels x in 0..1; a number, or one per channel.
+    """
+
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint, provenance: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self.model, self.checkpoint, self.provenance = model, checkpoint, dict(provenance or {})
+        self.rate_hz = checkpoint.rate_hz
+        self.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, *, revision: str | None = None, clip: tuple[int, int, int] | None = None
+    ) -> Encoder:
+        """An encoder in evaluation mode.
+
+        Args:
+            source: a Checkpoint folder, of this project or from `save_pretrained`; a folder of transformers
+                (DINOv2 and v3, SigLIP 1 and 2, VideoMAE, V-JEPA 2, VideoPrism: extra `baselines`); a released `.npz` of
+                4DS or `.pth` of MAE-ST; or `owner/name` on the Hugging Face hub (extra `hub`).
+            revision: branch, tag or commit on the hub.
+            clip: T H W of the clips that it is shown; default: the checkpoint's own.
+        Raises:
+            UserError: no such checkpoint, one that is damaged or of another kind, a clip that does not suit it.
+        """
+        path = Path(source)
+        if not path.exists():
+            if not re.fullmatch(HUB_ID, str(source)):
+                raise UserError(f"no folder or file {source}; needed one, or owner/name of a model on the Hugging Face hub")
+            try:
+                path = hub.download(str(source), revision, HUB_FILES)
+            except UserError as error:
+                raise UserError(f"no folder {source} here, and {error}") from error
+        elif revision is not None:
+            raise UserError(f"revision = {revision!r} is of a model on the hub; {source} is on this disk: leave out revision")
+        encoder = cls._from_folder(path, clip) if path.is_dir() else cls(*_released_file(path))
+        if clip is not None and tuple(clip) != encoder.clip:
+            encoder.resize(clip)
+        return encoder
+
+    @classmethod
+    def _from_folder(cls, folder: Path, clip: tuple[int, int, int] | None) -> Encoder:
+        if (folder / CONFIG).is_file() and "model_type" in _json(folder / CONFIG):
+            config, model = import_encoder(folder, clip or default_clip(folder))
+            return cls(model, _description(folder.name, model, asdict(config)))
+        checkpoint, path = Checkpoint.read(folder), folder / artifacts.PROVENANCE
+        provenance = _json(path) if path.is_file() else {}
+        rate_hz = checkpoint.rate_hz or _trained_rate_hz(folder, provenance)
+        return cls(load_encoder(folder), replace(checkpoint, rate_hz=rate_hz), provenance)
+
+    @property
+    def clip(self) -> tuple[int, int, int]:
+        return self.model.clip
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.model.grid
+
+    @property
+    def width(self) -> int:
+        return self.model.width
+
+    @property
+    def depth(self) -> int:
+        return self.model.depth
+
+    @property
+    def mean(self) -> float | tuple[float, ...]:
+        return tuple(self.model.mean.flatten().tolist()) if self._is_transformers else self.model.pixel_mean
+
+    @property
+    def scale(self) -> float | tuple[float, ...]:
+        return tuple((1 / self.model.std).flatten().tolist()) if self._is_transformers else self.model.pixel_scale
+
+    @property
+    def _is_transformers(self) -> bool:
+        return isinstance(self.model, PretrainedEncoder)
+
+    def preprocess(self, video: np.ndarray | Tensor | Sequence[np.ndarray | Tensor], *, rate_hz: float | None = None) -> Tensor:
+        """Video of any size -> clips `B T H W 3` of this encoder, uint8 or float32 in 0..1, on its device.
+
+        Pictures are cut to the clip's shape around their centre and resized. Of a longer video the clip at its start is
+        taken. The encoder itself normalises pixels.
+
+        Args:
+            video: `T H W 3` or `B T H W 3`, uint8 or float in 0..1, numpy or torch; or a list of those.
+            rate_hz: frames per second of the video; frames are then picked at the encoder's `rate_hz`. None: the video
+                has as many frames as a clip.
+        Raises:
+            UserError: no such video, or too few frames.
+        """
+        videos = [check_video(one) for one in (video if isinstance(video, list | tuple) else [video])]
+        if len({one.dtype for one in videos}) != 1:
+            raise UserError("videos of a list are some uint8, some float; needed one type" if videos else "no video in the list")
+        frames, height, width = self.clip
+        rates = {"rate_hz": rate_hz, "encoder_rate_hz": self.rate_hz}
+        clips = [resize_and_crop(pick_frames(one, frames, **rates), height, width) for one in videos]
+        return torch.cat(clips).to(self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return next((weight.device for weight in self.parameters()), torch.device("cpu"))
+
+    def forward(self, clips: Tensor) -> EncoderOutput:
+        """Clips `B T H W 3`, as `preprocess` makes them -> features.
+
+        Raises UserError: clips of another size, or what `preprocess` refuses.
+        """
+        pixels = check_video(clips)
+        if (size := tuple(pixels.shape[1:4])) != self.clip:
+            fix = f"encoder.preprocess(video) makes them, or encoder.resize({size}) takes clips of this size"
+            raise UserError(f"clips T H W = {size}; this encoder takes {self.clip}: {fix}")
+        if isinstance(self.model, Backbone):
+            states = Backbone.features(self.model, pixels)  # with MAE-ST's class token, which blocks need
+            states.append(self.model.blocks[-1](states[-1]))
+            *hidden, last = [x[:, self.model.prefix_tokens :] for x in states]
+        else:
+            hidden = self.model.features(pixels)
+            last = hidden[-1]
+        return EncoderOutput(last, tuple(hidden), last.mean(1))
+
+    def resize(self, clip: tuple[int, int, int]) -> None:
+        """Take clips of another T H W from now on; learned positions are interpolated.
+
+        Raises UserError: the model does not take such clips.
+        """
+        if not hasattr(self.model, "resize"):
+            raise UserError(f"a {type(self.model).__name__} takes clips T H W = {self.clip} only; asked for {tuple(clip)}")
+        self.model.resize(tuple(clip))
+
+    # ---- to disk and to the hub ----
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write config.json, model.safetensors, provenance.json and a model card to a new folder.
+
+        The folder holds the encoder alone, without a decoder, at its present clip and rate.
+        Raises UserError: it exists.
+        """
+        with atomic_new(Path(folder)) as out:
+            out.mkdir()
+            checkpoint = self._saved_description()
+            checkpoint.write(out, self.model.state_dict())
+            if self.provenance:
+                write_json(out / artifacts.PROVENANCE, self.provenance)
+            with as_user_error(f"{artifacts.PROVENANCE} of {checkpoint.name} is not one of scaling4d"):
+                text = card.model_card(checkpoint, self.provenance, mean=self.mean, scale=self.scale)
+            (out / "README.md").write_text(text)
+        return Path(folder)
+
+    def push_to_hub(self, target: str, *, private: bool | None = None, message: str = "Upload encoder") -> str:
+        """Upload what `save_pretrained` writes to `owner/name` on the Hugging Face hub. Returns the model's address.
+
+        private: of a new model. Raises UserError: no huggingface_hub, no network, no right to write there.
+        """
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = self.save_pretrained(Path(temporary, "encoder"))
+            return hub.upload(folder, target, private=private, message=message)
+
+    def _saved_description(self) -> Checkpoint:
+        names = [field.name for field in fields(type(self.model).config_class)]
+        settings = {name: self.checkpoint.settings[name] for name in names} | {"clip": self.clip}
+        return replace(self.checkpoint, model=type(self.model).__name__, settings=settings, rate_hz=self.rate_hz)
+
+
+def _description(name: str, model: nn.Module, settings: Mapping[str, Any]) -> Checkpoint:
+    parameters = sum(weight.numel() for weight in model.parameters())
+    return Checkpoint(name, type(model).__name__, settings, parameters, step=0, clips_seen=0)
+
+
+def _trained_rate_hz(folder: Path, provenance: Mapping[str, Any]) -> float | None:
+    """Rate of the clips beside a trained checkpoint of artifacts/, if they are those that it was trained on."""
+    clips = folder.resolve().parent.parent / "clips"
+    inputs, listing, path = provenance.get("inputs"), clips / "croissant.json", clips / artifacts.PROVENANCE
+    if not isinstance(inputs, dict) or "clips" not in inputs or not listing.is_file() or not path.is_file():
+        return None
+    if inputs["clips"] != artifacts.sha256(listing):
+        return None
+    with as_user_error(f"{path} is not that of clips"):
+        return float(_json(path)["settings"]["clips"]["Curation"]["rate_hz"])
+
+
+def _released_file(source: Path) -> tuple[nn.Module, Checkpoint, dict[str, Any]]:
+    """The backbone in a released file, its description, and its provenance."""
+    if source.suffix not in (".npz", ".pth"):
+        raise UserError(f"{source} is a file; needed a folder with {CONFIG} and {WEIGHTS}, a .npz of 4DS, or a .pth of MAE-ST")
+    with as_user_error(source):
+        if source.suffix == ".npz":
+            arrays = Npz(source)
+            shapes, read, prefix = arrays.shapes, arrays.read, released.four_ds_prefix(arrays.shapes)
+            config, model_class = released.four_ds_config(shapes, source, prefix), Backbone
+            weights = released.four_ds_weight_map(config, prefix)
+        else:
+            state, options = released.read_mae_st(source)
+            shapes, read = {key: tuple(value.shape) for key, value in state.items()}, lambda key: state[key].numpy()
+            method = released.mae_st_config(shapes, source, replace(released.MAESTOptions(), **options))
+            config = MAESTEncoderConfig(**{field.name: getattr(method, field.name) for field in fields(MAESTEncoderConfig)})
+            weights, model_class = released.mae_st_weight_map(config), MAESTEncoder
+        needed = {key for entry in weights.values() for key in entry.arrays}
+        released.check_shapes({key: shape for key, shape in shapes.items() if key in needed}, {source.name: weights}, source)
+        with torch.device("meta"):
+            model = model_class(config)
+    tensors = {name: entry.to_ours(*map(read, entry.arrays)) for name, entry in weights.items()}
+    model.load_state_dict(
+        {name: torch.from_numpy(np.require(a, requirements=("C", "W"))) for name, a in tensors.items()}, assign=True
+    )
+    provenance = {"stage": "convert", "settings": {}, "inputs": {source.name: artifacts.sha256(source)}}
+    return model, _description(source.stem, model, asdict(config)), provenance
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return read_json_object(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
