@@ -52,6 +52,7 @@ TO_RGB = Interpolation.FULL_CHR_H_INT  # without it, BITEXACT makes white 253, a
 MAX_PIXELS = 2**26  # of a picture, whatever its header says; a decoder allocates gigabytes before the first frame
 SEEK_BACK_S = (0.0, 0.5, 2.0, 10.0)  # before the first wanted time: where to seek a key frame, in turn; then the start
 TOLERANCE_S = 1e-3  # a frame that starts this much after a wanted time counts as shown then
+END_S = 2e-3  # a video shows nothing so shortly before its end: containers round times to milliseconds
 BACKWARD_S = 1.0  # a time stamp may lie this much before an earlier one: AVI with B-frames (ours)
 MISSING_S = 0.25  # a file may end this much before its declared end; longer is a truncation (ours)
 
@@ -174,8 +175,8 @@ def _read_video(path: Path, start_s: float, rate_hz: float | None, frames: int |
     times_s, pixels = decode_all(path)
     end_s = times_s[-1] + (times_s[-1] / (len(times_s) - 1) if len(times_s) > 1 else 0)  # the last frame is shown for a while
     if rate_hz:
-        wanted_s = start_s + np.arange(frames or max(math.ceil((end_s - start_s) * rate_hz - TOLERANCE_S), 0)) / rate_hz
-        indices = frame_indices_at(times_s, wanted_s[wanted_s < max(end_s, TOLERANCE_S)])
+        wanted_s = start_s + np.arange(frames or max(math.ceil((end_s - start_s) * rate_hz), 0)) / rate_hz
+        indices = frame_indices_at(times_s, wanted_s[wanted_s < max(end_s - END_S, TOLERANCE_S)])
     else:
         indices = np.flatnonzero(times_s >= start_s - TOLERANCE_S)[:frames]
     if len(indices) < (frames or 1):
@@ -224,7 +225,7 @@ class OpenVideo:
         try:
             self.container.seek(int(time_s / base), stream=self.stream)
             for packet in self.container.demux(self.stream):
-                if packet.pts is not None and (packet.pts + (packet.duration or 1)) * base > time_s:
+                if packet.pts is not None and (packet.pts + (packet.duration or 1)) * base > time_s + END_S:
                     return True
         except av.FFmpegError:  # no index, or damaged from there on
             return False

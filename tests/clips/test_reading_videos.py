@@ -1,0 +1,88 @@
+"""scaling4d.read_video: the frames at a rate, and clear refusals."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_videos import save, world
+
+import scaling4d
+from scaling4d import video
+from scaling4d.records import UserError
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """32 frames at 16 Hz: 2 s."""
+    return save(tmp_path_factory.mktemp("videos") / "a.mp4", world(0, 32), rate_hz=16)
+
+
+@pytest.mark.parametrize(("options", "expected"), [
+    ({}, range(32)),
+    ({"frames": 5}, range(5)),
+    ({"start_s": 0.5}, range(8, 32)),
+    ({"start_s": 0.5, "frames": 2}, (8, 9)),
+    ({"rate_hz": 4}, range(0, 32, 4)),
+    ({"rate_hz": 4, "frames": 8}, range(0, 32, 4)),
+    ({"rate_hz": 4, "frames": 3, "start_s": 1.0}, (16, 20, 24)),
+    ({"rate_hz": 32, "frames": 4}, (0, 0, 1, 1)),
+    ({"rate_hz": 16, "start_s": 1.9375, "frames": 1}, (31,)),
+])  # fmt: skip
+def test_the_frames_shown_at_the_wanted_times_come_back(path: Path, options: dict, expected: tuple) -> None:
+    every = video.decode_all(path)[1]
+    pixels = scaling4d.read_video(str(path), **options)
+    assert pixels.dtype == np.uint8 and np.array_equal(pixels, every[list(expected)])
+
+
+@pytest.mark.parametrize("suffix", [".webm", ".avi"])
+def test_other_containers_give_the_same_frames(tmp_path: Path, suffix: str) -> None:
+    path = save(tmp_path / f"a{suffix}", world(0, 16), rate_hz=16)
+    every = video.decode_all(path)[1]
+    assert np.array_equal(scaling4d.read_video(path, rate_hz=4, frames=4), every[::4])
+    with pytest.raises(UserError, match="too short: 16 frames, 1.00 s; needed 5 frames at 4 Hz from start_s = 0; "):
+        scaling4d.read_video(path, rate_hz=4, frames=5)
+
+
+@pytest.mark.parametrize(("options", "needed"), [
+    ({"frames": 33}, "33 frames from start_s = 0"),
+    ({"rate_hz": 4, "frames": 9}, "9 frames at 4 Hz from start_s = 0"),
+    ({"rate_hz": 4, "start_s": 2}, "some frames at 4 Hz from start_s = 2"),
+    ({"start_s": 7.5}, "some frames from start_s = 7.5"),
+])  # fmt: skip
+def test_a_video_that_ends_too_early_is_refused(path: Path, options: dict, needed: str) -> None:
+    with pytest.raises(UserError) as refused:
+        scaling4d.read_video(path, **options)
+    assert str(refused.value) == f"{path}: too short: 32 frames, 2.00 s; needed {needed}; lower start_s or frames"
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"start_s": -1}, "start_s = -1; needed a finite number, 0 or more"),
+    ({"start_s": float("nan")}, "start_s = nan; needed a finite number, 0 or more"),
+    ({"rate_hz": 0}, "rate_hz = 0; needed a finite number, more than 0"),
+    ({"rate_hz": float("inf")}, "rate_hz = inf; needed a finite number, more than 0"),
+    ({"frames": 0}, "frames = 0; needed 1 or more"),
+])  # fmt: skip
+def test_numbers_that_are_none_are_refused(path: Path, options: dict, message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        scaling4d.read_video(path, **options)
+    assert str(refused.value) == message
+
+
+def test_broken_files_are_refused_by_name(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.mp4").write_text("no video")
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "cut.mp4").write_bytes(path.read_bytes()[:2000])
+    whole = save(tmp_path / "a.webm", world(0, 64), rate_hz=16, crf=5).read_bytes()
+    (tmp_path / "cut.webm").write_bytes(whole[: len(whole) // 2])
+    messages = {
+        "none.mp4": f"no file {tmp_path / 'none.mp4'}",
+        ".": f"{tmp_path} is a folder; needed a video file",
+        "text.mp4": f"{tmp_path / 'text.mp4'}: not a ",
+        "empty.mp4": f"{tmp_path / 'empty.mp4'}: the file is empty",
+        "cut.mp4": f"{tmp_path / 'cut.mp4'}: not a readable video: ",
+        "cut.webm": f"{tmp_path / 'cut.webm'}: incomplete: the data ends at ",
+    }
+    for name, message in messages.items():
+        with pytest.raises(UserError) as refused:
+            scaling4d.read_video(tmp_path / name, rate_hz=4, frames=16)
+        assert str(refused.value).startswith(message), refused.value

@@ -1,0 +1,374 @@
+"""scaling4d.Encoder: every kind of checkpoint, what its output means, and its way to disk, to the hub and back."""
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import scaling4d
+from scaling4d import artifacts, seeds
+from scaling4d.checkpoint import Checkpoint
+from scaling4d.encoders import released, torchvision_shim
+from scaling4d.encoders.encoder import Encoder
+from scaling4d.encoders.load import load_model
+from scaling4d.encoders.released import MAESTOptions
+from scaling4d.mae.models import METHODS, config_of
+from scaling4d.readout.released_heads import from_4ds, from_mae_st
+from scaling4d.records import UserError, write_json
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+CLIP = (6, 32, 48)
+SHAPE = {
+    "width": 24,
+    "depth": 3,
+    "heads": 2,
+    "mlp": 48,
+    "clip": CLIP,
+    "patch": (2, 16, 16),
+    "pixel_mean": 0.4,
+    "pixel_scale": 2.0,
+}
+METHOD = {"masking": "random", "mask_ratio": 0.5, "position_init": "normal", "branch_init": "released"}
+SETTINGS = {
+    "SimpleMAE": SHAPE | METHOD | {"coarse_patch": (2, 16, 16), "decode_blocks": 2},
+    "MAEST": SHAPE
+    | METHOD
+    | {"separable_positions": True, "class_token": True, "decoder_width": 12, "decoder_depth": 1, "decoder_heads": 2}
+    | {"predicted_frames": 3, "normalise_target": True},
+}
+CLIPS = torch.randint(0, 256, (2, *CLIP, 3), dtype=torch.uint8, generator=seeds.stream(0, "clips"))
+
+
+def trained(folder: Path, name: str = "SimpleMAE", rate_hz: float = 5.0) -> Path:
+    """A checkpoint as stage pretrain leaves it in artifacts/, beside its clips."""
+    model = METHODS[name](config_of(METHODS[name], SETTINGS[name]))
+    model.initialise(0)
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            weight.add_(0.1 * torch.randn(weight.shape, generator=seeds.stream(0, key)))
+    checkpoint, clips = folder / "artifacts/smoke/pretrain/nano", folder / "artifacts/smoke/clips"
+    checkpoint.mkdir(parents=True)
+    clips.mkdir()
+    count = sum(weight.numel() for weight in model.encoder.parameters())
+    Checkpoint("nano", name, SETTINGS[name], count, step=7, clips_seen=112).write(checkpoint, model.state_dict())
+    write_json(clips / "croissant.json", {"clips": 1})
+    write_json(clips / "provenance.json", {"settings": {"clips": {"Curation": {"rate_hz": rate_hz}}}})
+    inputs = {"clips": artifacts.sha256(clips / "croissant.json")}
+    settings = {"seed": 0, "pretrain.Training": {"steps": 7}}
+    provenance = {"stage": "pretrain", "settings": settings, "inputs": inputs, "code": {"sha256": "c0de"}}
+    write_json(checkpoint / "provenance.json", provenance)
+    return checkpoint
+
+
+@torch.no_grad()
+def output_of(encoder: Encoder, clips: Tensor = CLIPS) -> list[Tensor]:
+    output = encoder(clips)
+    return [*output.hidden_states, output.last_hidden_state, output.pooled]
+
+
+def equal(some: list[Tensor], others: list[Tensor]) -> bool:
+    return len(some) == len(others) and all(map(torch.equal, some, others))
+
+
+def refused(work: Callable, *arguments: object, **options: object) -> str:
+    with pytest.raises(UserError) as caught:
+        work(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---- the output ----
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_output_is_the_input_of_each_block_and_the_output_of_the_last(tmp_path: Path, name: str) -> None:
+    folder = trained(tmp_path, name)
+    encoder, backbone = Encoder.from_pretrained(folder), load_model(folder).encoder
+    with torch.no_grad():
+        output, x, inputs = encoder(CLIPS), backbone.tokens(CLIPS), []
+        for block in backbone.blocks:
+            inputs.append(x)
+            x = block(x)
+    tokens = slice(backbone.prefix_tokens, None)
+    assert len(output.hidden_states) == encoder.depth + 1 and output.last_hidden_state.shape == (2, 3 * 2 * 3, encoder.width)
+    assert equal([x[:, tokens] for x in (inputs[0], *inputs)], list(output.hidden_states))
+    assert equal(list(output.hidden_states), backbone.features(CLIPS))
+    assert torch.equal(output.last_hidden_state, x[:, tokens]) and torch.equal(output.pooled, x[:, tokens].mean(1))
+
+
+def test_an_encoder_is_in_evaluation_mode_and_can_be_trained(tmp_path: Path) -> None:
+    encoder = Encoder.from_pretrained(str(trained(tmp_path)))
+    assert not encoder.training
+    encoder(CLIPS / 255).pooled.sum().backward()
+    assert all(weight.grad is not None for weight in encoder.parameters())
+
+
+def test_an_encoder_tells_its_clip_its_tokens_and_its_normalisation(tmp_path: Path) -> None:
+    encoder = Encoder.from_pretrained(trained(tmp_path))
+    assert (encoder.clip, encoder.grid, encoder.width, encoder.depth) == (CLIP, (3, 2, 3), 24, 3)
+    assert (encoder.mean, encoder.scale, encoder.rate_hz) == (0.4, 2.0, 5.0)
+
+
+def test_another_size_is_refused_until_the_encoder_is_resized(tmp_path: Path) -> None:
+    folder = trained(tmp_path)
+    encoder, large = Encoder.from_pretrained(folder), torch.zeros(1, 12, 64, 64, 3, dtype=torch.uint8)
+    assert refused(encoder, large) == (
+        "clips T H W = (12, 64, 64); this encoder takes (6, 32, 48): "
+        "encoder.preprocess(video) makes them, or encoder.resize((12, 64, 64)) takes clips of this size"
+    )
+    encoder.resize((12, 64, 64))
+    assert encoder(large).last_hidden_state.shape == (1, 6 * 4 * 4, 24) and encoder.preprocess(CLIPS, rate_hz=2.4).shape[1] == 12
+    assert equal(output_of(encoder, large), output_of(Encoder.from_pretrained(folder, clip=(12, 64, 64)), large))
+    assert equal(output_of(encoder, large), output_of(Encoder.from_pretrained(encoder.save_pretrained(tmp_path / "new")), large))
+    assert refused(encoder.resize, (12, 60, 64)).startswith("clip T H W = (12, 60, 64) does not divide into patches")
+
+
+# ---- kinds of checkpoints ----
+
+
+def test_a_released_4ds_file_gives_what_its_converted_folder_gives(tmp_path: Path) -> None:
+    for name in ("backbone", "depth"):
+        source = FIXTURES / f"4ds_seed0/{name}_params.npz"
+        direct, converted = (Encoder.from_pretrained(path) for path in (source, from_4ds(source, tmp_path / name)))
+        clips = torch.rand(1, *direct.clip, 3)
+        assert equal(output_of(direct, clips), output_of(converted, clips)) and direct.rate_hz is None
+        assert direct.provenance["inputs"] == converted.provenance["inputs"] == {source.name: artifacts.sha256(source)}
+
+
+def test_an_official_mae_st_file_gives_what_its_converted_folder_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = dict(np.load(FIXTURES / "mae_st_seed0/released.npz"))
+    state = {key.removeprefix("state/"): torch.from_numpy(value) for key, value in arrays.items() if key.startswith("state/")}
+    source = tmp_path / "official.pth"
+    torch.save({"model": state}, source)
+    assert "is none of mae_st's own (768, 1024, 1280); give --heads" in refused(Encoder.from_pretrained, source)
+    monkeypatch.setitem(released.MAE_ST_HEADS, len(state["norm.weight"]), 3)
+    monkeypatch.setitem(released.MAE_ST_DECODER_HEADS, len(state["decoder_norm.weight"]), 4)
+    direct = Encoder.from_pretrained(source)
+    converted = Encoder.from_pretrained(from_mae_st(source, tmp_path / "folder", MAESTOptions(heads=3, decoder_heads=4)))
+    clips = torch.rand(1, *direct.clip, 3)
+    assert equal(output_of(direct, clips), output_of(converted, clips))
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("kind", ["dinov2", "videomae"])
+def test_models_of_transformers_load_from_their_own_folders(tmp_path: Path, kind: str) -> None:
+    torchvision_shim.declare_operators()
+    import transformers as tf
+
+    shape = {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 3}
+    if kind == "dinov2":
+        model, processor = tf.Dinov2Model(tf.Dinov2Config(**shape, image_size=28, patch_size=14)), tf.BitImageProcessor
+        processor, clip = processor(crop_size={"height": 28, "width": 28}), (16, 28, 28)
+    else:
+        config = tf.VideoMAEConfig(**shape, intermediate_size=48, image_size=32, patch_size=8, num_frames=4)
+        square = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+        model, processor, clip = tf.VideoMAEModel(config), tf.VideoMAEImageProcessor(**square), (4, 32, 32)
+    model.save_pretrained(tmp_path / "theirs")
+    processor.save_pretrained(tmp_path / "theirs")
+    encoder = Encoder.from_pretrained(tmp_path / "theirs")
+    assert encoder.clip == clip and encoder.rate_hz is None
+    assert np.allclose(encoder.mean, processor.image_mean) and np.allclose(encoder.scale, 1 / np.array(processor.image_std))
+    clips = encoder.preprocess(np.zeros((16, 50, 40, 3), np.uint8)[: clip[0]])
+    output = encoder(clips)
+    assert len(output.hidden_states) == 4 and torch.equal(output.hidden_states[-1], output.last_hidden_state)
+    again = Encoder.from_pretrained(encoder.save_pretrained(tmp_path / "ours"))
+    assert equal(output_of(again, clips), output_of(encoder, clips)) and again.mean == encoder.mean
+    if kind == "dinov2":
+        assert Encoder.from_pretrained(tmp_path / "theirs", clip=(2, 56, 56)).clip == (2, 56, 56)
+
+
+def test_raw_pixels_are_an_encoder_of_one_size(tmp_path: Path) -> None:
+    settings = {"clip": CLIP, "patch": (2, 16, 16), "pixel_mean": 0.0, "pixel_scale": 1.0}
+    (tmp_path / "pixels").mkdir()
+    Checkpoint("pixels", "PixelTokens", settings, 0, 0, 0).write(tmp_path / "pixels", {})
+    encoder = Encoder.from_pretrained(tmp_path / "pixels")
+    assert torch.equal(encoder(CLIPS).last_hidden_state, encoder(CLIPS).hidden_states[0])
+    assert refused(encoder.resize, [6, 32, 32]) == "a PixelTokens takes clips T H W = (6, 32, 48) only; asked for (6, 32, 32)"
+
+
+# ---- the rate of the clips ----
+
+
+def test_the_rate_is_that_of_the_clips_beside_a_trained_checkpoint_and_stays_with_its_copy(tmp_path: Path) -> None:
+    folder = trained(tmp_path, rate_hz=12.5)
+    before = (folder / "config.json").read_bytes()
+    encoder = Encoder.from_pretrained(folder)
+    copy = encoder.save_pretrained(tmp_path / "copy")
+    assert encoder.rate_hz == Encoder.from_pretrained(copy).rate_hz == 12.5
+    assert (folder / "config.json").read_bytes() == before and "rate_hz" not in before.decode()
+
+
+def test_a_rate_is_not_known_without_the_clips_of_the_training(tmp_path: Path) -> None:
+    folder, clips = trained(tmp_path), tmp_path / "artifacts/smoke/clips"
+    assert Encoder.from_pretrained(shutil.copytree(folder, tmp_path / "alone")).rate_hz is None
+    (clips / "croissant.json").write_text("{}")
+    assert Encoder.from_pretrained(folder).rate_hz is None
+    (folder / "provenance.json").unlink()
+    encoder = Encoder.from_pretrained(folder)
+    encoder.rate_hz = 3.0
+    assert Encoder.from_pretrained(encoder.save_pretrained(tmp_path / "copy")).rate_hz == 3.0
+
+
+def test_a_rate_that_is_none_is_refused(tmp_path: Path) -> None:
+    folder = trained(tmp_path)
+    messages = {0: "rate_hz = 0; needed more than 0, or none", "4": "rate_hz = '4' is a str; needed a finite number"}
+    for value, message in messages.items():
+        content = json.loads((folder / "config.json").read_text()) | {"rate_hz": value}
+        (folder / "config.json").write_text(json.dumps(content))
+        assert message in refused(Encoder.from_pretrained, folder)
+
+
+# ---- to disk and back ----
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_saved_encoder_gives_the_same_features_without_its_decoder(tmp_path: Path, name: str) -> None:
+    encoder = Encoder.from_pretrained(trained(tmp_path, name))
+    folder = encoder.save_pretrained(str(tmp_path / "saved"))
+    again = Encoder.from_pretrained(folder)
+    assert equal(output_of(again), output_of(encoder))
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors", "provenance.json"]
+    saved = Checkpoint.read(folder)
+    assert (saved.name, saved.step, saved.clips_seen) == ("nano", 7, 112)
+    assert saved.parameters == sum(weight.numel() for weight in encoder.parameters())
+    assert again.provenance == encoder.provenance
+
+
+def test_the_model_card_says_what_provenance_says(tmp_path: Path) -> None:
+    encoder = Encoder.from_pretrained(trained(tmp_path))
+    text = (encoder.save_pretrained(tmp_path / "saved") / "README.md").read_text()
+    facts = ["# nano", "Encoder with", "6 x 32 x 48", "| frames per second | 5 |", "mean 0.4, scale 2", "7 steps, 112 clips"]
+    facts += ['| stage | `"pretrain"` |', '| code | `"c0de"` |']
+    facts += ["| settings.pretrain.Training.steps | `7` |", "| settings.seed | `0` |"]
+    assert [fact for fact in facts if fact not in text] == [] and encoder.provenance["inputs"]["clips"] in text
+    assert "scaling4d.Encoder.from_pretrained(" in text
+    encoder.provenance, encoder.rate_hz = {}, None
+    text = (encoder.save_pretrained(tmp_path / "bare") / "README.md").read_text()
+    assert "the checkpoint had no provenance.json" in text and "| frames per second | not known |" in text
+    assert not (tmp_path / "bare/provenance.json").exists()
+
+
+def test_what_cannot_be_saved_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    encoder = Encoder.from_pretrained(trained(tmp_path))
+    encoder.save_pretrained(tmp_path / "saved")
+    assert (
+        refused(encoder.save_pretrained, tmp_path / "saved") == f"{tmp_path / 'saved'} exists; choose another name or remove it"
+    )
+    encoder.provenance = {"settings": [1], "code": "no object"}
+    assert refused(encoder.save_pretrained, tmp_path / "bad").startswith("provenance.json of nano is not one of scaling4d: ")
+    assert not (tmp_path / "bad").exists()
+
+
+# ---- refusals ----
+
+
+def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    load = Encoder.from_pretrained
+    nothing = "; needed one, or owner/name of a model on the Hugging Face hub"
+    assert refused(load, "nothing") == f"no folder or file nothing{nothing}"
+    assert refused(load, "artifacts/smoke/nothing") == f"no folder or file artifacts/smoke/nothing{nothing}"
+    (tmp_path / "empty").mkdir()
+    assert refused(load, tmp_path / "empty") == f"{tmp_path}/empty is not a checkpoint: needed config.json and model.safetensors"
+    (tmp_path / "model.bin").touch()
+    needed = "needed a folder with config.json and model.safetensors, a .npz of 4DS, or a .pth of MAE-ST"
+    assert refused(load, "model.bin") == f"model.bin is a file; {needed}"
+    folder = trained(tmp_path)
+    revision = f"revision = 'main' is of a model on the hub; {folder} is on this disk: leave out revision"
+    assert refused(load, folder, revision="main") == revision
+    (folder / "provenance.json").write_text("{")
+    assert refused(load, folder).startswith(f"{folder / 'provenance.json'} is damaged: ")
+    (folder / "config.json").write_text("{")
+    assert refused(load, folder).startswith(f"{folder / 'config.json'} is damaged: ")
+
+
+# ---- the hub ----
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a hub's models, which a module in place of huggingface_hub reads and writes."""
+    models = tmp_path / "models"
+    models.mkdir()
+    hub, errors = ModuleType("huggingface_hub"), ModuleType("huggingface_hub.errors")
+
+    class TransportError(Exception):
+        """As that of an HTTP client."""
+
+    class HfHubHTTPError(TransportError, OSError):
+        """As huggingface_hub has it."""
+
+    def create_repo(target: str, *, private: bool | None, exist_ok: bool) -> str:
+        if target == "nobody/here":
+            raise TransportError("Connection\nrefused")
+        if "/" not in target:
+            raise ValueError(f"{target} is not owner/name")
+        (models / target).mkdir(parents=True, exist_ok=exist_ok)
+        (models / target / f"private is {private}").touch()
+        return f"https://hub/{target}"
+
+    def upload_folder(*, repo_id: str, folder_path: Path, commit_message: str) -> None:
+        shutil.copytree(folder_path, models / repo_id, dirs_exist_ok=True)
+        (models / repo_id / "message").write_text(commit_message)
+
+    def snapshot_download(source: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        if not (models / source).is_dir() or revision not in (None, "v1"):
+            raise HfHubHTTPError(f"404: no {source} at {revision}")
+        cache = tmp_path / "cache" / source
+        for pattern in allow_patterns:
+            for path in (models / source).glob(pattern):
+                cache.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, cache)
+        return str(cache)
+
+    errors.HfHubHTTPError = HfHubHTTPError
+    hub.create_repo, hub.upload_folder, hub.snapshot_download, hub.errors = create_repo, upload_folder, snapshot_download, errors
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.setitem(sys.modules, "huggingface_hub.errors", errors)
+    return models
+
+
+def test_an_encoder_goes_to_the_hub_and_comes_back(tmp_path: Path, models: Path) -> None:
+    encoder = Encoder.from_pretrained(trained(tmp_path))
+    assert encoder.push_to_hub("owner/nano", private=True, message="first") == "https://hub/owner/nano"
+    assert (models / "owner/nano/message").read_text() == "first" and (models / "owner/nano/private is True").exists()
+    (models / "owner/nano/code.py").write_text("raise SystemExit")
+    again = Encoder.from_pretrained("owner/nano", revision="v1")
+    assert equal(output_of(again), output_of(encoder)) and again.rate_hz == 5.0 and again.provenance == encoder.provenance
+    files = sorted(path.name for path in (tmp_path / "cache/owner/nano").iterdir())
+    assert files == ["config.json", "model.safetensors", "provenance.json"]
+
+
+def test_what_the_hub_refuses_is_one_line(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    encoder = Encoder.from_pretrained(trained(tmp_path))
+    assert refused(encoder.push_to_hub, "nobody/here") == "nobody/here cannot be uploaded (Connection refused)"
+    assert refused(encoder.push_to_hub, "name") == "name cannot be uploaded (name is not owner/name)"
+    missing = "no folder owner/nano here, and owner/nano cannot be downloaded (404: no owner/nano at None)"
+    assert refused(Encoder.from_pretrained, "owner/nano") == missing
+    (models / "owner/nano").mkdir(parents=True)
+    assert "owner/nano at v2 cannot be downloaded (404: no owner/nano at v2)" in refused(
+        Encoder.from_pretrained, "owner/nano", revision="v2"
+    )
+
+
+def test_without_huggingface_hub_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    needed = "on the Hugging Face hub: needed huggingface_hub; pip install 'scaling4d[hub]'"
+    assert refused(Encoder.from_pretrained, "owner/nano") == f"no folder owner/nano here, and owner/nano {needed}"
+    assert refused(Encoder.from_pretrained(trained(tmp_path)).push_to_hub, "owner/nano") == f"owner/nano {needed}"
+
+
+def test_the_interface_is_what_the_package_names(tmp_path: Path) -> None:
+    assert scaling4d.Encoder is Encoder and set(scaling4d.__all__) == {"Encoder", "EncoderOutput", "read_video"}
+    with pytest.raises(AttributeError, match=re.escape("module 'scaling4d' has no attribute 'load'")):
+        scaling4d.load  # noqa: B018

@@ -1,0 +1,158 @@
+"""Videos of any size, rate and type become clips, and what is none is refused with its remedy."""
+
+import numpy as np
+import pytest
+import torch
+
+from scaling4d.checkpoint import Checkpoint
+from scaling4d.encoders.encoder import Encoder
+from scaling4d.mae.encoder import PixelTokens, PixelTokensConfig
+from scaling4d.records import UserError
+
+FRAMES, HEIGHT, WIDTH = CLIP = (4, 16, 24)
+RNG = np.random.default_rng(0)
+BYTES = RNG.integers(0, 256, (*CLIP, 3), np.uint8)
+FLOATS = BYTES / np.float32(255)
+
+
+@pytest.fixture
+def encoder() -> Encoder:
+    config = {"clip": CLIP, "patch": (1, 8, 8), "pixel_mean": 0.0, "pixel_scale": 1.0}
+    return Encoder(PixelTokens(PixelTokensConfig(**config)), Checkpoint("pixels", "PixelTokens", config, 0, 0, 0, rate_hz=4.0))
+
+
+def test_clips_that_fit_are_left_as_they_are_from_numpy_and_torch(encoder: Encoder) -> None:
+    for video in (BYTES, BYTES[::-1][::-1], torch.from_numpy(BYTES)):
+        assert torch.equal(encoder.preprocess(video), torch.from_numpy(BYTES)[None])
+    for kind in (np.float32, np.float64, ">f4"):
+        clips = encoder.preprocess(FLOATS.astype(kind))
+        assert clips.dtype == torch.float32 and torch.equal(clips, torch.from_numpy(FLOATS)[None])
+    assert encoder.preprocess(torch.from_numpy(FLOATS).half()).dtype == torch.float32
+    frozen = BYTES.copy()
+    frozen.flags.writeable = False
+    assert torch.equal(encoder.preprocess(frozen)[0], torch.from_numpy(BYTES))
+
+
+def test_one_clip_many_and_lists_of_them_become_one_batch(encoder: Encoder) -> None:
+    batch = np.stack([BYTES, BYTES[::-1]])
+    assert torch.equal(encoder.preprocess(batch), torch.from_numpy(batch))
+    large = np.repeat(np.repeat(BYTES, 2, 1), 2, 2)
+    assert encoder.preprocess([BYTES, large, batch]).shape == (4, *CLIP, 3)
+
+
+def test_pictures_are_cut_around_their_centre_and_resized(encoder: Encoder) -> None:
+    wide = np.zeros((FRAMES, 32, 148, 3), np.uint8)
+    wide[:, :, 50:98] = np.repeat(np.repeat(BYTES // 2 + 64, 2, 1), 2, 2)  # 32 x 48 in its middle
+    clips = encoder.preprocess(wide)
+    assert clips.shape == (1, *CLIP, 3) and clips.dtype == torch.uint8 and clips.min() > 20
+    floats = encoder.preprocess(wide / 255)
+    assert torch.allclose(floats * 255, clips.float(), atol=0.51) and 0 <= floats.min() <= floats.max() <= 1
+    plain = np.full((FRAMES, 7, 5, 3), 77, np.uint8)
+    assert (encoder.preprocess(plain) == 77).all()
+    assert encoder.preprocess(np.zeros((FRAMES, 1, 9999, 3), np.uint8)).shape == (1, *CLIP, 3)
+
+
+def test_frames_are_picked_at_the_rate_of_the_clips(encoder: Encoder) -> None:
+    video = np.arange(100, dtype=np.uint8)[:, None, None, None] * np.ones((HEIGHT, WIDTH, 3), np.uint8)
+    for rate_hz, expected in (
+        (4, [0, 1, 2, 3]),
+        (8, [0, 2, 4, 6]),
+        (30, [0, 7, 15, 22]),
+        (2, [0, 0, 1, 1]),
+        (29.97, [0, 7, 15, 22]),
+    ):
+        assert encoder.preprocess(video, rate_hz=rate_hz)[0, :, 0, 0, 0].tolist() == expected
+
+
+def test_clips_lie_on_the_device_of_the_weights(encoder: Encoder) -> None:
+    encoder.model.weight = torch.nn.Parameter(torch.empty(1, device="meta"))
+    assert encoder.preprocess(BYTES).device.type == "meta"
+
+
+NEEDED = "needed floats in 0..1, or uint8"
+RGB = "needed 3 (red, green, blue) on the last axis"
+REFUSED = {  # what arrives -> message
+    "path": (
+        "video.mp4",
+        "video is a str; needed a numpy array or a torch tensor, T H W 3 or B T H W 3; scaling4d.read_video(path) reads one",
+    ),
+    "no videos": ([], "no video in the list"),
+    "mixed": ([BYTES, FLOATS], "videos of a list are some uint8, some float; needed one type"),
+    "int64": (BYTES.astype(np.int64), f"video is int64; {NEEDED}; values in 0..255: video.astype(np.uint8)"),
+    "torch int32": (torch.from_numpy(BYTES).int(), f"video is int32; {NEEDED}; values in 0..255: video.to(torch.uint8)"),
+    "bool": (BYTES > 9, f"video is bool; {NEEDED}; values in 0..255: video.astype(np.uint8)"),
+    "one picture": (BYTES[0], "video has 3 axes (16, 24, 3); needed T H W 3 or B T H W 3"),
+    "six axes": (BYTES[None, None], "video has 6 axes (1, 1, 4, 16, 24, 3); needed T H W 3 or B T H W 3"),
+    "T C H W": (
+        np.moveaxis(BYTES, -1, -3),
+        "video (4, 3, 16, 24): axis -3 has the 3 channels; needed them last, T H W 3 or B T H W 3: np.moveaxis(video, -3, -1)",
+    ),
+    "B C T H W": (
+        torch.from_numpy(BYTES)[None].movedim(-1, 1),
+        "video (1, 3, 4, 16, 24): axis -4 has the 3 channels; needed them last, T H W 3 or B T H W 3: video.movedim(-4, -1)",
+    ),
+    "grey": (BYTES[..., :1], f"video (4, 16, 24, 1): 1 channel; {RGB}: np.repeat(video, 3, -1)"),
+    "torch grey": (
+        torch.from_numpy(BYTES[..., :1]),
+        f"video (4, 16, 24, 1): 1 channel; {RGB}: video.repeat_interleave(3, -1)",
+    ),
+    "alpha": (
+        np.concatenate([BYTES, BYTES[..., :1]], -1),
+        f"video (4, 16, 24, 4): 4 channels; {RGB}: video[..., :3], without the alpha channel",
+    ),
+    "two channels": (BYTES[..., :2], f"video (4, 16, 24, 2): 2 channels; {RGB}"),
+    "empty": (BYTES[:0], "video (0, 16, 24, 3) is empty; needed at least one frame of at least one pixel"),
+    "0..255": (BYTES.astype(np.float32), f"video has floats from 0 to 255; {NEEDED}; divide by 255"),
+    "normalised": (
+        FLOATS * 4 - 2,
+        f"video has floats from -2 to 2; {NEEDED}; undo any normalisation, the encoder does its own",
+    ),
+    "overshoot": (FLOATS + np.float32(0.25), f"video has floats from 0.25 to 1.25; {NEEDED}; video.clip(0, 1)"),
+    "NaN": (
+        np.where(BYTES.max() == BYTES, np.nan, FLOATS),
+        f"video has {(BYTES.max() == BYTES).sum()} values that are NaN or infinite; {NEEDED}; leave out or repair their frames",
+    ),
+    "frames": (
+        BYTES[:3],
+        "video has 3 frames; needed 4, those of a clip; give rate_hz, the video's rate, to have 4 picked at 4 Hz, "
+        "or call encoder.resize to take clips of 3",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_video_is_refused_with_its_remedy(encoder: Encoder, name: str) -> None:
+    video, message = REFUSED[name]
+    with pytest.raises(UserError) as refused:
+        encoder.preprocess(video)
+    assert str(refused.value) == message
+
+
+@pytest.mark.parametrize(("rate_hz", "message"), [
+    (16, "video has 4 frames, 0.25 s at 16 Hz; needed 4 frames at 4 Hz, from 13 of the video's; give a longer video"),
+    (0, "rate_hz = 0; needed the video's frames per second, more than 0"),
+    (float("nan"), "rate_hz = nan; needed the video's frames per second, more than 0"),
+])  # fmt: skip
+def test_rates_that_do_not_fit_are_refused(encoder: Encoder, rate_hz: float, message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        encoder.preprocess(BYTES, rate_hz=rate_hz)
+    assert str(refused.value) == message
+
+
+def test_an_encoder_without_a_rate_says_how_to_give_one(encoder: Encoder) -> None:
+    encoder.rate_hz = None
+    with pytest.raises(UserError, match="^video has 3 frames; needed 4, those of a clip; pick 4, or call encoder.resize to take"):
+        encoder.preprocess(BYTES[:3])
+    message = "^rate_hz = 8, but the checkpoint does not tell its clips' rate; set encoder.rate_hz, or pick 4"
+    with pytest.raises(UserError, match=message):
+        encoder.preprocess(BYTES, rate_hz=8)
+    encoder.rate_hz = 8.0
+    assert encoder.preprocess(BYTES, rate_hz=8).shape == (1, *CLIP, 3)
+
+
+def test_the_encoder_itself_refuses_what_preprocessing_refuses(encoder: Encoder) -> None:
+    with pytest.raises(UserError, match="^video has floats from 0 to 255; needed floats in 0..1, or uint8; divide by 255$"):
+        encoder(BYTES.astype(np.float32))
+    message = r"^clips T H W = \(3, 16, 24\); this encoder takes \(4, 16, 24\): encoder.preprocess\(video\) makes them, or"
+    with pytest.raises(UserError, match=message):
+        encoder(torch.from_numpy(BYTES[:3])[None])
