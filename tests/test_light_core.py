@@ -1,0 +1,179 @@
+"""Encoders and reading of video need four packages and what these need; all else is an extra."""
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import venv
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import typer.testing
+from packaging.requirements import Requirement
+
+from scaling4d import cli
+from scaling4d.checkpoint import Checkpoint
+from scaling4d.mae.simple_mae import SimpleMAE, SimpleMAEConfig
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+CORE = {"av", "numpy", "safetensors", "torch"}
+README = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+PRINT = "\nprint(tuple(features.shape), encoder.rate_hz)\n"
+LIGHT = """
+import sys
+from importlib.machinery import PathFinder
+
+class Light:
+    def find_spec(name, path=None, target=None):
+        return None if name.partition(".")[0] in {absent} else PathFinder.find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Light
+"""
+
+
+def plain(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def distributions_of_the_core() -> Iterator[metadata.Distribution]:
+    """Installed distributions of the core, and those that they require."""
+    names, waiting = set(), sorted(CORE)
+    while waiting:
+        if (name := plain(waiting.pop())) not in names:
+            names.add(name)
+            yield metadata.distribution(name)
+            required = map(Requirement, metadata.requires(name) or [])
+            waiting += [one.name for one in required if not one.marker or one.marker.evaluate({"extra": ""})]
+
+
+def absent_modules() -> set[str]:
+    """Top modules of everything else that is installed."""
+    core = {plain(distribution.name) for distribution in distributions_of_the_core()}
+    modules = metadata.packages_distributions().items()
+    return {name for name, owners in modules if not core & set(map(plain, owners)) and not name.startswith("scaling4d")}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A place with the checkpoint and the video of README's lines."""
+    config = {"width": 24, "depth": 2, "heads": 2, "mlp": 48, "clip": (8, 64, 64), "patch": (2, 16, 16), "pixel_mean": 0.0}
+    config |= {"pixel_scale": 1.0, "masking": "random", "mask_ratio": 0.5, "position_init": "normal", "branch_init": "released"}
+    config |= {"coarse_patch": (2, 16, 16), "decode_blocks": 1}
+    model = SimpleMAE(SimpleMAEConfig(**config))
+    model.initialise(0)
+    checkpoint = tmp_path / "artifacts/pocket/pretrain/mini"
+    checkpoint.mkdir(parents=True)
+    Checkpoint("mini", "SimpleMAE", config, 1, 1, 1, rate_hz=4.0).write(checkpoint, model.state_dict())
+    (tmp_path / "data").symlink_to(ROOT / "experiments/pocket")
+    return tmp_path
+
+
+def output_of(*command: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    words = list(map(str, command))
+    return subprocess.run(
+        words, cwd=cwd, env={"PATH": "/usr/bin:/bin", **environment}, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_readme_shows_five_lines() -> None:
+    assert len([line for line in README.splitlines() if line]) == 5 and README.startswith("import scaling4d\n")
+
+
+@pytest.mark.integration
+def test_the_readmes_lines_import_core_packages_alone(folder: Path) -> None:
+    absent = absent_modules()
+    assert {"gin", "dvc", "hydra", "typer", "PIL", "yaml", "xformers", "torchvision", "transformers", "scipy"} <= absent
+    code = LIGHT.format(absent=absent) + README + PRINT
+    done = output_of(sys.executable, "-c", code, cwd=folder, PYTHONPATH=str(ROOT / "src"))
+    assert (done.stdout, done.stderr) == ("(1, 64, 24) 4.0\n", "")
+
+
+@pytest.mark.integration
+def test_importing_the_package_imports_no_other() -> None:
+    code = "import sys; before = set(sys.modules); import scaling4d; print(sorted(set(sys.modules) - before))"
+    done = output_of(sys.executable, "-c", code, cwd=ROOT, PYTHONPATH=str(ROOT / "src"))
+    imported = {name.partition(".")[0] for name in re.findall(r"'([\w.]+)'", done.stdout)}
+    assert "scaling4d" in imported and imported - {"scaling4d"} <= set(sys.stdlib_module_names), done.stderr
+
+
+@pytest.mark.integration
+def test_the_commands_of_a_light_installation_name_the_extra_that_they_need(tmp_path: Path) -> None:
+    code = LIGHT.format(absent=absent_modules()) + "from scaling4d.__main__ import main; main()"
+    done = output_of(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT / "src"))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: no package typer; the commands need: pip install 'scaling4d[pipeline]'\n"
+
+
+def test_the_core_is_four_packages_and_dev_is_every_extra() -> None:
+    assert {Requirement(one).name for one in PROJECT["dependencies"]} == CORE
+    (everything,) = (one for one in map(Requirement, EXTRAS["dev"]) if one.name == "scaling4d")
+    assert everything.extras == EXTRAS.keys() - {"dev"}
+
+
+def test_every_package_of_the_core_and_the_extras_is_pinned() -> None:
+    needed = {
+        plain(Requirement(one).name) for one in [*PROJECT["dependencies"], *(one for many in EXTRAS.values() for one in many)]
+    }
+    papers = {"torch", "gin-config", "dvc", "hydra-core", "torchdata", "av", "xformers", "torch-fidelity", "pytest", "papermill"}
+    assert papers <= needed
+    for lock in ("requirements.lock", "requirements-cuda.lock"):
+        pinned = {plain(line.split("==")[0]) for line in (ROOT / lock).read_text().splitlines() if "==" in line}
+        assert not needed - {"scaling4d"} - pinned
+
+
+def test_doctor_misses_packages_of_the_core_and_none_of_the_extras(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name in ("absent", "submitit"):
+            raise metadata.PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(metadata, "version", version)
+    for requirements, missing in ((["torch", "submitit; extra == 'cluster'"], False), (["torch", "absent"], True)):
+        monkeypatch.setattr(metadata, "requires", lambda _, requirements=requirements: requirements)
+        done = typer.testing.CliRunner().invoke(cli.app, ["doctor"])
+        assert "torch 1.0" in done.output
+        assert (str(done.exception) if missing else done.output.splitlines()[-1]) == (
+            "not installed: absent; run `make install`" if missing else "nothing is missing"
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_the_wheel_alone_runs_the_readmes_lines_beside_core_packages(folder: Path, tmp_path: Path) -> None:
+    source, place = tmp_path / "source", tmp_path / "venv"
+    shutil.copytree(ROOT / "src", source / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+    done = output_of(*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, source, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob(f"scaling4d-{PROJECT['version']}-*.whl")
+    venv.create(place, with_pip=False)
+    python = place / "bin/python"
+    done = output_of(*pip, "--python", python, "install", "-q", "--no-deps", "--no-index", wheel, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (site,) = place.glob("lib/python*/site-packages")
+    for distribution in distributions_of_the_core():
+        for top in {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}:
+            if not (site / top).exists():
+                (site / top).symlink_to(distribution.locate_file(top))
+    done = output_of(python, "-c", README + PRINT, cwd=folder)
+    assert (done.stdout, done.stderr) == ("(1, 64, 24) 4.0\n", "")
+    assert (site / "scaling4d/py.typed").is_file() and list((site / "scaling4d/report").glob("*.html"))
+    done = output_of(place / "bin/scaling4d", "--help", cwd=folder)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "error: no package typer; the commands need: pip install 'scaling4d[pipeline]'\n",
+    )
+    done = output_of(
+        python,
+        "-c",
+        "import scaling4d, importlib.metadata as m; print(scaling4d.__version__ == m.version('scaling4d'))",
+        cwd=folder,
+    )
+    assert done.stdout == "True\n"
