@@ -216,9 +216,8 @@ def test_clips_that_are_not_there_are_named_with_what_to_do(short: Callable, abs
 
 
 def test_a_gradient_that_is_not_finite_names_the_rate_to_lower(changed: Callable) -> None:
-    with pytest.raises(
-        UserError, match=r"^steps 0 to \d+: the gradients are not finite; .+; lower pretrain.Training.rate_times_width$"
-    ):
+    message = r"^steps 0 to \d+: the gradients are not finite; .+; lower pretrain.Training.rate_times_width$"
+    with pytest.raises(UserError, match=message):
         pretrain("nano", changed("pretrain.Training.rate_times_width", 1e9))
 
 
