@@ -38,7 +38,7 @@ def clips() -> torch.Tensor:
 class SameBatch(list):
     """A training set whose batches are all alike."""
 
-    def batch(self, indices: list[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def batch(self, indices: list[int], epochs: list[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return clips(), {"action": ACTIONS}
 
 
