@@ -156,14 +156,21 @@ def test_with_other_ranks_a_mean_continues_from_the_former_ranks_mean() -> None:
 
 
 def damaged(
-    *, rank: int, ranks: int, steps: range, saved: bool = False, stop_at: int | None = None, initialised: bool = True
+    *,
+    rank: int,
+    ranks: int,
+    steps: range,
+    saved: bool = False,
+    save_every: int = 2,
+    stop_at: int | None = None,
+    initialised: bool = True,
 ) -> tuple[Progress | str, list[list[float]], list[int], list[dict]]:
     """Progress or message of a training, weights before each step and at the end, numbers of the batches, lines.
 
     steps: numbers of the batches in which rank 1 has a clip that is not finite.
     """
     model, weights, numbers = Line(0.0), [], []
-    config = replace(CONFIG, steps=24, save_every=2, log_every=1)
+    config = replace(CONFIG, steps=24, save_every=save_every, log_every=1)
     manager = None
     if saved:
         manager = CheckpointManager("line", {"run": "line", "profile": "smoke"}, keep_latest_k=1, asynchronous=False)
@@ -182,7 +189,7 @@ def damaged(
         assert initialised
         nn.init.constant_(model.linear.weight, 0.25)
 
-    log, groups = TrainingLog(config), {"all": (list(model.named_parameters()), RATE)}
+    log, groups = TrainingLog(config, folder=Path(".runs/line")), {"all": (list(model.named_parameters()), RATE)}
     run_of = {"param_groups": groups, "callbacks": (log,), "manager": manager, "initialise": initialise}
     try:
         answer = fit(model, lambda start: map(batch, count(start)), config, **run_of)
@@ -203,6 +210,15 @@ def test_after_many_such_steps_it_goes_back_to_its_last_state_and_on_with_the_ne
     assert numbers == [*range(15), *range(15, 25)] and progress.rewinds == [[14, 1]]
     assert [line["step"] for line in lines] == [*range(1, 6), *range(15, 25)]
     assert weights[5] == weights[15] and progress.skipped == 9
+
+
+def test_after_it_went_back_the_speed_is_that_of_the_steps_since() -> None:
+    progress, _, numbers, lines = run(damaged, ranks=2, steps=range(14, 24), saved=True, save_every=12)
+    assert progress.rewinds == [[12, 12]] and numbers == [*range(24), *range(24, 36)]
+    assert [line["step"] for line in lines] == list(range(1, 25))
+    timings = [json.loads(line) for line in Path(".runs/line/timings.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in timings] == [*range(1, 15), *range(13, 25)]
+    assert all(line["clips_per_s"] > 0 for line in timings)
 
 
 def test_stopped_after_it_went_back_it_ends_with_the_same_bits() -> None:

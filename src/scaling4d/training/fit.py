@@ -88,7 +88,7 @@ class Callback:
     """Hooks of `fit`. Every rank calls them alike; their state is saved with the training state."""
 
     def begin(self, start: int) -> None:
-        """Before the first step of this process. start: steps done before."""
+        """Before the first step of this process, and after a return to a saved state. start: steps done before."""
 
     def after_step(self, result: StepResult) -> bool | None:
         """After each step. True ends a training that saves no state; every rank must answer alike."""
@@ -194,11 +194,12 @@ def fit(
     with stop_requests() if manager else nullcontext([]) as requests, _scheduled_gc():
         while progress.step < config.steps and not stop:
             step = progress.step
-            heartbeat(f"{config.name} step {step}, reading clips", 2 * step)
+            beat = 2 * progress.next_batch  # which never falls, as the step may
+            heartbeat(f"{config.name} step {step}, reading clips", beat)
             started = time.monotonic()
             batch = next(iterator)
             waited_s = time.monotonic() - started
-            heartbeat(f"{config.name} step {step}, computing", 2 * step + 1)
+            heartbeat(f"{config.name} step {step}, computing", beat + 1)
             with torch.random.fork_rng(devices=[]):  # for dropout and stochastic depth
                 torch.manual_seed(int(seeds.numpy(config.seed, "drop", rank, step).integers(2**31)))
                 loss = _accumulate_gradients(model, batch, config)
@@ -219,6 +220,8 @@ def fit(
                 if row >= MOST_SKIPPED or (last and row):
                     progress = _rewind(progress, manager, tensors, adamw, callbacks, skipped)
                     schedule.step()
+                    for callback in callbacks:
+                        callback.begin(progress.step)
                     iterator, skipped = batches(progress.next_batch), SkippedSteps(config)
                     continue
             result = StepResult(progress.step, last, loss, grad_norm, learning_rate, waited_s)
