@@ -97,14 +97,16 @@ def test_the_paper_profile_reads_out_by_the_published_recipe_whatever_pocket_doe
     readout = config.compose(["profile=paper"])["readout"]
     head = readout["Head"]
     assert not readout["Evaluation"]["whiten"] and head["distance_bias"] == [] and head["stretched"]
+    heads = {name: (head | task.pop("Head", {}))["heads"] for name, task in readout["tasks"].items()}
+    assert heads == {"actions": 16, "boxes": 4, "depth": 16, "points": 8, "pose": 16}  # as released, where a head is
+    assert readout["tasks"]["depth"]["Depth"]["offset_m"] == 0
     for task in readout["tasks"].values():
-        assert task.pop("Head", {"heads": 16}) == {"heads": head["heads"]}
         assert [section["views"] for section in task.values()] == [["plain"]]
     for task in readout["frozen"].values():
         recipe = task["Frozen"]
         assert recipe["steps"] * recipe["batch"] == 1_280_000 and recipe["batch"] == 32
         assert (recipe["learning_rate"], recipe["weight_decay"], recipe["warmup_steps"]) == (3e-4, 1e-4, 1000)
-        assert recipe["rate_at_width"] == 0
+        assert recipe["rate_at_width"] == recipe["clip_norm"] == 0
 
 
 @pytest.mark.integration

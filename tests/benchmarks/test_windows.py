@@ -7,12 +7,13 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from benchmarks.writers import write_kinetics, write_objects, write_scannet_export, write_tapvid, write_waymo_v1
+from benchmarks.writers import write_kinetics, write_movi, write_objects, write_scannet_export, write_tapvid, write_waymo_v1
 from numbered import CLIP, H264, INTRINSICS, T, in_square, left_out, numbers, pictures, poses, refused, three_boxes
 
 from scaling4d import benchmarks, seeds
 from scaling4d.benchmarks import (
     kinetics,
+    movi,
     perception_test,
     perception_test_objects,
     realestate10k,
@@ -45,6 +46,7 @@ class Written:
     starts: Sequence[int] = range(FRAMES - T + 1)
     rate_hz: float = 8.0
     stride: int = 1
+    split: str = "val"
 
     @property
     def random(self) -> ClipRequest:
@@ -75,6 +77,13 @@ def same_points(sample: Sample, shown: list[int]) -> bool:
     seen = VISIBLE[tracks][:, shown]
     points = np.where(seen[..., None], POINTS[tracks][:, shown], 0)
     return np.array_equal(sample.valid["points"], seen) and np.allclose(sample.labels["points"], points, atol=2e-5)
+
+
+def same_shuffled_points(sample: Sample, shown: list[int]) -> bool:
+    order = np.lexsort(sample.labels["points"][:, 0].T)
+    as_written = np.argsort(np.lexsort(POINTS[VISIBLE[:, shown[0]], shown[0]].T))
+    labels, valid = ({"points": of["points"][order][as_written]} for of in (sample.labels, sample.valid))
+    return same_points(replace(sample, labels=labels, valid=valid), shown)
 
 
 def same_boxes(sample: Sample, shown: list[int], *, tracked: np.ndarray | None = None) -> bool:
@@ -140,6 +149,7 @@ WRITTEN = {
         lambda sample, shown: same_boxes(sample, shown, tracked=np.ones(3, bool)),
     ),
     "tapvid": Written(tapvid, lambda root: write_tapvid(root, [POINTS_OF]), same_points, rate_hz=25.0),
+    "movi": Written(movi, lambda root: write_movi(root, [POINTS_OF]), same_shuffled_points, rate_hz=12.0, split="train"),
 }
 
 
@@ -152,7 +162,7 @@ def written(request: pytest.FixtureRequest, tmp_path: Path) -> Written:
 
 def windows(written: Written, root: Path, positions: Sequence[float] | None, **changes) -> list[Sample]:
     """The windows of the only video."""
-    samples = written.module.open_split(root, "val", replace(written.random, **changes))
+    samples = written.module.open_split(root, written.split, replace(written.random, **changes))
     (video,) = replace(samples, positions=positions and (lambda _: positions)).by_index()
     return video[1]
 
@@ -191,7 +201,7 @@ def test_a_video_that_is_too_short_is_padded_or_refused_as_with_first_windows(wr
         assert np.array_equal(firsts[0][0].pixels, firsts[1][0].pixels)
         return
     for request in (replace(written.random, **long), replace(written.random, windows="first", **long)):
-        refused("lower frames or raise rate_hz", written.module, tmp_path, "val", request)
+        refused("lower frames or raise rate_hz", written.module, tmp_path, written.split, request)
 
 
 def test_each_start_has_an_equal_share_of_the_positions() -> None:

@@ -1,6 +1,7 @@
 """Writers of formats that only tests need. The other writers are beside their readers."""
 
 import csv
+import io
 import json
 import pickle
 import struct
@@ -11,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from scaling4d import video
-from scaling4d.benchmarks import perception_test, realestate10k, scannet, tfrecord, waymo
+from scaling4d.benchmarks import movi, perception_test, realestate10k, scannet, tfrecord, waymo
 from scaling4d.benchmarks.frames import encode_jpeg
 from scaling4d.records import Sample
 
@@ -148,3 +149,42 @@ def _varint(value: int) -> bytes:
         out.append(value & 0x7F | 0x80)
         value >>= 7
     return bytes([*out, value])
+
+
+def write_movi(root: Path, samples: Sequence[Sample], *, shards: int = 1) -> None:
+    """Samples with label points `Q F 2` and valid `Q F`, as scivid distributes MOVi-E."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    root.mkdir(parents=True, exist_ok=True)
+    for shard in range(shards):
+        writer = ArrayRecordWriter(str(root / f"train.array_record-{shard:05d}-of-{shards:05d}"), "group_size:1")
+        for sample in samples[shard::shards]:
+            writer.write(movi_record(sample))
+        writer.close()
+
+
+def movi_record(sample: Sample) -> bytes:
+    points, visible = (array.swapaxes(0, 1).astype("<f4") for array in (sample.labels["points"], sample.valid["points"]))
+    lists = {
+        movi.PICTURES: [_png(picture) for picture in sample.pixels],
+        movi.TRACKS: [_tensor(frame) for frame in points],
+        movi.VISIBLE: [_tensor(frame) for frame in visible],
+    }
+    entries = [message([(1, name.encode()), (2, b"".join(map(_feature, values)))]) for name, values in lists.items()]
+    return message([(1, b""), (movi.LISTS, b"".join(message([(1, entry)]) for entry in entries))])
+
+
+def _feature(value: bytes) -> bytes:
+    bytes_list = message([(1, value)])
+    return message([(1, message([(1, bytes_list)]))])  # of a FeatureList
+
+
+def _tensor(array: np.ndarray) -> bytes:
+    sizes = b"".join(message([(2, message([(1, size)]))]) for size in array.shape)
+    return message([(movi.DTYPE, movi.FLOAT), (movi.SHAPE, sizes), (movi.CONTENT, array.tobytes())])
+
+
+def _png(picture: np.ndarray) -> bytes:
+    encoded = io.BytesIO()
+    Image.fromarray(picture).save(encoded, "PNG")
+    return encoded.getvalue()

@@ -21,7 +21,7 @@ VIEWS = {"rate_hz": 8.0, "views": ("plain", "mirrored")}
 TASK: dict[str, Task] = {
     "actions": Actions(classes=3, test_views=(1, 1), **VIEWS),
     "boxes": Boxes(objects=4, relative=False, **VIEWS),
-    "depth": Depth(**VIEWS),
+    "depth": Depth(**VIEWS, offset_m=3.0),
     "points": Points(tracks=6, certain=True, relative=True, queries_at="frame_0", **VIEWS),
     "pose": Pose(**VIEWS),
 }

@@ -16,7 +16,7 @@ from scaling4d.training.fit import StepResult
 from scaling4d.training.optimizer import build_adamw
 
 SIZES = {"features_width": 24, "query_width": 5, "width": 32, "heads": 4, "out": 6}
-RECIPE = {"batch": 3, "learning_rate": 0.01, "weight_decay": 0.0, "warmup_steps": 0, "shrinkage": 1.0}
+RECIPE = {"batch": 3, "learning_rate": 0.01, "weight_decay": 0.0, "warmup_steps": 0, "clip_norm": 1.0, "shrinkage": 1.0}
 
 
 def reader(*, given: bool, std: float = 0.3, **changes: object) -> AttentionReadout:
@@ -99,6 +99,16 @@ def test_keys_and_values_of_wider_features_learn_as_much_slower(width: int, at_w
     moved = {name: (weight - before[name]).abs().median().item() for name, weight in head.named_parameters()}
     for name, rate in {"key": 0.01 * share, "value": 0.01 * share, "project": 0.01, "mlp_in": 0.01}.items():
         assert moved[f"readout.{name}.weight"] == pytest.approx(rate, rel=0.05), name
+
+
+@pytest.mark.parametrize(("setting", "norm"), [(0.0, 5.0), (1.0, 1.0), (9.0, 5.0)])
+def test_gradients_are_clipped_at_the_recipes_norm_or_not_at_all(setting: float, norm: float) -> None:
+    recipe = FrozenConfig(**RECIPE | {"clip_norm": setting}, steps=1, rate_at_width=0, patience=0)
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([3.0, 4.0])
+    protocol = Frozen(ReadoutConfig(None, "actions", TASK["actions"], 0, None, recipe))
+    torch.nn.utils.clip_grad_norm_([weight], protocol.clip_norm)
+    assert weight.grad.norm().item() == pytest.approx(norm, rel=1e-5)
 
 
 @pytest.mark.parametrize(("changes", "message"), [

@@ -74,7 +74,7 @@ def test_pooled_features_are_means_of_cells_in_the_order_of_channels() -> None:
 
 
 def test_depth_of_a_token_is_that_of_its_own_patch_and_counts_where_all_of_it_is_valid() -> None:
-    task = Depth(rate_hz=4.0, views=("plain",))
+    task = Depth(rate_hz=4.0, views=("plain",), offset_m=3.0)
     depth, valid = torch.arange(4 * 8 * 8.0).reshape(1, 4, 8, 8), torch.ones(1, 4, 8, 8, dtype=torch.bool)
     valid[0, 3, 7, 7] = False
     features = torch.zeros(1, 2, 4, 5)  # 2 steps, 2 x 2 places

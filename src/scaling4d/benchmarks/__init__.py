@@ -22,7 +22,7 @@ TASKS = {  # the benchmarks of a task; the one whose folder exists is read
     "actions": ("ssv2", "kinetics"),
     "boxes": ("waymo", "perception_test_objects"),
     "depth": ("scannet",),
-    "points": ("perception_test", "tapvid"),
+    "points": ("perception_test", "tapvid", "movi"),
     "pose": ("realestate10k",),
 }
 SHARED_FOLDER = {"perception_test_objects": "perception_test"}  # in another one's folder; read if its task has no other
@@ -91,7 +91,7 @@ def read_samples(
 def find_benchmark(task: str, root: Path, split: str = "train") -> Benchmark:
     """The benchmark that is read for a task and a split.
 
-    A benchmark without a training split may lie beside one to train on. Then the validation split is read from it.
+    A benchmark of one split may lie beside another one of the task. Then that split is read from it.
     Raises UserError: unknown task, no folder of its benchmarks, or more than one.
     """
     if task not in TASKS:
@@ -104,9 +104,10 @@ def find_benchmark(task: str, root: Path, split: str = "train") -> Benchmark:
         remedy = "put the benchmark there as its authors distribute it, or leave the task out"
         raise UserError(f"no folder {places} for task {task}; {remedy}")
     existing = [benchmark for benchmark in existing if benchmark.name not in SHARED_FOLDER] or existing
-    fitting = [b for b in existing if len(existing) == 1 or ("train" in b.module.OFFICIAL) == (split == "train")]
+    with_split = [benchmark for benchmark in existing if split in benchmark.module.OFFICIAL] or existing
+    fitting = [b for b in with_split if len(b.module.OFFICIAL) == 1] or with_split
     if len(fitting) != 1:
-        folders = " and ".join(str(benchmark.folder) for benchmark in existing)
+        folders = " and ".join(str(benchmark.folder) for benchmark in fitting)
         raise UserError(f"{folders} are both there for task {task}; keep one of them")
     return fitting[0]
 

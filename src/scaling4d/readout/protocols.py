@@ -85,7 +85,7 @@ def _check_recipe(recipe: FrozenConfig | FinetuneConfig | ClassifierConfig) -> N
 
 @dataclass(frozen=True)
 class FrozenConfig:
-    """Training of a readout on frozen features. shrinkage: see readout.whitening.
+    """Training of a readout on frozen features. shrinkage: see readout.whitening. clip_norm: of the gradient; 0: none.
 
     steps: at most. patience: steps without a lower loss of held-out training clips, after which the training stops; the
     weights with the lowest one are kept (ours). 0: all clips are trained on for all steps, the last weights are kept.
@@ -99,19 +99,23 @@ class FrozenConfig:
     rate_at_width: int
     weight_decay: float
     warmup_steps: int
+    clip_norm: float
     shrinkage: float
     patience: int
 
     def __post_init__(self) -> None:
         _check_recipe(self)
-        require_minima(self, dict.fromkeys(("rate_at_width", "weight_decay", "shrinkage", "patience"), 0))
+        require_minima(self, dict.fromkeys(("rate_at_width", "weight_decay", "clip_norm", "shrinkage", "patience"), 0))
         if self.patience and self.patience < CHECKS:
             raise ValueError(f"patience = {self.patience}; needed 0 or at least {CHECKS} steps")
 
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Training of encoder and readout together, from the frozen readout on (ours: it saves most of the steps)."""
+    """Training of encoder and readout together, from the frozen readout on (ours: it saves most of the steps).
+
+    clip_norm: of the gradient; 0: none.
+    """
 
     steps: int
     batch: int
@@ -119,10 +123,11 @@ class FinetuneConfig:
     encoder_learning_rate: float
     weight_decay: float
     warmup_steps: int
+    clip_norm: float
 
     def __post_init__(self) -> None:
         _check_recipe(self)
-        require_minima(self, {"weight_decay": 0})
+        require_minima(self, {"weight_decay": 0, "clip_norm": 0})
         if self.encoder_learning_rate <= 0:
             raise ValueError(f"encoder_learning_rate is {self.encoder_learning_rate}; needed more than 0, or the protocol frozen")
 
@@ -243,10 +248,14 @@ class ReadoutProtocol(ABC):
 
     name: ClassVar[str]
     recipe_class: ClassVar[type]
-    clip_norm: ClassVar[float] = 1.0
     evaluation_batch: ClassVar[int] = 16
     trains_encoder: ClassVar[bool] = True
     tasks: ClassVar[tuple[str, ...]] = tuple(TASKS)
+
+    @property
+    def clip_norm(self) -> float:
+        """Largest norm of the gradient."""
+        return self.config.recipe.clip_norm or math.inf
 
     @classmethod
     def recipe_key(cls, task: str) -> str:
@@ -316,8 +325,8 @@ class Frozen(ReadoutProtocol):
     """The encoder's features are computed once; a readout learns from them.
 
     4DS's frozen curves (arXiv:2412.15212, headline figure): the AttentionReadout of representations4d at 95 % of the
-    depth. The recipe is not published; profile `paper` takes scivid's. Ours: whitening, early stopping, linear probes,
-    clipping.
+    depth. The recipe is not published; profile `paper` takes scivid's. Ours: whitening, early stopping, linear probes;
+    in the pocket, clipping.
     """
 
     name, recipe_class, trains_encoder = "frozen", FrozenConfig, False
@@ -420,7 +429,8 @@ class Finetune(ReadoutProtocol):
 class Classifier(ReadoutProtocol):
     """MAE-ST's fine-tuning for actions (arXiv:2205.09113, by the settings of mae_st); see readout.classifier."""
 
-    name, recipe_class, clip_norm, evaluation_batch = "classifier", ClassifierConfig, 5.0, 8
+    name, recipe_class, evaluation_batch = "classifier", ClassifierConfig, 8
+    clip_norm = 5.0
     tasks = ("actions",)
 
     @classmethod

@@ -17,12 +17,16 @@ from scaling4d.readout.tasks.task import Metric, MetricSums, Target, Task
 from scaling4d.records import Sample
 
 DECODING_PATCH = (2, 8, 8)  # one query a patch, as in the released depth demo
-OFFSET_M = 3.0  # ours: the head predicts the difference from it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Depth(Task):
-    """The loss is AbsRel of a batch (ours), without the eps of the metric, see readout.metrics.depth_errors."""
+    """The loss is AbsRel of a batch (ours), without the eps of the metric, see readout.metrics.depth_errors.
+
+    offset_m: in metres; the head predicts the difference from it (ours; released: 0).
+    """
+
+    offset_m: float
 
     metric: ClassVar = Metric("abs_rel", "ratio", False)
     linear: ClassVar = True
@@ -36,7 +40,7 @@ class Depth(Task):
 
     def predict(self, head: Head, features: Tensor, target: dict[str, Tensor]) -> Tensor:
         """`B T H W` metres."""
-        return unpatchify(head(features), tuple(target["depth_m"].shape[1:]), DECODING_PATCH)[..., 0] + OFFSET_M
+        return unpatchify(head(features), tuple(target["depth_m"].shape[1:]), DECODING_PATCH)[..., 0] + self.offset_m
 
     def loss(self, predicted: Tensor, target: dict[str, Tensor]) -> Tensor:
         valid, true = target["valid"], target["depth_m"]
