@@ -22,8 +22,9 @@ from scaling4d.provenance import flatten, read_lock
 pytestmark = pytest.mark.integration
 
 TASKS = ("actions", "depth")
-# code clips, benchmarks, pretrain, distill, baselines, frozen, finetune, classifier, show, reconstruct, report
-STAGES = 2 + 1 + 1 + 1 + 2 + 2 * 2 + 2 + 1 + 1 + 1 + 1
+# code clips, benchmarks, pretrain, distill, continue, baselines, frozen, finetune, classifier, show, reconstruct,
+# report
+STAGES = 2 + 1 + 1 + 1 + 1 + 2 + 2 * 2 + 2 + 1 + 1 + 1 + 1
 STEPS = "readout.finetune.depth.Finetune.steps"
 
 
@@ -125,7 +126,8 @@ def stage_of(folder: Path, kind: str) -> str:
             return "baseline_pixels" if parts[1] == "pixels" else f"baseline_untrained@{parts[1].removeprefix('untrained_')}"
         case "readout":
             return f"readout_{parts[3]}@{parts[1]}" + ("" if parts[3] == "classifier" else f"-{parts[2]}")
-    return f"distill@{parts[1]}" if parts[1].endswith("_distilled") else f"{kind}@{parts[1]}"
+    kind = {"distilled": "distill", "continued": "continue"}.get(parts[1].partition("_")[2], kind)
+    return f"{kind}@{parts[1]}"
 
 
 def test_a_trained_readout_predicts_for_any_video(story: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from scaling4d.records import UserError, did_you_mean
 PARAMS = Path("params.yaml")
 EXPERIMENTS = Path("experiments")
 RENAMED = (  # former names of settings, as patterns of dotted keys; a table in experiments/LOG.md
-    (r"^((points|distilled)\.\w+)\.(SimpleMAE|MAEST|Distilled)\.", r"\1.model.\3."),
+    (r"^((points|distilled|continued)\.\w+)\.(SimpleMAE|MAEST|Distilled)\.", r"\1.model.\3."),
     (r"^pretrain\.Running\.", "pretrain.Runtime."),
     (r"^readout\.shared\.", "readout."),
     (r"^readout\.tuning\.Tuning\.", "readout.tuning.Compute."),
@@ -38,6 +38,7 @@ RENAMED = (  # former names of settings, as patterns of dotted keys; a table in 
     (r"\.Points\.queries$", ".Points.queries_at"),
 )
 
+POINTS = ("points", "distilled", "continued")  # groups of points: from random weights, with a teacher, from a checkpoint
 MOST_SIZE = 2**20  # of any side, width or count of a model
 LARGEST_INT, LARGEST_FLOAT = 2**63, 1e300  # larger numbers overflow somewhere
 

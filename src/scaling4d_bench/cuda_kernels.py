@@ -17,6 +17,7 @@ from torch import Tensor
 
 from scaling4d import config
 from scaling4d.mae.attention import attention
+from scaling4d.pretrain.settings import points_of
 from scaling4d.training.parallelize import DTYPES
 
 PROFILES = Path("experiments/profile")
@@ -36,9 +37,7 @@ def head_sizes(profiles: Path = PROFILES) -> dict[int, list[str]]:
     models: dict[str, dict[str, Any]] = {}
     for path in profiles.glob("*.yaml"):
         settings = config.compose([f"profile={path.stem}"])
-        models |= {
-            name: next(iter(point["model"].values())) for name, point in (settings["points"] | settings["distilled"]).items()
-        }
+        models |= {name: next(iter(point["model"].values())) for name, point in points_of(settings).items()}
     sizes: dict[int, set[str]] = {}
     for point, model in sorted(models.items()):
         for part in ("", "decoder_"):

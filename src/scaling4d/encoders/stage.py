@@ -67,7 +67,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     for name in settings["encoders"]["pretrained"]:
         _bind_pretrained(name, settings)
     points, lists = list(settings["points"]), settings["encoders"]
-    made = [*points, *settings["distilled"], *lists["pretrained"], PIXELS, *(f"{UNTRAINED}{name}" for name in lists["untrained"])]
+    trained = (point for group in config.POINTS for point in settings[group])
+    made = [*trained, *lists["pretrained"], PIXELS, *(f"{UNTRAINED}{name}" for name in lists["untrained"])]
     for kind, known in {"untrained": points, **dict.fromkeys(READ_OUT, made)}.items():
         for name in lists[kind]:
             if name not in known:

@@ -100,7 +100,8 @@ class PretrainConfig:
     """All settings of a point's training.
 
     key: dotted, of the point's settings. home: folder of the profile's artifacts. bound: records the settings on which
-    the result depends; launch and runtime are not among them.
+    the result depends; launch and runtime are not among them. start_from: folder of the Checkpoint whose weights the
+    point starts from; None: random ones.
     """
 
     point: str
@@ -114,6 +115,7 @@ class PretrainConfig:
     sharding: ShardingConfig
     runtime: RuntimeConfig
     launch: LaunchConfig
+    start_from: Path | None
 
     @property
     def clips(self) -> Path:
@@ -160,11 +162,11 @@ def bind_pretrain(point: str, settings: Mapping[str, Any]) -> PretrainConfig:
     """Bind and check the settings of one point, before a rank starts or a clip is read.
 
     Raises:
-        UserError: as bind_point; no teacher, no clips.
+        UserError: as bind_point; no teacher, no checkpoint to start from, no clips.
     """
     pretraining = bind_point(point, settings)
-    if pretraining.teacher is not None:
-        Checkpoint.read(pretraining.teacher)
+    for folder in filter(None, (pretraining.teacher, pretraining.start_from)):
+        Checkpoint.read(folder)
     with clips_remedies():
         loader.count_clips(pretraining.clips, "train")
     return pretraining
@@ -179,6 +181,9 @@ def bind_point(point: str, settings: Mapping[str, Any]) -> PretrainConfig:
     key, method = find_point(point, settings)
     training_key, sharding_key = "pretrain.Training", f"{key}.Sharding"
     keys = ["profile", "seed", training_key, f"{key}.model", sharding_key]
+    start_key = f"{key}.start_from"
+    if key.startswith("continued."):
+        keys.append(start_key)
     unrecorded = {"pretrain.Runtime": RuntimeConfig, f"{key}.Launch": LaunchConfig}
     bound = config.bind(settings, keys, TrainingConfig, method.config_class, ShardingConfig, unrecorded=unrecorded)
     training, sharding = bound[TrainingConfig], bound[ShardingConfig]
@@ -204,12 +209,18 @@ def bind_point(point: str, settings: Mapping[str, Any]) -> PretrainConfig:
         sharding=sharding,
         runtime=bound[RuntimeConfig],
         launch=bound[LaunchConfig],
+        start_from=Path(bound.declared[start_key]) if start_key in bound.declared else None,
     )
+
+
+def points_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of all points by name."""
+    return {name: point for group in config.POINTS for name, point in settings[group].items()}
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
     """Raises UserError: settings of a point that the stage refuses, or a teacher that the profile lacks."""
-    for point in [*settings["points"], *settings["distilled"]]:
+    for point in points_of(settings):
         teacher = bind_point(point, settings).teacher
         if teacher is not None and teacher.name not in settings["points"]:
             near = did_you_mean(teacher.name, settings["points"])
@@ -227,10 +238,10 @@ def clips_remedies() -> Iterator[None]:
 
 
 def find_point(point: str, settings: Mapping[str, Any]) -> tuple[str, type[Method]]:
-    """Dotted key of a point's settings (below `points`; with a teacher below `distilled`), and its method."""
-    with_teacher = point in config.section(settings, "distilled")
-    key = f"{'distilled' if with_teacher else 'points'}.{point}"
-    return key, method_of(config.section(settings, f"{key}.model"), f"{key}.model", with_teacher=with_teacher)
+    """Dotted key of a point's settings, and its method; a point with a teacher is below `distilled`."""
+    group = next((group for group in config.POINTS[1:] if point in config.section(settings, group)), config.POINTS[0])
+    key = f"{group}.{point}"
+    return key, method_of(config.section(settings, f"{key}.model"), f"{key}.model", with_teacher=group == "distilled")
 
 
 def build_method(method: type[Method], model_config: MethodConfig, teacher_encoder: nn.Module | None) -> Method:

@@ -20,6 +20,7 @@ from scaling4d.pipeline import code_hashes
 from scaling4d.pretrain.plan.closed_form import flops_per_clip
 from scaling4d.pretrain.plan.memory import check_memory
 from scaling4d.pretrain.settings import PretrainConfig, bind_pretrain, clips_remedies
+from scaling4d.pretrain.start import initialise
 from scaling4d.pretrain.validate import Validation, validate
 from scaling4d.records import MaskedTokens, file_system_errors, write_json
 from scaling4d.training import distributed
@@ -96,6 +97,8 @@ def evidence_of(pretraining: PretrainConfig) -> dict[str, Any]:
     inputs = {"clips": artifacts.sha256(pretraining.clips / "croissant.json")}
     if pretraining.teacher is not None:
         inputs["teacher"] = artifacts.sha256(pretraining.teacher)
+    if pretraining.start_from is not None:
+        inputs["start_from"] = artifacts.sha256(pretraining.start_from)
     return artifacts.evidence("pretrain", pretraining.bound, code=code_hashes.running("pretrain"), inputs=inputs)
 
 
@@ -146,7 +149,8 @@ def _train(*, rank: int, ranks: int, pretraining: PretrainConfig, evidence: Mapp
     manager = CheckpointManager("pretrain", state, keep_latest_k=runtime.keep_latest_k, asynchronous=runtime.asynchronous)
     batches, groups = partial(_batches, pretraining, model, rank, ranks), param_groups(model, pretraining)
     callbacks = (log, validation)
-    run = {"callbacks": callbacks, "manager": manager, "initialise": partial(model.initialise, pretraining.seed)}
+    start = partial(initialise, model, pretraining.seed, pretraining.start_from)
+    run = {"callbacks": callbacks, "manager": manager, "initialise": start}
     progress = fit(model, batches, pretraining.fit, param_groups=groups, **run)
     val_loss = validate(model, pretraining)
     weights = {}

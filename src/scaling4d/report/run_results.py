@@ -15,7 +15,7 @@ from scaling4d.records import Result, UserError
 from scaling4d.report.seeds import SeedStudy, read_seed_study
 from scaling4d.studies.study import RECONSTRUCT_METRICS, loss_task
 
-KEYS = ["profile", "seed", "points", "distilled", "encoders", "benchmarks.tasks", "show.tasks", "report"]  # declared in dvc.yaml
+KEYS = ["profile", "seed", *config.POINTS, "encoders", "benchmarks.tasks", "show.tasks", "report"]  # declared in dvc.yaml
 PROTOCOLS = ("frozen", "finetune", "classifier")
 PROTOCOL_TASKS = {"classifier": ("actions",)}  # of a protocol that not every task has
 UNTRAINED = "untrained_"
@@ -28,7 +28,8 @@ class RunResults:
     """One run of the pipeline, read from its JSON.
 
     home: folder of the artifacts. folder: of the report. students: points that have a teacher; they predict no pixels,
-    so they have no fidelity and no picture. tasks: empty without readouts. encoders: by protocol. results: in the order
+    so they have no fidelity and no picture. continued: points that start from a checkpoint; neither are they filled in,
+    nor do they belong to the ladder. tasks: empty without readouts. encoders: by protocol. results: in the order
     of the settings. summaries, losses (lines of losses.jsonl), fidelity (result.json of `reconstruct`) and pictures
     (filled.png): by point. held_out: lines of held_out.jsonl by `readout/name`, of readouts that have one. sheets: of
     stage `show`, by task. models: by point, the method's settings. provenances: by `stage/name`. operative: likewise,
@@ -42,6 +43,7 @@ class RunResults:
     seed: int
     points: tuple[str, ...]
     students: tuple[str, ...]
+    continued: tuple[str, ...]
     tasks: tuple[str, ...]
     encoders: Mapping[str, tuple[str, ...]]
     results: tuple[Result, ...]
@@ -75,7 +77,7 @@ class RunResults:
     @property
     def ladder(self) -> list[str]:
         """The points that differ in size alone, from small to large: of the first method, with its main masking."""
-        points = self.of_method(self.methods[0])
+        points = [point for point in self.of_method(self.methods[0]) if point not in self.continued]
         common = Counter(map(self.masking, points)).most_common(1)[0][0]
         return [point for point in points if self.masking(point) == common]
 
@@ -91,8 +93,8 @@ class RunResults:
 
     @property
     def trained(self) -> tuple[str, ...]:
-        """All points, those with a teacher last."""
-        return (*self.points, *self.students)
+        """All points, those with a teacher and those that start from weights last."""
+        return (*self.points, *self.students, *self.continued)
 
     @property
     def baselines(self) -> list[str]:
@@ -116,12 +118,12 @@ def read_run_results(settings: Mapping[str, Any]) -> RunResults:
     declared = config.declared(settings, KEYS)
     home = artifacts.home(settings)
     encoders = {protocol: tuple(config.section(settings, f"encoders.{protocol}") or ()) for protocol in PROTOCOLS}
-    points, students = tuple(declared["points"]), tuple(declared["distilled"])
+    points, students, continued = (tuple(declared[group]) for group in config.POINTS)
     tasks = tuple(declared["benchmarks.tasks"] if any(encoders.values()) else ())
     folders = {"clips": (home / "clips", "clips")}  # by stage: a folder with provenance, and the command that makes it
     summaries, losses, fidelity, pictures, results, held_out, sheets = {}, {}, {}, {}, {}, {}, {}
     seed, numbers = declared["seed"], {}  # those that a study of seeds measures too, as `read_seed_study` takes them
-    for point in (*points, *students):
+    for point in (*points, *students, *continued):
         folder, command = folders[f"pretrain/{point}"] = home / "pretrain" / point, f"pretrain {point}"
         summaries[point] = _with_keys(folder / "summary.json", command, SUMMARY)
         losses[point] = _parsed(folder / "losses.jsonl", command, _json_lines)
@@ -163,6 +165,7 @@ def read_run_results(settings: Mapping[str, Any]) -> RunResults:
         seed=seed,
         points=points,
         students=students,
+        continued=continued,
         tasks=tasks,
         encoders=encoders,
         results=tuple(results.values()),
@@ -172,7 +175,7 @@ def read_run_results(settings: Mapping[str, Any]) -> RunResults:
         fidelity=fidelity,
         pictures=pictures,
         sheets=sheets,
-        models={name: next(iter(p["model"].values())) for name, p in (declared["points"] | declared["distilled"]).items()},
+        models={name: next(iter(point["model"].values())) for group in config.POINTS for name, point in declared[group].items()},
         provenances=provenances,
         operative={name: _parsed(folder / artifacts.OPERATIVE, c, parse_gin) for name, (folder, c) in folders.items()},
         overrides={key: (value, tuple(stages)) for key, (value, stages) in sorted(overrides.items())},

@@ -177,7 +177,8 @@ def points(run: RunResults, page: Page) -> str:
     for point in run.trained:
         model, hidden = run.models[point], [NOTHING]
         if "masking" in model:
-            words = ("distilled" if point in run.students else "points", point, "model", run.summaries[point]["method"])
+            group = "distilled" if point in run.students else "continued" if point in run.continued else "points"
+            words = (group, point, "model", run.summaries[point]["method"])
             hidden = [model["masking"], " ", replace(settings[".".join((*words, "mask_ratio"))], format=".0%")]
         rows.append([*(summary_part(run, point, key) for key in heads), hidden])
     table = page.table([*heads.values(), "hidden"], rows)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from scaling4d import config
 from scaling4d.provenance import experiments, write_text
 from scaling4d.records import UserError
 from scaling4d.report.built import BuiltReport, NoReportError, read_built_report
@@ -26,7 +27,7 @@ HEADERS = {  # no other origin may load, frame or guess the type of a file
     "X-Frame-Options": "SAMEORIGIN",
     "X-Content-Type-Options": "nosniff",
 }
-HIDDEN = ("points", "distilled", "encoders", "recipes", "render", "benchmarks", "report")  # settings without a column
+HIDDEN = (*config.POINTS, "encoders", "recipes", "render", "benchmarks", "report")  # settings without a column
 
 
 def site_page(report: BuiltReport) -> str:
@@ -115,7 +116,8 @@ class LocalHandler(SimpleHTTPRequestHandler):
 def _model(settings: Mapping[str, Any], encoder: str) -> Iterator[tuple[str, Any]]:
     """The method of an encoder and its settings."""
     point = encoder.removeprefix(UNTRAINED)
-    for prefix in (f"points.{point}.model.", f"distilled.{point}.model.", "pixels." if encoder == "pixels" else "-"):
+    groups = (f"{group}.{point}.model." for group in config.POINTS)
+    for prefix in (*groups, "pixels." if encoder == "pixels" else "-"):
         for key, value in settings.items():
             method, _, argument = key.removeprefix(prefix).partition(".")
             if key.startswith(prefix) and argument:

@@ -24,7 +24,7 @@ from scaling4d.records import UserError
 DEFINITIONS = config.EXPERIMENTS / "study"
 REPORTS = Path("reports/studies")
 LOCKS, RUNS, TABLE, FINDINGS, FACTS = "locks", "runs.csv", "table.csv", "findings.md", "study.json"
-READOUTS, TRAINING = ("readout_frozen", "readout_finetune", "readout_classifier"), ("pretrain", "distill")
+READOUTS, TRAINING = ("readout_frozen", "readout_finetune", "readout_classifier"), ("pretrain", "distill", "continue")
 RECONSTRUCT_METRICS = {"masked_mse": "reconstruct", "moving_mse": "reconstruct_moving"}  # -> task in runs.csv
 UNMEASURED = ("scenes", "show", "report")  # packages whose code changes no number of a study
 SIZES = ("parameters", "flops", "clips_seen")

@@ -12,7 +12,7 @@ from scaling4d.mae.encoder import Method
 from scaling4d.pretrain.plan import closed_form
 from scaling4d.pretrain.plan.closed_form import GIB, STORED, USABLE, StepLayout, flops, memory
 from scaling4d.pretrain.plan.work import Work, work_of
-from scaling4d.pretrain.settings import build_method, find_point
+from scaling4d.pretrain.settings import build_method, find_point, points_of
 from scaling4d.records import UserError
 from scaling4d.training.gpus import GPUS, NODE, UTILISATION, WRITE_GB_PER_S, Gpu
 
@@ -117,7 +117,7 @@ def settings_of(point: str) -> dict[str, Any]:
     known: set[str] = set()
     for profile in (None, *sorted(profiles, key=lambda name: name != "paper")):
         settings = config.read() if profile is None else config.compose([f"profile={profile}"])
-        points = settings["points"] | settings["distilled"]
+        points = points_of(settings)
         if point in points:
             return settings
         known |= set(points)
