@@ -7,6 +7,7 @@ from scaling4d import seeds
 from scaling4d.mae.masking import hidden_pixels
 from scaling4d.mae.patches import gather_patches, patchify, unpatchify
 from scaling4d.mae.simple_mae import SimpleMAE, SimpleMAEConfig
+from scaling4d.pretrain.plan.work import work_of
 from scaling4d.records import MaskedTokens
 
 CLIP, PATCH = (4, 16, 24), (2, 8, 8)
@@ -103,6 +104,34 @@ def test_branches_by_depth_start_as_released_divided_by_the_root_of_their_number
     for (name, a), b in zip(released.named_parameters(), scaled.parameters(), strict=True):
         last = name.endswith((".out.weight", "mlp_out.weight"))
         assert torch.allclose(b, a / branches**0.5 if last else a), name
+
+
+def largest_logit(model: SimpleMAE) -> float:
+    """Of the attention of all blocks, where queries and keys grew a hundredfold."""
+    sides: dict[str, list[torch.Tensor]] = {"q": [], "k": []}
+    for block in model.encoder.blocks:
+        block.qkv.weight.data.mul_(100)
+        for side, norm in (("q", block.q_norm), ("k", block.k_norm)):
+            norm.register_forward_hook(lambda _module, _inputs, out, side=side: sides[side].append(out))
+    with torch.no_grad():
+        model.encoder.features(pixels())
+    logits = [torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5 for q, k in zip(*sides.values(), strict=True)]
+    return max(block_logits.abs().max().item() for block_logits in logits)
+
+
+def test_norms_of_queries_and_keys_bound_the_logits_of_attention() -> None:
+    assert largest_logit(small()) > 1000
+    assert largest_logit(small(qk_norm=True)) <= (24 / 2) ** 0.5 * 1.001  # of two vectors of length sqrt(d), over sqrt(d)
+
+
+def test_norms_of_queries_and_keys_change_no_first_weight_and_are_counted_by_the_plan() -> None:
+    plain, normed = small(), small(qk_norm=True)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(normed.state_dict()[name], value), name
+    added = normed.state_dict().keys() - plain.state_dict().keys()
+    assert {name.rpartition("blocks.")[2] for name in added} == {f"{i}.{side}_norm.weight" for i in range(3) for side in "qk"}
+    parameters = sum(p.numel() for p in normed.parameters())
+    assert work_of(normed).parameters == parameters == sum(p.numel() for p in plain.parameters()) + 3 * 2 * 12
 
 
 @pytest.mark.parametrize(("changes", "message"), [

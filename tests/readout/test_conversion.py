@@ -302,6 +302,12 @@ def test_an_encoder_that_the_released_layout_cannot_describe_is_refused(tmp_path
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"takes pixels as \(x - 0.45\) \* 1.0; the released 4DS layout"):
         to_4ds(tmp_path / "folder", tmp_path / "back.npz")
+    content["settings"] |= {"pixel_mean": 0.0, "qk_norm": True}
+    path.write_text(json.dumps(content))
+    with pytest.raises(
+        UserError, match="has norms of queries and keys; the released 4DS layout takes an encoder with qk_norm false$"
+    ):
+        to_4ds(tmp_path / "folder", tmp_path / "back.npz")
     path.write_text(json.dumps(content | {"model": "MAEST"}))
     with pytest.raises(UserError, match="holds a MAEST; the released 4DS layout takes an Encoder, or the one in a SimpleMAE$"):
         to_4ds(tmp_path / "folder", tmp_path / "back.npz")

@@ -39,12 +39,17 @@ class PixelTokensConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig(PixelTokensConfig):
-    """A backbone. width: D. depth: number of blocks. mlp: hidden width of a block's mlp."""
+    """A backbone.
+
+    width: D. depth: number of blocks. mlp: hidden width of a block's mlp. qk_norm: see Block; of the encoder's blocks.
+    Checkpoints and settings that do not name it do without.
+    """
 
     width: int
     depth: int
     heads: int
     mlp: int
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,16 +84,21 @@ class Block(nn.Module):
 
     Args:
         gelu: "tanh" in 4DS, "none" (exact) in MAE-ST; torch's names.
+        qk_norm: a LayerNorm without bias of each head's queries and keys, which bounds the attention's logits: the
+            one of 22 B parameters in arXiv:2302.05442, as flax's `normalize_qk`. Neither paper states one.
     Attributes:
         drop_path: share of clips that skip a residual branch in training (MAE-ST's fine-tuning; initially 0).
         packed: see mae.attention (initially false).
     """
 
-    def __init__(self, *, width: int, heads: int, mlp: int, gelu: str) -> None:
+    def __init__(self, *, width: int, heads: int, mlp: int, gelu: str, qk_norm: bool = False) -> None:
         super().__init__()
         self.heads, self.gelu, self.drop_path, self.packed = heads, gelu, 0.0, False
         self.attention_norm = nn.LayerNorm(width, LAYER_NORM_EPS)
         self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm, self.k_norm = (
+            nn.LayerNorm(width // heads, LAYER_NORM_EPS, bias=False) if qk_norm else nn.Identity() for _ in range(2)
+        )
         self.out = nn.Linear(width, width)
         self.mlp_norm = nn.LayerNorm(width, LAYER_NORM_EPS)
         self.mlp_in = nn.Linear(width, mlp)
@@ -98,7 +108,8 @@ class Block(nn.Module):
         """`B N D` -> `B N D`."""
         B, N, D = x.shape
         q, k, v = self.qkv(self.attention_norm(x)).reshape(B, N, 3, self.heads, D // self.heads).unbind(2)  # B N heads d
-        x = x + self._drop_path(self.out(attention(q, k, v, packed=self.packed).reshape(B, N, D)))
+        mixed = attention(self.q_norm(q), self.k_norm(k), v, packed=self.packed)
+        x = x + self._drop_path(self.out(mixed.reshape(B, N, D)))
         return x + self._drop_path(self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x)), approximate=self.gelu)))
 
     def _drop_path(self, branch: Tensor) -> Tensor:
@@ -124,7 +135,8 @@ class Encoder(nn.Module):
         self.patch_embedding = nn.Linear(math.prod(self.patch) * 3, config.width)
         self.positions = nn.Parameter(torch.empty(math.prod(self.grid), config.width))  # N D
         self.blocks = nn.ModuleList(
-            Block(width=config.width, heads=config.heads, mlp=config.mlp, gelu=self.gelu) for _ in range(config.depth)
+            Block(width=config.width, heads=config.heads, mlp=config.mlp, gelu=self.gelu, qk_norm=config.qk_norm)
+            for _ in range(config.depth)
         )
 
     def normalise(self, pixels: Tensor) -> Tensor:

@@ -164,7 +164,7 @@ def from_4ds(source: Path, out: Path) -> Path:
 
 
 def to_4ds(folder: Path, out: Path) -> Path:
-    """Convert a Checkpoint folder with an `Encoder` (of 4DS's kind: no shifted pixels) to a released `.npz`.
+    """Convert a Checkpoint folder with an `Encoder` (no shifted pixels, no qk_norm) to a released `.npz`.
 
     Raises UserError: another model, or `out` exists.
     """
@@ -175,6 +175,8 @@ def to_4ds(folder: Path, out: Path) -> Path:
     if (config.pixel_mean, config.pixel_scale) != (0.0, 1.0):
         numbers = f"(x - {config.pixel_mean}) * {config.pixel_scale}"
         raise UserError(f"{folder} takes pixels as {numbers}; the released 4DS layout tells no such numbers and means 0 and 1")
+    if config.qk_norm:
+        raise UserError(f"{folder} has norms of queries and keys; the released 4DS layout takes an encoder with qk_norm false")
     encoder = released.four_ds_weight_map(config, released.BACKBONE_BESIDE_HEAD if readout else released.BACKBONE)
     if saved.model == "SimpleMAE":
         encoder = {f"encoder.{name}": entry for name, entry in encoder.items()}

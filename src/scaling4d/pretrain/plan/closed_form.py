@@ -16,7 +16,8 @@ Memory of a GPU, in bytes
   optimizer          2 m pad(W) / S: AdamW's two moments
   activations        B times: pixels; of a block c K (8 D + 2 M) + 4 K (4 + h): its input, two normed inputs, queries,
                      keys, values, attention's output, the sum after it, the mlp before and after its GELU, and fp32
-                     statistics; with recompute c K D of every block but the current one; the loss
+                     statistics; with norms of queries and keys c K 2 D + 16 K h more; with recompute c K D of every
+                     block but the current one; the loss
   communication      c pad(W) of the layers outside the blocks; c pad(W) of the current block and of the prefetched one;
                      r pad(W) of the gradients under reduction
 The peak of a step is sought at the loss, at three places in every block's backward pass, and at the step's end.
@@ -97,7 +98,7 @@ def memory(work: Work, layout: StepLayout, *, clips: int) -> dict[str, int]:
 def memory_timeline(work: Work, layout: StepLayout, *, clips: int) -> list[dict[str, int]]:
     """Memory at every place of a step where its peak can be."""
     shards, c, gathered, blocks = layout.shards, layout.sizes.compute, layout.shards * layout.sizes.gathered, work.blocks
-    activations = [clips * block.tokens * (c * (8 * block.width + 2 * block.mlp) + 4 * (4 + block.heads)) for block in blocks]
+    activations = [clips * block.tokens * _saved_bytes(block, c) for block in blocks]
     saved = [clips * c * block.tokens * block.width for block in blocks] if layout.recompute else activations
     outside = clips * c * work.saved_values + clips * 8 * work.visible_tokens
     block_shards, root_shard = [_shard(block.shapes, shards) for block in blocks], _shard(work.shapes, shards)
@@ -134,6 +135,12 @@ def memory_timeline(work: Work, layout: StepLayout, *, clips: int) -> list[dict[
         kinds = (parameters, gradients, 2 * STORED * all_shards, outside + values, communication)
         timeline.append(dict(zip(KINDS, kinds, strict=True)) | {"total": sum(kinds)})
     return timeline
+
+
+def _saved_bytes(block: BlockWork, c: int) -> int:
+    """Activations that a block saves, per token."""
+    norms = (c * 2 * block.width + 16 * block.heads) * block.qk_norm
+    return c * (8 * block.width + 2 * block.mlp) + 4 * (4 + block.heads) + norms
 
 
 def _shard(shapes: Shapes, shards: int) -> int:

@@ -26,6 +26,7 @@ class BlockWork:
     heads: int
     tokens: int
     shapes: Shapes
+    qk_norm: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,14 @@ def work_of(model: Method) -> Work:
 
 def _blocks(blocks: Iterable[Block], tokens: int) -> tuple[BlockWork, ...]:
     return tuple(
-        BlockWork(block.out.in_features, block.mlp_in.out_features, block.heads, tokens, _shapes(block.parameters()))
+        BlockWork(
+            width=block.out.in_features,
+            mlp=block.mlp_in.out_features,
+            heads=block.heads,
+            tokens=tokens,
+            shapes=_shapes(block.parameters()),
+            qk_norm=isinstance(block.q_norm, nn.LayerNorm),
+        )
         for block in blocks
     )
 
