@@ -108,6 +108,13 @@ def test_a_result_of_other_weights_is_named(flip: Flip, wrong: Wrong) -> None:
     assert f"wrong       {NANO}: it was measured on weights {'0' * 64}; {WEIGHTS} is {sha}" in wrong()
 
 
+def test_a_result_of_weights_in_several_files_is_compared_with_their_index(project: Path, wrong: Wrong) -> None:
+    index = Path(f"{WEIGHTS}.index.json")
+    Path(WEIGHTS).rename(index)
+    assert locked_runs()[0].weights("nano") == index.as_posix()
+    assert "it was measured on weights" not in wrong()  # the index has the recorded hash
+
+
 def test_a_file_that_is_no_result_any_more_is_named_beside_everything_else(flip: Flip, wrong: Wrong) -> None:
     flip(NANO, '"value": 0.5', '"value": 9.5')
     flip(MINI, '"value": 0.75', '"value"; 0.75')

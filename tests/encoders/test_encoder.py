@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import scaling4d
-from scaling4d import artifacts, seeds
+from scaling4d import artifacts, checkpoint, seeds
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders import released, torchvision_shim
 from scaling4d.encoders.encoder import Encoder
@@ -240,6 +240,24 @@ def test_a_saved_encoder_gives_the_same_features_without_its_decoder(tmp_path: P
     assert (saved.name, saved.step, saved.clips_seen) == ("nano", 7, 112)
     assert saved.parameters == sum(weight.numel() for weight in encoder.parameters())
     assert again.provenance == encoder.provenance
+
+
+def test_large_weights_are_several_files_and_a_missing_one_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 2000)
+    encoder = Encoder.from_pretrained(trained(tmp_path))
+    folder = encoder.save_pretrained(tmp_path / "saved")
+    assert not (folder / "model.safetensors").exists()
+    assert equal(output_of(Encoder.from_pretrained(folder)), output_of(encoder))
+    first, second, *_, last = sorted(folder.glob("model-*.safetensors"))
+    last.write_bytes(last.read_bytes()[:-1])
+    assert refused(Encoder.from_pretrained, folder).startswith(f"{last} is damaged: ")
+    second.unlink()
+    count = int(first.stem.rpartition("-")[2])
+    problem = f"{folder} lacks {second.name} of the {count} files that model.safetensors.index.json names"
+    assert refused(Encoder.from_pretrained, folder) == f"{problem}; fetch or train the checkpoint again"
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../a"}}')
+    message = f"{folder}/model.safetensors.index.json is damaged: weight_map does not name files beside it"
+    assert refused(Encoder.from_pretrained, folder) == message
 
 
 def test_the_model_card_says_what_provenance_says(tmp_path: Path) -> None:

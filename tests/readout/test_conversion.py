@@ -18,7 +18,7 @@ from official import BACKBONE, DEPTH, arrays_of, official_state, with_head
 from payload import Payload
 
 import scaling4d
-from scaling4d import cli, seeds
+from scaling4d import checkpoint, cli, seeds
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders.released import MAESTOptions, four_ds_weight_map
 from scaling4d.mae.encoder import EncoderConfig
@@ -52,7 +52,11 @@ def test_there_and_back_gives_the_released_arrays_to_the_byte(name: str, tmp_pat
         assert (readout.settings["plain"], readout.settings["queries"] == 0) == (name == "cls_plain", name == "given_queries")
 
 
-def test_the_encoder_of_a_pretrained_point_goes_into_the_released_layout(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shard_bytes", [checkpoint.SHARD_BYTES, 20_000])
+def test_the_encoder_of_a_pretrained_point_goes_into_the_released_layout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_bytes: int
+) -> None:
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", shard_bytes)
     shape = {"width": 48, "depth": 4, "heads": 3, "mlp": 96, "clip": (6, 32, 48), "patch": (2, 16, 16)}
     method = {"decode_blocks": 2, "masking": "random", "mask_ratio": 0.5, "position_init": "normal"}
     settings = shape | method | {"coarse_patch": (2, 16, 16), "branch_init": "released", "pixel_mean": 0.0, "pixel_scale": 1.0}

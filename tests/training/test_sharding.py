@@ -4,16 +4,20 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import toy
 from nearness import near
 from toy import CPU, PLAIN, Toy, batch_of, build, build_sharded
 
+from scaling4d import artifacts, checkpoint
+from scaling4d.checkpoint import load_tensors, save_tensors
 from scaling4d.training.distributed import run
 from scaling4d.training.optimizer import build_adamw, named_state
-from scaling4d.training.parallelize import full_tensor, parallelize, reduce_gradients, set_last_microbatch
+from scaling4d.training.parallelize import full_tensor, parallelize, reduce_gradients, save_weights, set_last_microbatch
 from scaling4d.training.resume import CheckpointManager
 
 pytestmark = pytest.mark.integration
@@ -138,6 +142,39 @@ def test_a_state_saved_on_four_ranks_loads_exactly_on_others() -> None:
         assert after.keys() == before.keys() and len(after) % 3 == 0
         for name, value in before.items():
             assert torch.equal(after[name], value), (ranks, name)
+
+
+def weights_in_files(*, rank: int, ranks: int, shards: int, folder: Path) -> tuple[dict, list[int]]:
+    """Writes a model's weights; gives them in full, and the number of whole weights that each rank held at once."""
+    model, held = build_sharded(replace(PLAIN, shards=shards), ranks=ranks), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save_tensors", lambda path, tensors: (held.append(len(tensors)), save_tensors(path, tensors)))
+        save_weights(model, folder if rank == 0 else None)
+    most = [0] * ranks
+    dist.all_gather_object(most, max(held, default=0))
+    return {name: full_tensor(value).clone() for name, value in model.state_dict().items()}, most
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_ranks_write_large_weights_into_files_of_their_own(monkeypatch: pytest.MonkeyPatch, shards: int) -> None:
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 8000)
+    expected, most = run(weights_in_files, ranks=2, shards=shards, folder=Path())
+    index = json.loads(Path(checkpoint.INDEX).read_text())
+    files = sorted(path.name for path in Path().glob("*.safetensors"))
+    assert files == [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
+    assert len(files) > 4 and index["weight_map"].keys() == expected.keys()
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in expected.values())
+    assert index["metadata"]["sha256"] == {name: artifacts.sha256(Path(name)) for name in files}
+    assert all(0 < number < len(expected) / 2 for number in most)  # every rank wrote, and held a part alone
+    state = checkpoint.weights(Path())
+    assert all(torch.equal(state[name], value) for name, value in expected.items()) and state.keys() == expected.keys()
+    assert {name: file for file in files for name in load_tensors(Path(file))} == index["weight_map"]
+    assert checkpoint.weights_sha256(Path()) == artifacts.sha256(Path(checkpoint.INDEX))
+
+
+def test_small_weights_are_one_file_without_an_index() -> None:
+    expected, most = run(weights_in_files, ranks=2, shards=2, folder=Path())
+    assert [path.name for path in Path().glob("model*")] == ["model.safetensors"] and most == [len(expected), 0]
 
 
 @pytest.mark.parametrize("sharding", [{"shards": 2, "accumulate": 2}, pytest.param({"shards": 4}, marks=pytest.mark.slow)])

@@ -11,7 +11,7 @@ from typing import Any
 
 from scaling4d import artifacts, config, provenance
 from scaling4d.audit.disk import Disk
-from scaling4d.checkpoint import WEIGHTS
+from scaling4d.checkpoint import INDEX, WEIGHTS
 from scaling4d.provenance import LOCK, LockedFile, LockedStage, differences, is_below, overlap, read_lock, required
 from scaling4d.records import UserError, on_one_line
 
@@ -174,8 +174,9 @@ class LockedRun:
         return {entry["@id"]: entry["sha256"] for entry in distribution if "sha256" in entry}
 
     def weights(self, encoder: str) -> str:
-        """Path of an encoder's weights."""
-        return f"{self.home}/pretrain/{encoder}/{WEIGHTS}"
+        """Path of an encoder's weights, or of the index that has the hashes of their files."""
+        folder = f"{self.home}/pretrain/{encoder}"
+        return f"{folder}/{INDEX if self.disk.paths(f'{folder}/{INDEX}') else WEIGHTS}"
 
     def environment(self, stage: LockedStage, runs_json: str | None = None) -> dict[str, Any] | None:
         """Time, machine and versions of a stage by the report's runs.json, or by the text of another; None: unknown."""

@@ -213,7 +213,7 @@ class Encoder(nn.Module):
 
     def _saved_description(self) -> Checkpoint:
         names = [field.name for field in fields(type(self.model).config_class)]
-        settings = {name: self.checkpoint.settings[name] for name in names} | {"clip": self.clip}
+        settings = {name: value for name, value in self.checkpoint.settings.items() if name in names} | {"clip": self.clip}
         return replace(self.checkpoint, model=type(self.model).__name__, settings=settings, rate_hz=self.rate_hz)
 
 

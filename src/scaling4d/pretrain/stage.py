@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from scaling4d import artifacts, provenance, seeds
 from scaling4d.checkpoint import Checkpoint
@@ -28,7 +29,7 @@ from scaling4d.training.fit import MOST_REWINDS, Batch, fit
 from scaling4d.training.launch import Job, describe, first_gpu_bytes, launch, snapshot_content
 from scaling4d.training.observe import TrainingLog, peak_flops
 from scaling4d.training.optimizer import ParamGroups
-from scaling4d.training.parallelize import DTYPES, full_tensor, parallelize
+from scaling4d.training.parallelize import DTYPES, parallelize, save_weights
 from scaling4d.training.resume import CheckpointManager, fingerprint, remove_state, state_folder
 
 MASK_GROUP = 8  # clips whose masks are one draw: a clip's mask is the same on any number of ranks
@@ -153,18 +154,16 @@ def _train(*, rank: int, ranks: int, pretraining: PretrainConfig, evidence: Mapp
     run = {"callbacks": callbacks, "manager": manager, "initialise": start}
     progress = fit(model, batches, pretraining.fit, param_groups=groups, **run)
     val_loss = validate(model, pretraining)
-    weights = {}
-    for key, value in model.state_dict().items():
-        tensor = full_tensor(value)  # one at a time, by all ranks
+    with provenance.atomic_folder(pretraining.folder) if rank == 0 else nullcontext() as out:
+        save_weights(model, out)
+        distributed.stop_watchdog()
         if rank == 0:
-            weights[key] = tensor.cpu()
-    distributed.stop_watchdog()
+            losses = [line["loss"] for line in log.lines]
+            tail = losses[-max(len(losses) // 20, 1) :]
+            summary = {"train_loss": sum(tail) / len(tail), "val_loss": val_loss, "ranks": progress.ranks}
+            summary |= {name: value for name in ("skipped", "rewinds") if (value := getattr(progress, name))}
+            _write(out, pretraining, evidence, model, summary, {"losses": log.lines, "validation": validation.lines})
     if rank == 0:
-        losses = [line["loss"] for line in log.lines]
-        tail = losses[-max(len(losses) // 20, 1) :]
-        summary = {"train_loss": sum(tail) / len(tail), "val_loss": val_loss, "ranks": progress.ranks}
-        summary |= {name: value for name in ("skipped", "rewinds") if (value := getattr(progress, name))}
-        _write(pretraining, evidence, model, weights, summary, {"losses": log.lines, "validation": validation.lines})
         facts = {"runtime": asdict(runtime), "launch": asdict(pretraining.launch), **log.close()}
         artifacts.write_run(name, artifacts.sha256(pretraining.folder), started=started, **facts)
     manager.close()
@@ -215,10 +214,10 @@ def draw_masks(model: nn.Module, seed: int, step: int, *, first: int, count: int
 
 
 def _write(
+    out: Path,
     pretraining: PretrainConfig,
     evidence: Mapping[str, Any],
     model: nn.Module,
-    weights: Mapping[str, Tensor],
     summary: Mapping[str, Any],
     lines: Mapping[str, list[dict[str, Any]]],
 ) -> None:
@@ -228,10 +227,9 @@ def _write(
     content = {"point": pretraining.point, "method": method, "seed": pretraining.seed, **counts, **summary}
     content["parameters_total"] = sum(p.numel() for p in model.parameters())
     content |= {"flops_per_clip": flops, "flops": flops * counts["clips_seen"]}
-    with provenance.atomic_folder(pretraining.folder) as out:
-        checkpoint.write(out, weights)
-        for name, content_lines in lines.items():
-            if content_lines:
-                (out / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in content_lines))
-        write_json(out / "summary.json", content)
-        artifacts.write_evidence(out, evidence, pretraining.bound.operative)
+    checkpoint.write_config(out)
+    for name, content_lines in lines.items():
+        if content_lines:
+            (out / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in content_lines))
+    write_json(out / "summary.json", content)
+    artifacts.write_evidence(out, evidence, pretraining.bound.operative)

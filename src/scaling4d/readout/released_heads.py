@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -180,18 +181,24 @@ def to_4ds(folder: Path, out: Path) -> Path:
     encoder = released.four_ds_weight_map(config, released.BACKBONE_BESIDE_HEAD if readout else released.BACKBONE)
     if saved.model == "SimpleMAE":
         encoder = {f"encoder.{name}": entry for name, entry in encoder.items()}
-    files = {WEIGHTS: encoder} | ({READOUT_WEIGHTS: readout.weight_map()} if readout else {})
+    parts = [(encoder, checkpoint.weights_files(folder))]
+    parts += [(readout.weight_map(), [folder / READOUT_WEIGHTS])] if readout else []
     with atomic_new(out) as partial:
-        write_npz(partial, (pair for name, weights in files.items() for pair in _released_arrays(weights, folder / name)))
+        write_npz(partial, (pair for weights, paths in parts for pair in _released_arrays(weights, paths)))
     return out
 
 
-def _released_arrays(weights: WeightMap, path: Path) -> Iterator[tuple[str, np.ndarray]]:
+def _released_arrays(weights: WeightMap, paths: list[Path]) -> Iterator[tuple[str, np.ndarray]]:
+    path = paths[0]
     try:
-        with safe_open(path, framework="numpy") as tensors:
-            names = set(tensors.keys())
+        with ExitStack() as stack:
+            tensors = {}
+            for path in paths:
+                file = stack.enter_context(safe_open(path, framework="numpy"))
+                tensors |= dict.fromkeys(file.keys(), (path, file))
             for name, entry in weights.items():
-                tensor = tensors.get_tensor(name) if name in names else None
+                path, file = tensors.get(name, (paths[0], None))
+                tensor = file.get_tensor(name) if file else None
                 if tensor is None or tensor.shape != entry.shape:
                     raise UserError(f"{path}: {name} is missing or not {entry.shape}; it does not fit the folder's JSON files")
                 yield from zip(entry.arrays, entry.to_released(tensor), strict=True)

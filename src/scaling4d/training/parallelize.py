@@ -9,12 +9,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, groupby
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from scaling4d import checkpoint
 from scaling4d.config import require_minima, require_words
+from scaling4d.training.distributed import heartbeat
 
 BUCKET_VALUES = 2**23  # gradients that ranks sum in one message
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -101,10 +104,10 @@ def blocks_of(model: nn.Module) -> tuple[nn.Module, ...]:
 
 def recompute_block(block: nn.Module) -> None:
     """Activation checkpointing: the forward pass saves a block's input alone."""
-    from torch.utils.checkpoint import checkpoint
+    from torch.utils.checkpoint import checkpoint as recomputed
 
     draws = getattr(block, "drop_path", 0) != 0  # random draws must be the same again
-    block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=draws)
+    block.forward = partial(recomputed, block.forward, use_reentrant=False, preserve_rng_state=draws)
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -152,6 +155,25 @@ def unshard(model: nn.Module, build: Callable[[], nn.Module], compute: ComputeCo
     plain = build()
     plain.load_state_dict(state, assign=True)
     return plain.to(compute.device)
+
+
+def save_weights(model: nn.Module, folder: Path | None) -> None:
+    """Write a model's weights in the layout of scaling4d.checkpoint. Every rank takes part and writes its own files.
+
+    A rank holds one gathered tensor, and on the CPU those of one file. folder: of rank 0; the others learn it.
+    Raises UserError: no space, or no permission.
+    """
+    rank, ranks, state, folders = dist.get_rank(), dist.get_world_size(), model.state_dict(), [folder]
+    dist.broadcast_object_list(folders)
+
+    def gather(name: str) -> Tensor:
+        heartbeat(f"writing weights, {name}")
+        return full_tensor(state[name])
+
+    shas: list[dict[str, str]] = [{}] * ranks
+    dist.all_gather_object(shas, checkpoint.save_weights(folders[0], state, gather, rank=rank, ranks=ranks))
+    if rank == 0:
+        checkpoint.write_index(folders[0], state, {file: sha for part in shas for file, sha in part.items()})
 
 
 def full_tensor(value: Tensor) -> Tensor:
