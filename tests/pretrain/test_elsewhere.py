@@ -14,7 +14,7 @@ from nano import NANO, TIMINGS, steps_shown, written
 
 from scaling4d import config
 from scaling4d.pretrain.settings import bind_pretrain
-from scaling4d.pretrain.stage import _job, pretrain
+from scaling4d.pretrain.stage import _job, evidence_of, pretrain
 from scaling4d.records import AGAIN
 
 pytestmark = pytest.mark.integration
@@ -31,7 +31,8 @@ def test_the_progress_of_a_job_is_that_of_its_own_steps(short: Callable) -> None
     settings = short(6)
     TIMINGS.parent.mkdir(parents=True)
     TIMINGS.write_text('{"step": 6}\n')  # of a run before
-    job = _job(bind_pretrain("nano", settings), settings, {})
+    pretraining = bind_pretrain("nano", settings)
+    job = _job(pretraining, settings, evidence_of(pretraining))
     assert job.steps_done() == 0
     with TIMINGS.open("a") as file:
         file.write('{"step": 2}\n{"ste')  # and a line that is being written

@@ -1,10 +1,14 @@
 """Where a job's ranks are started, and what a launcher hands to them."""
 
+import json
 import os
+import pickle
 import signal
 import socket
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -14,7 +18,7 @@ from interrupting import free_port
 from scaling4d.pipeline.code_hashes import hashes, running
 from scaling4d.records import AGAIN, UserError
 from scaling4d.training import launch
-from scaling4d.training.launch import CODE, REFUSED, Job, LaunchConfig, snapshot_content
+from scaling4d.training.launch import CODE, REFUSED, SLURM_JOB, Job, LaunchConfig, snapshot_content
 
 HERE = LaunchConfig(where="here", nodes=1, rendezvous="", restarts=3, wait_s=0, partition="", hours=24, cluster="slurm")
 TWO_NODES = {"where": "nodes", "nodes": 2}
@@ -26,9 +30,14 @@ JOB = Job(
     processes=1,
     device="cpu",
     content={"settings": {"seed": 0}},
+    state=Path(".resume/toy-0"),
     steps=6,
     steps_done=lambda: 0,
+    written=lambda: True,
 )
+SLURM = replace(HERE, where="slurm")
+RECORD = JOB.state / SLURM_JOB
+JOB_IDS = count(1000)  # submitit remembers the states of former ones
 
 
 @pytest.mark.integration
@@ -110,3 +119,132 @@ def test_a_job_that_cannot_start_is_refused_in_one_line(monkeypatch: pytest.Monk
         monkeypatch.setattr(socket.socket, "bind", Mock(side_effect=OSError("not an address of this machine")))
     with pytest.raises(ValueError, match=f"^{message}$"):
         launch.launch(JOB, replace(HERE, **changes))
+
+
+# ---- Slurm ----
+
+
+class Slurm:
+    """Slurm's commands in the folder `bin`: `sbatch` submits job `id`, which has `state`. They list their calls."""
+
+    def __init__(self, folder: Path) -> None:
+        self.first, self.folder = next(JOB_IDS), folder
+        scripts = {
+            "srun": "",
+            "sbatch": f"echo RUNNING > state; echo Submitted batch job {self.first}$(grep -c sbatch commands)",
+            "squeue": "cat state | grep -E 'RUNNING|PENDING'; grep -q DOWN state && echo down >&2 && exit 1; exit 0",
+            "sacct": f"echo 'JobID|State|NodeList'; echo \"{self.first}$(grep -c sbatch commands)|$(cat state)|n1\"",
+        }
+        for name, script in scripts.items():
+            path = folder / "bin" / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(f"#!/bin/sh\ncd {folder}; echo {name} >> commands\n{script}\n")
+            path.chmod(0o755)
+
+    @property
+    def id(self) -> str:
+        """Of the last job."""
+        return f"{self.first}{self.submissions()}"
+
+    def set(self, state: str) -> None:
+        (self.folder / "state").write_text(state)
+
+    def end(self, outcome: str, result: object) -> None:
+        """As submitit does at the end of the job."""
+        path = Path(f".runs/slurm/toy/{self.id}_0_result.pkl")
+        path.write_bytes(pickle.dumps((outcome, result)))
+        path.with_name(f"{self.id}_0_log.err").write_text("the job's errors")
+        self.set("COMPLETED" if outcome == "success" else "FAILED")
+
+    def submissions(self) -> int:
+        return (self.folder / "commands").read_text().split().count("sbatch")
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
+    pytest.importorskip("submitit")
+    monkeypatch.setattr(launch, "POLL_S", 0.01)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin{os.pathsep}{os.environ['PATH']}")
+    return Slurm(tmp_path)
+
+
+def during(action: Callable[[], object]) -> Job:
+    """The job; `action` is called while it is followed."""
+    return replace(JOB, steps_done=lambda: action() and 0 or 0)
+
+
+def lost(number: signal.Signals = signal.SIGINT) -> Job:
+    """The job, whose follower gets a signal."""
+    return during(lambda: os.kill(os.getpid(), number))
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_a_slurm_job_running_and_the_same_command_follows_it_to_its_end(
+    slurm: Slurm, capfd: pytest.CaptureFixture, number: signal.Signals
+) -> None:
+    assert launch.launch(lost(number), SLURM) == AGAIN
+    line = f"job {slurm.id} goes on, and the same command follows it again; to end it: scancel {slurm.id}"
+    assert line in capfd.readouterr().err.splitlines()
+    (snapshot,) = Path(".resume").glob("snapshot-*")  # its ranks still need it
+    assert launch.launch(during(lambda: slurm.end("success", 0)), SLURM) == 0
+    assert slurm.submissions() == 1 and not RECORD.exists() and not snapshot.exists()
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(("outcome", "result", "code"), [("success", 0, 0), ("success", 1, 1), ("error", "trace", 1)])
+def test_the_end_of_a_job_that_nobody_followed_is_taken(slurm: Slurm, outcome: str, result: object, code: int) -> None:
+    launch.launch(lost(), SLURM)
+    slurm.end(outcome, result)
+    assert launch.launch(JOB, SLURM) == code
+    assert slurm.submissions() == 1 and not RECORD.exists()
+
+
+@pytest.mark.integration
+def test_a_refusal_of_a_job_that_nobody_followed_is_told(slurm: Slurm) -> None:
+    launch.launch(lost(), SLURM)
+    (snapshot,) = Path(".resume").glob("snapshot-*")
+    (snapshot / REFUSED).write_text("the disk is full")
+    slurm.end("success", 1)
+    with pytest.raises(UserError, match="^the disk is full$"):
+        launch.launch(JOB, SLURM)
+    assert not RECORD.exists() and not snapshot.exists()
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(("state", "ended", "why"), [
+    ("COMPLETED", True, "its result is gone"),
+    ("CANCELLED by 0", False, "Slurm has it as CANCELLED"),
+    ("UNKNOWN", False, "Slurm has it as UNKNOWN"),
+])  # fmt: skip
+def test_a_job_without_a_result_is_submitted_again(
+    slurm: Slurm, capfd: pytest.CaptureFixture, state: str, ended: bool, why: str
+) -> None:
+    launch.launch(lost(), SLURM)
+    if ended:
+        slurm.end("success", 0)
+    slurm.set(state)
+    before = slurm.id
+    assert launch.launch(replace(lost(), written=lambda: False), SLURM) == AGAIN
+    message = f"job {before} of an earlier call has ended, and {why}; a new one goes on from its last state"
+    assert message in capfd.readouterr().err
+    assert slurm.submissions() == 2 and json.loads(RECORD.read_text())["id"] == slurm.id
+
+
+@pytest.mark.integration
+def test_a_cancelled_job_says_run_me_again(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    import submitit
+
+    monkeypatch.setattr(submitit.SlurmJob, "_results_timeout_s", 0)
+    assert launch.launch(during(lambda: slurm.set("CANCELLED by 0")), SLURM) == AGAIN
+    assert not RECORD.exists()
+
+
+@pytest.mark.integration
+def test_a_slurm_that_does_not_answer_submits_no_second_job(slurm: Slurm) -> None:
+    launch.launch(lost(), SLURM)
+    slurm.set("DOWN")
+    problem = f"squeue does not tell whether job {slurm.id} of an earlier call still runs \\(down\\)"
+    with pytest.raises(UserError, match=f"^{problem}; run the same command later, or remove {RECORD} if the job is gone$"):
+        launch.launch(JOB, SLURM)
+    assert slurm.submissions() == 1 and RECORD.exists()

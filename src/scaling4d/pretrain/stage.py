@@ -23,7 +23,7 @@ from scaling4d.pretrain.plan.memory import check_memory
 from scaling4d.pretrain.settings import PretrainConfig, bind_pretrain, clips_remedies
 from scaling4d.pretrain.start import initialise
 from scaling4d.pretrain.validate import Validation, validate
-from scaling4d.records import MaskedTokens, file_system_errors, write_json
+from scaling4d.records import MaskedTokens, file_system_errors, json_text, write_json
 from scaling4d.training import distributed
 from scaling4d.training.fit import MOST_REWINDS, Batch, fit
 from scaling4d.training.launch import Job, describe, first_gpu_bytes, launch, snapshot_content
@@ -120,6 +120,10 @@ def _job(pretraining: PretrainConfig, settings: Mapping[str, Any], evidence: Map
         lines = text.split("\n")[:-1]  # without a line that is being written
         return json.loads(lines[-1])["step"] if lines else 0
 
+    def written() -> bool:
+        path = pretraining.folder / artifacts.PROVENANCE
+        return path.is_file() and path.read_text() == json_text(evidence)
+
     return Job(
         name=pretraining.fit.name,
         arguments=("pretrain", pretraining.point),
@@ -128,8 +132,10 @@ def _job(pretraining: PretrainConfig, settings: Mapping[str, Any], evidence: Map
         processes=1 + pretraining.runtime.workers,
         device=pretraining.training.device,
         content={"point": pretraining.point, "settings": settings, "evidence": evidence},
+        state=state_folder("pretrain", fingerprint_of(pretraining, evidence)),
         steps=pretraining.training.steps,
         steps_done=steps_done,
+        written=written,
     )
 
 

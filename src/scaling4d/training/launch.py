@@ -6,6 +6,11 @@ the time of the launch, so that ranks that start again days later belong to the 
     .resume/snapshot-<sha>/run.json    the job's content
                            code/       this package
                            refused     the reason of a rank that refused to continue; restarted ranks then leave at once
+
+A Slurm job outlives the command that submitted it. Its id is in the folder of the run's state, and the same command
+follows the job again, or takes its end.
+
+    .resume/<stage>-<sha>/slurm.json   id, tasks and snapshot of the job
 """
 
 from __future__ import annotations
@@ -23,17 +28,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import scaling4d
 from scaling4d import artifacts, provenance
+from scaling4d.checkpoint import read_description
 from scaling4d.config import require_minima, require_words
-from scaling4d.records import AGAIN, UserError, write_json
+from scaling4d.records import AGAIN, UserError, json_text, shortened, write_json
 from scaling4d.training.distributed import stop_requests
 
 CONTENT, CODE, REFUSED = "run.json", "code", "refused"
+SLURM_JOB = "slurm.json"
 ADDRESS = "ADDRESS"  # stands for the rendezvous in the command of a Slurm job
 PORT, PORTS = 29500, 1_000  # torchrun's own port, and the next ones: two jobs on one machine should not meet
 REQUEUE_S, REQUEUES = 60, 10_000  # left of a Slurm job's time to queue it again after its ranks have saved; how often
@@ -69,7 +76,8 @@ class Job:
     """A command for several ranks.
 
     name: such as pretrain-nano. arguments: of `python -m scaling4d`. setting: dotted key of its LaunchConfig. ranks:
-    over all machines. processes: of a rank. content: for the ranks, as JSON. steps: in all. steps_done: by now.
+    over all machines. processes: of a rank. content: for the ranks, as JSON. state: folder of the run's state.
+    steps: in all. steps_done: by now. written: whether the run's result is there.
     """
 
     name: str
@@ -79,8 +87,10 @@ class Job:
     processes: int
     device: str
     content: Mapping[str, Any]
+    state: Path
     steps: int
     steps_done: Callable[[], int]
+    written: Callable[[], bool]
 
 
 def describe(job: Job, config: LaunchConfig) -> str:
@@ -103,18 +113,25 @@ def launch(job: Job, config: LaunchConfig) -> int | None:
     _check(job, config)
     if config.where == "here":
         return None
+    if config.where == "slurm":
+        return _slurm(job, config)
     shared = config.where == "nodes"
-    snapshot, code = _write_snapshot(job, "" if shared else f"-{socket.gethostname()}-{os.getpid()}"), None
+    snapshot, code = _write_snapshot(job, "" if shared else _suffix()), None
     try:
         if config.where == "nodes":
             _wait_for_rendezvous(job, config)
-        code = _slurm(job, config, snapshot) if config.where == "slurm" else _run(_command(job, config, snapshot), snapshot)
-        if code and (snapshot / REFUSED).is_file():
-            raise UserError((snapshot / REFUSED).read_text())
+        code = _run(_command(job, config, snapshot), snapshot)
+        _raise_refusal(code, snapshot)
         return code
     finally:
         if code == 0 or not shared:
             shutil.rmtree(snapshot, ignore_errors=True)
+
+
+def _raise_refusal(code: int, snapshot: Path) -> None:
+    """Raises UserError: that of a rank which refused to continue."""
+    if code and (snapshot / REFUSED).is_file():
+        raise UserError((snapshot / REFUSED).read_text())
 
 
 def _check(job: Job, config: LaunchConfig) -> None:
@@ -150,6 +167,10 @@ def first_gpu_bytes() -> int | None:
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     words = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
     return int(words[0]) * 2**20 if words and words[0].isdigit() else None
+
+
+def _suffix() -> str:
+    return f"-{socket.gethostname()}-{os.getpid()}"
 
 
 def _write_snapshot(job: Job, suffix: str) -> Path:
@@ -301,27 +322,117 @@ def _batch_file(job: Job, config: LaunchConfig, snapshot: Path) -> str:
     return text + f"# it runs: {shlex.join(_command(job, config, snapshot))}"
 
 
-def _slurm(job: Job, config: LaunchConfig, snapshot: Path) -> int:
-    """Exit code of a Slurm job, whose progress is shown. A signal cancels the job, and its ranks save their state."""
+@dataclass(frozen=True)
+class SubmittedJob:
+    """A Slurm job by SLURM_JOB. id: Slurm's. tasks: one a machine. snapshot: its folder."""
+
+    id: str
+    tasks: int
+    snapshot: str
+
+
+def _slurm(job: Job, config: LaunchConfig) -> int:
+    """Exit code of a Slurm job, whose progress is shown. A signal ends this command with AGAIN, and the job goes on.
+
+    The job is that of an earlier call, if it still runs or has an end to report. submitit's local job is cancelled by a
+    signal, since no later call can follow it.
+    Raises UserError: no submitit, no Slurm, or a rank refused.
+    """
     parameters = _slurm_parameters(job, config)
-    import submitit
     from rich.progress import Progress
 
     if config.cluster == "slurm" and shutil.which("sbatch") is None:
         raise UserError(f"no sbatch here, so no Slurm; set {job.setting}.where to here, torchrun or nodes")
-    executor = submitit.AutoExecutor(artifacts.RUNS / "slurm" / job.name, cluster=config.cluster, slurm_max_num_timeout=REQUEUES)
+    local, more, record, submitted = config.cluster == "local", (signal.SIGINT, signal.SIGHUP), job.state / SLURM_JOB, None
+
+    def stop(_: int) -> None:
+        if local and submitted:
+            submitted.cancel()
+
+    with stop_requests(stop, more=more) as requests:
+        submitted, snapshot = (None if local else _recorded_job(job, record)) or _submit(job, config, parameters, record)
+        print(f"job {submitted.job_id}, log {submitted.paths.stdout}", file=sys.stderr)
+        with Progress() as bar:
+            shown = bar.add_task(job.name, total=job.steps)
+            while not submitted.done() and (local or not requests):
+                bar.update(shown, completed=job.steps_done())
+                time.sleep(POLL_S)
+    if requests and not submitted.done():
+        follow = f"job {submitted.job_id} goes on, and the same command follows it again"
+        print(f"{follow}; to end it: scancel {submitted.job_id}", file=sys.stderr)
+        return AGAIN
+    code = _end_of(submitted, cancelled=local and bool(requests))
+    record.unlink(missing_ok=True)
+    try:
+        _raise_refusal(code, snapshot)
+    finally:
+        shutil.rmtree(snapshot, ignore_errors=True)
+    return code
+
+
+def _submit(job: Job, config: LaunchConfig, parameters: Mapping[str, Any], record: Path) -> tuple[Any, Path]:
+    """A new job of submitit, and its snapshot. The job's id goes into `record`, unless it is a local one."""
+    import submitit
+
+    snapshot = _write_snapshot(job, _suffix())
+    executor = submitit.AutoExecutor(_slurm_folder(job), cluster=config.cluster, slurm_max_num_timeout=REQUEUES)
     executor.update_parameters(**parameters)
     submitted = executor.submit(SlurmTask(_command(job, config, snapshot), snapshot, os.getcwd()))
-    print(f"job {submitted.job_id}, log {submitted.paths.stdout}", file=sys.stderr)
-    more = (signal.SIGINT, signal.SIGHUP)
-    with stop_requests(lambda _: submitted.cancel(), more=more) as requests, Progress() as bar:
-        shown = bar.add_task(job.name, total=job.steps)
-        while not submitted.done():
-            bar.update(shown, completed=job.steps_done())
-            time.sleep(POLL_S)
-    if submitted.exception() is None:
-        return max(submitted.results(), key=abs)  # one of each machine
-    if requests:
+    if config.cluster == "slurm":
+        record.parent.mkdir(parents=True, exist_ok=True)
+        content = SubmittedJob(submitted.job_id, config.nodes, snapshot.as_posix())
+        provenance.write_text(record, json_text(asdict(content)))
+    return submitted, snapshot
+
+
+def _recorded_job(job: Job, record: Path) -> tuple[Any, Path] | None:
+    """The job of an earlier call and its snapshot; None: there is none to follow, and its record is gone.
+
+    A new job goes on from the last saved state where the recorded one was cancelled, where Slurm no longer knows it, or
+    where its result was removed since (`dvc repro` removes a stage's outs before it runs the stage).
+    Raises UserError: the record is damaged, or Slurm does not answer.
+    """
+    import submitit
+
+    if not record.is_file():
+        return None
+    saved = read_description(record, SubmittedJob, "a Slurm job")
+    submitted = submitit.SlurmJob(_slurm_folder(job), saved.id, tasks=range(saved.tasks))
+    if _is_queued(saved.id, record):
+        return submitted, Path(saved.snapshot)
+    state, ended = submitted.get_info().get("State", "UNKNOWN").split()[0], submitted.paths.result_pickle.exists()
+    if ended and submitted.exception() is None and not any(submitted.results()):
+        why = "" if job.written() else "its result is gone"
+    else:
+        why = f"Slurm has it as {state}" if state == "CANCELLED" or (state == "UNKNOWN" and not ended) else ""
+    if not why:
+        return submitted, Path(saved.snapshot)
+    print(f"job {saved.id} of an earlier call has ended, and {why}; a new one goes on from its last state", file=sys.stderr)
+    shutil.rmtree(saved.snapshot, ignore_errors=True)
+    record.unlink()
+    return None
+
+
+def _is_queued(job_id: str, record: Path) -> bool:
+    """Whether a job waits or runs. Raises UserError: Slurm does not answer."""
+    answer = subprocess.run(["squeue", "--noheader", "--jobs", job_id], capture_output=True, text=True, check=False)
+    if answer.returncode and "Invalid job id" not in answer.stderr:
+        why = shortened(answer.stderr) or f"exit code {answer.returncode}"
+        problem = f"squeue does not tell whether job {job_id} of an earlier call still runs ({why})"
+        raise UserError(f"{problem}; run the same command later, or remove {record} if the job is gone")
+    return not answer.returncode and bool(answer.stdout.strip())
+
+
+def _end_of(submitted: Any, *, cancelled: bool) -> int:
+    """Exit code of a job that is over; AGAIN of a cancelled one. Prints the errors of a failed one."""
+    failed = submitted.exception() is not None
+    code = 1 if failed else max(submitted.results(), key=abs)  # one of each machine
+    if code and (cancelled or submitted.state.startswith("CANCELLED")):
         return AGAIN
-    print(submitted.stderr(), file=sys.stderr)
-    return 1
+    if failed:
+        print(submitted.stderr(), file=sys.stderr)
+    return code
+
+
+def _slurm_folder(job: Job) -> Path:
+    return artifacts.RUNS / "slurm" / job.name
