@@ -48,7 +48,8 @@ def test_a_rank_with_all_weights_gathers_none_and_no_teacher_is_read(changed: Ca
 def test_every_point_of_the_large_profiles_fits_its_mesh_and_has_a_script(profile: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrain_settings.loader, "count_clips", lambda folder, split: 1)  # there are no clips here
     monkeypatch.setattr(stage, "first_gpu_bytes", lambda: 80 * 10**9)
-    monkeypatch.setattr(stage, "evidence_of", lambda pretraining: {})
+    declared = {"profile": profile, "pretrain.Training": {}}
+    monkeypatch.setattr(stage, "evidence_of", lambda _: {"settings": declared, "inputs": {}, "code": {"sha256": "0" * 64}})
     settings = config.compose([f"profile={profile}"])
     for point in settings["points"]:
         start = stage.describe_start(point, settings)

@@ -108,8 +108,8 @@ class Block(nn.Module):
         """`B N D` -> `B N D`."""
         B, N, D = x.shape
         q, k, v = self.qkv(self.attention_norm(x)).reshape(B, N, 3, self.heads, D // self.heads).unbind(2)  # B N heads d
-        mixed = attention(self.q_norm(q), self.k_norm(k), v, packed=self.packed)
-        x = x + self._drop_path(self.out(mixed.reshape(B, N, D)))
+        q, k = self.q_norm(q), self.k_norm(k)
+        x = x + self._drop_path(self.out(attention(q, k, v, packed=self.packed).reshape(B, N, D)))
         return x + self._drop_path(self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x)), approximate=self.gelu)))
 
     def _drop_path(self, branch: Tensor) -> Tensor:
