@@ -186,6 +186,7 @@ def test_rates_of_matrices_fall_with_the_width() -> None:
     ("points.nano.Launch.nodes", 0, "points.nano.Launch: nodes is 0; needed 1 or more"),
     ("pretrain.Training.val_clips", -1, "pretrain.Training: val_clips is -1; needed 0 or more"),
     ("pretrain.Runtime.keep_latest_k", 0, "pretrain.Runtime: keep_latest_k is 0; needed 1 or more"),
+    ("pretrain.Runtime.start_s", 0.0, "pretrain.Runtime: start_s is 0.0; needed more than 0"),
     ("pretrain.Runtime.hang_s", 0.0, "pretrain.Runtime: hang_s is 0.0; needed more than 0"),
 ])  # fmt: skip
 def test_settings_that_cannot_be_are_refused_in_one_line_before_a_rank_starts(

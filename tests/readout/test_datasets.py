@@ -270,4 +270,4 @@ def test_a_rank_that_hangs_in_a_readout_is_named(changed: Callable, actions: Non
     changed("readout.Evaluation.ranks", 2)
     monkeypatch.setattr(Samples, "by_index", lambda _: time.sleep(600))
     with pytest.raises(UserError, match="ranks? .* of 2 .* the start"):
-        readout("untrained_nano", "actions", "frozen", changed("readout.Evaluation.hang_s", 0.5))
+        readout("untrained_nano", "actions", "frozen", changed("readout.Evaluation.start_s", 0.5))

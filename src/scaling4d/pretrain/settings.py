@@ -78,8 +78,9 @@ class RuntimeConfig:
 
     workers: decoding processes of a rank, 0: the rank itself. cached_clips: decoded clips in memory, of each
     decoding process. save_every: steps to a training state. keep_latest_k: number of such states. asynchronous:
-    write them while the training continues. hang_s: seconds of standstill of all ranks, after which the run ends
-    and names the rank that hangs. tensorboard: write events to `.runs/`.
+    write them while the training continues. start_s, hang_s: seconds of standstill of all ranks, until the first
+    step is done and afterwards, after which the run ends and names the rank that hangs. tensorboard: write events to
+    `.runs/`.
     """
 
     workers: int
@@ -87,12 +88,13 @@ class RuntimeConfig:
     save_every: int
     keep_latest_k: int
     asynchronous: bool
+    start_s: float
     hang_s: float
     tensorboard: bool
 
     def __post_init__(self) -> None:
         require_minima(self, {"workers": 0, "save_every": 1, "keep_latest_k": 1, "cached_clips": 0})
-        require_positive(self, "hang_s")
+        require_positive(self, "start_s", "hang_s")
 
 
 @dataclass(frozen=True)

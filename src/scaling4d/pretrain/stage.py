@@ -25,6 +25,7 @@ from scaling4d.pretrain.start import initialise
 from scaling4d.pretrain.validate import Validation, validate
 from scaling4d.records import MaskedTokens, file_system_errors, json_text, write_json
 from scaling4d.training import distributed
+from scaling4d.training.distributed import WatchdogConfig
 from scaling4d.training.fit import MOST_REWINDS, Batch, fit
 from scaling4d.training.launch import Job, describe, first_gpu_bytes, launch, snapshot_content
 from scaling4d.training.observe import TrainingLog, peak_flops
@@ -84,9 +85,10 @@ def train(pretraining: PretrainConfig, evidence: Mapping[str, Any]) -> None:
 
     The last training state stays; the caller removes it after success.
     """
-    training, hang_s = pretraining.training, pretraining.runtime.hang_s
+    training, runtime = pretraining.training, pretraining.runtime
+    watchdog = WatchdogConfig(runtime.start_s, runtime.hang_s, artifacts.RUNS / pretraining.fit.name)
     given = {"pretraining": pretraining, "evidence": evidence}
-    distributed.run(_train, ranks=training.ranks, device=training.device, hang_s=hang_s, **given)
+    distributed.run(_train, ranks=training.ranks, device=training.device, watchdog=watchdog, **given)
 
 
 def evidence_of(pretraining: PretrainConfig) -> dict[str, Any]:

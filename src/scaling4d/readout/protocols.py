@@ -54,8 +54,8 @@ class EvaluationConfig:
     test (ours), see readout.data. max_bad_share: of a split's samples that may be damaged or missing; they are left out
     (ours). feature_store: folder in which a frozen encoder's features stay for all readouts; "": in memory.
     cached_clips: clips of a rank that stay in memory while the encoder is trained on first windows; all others are read
-    again. hang_s: seconds of standstill of a rank, after which the readout ends. cached_clips and hang_s change no
-    result.
+    again. start_s, hang_s: seconds of standstill of a rank, until the first step of the training is done and
+    afterwards, after which the readout ends. cached_clips, start_s and hang_s change no result.
     """
 
     ranks: int
@@ -68,11 +68,12 @@ class EvaluationConfig:
     max_bad_share: float
     feature_store: str
     cached_clips: int
+    start_s: float
     hang_s: float
 
     def __post_init__(self) -> None:
         require_minima(self, {"ranks": 1, "cached_clips": 0, "position_std": 0, "train_items": 0, "val_items": 0})
-        require_positive(self, "hang_s")
+        require_positive(self, "start_s", "hang_s")
         require_words(self, {"windows": WINDOWS})
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share is {self.max_bad_share}; needed a share, 0 to 1")

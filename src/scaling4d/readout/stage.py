@@ -28,6 +28,7 @@ from scaling4d.readout.tasks import TASKS
 from scaling4d.readout.tasks.task import MetricSums
 from scaling4d.records import Result, UserError, file_system_errors, write_json
 from scaling4d.training import distributed
+from scaling4d.training.distributed import WatchdogConfig
 from scaling4d.training.fit import FitConfig, fit
 from scaling4d.training.observe import TrainingLog
 from scaling4d.training.parallelize import ComputeConfig, ShardingConfig, parallelize, unshard
@@ -59,7 +60,8 @@ def readout(encoder: str, task: str, protocol: str, settings: Mapping[str, Any])
         if saving and saving.save_every:
             depends_on = {"settings": evidence["settings"], "inputs": evidence["inputs"], "code_sha256": code["sha256"]}
             state = fingerprint(f"{encoder}/{task}/{protocol} of profile {bound.declared['profile']}", **depends_on)
-    where = {"ranks": evaluation.ranks, "device": readout_config.device, "hang_s": evaluation.hang_s}
+    watchdog = WatchdogConfig(evaluation.start_s, evaluation.hang_s, artifacts.RUNS / name)
+    where = {"ranks": evaluation.ranks, "device": readout_config.device, "watchdog": watchdog}
     arguments = {"protocol": PROTOCOLS[protocol](readout_config), "name": name, "state": state}
     videos, sums, head, held_out, skipped, seconds = distributed.run(_train_and_evaluate, **where, **arguments)
     result = result_of(Checkpoint.read(readout_config.folder), readout_config, protocol, videos, sums)

@@ -19,7 +19,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from itertools import count, zip_longest
@@ -34,17 +35,35 @@ from scaling4d.records import Preempted, UserError, on_one_line
 
 T = TypeVar("T")
 
+STATES = "training states"  # description of the group of resume.CheckpointManager
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # requests to save the state and stop
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 HEARTBEATS = 10  # of a rank, within the time after which it counts as hanging
+GROUP_TIMEOUT = 3  # of process groups, in that time: later than the watchdog, which knows more
+FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}  # torch's own size
+DUMP = "nccl_trace_rank_"  # torch's own name of a rank's file, without its number
 
 
-def run(work: Callable[..., T], *, ranks: int, device: str = "cpu", hang_s: float | None = None, **arguments: Any) -> T:
+@dataclass(frozen=True)
+class WatchdogConfig:
+    """Seconds of standstill of all ranks (see `heartbeat`), after which a run ends and names the ranks that hang.
+
+    start_s: until the first step is done: imports, rendezvous, sharded weights, the first batch. hang_s: afterwards,
+    see `end_start`. folder: for dumps of NCCL's flight recorder, a file a rank.
+    """
+
+    start_s: float
+    hang_s: float
+    folder: Path
+
+
+def run(
+    work: Callable[..., T], *, ranks: int, device: str = "cpu", watchdog: WatchdogConfig | None = None, **arguments: Any
+) -> T:
     """Call `work(rank=, ranks=, **arguments)` in every rank, inside a process group.
 
     Args:
-        device: cpu or cuda. hang_s: seconds of standstill of all ranks (see `heartbeat`), after which the run ends and
-            names the ranks that hang; None: never.
+        device: cpu or cuda. watchdog: None: ranks may hang for ever.
     Returns:
         A copy of rank 0's result; in a process that torchrun started, this rank's result.
     Raises:
@@ -52,9 +71,9 @@ def run(work: Callable[..., T], *, ranks: int, device: str = "cpu", hang_s: floa
         Preempted: the ranks raised it.
         RuntimeError: a rank failed or was killed; the others are ended.
     """
-    run_rank = partial(_run_rank, partial(work, ranks=ranks, **arguments), ranks=ranks, device=device, hang_s=hang_s)
+    run_rank = partial(_run_rank, partial(work, ranks=ranks, **arguments), ranks=ranks, device=device, watchdog=watchdog)
     if launched_by_torchrun():
-        return _run_torchrun_rank(run_rank, ranks)
+        return _run_torchrun_rank(run_rank, ranks, watchdog)
     context = multiprocessing.get_context("fork")
     sys.stdout.flush()
     sys.stderr.flush()
@@ -152,22 +171,34 @@ def _exit_with_parent(end: int) -> None:
     os._exit(1)
 
 
-def _run_torchrun_rank(run_rank: Callable[..., T], ranks: int) -> T:
+def _run_torchrun_rank(run_rank: Callable[..., T], ranks: int, watchdog: WatchdogConfig | None) -> T:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if world != ranks:
         raise UserError(f"torchrun started {world} ranks, needed {ranks}; start {ranks}, or set ranks to {world}")
-    store, _, _ = next(dist.rendezvous("env://"))
+    try:
+        store, _, _ = next(dist.rendezvous("env://", **_timeout(watchdog and watchdog.start_s)))
+    except dist.DistError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        problem = f"rank {rank} of {ranks} has no answer at {address} ({str(error).splitlines()[0]})"
+        raise UserError(f"{problem}; start the other ranks, or raise start_s") from error
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it outlives its ranks: restarted ranks begin anew
         store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     return run_rank(store, rank, lambda message: print(f"error: {on_one_line(message)}", file=sys.stderr))
 
 
 def _run_rank(
-    work: Callable[..., T], store: dist.Store, rank: int, report: Callable, *, ranks: int, device: str, hang_s: float | None
+    work: Callable[..., T],
+    store: dist.Store,
+    rank: int,
+    report: Callable,
+    *,
+    ranks: int,
+    device: str,
+    watchdog: WatchdogConfig | None,
 ) -> T:
     """Work in a process group. report: called with the reason before the watchdog ends this process."""
-    global _progress  # noqa: PLW0603
-    _progress = [0, "the start"]
+    global _progress, _watchdog  # noqa: PLW0603
+    _progress, _watchdog = [0, "the start", True], watchdog
     if os.environ.get("LOCAL_WORLD_SIZE", str(ranks)) == str(ranks) and Path("/sys/class/net/lo").exists():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine
     torch.set_num_threads(1)
@@ -178,17 +209,24 @@ def _run_rank(
             problem = f"rank {rank} needs a GPU of its own, and this machine has {gpus}"
             raise UserError(f"{problem}; set device to cpu, or fewer ranks a machine")
         torch.cuda.set_device(local_rank)
-    timeout = {}
-    if hang_s is not None:
-        watched = (_progress, dist.PrefixStore("watch", store), rank, ranks, hang_s, report)
+        if watchdog is not None:
+            watchdog.folder.mkdir(parents=True, exist_ok=True)
+            os.environ |= FLIGHT_RECORDER | {"TORCH_FR_DUMP_TEMP_FILE": f"{watchdog.folder.resolve()}/{DUMP}"}
+    if watchdog is not None:
+        watched = (_progress, dist.PrefixStore("watch", store), rank, ranks, watchdog, device == "cuda", report)
         threading.Thread(target=_watch, args=watched, daemon=True).start()
-        timeout = {"timeout": timedelta(seconds=4 * hang_s)}  # later than the watchdog, which knows more
     backend, store = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl", dist.PrefixStore("group", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, **timeout)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=ranks, **_timeout(watchdog and GROUP_TIMEOUT * watchdog.start_s)
+    )
     result = work(rank=rank)
     stop_watchdog()
     dist.destroy_process_group()
     return result
+
+
+def _timeout(seconds: float | None) -> dict[str, timedelta]:
+    return {} if seconds is None else {"timeout": timedelta(seconds=seconds)}
 
 
 def keep_freed_memory() -> None:
@@ -198,13 +236,28 @@ def keep_freed_memory() -> None:
             mallopt(parameter, value)
 
 
-_progress: list[Any] = []  # of this process in its run, for the watchdog: a number, and words; empty: none watches
+# of this process in its run, for the watchdog: a number, words, and whether it is starting; empty: none watches
+_progress: list[Any] = []
+_watchdog: WatchdogConfig | None = None
 
 
 def heartbeat(what: str, number: int | None = None) -> None:
     """Tell the watchdog about progress: in words, and by a number that never falls (None: as before)."""
     if _progress:
-        _progress[:] = (_progress[0] if number is None else number, what)
+        _progress[:2] = (_progress[0] if number is None else number, what)
+
+
+def end_start() -> None:
+    """The first step is done: from now on `hang_s` counts, for this process and for its groups.
+
+    The group of the training states keeps its time, since ranks wait there for files.
+    Source: torchtitan, which shortens the time-out of its groups after the first step, too.
+    """
+    if _progress and _watchdog:
+        _progress[2] = False
+        for group in dist.distributed_c10d._world.pg_map:
+            if group.group_desc != STATES:
+                dist.distributed_c10d._set_pg_timeout(timedelta(seconds=GROUP_TIMEOUT * _watchdog.hang_s), group)
 
 
 def stop_watchdog() -> None:
@@ -212,28 +265,47 @@ def stop_watchdog() -> None:
     _progress.clear()
 
 
-def _watch(progress: list[Any], store: dist.Store, rank: int, ranks: int, hang_s: float, report: Callable[[str], None]) -> None:
-    """End this process when it has stood still for `hang_s`, and name the ranks that all wait for."""
+def _watch(
+    progress: list[Any],
+    store: dist.Store,
+    rank: int,
+    ranks: int,
+    watchdog: WatchdogConfig,
+    nccl: bool,
+    report: Callable[[str], None],
+) -> None:
+    """End this process when it has stood still for too long, and name the ranks that all wait for."""
     former, since, snapshots = tuple(progress), time.monotonic(), []
     for beat in count():
         now = tuple(progress)
         if not now:
             return
+        name, limit_s = ("start_s", watchdog.start_s) if now[2] else ("hang_s", watchdog.hang_s)
         try:
-            store.set(str(rank), json.dumps([beat, *now]))
+            store.set(str(rank), json.dumps([beat, *now[:2]]))
             if now != former:
                 former, since, snapshots = now, time.monotonic(), []
-            elif time.monotonic() - since > hang_s:
+            elif time.monotonic() - since > limit_s:
+                if nccl and not snapshots:  # before the first verdict, which ends all ranks
+                    _dump_flight_recorder(watchdog.folder / f"{DUMP}{rank}")
                 keys = map(str, range(ranks))
                 snapshots.append([tuple(json.loads(store.get(k))) if store.check([k]) else (0, 0, "the start") for k in keys])
             if len(snapshots) > 3:  # time enough for every living rank to report
-                verdict = f"{describe_hang(snapshots[0], snapshots[-1])}; if it is only slow, raise hang_s, {hang_s:g} s"
+                verdict = f"{describe_hang(snapshots[0], snapshots[-1])}; if it is only slow, raise {name}, {limit_s:g} s"
+                verdict += f"; NCCL's last operations: torchfrtrace {watchdog.folder}" if nccl else ""
                 report(store.compare_set("verdict", "", verdict).decode())  # the first rank's: ended ranks report nothing
                 os._exit(1)
         except dist.DistError as error:
             report(f"rank 0 of {ranks}, which keeps the ranks' progress, does not answer ({str(error).splitlines()[0]})")
             os._exit(1)
-        time.sleep(hang_s / HEARTBEATS)
+        time.sleep(min(watchdog.start_s, watchdog.hang_s) / HEARTBEATS)
+
+
+def _dump_flight_recorder(path: Path) -> None:
+    """Write NCCL's last operations in this process, as torch does when NCCL itself times out. Untested on a GPU."""
+    if dump := getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None):
+        with suppress(OSError):
+            path.write_bytes(dump())
 
 
 def describe_hang(before: list[tuple[int, int, str]], after: list[tuple[int, int, str]]) -> str:

@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from scaling4d import artifacts, seeds
 from scaling4d.records import MaskedTokens, Preempted, UserError, write_json
-from scaling4d.training.distributed import StopVotes, heartbeat, stop_requests
+from scaling4d.training.distributed import StopVotes, end_start, heartbeat, stop_requests
 from scaling4d.training.optimizer import ParamGroups, build_adamw, named_state, warmup_cosine
 from scaling4d.training.parallelize import full_tensor, reduce_gradients, set_last_microbatch
 from scaling4d.training.resume import CheckpointManager
@@ -191,6 +191,7 @@ def fit(
     for callback in callbacks:
         callback.begin(progress.step)
     iterator, skipped, votes, issued = batches(progress.next_batch), SkippedSteps(config), StopVotes(), deque()
+    first = progress.next_batch
     with stop_requests() if manager else nullcontext([]) as requests, _scheduled_gc():
         while progress.step < config.steps and not stop:
             step = progress.step
@@ -208,6 +209,8 @@ def fit(
             adamw.step()
             adamw.zero_grad()
             _limit_steps_ahead(issued, config.device)
+            if progress.next_batch == first:
+                end_start()
             progress.step, last, learning_rate = step + 1, step + 1 == config.steps, schedule.get_last_lr()[0]
             schedule.step()
             if progress.step % GC_STEPS == 0:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from scaling4d import artifacts, provenance
 from scaling4d.records import UserError, write_json
+from scaling4d.training.distributed import STATES
 
 FINGERPRINT, PROGRESS, SHAS = "fingerprint.json", "progress.json", "sha256.json"
 LOCK_WAIT_S = 5.0  # a killed process may hold the lock for a moment
@@ -125,7 +126,9 @@ class CheckpointManager:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.lock = acquire_lock(self.folder, fingerprint) if self.rank == 0 else None
         dist.barrier()
-        self.group = dist.new_group(backend="gloo")  # keeps asynchronous writes apart from the training's messages
+        self.group = dist.new_group(
+            backend="gloo", group_desc=STATES
+        )  # keeps asynchronous writes apart from the training's messages
         self.pending: tuple[int, Any] | None = None
 
     def close(self) -> None:
