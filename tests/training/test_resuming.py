@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from interrupting import ask_to_stop, ask_to_stop_as_slurm_does, kill_a_rank, kill_all, kill_the_parent
+from torch.distributed.checkpoint import staging
 from toy import PLAIN, RESULT, Toy, attempt, steps_computed, train, written
 
 from scaling4d import artifacts
@@ -209,6 +210,33 @@ def synced_files(*, rank: int, ranks: int) -> tuple[list[str], list[str]]:
 def test_a_state_is_on_the_disk_before_it_has_its_name() -> None:
     synced, files = run(synced_files, ranks=1)
     assert len(files) == 4 and {*files, "partial-00000001"} <= set(synced)
+
+
+def staged_steps(*, rank: int, ranks: int) -> tuple[list, list[float]]:
+    """Options of the stagers of three asynchronous states, as if they lay on a GPU, and the last state."""
+    options, default, weight = [], staging.DefaultStager, torch.zeros(2)
+
+    def note(config: staging.StagingOptions) -> staging.DefaultStager:
+        options.append(config)
+        return default(replace(config, use_pinned_memory=False, use_non_blocking_copy=False))  # there is no GPU
+
+    manager = CheckpointManager("pinned", {"run": "pinned", "profile": "y"}, keep_latest_k=1, asynchronous=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(staging, "DefaultStager", note)
+        manager.stager = resume.pinned_stager()
+    for step in (1, 2, 3):
+        manager.save(step, {}, {"weight": weight.fill_(step)})
+        weight.zero_()  # the training goes on
+    manager.wait()
+    manager.load({"weight": weight})
+    manager.close()
+    return options, weight.tolist()
+
+
+def test_states_of_gpus_are_copied_to_the_same_pinned_memory() -> None:
+    (options,), weight = run(staged_steps, ranks=1)
+    assert (options.use_pinned_memory, options.use_non_blocking_copy) == (True, True) and weight == [3.0, 3.0]
+    assert (options.use_shared_memory, options.use_async_staging) == (False, False)
 
 
 @pytest.mark.parametrize("at", [pytest.param(at, marks=[pytest.mark.slow] if at % 3 else []) for at in range(8)])

@@ -130,9 +130,12 @@ class CheckpointManager:
             backend="gloo", group_desc=STATES
         )  # keeps asynchronous writes apart from the training's messages
         self.pending: tuple[int, Any] | None = None
+        self.stager: Any = None  # of asynchronous writes from GPUs; its pinned memory serves every step
 
     def close(self) -> None:
-        """Release the lock."""
+        """Release the lock and the pinned memory."""
+        if self.stager:
+            self.stager.close()
         if self.lock:
             self.lock.close()
 
@@ -193,9 +196,11 @@ class CheckpointManager:
                 partial.mkdir(parents=True)
                 (partial / PROGRESS).write_text(json.dumps(progress))  # keeps the order of keys
         dist.barrier(self.group)
+        if self.asynchronous and self.stager is None and any(tensor.is_cuda for tensor in tensors.values()):
+            self.stager = pinned_stager()
         with self._write_errors(step):
-            write = dcp.async_save if self.asynchronous else dcp.save
-            self.pending = (step, write(dict(tensors), checkpoint_id=partial, process_group=self.group))
+            write, given = (dcp.async_save, {"async_stager": self.stager}) if self.asynchronous else (dcp.save, {})
+            self.pending = (step, write(dict(tensors), checkpoint_id=partial, process_group=self.group, **given))
         if not self.asynchronous:
             self.wait()
 
@@ -245,6 +250,13 @@ class CheckpointManager:
         values = [None] * self.ranks
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+
+def pinned_stager() -> Any:
+    """torch's copies of a state in pinned memory. A step waits for the copy, not for the files. Untested on a GPU."""
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+    return DefaultStager(StagingOptions(use_pinned_memory=True, use_shared_memory=False, use_async_staging=False))
 
 
 def _sync(path: Path) -> None:
