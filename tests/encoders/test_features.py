@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from nearness import near
 from torch import Tensor
 
 from scaling4d import artifacts, config, seeds
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders import features
-from scaling4d.encoders.features import FeatureStore, MemoryFeatures
+from scaling4d.encoders.features import FeatureEncoder, FeatureStore, MemoryFeatures
 from scaling4d.encoders.stage import baseline
 from scaling4d.mae.encoder import Encoder, EncoderConfig, initialise
 from scaling4d.readout.stage import readout
@@ -45,14 +46,14 @@ def passes(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.fixture
-def open_store(encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], FeatureStore]:
+def open_store(encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., FeatureStore]:
     """Opens the store of the encoder as it is now."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "encoder").mkdir()
 
-    def open_() -> FeatureStore:
+    def open_(**passes: object) -> FeatureStore:
         Checkpoint("e", "Encoder", {}, parameters=0, step=0, clips_seen=0).write(tmp_path / "encoder", encoder.state_dict())
-        return FeatureStore(tmp_path / "store", tmp_path / "encoder", encoder)
+        return FeatureStore(tmp_path / "store", tmp_path / "encoder", FeatureEncoder(encoder), **passes)
 
     return open_
 
@@ -64,7 +65,7 @@ def through(source: MemoryFeatures, clips: list[Tensor]) -> Tensor:
 
 
 def computed(encoder: Encoder, clips: list[Tensor]) -> Tensor:
-    return through(MemoryFeatures(encoder), clips)
+    return through(MemoryFeatures(FeatureEncoder(encoder)), clips)
 
 
 def test_stored_features_equal_the_encoders_and_the_next_readout_needs_no_pass(encoder, clips, passes, open_store) -> None:
@@ -97,10 +98,18 @@ def test_a_shard_is_written_when_enough_is_new(encoder, clips, open_store, monke
 
 def test_features_are_the_same_before_and_after_they_are_written(encoder, clips, open_store) -> None:
     store, expected = open_store(), computed(encoder, clips)
-    keys = [store.add(clip) for clip in clips]
-    assert list(store.folder.iterdir()) == [] and torch.equal(store.stack(keys), expected)
+    assert torch.equal(store.encode(clips), expected) and list(store.folder.iterdir()) == []
     store.flush()
-    assert len(list(store.folder.iterdir())) == 1 and store.new == {} and torch.equal(store.stack(keys), expected)
+    assert len(list(store.folder.iterdir())) == 1 and store.new == {} and torch.equal(store.encode(clips), expected)
+
+
+@pytest.mark.parametrize("batch", [2, 3, 5, 9])
+def test_in_batches_a_pass_takes_several_clips_and_the_last_one_the_rest(encoder, clips, passes, open_store, batch) -> None:
+    expected = computed(encoder, clips)
+    for source in (MemoryFeatures(FeatureEncoder(encoder), batch=batch), open_store(batch=batch)):
+        del passes[:]
+        assert near(through(source, clips), expected, 1e-5) and passes == [len(clips[i : i + batch]) for i in range(0, 5, batch)]
+        assert near(source.encode(clips), expected, 1e-5)
 
 
 def test_a_damaged_shard_is_named_and_computed_again(encoder, clips, passes, open_store) -> None:
@@ -152,7 +161,8 @@ def test_other_weights_code_and_libraries_have_folders_of_their_own(encoder, tmp
     assert open_store().folder == second
     with torch.no_grad():
         encoder.patch_embedding.bias += 1
-    assert len({first, second, third, open_store().folder}) == 4
+    folders = [open_store().folder, open_store(compute="bfloat16").folder, open_store(batch=2).folder]
+    assert len({first, second, third, *folders}) == 6
 
 
 @pytest.mark.integration

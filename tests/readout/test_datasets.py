@@ -68,17 +68,10 @@ def part(task: str, split: str, *, rank: int, ranks: int, data: Path, items: int
     return RankSplit(task, split, items, TASKS[task], data, max_bad_share, CLIP, rank, ranks)
 
 
-class PixelSource(MemoryFeatures):
-    """Pixels in place of features."""
-
-    def add(self, pixels: Tensor) -> Tensor:
-        return pixels
-
-
 def batches(*, kept: int | None, **where: Any) -> list[tuple[Tensor, dict[str, Tensor]]]:
     """Of clips, of which some stay in memory, or (None) of their pixels as features."""
     if kept is None:
-        train_set = FeatureDataset(part(split="train", **where), PixelSource(None))
+        train_set = FeatureDataset(part(split="train", **where), MemoryFeatures(torch.clone))
     else:
         train_set = ClipDataset(part(split="train", **where), kept)
         assert len(train_set.kept) == min(kept, len(train_set))
@@ -103,7 +96,7 @@ def test_batches_are_shuffled_passes_that_depend_on_seed_rank_and_step_alone() -
 
 
 def held_out_clips(**where: Any) -> tuple[list[int], list[int], int]:
-    train_set = FeatureDataset(part("actions", "train", **where), PixelSource(None))
+    train_set = FeatureDataset(part("actions", "train", **where), MemoryFeatures(torch.clone))
     return train_set.held_out, train_set.trained_on, len(train_set)
 
 

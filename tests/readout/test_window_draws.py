@@ -54,19 +54,12 @@ def first_frames(pixels: Tensor) -> list[int]:
     return torch.round((pixels[:, 0].float().mean((1, 2, 3)) - 20) / 8).int().tolist()
 
 
-class PixelSource(MemoryFeatures):
-    """Pixels in place of features."""
-
-    def add(self, pixels: Tensor) -> Tensor:
-        return pixels
-
-
 def drawn(
     *, data: Path, epochs: range, cached: int = 0, frozen: bool = False, task: str = "actions", **where: Any
 ) -> list[list[int]]:
     """First frames of the windows of every clip of a rank, by epoch."""
     split = split_of(data, task, **where)
-    train_set = FeatureDataset(split, PixelSource(None)) if frozen else ClipDataset(split, cached)
+    train_set = FeatureDataset(split, MemoryFeatures(torch.clone)) if frozen else ClipDataset(split, cached)
     clips = range(len(train_set))
     batches = [train_set.batch(clips, [epoch] * len(clips)) for epoch in epochs]
     for pixels, target in batches if task == "points" else ():

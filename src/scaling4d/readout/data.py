@@ -66,15 +66,17 @@ class RankSplit:
         return samples.part(part, self.skipped)
 
     def by_index(self, samples: Samples) -> Iterator[tuple[int, list[Sample]]]:
-        """Items that give samples, each with its index; checks at the end that few enough are damaged or missing.
-
-        Raises UserError: fewer samples than ranks, or more than `max_bad_share` of the items of all ranks give none.
-        """
-        read = 0
+        """Items that give samples, each with its index. `check_read` follows the last one."""
         for index, clips in samples.by_index():
             heartbeat(f"item {index + 1} of {self.name} {self.split}")
-            read += 1
             yield index, clips
+
+    def check_read(self, read: int) -> None:
+        """Check that few enough items are damaged or missing. Every rank takes part.
+
+        read: items of this rank that gave samples.
+        Raises UserError: fewer samples than ranks, or more than `max_bad_share` of the items of all ranks give none.
+        """
         skipped, total = gather_round_robin(self.skipped), sum(gather_round_robin([read]))
         benchmarks.check_bad_share(skipped, len(skipped) + total, self.max_bad_share, f"{self.name} {self.split}")
         if not read:
@@ -93,7 +95,7 @@ class FeatureDataset:
     A clip is a video in one view.
     Attributes:
         held_out: indices of the clips of `held_out_videos`. trained_on: of the others.
-    Raises UserError: as RankSplit.by_index, or no clip of a rank is left to train on.
+    Raises UserError: as RankSplit.check_read, or no clip of a rank is left to train on.
     """
 
     def __init__(self, split: RankSplit, source: MemoryFeatures) -> None:
@@ -107,6 +109,7 @@ class FeatureDataset:
                 self.windows.append(list(zip(keys, map(split.task.train_target, clips), strict=True)))
                 videos.append(plain[0].video)
         source.flush()
+        split.check_read(len(videos) // len(split.task.views))
         held_out = held_out_videos(videos)
         self.held_out = [index for index, video in enumerate(videos) if video in held_out]
         self.trained_on = [index for index, video in enumerate(videos) if video not in held_out]
@@ -117,11 +120,11 @@ class FeatureDataset:
         return len(self.windows)
 
     def features(self, indices: Sequence[int]) -> Tensor:
-        """`B t n D`, of the first window of each clip."""
+        """`B t n D` on the CPU, of the first window of each clip."""
         return self.source.stack([self.windows[index][0][0] for index in indices])
 
     def batch(self, indices: Sequence[int], epochs: Iterable[int] = repeat(0)) -> tuple[Tensor, dict[str, Tensor]]:
-        """Features `B t n D` and targets of clips, each in its window for an epoch."""
+        """Features `B t n D` and targets of clips, each in its window for an epoch, on the CPU."""
         stored = map(self.windows.__getitem__, indices)
         keys, targets = zip(*(windows[epoch % len(windows)] for windows, epoch in zip(stored, epochs, strict=False)), strict=True)
         return self.source.stack(keys), collate(targets)
@@ -137,7 +140,7 @@ class ClipDataset:
     """Training clips as pixels, read again for each batch. Of first frames, `cached_clips` clips stay in memory.
 
     The constructor reads the whole split, to know which samples are usable: of random windows the last one of each
-    video, since damage before it mostly shows on the way. Raises UserError: as RankSplit.by_index.
+    video, since damage before it mostly shows on the way. Raises UserError: as RankSplit.check_read.
     """
 
     def __init__(self, split: RankSplit, cached_clips: int) -> None:
@@ -150,6 +153,7 @@ class ClipDataset:
                 self.places.append((item, plain.id, view))
                 if len(self.kept) < cached_clips and not random:
                     self.kept.append(self._clip_and_target(plain, view))
+        split.check_read(len(self.places) // len(self.task.views))
 
     def __len__(self) -> int:
         return len(self.places)
@@ -186,18 +190,34 @@ def epochs_of(step: int, size: int, length: int) -> list[int]:
 
 @torch.no_grad()
 def evaluate(
-    split: RankSplit, encode: Encode, predict: Predict, *, size: int, probes: Mapping[str, Predict] | None = None
+    split: RankSplit,
+    encode: Encode,
+    predict: Predict,
+    *,
+    size: int,
+    probes: Mapping[str, Predict] | None = None,
+    flush: Callable[[], object] = lambda: None,
 ) -> tuple[list[str], list[MetricSums], float]:
     """Evaluate a split in batches of `size`. The test views of a video follow one another; a task may pool them.
 
-    probes: further ways to predict, by name. Of each the task's own metric is measured, as `<metric>_<name>`.
-    Returns video ids, metric sums of each clip, and the seconds of `predict` and metrics. Raises as RankSplit.by_index.
+    probes: further ways to predict, by name. Of each the task's own metric is measured, as `<metric>_<name>`. flush:
+    called after the last batch, for an `encode` in which other ranks take part.
+    Returns video ids, metric sums of each clip, and the seconds of `predict` and metrics. Raises as
+    RankSplit.check_read.
     """
     task, per_clip = split.task, math.prod(split.task.test_views) if split.task.pools else 1
-    samples = (sample for _, clips in split.by_index(split.samples()) for sample in clips)
+    read = 0
+
+    def samples() -> Iterator[Sample]:
+        nonlocal read
+        for _, clips in split.by_index(split.samples()):
+            read += 1
+            yield from clips
+
+    waiting = samples()
     predictors = {"": predict} | dict(probes or {})
     videos, sums, views, seconds = [], [], [], 0.0
-    while batch := list(islice(samples, size)):
+    while batch := list(islice(waiting, size)):
         inputs = encode([torch.from_numpy(sample.pixels) for sample in batch])
         videos += [sample.video for sample in batch]
         target = collate([task.target(sample) for sample in batch])
@@ -215,4 +235,6 @@ def evaluate(
                 sums.append(measured)
                 views = []
         seconds += time.monotonic() - started
+    flush()
+    split.check_read(read)
     return videos[::per_clip], sums, seconds

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, pairwise
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from scaling4d import checkpoint, seeds
 from scaling4d.benchmarks.samples import WINDOWS
 from scaling4d.config import require_minima, require_positive, require_words
-from scaling4d.encoders.features import FeatureStore, MemoryFeatures, features_at_depth, stored_features
+from scaling4d.encoders.features import FeatureEncoder, FeatureStore, MemoryFeatures, features_at_depth, stored_features
 from scaling4d.mae.models import MODELS
 from scaling4d.readout.classifier import DROP_PATH, ClassifierModel, MeanPoolClassifier, layer_decay_groups, mix_clips
 from scaling4d.readout.data import ClipDataset, Encode, FeatureDataset, Predict, RankSplit, epochs_of, shuffled_batch
@@ -34,7 +34,7 @@ from scaling4d.readout.whitening import Whitening
 from scaling4d.records import UserError
 from scaling4d.training.fit import Batch, Callback, StepResult
 from scaling4d.training.optimizer import ParamGroups
-from scaling4d.training.parallelize import ComputeConfig, ShardingConfig
+from scaling4d.training.parallelize import ComputeConfig, ShardingConfig, parallelize, to_device
 
 Dataset = FeatureDataset | ClipDataset
 HEAD = "head.safetensors"  # weights of the head and its whitening
@@ -53,6 +53,8 @@ class EvaluationConfig:
     labelled video: "first", its first frames; "random", a new window in every epoch of a training, and even ones in a
     test (ours), see readout.data. max_bad_share: of a split's samples that may be damaged or missing; they are left out
     (ours). feature_store: folder in which a frozen encoder's features stay for all readouts; "": in memory.
+    feature_batch: clips of a rank in one pass of a frozen encoder, and of a fine-tuned one in a test; the last bits
+    depend on it.
     cached_clips: clips of a rank that stay in memory while the encoder is trained on first windows; all others are read
     again. start_s, hang_s: seconds of standstill of a rank, until the first step of the training is done and
     afterwards, after which the readout ends. cached_clips, start_s and hang_s change no result.
@@ -67,12 +69,14 @@ class EvaluationConfig:
     windows: str
     max_bad_share: float
     feature_store: str
+    feature_batch: int
     cached_clips: int
     start_s: float
     hang_s: float
 
     def __post_init__(self) -> None:
-        require_minima(self, {"ranks": 1, "cached_clips": 0, "position_std": 0, "train_items": 0, "val_items": 0})
+        require_minima(self, dict.fromkeys(("ranks", "feature_batch"), 1))
+        require_minima(self, dict.fromkeys(("cached_clips", "position_std", "train_items", "val_items"), 0))
         require_positive(self, "start_s", "hang_s")
         require_words(self, {"windows": WINDOWS})
         if not 0 <= self.max_bad_share <= 1:
@@ -180,7 +184,7 @@ class ReadoutConfig:
 
     @property
     def device(self) -> str:
-        return self.compute.device if self.compute else "cpu"
+        return self.compute.device
 
     def new_head(self, encoder: nn.Module) -> Head:
         return Head(self.head, self.task.queries(encoder.clip), features_width=encoder.width, frames=encoder.clip[0])
@@ -227,12 +231,15 @@ class EarlyStopping(Callback):
     @torch.no_grad()
     def held_out_loss(self) -> float:
         """Mean over the held-out clips of all ranks."""
-        clips, size, total = self.train_set.held_out, self.recipe.batch, torch.zeros(2, dtype=torch.float64)
+        clips, size, device = self.train_set.held_out, self.recipe.batch, self.model.whitening.matrix.device.type
+        total = torch.zeros((), dtype=torch.float64, device=device)
         for first in range(0, len(clips), size):
-            part = clips[first : first + size]
-            total += torch.tensor([self.model(*self.train_set.batch(part)).item() * len(part), len(part)], dtype=torch.float64)
-        dist.all_reduce(total)
-        return (total[0] / total[1]).item()
+            features, target = self.train_set.batch(part := clips[first : first + size])
+            on_device = {name: to_device(value, device) for name, value in target.items()}
+            total += self.model(to_device(features, device), on_device).double() * len(part)
+        sums = torch.tensor([total.item(), len(clips)], dtype=torch.float64)
+        dist.all_reduce(sums)
+        return (sums[0] / sums[1]).item()
 
     def restore(self) -> None:
         self.model.head.load_state_dict(self.best_weights)
@@ -268,7 +275,7 @@ class ReadoutProtocol(ABC):
         """Dotted key of each config's section, for `config.bind`. A task's section may change the head."""
         keys = {HeadConfig: "readout.Head", EvaluationConfig: "readout.Evaluation", TASKS[task]: f"readout.tasks.{task}"}
         keys[cls.recipe_class] = cls.recipe_key(task)
-        return keys | (dict.fromkeys((ComputeConfig, ShardingConfig), "readout.tuning") if cls.trains_encoder else {})
+        return keys | dict.fromkeys((ComputeConfig, ShardingConfig), "readout.tuning")
 
     @classmethod
     def check_batch(cls, batch: int, ranks: int) -> None:
@@ -317,6 +324,10 @@ class ReadoutProtocol(ABC):
     def evaluator(self, model: nn.Module, train_set: Dataset) -> tuple[Encode, Predict]:
         """`encode` and `predict` of readout.data.evaluate."""
 
+    def flush(self, train_set: Dataset) -> Callable[[], object]:
+        """`flush` of readout.data.evaluate."""
+        return lambda: None
+
     def probes(self, train_set: Dataset) -> dict[str, Predict]:
         """`probes` of readout.data.evaluate."""
         return {}
@@ -333,9 +344,7 @@ class Frozen(ReadoutProtocol):
     name, recipe_class, trains_encoder = "frozen", FrozenConfig, False
 
     def train_set(self, split: RankSplit, encoder: nn.Module) -> FeatureDataset:
-        store = self.config.evaluation.feature_store
-        source = FeatureStore(Path(store), self.config.folder, encoder) if store else MemoryFeatures(encoder)
-        train_set = FeatureDataset(split, source)
+        train_set = FeatureDataset(split, self.features_of(encoder))
         clips = torch.tensor(len(train_set))
         dist.all_reduce(clips)
         if split.rank == 0:
@@ -344,6 +353,17 @@ class Frozen(ReadoutProtocol):
             what = f"features of {clips} clips of {self.config.task_name} x {windows} windows, {size / 1e9:.3g} GB"
             print(f"{what}; {reused:.1%} of the training's draws take one again", file=sys.stderr, flush=True)
         return train_set
+
+    def features_of(self, encoder: nn.Module) -> MemoryFeatures:
+        """The source of an encoder's features, on the ranks and the device of the settings."""
+        config, evaluation = self.config, self.config.evaluation
+        model = FeatureEncoder(encoder)
+        parallelize(model, config.sharding, config.compute, ranks=evaluation.ranks)
+        model.to(config.device)
+        passes = {"device": config.device, "batch": evaluation.feature_batch, "collective": config.sharding.shards > 1}
+        if not evaluation.feature_store:
+            return MemoryFeatures(model, **passes)
+        return FeatureStore(Path(evaluation.feature_store), config.folder, model, compute=config.compute.compute, **passes)
 
     def batch(self, train_set: FeatureDataset, rank: int, step: int) -> Batch:
         size = self.config.recipe.batch // self.config.evaluation.ranks
@@ -373,6 +393,9 @@ class Frozen(ReadoutProtocol):
     def evaluator(self, model: ReadoutModel, train_set: FeatureDataset) -> tuple[Encode, Predict]:
         return train_set.source.encode, model.predict
 
+    def flush(self, train_set: FeatureDataset) -> Callable[[], object]:
+        return train_set.source.flush
+
     def probes(self, train_set: FeatureDataset) -> dict[str, Predict]:
         """Linear probes of the features as they are, of the first LABELLED_CLIPS and of all; and the trivial answer.
 
@@ -393,8 +416,9 @@ class Frozen(ReadoutProtocol):
 
         fitted, held_out = train_set.trained_on, train_set.held_out
         groups = ((batches(fitted, *span), batches(held_out, 0, span[1])) for span in pairwise([0, *ends.values()]))
-        mean, probes = fit_probes(groups)
-        return {name: partial(task.predict_linear, probe) for name, probe in zip(["mean", *ends], [mean, *probes], strict=True)}
+        mean, probes = fit_probes(groups)  # on the CPU
+        named = zip(["mean", *ends], [mean, *probes], strict=True)
+        return {name: partial(task.predict_linear, probe.to(self.config.device)) for name, probe in named}
 
 
 class Finetune(ReadoutProtocol):
@@ -424,7 +448,8 @@ class Finetune(ReadoutProtocol):
         return {"head": (head, recipe.learning_rate), "encoder": (encoder, recipe.encoder_learning_rate)}
 
     def evaluator(self, model: ReadoutModel, train_set: ClipDataset) -> tuple[Encode, Predict]:
-        return MemoryFeatures(model.encoder, self.config.device).encode, model.predict
+        passes = {"device": self.config.device, "batch": self.config.evaluation.feature_batch}
+        return MemoryFeatures(FeatureEncoder(model.encoder), **passes).encode, model.predict
 
 
 class Classifier(ReadoutProtocol):

@@ -101,8 +101,8 @@ def bind_readout(
         evaluation=bound[EvaluationConfig],
         recipe=bound[protocol.recipe_class],
         head=bound.configs.get(HeadConfig),
-        compute=bound.configs.get(ComputeConfig),
-        sharding=bound.configs.get(ShardingConfig),
+        compute=bound[ComputeConfig],
+        sharding=bound[ShardingConfig],
         saving=bound.configs.get(SavingConfig),
         frozen_head=protocol.frozen_head(home, encoder, task),
     )
@@ -131,11 +131,10 @@ def _bind_task(task: str, protocol: type[ReadoutProtocol], settings: Mapping[str
 
 
 def _check_batch(task: str, protocol: type[ReadoutProtocol], bound: StageConfig) -> None:
-    ranks, batch, sharding = bound[EvaluationConfig].ranks, bound[protocol.recipe_class].batch, bound.configs.get(ShardingConfig)
+    ranks, batch, sharding = bound[EvaluationConfig].ranks, bound[protocol.recipe_class].batch, bound[ShardingConfig]
     try:
         protocol.check_batch(batch, ranks)
-        if sharding:
-            sharding.check(ranks=ranks, batch=batch)
+        sharding.check(ranks=ranks, batch=batch)
     except ValueError as error:
         raise UserError(f"{protocol.recipe_key(task)}: {error}") from error
 
@@ -169,7 +168,7 @@ def _train_and_evaluate(
     train_set = protocol.train_set(train, encoder)
     inputs_s = time.monotonic() - started
     model = protocol.build(encoder, train_set)
-    if sharding:
+    if protocol.trains_encoder:
         parallelize(model, sharding, readout_config.compute, ranks=ranks, float32_modules=[model.head])
     model.to(readout_config.device)
     fit_config = FitConfig(
@@ -183,7 +182,7 @@ def _train_and_evaluate(
         seed=readout_config.seed,
         rate_setting=f"learning_rate of {type(recipe).__name__.removesuffix('Config')}",
         device=readout_config.device,
-        accumulate=sharding.accumulate if sharding else 1,
+        accumulate=sharding.accumulate,
         log_every=10,  # ours; no result depends on it
         save_every=saving.save_every if saving else 0,
     )
@@ -208,8 +207,9 @@ def _train_and_evaluate(
     head = {name.removeprefix("head."): value.cpu() for name, value in weights if not name.startswith("encoder.")}
     encode, predict = protocol.evaluator(plain, train_set)
     trained = time.monotonic()
-    probes = protocol.probes(train_set)
-    videos, sums, measuring_s = evaluate(val, encode, predict, size=protocol.evaluation_batch, probes=probes)
+    size = max(protocol.evaluation_batch, evaluation.feature_batch)
+    hooks = {"probes": protocol.probes(train_set), "flush": protocol.flush(train_set)}
+    videos, sums, measuring_s = evaluate(val, encode, predict, size=size, **hooks)
     if manager:
         manager.close()
     inputs_s += time.monotonic() - trained - measuring_s

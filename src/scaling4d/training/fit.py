@@ -26,7 +26,7 @@ from scaling4d import artifacts, seeds
 from scaling4d.records import MaskedTokens, Preempted, UserError, write_json
 from scaling4d.training.distributed import StopVotes, end_start, heartbeat, stop_requests
 from scaling4d.training.optimizer import ParamGroups, build_adamw, named_state, warmup_cosine
-from scaling4d.training.parallelize import full_tensor, reduce_gradients, set_last_microbatch
+from scaling4d.training.parallelize import full_tensor, reduce_gradients, set_last_microbatch, to_device
 from scaling4d.training.resume import CheckpointManager
 
 Input = Tensor | MaskedTokens | dict[str, Tensor]
@@ -328,5 +328,4 @@ def _microbatch(value: Input, index: int, config: FitConfig) -> Input:
         return replace(value, ids_keep=_microbatch(value.ids_keep, index, config))
     if isinstance(value, dict):
         return {name: _microbatch(tensor, index, config) for name, tensor in value.items()}
-    part = value.chunk(config.accumulate)[index]
-    return part.pin_memory().to(config.device, non_blocking=True) if config.device == "cuda" else part
+    return to_device(value.chunk(config.accumulate)[index], config.device)

@@ -99,7 +99,12 @@ def parallelize(
 
 def blocks_of(model: nn.Module) -> tuple[nn.Module, ...]:
     """Transformer blocks of encoder and decoder, in the order of the forward pass."""
-    return (*model.encoder.blocks, *getattr(model, "decoder_blocks", ())) if model.encoder is not None else ()
+    return *getattr(model.encoder, "blocks", ()), *getattr(model, "decoder_blocks", ())
+
+
+def to_device(value: Tensor, device: str) -> Tensor:
+    """A tensor of the CPU on a device. The copy to a GPU waits for nothing."""
+    return value.pin_memory().to(device, non_blocking=True) if device == "cuda" else value.to(device)
 
 
 def recompute_block(block: nn.Module) -> None:
