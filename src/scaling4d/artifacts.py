@@ -63,6 +63,12 @@ def write_evidence(out: Path, content: Mapping[str, Any], operative: str) -> Non
     (out / OPERATIVE).write_text(operative)
 
 
+def is_written(folder: Path, content: Mapping[str, Any]) -> bool:
+    """Whether an artifact's folder has this `provenance.json`."""
+    path = folder / PROVENANCE
+    return path.is_file() and path.read_text() == json_text(content)
+
+
 def write_run(stage: str, out_sha256: str, *, started: float, **facts: Any) -> None:
     """Write time, machine, versions and throughput of a run to `.runs/`, outside DVC's outs. started: Unix seconds."""
     revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()

@@ -118,13 +118,20 @@ def baseline(encoder: str) -> None:
 
 
 @app.command()
-def readout(encoder: str, task: str, protocol: str) -> None:
+def readout(
+    encoder: str,
+    task: str,
+    protocol: str,
+    snapshot: Annotated[Path | None, typer.Option(hidden=True, help="From a launcher to its ranks.")] = None,
+) -> None:
     """Train and measure a readout (a DVC stage): TASK actions|boxes|depth|points|pose, PROTOCOL frozen|finetune, and
-    classifier for actions; here or in each rank that torchrun started; exit code 75: run it again."""
+    classifier for actions; as readout.Launch says, or in each rank of a torchrun; exit code 75: run it again."""
     from scaling4d.readout import stage
 
-    result = stage.readout(encoder, task, protocol, _settings())
-    if _is_first_rank():
+    result = stage.readout_rank(snapshot) if snapshot else stage.readout(encoder, task, protocol, _settings())
+    if isinstance(result, int):
+        raise typer.Exit(result)
+    if result and _is_first_rank():
         interval = f"{result.low:.4f} to {result.high:.4f}"
         print(f"{encoder} {task} {protocol}: {result.metric} {result.value:.4f} ({interval}) {result.unit}")
 
@@ -145,11 +152,17 @@ def show(
 
 
 @app.command()
-def reconstruct(point: str) -> None:
-    """Fill in masked validation clips and measure them (a DVC stage)."""
+def reconstruct(
+    point: str, snapshot: Annotated[Path | None, typer.Option(hidden=True, help="From a launcher to its ranks.")] = None
+) -> None:
+    """Fill in masked validation clips and measure them (a DVC stage), as reconstruct.Launch says."""
     from scaling4d.reconstruct import stage
 
-    print(f"wrote {stage.reconstruct(point, _settings())}")
+    result = stage.reconstruct_rank(snapshot) if snapshot else stage.reconstruct(point, _settings())
+    if isinstance(result, int):
+        raise typer.Exit(result)
+    if result and _is_first_rank():
+        print(f"wrote {result}")
 
 
 @app.command()

@@ -23,6 +23,7 @@ from scaling4d.reconstruct.fidelity import METRICS, Extractor, FidelityConfig, c
 from scaling4d.reconstruct.stage import FillingConfig, fill_clips, measurements, moving_pixels, reconstruct
 from scaling4d.records import UserError
 from scaling4d.training.distributed import run
+from scaling4d.training.parallelize import ComputeConfig
 
 FIDELITY = FidelityConfig(inception="", checkpoint="")
 SCRIPT = """import scaling4d.cli, numpy as np; from scaling4d.reconstruct.fidelity import fidelity
@@ -121,8 +122,8 @@ def test_pixels_that_differ_from_their_median_over_the_clip_move() -> None:
 
 
 def test_impossible_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match="^ranks = 0; needed 1 or more"):
-        FillingConfig(ranks=0)
+    with pytest.raises(ValueError, match="^ranks is 0; needed 1 or more"):
+        FillingConfig(device="cpu", compute="float32", ranks=0)
 
 
 @pytest.mark.integration
@@ -139,7 +140,11 @@ def test_hidden_pixels_are_measured_and_shown_by_any_number_of_ranks(point: str,
     settings["reconstruct"]["Fidelity"]["checkpoint"] = str(folder)
     out = reconstruct(point, settings)
     measured = json.loads((out / "result.json").read_text())
-    filled = run(fill_clips, ranks=2, folder=folder, clips=Path("artifacts/smoke/clips"), extractors=FIDELITY, seed=0)
+    given = {"folder": folder, "clips": Path("artifacts/smoke/clips"), "extractors": FIDELITY, "seed": 0}
+    filled, rows = run(fill_clips, ranks=2, compute=ComputeConfig("cpu", "float32"), **given)
+    assert np.array_equal(rows, np.asarray(Image.open(out / "filled.png")))
+    rounded, _ = run(fill_clips, ranks=1, compute=ComputeConfig("cpu", "bfloat16"), **given)
+    assert [clip.error for clip in rounded] == pytest.approx([clip.error for clip in filled], rel=0.05)
     alone = measurements(filled)
     if measured["true_patch_statistics"]:
         assert method == "MAEST" and not alone.keys() & measured.keys()

@@ -23,7 +23,7 @@ from scaling4d.pretrain.plan.memory import check_memory
 from scaling4d.pretrain.settings import PretrainConfig, bind_pretrain, clips_remedies
 from scaling4d.pretrain.start import initialise
 from scaling4d.pretrain.validate import Validation, validate
-from scaling4d.records import MaskedTokens, file_system_errors, json_text, write_json
+from scaling4d.records import MaskedTokens, file_system_errors, write_json
 from scaling4d.training import distributed
 from scaling4d.training.distributed import WatchdogConfig
 from scaling4d.training.fit import MOST_REWINDS, Batch, fit
@@ -122,10 +122,6 @@ def _job(pretraining: PretrainConfig, settings: Mapping[str, Any], evidence: Map
         lines = text.split("\n")[:-1]  # without a line that is being written
         return json.loads(lines[-1])["step"] if lines else 0
 
-    def written() -> bool:
-        path = pretraining.folder / artifacts.PROVENANCE
-        return path.is_file() and path.read_text() == json_text(evidence)
-
     return Job(
         name=pretraining.fit.name,
         arguments=("pretrain", pretraining.point),
@@ -137,7 +133,7 @@ def _job(pretraining: PretrainConfig, settings: Mapping[str, Any], evidence: Map
         state=state_folder("pretrain", fingerprint_of(pretraining, evidence)),
         steps=pretraining.training.steps,
         steps_done=steps_done,
-        written=written,
+        written=partial(artifacts.is_written, pretraining.folder, evidence),
     )
 
 

@@ -30,42 +30,72 @@ from scaling4d.records import Result, UserError, file_system_errors, write_json
 from scaling4d.training import distributed
 from scaling4d.training.distributed import WatchdogConfig
 from scaling4d.training.fit import FitConfig, fit
+from scaling4d.training.launch import Job, LaunchConfig, launch, snapshot_content
 from scaling4d.training.observe import TrainingLog
 from scaling4d.training.parallelize import ComputeConfig, ShardingConfig, parallelize, unshard
-from scaling4d.training.resume import CheckpointManager, fingerprint, remove_state, state_folder
+from scaling4d.training.resume import CheckpointManager, fingerprint_of, remove_state, state_folder
 
 BETAS = (0.9, 0.999)  # AdamW's default; released readouts publish none
 BOOTSTRAP_DRAWS = 1000  # ours
 
 
-def readout(encoder: str, task: str, protocol: str, settings: Mapping[str, Any]) -> Result:
-    """Checkpoint in, `result.json` and the trained head out.
+def readout(encoder: str, task: str, protocol: str, settings: Mapping[str, Any]) -> Result | int:
+    """Checkpoint in, `result.json` and the trained head out, by ranks that run where readout.Launch says.
 
+    Returns:
+        The result; or an exit code, where another process trained.
     Raises:
         UserError: unknown encoder, task or protocol, no checkpoint, an unreadable benchmark, settings that do not fit.
         Preempted: a signal asked a fine-tuning to stop; the next call continues from its saved state, if it saves any.
     """
-    started, name = time.time(), f"readout-{encoder}-{task}-{protocol}"
     if protocol not in PROTOCOLS or task not in PROTOCOLS[protocol].tasks:
         limits = [f"{p.name}: {', '.join(p.tasks)} alone" for p in PROTOCOLS.values() if p.tasks != tuple(TASKS)]
         protocols = f"{', '.join(PROTOCOLS)} ({'; '.join(limits)})"
         raise UserError(f"unknown readout {task!r} {protocol!r}; tasks: {', '.join(TASKS)}; protocols: {protocols}")
-    home = artifacts.home(settings)
-    final = home / "readout" / encoder / task / protocol
-    bound, readout_config = bind_readout(encoder, task, PROTOCOLS[protocol], settings, home)
-    evaluation, saving, state = readout_config.evaluation, readout_config.saving, None
+    bound, readout_config = bind_readout(encoder, task, PROTOCOLS[protocol], settings, artifacts.home(settings))
+    names, evidence = (encoder, task, protocol), None
     if distributed.is_main():
-        code = code_hashes.running("readout") if saving else artifacts.code_hash("readout")
+        code = code_hashes.running("readout") if readout_config.saving else artifacts.code_hash("readout")
         evidence = artifacts.evidence("readout", bound, code=code, inputs=_inputs(readout_config))
-        if saving and saving.save_every:
-            depends_on = {"settings": evidence["settings"], "inputs": evidence["inputs"], "code_sha256": code["sha256"]}
-            state = fingerprint(f"{encoder}/{task}/{protocol} of profile {bound.declared['profile']}", **depends_on)
+    if distributed.launched_by_torchrun():
+        return _train(names, bound, readout_config, evidence)
+    state, final = state_folder("readout", _fingerprint(names, evidence)), _folder(names, readout_config)
+    content = {"names": names, "settings": settings, "evidence": evidence}
+    where = {"ranks": readout_config.evaluation.ranks, "processes": 1, "device": readout_config.device}
+    where |= {"state": state, "written": lambda: artifacts.is_written(final, evidence)}
+    job = Job("-".join(("readout", *names)), ("readout", *names), "readout.Launch", content=content, **where)
+    exit_code = launch(job, bound[LaunchConfig])
+    return _train(names, bound, readout_config, evidence) if exit_code is None else exit_code
+
+
+def readout_rank(snapshot: Path) -> Result | None:
+    """In a rank that a launcher started: a readout by its snapshot. None: another rank failed with a UserError."""
+    with snapshot_content(snapshot) as content:
+        if content is None:
+            return None
+        (encoder, task, protocol), settings = content["names"], content["settings"]
+        bound, readout_config = bind_readout(encoder, task, PROTOCOLS[protocol], settings, artifacts.home(settings))
+        return _train((encoder, task, protocol), bound, readout_config, content["evidence"])
+
+
+def _train(
+    names: tuple[str, str, str], bound: StageConfig, readout_config: ReadoutConfig, evidence: Mapping[str, Any] | None
+) -> Result:
+    """Run the ranks of a readout of encoder, task and protocol, and write its folder.
+
+    evidence: content of provenance.json; None: this process does not write.
+    """
+    started, name, protocol = time.time(), "-".join(("readout", *names)), names[-1]
+    evaluation, saving, state = readout_config.evaluation, readout_config.saving, None
+    if evidence and saving and saving.save_every:
+        state = _fingerprint(names, evidence)
     watchdog = WatchdogConfig(evaluation.start_s, evaluation.hang_s, artifacts.RUNS / name)
     where = {"ranks": evaluation.ranks, "device": readout_config.device, "watchdog": watchdog}
     arguments = {"protocol": PROTOCOLS[protocol](readout_config), "name": name, "state": state}
     videos, sums, head, held_out, skipped, seconds = distributed.run(_train_and_evaluate, **where, **arguments)
     result = result_of(Checkpoint.read(readout_config.folder), readout_config, protocol, videos, sums)
     if distributed.is_main():
+        final = _folder(names, readout_config)
         with provenance.atomic_folder(final) as out:
             checkpoint.save_tensors(out / HEAD, head)
             if held_out:
@@ -78,6 +108,14 @@ def readout(encoder: str, task: str, protocol: str, settings: Mapping[str, Any])
         if state is not None:
             remove_state(state_folder("readout", state))
     return result
+
+
+def _folder(names: tuple[str, str, str], readout_config: ReadoutConfig) -> Path:
+    return readout_config.folder.parents[1] / "readout" / Path(*names)
+
+
+def _fingerprint(names: tuple[str, str, str], evidence: Mapping[str, Any]) -> dict[str, Any]:
+    return fingerprint_of(f"{'/'.join(names)} of profile {evidence['settings']['profile']}", evidence)
 
 
 def bind_readout(
@@ -120,7 +158,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 def _bind_task(task: str, protocol: type[ReadoutProtocol], settings: Mapping[str, Any]) -> StageConfig:
     keys = protocol.config_keys(task)
-    unrecorded = {"readout.saving": SavingConfig} if protocol.trains_encoder else {}
+    unrecorded = {"readout.Launch": LaunchConfig} | ({"readout.saving": SavingConfig} if protocol.trains_encoder else {})
     bound = config.bind(settings, ["profile", "seed", *keys.values()], *keys, unrecorded=unrecorded)
     bound_task = bound[TASKS[task]]
     several = bound_task.train_windows > 1 or (bound_task.test_views[0] > 1 and not bound_task.pools)

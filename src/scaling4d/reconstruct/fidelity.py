@@ -55,8 +55,8 @@ class FidelityConfig:
         return {name: Path(path) for name, path in paths.items() if path}
 
 
-def load_extractors(config: FidelityConfig, clip: tuple[int, int, int], seed: int) -> dict[str, Extractor]:
-    """Feature extractors by name, for clips of T H W.
+def load_extractors(config: FidelityConfig, clip: tuple[int, int, int], seed: int, device: str = "cpu") -> dict[str, Extractor]:
+    """Feature extractors by name on a device, in float32, for clips of T H W.
 
     Raises:
         UserError: weights are missing, damaged or of another model; patches do not divide the clip.
@@ -70,15 +70,15 @@ def load_extractors(config: FidelityConfig, clip: tuple[int, int, int], seed: in
     if config.checkpoint:
         encoders["checkpoint"] = load_encoder(Path(config.checkpoint)).eval()
         encoders["checkpoint"].resize(clip)
-    extractors: dict[str, Extractor] = {name: partial(_mean_token, encoder) for name, encoder in encoders.items()}
-    return extractors | ({"inception": load_inception(Path(config.inception))} if config.inception else {})
+    extractors: dict[str, Extractor] = {name: partial(_mean_token, encoder.to(device)) for name, encoder in encoders.items()}
+    return extractors | ({"inception": load_inception(Path(config.inception), device)} if config.inception else {})
 
 
 def _mean_token(encoder: Encoder, pixels: Tensor) -> Tensor:
     return torch.cat([encoder.features(part)[-1].mean(1) for part in pixels.split(BATCH)])
 
 
-def load_inception(path: Path) -> Extractor:
+def load_inception(path: Path, device: str = "cpu") -> Extractor:
     """The Inception network of FID, from a file of weights in torch-fidelity's layout. No code in the file runs.
 
     Raises:
@@ -99,6 +99,7 @@ def load_inception(path: Path) -> Extractor:
             network = network_of("inception", [INCEPTION_LAYER], feature_extractor_weights_path=checked.name)
         except (RuntimeError, TypeError, AttributeError) as error:
             raise UserError(f"{path} does not fit Inception: {' '.join(str(error).split())[:200]}") from error
+    network.to(device)
     return lambda pixels: network(pixels[:, 0].permute(0, 3, 1, 2))[0]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,13 +16,17 @@ from torch import Tensor
 
 from scaling4d import artifacts, checkpoint, config, provenance, seeds
 from scaling4d.clips import loader
-from scaling4d.config import StageConfig
-from scaling4d.encoders.load import load_model
+from scaling4d.config import StageConfig, require_minima
+from scaling4d.encoders.load import build_model, load_model
 from scaling4d.mae.encoder import Method
 from scaling4d.mae.masking import hidden_pixels, random_masking
 from scaling4d.reconstruct.fidelity import FRAME_EXTRACTORS, Extractor, FidelityConfig, fidelity, load_extractors
 from scaling4d.records import MaskedTokens, remedy, write_json
-from scaling4d.training.distributed import gather_round_robin, run
+from scaling4d.training import distributed
+from scaling4d.training.distributed import gather_round_robin
+from scaling4d.training.launch import Job, LaunchConfig, launch, snapshot_content
+from scaling4d.training.parallelize import DTYPES, ComputeConfig, to_device
+from scaling4d.training.resume import fingerprint_of, state_folder
 
 MASK_RATIO = 0.9  # of random masking, one for all methods; MAE-ST, arXiv:2205.09113
 FRAMES = 4  # of a clip, evenly spaced, in the set of frames; ours
@@ -32,14 +37,14 @@ BATCH = 8
 
 
 @dataclass(frozen=True)
-class FillingConfig:
-    """ranks: one-thread processes that share the clips."""
+class FillingConfig(ComputeConfig):
+    """ranks: one-thread processes that share the clips; each holds the whole model on its device, in `compute`."""
 
     ranks: int
 
     def __post_init__(self) -> None:
-        if self.ranks < 1:
-            raise ValueError(f"ranks = {self.ranks}; needed 1 or more")
+        super().__post_init__()
+        require_minima(self, {"ranks": 1})
 
 
 class FilledClip(NamedTuple):
@@ -57,20 +62,53 @@ class FilledClip(NamedTuple):
     features: dict[str, np.ndarray]
 
 
-def reconstruct(point: str, settings: Mapping[str, Any]) -> Path:
-    """The stage `reconstruct` of one point: `result.json` and `filled.png` (a row of frames: input, masked, filled in).
+def reconstruct(point: str, settings: Mapping[str, Any]) -> Path | int:
+    """The stage `reconstruct` of one point, by ranks that run where reconstruct.Launch says.
 
-    masked_mse, psnr_db and moving_mse are over hidden pixels in 0..1. frame_fid, clip_kid, ... are described in
-    `fidelity`. A model that takes each patch's mean and deviation from the true pixels is not measured.
+    Writes `result.json` and `filled.png` (a row of frames: input, masked, filled in). masked_mse, psnr_db and
+    moving_mse are over hidden pixels in 0..1. frame_fid, clip_kid, ... are described in `fidelity`. A model that takes
+    each patch's mean and deviation from the true pixels is not measured.
+    Returns the folder; or an exit code, where another process wrote it.
     """
-    started = time.time()
-    bound = bind_reconstruct(settings)
-    seed, ranks, extractors = bound.declared["seed"], bound[FillingConfig].ranks, bound[FidelityConfig]
-    home = artifacts.home(settings)
+    bound, home = bind_reconstruct(settings), artifacts.home(settings)
+    evidence = _evidence(point, bound, home) if distributed.is_main() else None
+    if distributed.launched_by_torchrun():
+        return _reconstruct(point, bound, home, evidence)
+    filling, content = bound[FillingConfig], {"point": point, "settings": settings, "evidence": evidence}
+    state = state_folder("reconstruct", fingerprint_of(f"reconstruct {point}", evidence))
+    where = {"ranks": filling.ranks, "processes": 1, "device": filling.device, "content": content, "state": state}
+    where["written"] = partial(artifacts.is_written, home / "reconstruct" / point, evidence)
+    exit_code = launch(Job(f"reconstruct-{point}", ("reconstruct", point), "reconstruct.Launch", **where), bound[LaunchConfig])
+    return _reconstruct(point, bound, home, evidence) if exit_code is None else exit_code
+
+
+def reconstruct_rank(snapshot: Path) -> Path | None:
+    """In a rank that a launcher started: `reconstruct` by its snapshot. None: another rank failed with a UserError."""
+    with snapshot_content(snapshot) as content:
+        if content is None:
+            return None
+        settings = content["settings"]
+        return _reconstruct(content["point"], bind_reconstruct(settings), artifacts.home(settings), content["evidence"])
+
+
+def _evidence(point: str, bound: StageConfig, home: Path) -> dict[str, Any]:
+    """Content of provenance.json."""
+    inputs = {"checkpoint": artifacts.sha256(home / "pretrain" / point), "clips": artifacts.sha256(home / "clips")}
+    inputs |= {f"{name}_features": artifacts.sha256(path) for name, path in bound[FidelityConfig].files().items()}
+    return artifacts.evidence("reconstruct", bound, code=artifacts.code_hash("reconstruct"), inputs=inputs)
+
+
+def _reconstruct(point: str, bound: StageConfig, home: Path, evidence: Mapping[str, Any] | None) -> Path:
+    """evidence: content of provenance.json; None: this process does not write."""
+    started, seed = time.time(), bound.declared["seed"]
+    filling, extractors = bound[FillingConfig], bound[FidelityConfig]
     folder, clips, final = home / "pretrain" / point, home / "clips", home / "reconstruct" / point
+    given = {"folder": folder, "clips": clips, "extractors": extractors, "seed": seed, "compute": filling}
+    filled, rows = distributed.run(fill_clips, ranks=filling.ranks, device=filling.device, **given)
+    if not distributed.is_main():
+        return final
+    model, _ = build_model(folder)
     with provenance.atomic_folder(final) as out:
-        filled = run(fill_clips, ranks=ranks, folder=folder, clips=clips, extractors=extractors, seed=seed)
-        model = load_model(folder)
         result = {
             "point": point,
             "true_patch_statistics": model.true_patch_statistics,
@@ -81,20 +119,16 @@ def reconstruct(point: str, settings: Mapping[str, Any]) -> Path:
             "checkpoint_sha256": checkpoint.weights_sha256(folder),
         }
         write_json(out / "result.json", result)
-        numbers = np.argsort([abs(clip.moving_share - MOVING_SHARE) for clip in filled], kind="stable")[:CLIPS_SHOWN]
-        strips = [picture(model, clips, number, len(filled), seed) for number in sorted(numbers.tolist())]
-        Image.fromarray(np.concatenate(strips)).save(out / "filled.png", optimize=True)
-        inputs = {"checkpoint": artifacts.sha256(folder), "clips": artifacts.sha256(clips)}
-        inputs |= {f"{name}_features": artifacts.sha256(path) for name, path in extractors.files().items()}
-        content = artifacts.evidence("reconstruct", bound, code=artifacts.code_hash("reconstruct"), inputs=inputs)
-        artifacts.write_evidence(out, content, bound.operative)
+        Image.fromarray(rows).save(out / "filled.png", optimize=True)
+        artifacts.write_evidence(out, evidence, bound.operative)
     artifacts.write_run(f"reconstruct-{point}", artifacts.sha256(final), started=started)
     return final
 
 
 def bind_reconstruct(settings: Mapping[str, Any]) -> StageConfig:
     """Raises UserError: settings that the stage refuses."""
-    return config.bind(settings, ["profile", "seed", "reconstruct"], FillingConfig, FidelityConfig)
+    keys, unrecorded = ["profile", "seed", "reconstruct.Filling", "reconstruct.Fidelity"], {"reconstruct.Launch": LaunchConfig}
+    return config.bind(settings, keys, FillingConfig, FidelityConfig, unrecorded=unrecorded)
 
 
 def measurements(filled: Sequence[FilledClip]) -> dict[str, float | None]:
@@ -111,35 +145,49 @@ def measurements(filled: Sequence[FilledClip]) -> dict[str, float | None]:
 
 @remedy(loader.ClipsError, "run `dvc repro clips`")
 @torch.no_grad()
-def fill_clips(*, rank: int, ranks: int, folder: Path, clips: Path, extractors: FidelityConfig, seed: int) -> list[FilledClip]:
-    """Fill in this rank's validation clips. Returns those of all ranks, in the order of the clips."""
-    model = load_model(folder)
-    features_of = load_extractors(extractors, model.encoder.clip, seed)
+def fill_clips(
+    *, rank: int, ranks: int, folder: Path, clips: Path, extractors: FidelityConfig, seed: int, compute: ComputeConfig
+) -> tuple[list[FilledClip], np.ndarray | None]:
+    """Fill in this rank's validation clips.
+
+    Returns the clips of all ranks, in their order, and rank 0's picture.
+    """
+    device = compute.device
+    model = load_model(folder).to(device, DTYPES[compute.compute])
+    features_of = load_extractors(extractors, model.encoder.clip, seed, device)
     frames = torch.linspace(0, model.encoder.clip[0] - 1, FRAMES).round().long()
     results: list[FilledClip] = []
     for batch in loader.eval_batches(clips, split="val", batch=BATCH, rank=rank, ranks=ranks):
         predicted, hidden = fill(model, batch, seed)
-        true, moving = batch.pixels.float() / 255, moving_pixels(batch.pixels)
+        pixels = to_device(batch.pixels, device)
+        true, moving = pixels.float() / 255, moving_pixels(pixels)
         error = (predicted - true).square().mean(-1, keepdim=True) * hidden  # B T H W 1
-        pairs = (_to_uint8(torch.where(hidden.bool(), predicted, true)), batch.pixels)
+        pairs = (_to_uint8(torch.where(hidden.bool(), predicted, true)), pixels)
         features = {
-            name: np.stack([_features(extract, name, pixels, frames) for pixels in pairs], axis=1)  # B 2 n D
+            name: np.stack([_features(extract, name, shown, frames) for shown in pairs], axis=1)  # B 2 n D
             for name, extract in features_of.items()
         }
         for i in range(len(true)):
             sums = error[i].sum() / hidden[i].sum(), error[i][moving[i]].sum(), (hidden[i].bool() & moving[i]).sum()
             own = {name: values[i] for name, values in features.items()}
             results.append(FilledClip(*(value.item() for value in (*sums, moving[i].float().mean())), own))
-    return gather_round_robin(results)
+    filled = gather_round_robin(results)
+    if rank:
+        return filled, None
+    numbers = np.argsort([abs(clip.moving_share - MOVING_SHARE) for clip in filled], kind="stable")[:CLIPS_SHOWN]
+    return filled, np.concatenate([picture(model, clips, number, len(filled), seed) for number in sorted(numbers.tolist())])
 
 
 def fill(model: Method, batch: loader.ClipBatch, seed: int) -> tuple[Tensor, Tensor]:
-    """Every pixel as predicted, `B T H W 3` in 0..1, and 1 at hidden pixels, `B T H W 1`. A clip's mask is its own."""
-    encoder = model.encoder
+    """Every pixel as predicted, `B T H W 3` in 0..1, and 1 at hidden pixels, `B T H W 1`, on the model's device.
+
+    A clip's mask is its own.
+    """
+    encoder, device = model.encoder, next(model.parameters()).device.type
     masking = {"batch": 1, "grid": encoder.grid, "mask_ratio": MASK_RATIO, "round_down": model.round_visible_down}
     masks = [random_masking("random", **masking, rng=seeds.stream(seed, "fill_mask", name)) for name in batch.ids]
-    masked = MaskedTokens(torch.cat([mask.ids_keep for mask in masks]), encoder.grid)
-    return model.reconstruct(batch.pixels, masked), hidden_pixels(masked, encoder.clip, encoder.patch)
+    masked = MaskedTokens(to_device(torch.cat([mask.ids_keep for mask in masks]), device), encoder.grid)
+    return model.reconstruct(to_device(batch.pixels, device), masked).float(), hidden_pixels(masked, encoder.clip, encoder.patch)
 
 
 def moving_pixels(pixels: Tensor) -> Tensor:
@@ -153,16 +201,16 @@ def picture(model: Method, clips: Path, number: int, count: int, seed: int) -> n
     """uint8 `3*H n*W 3` of the validation clip of this number among `count`: rows input, masked, filled in."""
     (batch,) = loader.eval_batches(clips, split="val", batch=1, rank=number, ranks=count)
     predicted, hidden = fill(model, batch, seed)
-    true = batch.pixels.float() / 255
+    true = batch.pixels.to(predicted.device).float() / 255
     frames = torch.linspace(0, true.shape[1] - 1, min(FRAMES_SHOWN, true.shape[1])).round().long()
     rows = (true, true * (1 - hidden) + 0.5 * hidden, torch.where(hidden.bool(), predicted, true))
-    return np.concatenate([np.concatenate(list(_to_uint8(row[0, frames]).numpy()), axis=1) for row in rows])
+    return np.concatenate([np.concatenate(list(_to_uint8(row[0, frames]).cpu().numpy()), axis=1) for row in rows])
 
 
 def _features(extract: Extractor, name: str, pixels: Tensor, frames: Tensor) -> np.ndarray:
     """uint8 `B T H W 3` -> `B 1 D`, or `B FRAMES D` of these frames."""
     parts = pixels[:, frames].flatten(0, 1)[:, None] if name in FRAME_EXTRACTORS else pixels  # n T H W 3
-    return extract(parts).unflatten(0, (len(pixels), -1)).numpy()
+    return extract(parts).unflatten(0, (len(pixels), -1)).cpu().numpy()
 
 
 def _to_uint8(x: Tensor) -> Tensor:

@@ -76,8 +76,8 @@ class Job:
     """A command for several ranks.
 
     name: such as pretrain-nano. arguments: of `python -m scaling4d`. setting: dotted key of its LaunchConfig. ranks:
-    over all machines. processes: of a rank. content: for the ranks, as JSON. state: folder of the run's state.
-    steps: in all. steps_done: by now. written: whether the run's result is there.
+    over all machines. processes: of a rank. content: for the ranks, as JSON. state: folder of the run's state. written:
+    whether the run's result is there. steps: in all, None: not counted. steps_done: by now.
     """
 
     name: str
@@ -88,9 +88,9 @@ class Job:
     device: str
     content: Mapping[str, Any]
     state: Path
-    steps: int
-    steps_done: Callable[[], int]
     written: Callable[[], bool]
+    steps: int | None = None
+    steps_done: Callable[[], int] = int
 
 
 def describe(job: Job, config: LaunchConfig) -> str:
@@ -363,6 +363,8 @@ def _slurm(job: Job, config: LaunchConfig) -> int:
         return AGAIN
     code = _end_of(submitted, cancelled=local and bool(requests))
     record.unlink(missing_ok=True)
+    with suppress(OSError):  # states are there
+        record.parent.rmdir()
     try:
         _raise_refusal(code, snapshot)
     finally:

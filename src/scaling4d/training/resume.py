@@ -38,6 +38,12 @@ def fingerprint(run: str, *, settings: Mapping[str, Any], inputs: Mapping[str, s
     return {"run": run, "settings": dict(settings), "inputs": dict(inputs), "code": code_sha256}
 
 
+def fingerprint_of(run: str, evidence: Mapping[str, Any]) -> dict[str, Any]:
+    """The fingerprint of a run that depends on all that its provenance.json will tell."""
+    code = evidence["code"] or {"sha256": ""}
+    return fingerprint(run, settings=evidence["settings"], inputs=evidence["inputs"], code_sha256=code["sha256"])
+
+
 def state_folder(stage: str, fingerprint: Mapping[str, Any]) -> Path:
     """The folder of a run's state, named by the sha256 of its fingerprint."""
     digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
