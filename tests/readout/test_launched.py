@@ -43,7 +43,7 @@ def launched(changed: Callable, section: str, launch: dict) -> None:
 
 
 @pytest.mark.parametrize("launch", [{"where": "torchrun"}, SLURM])
-def test_a_frozen_readout_has_the_bytes_of_forked_ranks_and_is_near_them_in_shards(
+def test_a_frozen_readout_has_the_bytes_of_forked_ranks_and_also_runs_in_shards(
     changed: Callable, actions: None, launch: dict
 ) -> None:
     baseline("untrained_nano", config.read())
