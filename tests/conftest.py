@@ -4,7 +4,8 @@ import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -97,24 +98,48 @@ def actions(project: Path) -> Iterator[None]:
     shutil.rmtree(project / "data/benchmarks")
 
 
-PARITY: list[tuple[str, float, float]] = []  # what was compared, the largest error, the tolerance
-
-
 @pytest.fixture
-def agree() -> Callable[[str, float, float], None]:
+def agree(record_property: Callable[[str, object], None]) -> Callable[[str, float, float], None]:
     """Notes an error beside its tolerance, for the table at the end, and fails above it."""
 
     def note(what: str, error: float, tolerance: float) -> None:
-        PARITY.append((what, float(error), tolerance))
+        record_property(PARITY, [what, f"{error:.1e}", f"{tolerance:.0e}"])
         assert error < tolerance, f"{what}: error {error:.1e}, tolerance {tolerance:.0e}"
 
     return note
 
 
+@pytest.fixture
+def endures(record_property: Callable[[str, object], None]) -> Callable[..., Counter]:
+    """As `damage.endure`, without any other outcome; the counts go to the table at the end."""
+    import damage
+
+    def check(name: str, paths: Sequence[Path], read: Callable[[Path], str | None], copies: int) -> Counter:
+        counts = damage.endure(name, paths, read, copies)
+        record_property(DAMAGE, counts.row(name))
+        assert not counts.problems, "\n".join([f"{len(counts.problems)} of {copies}", *counts.problems[:20]])
+        return counts.outcomes
+
+    return check
+
+
+PARITY, DAMAGE = "agreement with the official code", "damaged inputs"
+HEADS = {  # of the tables at the end
+    PARITY: ["fixture", "max error", "tolerance"],
+    DAMAGE: ["reader", "inputs", "refused", "skipped sample", "accepted", "other", "slowest s", "peak MB"],
+}
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if PARITY:
-        terminalreporter.section("agreement with the official code")
-        width = max(len(what) for what, _, _ in PARITY)
-        terminalreporter.line(f"{'fixture':{width}}  max error  tolerance")
-        for what, error, tolerance in PARITY:
-            terminalreporter.line(f"{what:{width}}  {error:9.1e}  {tolerance:9.0e}")
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)]
+    for name, head in HEADS.items():
+        rows = [row for report in reports for key, row in getattr(report, "user_properties", ()) if key == name]
+        if not rows:
+            continue
+        if name == DAMAGE:
+            rows.append(["all", *(sum(column) for column in list(zip(*rows, strict=True))[1:6]), "", ""])
+        terminalreporter.section(name)
+        widths = [max(len(str(cell)) for cell in column) for column in zip(head, *rows, strict=True)]
+        for first, *cells in [head, *rows]:
+            numbers = (f"{cell!s:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
+            terminalreporter.line("  ".join([f"{first:{widths[0]}}", *numbers]))

@@ -12,24 +12,36 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from mutations import BENCHMARKS, YOUTUBE_ID, damaged, outcome
-from numbered import CLIP, H264, left_out, three_boxes
+from damage import ACCEPTED, REFUSED, SIZES, SKIPPED, files_below
+from numbered import CLIP, H264, left_out, pictures, three_boxes
+from PIL import Image
+from small_benchmarks import BENCHMARKS, YOUTUBE_ID, outcome
 from writers import write_objects, write_records
 
 from scaling4d import benchmarks
 from scaling4d.benchmarks import perception_test_objects, scannet, tapvid, tfrecord, waymo
-from scaling4d.benchmarks.frames import Crop
+from scaling4d.benchmarks.frames import Crop, open_picture
 from scaling4d.benchmarks.samples import ExcludedItem, Samples, content_of
 from scaling4d.records import UserError
 
 
-@pytest.mark.parametrize("copies", [40, pytest.param(2_000, marks=pytest.mark.slow)])
+@SIZES
 @pytest.mark.parametrize("name", BENCHMARKS)
 @pytest.mark.filterwarnings("ignore")
-def test_a_damaged_file_is_read_skipped_or_refused(tmp_path, name, copies):
-    seen = {outcome(BENCHMARKS[name][0], tmp_path) for _ in damaged(name, tmp_path, copies, seed=copies)}
-    assert "skipped" in seen
-    assert outcome(BENCHMARKS[name][0], tmp_path) == "read"  # whole again
+def test_a_damaged_file_is_read_skipped_or_refused(tmp_path, endures, name, copies):
+    BENCHMARKS[name][1](tmp_path)
+    assert outcome(BENCHMARKS[name][0], tmp_path) == ACCEPTED
+    counts = endures(name, files_below(tmp_path), lambda _: outcome(BENCHMARKS[name][0], tmp_path), copies)
+    assert counts[SKIPPED]
+    assert outcome(BENCHMARKS[name][0], tmp_path) == ACCEPTED  # whole again
+
+
+@SIZES
+def test_a_damaged_picture_is_opened_or_refused(tmp_path, endures, copies):
+    for name in ("a.jpg", "a.png"):
+        Image.fromarray(pictures()[0]).save(tmp_path / name)
+    counts = endures("pictures", files_below(tmp_path), lambda path: open_picture(path, path, ["JPEG", "PNG"]) and None, copies)
+    assert counts[REFUSED] and counts[ACCEPTED]
 
 
 def of_one(error: Exception) -> Samples:
@@ -179,7 +191,11 @@ def test_a_folder_or_an_endless_name_in_the_place_of_a_file_is_a_reason(tmp_path
         place = tmp_path / name / path
         place.rename(place.with_name("elsewhere"))
         place.write_text("") if path == "videos" else place.mkdir()
-        assert outcome(BENCHMARKS[name][0], tmp_path / name) == ("skipped" if "scannet" in name else "refused")
+        if "scannet" in name:
+            assert outcome(BENCHMARKS[name][0], tmp_path / name) == SKIPPED
+            continue
+        with pytest.raises(UserError):
+            outcome(BENCHMARKS[name][0], tmp_path / name)
 
 
 def test_an_error_of_the_disk_under_a_reader_surfaces(tmp_path, monkeypatch):

@@ -7,9 +7,9 @@ import zlib
 from pathlib import Path
 
 import pytest
-from mutations import BENCHMARKS
 from numbered import CLIP
 from PIL import Image
+from small_benchmarks import BENCHMARKS
 
 from scaling4d.benchmarks.frames import open_picture
 from scaling4d.records import UserError
