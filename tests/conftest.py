@@ -117,7 +117,8 @@ def endures(record_property: Callable[[str, object], None]) -> Callable[..., Cou
     def check(name: str, paths: Sequence[Path], read: Callable[[Path], str | None], copies: int) -> Counter:
         counts = damage.endure(name, paths, read, copies)
         record_property(DAMAGE, counts.row(name))
-        assert not counts.problems, "\n".join([f"{len(counts.problems)} of {copies}", *counts.problems[:20]])
+        if counts.problems:
+            pytest.fail("\n".join(f"{len(some)} of {copies}: {place}: {some[0]}" for place, some in counts.problems.items()))
         return counts.outcomes
 
     return check

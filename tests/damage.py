@@ -62,15 +62,16 @@ RAW_YAML = [
 ]
 RAW_YAML += ["0o17", "2001-01-01", "<<: 1", "*none", "? [a]", "!!set {a}", "9" * 5000, "'", "\t", "@", "%", "~", '"\\ud800"']
 # of every reader; the slow ones are 20,000 inputs together
-SIZES = pytest.mark.parametrize("copies", [20, pytest.param(620, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
+SLOW = [pytest.mark.slow, pytest.mark.timeout(1200)]
+SIZES = pytest.mark.parametrize("copies", [pytest.param(20, marks=pytest.mark.integration), pytest.param(620, marks=SLOW)])
 
 
 @dataclass
 class Counts:
-    """What became of damaged files. problems: of those that neither were refused nor gave or skipped a sample."""
+    """What became of damaged files. problems: of the outcome OTHER, by their place in the code."""
 
     outcomes: Counter = field(default_factory=Counter)
-    problems: list[str] = field(default_factory=list)
+    problems: dict[str, list[str]] = field(default_factory=dict)
     slowest_s: float = 0.0
     peak_mb: int = 0
 
@@ -97,16 +98,17 @@ def endure(name: str, paths: Sequence[Path], read: Callable[[Path], str | None],
         sender.close()
         try:
             while True:
-                outcome, problem, seconds, peak_mb = receiver.recv()
+                outcome, place, problem, seconds, peak_mb = receiver.recv()
+                if problem:
+                    counts.problems.setdefault(place, []).append(f"{number}: {problem}")
                 number += 1
                 counts.outcomes[outcome] += 1
-                counts.problems += [f"{number - 1}: {problem}"] if problem else []
                 counts.slowest_s, counts.peak_mb = max(counts.slowest_s, seconds), max(counts.peak_mb, peak_mb)
         except EOFError:
             process.join()
         if number < copies:
             counts.outcomes[OTHER] += 1
-            counts.problems.append(f"{number}: the process ended with {process.exitcode}")
+            counts.problems.setdefault("the process ended", []).append(f"{number}: with {process.exitcode}")
             number += 1
     return counts
 
@@ -120,7 +122,8 @@ def _work(sender: Connection, name: str, paths: Sequence[Path], read: Callable, 
     for number in range(first, copies):
         rng = seeds.numpy(copies, "damage", name, number)
         path = one_of(one_of(list(by_suffix.values()), rng), rng)
-        content, problem, started = path.read_bytes(), "", time.monotonic()
+        content, place, problem = path.read_bytes(), "", ""
+        path.chmod(0o644)
         path.write_bytes(damage(path, rng))
         started = time.monotonic()
         signal.setitimer(signal.ITIMER_REAL, MOST_S)
@@ -129,16 +132,19 @@ def _work(sender: Connection, name: str, paths: Sequence[Path], read: Callable, 
         except UserError as error:
             outcome = REFUSED
             if "\n" in str(error):
-                outcome, problem = OTHER, f"{path.name}: a refusal of several lines: {error}"
+                outcome, place, problem = OTHER, "a refusal of several lines", f"{path.name}: {error}"
         except BaseException as error:  # noqa: BLE001  (whatever it is, it is counted)
-            outcome, problem = OTHER, f"{path.name}: {''.join(traceback.format_exception(error, limit=-6))[-2500:]}"
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            outcome, place = OTHER, f"{type(error).__name__} in {last.filename}:{last.lineno}"
+            problem = f"{path.name}: {''.join(traceback.format_exception(error, limit=-6))[-2500:]}"
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
         seconds, peak_mb = time.monotonic() - started, _peak_mb() - before
         if not problem and (seconds > MOST_S or peak_mb > MOST_MB):
-            outcome, problem, before = OTHER, f"{path.name}: {seconds:.1f} s, {peak_mb} MB", _peak_mb()
+            outcome, place, problem = OTHER, "too much", f"{path.name}: {seconds:.1f} s, {peak_mb} MB"
+            before = _peak_mb()
         path.write_bytes(content)
-        sender.send((outcome, problem, seconds, peak_mb))
+        sender.send((outcome, place, problem, seconds, peak_mb))
 
 
 def _overtime(*_: object) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import gin
 import pytest
+from damage import ACCEPTED, REFUSED, SIZES
 from typer.testing import CliRunner
 
 from scaling4d import config, provenance
@@ -25,6 +26,13 @@ point:
   Ball: {radius: 2}
 shelf: {Ball: {radius: 5}}
 """
+OVERRIDES = """profile,smoke
+seed,1
+clips.Curation.frames,16
+readout.frozen.depth.Frozen.steps,3
+pretrain.Training.flip,false
+"""
+USED = [("profile", "smoke"), ("point", "nano"), ("point", "simple_mae_pocket"), ("recipe", "frozen"), ("sharding", "plain")]
 
 
 @dataclass(frozen=True)
@@ -282,3 +290,30 @@ def test_settings_that_do_not_fit_a_class_are_refused_by_their_dotted_key(
         bind(boxes | {"point": section}, ["point"], *classes)
     assert "\n" not in str(caught.value)
     assert bind(boxes, ["shelf"], BallConfig)[BallConfig].radius == 5  # a refusal leaves nothing behind
+
+
+@SIZES
+def test_damaged_settings_are_bound_or_refused(project: Path, endures: Callable, copies: int) -> None:
+    config.write(["profile=smoke"])
+    counts = endures("params.yaml", [config.PARAMS], lambda _: _check_settings(config.read()), copies)
+    assert counts[REFUSED] and counts[ACCEPTED]
+
+
+@SIZES
+def test_damaged_overrides_and_groups_are_composed_or_refused(project: Path, endures: Callable, copies: int) -> None:
+    (project / "experiments").unlink()
+    names = ("config", *(f"{kind}/{name}" for kind, name in USED))
+    for path in [*(ROOT / "experiments").glob("*.yaml"), *(ROOT / "experiments").glob("*/*.yaml")]:
+        (project / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, project / path.relative_to(ROOT))
+    overrides = project / "overrides.csv"
+    overrides.write_text(OVERRIDES)
+
+    def read(path: Path) -> None:
+        settings = config.compose([line.replace(",", "=", 1) for line in overrides.read_text(errors="replace").splitlines()])
+        if path == overrides:
+            _check_settings(settings)
+
+    paths = [overrides, *(Path("experiments", f"{name}.yaml") for name in names)]
+    counts = endures("overrides and experiments/", paths, read, copies)
+    assert counts[REFUSED] and counts[ACCEPTED]

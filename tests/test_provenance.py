@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 from commands import git
+from damage import ACCEPTED, REFUSED, SIZES
 
 from scaling4d import provenance
 from scaling4d.provenance import LockedFile, LockedStage, differences, folder_md5, format_number, parse_gin, read_lock, required
 from scaling4d.records import UserError
 
+ROOT = Path(__file__).parents[1]
 LOCK = """schema: '2.0'
 stages:
   readout@nano:
@@ -256,3 +258,12 @@ def test_git_gives_files_hashes_and_settings_of_a_commit(tmp_path: Path, monkeyp
 def test_a_csv_keeps_every_digit_of_a_float() -> None:
     rows = [{"a": 0.1 + 0.2, "b": None, "other": 1}, {"a": 1}]
     assert provenance.to_csv(["a", "b"], rows) == "a,b\n0.30000000000000004,\n1,\n"
+
+
+@SIZES
+def test_a_damaged_lock_is_read_or_refused(tmp_path: Path, endures: Callable, copies: int) -> None:
+    paths = [tmp_path / name for name in ("dvc.lock", "data.dvc")]
+    for path, text in zip(paths, (LOCK, (ROOT / "data.dvc").read_text()), strict=True):
+        path.write_text(text)
+    counts = endures("locks and .dvc files", paths, lambda path: read_lock(path) and None, copies)
+    assert counts[REFUSED] and counts[ACCEPTED]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from damage import ACCEPTED, REFUSED, SIZES, files_below
 
 from scaling4d import artifacts, audit, cli, config, provenance
 from scaling4d.audit.run import locked_runs
@@ -416,3 +417,18 @@ def test_folders_are_hashed_the_way_dvc_and_the_stages_do(project: Path) -> None
             size = sum(digest.size for digest in disk.files(file.path).values())
             assert (disk.md5(file.path), size) == (file.md5, file.size)
             assert disk.sha256(file.path) == artifacts.sha256(Path(file.path))
+
+
+@SIZES
+def test_damaged_records_are_findings_or_refused(
+    project: Path, endures: Callable, copies: int, capfd: pytest.CaptureFixture
+) -> None:
+    def read(_: Path) -> str:
+        wrong = audit.check()
+        audit.explain_number("nano/actions/frozen", "text")
+        return REFUSED if wrong else ACCEPTED
+
+    texts = (".json", ".csv", ".html", ".gin", ".yaml", ".lock", ".dvc", ".toml")
+    paths = [path for path in files_below(Path()) if path.suffix in texts and path.parts[0] not in (".git", ".dvc", "data")]
+    counts = endures("audited records", paths, read, copies)
+    assert counts[REFUSED]

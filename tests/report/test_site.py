@@ -2,7 +2,7 @@ import json
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from http.server import HTTPServer, ThreadingHTTPServer
@@ -12,6 +12,7 @@ import chromium
 import pytest
 from chromium import Browser
 from commands import git
+from damage import ACCEPTED, SIZES, SKIPPED
 from synthetic_run import BUILT, write_tables
 
 from scaling4d.records import UserError
@@ -204,3 +205,20 @@ def test_the_server_answers_this_machine_alone(server: HTTPServer) -> None:
 def test_a_report_that_was_never_built_names_the_command(pocket: dict) -> None:
     with pytest.raises(UserError, match="no reports/built/site/index.html: build the report with `dvc repro`"):
         site.write_experiments(BUILT)
+
+
+@SIZES
+def test_a_damaged_report_of_an_experiment_is_named_beside_the_others(
+    pocket: dict, endures: Callable, copies: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_site(pocket)
+    monkeypatch.setattr(site, "experiments", lambda: {"longer": ""})
+    monkeypatch.setattr(site, "read_built_report", lambda _: read_built_report())
+
+    def read(_: Path) -> str:
+        assert site.write_experiments(BUILT) in (["longer"], ["workspace"], [])
+        return SKIPPED if '"damaged"' in (BUILT / "site" / site.EXPERIMENTS).read_text() else ACCEPTED
+
+    paths = [Path("params.yaml"), *(BUILT / name for name in ("results.csv", "pretrain.csv", "curves.csv", "stages.json"))]
+    counts = endures("reports of experiments", paths, read, copies)
+    assert counts[SKIPPED] and counts[ACCEPTED]

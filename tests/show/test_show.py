@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from damage import REFUSED, SIZES, files_below
 from nearness import near
 from PIL import Image
 
@@ -371,3 +372,14 @@ def test_readouts_that_answer_different_questions_are_not_shown_together(project
     for other in (readout("pose"), readout("depth")):
         with pytest.raises(UserError, match="show them one by one$|name each once$"):
             stage.show([readout("depth"), other], Path("out"), clips=1, frames=2)
+
+
+@SIZES
+def test_a_damaged_readout_is_loaded_or_refused(project: Path, endures: Callable, copies: int) -> None:
+    folders = [readout("depth"), readout("points")]
+
+    def read(path: Path) -> None:
+        load_trained_readout(path.parent if path.parent in folders else folders[0])
+
+    counts = endures("trained readouts", files_below(*folders, HOME / "pretrain/pixels"), read, copies)
+    assert counts[REFUSED]

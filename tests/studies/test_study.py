@@ -2,10 +2,13 @@
 
 import hashlib
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from damage import ACCEPTED, REFUSED, SIZES
 from scipy.stats import t
 from typer.testing import CliRunner
 
@@ -150,3 +153,21 @@ def test_the_signal_is_the_distance_of_arms_in_deviations_of_a_seed() -> None:
     assert row["noise"] == pytest.approx(np.sqrt((residuals**2).sum() / 2))
     assert row["ratio"] == pytest.approx(row["signal"] / row["noise"])
     assert not [*study.signal_rows(rows({"a": [1.0], "b": [2.0]}))]
+
+
+@SIZES
+def test_a_damaged_study_is_read_or_refused(
+    tmp_path: Path, endures: Callable, copies: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / study.DEFINITIONS, study.DEFINITIONS)
+    (study.REPORTS / "seeds").mkdir(parents=True)
+    for file in (study.FACTS, study.RUNS):
+        shutil.copy(ROOT / study.REPORTS / "seeds" / file, study.REPORTS / "seeds")
+
+    def read(path: Path) -> None:
+        study.read_study(path.stem) if path.suffix == ".yaml" else study.read_finished_study(path.parent)
+
+    paths = [*study.DEFINITIONS.glob("s*.yaml"), *study.REPORTS.glob("*/*")]
+    counts = endures("studies", paths, read, copies)
+    assert counts[REFUSED] and counts[ACCEPTED]
