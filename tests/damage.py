@@ -134,9 +134,10 @@ def _work(sender: Connection, name: str, paths: Sequence[Path], read: Callable, 
             if "\n" in str(error):
                 outcome, place, problem = OTHER, "a refusal of several lines", f"{path.name}: {error}"
         except BaseException as error:  # noqa: BLE001  (whatever it is, it is counted)
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            outcome, place = OTHER, f"{type(error).__name__} in {last.filename}:{last.lineno}"
-            problem = f"{path.name}: {''.join(traceback.format_exception(error, limit=-6))[-2500:]}"
+            frames = traceback.extract_tb(error.__traceback__)
+            last = next((frame for frame in reversed(frames) if "/scaling4d/" in frame.filename), frames[-1])
+            outcome, place = OTHER, f"{type(error).__name__} below {last.filename}:{last.lineno}"
+            problem = f"{path.name}: {traceback.format_exception_only(error)[-1][-500:]}"
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
         seconds, peak_mb = time.monotonic() - started, _peak_mb() - before

@@ -17,7 +17,7 @@ from types import MappingProxyType, NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from scaling4d.provenance import flatten, is_below
-from scaling4d.records import UserError, did_you_mean
+from scaling4d.records import UserError, did_you_mean, shortened
 
 PARAMS = Path("params.yaml")
 EXPERIMENTS = Path("experiments")
@@ -57,7 +57,8 @@ def read(path: Path = PARAMS) -> dict[str, Any]:
         raise UserError(f"no {path} in {Path.cwd()}; run inside the project, or write it with `scaling4d compose`")
     try:
         values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        dict(flatten(values if isinstance(values, dict) else {}))  # an alias may lead back into itself
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date that is none
         raise UserError(f"{path} is not YAML: {str(error).splitlines()[0]}; write it anew with `scaling4d compose`") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a {type(values).__name__}, needed settings; write it anew with `scaling4d compose`")
@@ -272,7 +273,7 @@ def compose(overrides: list[str]) -> dict[str, Any]:
         return _hydra_compose(overrides)
     except YAMLError as error:
         raise UserError(f"a file in {EXPERIMENTS}/ is not YAML: {' '.join(str(error).split())}; correct it") from error
-    except (HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
+    except (HydraException, OmegaConfBaseException, OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         given = " ".join(overrides) or "the defaults"
         raise UserError(f"cannot compose {given}: {_why_not_composed(error, overrides)}") from error
 
@@ -293,14 +294,18 @@ def _why_not_composed(error: Exception, overrides: list[str]) -> str:
     if options := getattr(error, "options", None):
         group, _, name = error.missing_cfg_file.rpartition("/")
         return f"no {group} {name!r}; needed one of {', '.join(options)}{did_you_mean(name, options)}"
-    text = " ".join(str(error).partition("\nSee https://hydra.cc")[0].split())
+    text = shortened(str(error).partition("\nSee https://hydra.cc")[0])
     if not (match := re.match(r"Could not override '([^']*)'", text)):
         return text
     key = match[1]
     if (new := renamed(key)) != key:
         return f"unknown setting; {key} is {new} now"
     chosen = [one for one in overrides if "@" in one or (EXPERIMENTS / one.lstrip("+~").partition("=")[0]).is_dir()]
-    return f"unknown setting {key!r}{_near_keys(key, [key for key, _ in flatten(_hydra_compose(chosen))])}"
+    try:
+        known = [key for key, _ in flatten(_hydra_compose(chosen))]
+    except (type(error), ValueError):  # one of those is wrong, too
+        return text
+    return f"unknown setting {key!r}{_near_keys(key, known)}"
 
 
 def _near_keys(key: str, known: Iterable[str]) -> str:

@@ -238,10 +238,13 @@ class LockedStage:
 
 
 def load_yaml(text: str) -> Any:
-    """Read YAML 1.2 as DVC writes it; 3e-06 is a number."""
-    from ruamel.yaml import YAML
+    """Read YAML 1.2 as DVC writes it; 3e-06 is a number. Raises ValueError: not YAML."""
+    from ruamel.yaml import YAML, YAMLError
 
-    return YAML(typ="safe", pure=True).load(text)
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except (YAMLError, RecursionError) as error:
+        raise ValueError(str(error)) from error
 
 
 def read_lock(path: Path, text: str | None = None) -> dict[str, LockedStage]:
@@ -249,8 +252,6 @@ def read_lock(path: Path, text: str | None = None) -> dict[str, LockedStage]:
 
     text: the content, if not the file's.
     """
-    from ruamel.yaml import YAMLError
-
     try:
         content = load_yaml(path.read_text() if text is None else text)
         if path.suffix == ".dvc":
@@ -258,7 +259,7 @@ def read_lock(path: Path, text: str | None = None) -> dict[str, LockedStage]:
         if content.get("schema") != "2.0":
             raise ValueError(f"schema {content.get('schema')!r}, needed '2.0'")
         return {name: _stage(name, stage) for name, stage in content["stages"].items()}
-    except (YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is damaged: {' '.join(str(error).split())}; take it from git again") from error
 
 
@@ -307,13 +308,20 @@ def _stage(name: str, content: Mapping[str, Any]) -> LockedStage:
     if params.keys() - {"params.yaml"}:
         raise ValueError(f"{name} has settings of {', '.join(params)}, needed params.yaml")
     deps, outs = (tuple(map(_file, content.get(key) or ())) for key in ("deps", "outs"))
-    return LockedStage(name, content["cmd"], deps, outs, params.get("params.yaml", {}))
+    stage = LockedStage(name, content["cmd"], deps, outs, params.get("params.yaml", {}))
+    if not (isinstance(name, str) and isinstance(stage.command, str) and isinstance(stage.params, Mapping)):
+        raise ValueError(f"{name} has cmd {stage.command!r} and settings {stage.params!r}; needed a command and settings by key")
+    return stage
 
 
 def _file(entry: Mapping[str, Any]) -> LockedFile:
     if entry.get("hash") != "md5":
         raise ValueError(f"{entry['path']} has a hash of kind {entry.get('hash')!r}, needed md5")
-    return LockedFile(entry["path"], entry["md5"], entry["size"], entry.get("nfiles"))
+    file = LockedFile(entry["path"], entry["md5"], entry["size"], entry.get("nfiles"))
+    texts, numbers = (file.path, file.md5), (file.size, file.nfiles or 0)
+    if not all(isinstance(text, str) for text in texts) or not all(isinstance(number, int) for number in numbers):
+        raise ValueError(f"{file}; needed a path, an md5, and whole numbers")
+    return file
 
 
 # ---- git ----

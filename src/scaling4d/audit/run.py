@@ -13,12 +13,13 @@ from scaling4d import artifacts, config, provenance
 from scaling4d.audit.disk import Disk
 from scaling4d.checkpoint import INDEX, WEIGHTS
 from scaling4d.provenance import LOCK, LockedFile, LockedStage, differences, is_below, overlap, read_lock, required
-from scaling4d.records import UserError, on_one_line
+from scaling4d.records import UserError, as_user_error, on_one_line
 
 WRONG, NOTE, UNCHECKED = "wrong", "note", "not checked"
 SOURCE, CODE, BENCHMARKS = "src/scaling4d", artifacts.CODE.as_posix(), "artifacts/benchmarks"
 TABLES = {"results": "result.json", "pretrain": "summary.json", "reconstruct": "result.json"}  # csv -> JSON file
 RESULT_KEY, INTERVAL = ("encoder", "task", "protocol"), ("low", "high", "unit", "higher_is_better")
+OBJECTS = ("settings", "overrides", "inputs", "folders", "others", "modules")  # keys of records that hold objects
 csv_rows = cache(provenance.parse_csv)
 NOT_NUMBERS = (*RESULT_KEY, "metric", "unit", "higher_is_better", "checkpoint_sha256", "point", "method")
 
@@ -164,14 +165,16 @@ class LockedRun:
         return parse_json(self.disk.text(path) or "null")
 
     def json_object(self, path: str) -> dict[str, Any]:
-        """Content of a JSON file that holds an object; empty: not here, or damaged."""
+        """Content of a JSON file that holds an object, without damaged OBJECTS in it; empty: not here, or damaged."""
         content = self.json(path)
-        return content if isinstance(content, dict) else {}
+        items = content.items() if isinstance(content, dict) else ()
+        return {key: value for key, value in items if key not in OBJECTS or isinstance(value, dict)}
 
     def shards(self, path: str) -> dict[str, str]:
         """sha256 by name of the files of a clips folder by its croissant.json; empty for other folders."""
         distribution = self.json_object(f"{path}/croissant.json").get("distribution", ())
-        return {entry["@id"]: entry["sha256"] for entry in distribution if "sha256" in entry}
+        entries = [entry for entry in (distribution if isinstance(distribution, list) else ()) if isinstance(entry, dict)]
+        return {entry["@id"]: entry["sha256"] for entry in entries if _has_texts(entry, "@id", "sha256")}
 
     def weights(self, encoder: str) -> str:
         """Path of an encoder's weights, or of the index that has the hashes of their files."""
@@ -180,8 +183,9 @@ class LockedRun:
 
     def environment(self, stage: LockedStage, runs_json: str | None = None) -> dict[str, Any] | None:
         """Time, machine and versions of a stage by the report's runs.json, or by the text of another; None: unknown."""
-        runs = parse_json(runs_json or self.disk.text(f"{self.folder}/runs.json") or "{}") or {}
-        runs = [run for run in runs.get("runs", ()) if {"stage", "out_sha256", "versions"} <= run.keys()]
+        content = parse_json(runs_json or self.disk.text(f"{self.folder}/runs.json") or "{}")
+        runs = content.get("runs") if isinstance(content, dict) else ()
+        runs = [run for run in (runs if isinstance(runs, list) else ()) if isinstance(run, dict) and _is_run(run)]
         by_stage = {run["stage"]: run for run in reversed(runs)}
         for out in stage.outs:
             words = out.path.removeprefix(f"{self.home}/").split("/")
@@ -189,6 +193,16 @@ class LockedRun:
             if (name := stage.name if out.path.startswith(f"{self.folder}/") else name) in by_stage:
                 return by_stage[name]
         return None
+
+
+def _has_texts(entry: Mapping[str, Any], *keys: str) -> bool:
+    return all(isinstance(entry.get(key), str) for key in keys)
+
+
+def _is_run(run: Mapping[str, Any]) -> bool:
+    """Whether an entry of runs.json has the types that the audit needs."""
+    versions = run.get("versions")
+    return _has_texts(run, "stage", "out_sha256") and isinstance(versions, dict) and _has_texts(versions, *versions)
 
 
 def row_numbers(row: Mapping[str, str]) -> dict[str, str]:
@@ -213,7 +227,7 @@ def parse_json(text: str) -> Any:
     """Content of a JSON text; None: damaged."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
@@ -227,7 +241,11 @@ def locked_runs() -> list[LockedRun]:
     stages, contradictions = _pipeline()
     kept = {path.as_posix(): read_lock(path) for path in sorted(Path("reports").glob("*/dvc.lock"))}
     folder = config.section(settings, "report.folder")
-    imports = {stage.outs[0].path: stage.deps[0].path for name, stage in stages.items() if name.endswith(".dvc") and stage.deps}
+    imports = {
+        stage.outs[0].path: stage.deps[0].path
+        for name, stage in stages.items()
+        if name.endswith(".dvc") and stage.deps and stage.outs
+    }
     disk = Disk(imports)
     runs = [LockedRun(LOCK.as_posix(), stages, artifacts.home(settings).as_posix(), folder, settings, contradictions, disk)]
     for path, some in kept.items():  # a lock also holds stages of other profiles
@@ -249,11 +267,14 @@ def _pipeline() -> tuple[dict[str, LockedStage], dict[str, list[str]]]:
     from dvc.repo import Repo
 
     locked = read_lock(LOCK) if LOCK.is_file() else {}
-    settings = provenance.load_yaml(config.PARAMS.read_text())
+    with as_user_error(config.PARAMS):
+        settings = provenance.load_yaml(config.PARAMS.read_text())
     stages, contradictions = {}, {}
     try:
         with Repo(".") as repo:
-            for stage in (stage for stage in repo.index.stages if "/" not in stage.path_in_repo):  # others: crates
+            with as_user_error("DVC cannot read the pipeline"):
+                known = repo.index.stages
+            for stage in (stage for stage in known if "/" not in stage.path_in_repo):  # others: crates
                 name, messages = stage.addressing, [f"{LOCK} does not have this stage: run `dvc repro`"]
                 if stage.path_in_repo != "dvc.yaml":
                     stages |= read_lock(Path(name))
@@ -264,7 +285,7 @@ def _pipeline() -> tuple[dict[str, LockedStage], dict[str, list[str]]]:
                     messages = [f"{text}: run `dvc repro`" for text in _differ(locked[name], stage, settings)]
                 for message in messages:
                     contradictions.setdefault(message, []).append(name)
-    except DvcException as error:
+    except (DvcException, AssertionError) as error:  # AssertionError: of DVC, about a damaged .dvc file
         raise UserError(f"DVC cannot read the pipeline: {' '.join(str(error).split())}") from error
     return stages, contradictions
 

@@ -277,7 +277,7 @@ def _provenance(run: LockedRun, stage: LockedStage, path: str, content: Mapping[
         known |= {run.disk.sha256(path) for path in (dep.path, *inner)}
         known |= {sha for folders in run.benchmark_hashes(dep.path).values() for sha in folders.values()}
     for name, sha in (content.get("inputs") or {}).items():
-        if name != "videos" and sha not in known:  # videos may be members of archives; the lock has their folder's hash
+        if name != "videos" and sha not in (*known,):  # videos may be members of archives; the lock has their folder's hash
             yield f"{path} names {name} {sha}, which is no input of its stage in {run.lock}"
 
 

@@ -16,7 +16,7 @@ FOLDER = Path("artifacts/benchmarks")
 def check_settings(settings: Mapping[str, Any]) -> tuple[str, list[str]]:
     """The stage's root and tasks. Raises UserError: an unknown task."""
     root, tasks = config.declared(settings, KEYS).values()
-    if unknown := [task for task in tasks if task not in benchmarks.TASKS]:
+    if unknown := [task for task in tasks if task not in (*benchmarks.TASKS,)]:
         near = did_you_mean(unknown[0], benchmarks.TASKS)
         raise UserError(f"benchmarks.tasks: unknown task {unknown[0]!r}; needed one of {', '.join(benchmarks.TASKS)}{near}")
     return root, tasks

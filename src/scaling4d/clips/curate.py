@@ -149,7 +149,7 @@ def _encode_all(
             key = f"{clip.inspection.sha256} {' '.join(map(str, clip.clip.frames))}"
             content, sha256 = None, known.get(key)
             if clip.id in places and sha256 is not None:
-                with suppress(OSError), places[clip.id].path.open("rb") as shard:
+                with suppress(OSError, ValueError), places[clip.id].path.open("rb") as shard:
                     shard.seek(places[clip.id].offset)
                     content = shard.read(places[clip.id].bytes)
             if content is not None and hashlib.sha256(content).hexdigest() == sha256:

@@ -29,9 +29,16 @@ from torch.utils.data import Dataset, default_collate
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from scaling4d import seeds, video
-from scaling4d.records import ClipBatch, UserError
+from scaling4d.config import check_types, require_positive
+from scaling4d.records import ClipBatch, UserError, shortened
 
 REPETITIVE = ("origin_s", "frames", "rate_hz", "side_px", "encoded")  # columns of one value, or of few
+ARROW_TYPES = {  # of columns, by the types of a ClipRecord's fields
+    "str": ("string", "dictionary<values=string, indices=int32, ordered=0>"),
+    "int": ("int64",),
+    "float": ("double",),
+    "bool": ("bool",),
+}
 PREFETCH = 2  # batches that a worker is ahead
 SampledClip = tuple[int, int, int, "ClipRecord"]  # epoch, index in the table, number of the copy, record
 
@@ -62,6 +69,11 @@ class ClipRecord:
     side_px: int
     encoded: bool
 
+    def __post_init__(self) -> None:
+        require_positive(self, "frames", "rate_hz", "side_px")
+        if self.frames * self.side_px**2 > video.MAX_PIXELS:
+            raise ValueError(f"{self.frames} frames of {self.side_px} px; needed at most {video.MAX_PIXELS} pixels")
+
 
 class ClipTable(Sequence):
     """The clips of one split as `ClipRecord`s, kept as Arrow columns: about 60 bytes a clip."""
@@ -90,7 +102,13 @@ class ClipTable(Sequence):
         return len(self.table)
 
     def __getitem__(self, index: int) -> ClipRecord:
-        return ClipRecord(**{name: self.table[name][index].as_py() for name in self.table.column_names})
+        """Raises ClipsError: the row is no clip's."""
+        try:
+            row = {name: self.table[name][index].as_py() for name in self.table.column_names}
+            check_types(ClipRecord, row)
+            return ClipRecord(**row)
+        except ValueError as error:
+            raise ClipsError(f"row {index} of a split is damaged: {shortened(error)}") from error
 
 
 def count_clips(folder: Path, split: str) -> int:
@@ -119,9 +137,13 @@ def _read_table(folder: Path, columns: list[str]) -> Iterator[Any]:
             file = pq.ParquetFile(content, read_dictionary=["split", "shard"], pre_buffer=False)
             if missing := sorted(set(columns) - set(file.schema_arrow.names)):
                 raise ClipsError(f"{path} has no column {', '.join(missing)}")
+            for name in columns:
+                kind, needed = str(file.schema_arrow.field(name).type), ARROW_TYPES[ClipRecord.__annotations__.get(name, "str")]
+                if kind not in needed:
+                    raise ClipsError(f"{path}: column {name} holds {kind}; needed {needed[0]}")
             yield from file.iter_batches(2**16, columns=columns, use_threads=False)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ClipsError(f"{path} is damaged: {error}") from error
+    except (pa.ArrowException, OSError, KeyError) as error:  # KeyError: it lacks split or shard
+        raise ClipsError(f"{path} is damaged: {shortened(error)}") from error
 
 
 class WindowedShuffle:
@@ -179,7 +201,7 @@ def decode_clip(folder: Path, record: ClipRecord) -> Tensor:
         else:
             times_s = record.origin_s + record.start_s + np.arange(record.frames) / record.rate_hz
             pixels = video.read_frames_at(source, times_s, side_px=record.side_px)
-    except (video.VideoError, OSError) as error:
+    except (ValueError, OSError, OverflowError) as error:  # of the video, or of numbers and a name in the table
         raise ClipsError(f"clip {record.id} of {source.path}: {error}") from error
     needed = (record.frames, record.side_px, record.side_px, 3)
     if pixels.shape != needed:

@@ -19,6 +19,7 @@ from scaling4d.clips.sources import printable_path
 from scaling4d.records import UserError
 from scaling4d.video import FileSlice
 
+MOST_BYTES = 2**30  # of an encoded clip
 ROWS = 2**12  # of clips.parquet that are in memory
 SOURCE_COLUMNS = ("height_px", "width_px", "rate_hz", "duration_s", "rotation_deg")  # of the source's header
 
@@ -110,7 +111,10 @@ def read_previous(out: Path) -> dict[str, FileSlice]:
     import pyarrow.parquet as pq
 
     try:
-        rows = pq.read_table(out / "clips.parquet", columns=["id", "encoded", "shard", "offset", "bytes"]).to_pylist()
-    except (pa.ArrowException, OSError, KeyError):
+        table = pq.read_table(out / "clips.parquet", columns=["id", "encoded", "shard", "offset", "bytes"])
+        types = {"id": pa.string(), "encoded": pa.bool_(), "shard": pa.string(), "offset": pa.int64(), "bytes": pa.int64()}
+        rows = table.select(list(types)).cast(pa.schema(types)).drop_null().to_pylist()
+    except (pa.ArrowException, OSError, KeyError, ValueError):  # ValueError: other columns, or not UTF-8
         return {}
-    return {row["id"]: FileSlice(out / "shards" / row["shard"], row["offset"], row["bytes"]) for row in rows if row["encoded"]}
+    rows = [row for row in rows if row["encoded"] and row["offset"] >= 0 and 0 <= row["bytes"] < MOST_BYTES]
+    return {row["id"]: FileSlice(out / "shards" / row["shard"], row["offset"], row["bytes"]) for row in rows}

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from scaling4d.records import UserError
+from scaling4d.records import UserError, on_one_line
 from scaling4d.video import FileSlice, VideoError
 
 EXTENDED_HEADERS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
@@ -237,7 +237,7 @@ def _listed_names(videos: Path, listed: str) -> Iterator[list[tuple[str, tuple[f
             rows = csv.DictReader(file)
             columns = tuple(rows.fieldnames or ())
             if "path" not in columns and not set(KINETICS_COLUMNS) <= set(columns):
-                has = f"has columns {', '.join(columns[:8]) or 'none'}"
+                has = f"has columns {on_one_line(', '.join(columns[:8])) or 'none'}"
                 raise UserError(f"clips.Curation.listed = {listed!r} {has}; needed path, or {', '.join(KINETICS_COLUMNS)}")
             for number, row in enumerate(rows, 2):
                 if "path" in columns:

@@ -26,7 +26,7 @@ from scaling4d.encoders import hub, torchvision_shim
 from scaling4d.mae.encoder import MOST_BLOCKS
 from scaling4d.mae.patches import patchify
 from scaling4d.provenance import flatten
-from scaling4d.records import UserError, read_json_object, remedy
+from scaling4d.records import UserError, as_user_error, read_json_object, remedy
 
 CONFIG, WEIGHTS = "config.json", "model*.safetensors"
 PREPROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
@@ -323,10 +323,14 @@ def import_encoder(source: Path, clip: tuple[int, int, int]) -> tuple[Pretrained
 
 
 def default_clip(source: Path) -> tuple[int, int, int]:
-    """T H W of a model's own settings; DEFAULT_FRAMES frames of an image model, or where they do not tell."""
+    """T H W of a model's own settings; DEFAULT_FRAMES frames of an image model, or where they do not tell.
+
+    Raises UserError: the preprocessor's JSON is damaged.
+    """
     content = _read_json(source / CONFIG)
     kind = str(content.get("model_type"))
-    side_px = _preprocessing(source, FAMILIES[kind])["side_px"] if kind in FAMILIES else 1  # import_encoder refuses others
+    with as_user_error(f"{source} cannot be read as a {kind}"):
+        side_px = _preprocessing(source, FAMILIES[kind])["side_px"] if kind in FAMILIES else 1  # import_encoder refuses others
     frames = content.get("num_frames", content.get("frames_per_clip", DEFAULT_FRAMES))
     return frames, side_px, side_px
 

@@ -53,8 +53,6 @@ def read_built_report(name: str = WORKSPACE, folder: str | None = None) -> Built
         NoReportError: no report in it.
         UserError: no such revision, or the report is damaged.
     """
-    from ruamel.yaml import YAMLError
-
     revision = "" if name == WORKSPACE else _revision(name)
 
     def text(path: str) -> str | None:
@@ -64,7 +62,7 @@ def read_built_report(name: str = WORKSPACE, folder: str | None = None) -> Built
 
     try:
         return _read(name, revision, text, folder)
-    except (KeyError, TypeError, ValueError, AttributeError, YAMLError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{name}: its report is damaged ({' '.join(repr(error).split())}); build it again there") from error
 
 
@@ -104,4 +102,6 @@ def _revision(name: str) -> str:
 def _rows(text: str) -> tuple[dict[str, Any], ...]:
     """Rows of a csv, with the columns NUMBERS as floats."""
     rows = parse_csv(text)
+    if any(None in row for row in rows):
+        raise ValueError("a row has more values than there are columns")
     return tuple({key: float(value) if key in NUMBERS and value else value for key, value in row.items()} for row in rows)

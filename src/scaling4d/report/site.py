@@ -14,7 +14,7 @@ from urllib.parse import unquote
 
 from scaling4d import config
 from scaling4d.provenance import experiments, write_text
-from scaling4d.records import UserError
+from scaling4d.records import UserError, shortened
 from scaling4d.report.built import BuiltReport, NoReportError, read_built_report
 from scaling4d.report.run_results import UNTRAINED
 from scaling4d.studies.markup import page_style
@@ -65,16 +65,17 @@ def write_experiments(folder: Path) -> list[str]:
     """
     if not (folder / FOLDER / PAGE).is_file():
         raise UserError(f"no {folder / FOLDER / PAGE}: build the report with `dvc repro`, or `scaling4d report` alone")
-    reports = []
+    reports: dict[str, str] = {}
     for name in sorted(experiments()):
         try:
-            reports.append(page_content(read_built_report(name)))
+            reports[name] = _json(page_content(read_built_report(name)))
+            reports[name].encode()  # a text of YAML may hold half a character
         except NoReportError:
             continue
-        except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
-            reports.append({"name": name, "damaged": " ".join(str(error).split())})
-    write_text(folder / FOLDER / EXPERIMENTS, f"window.EXPERIMENTS = {_json(reports)};\n")
-    return [report["name"] for report in reports]
+        except (UserError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            reports[name] = _json({"name": name, "damaged": shortened(error)})
+    write_text(folder / FOLDER / EXPERIMENTS, f"window.EXPERIMENTS = [{','.join(reports.values())}];\n")
+    return list(reports)
 
 
 def serve(folder: Path, port: int) -> ThreadingHTTPServer:

@@ -105,7 +105,7 @@ def read_study(name: str) -> Study:
         return parse_study(name, yaml.safe_load(path.read_text()))
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
+    except (TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is no study: {' '.join(str(error).split())}; compare it with another file there") from error
 
 
@@ -127,7 +127,7 @@ def read_finished_study(folder: Path) -> Study:
         )
         ladders = {name: (x, tuple(names)) for name, x, names in facts["ladders"]}
         return Study(folder.name, facts["question"], facts["base"], tuple(facts["seeds"]), arms, ladders, facts.get("law", False))
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
+    except (TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {' '.join(str(error).split())}; take it from git again") from error
 
 
