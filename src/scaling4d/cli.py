@@ -369,18 +369,56 @@ def convert(
 
 @app.command()
 def features(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
-    video: Annotated[Path, typer.Argument(help="A video file, or a .npy of clips B T H W C (float in 0..1, or uint8).")],
-    out: Annotated[Path, typer.Option(help="The .npz to write: layer_00, layer_01, ..., and output if there is a readout.")],
-    side_px: Annotated[
-        int | None, typer.Option(min=1, help="Clip side in pixels, of a video file; default: the checkpoint's.")
+    context: typer.Context,
+    checkpoint: Annotated[str, typer.Argument(help="Folder, released file, or owner/name on the hub.")],
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH", help="Video files, or folders of them.")],
+    out: Annotated[Path, typer.Option(help="Folder of the features, where a stopped command continues; or a .npz, see below.")],
+    layer: Annotated[
+        list[int] | None,
+        typer.Option(min=0, help="After this block, 0: the embedded tokens; may be repeated; default: the last."),
     ] = None,
-    queries: Annotated[Path | None, typer.Option(help="A .npy, Q 2 or Q 4 in 0..1: queries of a tracking readout.")] = None,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Write every token; default: their mean.")] = False,
+    frames: Annotated[int | None, typer.Option(min=1, help="Of a window; default: the checkpoint's.")] = None,
+    rate_hz: Annotated[float | None, typer.Option(help="Frames per second of a window; default: the checkpoint's.")] = None,
+    stride: Annotated[float | None, typer.Option(help="Seconds from window to window; default: a window's length.")] = None,
+    pad: Annotated[bool, typer.Option("--pad", help="Show the whole picture between black bars; default: its centre.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Windows that are encoded together.")] = 8,
+    device: Annotated[str, typer.Option(help="Such as cpu or cuda:1; default: the GPU, if there is one.")] = "",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16: of matrix products and of the files.")] = "float32",
+    pca: Annotated[Path | None, typer.Option(help="With --tokens and one video: an .mp4 of its last layer in colours.")] = None,
+    side_px: Annotated[int | None, typer.Option(min=1, help="Of a .npz: side of the clip; default: the checkpoint's.")] = None,
+    queries: Annotated[Path | None, typer.Option(help="Of a .npz: a .npy, Q 2 or Q 4 in 0..1, for a tracking readout.")] = None,
 ) -> None:
-    """Write the features of every layer of an encoder, and the output of its readout."""
-    from scaling4d.show.predict import write_features
+    """Write features of whole videos, in windows of equal stride: a .safetensors file a video, and index.json.
 
-    print(f"wrote {out}: {', '.join(write_features(checkpoint, video, out, side_px=side_px, queries=queries))}")
+    Pictures keep their aspect ratio. A last window that the video does not fill is left out, and a video shorter than
+    a window is a problem. Videos that are done are not repeated. Exit code 1: some video has no features.
+
+    With --out FILE.npz: of one clip, a video's first frames or a .npy B T H W C (float in 0..1, or uint8), every layer
+    as the encoder lists them, and the output of the readout if CHECKPOINT is a folder of one.
+    """
+    from scaling4d.encoders import video_features
+
+    given = {name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"}
+    of_clip, single = {"side_px", "queries"}, out.suffix == ".npz"
+    wrong = sorted(given - of_clip - {"checkpoint", "paths", "out"} if single else given & of_clip)
+    if wrong or (single and len(paths) != 1):
+        fix = f"leave out --{' and --'.join(wrong)}".replace("_", "-") if wrong else "give one video"
+        raise UserError(f"--out {out} {'is for one clip' if single else 'is a folder of whole videos'}; {fix}")
+    if single:
+        from scaling4d.show.predict import write_features
+
+        names = write_features(Path(checkpoint), paths[0], out, side_px=side_px, queries=queries)
+        print(f"wrote {out}: {', '.join(names)}")
+        return
+
+    options = {"layers": layer or (), "tokens": tokens, "dtype": dtype, "rate_hz": rate_hz, "frames": frames, "stride_s": stride}
+    result = video_features.run(
+        checkpoint, paths, out, batch=batch, device=device, pca=pca, fit="pad" if pad else "crop", **options
+    )
+    print(f"wrote {out}: {result.written} videos; {result.present} were there, {len(result.problems)} have problems")
+    if result.problems:
+        raise typer.Exit(1)
 
 
 @app.command()

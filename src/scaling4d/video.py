@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import islice
+from heapq import heappop, heappush
+from itertools import chain, islice
 from pathlib import Path
 
 import av
@@ -54,6 +56,7 @@ SEEK_BACK_S = (0.0, 0.5, 2.0, 10.0)  # before the first wanted time: where to se
 TOLERANCE_S = 1e-3  # a frame that starts this much after a wanted time counts as shown then
 END_S = 2e-3  # a video shows nothing so shortly before its end: containers round times to milliseconds
 BACKWARD_S = 1.0  # a time stamp may lie this much before an earlier one: AVI with B-frames (ours)
+NO_TIMES = "frames without a presentation time: put the video into a container, as by ffmpeg -i"
 MISSING_S = 0.25  # a file may end this much before its declared end; longer is a truncation (ours)
 
 
@@ -105,20 +108,83 @@ def decode_frames(source: VideoInput) -> Iterator[tuple[float, np.ndarray]]:
         VideoError: as `probe`; data is damaged, encrypted or missing at the end; frames change their size.
     """
     with _open(source) as (container, stream):
-        first_s, last_s, size = None, -math.inf, None
         shape, reformatter = _pixel_shape(stream), VideoReformatter()
-        for frame in _decode(container, stream):
-            time_s = _time_s(frame)
-            first_s = time_s if first_s is None else first_s
-            size = size or (frame.height, frame.width)
-            if (frame.height, frame.width) != size:
-                raise VideoError(f"frames change their size: {size[0]}x{size[1]} px, then {frame.height}x{frame.width} px")
-            if frame.is_corrupt:
-                raise VideoError(f"damaged picture: at {time_s - first_s:.2f} s")
-            last_s = max(last_s, time_s)
-            if time_s < last_s - BACKWARD_S:
-                raise VideoError(f"time stamps start again: after {last_s - first_s:.2f} s; write the file anew, as by ffmpeg -i")
+        for time_s, frame in _intact_frames(container, stream):
             yield time_s, _rgb(frame, reformatter, shape)
+
+
+def decode_frames_at(source: VideoInput, wanted_s: Iterable[float]) -> Iterator[tuple[float, np.ndarray]]:
+    """The frames shown at ascending times after the first frame, as `read_video` picks them, in one pass over the file.
+
+    Ends where the video does, however many times follow. No frame is held for longer than it is shown, except in AVI,
+    whose time stamps may be out of order by BACKWARD_S.
+
+    Yields:
+        For each wanted time: the frame's own time in seconds after the first frame, and uint8 H W 3. Of times that show
+        the same frame, all give the same array.
+    Raises:
+        VideoError: as `decode_frames`; time stamps that go backwards in another format than AVI.
+    """
+    wanted = iter(wanted_s)
+    with _open(source) as (container, stream):
+        shape, reformatter, next_s = _pixel_shape(stream), VideoReformatter(), next(wanted, math.inf)
+        count, first_s, shown, shown_s, end_s = 0, 0.0, None, 0.0, 0.0
+        for time_s, frame in _in_order(container, stream):
+            first_s = time_s if count == 0 else first_s
+            rgb = None
+            while next_s + TOLERANCE_S < time_s - first_s:
+                rgb = _rgb(shown, reformatter, shape) if rgb is None else rgb
+                yield shown_s, rgb
+                next_s = next(wanted, math.inf)
+            if next_s == math.inf:
+                return
+            shown, shown_s, count = frame, time_s - first_s, count + 1
+            end_s = max(end_s, shown_s + float((frame.duration or 0) * frame.time_base))
+        if shown is None:
+            raise VideoError("no frame can be decoded")
+        end_s = max(end_s, shown_s + (shown_s / (count - 1) if count > 1 else 0))  # the last frame is shown for a while
+        rgb = _rgb(shown, reformatter, shape)
+        while next_s < max(end_s - END_S, TOLERANCE_S):
+            yield shown_s, rgb
+            next_s = next(wanted, math.inf)
+
+
+def _in_order(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[tuple[float, av.VideoFrame]]:
+    """(time, frame) with ascending times. Pictures keep their order, and the n-th one has the n-th smallest time."""
+    wait_s = BACKWARD_S if TIMELESS & set(container.format.name.split(",")) else 0.0
+    times_s: list[float] = []  # a heap
+    frames: deque[av.VideoFrame] = deque()
+    last_s = newest_s = -math.inf
+    for time_s, frame in _intact_frames(container, stream):
+        if math.isnan(time_s):
+            raise VideoError(NO_TIMES)
+        if time_s < last_s:
+            raise VideoError(f"time stamps go backwards: by {last_s - time_s:.2f} s; write the file anew, as by ffmpeg -i")
+        heappush(times_s, time_s)
+        frames.append(frame)
+        newest_s = max(newest_s, time_s)
+        while times_s and times_s[0] <= newest_s - wait_s:
+            last_s = heappop(times_s)
+            yield last_s, frames.popleft()
+    while times_s:
+        yield heappop(times_s), frames.popleft()
+
+
+def _intact_frames(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[tuple[float, av.VideoFrame]]:
+    """(time on the stream's own clock, frame) in order of presentation. Raises VideoError: as `decode_frames`."""
+    first_s, last_s, size = None, -math.inf, None
+    for frame in _decode(container, stream):
+        time_s = _time_s(frame)
+        first_s = time_s if first_s is None else first_s
+        size = size or (frame.height, frame.width)
+        if (frame.height, frame.width) != size:
+            raise VideoError(f"frames change their size: {size[0]}x{size[1]} px, then {frame.height}x{frame.width} px")
+        if frame.is_corrupt:
+            raise VideoError(f"damaged picture: at {time_s - first_s:.2f} s")
+        last_s = max(last_s, time_s)
+        if time_s < last_s - BACKWARD_S:
+            raise VideoError(f"time stamps start again: after {last_s - first_s:.2f} s; write the file anew, as by ffmpeg -i")
+        yield time_s, frame
 
 
 def sort_times(times_s: Sequence[float]) -> np.ndarray:
@@ -131,7 +197,7 @@ def sort_times(times_s: Sequence[float]) -> np.ndarray:
         raise VideoError("no frame can be decoded")
     ascending = np.sort(times_s)
     if np.isnan(ascending).any():
-        raise VideoError("frames without a presentation time: put the video into a container, as by ffmpeg -i")
+        raise VideoError(NO_TIMES)
     return ascending
 
 
@@ -308,19 +374,27 @@ def _decode_from_start(source: VideoInput, wanted_s: np.ndarray, side_px: int | 
 
 
 def encode(
-    path: Path, pixels: np.ndarray, *, rate_hz: float, crf: int, gop: int, times_s: Times | None = None, rotation_deg: int = 0
+    path: Path,
+    pixels: Iterable[np.ndarray],
+    *,
+    rate_hz: float,
+    crf: int,
+    gop: int,
+    times_s: Times | None = None,
+    rotation_deg: int = 0,
 ) -> None:
     """Encode uint8 `T H W 3` by one thread, `.webm` as VP9 and other files as H.264: equal input gives equal bytes.
 
-    crf: constant quality, 0 (best) to 51 (H.264) or 63 (VP9). gop: frames from key frame to key frame. times_s: `T`,
-    rounded to milliseconds, where frames do not follow `rate_hz`. rotation_deg: a player turns the
-    frames by it, counter-clockwise.
+    pixels: an array, or its frames one after the other, at least one. crf: constant quality, 0 (best) to 51 (H.264) or
+    63 (VP9). gop: frames from key frame to key frame. times_s: `T`, rounded to milliseconds, where frames do not follow
+    `rate_hz`. rotation_deg: a player turns the frames by it, counter-clockwise.
     """
     codec = "libvpx-vp9" if path.suffix == ".webm" else "libx264"
-    options = {"crf": str(crf), "threads": "1"} | CODEC_OPTIONS[codec]
+    options, rest = {"crf": str(crf), "threads": "1"} | CODEC_OPTIONS[codec], iter(pixels)
+    first = next(rest)
     with av.open(str(path), "w", container_options={"fflags": "+bitexact"}) as out:
         stream = out.add_stream(codec, rate=Fraction(rate_hz).limit_denominator(1001), options=options)
-        stream.height, stream.width, stream.pix_fmt = *pixels.shape[1:3], "yuv420p"
+        stream.height, stream.width, stream.pix_fmt = *first.shape[:2], "yuv420p"
         stream.codec_context.gop_size, stream.codec_context.thread_count = gop, 1
         stream.codec_context.flags |= av.codec.context.Flags.bitexact
         if rotation_deg:
@@ -330,7 +404,7 @@ def encode(
         # x264 writes its own settings, 600 bytes, into each file
         filters = BitStreamFilterContext("filter_units=remove_types=6", stream) if codec == "libx264" else None
         reformatter = VideoReformatter()
-        for index, rgb in enumerate(pixels):
+        for index, rgb in enumerate(chain([first], rest)):
             frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")
             frame = reformatter.reformat(frame, format="yuv420p", interpolation=BILINEAR, threads=1)
             if times_s is not None:

@@ -17,7 +17,7 @@ from scaling4d import artifacts
 from scaling4d.checkpoint import WEIGHTS, Checkpoint
 from scaling4d.encoders import card, hub, released
 from scaling4d.encoders.arrays import Npz
-from scaling4d.encoders.preprocess import check_video, pick_frames, resize_and_crop
+from scaling4d.encoders.preprocess import FITS, check_video, pick_frames
 from scaling4d.encoders.pretrained import load_encoder
 from scaling4d.encoders.transformers import CONFIG, PREPROCESSORS, PretrainedEncoder, default_clip, import_encoder
 from scaling4d.encoders.transformers import WEIGHTS as PRETRAINED_WEIGHTS
@@ -44,6 +44,13 @@ class EncoderOutput:
     last_hidden_state: Tensor
     hidden_states: tuple[Tensor, ...]
     pooled: Tensor
+
+    @property
+    def block_outputs(self) -> tuple[Tensor, ...]:
+        """depth + 1 tensors `B N D` of any encoder: the embedded tokens, then the output of each block."""
+        if self.hidden_states[-1] is self.last_hidden_state:
+            return self.hidden_states
+        return (self.hidden_states[0], *self.hidden_states[2:], self.last_hidden_state)
 
 
 class Encoder(nn.Module):
@@ -131,25 +138,29 @@ class Encoder(nn.Module):
     def _is_transformers(self) -> bool:
         return isinstance(self.model, PretrainedEncoder)
 
-    def preprocess(self, video: np.ndarray | Tensor | Sequence[np.ndarray | Tensor], *, rate_hz: float | None = None) -> Tensor:
+    def preprocess(
+        self, video: np.ndarray | Tensor | Sequence[np.ndarray | Tensor], *, rate_hz: float | None = None, fit: str = "crop"
+    ) -> Tensor:
         """Video of any size -> clips `B T H W 3` of this encoder, uint8 or float32 in 0..1, on its device.
 
-        Pictures are cut to the clip's shape around their centre and resized. Of a longer video the clip at its start is
-        taken. The encoder itself normalises pixels.
+        Of a longer video the clip at its start is taken. The encoder itself normalises pixels.
 
         Args:
             video: `T H W 3` or `B T H W 3`, uint8 or float in 0..1, numpy or torch; or a list of those.
             rate_hz: frames per second of the video; frames are then picked at the encoder's `rate_hz`. None: the video
                 has as many frames as a clip.
+            fit: "crop" cuts pictures to the clip's shape around their centre, "pad" adds black bars; both then resize.
         Raises:
-            UserError: no such video, or too few frames.
+            UserError: no such video, too few frames, or another fit.
         """
+        if fit not in FITS:
+            raise UserError(f"fit = {fit!r}; needed {' or '.join(FITS)}")
         videos = [check_video(one) for one in (video if isinstance(video, list | tuple) else [video])]
         if len({one.dtype for one in videos}) != 1:
             raise UserError("videos of a list are some uint8, some float; needed one type" if videos else "no video in the list")
         frames, height, width = self.clip
         rates = {"rate_hz": rate_hz, "encoder_rate_hz": self.rate_hz}
-        clips = [resize_and_crop(pick_frames(one, frames, **rates), height, width) for one in videos]
+        clips = [FITS[fit](pick_frames(one, frames, **rates), height, width) for one in videos]
         return torch.cat(clips).to(self._device)
 
     @property

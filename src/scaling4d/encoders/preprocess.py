@@ -111,3 +111,15 @@ def resize_and_crop(pixels: Tensor, height: int, width: int) -> Tensor:
         x = F.interpolate(x, (height, width), mode="bicubic", antialias=True, align_corners=False)
     x = x.clamp(0, 255).round().to(torch.uint8) if pixels.dtype == torch.uint8 else x.clamp(0, 1)
     return x.movedim(1, -1).reshape(B, T, height, width, C)
+
+
+def resize_and_pad(pixels: Tensor, height: int, width: int) -> Tensor:
+    """`B T H W C` -> `B T height width C`: the whole picture, resized, in the middle of black (0)."""
+    H, W = pixels.shape[2:4]
+    scale = min(height / H, width / W)
+    h, w = min(height, max(1, round(H * scale))), min(width, max(1, round(W * scale)))
+    top, left = (height - h) // 2, (width - w) // 2
+    return F.pad(resize_and_crop(pixels, h, w), (0, 0, left, width - w - left, top, height - h - top))
+
+
+FITS = {"crop": resize_and_crop, "pad": resize_and_pad}  # ways to bring a picture to a clip's shape; both keep its aspect ratio

@@ -1,0 +1,357 @@
+"""Whole videos: windows, the store, what continues and what is refused, and components in colours."""
+
+import contextlib
+import json
+import re
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from typer.testing import CliRunner, Result
+
+from scaling4d import cli, read_video, video
+from scaling4d.checkpoint import Checkpoint
+from scaling4d.encoders import pca, video_features
+from scaling4d.encoders.encoder import Encoder
+from scaling4d.encoders.video_features import GrowingTensor, join_tensors
+from scaling4d.encoders.windows import WindowSettings, read_windows
+from scaling4d.mae import encoder as backbone
+from scaling4d.records import UserError
+from scaling4d.video import VideoError
+
+CLIP, RATE_HZ = (4, 32, 48), 8.0
+SHAPE = {
+    "width": 24,
+    "depth": 3,
+    "heads": 2,
+    "mlp": 48,
+    "clip": CLIP,
+    "patch": (2, 16, 16),
+    "pixel_mean": 0.4,
+    "pixel_scale": 2.0,
+}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    model = backbone.Encoder(backbone.EncoderConfig(**SHAPE))
+    backbone.initialise(model, seed=0)
+    (tmp_path / "nano").mkdir()
+    Checkpoint("nano", "Encoder", SHAPE, 1, 0, 0, rate_hz=RATE_HZ).write(tmp_path / "nano", model.state_dict())
+    return tmp_path / "nano"
+
+
+def world(frames: int, height: int = 48, width: int = 80) -> np.ndarray:
+    """uint8 T H W 3: a square that moves, and a grey that tells the frame's number."""
+    pixels = np.full((frames, height, width, 3), 40, np.uint8)
+    for t in range(frames):
+        pixels[t, :16] = 3 * t % 200 + 20
+        pixels[t, 20:40, t % 60 : t % 60 + 16] = (200, 60, 90)
+    return pixels
+
+
+def save(path: Path, frames: int = 50, rate_hz: float = 16.0, **more: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    video.encode(path, more.pop("pixels", world(frames)), rate_hz=rate_hz, crf=10, gop=12, **more)
+    return path
+
+
+def settings_of(**changes: object) -> WindowSettings:
+    return WindowSettings(**{"clip": CLIP, "rate_hz": RATE_HZ, "stride_s": 0.5, "fit": "crop"} | changes)
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(cli.app, ["features", *map(str, words)])
+
+
+def refused(*words: object) -> str:
+    result = run(*words)
+    assert isinstance(result.exception, UserError), result.output
+    return str(result.exception)
+
+
+# ---- windows ----
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.webm", "a.avi", "a.mkv"])
+@pytest.mark.parametrize("stride_s", [0.5, 0.2, 0.77])
+def test_windows_are_the_clips_that_reading_each_part_gives(tmp_path: Path, name: str, stride_s: float) -> None:
+    path = save(tmp_path / name)
+    windows = list(read_windows(path, settings_of(stride_s=stride_s)))
+    assert [window.start_s for window in windows] == [n * stride_s for n in range(len(windows))]
+    assert len(windows) == int((50 / 16 - 3 / RATE_HZ) / stride_s - 1e-6) + 1  # the last frame is shown from 49/16 s on
+    encoder = Encoder(backbone.Encoder(backbone.EncoderConfig(**SHAPE)), Checkpoint("nano", "Encoder", SHAPE, 1, 0, 0))
+    for window in windows:
+        pixels = read_video(path, start_s=window.start_s, rate_hz=RATE_HZ, frames=CLIP[0])
+        assert torch.equal(window.pixels, encoder.preprocess(pixels)[0])
+    with pytest.raises(UserError, match="too short"):
+        read_video(path, start_s=len(windows) * stride_s, rate_hz=RATE_HZ, frames=CLIP[0])
+
+
+def test_windows_of_a_variable_frame_rate_have_the_frames_shown_at_their_times(tmp_path: Path) -> None:
+    gaps = np.random.default_rng(0).choice([0.02, 0.05, 0.3], 60)
+    times_s = np.round(np.cumsum(gaps) - gaps[0], 3)
+    path = save(tmp_path / "a.mp4", pixels=world(60), times_s=times_s + 1.5)
+    windows, count = list(read_windows(path, settings_of(stride_s=0.3))), 0
+    for number, window in enumerate(windows):
+        wanted_s = number * 0.3 + np.arange(CLIP[0]) / RATE_HZ
+        expected = [max(time_s for time_s in times_s if time_s <= wanted + video.TOLERANCE_S) for wanted in wanted_s]
+        assert window.frame_s == pytest.approx(expected, abs=1e-6)
+        pixels = read_video(path, start_s=window.start_s, rate_hz=RATE_HZ, frames=CLIP[0])
+        assert torch.equal(window.pixels, Encoder.preprocess(FakeEncoder(), pixels)[0])
+        count += len(set(window.frame_s)) < CLIP[0]
+    assert len(windows) > 15 and 0 < count < len(windows)  # some frames are shown for several times, not in every window
+
+
+class FakeEncoder:
+    clip, rate_hz, _device = CLIP, RATE_HZ, torch.device("cpu")
+
+
+def test_the_picture_is_upright_with_square_pixels_cut_or_between_bars(tmp_path: Path) -> None:
+    pixels = np.zeros((12, 48, 96, 3), np.uint8)
+    pixels[:, :24] = 240  # the upper half
+    path = save(tmp_path / "a.mp4", pixels=pixels, rotation_deg=90)  # a player shows the bright half on the left, 96 by 48
+    cut, whole = (next(read_windows(path, settings_of(clip=(2, 32, 32), fit=fit))).pixels[0].float() for fit in ("crop", "pad"))
+    assert cut[:, :14].min() > 200 and cut[:, 18:].max() < 40
+    assert whole[:, :8].max() == whole[:, 24:].max() == 0  # 16 of 32 columns are the picture
+    assert whole[:, 9:14].min() > 200 and whole[:, 18:23].max() < 40
+
+
+@pytest.mark.parametrize("stride_s", [0.5, 0.2])
+def test_memory_does_not_grow_with_the_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stride_s: float) -> None:
+    rgb, frames, most = video._rgb, weakref.WeakSet(), []
+
+    def counted(*arguments: object) -> np.ndarray:
+        picture = rgb(*arguments).view(Picture)
+        frames.add(picture)
+        most.append(len(frames))
+        return picture
+
+    class Picture(np.ndarray):
+        __hash__ = object.__hash__
+
+    monkeypatch.setattr(video, "_rgb", counted)
+    for length in (40, 400):
+        del most[:]
+        windows = sum(1 for _ in read_windows(save(tmp_path / f"{length}.mp4", length), settings_of(stride_s=stride_s)))
+        assert windows >= (length / 16 - 0.5) // stride_s and max(most) <= 3, length
+
+
+def test_a_reader_is_at_most_one_batch_ahead(tmp_path: Path) -> None:
+    drawn: list[int] = []
+
+    def numbers() -> Iterator[int]:
+        for number in range(20):
+            drawn.append(number)
+            yield number
+
+    for done, batch in enumerate(video_features.batches(numbers(), 3), 1):
+        assert len(drawn) <= 3 * (done + 1)
+        assert batch == list(range(3 * done - 3, min(3 * done, 20)))
+
+
+def test_time_stamps_that_go_backwards_are_refused_where_a_format_has_them(tmp_path: Path, monkeypatch) -> None:
+    path, time_of = save(tmp_path / "a.mp4"), video._time_s
+    monkeypatch.setattr(video, "_time_s", lambda frame: {0.5: 0.3}.get(time_of(frame), time_of(frame)))
+    with pytest.raises(VideoError, match=r"^time stamps go backwards: by 0.14 s; write the file anew, as by ffmpeg -i$"):
+        list(read_windows(path, settings_of()))
+
+
+# ---- the store ----
+
+
+@pytest.mark.parametrize("words", [(), ("--tokens", "--layer", 0, "--layer", 2, "--layer", 3, "--pad", "--stride", 0.3)])
+def test_stored_features_are_those_of_each_window(checkpoint: Path, tmp_path: Path, words: tuple) -> None:
+    path, out = save(tmp_path / "videos/sub/a.mp4"), tmp_path / "out"
+    assert run(checkpoint, tmp_path / "videos", "--out", out, "--batch", 4, *words).exit_code == 0
+    tensors, encoder = load_file(out / "sub/a.mp4.safetensors"), Encoder.from_pretrained(checkpoint)
+    layers = ("layer_00", "layer_02", "layer_03") if words else ("layer_03",)
+    assert tensors.keys() == {*layers, "start_s", "end_s", "frame_s"}
+    assert len(tensors["start_s"]) == (10 if words else 6)
+    assert torch.equal(tensors["end_s"], tensors["start_s"] + CLIP[0] / RATE_HZ)
+    for row, start_s in enumerate(tensors["start_s"].tolist()):
+        clips = encoder.preprocess(read_video(path, start_s=start_s, rate_hz=RATE_HZ, frames=4), fit="pad" if words else "crop")
+        with torch.no_grad():
+            output = encoder(clips)
+        last = output.last_hidden_state if words else output.pooled
+        assert torch.allclose(tensors["layer_03"][row], last[0], atol=1e-6)
+        if words:
+            assert torch.allclose(tensors["layer_00"][row], output.hidden_states[0][0], atol=1e-6)
+            assert torch.allclose(tensors["layer_02"][row], output.hidden_states[3][0], atol=1e-6)  # the third block's input
+    index = json.loads((out / "index.json").read_text())
+    assert index["videos"].keys() == {"sub/a.mp4"} and index["videos"]["sub/a.mp4"]["windows"] == len(tensors["start_s"])
+    assert index["settings"]["windows"] == {
+        "clip": list(CLIP), "rate_hz": 8.0, "stride_s": 0.3 if words else 0.5, "fit": "pad" if words else "crop"
+    }  # fmt: skip
+
+
+def test_half_precision_is_computed_and_stored(checkpoint: Path, tmp_path: Path) -> None:
+    path = save(tmp_path / "a.mp4")
+    for dtype in ("float32", "bfloat16", "float16"):
+        assert run(checkpoint, path, "--out", tmp_path / dtype, "--dtype", dtype).exit_code == 0
+    full, *halves = (
+        load_file(tmp_path / dtype / "a.mp4.safetensors")["layer_03"] for dtype in ("float32", "bfloat16", "float16")
+    )
+    assert [half.dtype for half in halves] == [torch.bfloat16, torch.float16]
+    assert all(
+        torch.allclose(half.float(), full, rtol=0.05, atol=0.05) and not torch.equal(half.float(), full) for half in halves
+    )
+
+
+def test_windows_have_the_frames_and_the_rate_that_are_given(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(checkpoint, save(tmp_path / "a.mp4"), "--out", out, "--frames", 8, "--rate-hz", 5, "--tokens").exit_code == 0
+    tensors = load_file(out / "a.mp4.safetensors")
+    assert tensors["layer_03"].shape == (2, 4 * 2 * 3, 24) and tensors["end_s"].tolist() == [1.6, 3.2]
+
+
+def test_a_broken_video_is_a_line_and_the_others_are_done(checkpoint: Path, tmp_path: Path) -> None:
+    videos, out = tmp_path / "videos", tmp_path / "out"
+    save(videos / "a.mp4")
+    save(videos / "c.mp4", frames=6)
+    (videos / "b.mp4").write_bytes((videos / "a.mp4").read_bytes()[:3000])
+    (videos / "d.txt").write_text("no video")
+    result = run(checkpoint, videos, save(tmp_path / "e.mp4"), "--out", out)
+    lines = result.output.splitlines()
+    assert result.exit_code == 1 and lines[-1] == f"wrote {out}: 2 videos; 0 were there, 3 have problems"
+    assert lines[0] == "a.mp4: 6 windows, 0 to 3.00 s of 3.12 s"
+    assert lines[1].startswith("problem: b.mp4: not a readable video: ")
+    needed = "needed 0.50 s, 4 frames at 8 Hz; lower --frames or raise --rate-hz"
+    assert lines[2] == f"problem: c.mp4: too short: {needed}"
+    assert lines[3].startswith("problem: d.txt: not a readable video: ")
+    assert sorted(path.name for path in out.iterdir()) == ["a.mp4.safetensors", "e.mp4.safetensors", "index.json"]
+    assert json.loads((out / "index.json").read_text())["videos"].keys() == {"a.mp4", "e.mp4"}
+
+
+def test_a_stopped_command_continues_and_done_videos_are_left_alone(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
+    videos, out, forward = tmp_path / "videos", tmp_path / "out", Encoder.forward
+    for name in ("a.mp4", "b.mp4", "c.mp4"):
+        save(videos / name)
+    passes: list[int] = []
+
+    def stopping(encoder: Encoder, clips: Tensor) -> object:
+        passes.append(len(clips))
+        if len(passes) == 5:  # in b.mp4, which has three batches
+            raise KeyboardInterrupt
+        return forward(encoder, clips)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Encoder, "forward", stopping)
+        with contextlib.suppress(KeyboardInterrupt):
+            run(checkpoint, videos, "--out", out, "--batch", 2)
+        assert sorted(path.name for path in out.iterdir()) == ["a.mp4.safetensors", "index.json"]
+        before = (out / "a.mp4.safetensors").stat().st_mtime_ns
+        result = run(checkpoint, videos, "--out", out, "--batch", 2)
+    assert result.output.splitlines()[-1] == f"wrote {out}: 2 videos; 1 were there, 0 have problems"
+    assert len(passes) == 5 + 6 and (out / "a.mp4.safetensors").stat().st_mtime_ns == before
+    whole = {path.name: load_file(path) for path in out.glob("*.safetensors")}
+    assert len(json.loads((out / "index.json").read_text())["videos"]) == len(whole) == 3
+    assert all(
+        torch.equal(whole["a.mp4.safetensors"][key], whole["b.mp4.safetensors"][key]) for key in whole["a.mp4.safetensors"]
+    )
+    save(videos / "b.mp4", frames=80)
+    (out / "c.mp4.safetensors").write_bytes(b"half of a file")
+    result = run(checkpoint, videos, "--out", out)
+    assert result.output.splitlines()[-1] == f"wrote {out}: 2 videos; 1 were there, 0 have problems"
+    assert (
+        len(load_file(out / "b.mp4.safetensors")["start_s"]) == 10 and len(load_file(out / "c.mp4.safetensors")["start_s"]) == 6
+    )
+
+
+def test_a_tensor_that_grows_in_a_file_is_read_as_any_other(tmp_path: Path) -> None:
+    rows = [torch.randn(3, 5, 7, dtype=torch.float64).to(dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64)]
+    with contextlib.ExitStack() as stack:
+        growing = [GrowingTensor(stack.enter_context((tmp_path / f"x{n}").open("w+b"))) for n in range(3)]
+        for tensor, x in zip(growing, rows, strict=True):
+            tensor.append(x[:1])
+            tensor.append(x[1:])
+        join_tensors(tmp_path / "joined", growing, {"key": "value"})
+    tensors = load_file(tmp_path / "joined")
+    assert all(torch.equal(tensors[f"x{n}"], x) and tensors[f"x{n}"].dtype == x.dtype for n, x in enumerate(rows))
+
+
+def test_a_npz_is_one_clip_with_every_layer(checkpoint: Path, tmp_path: Path) -> None:
+    assert run(checkpoint, save(tmp_path / "a.mp4"), "--out", tmp_path / "x.npz", "--side-px", 64).exit_code == 0
+    arrays = np.load(tmp_path / "x.npz")
+    assert arrays.files == [f"layer_{n:02d}" for n in range(4)] and arrays["layer_03"].shape == (1, 2 * 4 * 4, 24)
+
+
+def test_what_cannot_be_done_is_one_line(checkpoint: Path, tmp_path: Path) -> None:
+    path, out = save(tmp_path / "videos/a.mp4"), tmp_path / "out"
+    assert refused(checkpoint, tmp_path / "none.mp4", "--out", out) == f"no file or folder {tmp_path / 'none.mp4'}"
+    other = save(tmp_path / "more/a.mp4")
+    twice = f"two videos are called a.mp4, one in {other}; give a folder above both, or another --out"
+    assert refused(checkpoint, path, other, "--out", out) == twice
+    inside = f"{tmp_path / 'videos/out'} lies in {tmp_path / 'videos'}, whose files are videos; write --out elsewhere"
+    assert refused(checkpoint, tmp_path / "videos", "--out", tmp_path / "videos/out") == inside
+    assert refused(checkpoint, path, "--out", out, "--layer", 4) == "--layer = 4; needed 0 (embedded tokens) to 3 (last block)"
+    assert refused(checkpoint, path, "--out", out, "--dtype", "int8") == "--dtype = int8; needed float32, bfloat16, float16"
+    assert refused(checkpoint, path, "--out", out, "--stride", 0) == "--stride = 0.0; needed a finite number, more than 0"
+    assert refused(checkpoint, path, "--out", out, "--frames", 5).startswith(
+        "clip T H W = (5, 32, 48) does not divide into patches"
+    )
+    assert refused(checkpoint, path, "--out", out, "--device", "gpu").startswith("--device gpu: ")
+    if not torch.cuda.is_available():
+        assert refused(checkpoint, path, "--out", out, "--device", "cuda").startswith("--device cuda: ")
+    picture = f"--pca {tmp_path / 'p.mp4'} with 1 videos; needed an .mp4 to write, --tokens, and one video"
+    assert refused(checkpoint, path, "--out", out, "--pca", tmp_path / "p.mp4") == picture
+    assert (
+        refused(checkpoint, path, "--out", tmp_path) == f"{tmp_path} exists and has no index.json; choose a new folder as --out"
+    )
+    assert not out.exists()
+    assert run(checkpoint, path, "--out", out).exit_code == 0
+    changed = f"{out} holds features of other settings (windows.stride_s: 0.5 there, 1.0 now); choose another --out"
+    assert refused(checkpoint, path, "--out", out, "--stride", 1) == changed
+    config = json.loads((checkpoint / "config.json").read_text())
+    del config["rate_hz"]
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    no_rate = "the checkpoint does not tell its clips' rate; give frames per second with --rate-hz"
+    assert refused(checkpoint, path, "--out", out) == no_rate
+
+
+# ---- components in colours ----
+
+
+def test_components_are_those_of_a_decomposition_of_all_tokens(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(20, 6, 5, generator=generator) * torch.tensor([1.0, 5, 0.1, 3, 2]) + 100
+    with (tmp_path / "x").open("w+b") as file:
+        (growing := GrowingTensor(file)).append(tokens)
+        join_tensors(tmp_path / "joined", [growing], {})
+    mean, basis = pca.principal_components(tmp_path / "joined", "x")
+    x = tokens.flatten(0, 1).double()
+    assert torch.allclose(mean, x.mean(0))
+    projected = (x - mean) @ basis
+    assert torch.allclose(projected.T @ projected / len(x), torch.eye(3, dtype=torch.float64), atol=1e-6)
+    _, _, axes = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    cosines = torch.nn.functional.cosine_similarity(axes[:3], basis.T)
+    assert torch.allclose(cosines.abs(), torch.ones(3, dtype=torch.float64), atol=1e-6)
+    assert (basis.gather(0, basis.abs().argmax(0, keepdim=True)) > 0).all()
+
+
+@pytest.mark.parametrize(("stride", "frames"), [(0.5, 6 * 4), (0.25, 11 * 2), (0.7, 4 * 4)])
+def test_a_video_of_components_shows_each_frame_beside_its_colours(
+    checkpoint: Path, tmp_path: Path, stride: float, frames: int
+) -> None:
+    path, picture = save(tmp_path / "a.mp4"), tmp_path / "pca.mp4"
+    words = (checkpoint, path, "--out", tmp_path / "out", "--tokens", "--stride", stride, "--pca", picture)
+    result = run(*words)
+    assert result.exit_code == 0 and f"wrote {picture}\n" in result.output
+    times_s, pixels = video.decode_all(picture)
+    assert pixels.shape == (frames, 192, 2 * 288, 3) and times_s[1] == pytest.approx(1 / RATE_HZ, abs=1e-3)
+    assert video.probe(picture, sha256="").codec == "h264"
+    windows = list(read_windows(path, settings_of(stride_s=stride)))
+    shown = frames // len(windows)
+    for index in (0, len(pixels) - 1):
+        expected = windows[index // shown].pixels[index % shown].numpy().repeat(6, 0).repeat(6, 1)
+        assert np.abs(pixels[index, :, :288].astype(int) - expected).mean() < 4
+    assert pixels[:, :, 288:].std() > 10
+    assert re.search("exists; choose another name or remove it$", refused(*words))
+    picture.unlink()
+    again = run(*words)
+    assert again.exit_code == 0 and "1 were there" in again.output and np.array_equal(video.decode_all(picture)[1], pixels)
