@@ -422,6 +422,28 @@ def features(
 
 
 @app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="Folder, released file, or owner/name on the hub.")],
+    torch_file: Annotated[Path | None, typer.Option("--torch", help="A new .pt2 of torch.export.")] = None,
+    onnx_file: Annotated[Path | None, typer.Option("--onnx", help="A new .onnx; needs the extra `export`.")] = None,
+    any_length: Annotated[
+        bool, typer.Option("--any-length", help="For clips of any number of frames; default: the checkpoint's.")
+    ] = False,
+) -> None:
+    """Write an encoder as a program that runs without scaling4d: clips uint8 B T H W 3 -> tokens B N D, mean B D."""
+    if not (torch_file or onnx_file):
+        raise UserError("nothing to write; give --torch FILE.pt2, --onnx FILE.onnx or both")
+    from scaling4d.encoders import export as exporting
+    from scaling4d.encoders.encoder import Encoder
+
+    program = exporting.export_program(Encoder.from_pretrained(checkpoint), any_length=any_length)
+    for write, path in ((exporting.write_torch, torch_file), (exporting.write_onnx, onnx_file)):
+        if path:
+            write(program, path)
+            print(f"wrote {path}")
+
+
+@app.command()
 def audit(
     explain: Annotated[
         str,

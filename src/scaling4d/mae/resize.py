@@ -14,7 +14,7 @@ def cubic_weights(wanted: int, given: int) -> Tensor:
 
     Keys kernel with a = -0.5, half-pixel centres, widened when shrinking; taps outside are dropped and rows sum to one.
     """
-    scale = max(given / wanted, 1.0)
+    scale = torch.sym_max(given / wanted, 1.0)  # in an exported graph `wanted` is a symbol
     centre = (torch.arange(wanted, dtype=torch.float64) + 0.5) * given / wanted - 0.5
     x = ((torch.arange(given, dtype=torch.float64)[None] - centre[:, None]) / scale).abs()
     near = (1.5 * x - 2.5) * x * x + 1

@@ -1,0 +1,98 @@
+"""ENCODER -> PROGRAM: a graph that runs without this package, of torch.export (`.pt2`) or ONNX."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from scaling4d.encoders.encoder import Encoder
+from scaling4d.mae.encoder import Encoder as Backbone
+from scaling4d.mae.resize import cubic_weights
+from scaling4d.provenance import atomic_new
+from scaling4d.records import UserError, shortened
+
+INPUT, OUTPUTS = "clips", ["last_hidden_state", "pooled"]
+MOST_PATCHES = 4096  # of a clip in time
+
+
+class ClipProgram(nn.Module):
+    """Clips uint8 `B T H W 3` -> last_hidden_state `B N D` and pooled `B D`, as in EncoderOutput."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, clips: Tensor) -> tuple[Tensor, Tensor]:
+        if isinstance(self.model, Backbone):
+            last = self.model.last_tokens(clips)[:, self.model.prefix_tokens :]
+        else:
+            last = self.model.features(clips)[-1]
+        return last, last.mean(1)
+
+
+class AnyLengthProgram(nn.Module):
+    """ClipProgram of 4DS or MAE-ST for clips of any T, with positions in time interpolated as `Encoder.resize` does."""
+
+    def __init__(self, model: Backbone) -> None:
+        super().__init__()
+        self.program = ClipProgram(model)
+        names = ("model.positions", "model.positions.pos_embed", "model.positions.temporal")  # t*h*w D, or t D
+        self.tables = [name for name, _ in self.program.named_parameters() if name in names]
+
+    def forward(self, clips: Tensor) -> tuple[Tensor, Tensor]:
+        model = self.program.model
+        given, wanted, tables = model.grid[0], clips.shape[1] // model.patch[0], {}
+        for name in self.tables:
+            x = self.program.get_parameter(name).reshape(given, -1)
+            weights = cubic_weights.__wrapped__(wanted, given)  # its cache cannot hold a symbol
+            tables[name] = (weights.to(x) @ x).reshape(-1, model.width)
+        return functional_call(self.program, tables, (clips,))
+
+
+def export_program(encoder: Encoder, *, any_length: bool) -> torch.export.ExportedProgram:
+    """A program for batches of any size, on the CPU, in float32.
+
+    any_length: also for clips of any T, a multiple of the patch and at least two patches; else of the encoder's T.
+    Raises UserError: any_length, and the encoder takes one T only.
+    """
+    model, shapes = encoder.model, {0: torch.export.Dim.DYNAMIC}
+    if any_length and not isinstance(model, Backbone):
+        raise UserError(
+            f"a {type(model).__name__} is exported for clips of {encoder.clip[0]} frames only; leave out --any-length"
+        )
+    if any_length:
+        shapes[1] = model.patch[0] * torch.export.Dim("t", min=2, max=MOST_PATCHES)
+    program = (AnyLengthProgram if any_length else ClipProgram)(model).eval()
+    frames = max(encoder.clip[0], 2 * model.patch[0]) if any_length else encoder.clip[0]
+    clips = torch.zeros(2, frames, *encoder.clip[1:], 3, dtype=torch.uint8)
+    with torch.no_grad():
+        return torch.export.export(program, (clips,), dynamic_shapes=(shapes,))
+
+
+def write_torch(program: torch.export.ExportedProgram, out: Path) -> None:
+    """`torch.export.load(out).module()(clips)` runs it. Raises UserError: `out` is no new .pt2."""
+    if out.suffix != ".pt2":
+        raise UserError(f"--torch {out}; needed a new file that ends with .pt2")
+    with atomic_new(out) as partial:
+        torch.export.save(program, partial)
+
+
+def write_onnx(program: torch.export.ExportedProgram, out: Path) -> None:
+    """Input `clips`, outputs as OUTPUTS. Raises UserError: no package onnxscript, or `out` is no new .onnx."""
+    if out.suffix != ".onnx":
+        raise UserError(f"--onnx {out}; needed a new file that ends with .onnx")
+    try:
+        importlib.import_module("onnxscript")
+    except ImportError as error:
+        raise UserError(f"--onnx {out}: needed onnxscript; pip install 'scaling4d[export]'") from error
+    with atomic_new(out) as partial:
+        try:
+            torch.onnx.export(
+                program, f=partial, input_names=[INPUT], output_names=OUTPUTS, dynamo=True, external_data=False, verbose=False
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise UserError(f"--onnx {out}: {shortened(error)}; --torch writes the same program") from error

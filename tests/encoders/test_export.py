@@ -1,0 +1,118 @@
+"""Exported programs give the output of the encoder, for any batch and clip length; a refusal is one line."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from typer.testing import CliRunner, Result
+
+from scaling4d import cli, seeds
+from scaling4d.checkpoint import Checkpoint
+from scaling4d.encoders.encoder import Encoder
+from scaling4d.mae.encoder import Encoder as Backbone
+from scaling4d.mae.encoder import PixelTokens
+from scaling4d.mae.mae_st import MAESTEncoder
+from scaling4d.records import UserError
+
+CLIP = (4, 32, 48)
+PIXELS = {"clip": CLIP, "patch": (2, 16, 16), "pixel_mean": 0.4, "pixel_scale": 2.0}
+SHAPE = PIXELS | {"width": 24, "depth": 3, "heads": 2, "mlp": 48}
+MODELS = {
+    "4ds": (Backbone, SHAPE),
+    "mae_st": (MAESTEncoder, SHAPE | {"separable_positions": True, "class_token": True}),
+    "mae_st, one table": (MAESTEncoder, SHAPE | {"separable_positions": False, "class_token": False}),
+    "pixels": (PixelTokens, PIXELS),
+}
+NEEDS_ONNX = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("onnxruntime", "onnxscript"))), reason="needs the extra `export`"
+)
+
+
+def saved(folder: Path, name: str) -> Path:
+    model_class, settings = MODELS[name]
+    model: nn.Module = model_class(model_class.config_class(**settings))
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            weight.copy_(0.2 * torch.randn(weight.shape, generator=seeds.stream(0, key)))
+    folder.mkdir()
+    Checkpoint("x", model_class.__name__, settings, 1, 0, 0).write(folder, model.state_dict())
+    return folder
+
+
+def export(*words: object) -> Result:
+    return CliRunner().invoke(cli.app, ["export", *map(str, words)])
+
+
+def refused(*words: object) -> str:
+    result = export(*words)
+    assert isinstance(result.exception, UserError), result.output
+    return str(result.exception)
+
+
+def clips_of(batch: int, frames: int) -> Tensor:
+    rng = seeds.stream(0, "clips", batch)
+    return torch.randint(0, 256, (batch, frames, *CLIP[1:], 3), dtype=torch.uint8, generator=rng)
+
+
+@torch.no_grad()
+def expected_of(folder: Path, clips: Tensor) -> tuple[Tensor, Tensor]:
+    encoder = Encoder.from_pretrained(folder)
+    if clips.shape[1] != CLIP[0]:
+        encoder.resize(tuple(clips.shape[1:4]))
+    output = encoder(clips)
+    return output.last_hidden_state, output.pooled
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_a_saved_program_gives_the_encoders_output_for_any_batch(tmp_path: Path, name: str) -> None:
+    folder, out = saved(tmp_path / "checkpoint", name), tmp_path / "encoder.pt2"
+    assert export(folder, "--torch", out).output == f"wrote {out}\n"
+    program = torch.export.load(out).module()
+    for batch in (1, 2, 5):
+        clips = clips_of(batch, CLIP[0])
+        assert all(map(torch.equal, program(clips), expected_of(folder, clips)))
+    with pytest.raises(AssertionError, match="Guard failed"):
+        program(clips_of(2, 8))
+
+
+@pytest.mark.parametrize("name", ["4ds", "mae_st", "mae_st, one table"])
+def test_a_program_of_any_length_gives_what_a_resized_encoder_gives(tmp_path: Path, name: str) -> None:
+    folder, out = saved(tmp_path / "checkpoint", name), tmp_path / "encoder.pt2"
+    assert export(folder, "--torch", out, "--any-length").exit_code == 0
+    program = torch.export.load(out).module()
+    for batch, frames in ((2, 4), (1, 6), (3, 32)):
+        clips = clips_of(batch, frames)
+        for ours, expected in zip(program(clips), expected_of(folder, clips), strict=True):
+            assert torch.allclose(ours, expected, atol=1e-5)
+
+
+@NEEDS_ONNX
+@pytest.mark.parametrize("words", [(), ("--any-length",)])
+def test_onnxruntime_gives_the_encoders_output(tmp_path: Path, words: tuple[str, ...]) -> None:
+    import onnxruntime
+
+    folder, out = saved(tmp_path / "checkpoint", "mae_st"), tmp_path / "encoder.onnx"
+    assert export(folder, "--onnx", out, *words).exit_code == 0
+    session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
+    for batch, frames in ((1, 4), (3, 8 if words else 4)):
+        clips = clips_of(batch, frames)
+        results = session.run(["last_hidden_state", "pooled"], {"clips": clips.numpy()})
+        for ours, expected in zip(results, expected_of(folder, clips), strict=True):
+            assert np.allclose(ours, expected.numpy(), atol=1e-4)
+
+
+def test_what_cannot_be_exported_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    folder = saved(tmp_path / "checkpoint", "pixels")
+    onnx, wrong = tmp_path / "a.onnx", tmp_path / "a.pth"
+    assert refused(folder) == "nothing to write; give --torch FILE.pt2, --onnx FILE.onnx or both"
+    assert refused(folder, "--onnx", onnx) == f"--onnx {onnx}: needed onnxscript; pip install 'scaling4d[export]'"
+    assert refused(folder, "--torch", wrong) == f"--torch {wrong}; needed a new file that ends with .pt2"
+    assert refused(folder, "--onnx", wrong) == f"--onnx {wrong}; needed a new file that ends with .onnx"
+    one = "a PixelTokens is exported for clips of 4 frames only; leave out --any-length"
+    assert refused(folder, "--torch", tmp_path / "a.pt2", "--any-length") == one
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
