@@ -50,6 +50,18 @@ def readout(
 
 
 @bench.command()
+def features(
+    source: Annotated[Path | None, typer.Argument(help="A video, which is repeated; default: a made-up one.")] = None,
+    minutes: Annotated[float, typer.Option(min=0.1, help="Length of the video.")] = 10.0,
+    rate_hz: Annotated[float, typer.Option(min=0.1, help="Frames per second of the windows.")] = 5.0,
+    size: Annotated[StrEnum("Size", ["small", "base"]), typer.Option(help="Of the VideoMAE.")] = "small",
+    repeats: Annotated[int, typer.Option(min=1, help="Number of turns.")] = 3,
+) -> None:
+    """Frames a second and memory of `scaling4d features`, beside a loop over transformers' VideoMAE."""
+    _measure("features", source=source, minutes=minutes, rate_hz=rate_hz, size=str(size), repeats=repeats)
+
+
+@bench.command()
 def curate() -> None:
     """Files a second of curation, its memory at two sizes, and the cost for 170 million videos that follows."""
     _measure("curate")
