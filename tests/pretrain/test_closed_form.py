@@ -25,7 +25,8 @@ WORK = Work(
     linears=((3, 40),),
     shapes=((8, 12), (5, 8)),
     head_parameters=40,
-    saved_values=756,
+    pixels=756,
+    saved_values=0,
     head_saved_values=24,
     loss_values=75,
     teacher=None,
@@ -51,7 +52,8 @@ open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
 before = resident("VmRSS")
 model.to_empty(device="cpu").initialise(0)
 adamw = build_adamw({"all": (list(model.named_parameters()), 1e-4)}, betas=(0.9, 0.95), weight_decay=0.05)
-pixels, masked = torch.rand(clips, *model.encoder.clip, 3), model.draw_mask(clips, torch.Generator())
+pixels = torch.randint(256, (clips, *model.encoder.clip, 3), dtype=torch.uint8)
+masked = model.draw_mask(clips, torch.Generator())
 for _ in range(2):
     model(pixels, masked).backward()
     adamw.step()

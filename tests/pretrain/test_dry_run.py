@@ -29,6 +29,7 @@ TOTAL = 0.02  # what a block holds at once is a bound, not a trace; measured: at
     ("nano", 4, 2, 2, "block", 1),
     ("nano", 1024, 1, 1, "none", 1),
     ("mae_st_tiny", 8, 1, 2, "block", 1),
+    ("mae_st_B", 8, 1, 4, "none", 1),
     ("nano_distilled", 2, 1, 8, "none", 1),
     pytest.param("S", 8, 1, 8, "block", 1, marks=pytest.mark.slow),
     pytest.param("B", 8, 1, 2, "none", 1, marks=pytest.mark.slow),

@@ -14,10 +14,11 @@ Memory of a GPU, in bytes
   gradients          r pad(W) / S of the finished blocks, or, with several microbatches, of all blocks since the
                      first microbatch; c W, not yet reduced, of the current block and of the layers after the blocks
   optimizer          2 m pad(W) / S: AdamW's two moments
-  activations        B times: pixels; of a block c K (8 D + 2 M) + 4 K (4 + h): its input, two normed inputs, queries,
-                     keys, values, attention's output, the sum after it, the mlp before and after its GELU, and fp32
+  activations        B times: of a block c K (8 D + 2 M) + 4 K (4 + h): its input, two normed inputs, queries, keys,
+                     values, attention's output, the sum after it, the mlp before and after its GELU, and fp32
                      statistics; with norms of queries and keys c K 2 D + 16 K h more; with recompute c K D of every
-                     block but the current one; the loss
+                     block but the current one; the loss, in fp32, since its target is. Pixels come as uint8 and leave
+                     after the forward pass, before the peak
   communication      c pad(W) of the layers outside the blocks; c pad(W) of the current block and of the prefetched one;
                      r pad(W) of the gradients under reduction
 The peak of a step is sought at the loss, at three places in every block's backward pass, and at the step's end.
@@ -45,7 +46,7 @@ class Sizes:
     gathered: bool
 
 
-STORED = REDUCED = 4  # bytes of a number: as stored, and as reduced
+STORED = REDUCED = LOSS = 4  # bytes of a number: as stored, as reduced, and in the loss, whose target is fp32
 MIXED, FLOAT32, PLAIN = Sizes(2, True), Sizes(4, True), Sizes(4, False)  # PLAIN: every GPU has the weights, in fp32
 
 
@@ -109,11 +110,12 @@ def memory_timeline(work: Work, layout: StepLayout, *, clips: int) -> list[dict[
     root, head = c * gathered * root_shard, c * work.head_parameters
     after = sum(saved) + clips * c * work.head_saved_values
     finished = all_shards if layout.microbatches > 1 else 0  # values that have a reduced gradient
-    loss = [clips * c * work.loss_values]
+    loss = [clips * LOSS * work.loss_values]
     if teacher := work.teacher:  # every block's input, and of the last one queries, keys, values, the sum, the mlp
         inputs = sum(block.tokens * block.width for block in teacher.blocks)
         last = max((block.tokens * (4 * block.width + 2 * block.mlp) for block in teacher.blocks), default=0)
-        loss.append(clips * c * max(inputs + last, 2 * teacher.patch_values))
+        patches = (1 + LOSS + c * (c != LOSS)) * work.pixels  # uint8, normalised, and in the teacher's dtype
+        loss.append(clips * (work.pixels + max(c * (inputs + last), patches)))
     places = [(REDUCED * finished, after + values, root + weights[-1]) for values in loss]
     for i in reversed(range(len(blocks))):
         block, earlier, tokens = blocks[i], sum(saved[:i]), clips * c * blocks[i].tokens

@@ -67,21 +67,25 @@ def dry_run(model: Method, *, shards: int, replicas: int, clips: int, recompute:
                 module.to_empty(device="cpu")
             teacher_parameters = [p for teacher in teachers for p in teacher.parameters()]  # whole on every GPU
             adamw = build_adamw({"all": (list(model.named_parameters()), 0.0)}, betas=BETAS, weight_decay=0.05)
-            pixels = torch.empty(clips, *model.encoder.clip, 3, dtype=torch.bfloat16)
-            ids_keep = torch.zeros(clips, model.visible_tokens, dtype=torch.int64)
+            grid, clip = model.encoder.grid, model.encoder.clip
+
+            def microbatch_loss() -> torch.Tensor:
+                """As training.fit: the microbatch's pixels and mask reach the GPU now, and leave after the forward pass."""
+                ids_keep = torch.zeros(clips, model.visible_tokens, dtype=torch.int64)
+                return model(torch.empty(clips, *clip, 3, dtype=torch.uint8), MaskedTokens(ids_keep, grid))
 
             def step(tracker: FSDPMemTracker | None = None) -> None:
                 for microbatch in range(microbatches):
                     if tracker:
                         tracker.reset_mod_stats()
                     set_last_microbatch(model, microbatch + 1 == microbatches)
-                    model(pixels, MaskedTokens(ids_keep, model.encoder.grid)).backward()
+                    microbatch_loss().backward()
                 adamw.step()
                 adamw.zero_grad()
 
             step()
             tracker = FSDPMemTracker(model, adamw)
-            tracker.track_inputs((pixels, ids_keep, *teacher_parameters))
+            tracker.track_inputs(teacher_parameters)
             with tracker:
                 step(tracker)
             executed = count_flops(step)

@@ -36,7 +36,6 @@ class TeacherWork:
     embedding: Linear
     blocks: tuple[BlockWork, ...]
     parameters: int
-    patch_values: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +43,9 @@ class Work:
     """Per clip, unless a name says otherwise.
 
     blocks: in the order of the forward pass. shapes: of all parameters outside the blocks; head_parameters: number of
-    those after the blocks. saved_values: pixels, and activations that layers before and between the blocks save for the
-    backward pass; head_saved_values: those of the layers after the blocks; loss_values: those of the loss, and of its
-    backward pass.
+    those after the blocks. pixels: values of a clip. saved_values: activations that layers before and between the blocks
+    save for the backward pass; head_saved_values: those of the layers after the blocks; loss_values: fp32 values in the
+    loss's backward pass.
     """
 
     visible_tokens: int
@@ -57,6 +56,7 @@ class Work:
     linears: tuple[Linear, ...]
     shapes: Shapes
     head_parameters: int
+    pixels: int
     saved_values: int
     head_saved_values: int
     loss_values: int
@@ -74,14 +74,15 @@ def values_of(shapes: Shapes) -> int:
 def work_of(model: Method) -> Work:
     """The work of one of mae.models.METHODS; its weights may be on meta."""
     encoder, visible, tokens = model.encoder, model.visible_tokens, math.prod(model.encoder.grid)
-    coarse, saved, teacher = 0, math.prod(encoder.clip) * 3 + visible * encoder.patch_embedding.in_features, None
+    coarse, saved, teacher = 0, visible * encoder.patch_embedding.in_features, None
     if isinstance(model, MAEST):
         prefix, width = encoder.prefix_tokens, model.decoder_norm.normalized_shape[0]
         blocks = _blocks(encoder.blocks, visible + prefix) + _blocks(model.decoder_blocks, tokens + prefix)
         linears = (_linear(model.decoder_embedding, visible), _linear(model.decoder, tokens + prefix))
         head = (model.decoder_embedding, model.decoder_norm, model.decoder, model.decoder_positions)
         saved += (2 * visible + prefix) * encoder.width
-        head_saved, loss = 2 * (tokens + prefix) * width, 5 * tokens * model.decoder.out_features  # prediction, 4 others
+        head_saved = 2 * (tokens + prefix) * width
+        loss = 5 * tokens * model.decoder.out_features  # the difference, and four on the way to its gradient
     else:
         alone, decoded = len(encoder.blocks), visible
         if isinstance(model, SimpleMAE):
@@ -93,11 +94,11 @@ def work_of(model: Method) -> Work:
                 embedding=_linear(teacher_encoder.patch_embedding, seen),
                 blocks=_blocks(teacher_encoder.blocks[: max(model.config.teacher_layer - 1, 0)], seen),
                 parameters=sum(p.numel() for p in teacher_encoder.parameters()),
-                patch_values=seen * teacher_encoder.patch_embedding.in_features,
             )
         blocks = _blocks(encoder.blocks[:alone], visible) + _blocks(encoder.blocks[alone:], visible + coarse)
         linears, head = (_linear(model.decoder, decoded),), (model.decoder,)
-        head_saved, loss = decoded * encoder.width, 3 * decoded * model.decoder.out_features  # prediction, target, another
+        head_saved = decoded * encoder.width
+        loss = 3 * decoded * model.decoder.out_features  # target, gradient; prediction and gradient in bf16 are one more
     in_blocks = {id(p) for block in blocks_of(model) for p in block.parameters()}
     return Work(
         visible_tokens=visible,
@@ -108,6 +109,7 @@ def work_of(model: Method) -> Work:
         linears=linears,
         shapes=_shapes(p for p in model.parameters() if id(p) not in in_blocks),
         head_parameters=sum(p.numel() for part in head for p in part.parameters()),
+        pixels=math.prod(encoder.clip) * 3,
         saved_values=saved,
         head_saved_values=head_saved,
         loss_values=loss,
