@@ -87,7 +87,7 @@ def test_one_gpu_sends_nothing_and_two_send_half_of_everything_three_times() -> 
     blocks, outside = WORK.parameters - 136, 136
     even = replace(WORK, shapes=((8, 12), (4, 10)))
     assert traffic(even, StepLayout(2, False), replicas=1)["shards_bytes"] == (
-        MIXED.compute * (2 * blocks + outside) / 2 + REDUCED * (blocks + outside) / 2
+        MIXED.compute * (2 * blocks + outside) / 2 + REDUCED * (blocks + outside) / 2 + REDUCED * (4 * len(SHAPES) + 2)
     )
 
 

@@ -157,12 +157,16 @@ def clips_that_fit(work: Work, layout: StepLayout, *, usable_bytes: float) -> in
 
 
 def traffic(work: Work, layout: StepLayout, *, replicas: int) -> dict[str, float]:
-    """Bytes that a GPU sends in a step, within its shards and between replicas; a microbatch gathers twice."""
+    """Bytes that a GPU sends in a step, within its shards and between replicas, in rings.
+
+    A microbatch gathers twice. For clipping, shards sum the square of each parameter's gradient.
+    """
     shards = layout.shards
     blocks, root = sum(_shard(block.shapes, shards) for block in work.blocks), _shard(work.shapes, shards)
     gathered = (shards - 1) * MIXED.compute * (2 * blocks + root)
     scattered = (shards - 1) * REDUCED * (blocks + root)
+    norms = 2 * (shards - 1) / shards * REDUCED * (len(work.shapes) + sum(len(block.shapes) for block in work.blocks))
     return {
-        "shards_bytes": layout.microbatches * (gathered + scattered),
+        "shards_bytes": layout.microbatches * (gathered + scattered) + norms,
         "replicas_bytes": 2 * (replicas - 1) / replicas * REDUCED * (blocks + root),
     }

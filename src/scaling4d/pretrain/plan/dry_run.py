@@ -70,7 +70,7 @@ def dry_run(model: Method, *, shards: int, replicas: int, clips: int, recompute:
             grid, clip = model.encoder.grid, model.encoder.clip
 
             def microbatch_loss() -> torch.Tensor:
-                """As training.fit: the microbatch's pixels and mask reach the GPU now, and leave after the forward pass."""
+                """As training.fit: a microbatch reaches the GPU now, and its pixels leave after the forward pass."""
                 ids_keep = torch.zeros(clips, model.visible_tokens, dtype=torch.int64)
                 return model(torch.empty(clips, *clip, 3, dtype=torch.uint8), MaskedTokens(ids_keep, grid))
 

@@ -43,9 +43,9 @@ class Work:
     """Per clip, unless a name says otherwise.
 
     blocks: in the order of the forward pass. shapes: of all parameters outside the blocks; head_parameters: number of
-    those after the blocks. pixels: values of a clip. saved_values: activations that layers before and between the blocks
-    save for the backward pass; head_saved_values: those of the layers after the blocks; loss_values: fp32 values in the
-    loss's backward pass.
+    those after the blocks. pixels: values of a clip. saved_values: activations that layers before and between the
+    blocks save for the backward pass; head_saved_values: those of the layers after the blocks; loss_values: fp32 values
+    in the loss's backward pass.
     """
 
     visible_tokens: int
