@@ -3,11 +3,15 @@
 import contextlib
 import csv
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from scaling4d.pretrain.plan.closed_form import GIB
+from scaling4d.pretrain.plan.plan import plan
+from scaling4d.pretrain.plan.table import digits
 from scaling4d.provenance import flatten, load_yaml
 from scaling4d.report.seeds import SeedStudy, noise_of_seeds, read_seed_study
 from scaling4d.report.verdict import TRIVIAL, better, beyond_noise, falls, falls_beyond_noise
@@ -34,7 +38,7 @@ def statements() -> Iterator[tuple[str, str]]:
     """(file, sentence)."""
     yield from ((README, sentence) for sentence in _results())
     yield from ((GUIDE, sentence) for sentence in _curation())
-    yield from ((GUIDE, sentence) for sentence in (*_decoding(), *_loading(), *_training(), *_masking()))
+    yield from ((GUIDE, sentence) for sentence in (*_decoding(), *_loading(), *_training(), *_masking(), *_scale()))
 
 
 MEASURES = {  # task -> name of its row
@@ -211,6 +215,27 @@ def _masking() -> Iterator[str]:
         f"SimpleMAE at 95 % is {simple[0]:.1f} times as fast as MAE-ST without hiding at L and {simple[1]:.1f} times at B "
         f"(with the loading of its clips {loaded[0]:.1f} to {loaded[1]:.1f} times for L at 95 %, each against its own)."
     )
+
+
+def _scale() -> Iterator[str]:
+    """Rows of the guide's table of plans: 256 H100, 8x32."""
+    with contextlib.chdir(ROOT):
+        plans = {point: plan(point, mesh="8x32") for point in "SBLHGej"}
+    for point, content in plans.items():
+        mesh, loading, clip = content["mesh"], content["loading"], content["flops_per_clip"]["total"] / 1e12
+        ideal_s = mesh["mfu"][0] * mesh["step_s"][0]
+        mfu = [ideal_s / seconds for seconds in mesh["gpu_step_s"]]
+        days = [content["schedule"]["steps"] * seconds / 86400 for seconds in mesh["gpu_step_s"]]
+        workers = [needed / loading["worker_clips_per_s"] for needed in mesh["clips_per_s_needed"]]
+        cells = [
+            point,
+            f"{content['parameters']['total'] / 1e6:.0f}",
+            f"{clip:.3g}",
+            f"{mesh['memory_bytes']['total'] / GIB:.3g}",
+        ]
+        cells += [digits(mfu, 100), digits(days), digits(mesh["clips_per_s_needed"]), digits([math.ceil(n) for n in workers])]
+        cells += [digits(mesh["days"]), digits([content["storage"]["training_state_bytes"] / 1e9])]
+        yield f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ for _library in ("OPENBLAS", "MKL"):  # numpy's BLAS reads this at import; the l
 
 from scaling4d import config  # noqa: E402
 from scaling4d.records import AGAIN, Preempted, UserError, file_system_errors, on_one_line  # noqa: E402
-from scaling4d.training.gpus import UTILISATION, WRITE_GB_PER_S  # noqa: E402
+from scaling4d.training.gpus import WORKER_CLIPS_PER_S, WRITE_GB_PER_S  # noqa: E402
 
 HELP = "Pretrain masked video autoencoders of growing size, evaluate them with readouts, and build the scaling report."
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
@@ -313,24 +313,29 @@ def plan(
     batch: Annotated[int | None, typer.Option(min=1, help="Clips a step over all GPUs; default: the profile's.")] = None,
     recompute: Annotated[str, typer.Option(help="none, or block: recompute activations in the backward pass.")] = "none",
     gpu: Annotated[str, typer.Option(help="h100, h200, a100 or a100_40.")] = "h100",
-    utilisation: Annotated[float, typer.Option(help="Reached share of the GPU's peak, an assumption.")] = UTILISATION,
+    worker_clips_per_s: Annotated[float, typer.Option(help="Of 16 x 224 x 224, by one process.")] = WORKER_CLIPS_PER_S,
     write_gb_per_s: Annotated[float, typer.Option(help="Speed of writing checkpoints, an assumption.")] = WRITE_GB_PER_S,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Also step the real model, sharded, on fake tensors.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """The cost of POINT, of this or any profile, on a cluster: parameters, FLOPs, memory, days; no GPU needed.
 
-    A mesh on which it does not fit is an answer, not an error: exit code 0, with the reason and fitting changes.
+    A mesh on which it does not fit is an answer, not an error: exit code 0, with the reason and fitting changes. A plan
+    that loading bounds is refused: exit code 1, after the figures.
     """
     from scaling4d.pretrain.plan import table
     from scaling4d.pretrain.plan.plan import plan as make_plan
 
-    costs = {"gpu": gpu, "utilisation": utilisation, "write_gb_per_s": write_gb_per_s}
+    costs = {"gpu": gpu, "worker_clips_per_s": worker_clips_per_s, "write_gb_per_s": write_gb_per_s}
     content = make_plan(point, mesh=mesh, batch=batch, recompute=recompute, dry=dry_run, **costs)
     if as_json:
         print(json.dumps(content))
+    else:
+        table.show(content)
+    if content["refused"]:
+        raise UserError(f"the plan of {point} is {content['refused']}")
+    if as_json:
         return
-    table.show(content)
     from scaling4d.studies.law import FITTED, law_of, prediction_text
 
     if content["method"] == "SimpleMAE" and FITTED.is_dir():

@@ -58,6 +58,7 @@ def test_formula_and_dry_run_agree(point: str, shards: int, replicas: int, clips
 
 def test_a_dry_run_needs_little_memory() -> None:  # weights, gradients and moments alone would take 1.4 GiB
     command = [sys.executable, "-m", "scaling4d", "plan", "B", "--mesh", "8x1", "--batch", "16", "--dry-run", "--json"]
+    command += ["--worker-clips-per-s", "1000"]  # loading does not bound it
     content = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
     assert content["dry_run"]["rss_bytes"] < 1.5 * 2**30
     assert content["dry_run"]["closed_form_to_dry_run"]["flops"] == 1

@@ -1,6 +1,7 @@
 """Plans of the scaling points, without a weight in memory."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -70,8 +71,13 @@ def test_every_point_has_a_plan_whose_figures_follow_from_each_other(point: str)
         held = row["memory_bytes"]
         assert held["total"] == sum(size for kind, size in held.items() if kind != "total")
         assert row["fits"] == (held["total"] <= row["usable_bytes"]) == (row["clips_per_gpu"] <= row["most_clips_per_gpu"])
-        assert row["gpu_hours"] == pytest.approx(row["days"] * 24 * row["gpus"])
-        assert row["step_s"] == max(row["compute_s"], row["sending_s"])
+        assert row["gpu_hours"] == pytest.approx([days * 24 * row["gpus"] for days in row["days"]])
+        for case, seconds in enumerate(row["step_s"]):
+            assert seconds == pytest.approx(sum(row["seconds"][case].values()))
+            assert row["gpu_step_s"][case] * row["clips_per_s_needed"][case] == pytest.approx(row["clips_per_gpu"])
+            assert row["clips_per_gpu"] <= seconds * row["clips_per_s_given"] * (1 + 1e-9)
+        fast, slow = row["gpu_step_s"]
+        assert 0 < fast < slow and 0 < row["mfu"][1] <= row["mfu"][0] < 1
 
 
 @pytest.mark.usefixtures("in_the_project")
@@ -83,11 +89,19 @@ def test_a_plan_without_options_is_that_of_the_pinned_profile() -> None:
     assert content["tokens"] == {"visible": 78, "all": 1568, "coarse": 784}
 
 
-@pytest.mark.usefixtures("in_the_project")
-def test_twice_the_utilisation_halves_the_computing() -> None:
-    slow, fast = (plan("L", utilisation=share)["mesh"] for share in (0.2, 0.4))
-    assert slow["compute_s"] == pytest.approx(2 * fast["compute_s"])
-    assert slow["sending_s"] == fast["sending_s"]
+def test_a_plan_that_loading_bounds_is_refused_with_the_workers_that_would_do(command: Callable) -> None:
+    code, out, error = command("L")
+    assert code == 1 and "clips/s needed" in out and error.count("\n") == 1
+    assert re.search(r"^error: the plan of L is bound by loading: a GPU takes .+ clips/s and gets 480, by 8 workers; ", error)
+    workers = int(re.search(r"set pretrain.Runtime.workers=(\d+) at least$", error.strip())[1])
+    assert 8 < workers <= 14
+    assert command("L", "--worker-clips-per-s", str(40 * workers / 8))[0] == 0
+    code, out, error = command("S", "--json")
+    assert code == 1 and json.loads(out)["refused"] in error
+    assert re.search(
+        r"\d+ would do, but a machine has 14 CPU cores a GPU: store clips that load \d.+ times as fast$", error.strip()
+    )
+    assert command("j", "--json")[0] == 0
 
 
 @pytest.mark.integration
@@ -114,7 +128,7 @@ def test_every_change_that_is_named_makes_it_fit(point: str, mesh: str) -> None:
     (("S", "--mesh", "8x2", "--batch", "4"), "a batch of 4 clips is smaller than the 16 GPUs of the mesh; set --batch to a "),
     (("S", "--gpu", "tpu"), "unknown gpu 'tpu'; needed one of h100, h200, a100, a100_40"),
     (("S", "--recompute", "all"), "--recompute 'all'; needed none or block"),
-    (("S", "--utilisation", "40"), "--utilisation 40.0; needed a share above 0 and at most 1"),
+    (("S", "--worker-clips-per-s", "0"), "--worker-clips-per-s 0.0; needed more than 0"),
     (("S", "--write-gb-per-s", "0"), "--write-gb-per-s 0.0; needed more than 0"),
     (("huge",), "no profile has a point 'huge'; points: B, G, H, L, S, big, e, j, mae_st_B, "),
 ])  # fmt: skip

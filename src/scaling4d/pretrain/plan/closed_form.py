@@ -102,7 +102,7 @@ def memory_timeline(work: Work, layout: StepLayout, *, clips: int) -> list[dict[
     activations = [clips * block.tokens * _saved_bytes(block, c) for block in blocks]
     saved = [clips * c * block.tokens * block.width for block in blocks] if layout.recompute else activations
     outside = clips * c * work.saved_values + clips * 8 * work.visible_tokens
-    block_shards, root_shard = [_shard(block.shapes, shards) for block in blocks], _shard(work.shapes, shards)
+    block_shards, root_shard = [shard_values(block.shapes, shards) for block in blocks], shard_values(work.shapes, shards)
     all_shards = root_shard + sum(block_shards)
     parameters = STORED * all_shards + (c * work.teacher.parameters if work.teacher else 0)
     weights = [c * gathered * shard for shard in block_shards]
@@ -145,7 +145,7 @@ def _saved_bytes(block: BlockWork, c: int) -> int:
     return c * (8 * block.width + 2 * block.mlp) + 4 * (4 + block.heads) + norms
 
 
-def _shard(shapes: Shapes, shards: int) -> int:
+def shard_values(shapes: Shapes, shards: int) -> int:
     """Values of the largest shard: FSDP2 splits the first axis of every parameter, rounded up."""
     return sum(-(-first // shards) * rest for first, rest in shapes)
 
@@ -162,7 +162,7 @@ def traffic(work: Work, layout: StepLayout, *, replicas: int) -> dict[str, float
     A microbatch gathers twice. For clipping, shards sum the square of each parameter's gradient.
     """
     shards = layout.shards
-    blocks, root = sum(_shard(block.shapes, shards) for block in work.blocks), _shard(work.shapes, shards)
+    blocks, root = sum(shard_values(block.shapes, shards) for block in work.blocks), shard_values(work.shapes, shards)
     gathered = (shards - 1) * MIXED.compute * (2 * blocks + root)
     scattered = (shards - 1) * REDUCED * (blocks + root)
     norms = 2 * (shards - 1) / shards * REDUCED * (len(work.shapes) + sum(len(block.shapes) for block in work.blocks))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -11,12 +12,14 @@ from scaling4d import config
 from scaling4d.mae.encoder import Method
 from scaling4d.pretrain.plan import closed_form
 from scaling4d.pretrain.plan.closed_form import GIB, STORED, USABLE, StepLayout, flops, memory
+from scaling4d.pretrain.plan.performance import CASES, step_seconds
 from scaling4d.pretrain.plan.work import Work, work_of
 from scaling4d.pretrain.settings import build_method, find_point, points_of
 from scaling4d.records import UserError
-from scaling4d.training.gpus import GPUS, NODE, UTILISATION, WRITE_GB_PER_S, Gpu
+from scaling4d.training.gpus import GPUS, WORKER_CLIPS_PER_S, WRITE_GB_PER_S, Gpu
 
 COUNTS = (8, 32, 64, 256, 1024)  # GPUs in the table
+CLIP_VALUES = 16 * 224 * 224 * 3  # of the clips whose decoding was measured
 MAX_GPUS = 16384  # where the search for more shards ends
 
 
@@ -27,7 +30,7 @@ def plan(
     batch: int | None = None,
     recompute: str = "none",
     gpu: str = "h100",
-    utilisation: float = UTILISATION,
+    worker_clips_per_s: float = WORKER_CLIPS_PER_S,
     write_gb_per_s: float = WRITE_GB_PER_S,
     dry: bool = False,
 ) -> dict[str, Any]:
@@ -37,10 +40,11 @@ def plan(
         point: of params.yaml, else of profile paper, else of another profile, which then sets steps, microbatches,
             and the defaults of batch and mesh.
         mesh: SHARDSxREPLICAS. batch: clips a step, over all GPUs. recompute: none, or block (activations of every block
-            are computed again in the backward pass). utilisation: share of the GPU's peak that executed FLOPs reach.
+            are computed again in the backward pass). worker_clips_per_s: clips of CLIP_VALUES that one of the profile's
+            decoding processes gives a second; others by their number of pixels.
         write_gb_per_s: of the file system, all GPUs together. dry: also step the real model, see plan.dry_run.
     Raises:
-        UserError: no profile has the point, or a mesh, batch, gpu or utilisation is impossible.
+        UserError: no profile has the point, or a mesh, batch, gpu or speed is impossible.
     """
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", mesh or "")
     if mesh and not match:
@@ -49,10 +53,9 @@ def plan(
         raise UserError(f"--recompute {recompute!r}; needed none or block")
     if gpu not in GPUS:
         raise UserError(f"unknown gpu {gpu!r}; needed one of {', '.join(GPUS)}")
-    if not 0 < utilisation <= 1:
-        raise UserError(f"--utilisation {utilisation}; needed a share above 0 and at most 1")
-    if write_gb_per_s <= 0:
-        raise UserError(f"--write-gb-per-s {write_gb_per_s}; needed more than 0")
+    for option, speed in (("--worker-clips-per-s", worker_clips_per_s), ("--write-gb-per-s", write_gb_per_s)):
+        if speed <= 0:
+            raise UserError(f"{option} {speed}; needed more than 0")
     settings = settings_of(point)
     training = config.section(settings, "pretrain.Training")
     sharding = config.section(settings, f"{find_point(point, settings)[0]}.Sharding")
@@ -71,7 +74,8 @@ def plan(
         microbatches=microbatches,
         recompute=recompute == "block",
         gpu=GPUS[gpu],
-        utilisation=utilisation,
+        workers=config.section(settings, "pretrain.Runtime")["workers"],
+        worker_clips_per_s=worker_clips_per_s * CLIP_VALUES / work.pixels,
     )
     if problem := request.division_problem(shards * replicas):
         raise UserError(problem)
@@ -92,13 +96,14 @@ def plan(
         "flops_per_step": {part: count * batch for part, count in clip.items()},
         "schedule": {"steps": steps, "batch": batch, "clips": clips, "flops": clips * clip["total"]},
         "gpu": asdict(request.gpu),
-        "utilisation": utilisation,
+        "loading": {"workers": request.workers, "worker_clips_per_s": request.worker_clips_per_s},
         "recompute": recompute,
         "accumulate": microbatches,
         "storage": storage,
         "mesh": request.with_changes(shards, replicas),
         "meshes": [request.fastest(gpus) for gpus in COUNTS],
     }
+    content["refused"] = request.loading_problem(content["mesh"])
     if dry:
         from scaling4d.pretrain.plan.dry_run import dry_run
 
@@ -143,8 +148,8 @@ def build(point: str, settings: Mapping[str, Any]) -> Method:
 class PlanRequest:
     """A model's training, for which meshes of GPUs are compared.
 
-    batch: clips a step, over all GPUs. microbatches: of a GPU's clips. utilisation: share of the GPU's peak that all
-    executed FLOPs, recomputed ones too, reach.
+    batch: clips a step, over all GPUs. microbatches: of a GPU's clips. workers: decoding processes of a GPU, 0: the
+    rank itself. worker_clips_per_s: of each.
     """
 
     work: Work
@@ -153,7 +158,8 @@ class PlanRequest:
     microbatches: int
     recompute: bool
     gpu: Gpu
-    utilisation: float
+    workers: int
+    worker_clips_per_s: float
 
     def division_problem(self, gpus: int) -> str:
         """The reason why the batch does not divide among the GPUs; empty if it does."""
@@ -170,21 +176,44 @@ class PlanRequest:
         return self.microbatches * closed_form.clips_that_fit(self.work, layout, usable_bytes=usable)
 
     def on_mesh(self, shards: int, replicas: int) -> dict[str, Any]:
-        """The plan on one mesh. Sending runs at full speed behind the computing; the slower sets the pace."""
+        """The plan on one mesh. Pairs are of plan.performance's fast and slow case."""
         gpus, gpu, layout = shards * replicas, self.gpu, StepLayout(shards, self.recompute, self.microbatches)
         clips, usable = self.batch // gpus, USABLE * gpu.memory_bytes
-        held = memory(self.work, layout, clips=clips // self.microbatches)
-        sent = closed_form.traffic(self.work, layout, replicas=replicas)
-        compute_s = clips * flops(self.work, recompute=self.recompute)["total"] / (gpu.bf16_flop_per_s * self.utilisation)
-        in_shards, in_all = (gpu.node_bytes_per_s if size <= NODE else gpu.network_bytes_per_s for size in (shards, gpus))
-        sending_s = sent["shards_bytes"] / in_shards + sent["replicas_bytes"] / in_all
-        step_s = max(compute_s, sending_s)
-        days = self.steps * step_s / 86400
+        at_once = clips // self.microbatches
+        held = memory(self.work, layout, clips=at_once)
         row = {"shards": shards, "replicas": replicas, "gpus": gpus, "clips_per_gpu": clips}
         row |= {"memory_bytes": held, "usable_bytes": usable, "fits": held["total"] <= usable}
-        row |= {"most_clips_per_gpu": self.max_clips(shards), **sent}
-        row |= {"compute_s": compute_s, "sending_s": sending_s, "step_s": step_s}
-        return row | {"days": days, "gpu_hours": days * 24 * gpus, "why": "", "changes": []}
+        row |= {"most_clips_per_gpu": self.max_clips(shards), **closed_form.traffic(self.work, layout, replicas=replicas)}
+        given, ideal_s = max(self.workers, 1) * self.worker_clips_per_s, flops(self.work, recompute=False)["model"] * clips
+        ideal_s /= gpu.bf16_flop_per_s
+        parts = [
+            step_seconds(self.work, layout, gpu, share, clips=at_once, replicas=replicas) | {"loading": 0.0}
+            for share in CASES.values()
+        ]
+        row |= {"gpu_step_s": [sum(part.values()) for part in parts], "clips_per_s_given": given}
+        row["clips_per_s_needed"] = [clips / seconds for seconds in row["gpu_step_s"]]
+        row["step_s"] = [max(seconds, clips / given) for seconds in row["gpu_step_s"]]
+        for part, gpu_s, seconds in zip(parts, row["gpu_step_s"], row["step_s"], strict=True):
+            part["loading"] = seconds - gpu_s  # a GPU waits
+        row["bound"] = ["loading" if part["loading"] else max(part, key=part.__getitem__) for part in parts]
+        days = [self.steps * seconds / 86400 for seconds in row["step_s"]]
+        row |= {"seconds": parts, "mfu": [ideal_s / seconds for seconds in row["step_s"]], "days": days}
+        return row | {"gpu_hours": [value * 24 * gpus for value in days], "why": "", "changes": []}
+
+    def loading_problem(self, row: dict[str, Any]) -> str:
+        """The reason why loading surely bounds a mesh, with what would do; empty if it does not."""
+        if not row["fits"] or row["bound"] != ["loading", "loading"]:
+            return ""
+        fast, slow = row["clips_per_s_needed"]
+        workers, cores = math.ceil(slow / self.worker_clips_per_s), self.gpu.cpu_cores
+        change = f"set pretrain.Runtime.workers={workers} at least"
+        if workers > cores:
+            times = slow / (cores * self.worker_clips_per_s)
+            change = (
+                f"{workers} would do, but a machine has {cores} CPU cores a GPU: store clips that load {times:.2g} times as fast"
+            )
+        given = f"{row['clips_per_s_given']:,.0f}, by {self.workers} workers"
+        return f"bound by loading: a GPU takes {slow:,.0f} to {fast:,.0f} clips/s and gets {given}; {change}"
 
     def with_changes(self, shards: int, replicas: int) -> dict[str, Any]:
         """`on_mesh`, with the reason why it does not fit, and changes that each make it fit; both empty if it fits."""
@@ -227,5 +256,5 @@ class PlanRequest:
             divisor = gpus * self.microbatches
             return {"gpus": gpus, "fits": False, "why": problem, "changes": [f"--batch {-(-self.batch // divisor) * divisor}"]}
         rows = [self.on_mesh(shards, gpus // shards) for shards in COUNTS if gpus % shards == 0]
-        fastest = min((row for row in rows if row["fits"]), key=lambda row: row["step_s"], default=None)
+        fastest = min((row for row in rows if row["fits"]), key=lambda row: math.prod(row["gpu_step_s"]), default=None)
         return fastest or self.with_changes(gpus, 1)

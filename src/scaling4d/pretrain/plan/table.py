@@ -14,7 +14,7 @@ PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 
 def show(content: dict[str, Any]) -> None:
     """Print a plan."""
-    console = Console(highlight=False, width=None if Console().is_terminal else 120)
+    console = Console(highlight=False, width=None if Console().is_terminal else 150)
     mesh, gpu = content["mesh"], content["gpu"]
     console.print(f"{content['point']} of profile {content['profile']} ({content['method']}), recompute: {content['recompute']}")
     facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -44,24 +44,43 @@ def show(content: dict[str, Any]) -> None:
         console.print(f"{_name(mesh)} {mesh['why']}", style="bold")
         console.print("what would fit: " + ("; or ".join(mesh["changes"]) or "nothing that this command can name"))
     table = Table(title=f"{schedule['batch']} clips a step on {gpu['name']}", title_justify="left")
-    for column in ("GPUs", "mesh", "clips a GPU", "at most", "GiB", "compute s", "sending s", "days", "GPU-hours"):
+    for column in (
+        "GPUs",
+        "mesh",
+        "clips a GPU",
+        "at most",
+        "GiB",
+        "step, ms",
+        "MFU, %",
+        "clips/s needed",
+        "bound by",
+        "days",
+        "GPU-hours",
+    ):
         table.add_column(column, justify="right")
     table.add_column("fits")
     for row in [mesh, *(row for row in content["meshes"] if _name(row) != _name(mesh))]:
-        cells = [""] * 8
+        cells = [""] * 10
         if "shards" in row:
             cells[:3] = _name(row), str(row["clips_per_gpu"]), str(row["most_clips_per_gpu"])
-            cells[3:6] = f"{row['memory_bytes']['total'] / GIB:.1f}", f"{row['compute_s']:.3g}", f"{row['sending_s']:.3g}"
+            cells[3:6] = f"{row['memory_bytes']['total'] / GIB:.1f}", digits(row["step_s"], 1e3), digits(row["mfu"], 100)
+            cells[6:8] = digits(row["clips_per_s_needed"]), ", ".join(dict.fromkeys(row["bound"]))
         if row["fits"]:
-            cells[6:] = f"{row['days']:.3g}", f"{row['gpu_hours']:,.0f}"
+            cells[8:] = digits(row["days"]), digits(row["gpu_hours"])
         change = row["changes"][0].split(" (")[0] if row["changes"] else "nothing fits"
         table.add_row(str(row["gpus"]), *cells, "yes" if row["fits"] else f"no: {change}")
     console.print(table)
+    loading = content["loading"]
     console.print(
-        "The first row is the mesh of this command, each other one the fastest of its GPUs that fits. Utilisation "
-        f"{content['utilisation']:.0%} of {gpu['bf16_flop_per_s'] / 1e12:.0f} TFLOP/s is an assumption of ours; sending "
-        "runs at the link's full speed behind the computing, and the slower of the two sets the pace."
+        "The first row is the mesh of this command, each other one the fastest of its GPUs that fits. Ranges follow from shares "
+        "of the maker's figures that are guesses of ours, not measured on a GPU (plan/performance.py). Loading gives a GPU "
+        f"{mesh['clips_per_s_given']:,.0f} clips/s: {loading['workers']} workers, {loading['worker_clips_per_s']:,.0f} each."
     )
+
+
+def digits(ends: list[float], unit: float = 1) -> str:
+    """`0.012-0.03`: a range, by two digits of its ends."""
+    return "-".join(dict.fromkeys(f"{float(f'{value * unit:.2g}'):,g}" for value in sorted(ends)))
 
 
 def _name(mesh: dict[str, Any]) -> str:

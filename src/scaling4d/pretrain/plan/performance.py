@@ -1,0 +1,177 @@
+"""Seconds of one training step on a GPU, as a range: a roofline for each operation, launches, exposed communication.
+
+An operation takes the longer of its FLOPs at a share of the peak and its bytes at a share of the memory's speed, and a
+launch for each kernel. Products are counted in whole tiles, and tiles in whole waves over the GPU's processors. The
+communication of a block runs beside the computing of its neighbour: what takes longer there is exposed. The shares are
+guesses: nothing here was measured on a GPU, and stragglers, shared networks and other kernels are not modelled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from scaling4d.pretrain.plan.closed_form import LOSS, REDUCED, STORED, StepLayout, shard_values
+from scaling4d.pretrain.plan.work import BlockWork, Shapes, Work, values_of
+from scaling4d.training.gpus import NODE, Gpu
+
+TILE, TILE_DEPTH = 128, 512  # side of a tile of a product, and least inner length of a piece of it; ours
+OPTIMIZER_BYTES = 40  # of a value: AdamW reads four fp32 numbers and writes three; clipping reads two and writes one
+# Of a pixel: patches as uint8 (2), as fp32 (5), normalised by three operations in place (24), loss and gradient (22)
+PIXEL_BYTES, PIXEL_KERNELS = 53, 30
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Shares of a GPU's figures that work reaches, and latencies.
+
+    matmul, attention: of the peak. memory, link: of their speeds. launch_s: of a kernel. node_hop_s, network_hop_s: of
+    a message from one GPU of a ring to the next.
+    """
+
+    matmul: float
+    attention: float
+    memory: float
+    link: float
+    launch_s: float
+    node_hop_s: float
+    network_hop_s: float
+
+
+# All ours, unmeasured, but the hops: Ring LL and Ring Simple of NCCL's src/graph/tuning.cc (hwLat, NVLink and network)
+CASES = {
+    "fast": Efficiency(0.75, 0.4, 0.9, 0.9, launch_s=2e-6, node_hop_s=0.6e-6, network_hop_s=2.7e-6),
+    "slow": Efficiency(0.5, 0.1, 0.7, 0.6, launch_s=6e-6, node_hop_s=3.4e-6, network_hop_s=14e-6),
+}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One kernel, or several that only move bytes."""
+
+    flops: float
+    bytes: float
+    kernels: int = 1
+    attention: bool = False
+
+
+class Seconds(dict[str, float]):
+    """Seconds of a step by what bounds them: compute, memory, launches, communication, host (pixels to the GPU)."""
+
+    def add(self, operations: Iterable[Operation], gpu: Gpu, share: Efficiency) -> float:
+        """Add operations, one after the other. Returns their seconds."""
+        total = 0.0
+        for op in operations:
+            flops_s = op.flops / (gpu.bf16_flop_per_s * (share.attention if op.attention else share.matmul))
+            bytes_s, launch_s = op.bytes / (gpu.memory_bytes_per_s * share.memory), op.kernels * share.launch_s
+            for name, value in (("compute" if flops_s >= bytes_s else "memory", max(flops_s, bytes_s)), ("launches", launch_s)):
+                self[name] = self.get(name, 0.0) + value
+            total += max(flops_s, bytes_s) + launch_s
+        return total
+
+
+def step_seconds(work: Work, layout: StepLayout, gpu: Gpu, share: Efficiency, *, clips: int, replicas: int) -> Seconds:
+    """Of a step with `clips` at once on each GPU. Clips are there when they are needed."""
+    shards, c, blocks, seconds = layout.shards, layout.sizes.compute, work.blocks, Seconds()
+    group, others = Group(shards, NODE), Group(replicas, max(NODE // shards, 1))
+    shard = [shard_values(block.shapes, shards) for block in blocks]
+    root = shard_values(work.shapes, shards)
+
+    def gather(values: int) -> float:
+        return group.seconds(c * values * (shards - 1), shards - 1, gpu, share)
+
+    def scatter(values: int) -> float:
+        return group.seconds(REDUCED * values * (shards - 1), shards - 1, gpu, share)
+
+    def sum_copies(values: int) -> float:
+        hops = 2 * math.ceil(math.log2(replicas))  # a tree
+        return others.seconds(2 * (replicas - 1) / replicas * REDUCED * values, hops, gpu, share)
+
+    outside = [op for tokens, weights in (work.embedding, *work.linears) for op in _outside(clips * tokens, weights, c, gpu)]
+    outside.append(Operation(0, PIXEL_BYTES * work.pixels * clips, PIXEL_KERNELS))
+    outside += _gather_copies(work.shapes, root, c) + _reduce_copies(work.shapes, c)
+    if work.teacher:
+        outside += [op for block in work.teacher.blocks for op in forward(block, clips, c, gpu)]
+    exposed = 0.0
+    for microbatch in range(layout.microbatches):
+        seconds.add(outside, gpu, share)
+        exposed += gather(root) + gather(shard[0])
+        for i, block in enumerate(blocks):
+            computing = seconds.add(forward(block, clips, c, gpu) + _gather_copies(block.shapes, shard[i], c), gpu, share)
+            exposed += max(0.0, (gather(shard[i + 1]) if i + 1 < len(blocks) else 0.0) - computing)
+        last = microbatch + 1 == layout.microbatches
+        for i in reversed(range(len(blocks))):
+            copies = _gather_copies(blocks[i].shapes, shard[i], c) + _reduce_copies(blocks[i].shapes, c)
+            computing = seconds.add(backward(blocks[i], clips, c, gpu, layout.recompute) + copies, gpu, share)
+            within, between = gather(shard[i - 1]) if i else 0.0, 0.0
+            if i + 1 < len(blocks):
+                within, between = within + scatter(shard[i + 1]), sum_copies(shard[i + 1]) if last else 0.0
+            exposed += max(0.0, max(within, between) - computing)
+        exposed += sum(scatter(values) + (sum_copies(values) if last else 0.0) for values in (shard[0], root))
+    tensors = len(work.shapes) + sum(len(block.shapes) for block in blocks)
+    seconds.add([Operation(0, OPTIMIZER_BYTES * (root + sum(shard)), 2 * tensors)], gpu, share)
+    host_s = layout.microbatches * clips * work.pixels / (gpu.host_bytes_per_s * share.link)  # in the stream of the kernels
+    seconds |= {"communication": exposed, "host": host_s}
+    return seconds
+
+
+@dataclass(frozen=True)
+class Group:
+    """GPUs that send to each other, `in_node` of them, at most, on one machine. Rings use all their adapters (NCCL)."""
+
+    size: int
+    in_node: int
+
+    def seconds(self, sent: float, hops: int, gpu: Gpu, share: Efficiency) -> float:
+        """Of a collective that sends `sent` bytes from each GPU, and `hops` messages in turn."""
+        nodes = -(-self.size // self.in_node)
+        speed = gpu.node_bytes_per_s if nodes == 1 else min(gpu.node_bytes_per_s, self.in_node * gpu.network_bytes_per_s)
+        far = hops * (nodes - 1) / max(self.size - 1, 1)
+        return sent / (speed * share.link) + (hops - far) * share.node_hop_s + far * share.network_hop_s
+
+
+def forward(block: BlockWork, clips: int, c: int, gpu: Gpu) -> list[Operation]:
+    """Of a block: norms and sums, GELU, attention, four products."""
+    tokens, width = clips * block.tokens, block.width
+    moved = Operation(0, c * tokens * (9 * width + 2 * block.mlp), 4)
+    attention = Operation(4 * tokens * block.tokens * width, 4 * c * tokens * width, attention=True)
+    return [moved, attention, *(_product(tokens, n, k, c, gpu) for k, n in _layers(block))]
+
+
+def backward(block: BlockWork, clips: int, c: int, gpu: Gpu, recompute: bool) -> list[Operation]:
+    """Of a block: two products for each of the forward pass. recompute: that pass again, without its last one."""
+    tokens, width = clips * block.tokens, block.width
+    moved = Operation(0, c * tokens * (13 * width + 4 * block.mlp), 10)
+    attention = Operation(10 * tokens * block.tokens * width, 8 * c * tokens * width, attention=True)
+    products = [op for k, n in _layers(block) for op in (_product(tokens, k, n, c, gpu), _product(k, n, tokens, c, gpu))]
+    return [*(forward(block, clips, c, gpu)[:-1] if recompute else []), moved, attention, *products]
+
+
+def _layers(block: BlockWork) -> Sequence[tuple[int, int]]:
+    """Inputs and outputs of the linear layers."""
+    width = block.width
+    return (width, 3 * width), (width, width), (width, block.mlp), (block.mlp, width)
+
+
+def _product(rows: int, columns: int, inner: int, c: int, gpu: Gpu) -> Operation:
+    pieces = max(inner // TILE_DEPTH, 1)
+    waves = math.ceil(math.ceil(rows / TILE) * math.ceil(columns / TILE) * pieces / gpu.processors)
+    flops = 2 * TILE * TILE * inner / pieces * gpu.processors * waves
+    return Operation(flops, c * (rows * columns + rows * inner + columns * inner))
+
+
+def _outside(tokens: int, weights: int, c: int, gpu: Gpu) -> list[Operation]:
+    """The three products of a layer outside the blocks, as of a square one."""
+    side = round(weights**0.5)
+    return [_product(tokens, side, side, c, gpu)] * 2 + [_product(side, side, tokens, c, gpu)]
+
+
+def _gather_copies(shapes: Shapes, shard: int, c: int) -> list[Operation]:
+    """A shard from fp32, and gathered weights into their tensors."""
+    return [Operation(0, (STORED + c) * shard + 2 * c * values_of(shapes), 3)]
+
+
+def _reduce_copies(shapes: Shapes, c: int) -> list[Operation]:
+    """Gradients into one fp32 buffer."""
+    return [Operation(0, (c + LOSS) * values_of(shapes), 3)]
