@@ -92,15 +92,13 @@ def test_a_plan_without_options_is_that_of_the_pinned_profile() -> None:
 def test_a_plan_that_loading_bounds_is_refused_with_the_workers_that_would_do(command: Callable) -> None:
     code, out, error = command("L")
     assert code == 1 and "clips/s needed" in out and error.count("\n") == 1
-    assert re.search(r"^error: the plan of L is bound by loading: a GPU takes .+ clips/s and gets 480, by 8 workers; ", error)
+    assert re.search(r"^error: the plan of L is bound by loading: a GPU takes .+ clips/s and gets 320, by 8 workers; ", error)
     workers = int(re.search(r"set pretrain.Runtime.workers=(\d+) at least$", error.strip())[1])
     assert 8 < workers <= 14
     assert command("L", "--worker-clips-per-s", str(40 * workers / 8))[0] == 0
     code, out, error = command("S", "--json")
     assert code == 1 and json.loads(out)["refused"] in error
-    assert re.search(
-        r"\d+ would do, but a machine has 14 CPU cores a GPU: store clips that load \d.+ times as fast$", error.strip()
-    )
+    assert re.search(r"\d+ would do, but a machine has 14 CPU cores a GPU: store clips that load .+ times as fast\n$", error)
     assert command("j", "--json")[0] == 0
 
 
@@ -149,7 +147,7 @@ def test_what_does_not_fit_is_an_answer_and_no_error(command: Callable) -> None:
     code, out, _ = command("j", "--mesh", "8x1")
     assert code == 0
     assert "8x1 does not fit, because a GPU would hold" in out
-    assert "what would fit: --batch 216" in out
+    assert "what would fit: --batch 224" in out
     code, out, _ = command("j", "--mesh", "8x1", "--json")
     assert code == 0
     assert not json.loads(out)["mesh"]["fits"]
