@@ -36,7 +36,7 @@ def loader(
     repeats: Repeats = 5,
     minutes: Annotated[float, typer.Option(min=0, help="Time of watching the memory.")] = 1.0,
 ) -> None:
-    """Clips a second of the loader with 0, 1, 2, 4 workers, and its memory as time goes by."""
+    """Clips a second of the loader with 0, 1, 2, 4 workers and with repeated sampling, and its memory over time."""
     _measure("loader", repeats=repeats, minutes=minutes)
 
 

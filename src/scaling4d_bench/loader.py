@@ -1,4 +1,7 @@
-"""`scaling4d bench loader`: clips a second with 0, 1, 2, 4 workers beside decoding alone, and memory over time."""
+"""`scaling4d bench loader`: clips a second with 0, 1, 2, 4 workers beside decoding alone, and memory over time.
+
+Also four windows of a long clip beside four copies of a short one, from whole sources.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ BATCH, STEPS = 8, 40  # clips of a batch, batches of a turn
 WORKERS = (0, 1, 2, 4)
 FILES, SECONDS, SIZE_PX = 8, 20.0, (360, 640)  # made-up videos; height, width
 ALONE = "one core, decoding alone"
+REPEATS, MAX_FRAMES = 4, 125  # copies of a clip; frames of a long clip, at the paper's rate 10 s
 SAMPLE_S = 0.5  # between two samples of the memory
 LIBRARIES = ("av", "numpy", "pyarrow", "torch", "torchdata")
 
@@ -45,6 +49,17 @@ def bench(out: Path, *, repeats: int, minutes: float) -> Path:
             rows = [row | {"over_all_cores": row["over_ours"] / measure.cores()} for row in rows]
             measurements.raw[kind], measurements.results[kind] = timings, {"rows": rows, "clips": clips}
             measure.table(f"{kind}: batches of {BATCH} from {clips} clips", rows, columns)
+        kind, long = "repeated sampling", made(encode=False, max_frames=MAX_FRAMES)
+        runs = {
+            "4 copies of a clip": partial(load, folders["whole sources"], STEPS, 0, REPEATS),
+            "4 windows of a long clip": partial(load, long, STEPS, 0, REPEATS),
+            "windows of long clips, one by one": partial(load, long, STEPS, 0),
+        }
+        timings, clips = measure.take_turns(runs, repeats=repeats), loader.count_clips(long, "train")
+        rows = measure.throughput(timings, dict.fromkeys(runs, STEPS * BATCH))
+        measurements.raw[kind], measurements.results[kind] = timings, {"rows": rows, "clips": clips}
+        columns = {name.replace("ours", "copies"): text for name, text in measure.SPEED.items()}
+        measure.table(f"{kind}: batches of {BATCH} from {clips} clips of up to {MAX_FRAMES} frames, one core", rows, columns)
         for kind, folder in folders.items():
             measurements.results[kind]["memory"] = memory = watch_memory(folder, minutes=minutes, workers=max(WORKERS))
             mib = {name: value / 2**20 for name, value in memory.items() if name != "bytes"}
@@ -56,17 +71,17 @@ def bench(out: Path, *, repeats: int, minutes: float) -> Path:
     return measurements.write(out)
 
 
-def batches(folder: Path, *, steps: int, workers: int) -> Iterator[ClipBatch]:
+def batches(folder: Path, *, steps: int, workers: int, repeats: int = 1) -> Iterator[ClipBatch]:
     """The batches of a training, without the crop, so that every workload only decodes and stacks."""
-    order = {"repeats": 1, "seed": SEED, "start": 0, "steps": steps, "window_shards": 0, "rank": 0, "ranks": 1}
-    views = {"flip": False, "crop": (1.0, 1.0), "cached_clips": 0, "workers": workers}
+    order = {"repeats": repeats, "seed": SEED, "start": 0, "steps": steps, "window_shards": 0, "rank": 0, "ranks": 1}
+    views = {"frames": videos.curation({}).frames, "flip": False, "crop": (1.0, 1.0), "cached_clips": 0, "workers": workers}
     return loader.train_batches(folder, batch=BATCH, **order, **views)
 
 
-def load(folder: Path, steps: int, workers: int) -> float:
+def load(folder: Path, steps: int, workers: int, repeats: int = 1) -> float:
     """Seconds of `steps` batches, after as many as are prefetched once the workers have started."""
     ready = workers * loader.PREFETCH + 1
-    stream = batches(folder, steps=ready + steps, workers=workers)
+    stream = batches(folder, steps=ready + steps, workers=workers, repeats=repeats)
     for _ in range(ready):
         next(stream)
     start = time.perf_counter()

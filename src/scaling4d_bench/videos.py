@@ -66,11 +66,14 @@ def curation(changes: Mapping[str, Any]) -> CurationConfig:
     return CurationConfig(**config.section(config.compose(["profile=paper"]), "clips.Curation") | changes)
 
 
-def curated(folder: Path, *, files: int, seconds: float, size_px: tuple[int, int], encode: bool = True) -> Path:
-    """Write videos below a folder, unless they are there, and curate them into clips of the paper's size."""
-    sources, clips = folder / "videos", folder / ("encoded" if encode else "sources")
+def curated(
+    folder: Path, *, files: int, seconds: float, size_px: tuple[int, int], encode: bool = True, max_frames: int | None = None
+) -> Path:
+    """Write videos below a folder, unless they are there, and curate them into clips of the paper's size, or longer."""
+    sources, clips = folder / "videos", folder / f"{'encoded' if encode else 'sources'}{max_frames or ''}"
+    longer = {"max_frames": max_frames} if max_frames else {}
     for number in range(0 if sources.is_dir() else files):
         write(sources / f"{number}.mp4", measure.SEED + number, seconds=seconds, size_px=size_px)
     clips.mkdir()
-    curate.curate(sources, clips, curation({"encode": encode, "workers": measure.cores()}))
+    curate.curate(sources, clips, curation({"encode": encode, "workers": measure.cores(), **longer}))
     return clips

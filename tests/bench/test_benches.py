@@ -27,7 +27,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"SECONDS": 3, "SIZE_PX": SMALL}
     for module, values in {
         decode: {"SECONDS": 3, "FILES": 1, "SIZES": [SMALL], "GOPS": [12]},
-        loader: sizes | {"FILES": 3, "STEPS": 1, "WORKERS": (0, 1)},
+        loader: sizes | {"FILES": 3, "STEPS": 1, "WORKERS": (0, 1), "MAX_FRAMES": 30},
         curate: sizes | {"FILES": 2, "MORE": 3, "EXTRA": 1, "HASHES": 64, "TASKS": 4},
     }.items():
         for name, value in values.items():
@@ -76,7 +76,7 @@ def test_the_loaders_table_follows_from_its_seconds(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(videos, "curated", lambda *_, **__: tmp_path)
     monkeypatch.setattr(loader.loader, "count_clips", lambda folder, split: 105)
     monkeypatch.setattr(loader, "decode", lambda folder, steps: 4.0)
-    monkeypatch.setattr(loader, "load", lambda folder, steps, workers: (5.0, 2.5)[workers])
+    monkeypatch.setattr(loader, "load", lambda folder, steps, workers, repeats=1: (5.0, 2.5)[workers] / repeats)
     monkeypatch.setattr(loader, "watch_memory", lambda folder, minutes, workers: memory)
     content, shown = json.loads(loader.bench(tmp_path, repeats=2, minutes=0).read_text()), capsys.readouterr().out
     for kind in ("encoded clips", "whole sources"):
@@ -87,6 +87,8 @@ def test_the_loaders_table_follows_from_its_seconds(tmp_path, monkeypatch, capsy
         assert [row["per_s"] for row in rows] == pytest.approx([loader.BATCH / seconds for seconds in (4.0, 5.0, 2.5)])
         assert content["raw"][kind]["seconds"] == {ALONE: [4.0] * 2, "workers: 0": [5.0] * 2, "workers: 1": [2.5] * 2}
         assert content["results"][kind]["memory"] == memory
+    rows = content["results"]["repeated sampling"]["rows"]
+    assert [row["over_ours"] for row in rows] == pytest.approx([1.0, 1.0, 0.25])
     assert "1 workers over 0.5 min, 7 batches: 1 to 2 MiB, peak 2 MiB" in shown
 
 
@@ -99,6 +101,8 @@ def test_the_loader_is_measured_with_every_number_of_workers(tmp_path, capsys) -
         assert [row["name"] for row in content["results"][kind]["rows"]] == names
         assert content["results"][kind]["memory"]["peak"] > 0
     assert all(shown.count(f"│ {name} ") == 2 for name in names)
+    copies, windows, alone = content["results"]["repeated sampling"]["rows"]
+    assert copies["over_ours"] == 1.0 and windows["per_s"] > 0 and alone["per_s"] > 0
 
 
 def test_the_rates_of_curation_come_from_the_difference_of_two_sizes(tmp_path, monkeypatch, capsys) -> None:

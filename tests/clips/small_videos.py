@@ -6,7 +6,7 @@ import numpy as np
 
 from scaling4d import video
 
-SETTINGS = {"frames": 16, "rate_hz": 8.0, "side_px": 32, "encode": True, "listed": "", "crf": 12}
+SETTINGS = {"frames": 16, "max_frames": 16, "rate_hz": 8.0, "side_px": 32, "encode": True, "listed": "", "crf": 12}
 SETTINGS |= {"hash_bits": 24, "val_share": 0.3}
 SETTINGS |= {"shard_bytes": 20_000, "workers": 2, "cluster": ""}
 

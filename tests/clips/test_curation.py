@@ -176,7 +176,7 @@ def test_a_cluster_that_does_not_answer_is_named(videos, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "value"), [
-    ("side_px", 33), ("val_share", 0.0), ("frames", 0), ("crf", 60), ("hash_bits", 256)
+    ("side_px", 33), ("val_share", 0.0), ("frames", 0), ("max_frames", 15), ("crf", 60), ("hash_bits", 256)
 ])  # fmt: skip
 def test_settings_out_of_range_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=rf"^{name} = {value}"):
@@ -296,7 +296,7 @@ def test_unencoded_sources_lie_in_the_shards_once_and_rows_point_into_them(quick
         with tarfile.open(shard) as tar:
             members += tar.getnames()
     assert len(members) == len(set(members)) == 2 * 5
-    for batch in loader.eval_batches(out, split="train", batch=100, rank=0, ranks=1):
+    for batch in loader.eval_batches(out, split="train", frames=16, batch=100, rank=0, ranks=1):
         for name, pixels in zip(batch.ids, batch.pixels.numpy(), strict=True):
             slow = frames_at(corpus / rows[name]["source"], rows[name]["start_s"])
             assert np.abs(pixels.astype(int) - slow).mean() < 3

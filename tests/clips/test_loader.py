@@ -24,7 +24,7 @@ from scaling4d.training.distributed import run as in_ranks
 pytestmark = pytest.mark.integration
 
 CLIPS = 23  # of `made`
-ARGUMENTS = {"batch": 4, "repeats": 1, "seed": 0, "start": 0, "steps": 12, "flip": True, "crop": (1.0, 1.0)}
+ARGUMENTS = {"frames": 4, "batch": 4, "repeats": 1, "seed": 0, "start": 0, "steps": 12, "flip": True, "crop": (1.0, 1.0)}
 ARGUMENTS |= {"window_shards": 0, "rank": 0, "ranks": 1, "cached_clips": 0, "workers": 0}  # over two epochs of `made`
 
 
@@ -78,7 +78,7 @@ def write_table(folder, rows, **options):
 
 
 def test_a_batch_is_uint8_clips_with_their_ids_and_starts(curated):
-    (batch,) = run(curated, steps=1)
+    (batch,) = run(curated, frames=16, steps=1)
     assert batch.pixels.shape == (4, 16, 32, 32, 3) and batch.pixels.dtype == torch.uint8
     known = {clip.id: clip.start_s for clip in loader.ClipTable(curated, "train")}
     assert batch.start_s == tuple(known[name] for name in batch.ids)
@@ -251,7 +251,7 @@ def test_flipping_mirrors_and_reverses_about_half_and_nothing_else(made):
 
 @pytest.mark.parametrize("ranks", [1, 2, 50])
 def test_validation_shows_every_clip_once_over_the_ranks(made, ranks):
-    parts = [ids(loader.eval_batches(made, split="val", batch=2, rank=rank, ranks=ranks)) for rank in range(ranks)]
+    parts = [ids(loader.eval_batches(made, split="val", frames=4, batch=2, rank=rank, ranks=ranks)) for rank in range(ranks)]
     whole = [clip.id for clip in loader.ClipTable(made, "val")]
     assert sorted(itertools.chain(*parts)) == sorted(whole)
     assert all(part == whole[rank::ranks] for rank, part in enumerate(parts))
@@ -259,7 +259,9 @@ def test_validation_shows_every_clip_once_over_the_ranks(made, ranks):
 
 @pytest.mark.parametrize("most", [1, 2, 3, 1000])
 def test_some_of_the_validation_clips_are_spread_evenly_over_all(made, most):
-    every, some = (ids(loader.eval_batches(made, split="val", batch=3, rank=0, ranks=1, max_clips=n)) for n in (0, most))
+    every, some = (
+        ids(loader.eval_batches(made, split="val", frames=4, batch=3, rank=0, ranks=1, max_clips=n)) for n in (0, most)
+    )
     wanted = min(most, len(every))
     assert some == [every[-(-number * len(every) // wanted)] for number in range(wanted)]
 
@@ -314,7 +316,7 @@ def test_a_damaged_clip_stops_the_run_and_is_named(made, tmp_path, workers):
     with pytest.raises(UserError, match=wanted):
         run(tmp_path, workers=workers)
     with pytest.raises(UserError, match=wanted):
-        list(loader.eval_batches(tmp_path, split="train", batch=2, rank=0, ranks=1))
+        list(loader.eval_batches(tmp_path, split="train", frames=4, batch=2, rank=0, ranks=1))
 
 
 def test_a_clip_of_another_size_than_the_table_says_is_named(made, tmp_path):
@@ -323,7 +325,9 @@ def test_a_clip_of_another_size_than_the_table_says_is_named(made, tmp_path):
     (tmp_path / "shards").symlink_to(made / "shards")
     needed = r"T H W C is \(4, 16, 16, 3\), needed \(5, 16, 16, 3\)"
     with pytest.raises(UserError, match=rf"^clip clip-\d+: {needed}$"):
-        run(tmp_path)
+        run(tmp_path, frames=5)
+    with pytest.raises(UserError, match=r"^clip clip-\d+ has 5 frames; needed 8$"):
+        run(tmp_path, frames=8)
 
 
 def test_a_source_kept_whole_gives_the_clips_that_the_table_names(tmp_path):
@@ -333,13 +337,13 @@ def test_a_source_kept_whole_gives_the_clips_that_the_table_names(tmp_path):
     row = ROW | {"split": "train", "shard": "train-00000.tar", "offset": 512, "bytes": source.stat().st_size}
     row |= {"encoded": False, "frames": 8, "side_px": 32}
     write_table(tmp_path, [row | {"id": f"clip-{start_s}", "start_s": start_s} for start_s in (0.0, 1.0)])
-    (batch,) = loader.eval_batches(tmp_path, split="train", batch=2, rank=0, ranks=1)
+    (batch,) = loader.eval_batches(tmp_path, split="train", frames=8, batch=2, rank=0, ranks=1)
     assert batch.pixels.shape == (2, 8, 32, 32, 3) and batch.start_s == (0.0, 1.0)
     for pixels, start_s in zip(batch.pixels, batch.start_s, strict=True):
         times_s = start_s + np.arange(8) / 8
         assert np.array_equal(pixels, video.read_frames_at(source, times_s, side_px=32))
     write_table(tmp_path, [row | {"id": "clip", "start_s": 0.5, "origin_s": 0.5}])
-    (later,) = loader.eval_batches(tmp_path, split="train", batch=2, rank=0, ranks=1)
+    (later,) = loader.eval_batches(tmp_path, split="train", frames=8, batch=2, rank=0, ranks=1)
     assert torch.equal(later.pixels[0], batch.pixels[1])
 
 

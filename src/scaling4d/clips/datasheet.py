@@ -77,14 +77,16 @@ def datasheet(corpus: Path) -> dict[str, Any]:
     import pyarrow.parquet as pq
 
     header = ["rotation_deg", "height_px", "width_px", "rate_hz", "duration_s"]
-    names = ["split", "source", "frames", "rate_hz", "codec", *(f"source_{name}" for name in header)]
-    clips = pq.read_table(corpus / "clips.parquet", columns=names)
-    sources = clips.group_by(names).aggregate([([], "count_all")]).to_pydict()
+    names = ["split", "source", "rate_hz", "codec", *(f"source_{name}" for name in header)]
+    clips = pq.read_table(corpus / "clips.parquet", columns=[*names, "frames"])
+    sources = clips.group_by(names).aggregate([([], "count_all"), ("frames", "sum")]).to_pydict()
     rejected = pq.read_table(corpus / "rejected.parquet", columns=["scope", "reason"]).to_pylist()
     reasons = {scope: Counter(row["reason"] for row in rejected if row["scope"] == scope) for scope in ("file", "span")}
     used, unused = len(sources["source"]), reasons["file"].total()
     clips_of = Counter(clips["split"].to_pylist())
-    clip_s = sources["frames"][0] / sources["rate_hz"][0]
+    frames_of: Counter[str] = Counter()
+    for split, frames in zip(sources["split"], sources["frames_sum"], strict=True):
+        frames_of[split] += frames
     values = {
         "codec": sources["codec"],
         "rotation_deg": map(str, sources["source_rotation_deg"]),
@@ -103,7 +105,7 @@ def datasheet(corpus: Path) -> dict[str, Any]:
         "rejected_files": dict(reasons["file"]),
         "rejected_spans": dict(reasons["span"]),
         "clips": dict(clips_of),
-        "hours": {split: clips_of[split] * clip_s / 3600 for split in SPLITS},
+        "hours": {split: frames_of[split] / sources["rate_hz"][0] / 3600 for split in SPLITS},
         "sources": {split: sources["split"].count(split) for split in SPLITS},
         "histograms": histograms,
     }

@@ -177,17 +177,19 @@ def _cut_shot(times_s: np.ndarray, first: int, thumbnails: np.ndarray, config: C
 
     spans: list[Clip | Rejection] = []
     while first < len(times_s):
-        wanted_s = times_s[first] + np.arange(config.frames) / config.rate_hz
-        if wanted_s[-1] > times_s[-1] + SLACK_S:
+        wanted_s = times_s[first] + np.arange(config.max_frames) / config.rate_hz
+        frames = int(np.searchsorted(wanted_s, times_s[-1] + SLACK_S, side="right"))
+        if frames < config.frames:
             break
+        wanted_s = wanted_s[:frames]
         indices = video.frame_indices_at(times_s, wanted_s)
-        start_s, end_s = float(wanted_s[0]), float(wanted_s[0] + config.frames / config.rate_hz)
-        distinct, needed = len(np.unique(indices)), math.ceil(MIN_DISTINCT * config.frames)
+        start_s, end_s = float(wanted_s[0]), float(wanted_s[0] + frames / config.rate_hz)
+        distinct, needed = len(np.unique(indices)), math.ceil(MIN_DISTINCT * frames)
         if distinct < needed:
-            detail = f"{distinct} different frames in {config.frames}; needed {needed}"
+            detail = f"{distinct} different frames in {frames}; needed {needed}"
             spans.append(Rejection("low frame rate", detail, start_s, end_s))
         else:
-            hashed = thumbnails[indices[np.linspace(0, config.frames - 1, PHASH_FRAMES).round().astype(int)]]
+            hashed = thumbnails[indices[np.linspace(0, frames - 1, PHASH_FRAMES).round().astype(int)]]
             hashes = [np.packbits(imagehash.phash(Image.fromarray(image)).hash).tobytes() for image in hashed]
             spans.append(Clip(start_s, end_s, tuple(indices.tolist()), b"".join(hashes)))
         first = int(np.searchsorted(times_s, end_s - SLACK_S))

@@ -1,7 +1,8 @@
 """CLIPS -> BATCHES. Batch n is a pure function of the arguments and n: to resume is to start at a step.
 
-Table (`ClipTable`) -> order (`WindowedShuffle`) -> pixels (`decode_clip`, `AugmentedBatches`) -> `train_batches`.
-With `workers` = 0 no thread and no process is started.
+Table (`ClipTable`) -> order (`WindowedShuffle`) -> pixels (`decode_windows`, `AugmentedBatches`) -> `train_batches`.
+A model sees windows of `frames` frames. A clip of as many frames is its own window, and its copies are alike. A longer
+clip gives each copy a window at another time. With `workers` = 0 no thread and no process is started.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ ARROW_TYPES = {  # of columns, by the types of a ClipRecord's fields
 }
 PREFETCH = 2  # batches that a worker is ahead
 SampledClip = tuple[int, int, int, "ClipRecord"]  # epoch, index in the table, number of the copy, record
+LoadedClip = tuple[str, float, Tensor]  # id, start in seconds of the source, uint8 `T H W C`
 
 
 class ClipsError(UserError):
@@ -209,12 +211,46 @@ def decode_clip(folder: Path, record: ClipRecord) -> Tensor:
     return torch.from_numpy(pixels)
 
 
+def decode_windows(folder: Path, record: ClipRecord, *, frames: int, positions: Sequence[float]) -> list[tuple[float, Tensor]]:
+    """Windows of a clip that is longer than `frames`: start in seconds of the source, pixels uint8 `T side side 3`.
+
+    The file is decoded once, from the first window to the end of the last.
+
+    Args:
+        positions: in 0..1, of a window's start among all that the clip has room for. An encoded clip has room at its
+          own frames alone; a clip of a whole source at any time.
+    Raises ClipsError: the clip is shorter than a window, or does not decode to what the table states.
+    """
+    free = record.frames - frames
+    if free < 0:
+        raise ClipsError(f"clip {record.id} has {record.frames} frames; needed {frames}")
+    starts = np.floor(np.asarray(positions) * (free + 1)) if record.encoded else np.asarray(positions) * free
+    starts_s = starts / record.rate_hz
+    first_s = 0.0 if record.encoded else record.origin_s + record.start_s  # of the clip, on the file's clock
+    wanted_s = first_s + starts_s[:, None] + np.arange(frames) / record.rate_hz  # windows, T
+    times_s, indices = np.unique(wanted_s, return_inverse=True)
+    source = video.FileSlice(folder / "shards" / record.shard, record.offset, record.bytes)
+    try:
+        pixels = video.read_frames_at(source, times_s, side_px=None if record.encoded else record.side_px)
+    except (video.VideoError, OSError) as error:
+        raise ClipsError(f"clip {record.id} of {source.path}: {error}") from error
+    needed = (record.side_px, record.side_px, 3)
+    if pixels.shape[1:] != needed:
+        raise ClipsError(f"clip {record.id}: H W C is {pixels.shape[1:]}, needed {needed}")
+    windows = torch.from_numpy(pixels[indices.reshape(wanted_s.shape)])
+    return [(record.start_s + start_s, window) for start_s, window in zip(starts_s.tolist(), windows, strict=True)]
+
+
 @dataclass(frozen=True)
 class AugmentedBatches(Dataset):
-    """Batches of clips, each copy cropped and flipped on its own. Holds no table, so that workers are small."""
+    """Batches of clips, each copy cropped and flipped on its own. Holds no table, so that workers are small.
+
+    Clips that are longer than a window are not cached.
+    """
 
     folder: Path
     cached_clips: int
+    frames: int
     seed: int
     flip: bool
     crop: tuple[float, float]
@@ -226,13 +262,28 @@ class AugmentedBatches(Dataset):
     def __getitem__(self, samples: list[SampledClip]) -> ClipBatch | UserError:
         """An error is returned, not raised: a worker process would wrap it."""
         try:
-            return _stack([record for *_, record in samples], itertools.starmap(self.augment, samples))
+            clips: list[LoadedClip] = []
+            for (epoch, index), copies in itertools.groupby(samples, lambda sample: sample[:2]):
+                *_, numbers, records = zip(*copies, strict=True)
+                windows = self.windows(epoch, index, numbers, records[0])
+                for copy, (start_s, pixels) in zip(numbers, windows, strict=True):
+                    clips.append((records[0].id, start_s, self.augment(epoch, index, copy, pixels)))
+            return _stack(clips)
         except UserError as error:
             return error
 
-    def augment(self, epoch: int, index: int, copy: int, record: ClipRecord) -> Tensor:
+    def windows(self, epoch: int, index: int, copies: Sequence[int], record: ClipRecord) -> list[tuple[float, Tensor]]:
+        """The windows of a clip's copies, as `decode_windows`: each anywhere in its clip, whatever the others are.
+
+        Source: repeated sampling of MAE-ST, arXiv:2205.09113 and its code.
+        """
+        if record.frames == self.frames:
+            return [(record.start_s, self.decode(record)) for _ in copies]
+        positions = seeds.numpy(self.seed, "window", epoch, index).random(max(copies) + 1)[list(copies)]
+        return decode_windows(self.folder, record, frames=self.frames, positions=positions)
+
+    def augment(self, epoch: int, index: int, copy: int, pixels: Tensor) -> Tensor:
         """uint8 `T H W C`."""
-        pixels = self.decode(record)
         if self.crop != (1.0, 1.0):
             rng = seeds.numpy(self.seed, "crop", epoch, index, copy)
             pixels = random_resized_crop(pixels, area=self.crop, rng=rng)
@@ -257,10 +308,10 @@ def random_resized_crop(pixels: Tensor, *, area: tuple[float, float], rng: np.ra
     return resized.round_().to(torch.uint8).permute(0, 2, 3, 1)  # T H W C
 
 
-def _stack(records: Sequence[ClipRecord], clips: Iterable[Tensor]) -> ClipBatch:
+def _stack(clips: Sequence[LoadedClip]) -> ClipBatch:
     """One batch; a worker makes it in memory that it shares with its rank."""
-    pixels = default_collate(list(clips))
-    return ClipBatch(pixels, tuple(record.id for record in records), tuple(record.start_s for record in records))
+    ids, starts_s, pixels = zip(*clips, strict=True)
+    return ClipBatch(default_collate(list(pixels)), ids, starts_s)
 
 
 def check(*, batch: int, ranks: int, repeats: int, crop: tuple[float, float], window_shards: int) -> None:
@@ -279,6 +330,7 @@ def check(*, batch: int, ranks: int, repeats: int, crop: tuple[float, float], wi
 def train_batches(
     folder: Path,
     *,
+    frames: int,
     batch: int,
     repeats: int,
     seed: int,
@@ -298,8 +350,9 @@ def train_batches(
     from s * batch on, and rank r its r-th part: batches cross epochs, and an epoch covers every clip `repeats` times.
 
     Args:
-        batch: clips a step over all ranks, copies counted. repeats: copies of a clip in a row, decoded once and each
-          cropped, flipped (and later masked) on its own. start: first step. flip: mirror and time-reverse at random.
+        frames: of a window. batch: clips a step over all ranks, copies counted. repeats: copies of a clip in a row,
+          decoded once and each cropped, flipped (and later masked) on its own; of a clip that is longer than a window,
+          each at another time. start: first step. flip: mirror and time-reverse at random.
         crop: smallest and largest share of the picture's area that a random square covers. window_shards: of
           `WindowedShuffle`. cached_clips: decoded clips in memory of each process that decodes. workers: processes that
           decode for this rank; 0: itself. The batches depend on neither of the last two.
@@ -319,7 +372,7 @@ def train_batches(
     size = batch // ranks
     firsts = (step * batch + rank * size for step in range(start, steps))
     sampler = ([sample(position) for position in range(first, first + size)] for first in firsts)
-    dataset = AugmentedBatches(folder, cached_clips, seed=seed, flip=flip, crop=tuple(crop))
+    dataset = AugmentedBatches(folder, cached_clips, frames=frames, seed=seed, flip=flip, crop=tuple(crop))
     return _load(dataset, sampler, start=start, workers=workers)
 
 
@@ -378,10 +431,21 @@ def _init_worker(worker: int) -> None:
     threading.Thread(target=exit_at_the_ranks_sigterm, daemon=True).start()
 
 
-def eval_batches(folder: Path, *, split: str, batch: int, rank: int, ranks: int, max_clips: int = 0) -> Iterator[ClipBatch]:
-    """Every clip of a `ClipTable` once, clip i by rank i % ranks, in a fixed order. The last batch may be small."""
+def eval_batches(
+    folder: Path, *, split: str, frames: int, batch: int, rank: int, ranks: int, max_clips: int = 0
+) -> Iterator[ClipBatch]:
+    """Every clip of a `ClipTable` once, clip i by rank i % ranks, in a fixed order. The last batch may be small.
+
+    frames: of a window; a longer clip shows the window in its middle.
+    """
     clips = ClipTable(folder, split, max_clips=max_clips)
     indices = range(rank, len(clips), ranks)
     for first in range(0, len(indices), batch):
-        records = [clips[index] for index in indices[first : first + batch]]
-        yield _stack(records, map(partial(decode_clip, folder), records))
+        yield _stack([_middle_window(folder, clips[index], frames) for index in indices[first : first + batch]])
+
+
+def _middle_window(folder: Path, record: ClipRecord, frames: int) -> LoadedClip:
+    if record.frames == frames:
+        return record.id, record.start_s, decode_clip(folder, record)
+    ((start_s, pixels),) = decode_windows(folder, record, frames=frames, positions=[0.5])
+    return record.id, start_s, pixels

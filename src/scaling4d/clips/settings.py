@@ -11,7 +11,8 @@ PHASH_FRAMES = 4  # frames of a clip that have a perceptual hash of 64 bits each
 class CurationConfig:
     """What a clip is, and which videos are good enough.
 
-    frames, rate_hz, side_px: of a clip. encode: write clips as H.264 of that side and quality `crf`, for fast random
+    frames, rate_hz, side_px: of a clip. max_frames: of a shot's clips, cut one after the other; its last one may be as
+    short as `frames`. encode: write clips as H.264 of that side and quality `crf`, for fast random
     access; false: the sources go into the shards unchanged, and the loader seeks in them and resizes.
     listed: a csv in the folder that names the videos to use (see `sources.list_sources`); empty: all.
     hash_bits: clips whose hashes (4 frames of 64 bits) differ in at most this many of 256 bits are near duplicates.
@@ -23,6 +24,7 @@ class CurationConfig:
     """
 
     frames: int
+    max_frames: int
     rate_hz: float
     side_px: int
     encode: bool
@@ -37,6 +39,7 @@ class CurationConfig:
     def __post_init__(self) -> None:
         positive = ("frames", "rate_hz", "side_px", "shard_bytes", "workers")
         needed = {name: (getattr(self, name) > 0, "more than 0") for name in positive}
+        needed["max_frames"] = self.max_frames >= self.frames, f"{self.frames}, which is frames, or more"
         needed["crf"] = 0 <= self.crf <= 51, "0 (best) to 51"
         needed["hash_bits"] = 0 <= self.hash_bits < 64 * PHASH_FRAMES, f"0 to {64 * PHASH_FRAMES - 1}"
         needed["val_share"] = 0 < self.val_share < 1, "between 0 and 1"

@@ -79,7 +79,7 @@ def _row(item: SelectedClip, config: CurationConfig) -> dict[str, Any]:
     """A row of clips.parquet without the clip's place in the shards; `datasheet.COLUMNS` describes it."""
     source, clip, header = item.inspection, item.clip, item.inspection.video
     row = {"id": item.id, "split": item.split, "source": printable_path(source.path), "source_sha256": source.sha256}
-    row |= {"start_s": clip.start_s, "rate_hz": float(config.rate_hz), "frames": config.frames, "side_px": config.side_px}
+    row |= {"start_s": clip.start_s, "rate_hz": float(config.rate_hz), "frames": len(clip.frames), "side_px": config.side_px}
     row |= {"encoded": config.encode, "origin_s": 0.0 if config.encode else source.origin_s, "codec": header.codec}
     row |= {f"source_{name}": getattr(header, name) for name in SOURCE_COLUMNS}
     return row | {"phash": clip.phash.hex()}

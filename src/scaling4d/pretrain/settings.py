@@ -37,7 +37,8 @@ class TrainingConfig(ComputeConfig):
     embedding_rate: of all other parameters (patch embedding, positions, tokens, norms, biases), at every width.
     warmup: share of the steps. clip_norm: of the gradient. flip: mirror and time-reverse clips at random. crop:
     smallest and largest share of the picture's area that a random square keeps. repeats: copies of a clip in a batch,
-    each cropped, flipped and masked on its own (MAE-ST's repeated sampling: 4). window_shards: shards whose clips are
+    each cropped, flipped and masked on its own, and at another time of a clip that is longer than the model's (MAE-ST's
+    repeated sampling: 4). window_shards: shards whose clips are
     shuffled together, 0: all.
     val_clips: measured clips of the validation split, evenly spread over it, 0: all. masks_per_clip: masks of a
     validation clip. validate_every: steps; 0: at the end alone. log_every: steps to a line of losses.jsonl.

@@ -191,6 +191,7 @@ def _batches(pretraining: PretrainConfig, model: nn.Module, rank: int, ranks: in
     training = pretraining.training
     batches = loader.train_batches(
         pretraining.clips,
+        frames=pretraining.model.clip[0],
         batch=training.batch,
         repeats=training.repeats,
         seed=pretraining.seed,

@@ -54,7 +54,8 @@ def validate(model: nn.Module, pretraining: PretrainConfig) -> float:
     """
     clips, training, seed, ranks = pretraining.clips, pretraining.training, pretraining.seed, dist.get_world_size()
     share = {"batch": BATCH, "rank": dist.get_rank(), "ranks": ranks, "max_clips": training.val_clips}
-    batches, available = loader.eval_batches(clips, split="val", **share), loader.count_clips(clips, "val")
+    batches = loader.eval_batches(clips, split="val", frames=pretraining.model.clip[0], **share)
+    available = loader.count_clips(clips, "val")
     device, total = next(model.parameters()).device, torch.zeros(2, dtype=torch.float64)
     for number in range(-(-min(training.val_clips or available, available) // (BATCH * ranks))):
         heartbeat(f"validation, batch {number}")
@@ -80,7 +81,8 @@ def picture(model: nn.Module, pretraining: PretrainConfig) -> Tensor | None:
     if not hasattr(model, "reconstruct"):
         return None
     device = next(model.parameters()).device
-    batch = next(loader.eval_batches(pretraining.clips, split="val", batch=1, rank=0, ranks=1, max_clips=1))
+    share = {"batch": 1, "rank": 0, "ranks": 1, "max_clips": 1}
+    batch = next(loader.eval_batches(pretraining.clips, split="val", frames=pretraining.model.clip[0], **share))
     masked = model.draw_mask(1, seeds.stream(pretraining.seed, "val_mask", batch.ids[0], 0))
     pixels = batch.pixels.to(device)
     filled = model.reconstruct(pixels, MaskedTokens(masked.ids_keep.to(device), masked.grid)).float().cpu()

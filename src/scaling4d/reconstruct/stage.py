@@ -157,7 +157,7 @@ def fill_clips(
     features_of = load_extractors(extractors, model.encoder.clip, seed, device)
     frames = torch.linspace(0, model.encoder.clip[0] - 1, FRAMES).round().long()
     results: list[FilledClip] = []
-    for batch in loader.eval_batches(clips, split="val", batch=BATCH, rank=rank, ranks=ranks):
+    for batch in loader.eval_batches(clips, split="val", frames=model.encoder.clip[0], batch=BATCH, rank=rank, ranks=ranks):
         predicted, hidden = fill(model, batch, seed)
         pixels = to_device(batch.pixels, device)
         true, moving = pixels.float() / 255, moving_pixels(pixels)
@@ -199,7 +199,7 @@ def moving_pixels(pixels: Tensor) -> Tensor:
 @torch.no_grad()
 def picture(model: Method, clips: Path, number: int, count: int, seed: int) -> np.ndarray:
     """uint8 `3*H n*W 3` of the validation clip of this number among `count`: rows input, masked, filled in."""
-    (batch,) = loader.eval_batches(clips, split="val", batch=1, rank=number, ranks=count)
+    (batch,) = loader.eval_batches(clips, split="val", frames=model.encoder.clip[0], batch=1, rank=number, ranks=count)
     predicted, hidden = fill(model, batch, seed)
     true = batch.pixels.to(predicted.device).float() / 255
     frames = torch.linspace(0, true.shape[1] - 1, min(FRAMES_SHOWN, true.shape[1])).round().long()

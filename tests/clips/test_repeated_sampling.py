@@ -1,0 +1,118 @@
+"""Clips that are longer than a model's window, from videos to batches: MAE-ST's repeated sampling."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from small_videos import SETTINGS, save, world
+
+from scaling4d import video
+from scaling4d.clips import curate, loader
+from scaling4d.clips.settings import CurationConfig
+from scaling4d.records import ClipBatch
+
+pytestmark = pytest.mark.integration
+
+FRAMES, MAX_FRAMES, RATE_HZ = 4, 20, 8.0
+SECONDS = {"a": 2.5, "b": 2.5, "c": 6.0, "d": 1.5, "e": 0.5, "f": 2.5}  # of the videos; at 16 Hz
+ARGUMENTS = {"frames": FRAMES, "batch": 4, "repeats": 4, "seed": 0, "start": 0, "steps": 40, "flip": False, "crop": (1.0, 1.0)}
+ARGUMENTS |= {"window_shards": 0, "rank": 0, "ranks": 1, "cached_clips": 0, "workers": 0}
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("long") / "videos"
+    for seed, (name, seconds) in enumerate(SECONDS.items()):
+        save(folder / f"{name}.mp4", world(seed, round(16 * seconds)))
+    return folder
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["whole sources", "encoded clips"])
+def curated(request: pytest.FixtureRequest, videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("curated")
+    changes = {"frames": FRAMES, "max_frames": MAX_FRAMES, "encode": request.param}
+    curate.curate(videos, out, CurationConfig(**SETTINGS | changes))
+    return out
+
+
+def rows_of(curated: Path) -> dict[str, dict]:
+    return {row["id"]: row for row in pq.read_table(curated / "clips.parquet").to_pylist()}
+
+
+def batches_of(curated: Path, **changes) -> Iterator[ClipBatch]:
+    return loader.train_batches(curated, **ARGUMENTS | changes)
+
+
+def same(one: list[ClipBatch], other: list[ClipBatch]) -> bool:
+    pairs = zip(one, other, strict=True)
+    return all(a.ids == b.ids and a.start_s == b.start_s and torch.equal(a.pixels, b.pixels) for a, b in pairs)
+
+
+def test_a_shot_gives_clips_up_to_the_longest_and_its_rest_is_one_too(curated: Path) -> None:
+    frames: dict[str, list[int]] = {}
+    for row in sorted(rows_of(curated).values(), key=lambda row: row["start_s"]):
+        frames.setdefault(row["source"][0], []).append(row["frames"])
+    assert frames == {"a": [20], "b": [20], "c": [20, 20, 8], "d": [12], "e": [4], "f": [20]}
+
+
+def test_copies_are_windows_at_different_times_that_show_the_source_there(curated: Path, videos: Path) -> None:
+    rows, starts = rows_of(curated), {}
+    for batch in batches_of(curated):
+        (name,) = set(batch.ids)
+        row = rows[name]
+        room_s = (row["frames"] - FRAMES) / RATE_HZ
+        assert all(row["start_s"] <= start_s <= row["start_s"] + room_s for start_s in batch.start_s)
+        if row["frames"] == MAX_FRAMES:
+            assert len(set(batch.start_s)) == 4 or row["encoded"]  # 17 places there, any time here
+            starts.setdefault(name, []).extend(start_s - row["start_s"] for start_s in batch.start_s)
+        if row["frames"] == FRAMES:
+            assert set(batch.start_s) == {row["start_s"]}
+            assert all(torch.equal(batch.pixels[0], pixels) for pixels in batch.pixels)
+        for start_s, pixels in zip(batch.start_s, batch.pixels.numpy(), strict=True):
+            times_s = start_s + np.arange(FRAMES) / RATE_HZ
+            source = video.read_frames_at(videos / row["source"], times_s, side_px=32)
+            if row["encoded"]:
+                assert np.abs(pixels.astype(int) - source).mean() < 4
+            else:
+                assert np.array_equal(pixels, source)
+    for drawn in starts.values():  # over the epochs, of every part of a clip
+        counts, _ = np.histogram(drawn, bins=4, range=(0, 2.0))
+        assert min(counts) > 0 and len(set(drawn)) > 8
+
+
+def test_windows_depend_on_seed_epoch_and_clip_alone(curated: Path) -> None:
+    plain = list(batches_of(curated))
+    assert same(plain, list(batches_of(curated)))
+    assert same(plain[7:], list(batches_of(curated, start=7)))
+    assert same(plain[:4], list(batches_of(curated, workers=1, steps=4)))
+    assert same(plain, list(batches_of(curated, cached_clips=100)))
+    assert [batch.ids for batch in plain] != [batch.ids for batch in batches_of(curated, seed=1)]
+    fewer = list(batches_of(curated, batch=2, repeats=2))
+    assert [batch.start_s for batch in fewer] == [batch.start_s[:2] for batch in plain]
+    parts = [list(batches_of(curated, batch=8, steps=20, rank=rank, ranks=2)) for rank in range(2)]
+    assert same(plain, [batch for pair in zip(*parts, strict=True) for batch in pair])
+
+
+def test_the_windows_of_a_clip_are_decoded_in_one_pass(curated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes, read = [], video.read_frames_at
+    monkeypatch.setattr(video, "read_frames_at", lambda *given, **more: passes.append(given) or read(*given, **more))
+    longer = sum(rows_of(curated)[batch.ids[0]]["frames"] > FRAMES for batch in batches_of(curated, steps=16))
+    assert 8 < longer <= len(passes) <= 16  # whole sources' short clips are read so, too
+
+
+def test_each_copy_is_cropped_and_flipped_on_its_own(curated: Path) -> None:
+    short = [name for name, row in rows_of(curated).items() if row["frames"] == FRAMES]
+    for batch in batches_of(curated, crop=(0.3, 0.9), flip=True):
+        if batch.ids[0] in short:
+            assert any(not torch.equal(batch.pixels[0], pixels) for pixels in batch.pixels)
+
+
+def test_validation_shows_the_window_in_the_middle(curated: Path) -> None:
+    rows = rows_of(curated)
+    for split in ("train", "val"):
+        (batch,) = loader.eval_batches(curated, split=split, frames=FRAMES, batch=100, rank=0, ranks=1)
+        for name, start_s in zip(batch.ids, batch.start_s, strict=True):
+            assert start_s - rows[name]["start_s"] == (rows[name]["frames"] - FRAMES) / 2 / RATE_HZ
