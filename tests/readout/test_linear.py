@@ -71,6 +71,8 @@ def test_pooled_features_are_means_of_cells_in_the_order_of_channels() -> None:
     cells = features.reshape(4, 2, 2, 2, 2, 2, 3).mean((1, 3, 5))  # t h w D
     assert torch.equal(pooled(features)[0, 0], cells.permute(3, 0, 1, 2).flatten())
     assert pooled(torch.ones(1, 2, 1, 5)).shape == (1, 1, 10)  # fewer cells than the grid
+    widths = {1024: 16, 1025: 4, 4096: 4, 4097: 1}  # the number of cells falls, so that sums fit into memory
+    assert {width: pooled(torch.ones(1, 8, 16, width)).shape[2] // width for width in widths} == widths
 
 
 def test_depth_of_a_token_is_that_of_its_own_patch_and_counts_where_all_of_it_is_valid() -> None:

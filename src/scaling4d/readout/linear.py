@@ -18,7 +18,9 @@ from torch.nn import functional as F
 RegressionBatch = tuple[Tensor, Tensor, Tensor]  # features `B P d`, targets `B P o`, which count, bool `B P`
 Batches = Iterable[RegressionBatch]
 PENALTIES = tuple(10.0**power for power in range(-5, 3))  # of the mean variance of a feature; ours
-CLIP_GRID = (4, 2, 2)  # steps, rows and columns of means that stand for a clip; ours
+# Steps, rows and columns of means that stand for a clip: the first grid of at most MOST_FEATURES numbers; sums of their
+# products take 2 GB (ours).
+CLIP_GRIDS, MOST_FEATURES = ((4, 2, 2), (4, 1, 1), (1, 1, 1)), 16_384
 CONSTANT = 1e-12  # a feature with a smaller variance is left out
 
 
@@ -80,9 +82,11 @@ class LinearProbe(nn.Module):
 
 
 def pooled(features: Tensor) -> Tensor:
-    """Features of a clip `B t h*w D` -> `B 1 d`: the means of a grid of at most CLIP_GRID cells, one after another."""
+    """Features of a clip `B t h*w D` -> `B 1 d`: the means of the cells of one of CLIP_GRIDS."""
     side = math.isqrt(features.shape[2])  # clips are square
-    grid = [min(cells, size) for cells, size in zip(CLIP_GRID, (features.shape[1], side, side), strict=True)]
+    sizes = (features.shape[1], side, side)
+    grids = [tuple(map(min, cells, sizes)) for cells in CLIP_GRIDS]
+    grid = next((grid for grid in grids if math.prod(grid) * features.shape[3] <= MOST_FEATURES), grids[-1])
     volume = features.unflatten(2, (side, side)).permute(0, 4, 1, 2, 3)  # B D t h w
     return F.adaptive_avg_pool3d(volume, grid).flatten(1)[:, None]
 
