@@ -24,8 +24,17 @@ from scaling4d.training.distributed import run as in_ranks
 pytestmark = pytest.mark.integration
 
 CLIPS = 23  # of `made`
+SQUARE = (1.0, 1.0)
 ARGUMENTS = {"frames": 4, "batch": 4, "repeats": 1, "seed": 0, "start": 0, "steps": 12, "flip": True, "crop": (1.0, 1.0)}
-ARGUMENTS |= {"window_shards": 0, "rank": 0, "ranks": 1, "cached_clips": 0, "workers": 0}  # over two epochs of `made`
+ARGUMENTS |= {
+    "reverse": True,
+    "aspect": (1.0, 1.0),
+    "window_shards": 0,
+    "rank": 0,
+    "ranks": 1,
+    "cached_clips": 0,
+    "workers": 0,
+}  # over two epochs of `made`
 
 
 def batches_of(folder, **others):
@@ -145,20 +154,37 @@ def test_a_crop_is_a_square_of_the_clip_the_same_in_all_frames_and_of_everything
     still = torch.from_numpy(world(0, 1, 32, 32)).expand(4, -1, -1, -1)
     sides = set()
     for _ in range(50):
-        pixels = loader.random_resized_crop(still, area=(0.25, 1.0), rng=rng)
+        pixels = loader.random_resized_crop(still, area=(0.25, 1.0), aspect=SQUARE, rng=rng)
         assert pixels.shape == still.shape and pixels.dtype == torch.uint8
         assert all(torch.equal(pixels[0], frame) for frame in pixels)
         sides.add(pixels.float().std().item())
     assert len(sides) > 40
     ramp = torch.arange(32, dtype=torch.uint8)[None, :, None, None].expand(1, 32, 32, 3) * 8  # rows of one grey
-    crops = [loader.random_resized_crop(ramp, area=(0.25, 0.25), rng=rng).int() for _ in range(20)]
+    crops = [loader.random_resized_crop(ramp, area=(0.25, 0.25), aspect=SQUARE, rng=rng).int() for _ in range(20)]
     spans = [crop.max() - crop.min() for crop in crops]
     assert all(abs(span - 15 * 8) <= 4 for span in spans)  # 16 of 32 rows, stretched
-    assert torch.equal(loader.random_resized_crop(still, area=(1.0, 1.0), rng=rng), still)  # everything
+    assert torch.equal(loader.random_resized_crop(still, area=(1.0, 1.0), aspect=SQUARE, rng=rng), still)  # everything
+
+
+def test_the_sides_of_a_crop_vary_around_the_square_and_what_does_not_fit_is_not_taken():
+    rng = np.random.default_rng(0)
+    y, x = np.meshgrid(np.arange(240), np.arange(240), indexing="ij")
+    places = torch.from_numpy(np.stack([y, x, 0 * x], -1)[None].astype(np.uint8))  # a pixel tells its place
+    shares, aspects = [], []
+    for _ in range(400):
+        crop = loader.random_resized_crop(places, area=(0.5, 1.0), aspect=(0.75, 4 / 3), rng=rng)[0].int()
+        height, width = (crop[..., axis].max() - crop[..., axis].min() + 1 for axis in (0, 1))
+        shares.append(height * width / 240**2)
+        aspects.append(width / height)
+    assert min(shares) > 0.49 and max(shares) > 0.95
+    assert 0.74 < min(aspects) < 0.8 and 1.25 < max(aspects) < 1.35
+    assert abs(np.mean(np.log(aspects))) < 0.05  # as often wide as high
+    whole = loader.random_resized_crop(places, area=(1.0, 1.0), aspect=(1.5, 2.0), rng=rng)
+    assert torch.equal(whole, places)
 
 
 def test_crops_differ_between_copies_and_epochs_and_leave_the_order_alone(made):
-    settings = {"batch": 2, "repeats": 2, "steps": 2 * CLIPS, "flip": False}
+    settings = {"batch": 2, "repeats": 2, "steps": 2 * CLIPS, "flip": False, "reverse": False}
     batches, plain = run(made, crop=(0.3, 0.9), **settings), run(made, **settings)
     assert ids(batches) == ids(plain)
     assert all(not torch.equal(batch.pixels[0], batch.pixels[1]) for batch in batches)
@@ -247,6 +273,13 @@ def test_flipping_mirrors_and_reverses_about_half_and_nothing_else(made):
         for pixels, name in zip(batch.pixels, batch.ids, strict=True):
             flips.update(axes for axes in ((), (0,), (2,), (0, 2)) if torch.equal(pixels, plain[name].flip(axes)))
     assert flips.total() == 120 and min(flips.values()) > 12 and len(flips) == 4
+    for one, axis in (("flip", 2), ("reverse", 0)):
+        alone = {"flip": False, "reverse": False} | {one: True}
+        kinds = Counter()
+        for batch in run(made, steps=10, **alone):
+            for pixels, name in zip(batch.pixels, batch.ids, strict=True):
+                kinds.update(axes for axes in ((), (axis,)) if torch.equal(pixels, plain[name].flip(axes)))
+        assert kinds.total() == 40 and min(kinds[()], kinds[(axis,)]) > 8
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 50])
@@ -298,6 +331,8 @@ def test_loading_without_workers_computes_in_the_calling_thread_and_leaves_no_sh
     ({"repeats": 0}, "batch = 4 does not divide among 1 ranks, each clip 0 times; needed a multiple"),
     ({"crop": (0.0, 1.0)}, r"crop = \[0.0, 1.0\]; needed 0 < smallest <= largest <= 1"),
     ({"crop": (0.9, 0.5)}, r"crop = \[0.9, 0.5\]; needed 0 < smallest <= largest <= 1"),
+    ({"aspect": (1.2, 0.8)}, r"aspect = \[1.2, 0.8\]; needed 0 < smallest <= largest"),
+    ({"aspect": (0.0, 0.8)}, r"aspect = \[0.0, 0.8\]; needed 0 < smallest <= largest"),
     ({"window_shards": -1}, "window_shards = -1; needed 0 or more"),
 ])  # fmt: skip
 def test_arguments_out_of_range_are_refused_by_name(made, change, message):

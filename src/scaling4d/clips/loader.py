@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import itertools
+import math
 import multiprocessing
 import os
 import signal
@@ -41,6 +42,7 @@ ARROW_TYPES = {  # of columns, by the types of a ClipRecord's fields
     "bool": ("bool",),
 }
 PREFETCH = 2  # batches that a worker is ahead
+CROP_TRIES = 10  # of a crop that fits into the picture: mae_st's
 SampledClip = tuple[int, int, int, "ClipRecord"]  # epoch, index in the table, number of the copy, record
 LoadedClip = tuple[str, float, Tensor]  # id, start in seconds of the source, uint8 `T H W C`
 
@@ -253,7 +255,9 @@ class AugmentedBatches(Dataset):
     frames: int
     seed: int
     flip: bool
+    reverse: bool
     crop: tuple[float, float]
+    aspect: tuple[float, float]
 
     @cached_property
     def decode(self) -> Callable[[ClipRecord], Tensor]:
@@ -286,25 +290,35 @@ class AugmentedBatches(Dataset):
         """uint8 `T H W C`."""
         if self.crop != (1.0, 1.0):
             rng = seeds.numpy(self.seed, "crop", epoch, index, copy)
-            pixels = random_resized_crop(pixels, area=self.crop, rng=rng)
-        if self.flip:
+            pixels = random_resized_crop(pixels, area=self.crop, aspect=self.aspect, rng=rng)
+        if self.flip or self.reverse:
             rng = seeds.numpy(self.seed, "flip", epoch, index)
-            mirror, backwards = rng.random((copy + 1, 2))[copy] < 0.5
+            mirror, backwards = (rng.random((copy + 1, 2))[copy] < 0.5) & (self.flip, self.reverse)
             pixels = pixels.flip([axis for axis, flipped in ((0, backwards), (2, mirror)) if flipped])
         return pixels
 
 
-def random_resized_crop(pixels: Tensor, *, area: tuple[float, float], rng: np.random.Generator) -> Tensor:
-    """A random square of a clip, the same in all its frames, resized to the clip's own side: uint8 `T H W C`, H = W.
+def random_resized_crop(
+    pixels: Tensor, *, area: tuple[float, float], aspect: tuple[float, float], rng: np.random.Generator
+) -> Tensor:
+    """A random rectangle of a clip, the same in all its frames, resized to the clip's own side: uint8 `T H W C`, H = W.
 
-    area: share of the picture that the square covers, uniform between the two.
-    Source: random resized crop of MAE-ST, arXiv:2205.09113 (there the sides also vary from 3:4 to 4:3).
+    area: share of the picture that the rectangle covers, uniform between the two. aspect: its width by its height,
+    uniform between the two on a logarithmic scale. Of rectangles that do not fit, another is drawn; at last everything.
+    Source: random resized crop of MAE-ST's code (there of the whole picture, not of the square in its middle).
     """
     side = pixels.shape[1]
-    size = max(round(side * rng.uniform(*area) ** 0.5), 1)
-    top, left = rng.integers(side - size, size=2, endpoint=True)
-    square = pixels[:, top : top + size, left : left + size].permute(0, 3, 1, 2).float()  # T C H W
-    resized = functional.interpolate(square, size=(side, side), mode="bilinear")  # never smaller: no antialiasing
+    for _ in range(CROP_TRIES):
+        size = side * rng.uniform(*area) ** 0.5
+        stretch = 1.0 if aspect == (1.0, 1.0) else math.exp(rng.uniform(*np.log(aspect)) / 2)
+        height, width = max(round(size / stretch), 1), max(round(size * stretch), 1)
+        if max(height, width) <= side:
+            break
+    else:
+        height = width = side
+    top, left = rng.integers((side - height, side - width), endpoint=True)
+    crop = pixels[:, top : top + height, left : left + width].permute(0, 3, 1, 2).float()  # T C H W
+    resized = functional.interpolate(crop, size=(side, side), mode="bilinear")  # never smaller: no antialiasing
     return resized.round_().to(torch.uint8).permute(0, 2, 3, 1)  # T H W C
 
 
@@ -314,15 +328,19 @@ def _stack(clips: Sequence[LoadedClip]) -> ClipBatch:
     return ClipBatch(default_collate(list(pixels)), ids, starts_s)
 
 
-def check(*, batch: int, ranks: int, repeats: int, crop: tuple[float, float], window_shards: int) -> None:
+def check(
+    *, batch: int, ranks: int, repeats: int, crop: tuple[float, float], aspect: tuple[float, float], window_shards: int
+) -> None:
     """Check arguments of `train_batches` before there are clips.
 
-    Raises ValueError: batch does not divide by ranks and repeats; repeats, crop or window_shards out of range.
+    Raises ValueError: batch does not divide by ranks and repeats; repeats, crop, aspect or window_shards out of range.
     """
     if repeats < 1 or batch % (ranks * repeats):
         raise ValueError(f"batch = {batch} does not divide among {ranks} ranks, each clip {repeats} times; needed a multiple")
     if not 0 < crop[0] <= crop[1] <= 1:
         raise ValueError(f"crop = {list(crop)}; needed 0 < smallest <= largest <= 1")
+    if not 0 < aspect[0] <= aspect[1]:
+        raise ValueError(f"aspect = {list(aspect)}; needed 0 < smallest <= largest")
     if window_shards < 0:
         raise ValueError(f"window_shards = {window_shards}; needed 0 or more")
 
@@ -337,7 +355,9 @@ def train_batches(
     start: int,
     steps: int,
     flip: bool,
+    reverse: bool,
     crop: tuple[float, float],
+    aspect: tuple[float, float],
     window_shards: int,
     rank: int,
     ranks: int,
@@ -352,14 +372,14 @@ def train_batches(
     Args:
         frames: of a window. batch: clips a step over all ranks, copies counted. repeats: copies of a clip in a row,
           decoded once and each cropped, flipped (and later masked) on its own; of a clip that is longer than a window,
-          each at another time. start: first step. flip: mirror and time-reverse at random.
-        crop: smallest and largest share of the picture's area that a random square covers. window_shards: of
+          each at another time. start: first step. flip: mirror at random. reverse: play backwards at random.
+        crop, aspect: area and aspect of `random_resized_crop`; crop = (1, 1): none. window_shards: of
           `WindowedShuffle`. cached_clips: decoded clips in memory of each process that decodes. workers: processes that
           decode for this rank; 0: itself. The batches depend on neither of the last two.
     Raises ValueError, as `check`; ClipsError: no clips; from the iterator ClipsError: a clip cannot be decoded, and
     UserError: a worker ended.
     """
-    check(batch=batch, ranks=ranks, repeats=repeats, crop=crop, window_shards=window_shards)
+    check(batch=batch, ranks=ranks, repeats=repeats, crop=crop, aspect=aspect, window_shards=window_shards)
     clips = ClipTable(folder, "train")
     order = WindowedShuffle(clips, seed=seed, window_shards=window_shards)
 
@@ -372,7 +392,9 @@ def train_batches(
     size = batch // ranks
     firsts = (step * batch + rank * size for step in range(start, steps))
     sampler = ([sample(position) for position in range(first, first + size)] for first in firsts)
-    dataset = AugmentedBatches(folder, cached_clips, frames=frames, seed=seed, flip=flip, crop=tuple(crop))
+    dataset = AugmentedBatches(
+        folder, cached_clips, frames=frames, seed=seed, flip=flip, reverse=reverse, crop=tuple(crop), aspect=tuple(aspect)
+    )
     return _load(dataset, sampler, start=start, workers=workers)
 
 

@@ -35,11 +35,11 @@ class TrainingConfig(ComputeConfig):
     ranks: processes that share a batch (on a CPU of one thread each); results depend on it. batch: clips a step, over
     all ranks. rate_times_width: peak learning rate of the matrices that read `width` numbers = this / width.
     embedding_rate: of all other parameters (patch embedding, positions, tokens, norms, biases), at every width.
-    warmup: share of the steps. clip_norm: of the gradient. flip: mirror and time-reverse clips at random. crop:
-    smallest and largest share of the picture's area that a random square keeps. repeats: copies of a clip in a batch,
-    each cropped, flipped and masked on its own, and at another time of a clip that is longer than the model's (MAE-ST's
-    repeated sampling: 4). window_shards: shards whose clips are
-    shuffled together, 0: all.
+    warmup: share of the steps. clip_norm: of the gradient. flip: mirror clips at random. reverse: play them backwards
+    at random. crop: smallest and largest share of the picture's area that a random rectangle keeps. aspect: smallest
+    and largest of its width by its height. repeats: copies of a clip in a batch, each cropped, flipped and masked on
+    its own, and at another time of a clip that is longer than the model's (MAE-ST's repeated sampling: 4).
+    window_shards: shards whose clips are shuffled together, 0: all.
     val_clips: measured clips of the validation split, evenly spread over it, 0: all. masks_per_clip: masks of a
     validation clip. validate_every: steps; 0: at the end alone. log_every: steps to a line of losses.jsonl.
     """
@@ -53,7 +53,9 @@ class TrainingConfig(ComputeConfig):
     warmup: float
     clip_norm: float
     flip: bool
+    reverse: bool
     crop: tuple[float, float]
+    aspect: tuple[float, float]
     repeats: int
     window_shards: int
     val_clips: int
@@ -69,7 +71,7 @@ class TrainingConfig(ComputeConfig):
         require_minima(self, {"weight_decay": 0})
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup is {self.warmup}; needed a share of the steps, 0 to 1")
-        order = {"repeats": self.repeats, "crop": self.crop, "window_shards": self.window_shards}
+        order = {"repeats": self.repeats, "crop": self.crop, "aspect": self.aspect, "window_shards": self.window_shards}
         loader.check(batch=self.batch, ranks=self.ranks, **order)
 
 
