@@ -332,15 +332,13 @@ def plan(
         print(json.dumps(content))
     else:
         table.show(content)
-    if content["refused"]:
-        raise UserError(f"the plan of {point} is {content['refused']}")
-    if as_json:
-        return
     from scaling4d.studies.law import FITTED, law_of, prediction_text
 
-    if content["method"] == "SimpleMAE" and FITTED.is_dir():
+    if not as_json and content["method"] == "SimpleMAE" and FITTED.is_dir():
         text = prediction_text(law_of(FITTED), content["parameters"]["backbone"], content["schedule"]["clips"])
         print(f"by the law of {FITTED}, on its data: {text}")
+    if content["refused"]:
+        raise UserError(f"the plan of {point} is {content['refused']}")
 
 
 @app.command()

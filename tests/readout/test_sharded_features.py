@@ -18,13 +18,14 @@ from scaling4d.readout import data
 from scaling4d.readout.data import RankSplit, evaluate
 from scaling4d.readout.protocols import Frozen, ReadoutConfig
 from scaling4d.records import Sample
-from scaling4d.training.distributed import gather_round_robin, run
+from scaling4d.training.distributed import WatchdogConfig, gather_round_robin, run
 from scaling4d.training.parallelize import ComputeConfig, ShardingConfig
 
 pytestmark = pytest.mark.integration
 
 CLIP = (4, 16, 16)
 FRAME = {"clip": CLIP, "patch": (2, 8, 8), "pixel_mean": 0.45, "pixel_scale": 4.0}
+WATCHDOG = WatchdogConfig(60.0, 60.0, Path(".runs"))
 PLAIN = ShardingConfig(shards=1, recompute="none", compile=False, packed=False, accumulate=1)
 
 
@@ -78,7 +79,7 @@ UNEQUAL = [[[*range(9)], [9, 10, 11]], [[0], [*range(1, 12)]], [[], [*range(12)]
 @pytest.mark.parametrize("parts", UNEQUAL)
 def test_features_in_shards_are_those_of_one_rank_and_unequal_shares_do_not_hang(parts: list[list[int]]) -> None:
     expected, _ = run(encoded, ranks=1, parts=[[*range(12)]])
-    sharded, sizes = run(encoded, ranks=2, hang_s=60.0, parts=parts, shards=2)
+    sharded, sizes = run(encoded, ranks=2, watchdog=WATCHDOG, parts=parts, shards=2)
     assert sharded.keys() == expected.keys()
     assert all(near(sharded[number], features, 1e-5) and features.std() > 0.1 for number, features in expected.items())
     assert len(sizes) == max(-(-len(part) // 2) for part in parts)  # of a rank as of the busiest one
@@ -86,14 +87,14 @@ def test_features_in_shards_are_those_of_one_rank_and_unequal_shares_do_not_hang
 
 def test_an_encoder_without_blocks_takes_part() -> None:
     expected, _ = run(encoded, ranks=1, parts=[[*range(12)]], kind="PixelTokens")
-    sharded, _ = run(encoded, ranks=2, hang_s=60.0, parts=UNEQUAL[0], shards=2, kind="PixelTokens")
+    sharded, _ = run(encoded, ranks=2, watchdog=WATCHDOG, parts=UNEQUAL[0], shards=2, kind="PixelTokens")
     assert all(torch.equal(sharded[number], features) for number, features in expected.items())
 
 
 def test_bfloat16_is_near_and_stored_as_float32() -> None:
     expected, _ = run(encoded, ranks=1, parts=[[*range(12)]])
     for ranks, parts, shards in ((1, [[*range(12)]], 1), (2, UNEQUAL[0], 2)):
-        rounded, _ = run(encoded, ranks=ranks, hang_s=60.0, parts=parts, shards=shards, compute="bfloat16")
+        rounded, _ = run(encoded, ranks=ranks, watchdog=WATCHDOG, parts=parts, shards=shards, compute="bfloat16")
         for number, features in expected.items():
             assert rounded[number].dtype == torch.float32
             assert near(rounded[number], features, 0.05) and not torch.equal(rounded[number], features)
@@ -108,13 +109,13 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_each_rank_writes_its_own_shards_and_stored_clips_need_no_pass_of_any_rank(store: Path) -> None:
-    first, sizes = run(encoded, ranks=2, hang_s=60.0, parts=UNEQUAL[0], shards=2, store=store)
+    first, sizes = run(encoded, ranks=2, watchdog=WATCHDOG, parts=UNEQUAL[0], shards=2, store=store)
     assert len(list(store.rglob("*.safetensors"))) == 2 and len(sizes) == 5
-    again, sizes = run(encoded, ranks=2, hang_s=60.0, parts=UNEQUAL[0][::-1], shards=2, store=store)
+    again, sizes = run(encoded, ranks=2, watchdog=WATCHDOG, parts=UNEQUAL[0][::-1], shards=2, store=store)
     assert sizes == [] and len(list(store.rglob("*.safetensors"))) == 2
     assert all(torch.equal(again[number], features) for number, features in first.items())
     (next(store.rglob("*.safetensors"))).unlink()  # one rank has its clips, the other computes
-    again, sizes = run(encoded, ranks=2, hang_s=60.0, parts=UNEQUAL[0], shards=2, store=store)
+    again, sizes = run(encoded, ranks=2, watchdog=WATCHDOG, parts=UNEQUAL[0], shards=2, store=store)
     assert sizes and all(near(again[number], features, 1e-5) for number, features in first.items())
 
 
@@ -141,4 +142,4 @@ def evaluated(*, rank: int, ranks: int, counts: tuple[int, int]) -> list[str]:
 
 @pytest.mark.parametrize("counts", [(9, 2), (1, 8), (4, 4)])
 def test_an_evaluation_of_unequal_shares_does_not_hang(counts: tuple[int, int]) -> None:
-    assert len(run(evaluated, ranks=2, hang_s=60.0, counts=counts)) == sum(counts)
+    assert len(run(evaluated, ranks=2, watchdog=WATCHDOG, counts=counts)) == sum(counts)

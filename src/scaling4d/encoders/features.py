@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from scaling4d import artifacts
 from scaling4d.checkpoint import Checkpoint, save_tensors, weights_sha256
+from scaling4d.mae.device import to_device
 from scaling4d.provenance import work_folder
-from scaling4d.training.parallelize import to_device
 
 DEPTH_FRACTION = 0.95  # of the depth, where the readouts of 4DS read: depth demo of its released code
 SHARD_BYTES = 2**28

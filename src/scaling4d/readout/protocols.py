@@ -23,6 +23,7 @@ from scaling4d import checkpoint, seeds
 from scaling4d.benchmarks.samples import WINDOWS
 from scaling4d.config import require_minima, require_positive, require_words
 from scaling4d.encoders.features import FeatureEncoder, FeatureStore, MemoryFeatures, features_at_depth, stored_features
+from scaling4d.mae.device import to_device
 from scaling4d.mae.models import MODELS
 from scaling4d.readout.classifier import DROP_PATH, ClassifierModel, MeanPoolClassifier, layer_decay_groups, mix_clips
 from scaling4d.readout.data import ClipDataset, Encode, FeatureDataset, Predict, RankSplit, epochs_of, shuffled_batch
@@ -34,7 +35,7 @@ from scaling4d.readout.whitening import Whitening
 from scaling4d.records import UserError
 from scaling4d.training.fit import Batch, Callback, StepResult
 from scaling4d.training.optimizer import ParamGroups
-from scaling4d.training.parallelize import ComputeConfig, ShardingConfig, parallelize, to_device
+from scaling4d.training.parallelize import ComputeConfig, ShardingConfig, parallelize
 
 Dataset = FeatureDataset | ClipDataset
 HEAD = "head.safetensors"  # weights of the head and its whitening

@@ -18,6 +18,7 @@ from scaling4d import artifacts, checkpoint, config, provenance, seeds
 from scaling4d.clips import loader
 from scaling4d.config import StageConfig, require_minima
 from scaling4d.encoders.load import build_model, load_model
+from scaling4d.mae.device import to_device
 from scaling4d.mae.encoder import Method
 from scaling4d.mae.masking import hidden_pixels, random_masking
 from scaling4d.reconstruct.fidelity import FRAME_EXTRACTORS, Extractor, FidelityConfig, fidelity, load_extractors
@@ -25,7 +26,7 @@ from scaling4d.records import MaskedTokens, remedy, write_json
 from scaling4d.training import distributed
 from scaling4d.training.distributed import gather_round_robin
 from scaling4d.training.launch import Job, LaunchConfig, launch, snapshot_content
-from scaling4d.training.parallelize import DTYPES, ComputeConfig, to_device
+from scaling4d.training.parallelize import DTYPES, ComputeConfig
 from scaling4d.training.resume import fingerprint_of, state_folder
 
 MASK_RATIO = 0.9  # of random masking, one for all methods; MAE-ST, arXiv:2205.09113

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from scaling4d import artifacts, seeds
+from scaling4d.mae.device import to_device
 from scaling4d.records import MaskedTokens, Preempted, UserError, write_json
 from scaling4d.training.distributed import StopVotes, end_start, heartbeat, stop_requests
 from scaling4d.training.optimizer import ParamGroups, build_adamw, named_state, warmup_cosine
-from scaling4d.training.parallelize import full_tensor, reduce_gradients, set_last_microbatch, to_device
+from scaling4d.training.parallelize import full_tensor, reduce_gradients, set_last_microbatch
 from scaling4d.training.resume import CheckpointManager
 
 Input = Tensor | MaskedTokens | dict[str, Tensor]

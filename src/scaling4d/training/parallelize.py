@@ -102,11 +102,6 @@ def blocks_of(model: nn.Module) -> tuple[nn.Module, ...]:
     return *getattr(model.encoder, "blocks", ()), *getattr(model, "decoder_blocks", ())
 
 
-def to_device(value: Tensor, device: str) -> Tensor:
-    """A tensor of the CPU on a device. The copy to a GPU waits for nothing."""
-    return value.pin_memory().to(device, non_blocking=True) if device == "cuda" else value.to(device)
-
-
 def recompute_block(block: nn.Module) -> None:
     """Activation checkpointing: the forward pass saves a block's input alone."""
     from torch.utils.checkpoint import checkpoint as recomputed

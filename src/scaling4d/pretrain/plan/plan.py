@@ -103,7 +103,8 @@ def plan(
         "mesh": request.with_changes(shards, replicas),
         "meshes": [request.fastest(gpus) for gpus in COUNTS],
     }
-    content["refused"] = request.loading_problem(content["mesh"])
+    on_gpus = config.section(settings, "pretrain.Training")["device"] == "cuda"  # a point of a CPU profile is a what-if
+    content["refused"] = request.loading_problem(content["mesh"]) if on_gpus else ""
     if dry:
         from scaling4d.pretrain.plan.dry_run import dry_run
 
