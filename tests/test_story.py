@@ -308,14 +308,16 @@ DVCS_OWN = re.compile(r"/\.dvc/cache/files/md5/\w\w/[^/]*\.[\w-]{22}\.tmp$")  # 
 @pytest.mark.timeout(1800)
 def test_dvc_repro_killed_again_and_again_ends_with_the_same_lock_and_leaves_nothing(story: Path, temporary: Path) -> None:
     lock, folders = yaml.safe_load((story / "dvc.lock").read_text()), [*(story / part for part in INSIDE), temporary]
-    rng, killed, files = random.Random("dvc repro"), 0, []
+    rng, killed, files, seconds = random.Random("dvc repro"), 0, [], 0.0
     for kills in (0, 8):  # undisturbed, and killed
         for name in ("data", "artifacts", "reports/smoke", ".dvc/cache", ".resume"):
             shutil.rmtree(story / name, ignore_errors=True)
         (story / "dvc.lock").unlink()
-        for _ in range(5 * kills):  # some end before the moment comes
-            killed += killed < kills and run_killed(story, "dvc", "repro", after_s=rng.uniform(2, 40), group=True)
+        for _ in range(kills):
+            killed += run_killed(story, "dvc", "repro", after_s=rng.uniform(0.04, 0.2) * seconds, group=True)
+        started = time.monotonic()
         run(story, "dvc", "repro")
+        seconds = time.monotonic() - started
         assert yaml.safe_load((story / "dvc.lock").read_text()) == lock
         files.append({str(path) for folder in folders for path in folder.rglob("*")})
     left = {path for path in files[1] - files[0] if not DVCS_OWN.search(path)}
