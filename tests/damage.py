@@ -63,7 +63,7 @@ RAW_YAML = [
 RAW_YAML += ["0o17", "2001-01-01", "<<: 1", "*none", "? [a]", "!!set {a}", "9" * 5000, "'", "\t", "@", "%", "~", '"\\ud800"']
 # of every reader; the slow ones are 20,000 inputs together
 SLOW = [pytest.mark.slow, pytest.mark.timeout(1200)]
-SIZES = pytest.mark.parametrize("copies", [pytest.param(20, marks=pytest.mark.integration), pytest.param(620, marks=SLOW)])
+SIZES = pytest.mark.parametrize("copies", [pytest.param(20, marks=pytest.mark.integration), pytest.param(625, marks=SLOW)])
 
 
 @dataclass

@@ -208,6 +208,22 @@ def test_a_profile_that_is_not_yaml_is_one_line(tmp_path: Path, monkeypatch: pyt
         config.compose([])
 
 
+@pytest.mark.parametrize("text", ["7", "a: " + "[" * 3_000, "a: &a {b: *a}"])
+def test_a_group_that_holds_no_settings_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments/config.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^cannot compose the defaults: [^\n]+$"):
+        config.compose([])
+
+
+def test_two_wrong_overrides_and_a_task_that_is_a_list_are_one_line(project: Path) -> None:
+    with pytest.raises(UserError, match=r"^cannot compose =smoke =b: [^\n]+$"):
+        config.compose(["=smoke", "=b"])
+    with pytest.raises(UserError, match=r"^benchmarks.tasks: unknown task \['depth'\]; needed one of "):
+        _check_settings(config.compose(["benchmarks.tasks=[[depth]]"]))
+
+
 @pytest.mark.parametrize(("change", "message"), [
     ({"radius": True}, "point.Ball.radius = True is a bool; needed a whole number"),
     ({"radius": "wide"}, "point.Ball.radius = 'wide' is a str; needed a whole number"),
@@ -238,9 +254,16 @@ def test_the_former_name_of_a_setting_is_answered_with_its_name_today(project: P
         assert f"`{words}" in log or f".{words}`" in log, words
 
 
-@pytest.mark.parametrize(("text", "message"), [("a: [1,\nb", "is not YAML: "), ("[1]", "holds a list, needed settings; ")])
+@pytest.mark.parametrize(("text", "message"), [
+    ("a: [1,\nb", "is not YAML: "),
+    ("[1]", "holds a list, needed settings; "),
+    ("a: \xff", "is not YAML: .*utf-8"),
+    ("a: " + "[" * 3_000, "is not YAML: maximum recursion depth"),
+    ("a: &a {b: *a}", "is not YAML: maximum recursion depth"),
+    ("a: " + "9" * 5000, "is not YAML: Exceeds the limit"),
+])  # fmt: skip
 def test_a_damaged_params_file_is_one_line(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "params.yaml").write_text(text)
+    (tmp_path / "params.yaml").write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=f"^.*params.yaml {message}[^\n]+$"):
         config.read(tmp_path / "params.yaml")
 

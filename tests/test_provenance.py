@@ -82,6 +82,11 @@ def test_a_lock_is_read_into_stages_and_a_target_requires_the_makers_of_its_inpu
     ("hash: md5, md5: d", "md5: d", "data2 has a hash of kind None, needed md5"),
     ("params.yaml", "other.yaml", "readout@nano has settings of other.yaml, needed params.yaml"),
     ("stages:", "stages: [", "while parsing a flow sequence .*"),
+    ("cmd: other,", f"cmd: {'[' * 3_000}", "maximum recursion depth .*"),
+    ("cmd: other,", "cmd: 7,", "other has cmd 7 and settings {}; needed .*"),
+    ("path: data2", "path: 2", "LockedFile.*; needed a path, an md5, and whole numbers"),
+    ("md5: d,", "md5: [d],", "LockedFile.*; needed a path, an md5, and whole numbers"),
+    ("size: 1}", "size: x}", "LockedFile.*; needed a path, an md5, and whole numbers"),
 ])  # fmt: skip
 def test_a_damaged_lock_is_one_line(old: str, new: str, reason: str) -> None:
     with pytest.raises(UserError, match=f"^dvc.lock is damaged: {reason}; take it from git again$"):

@@ -244,6 +244,17 @@ def test_times_of_other_artifacts_are_named(rewrite: Rewrite, wrong: Wrong) -> N
     assert wrong() == f"wrong       {path}: clips made sha256 {'0' * 64}, which is not on disk"
 
 
+@pytest.mark.parametrize(("path", "changes"), [
+    ("reports/built/runs.json", {"runs": 3}),
+    ("reports/built/runs.json", {"runs": [3, {"stage": [], "out_sha256": "0", "versions": {}}]}),
+    (f"{PRETRAINED}/provenance.json", {"inputs": 3, "settings": [], "overrides": 7}),
+    (f"{PRETRAINED}/provenance.json", {"inputs": {"clips": []}}),
+])  # fmt: skip
+def test_records_of_other_types_do_not_end_the_audit(project: Path, rewrite: Rewrite, path: str, changes: dict) -> None:
+    rewrite(path, **changes)
+    assert audit.check() == (PRETRAINED.name in path)  # DVC does not track runs.json
+
+
 def test_declared_differences_are_notes(rewrite: Rewrite, messages: Messages) -> None:
     profile = Path("experiments/profile/test.yaml")
     profile.write_text(profile.read_text() + "watch: {keep: 2}\n")

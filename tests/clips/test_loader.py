@@ -18,6 +18,7 @@ from small_videos import save, world
 
 from scaling4d import seeds, video
 from scaling4d.clips import loader
+from scaling4d.clips.shards import read_previous
 from scaling4d.records import UserError
 from scaling4d.training.distributed import run as in_ranks
 
@@ -420,3 +421,22 @@ def test_a_missing_or_damaged_table_and_an_unknown_split_are_named(made, tmp_pat
     pq.write_table(rows, tmp_path / "clips.parquet")
     with pytest.raises(UserError, match=r"clips.parquet has no column encoded, origin_s, rate_hz, side_px$"):
         batches_of(tmp_path)
+
+
+@pytest.mark.parametrize(("column", "value", "message"), [
+    ("shard", 1, "clips.parquet: column shard holds int64; needed string$"),
+    ("split", True, "clips.parquet: column split holds bool; needed string$"),
+    ("start_s", "x", "clips.parquet: column start_s holds .*; needed double$"),
+    ("rate_hz", 0.0, "row 0 of a split is damaged: rate_hz is 0.0; needed more than 0$"),
+    ("start_s", float("inf"), "row 0 of a split is damaged: start_s = inf is a float; needed a finite number$"),
+    ("frames", 2**62, r"row 0 of a split is damaged: \d+ frames of 16 px; needed at most 67108864 pixels$"),
+    ("offset", 2**62, "clip .* of .*: .*"),
+])  # fmt: skip
+def test_a_table_with_impossible_values_is_refused(made, tmp_path, column, value, message):
+    shutil.copytree(made, tmp_path / "clips")
+    table = pq.read_table(made / "clips.parquet")
+    changed = table.set_column(table.column_names.index(column), column, pa.array([value] * len(table)))
+    pq.write_table(changed, tmp_path / "clips/clips.parquet")
+    with pytest.raises(UserError, match=message):
+        list(loader.eval_batches(tmp_path / "clips", split="train", batch=2, rank=0, ranks=1))
+    read_previous(tmp_path / "clips")

@@ -174,6 +174,7 @@ TIMES = "youtube_id,time_start,time_end\nx,"
 
 @pytest.mark.parametrize(("content", "message"), [
     ("a,b\n1,2\n", "clips.Curation.listed = 'l.csv' has columns a, b; needed path, or youtube_id, time_start, time_end"),
+    ('"a\nb",c\n1,2\n', "clips.Curation.listed = 'l.csv' has columns a\\nb, c; needed path"),
     (f"{TIMES}one,2\n", "l.csv line 2: time_start 'one' and time_end '2'; needed seconds, 0 or more"),
     (f"{TIMES}nan,2\n", "l.csv line 2: time_start 'nan' and time_end '2'; needed seconds, 0 or more"),
     (f"{TIMES}5,2\n", "l.csv line 2: time_start '5' and time_end '2'; needed"),

@@ -20,7 +20,7 @@ from scaling4d.encoders import torchvision_shim
 from scaling4d.encoders.features import features_at_depth
 from scaling4d.encoders.pretrained import load_encoder
 from scaling4d.encoders.stage import baseline
-from scaling4d.encoders.transformers import FAMILIES, PretrainedEncoder, PretrainedEncoderConfig, import_encoder
+from scaling4d.encoders.transformers import FAMILIES, PretrainedEncoder, PretrainedEncoderConfig, default_clip, import_encoder
 from scaling4d.mae.encoder import initialise
 from scaling4d.mae.patches import patchify
 from scaling4d.readout.stage import readout
@@ -343,6 +343,12 @@ def rewritten(source: Path, out: Path, name: str, key: str, value: object) -> Pa
     content = json.loads((folder / name).read_text())
     (folder / name).write_text(json.dumps(content | {key: value}))
     return folder
+
+
+def test_a_damaged_preprocessor_is_refused_where_no_clip_is_given(published, tmp_path):
+    folder = rewritten(published("dinov2")[0], tmp_path, PREPROCESSOR, "image_mean", [[1], 2, 3])
+    with pytest.raises(UserError, match=r"^.* cannot be read as a dinov2: float\(\) argument must be [^\n]+$"):
+        default_clip(folder)
 
 
 def test_pickles_are_refused_and_named(published, tmp_path):

@@ -128,15 +128,20 @@ def test_a_damaged_experiment_is_listed_and_the_others_are_shown(pocket: dict) -
         ("numbers", "results.csv", "encoder,low,value\nnano,0.1,many\n"),
         ("stages", "stages.json", "[]"),
         ("columns", "pretrain.csv", "no,such\n1,2\n"),
+        ("half", "params.yaml", Path("params.yaml").read_text() + '\nmore: "\\ud800"\n'),
+        ("nested", "stages.json", "[" * 100_000),
+        ("round", "params.yaml", Path("params.yaml").read_text() + "\nmore: &a {b: *a}\n"),
+        ("row", "pretrain.csv", "no,such\n1,2,3\n"),
     ):
-        before = (BUILT / file).read_text()
-        (BUILT / file).write_text(content)
+        path = Path(file) if file == "params.yaml" else BUILT / file
+        before = path.read_text()
+        path.write_text(content)
         git("commit", "-qam", name)
         git("update-ref", f"refs/exps/ab/cdef/{name}", "HEAD")
-        (BUILT / file).write_text(before)
-    assert site.write_experiments(BUILT) == ["columns", "numbers", "stages", "whole"]
+        path.write_text(before)
+    assert site.write_experiments(BUILT) == ["columns", "half", "nested", "numbers", "round", "row", "stages", "whole"]
     listed = json.loads((BUILT / "site/experiments.js").read_text().removeprefix("window.EXPERIMENTS = ").rstrip(";\n"))
-    assert [bool(report.get("damaged")) for report in listed] == [True, True, True, False]
+    assert [bool(report.get("damaged")) for report in listed] == [True] * 7 + [False]
     with pytest.raises(UserError, match="numbers: its report is damaged"):
         read_built_report("numbers")
 
