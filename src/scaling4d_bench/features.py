@@ -1,7 +1,8 @@
 """`scaling4d bench features`: frames a second of `scaling4d features` beside a plain loop over transformers' VideoMAE.
 
-The encoder is a VideoMAE with random weights. The loop reads (with our `read_video`, which seeks), preprocesses and
-encodes one window after the other. Both see the same windows of one long video, each in a process of its own.
+The encoder is a VideoMAE with random weights. The loop decodes the video once from its start to its end, as we do, and
+preprocesses and encodes one window after the other. Both see the same windows of one long video, each in a process of
+its own; times include imports and the loading of weights.
 """
 
 from __future__ import annotations
@@ -10,20 +11,19 @@ import multiprocessing
 import resource
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from scaling4d import read_video
 from scaling4d.encoders import video_features
-from scaling4d.records import UserError
+from scaling4d.video import TOLERANCE_S
 from scaling4d_bench import devices, measure, videos
 from scaling4d_bench.measure import Measurements, Timings
 from scaling4d_bench.steps import let_torchvision_load
@@ -97,14 +97,27 @@ def loop(folder: Path, rate_hz: float, device: str) -> Tensor:
 
     model = VideoMAEModel.from_pretrained(folder / "model").eval().to(device)
     processor = VideoMAEImageProcessor.from_pretrained(folder / "model")
-    frames, pooled = model.config.num_frames, []
-    for number in count():
-        try:
-            pixels = read_video(folder / "long.mp4", start_s=number * frames / rate_hz, rate_hz=rate_hz, frames=frames)
-        except UserError:  # the video ends
-            return torch.cat(pooled)
-        inputs = processor(list(pixels), return_tensors="pt").to(device)
-        pooled.append(model(**inputs).last_hidden_state.mean(1).cpu())
+    pooled = []
+    frames, window = model.config.num_frames, []
+    for picture in shown_frames(folder / "long.mp4", rate_hz):
+        window.append(picture)
+        if len(window) == frames:
+            inputs, window = processor(window, return_tensors="pt").to(device), []
+            pooled.append(model(**inputs).last_hidden_state.mean(1).cpu())
+    return torch.cat(pooled)
+
+
+def shown_frames(path: Path, rate_hz: float) -> Iterator[np.ndarray]:
+    """uint8 `H W 3`: the frame on show at 0, 1, 2, ... / rate_hz seconds after the first one."""
+    first_s, shown, due = None, None, 0
+    with av.open(str(path)) as container:
+        for frame in container.decode(video=0):
+            first_s = frame.time if first_s is None else first_s
+            while shown is not None and frame.time - first_s > due / rate_hz + TOLERANCE_S:
+                yield shown.to_ndarray(format="rgb24")
+                due += 1
+            shown = frame
+    yield shown.to_ndarray(format="rgb24")
 
 
 def read_settings(size: str) -> dict[str, Any]:

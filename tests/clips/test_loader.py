@@ -438,5 +438,5 @@ def test_a_table_with_impossible_values_is_refused(made, tmp_path, column, value
     changed = table.set_column(table.column_names.index(column), column, pa.array([value] * len(table)))
     pq.write_table(changed, tmp_path / "clips/clips.parquet")
     with pytest.raises(UserError, match=message):
-        list(loader.eval_batches(tmp_path / "clips", split="train", batch=2, rank=0, ranks=1))
+        list(loader.eval_batches(tmp_path / "clips", split="train", frames=4, batch=2, rank=0, ranks=1))
     read_previous(tmp_path / "clips")
