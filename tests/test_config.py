@@ -268,6 +268,11 @@ def test_a_damaged_params_file_is_one_line(tmp_path: Path, text: str, message: s
         config.read(tmp_path / "params.yaml")
 
 
+def test_a_profile_that_is_no_word_is_refused(project: Path) -> None:
+    with pytest.raises(UserError, match=r"^params.yaml has profile = \['a'\]; needed a word$"):
+        config.overrides({"profile": ["a"]})
+
+
 def test_a_stage_gets_one_config_of_each_class_and_the_text_of_all_values_in_force(boxes: dict) -> None:
     bound = bind(boxes, ["seed", "point"], BoxConfig, BallConfig)
     assert bound[BoxConfig] == BoxConfig(width=3, name="small", sides=(1, (2, 3)))

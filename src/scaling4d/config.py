@@ -335,7 +335,9 @@ def overrides(settings: Mapping[str, Any], keys: list[str] | None = None) -> dic
     Raises:
         UserError: a key that no group knows, a key that is missing, or a value of another type.
     """
-    composed = _pinned(section(settings, "profile"), EXPERIMENTS.resolve())
+    if not isinstance(profile := section(settings, "profile"), str):
+        raise UserError(f"params.yaml has profile = {profile!r}; needed a word")
+    composed = _pinned(profile, EXPERIMENTS.resolve())
     given = dict(flatten(settings))
     if keys is not None:
         composed, given = ({k: v for k, v in leaves.items() if is_below(k, keys)} for leaves in (composed, given))

@@ -255,6 +255,18 @@ def test_records_of_other_types_do_not_end_the_audit(project: Path, rewrite: Rew
     assert audit.check() == (PRETRAINED.name in path)  # DVC does not track runs.json
 
 
+def test_a_short_row_a_source_without_settings_and_a_folder_that_is_a_number_do_not_end_the_audit(project: Path) -> None:
+    results, lock = Path("reports/built/results.csv"), Path("dvc.lock")
+    results.write_text(results.read_text() + "mini\n")
+    content = yaml.safe_load(lock.read_text())
+    content["stages"]["baseline"]["params"]["params.yaml"]["encoders.pretrained.theirs"] = {"Pretrained": [1]}
+    lock.write_text(yaml.safe_dump(content))
+    assert audit.check() == 1
+    config.PARAMS.write_text(config.PARAMS.read_text().replace("folder: reports/built", "folder: 3"))
+    with pytest.raises(UserError, match="^(params.yaml: |DVC cannot read the pipeline: ).+$"):
+        audit.check()
+
+
 def test_declared_differences_are_notes(rewrite: Rewrite, messages: Messages) -> None:
     profile = Path("experiments/profile/test.yaml")
     profile.write_text(profile.read_text() + "watch: {keep: 2}\n")

@@ -280,9 +280,15 @@ def test_what_cannot_be_saved_is_refused_and_leaves_nothing(tmp_path: Path) -> N
     assert (
         refused(encoder.save_pretrained, tmp_path / "saved") == f"{tmp_path / 'saved'} exists; choose another name or remove it"
     )
-    encoder.provenance = {"settings": [1], "code": "no object"}
-    assert refused(encoder.save_pretrained, tmp_path / "bad").startswith("provenance.json of nano is not one of scaling4d: ")
-    assert not (tmp_path / "bad").exists()
+    for provenance in ({"settings": [1], "code": "no object"}, {"settings": {"a": float("inf")}}):
+        encoder.provenance = provenance
+        assert refused(encoder.save_pretrained, tmp_path / "bad").startswith("provenance.json of nano is not one of scaling4d: ")
+        assert not (tmp_path / "bad").exists()
+
+
+def test_a_rate_of_0_beside_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    folder = trained(tmp_path, rate_hz=0.0)
+    assert refused(Encoder.from_pretrained, folder) == f"{folder}: rate_hz = 0.0; needed more than 0, or none"
 
 
 # ---- refusals ----

@@ -116,7 +116,8 @@ class LockedRun:
         for table in TABLES:
             path = f"{self.folder}/{table}.csv"
             for line, row in enumerate(csv_rows((read or self.disk.text)(path) or ""), 2):
-                words = [row.get(column, "") for column in RESULT_KEY] if table == "results" else [row.get("point", ""), table]
+                words = [row.get(column) or "" for column in (RESULT_KEY if table == "results" else ("point",))]
+                words += [] if table == "results" else [table]
                 yield "/".join(words), path, line, row
 
     @cached_property
@@ -174,7 +175,7 @@ class LockedRun:
         """sha256 by name of the files of a clips folder by its croissant.json; empty for other folders."""
         distribution = self.json_object(f"{path}/croissant.json").get("distribution", ())
         entries = [entry for entry in (distribution if isinstance(distribution, list) else ()) if isinstance(entry, dict)]
-        return {entry["@id"]: entry["sha256"] for entry in entries if _has_texts(entry, "@id", "sha256")}
+        return {entry["@id"]: entry["sha256"] for entry in entries if has_texts(entry, "@id", "sha256")}
 
     def weights(self, encoder: str) -> str:
         """Path of an encoder's weights, or of the index that has the hashes of their files."""
@@ -195,14 +196,15 @@ class LockedRun:
         return None
 
 
-def _has_texts(entry: Mapping[str, Any], *keys: str) -> bool:
+def has_texts(entry: Mapping[str, Any], *keys: str) -> bool:
+    """Whether an entry of a record has texts under these keys."""
     return all(isinstance(entry.get(key), str) for key in keys)
 
 
 def _is_run(run: Mapping[str, Any]) -> bool:
     """Whether an entry of runs.json has the types that the audit needs."""
     versions = run.get("versions")
-    return _has_texts(run, "stage", "out_sha256") and isinstance(versions, dict) and _has_texts(versions, *versions)
+    return has_texts(run, "stage", "out_sha256") and isinstance(versions, dict) and has_texts(versions, *versions)
 
 
 def row_numbers(row: Mapping[str, str]) -> dict[str, str]:
@@ -240,14 +242,15 @@ def locked_runs() -> list[LockedRun]:
     settings = config.read()
     stages, contradictions = _pipeline()
     kept = {path.as_posix(): read_lock(path) for path in sorted(Path("reports").glob("*/dvc.lock"))}
-    folder = config.section(settings, "report.folder")
+    with as_user_error(config.PARAMS):
+        home, folder = artifacts.home(settings).as_posix(), Path(config.section(settings, "report.folder")).as_posix()
     imports = {
         stage.outs[0].path: stage.deps[0].path
         for name, stage in stages.items()
         if name.endswith(".dvc") and stage.deps and stage.outs
     }
     disk = Disk(imports)
-    runs = [LockedRun(LOCK.as_posix(), stages, artifacts.home(settings).as_posix(), folder, settings, contradictions, disk)]
+    runs = [LockedRun(LOCK.as_posix(), stages, home, folder, settings, contradictions, disk)]
     for path, some in kept.items():  # a lock also holds stages of other profiles
         folder = Path(path).parent.as_posix()
         goal = next((stage for stage in some.values() if any(out.path.startswith(f"{folder}/") for out in stage.outs)), None)

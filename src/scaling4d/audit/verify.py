@@ -11,7 +11,7 @@ from typing import Any
 from scaling4d import artifacts, config, provenance
 from scaling4d.audit.commit import closest_commit
 from scaling4d.audit.report_numbers import verify_numbers
-from scaling4d.audit.run import CODE, NOTE, SOURCE, UNCHECKED, WRONG, AuditFinding, LockedRun, row_numbers, shorten
+from scaling4d.audit.run import CODE, NOTE, SOURCE, UNCHECKED, WRONG, AuditFinding, LockedRun, has_texts, row_numbers, shorten
 from scaling4d.pipeline import code_hashes
 from scaling4d.provenance import LOCK, MISSING, LockedStage, differences, file_at, flatten, overlap, read_lock, required
 from scaling4d.records import UserError
@@ -243,7 +243,9 @@ def _artifacts(run: LockedRun) -> Iterator[AuditFinding]:
         if run.disk.text(f"{folder}/{artifacts.PROVENANCE}") is None:
             continue
         path, content = f"{folder}/{artifacts.PROVENANCE}", run.json_object(f"{folder}/{artifacts.PROVENANCE}")
-        published = next((v["Pretrained"] for k, v in stage.params.items() if k.startswith("encoders.pretrained.")), None)
+        encoders = [v for k, v in stage.params.items() if k.startswith("encoders.pretrained.") and isinstance(v, dict)]
+        sources = [encoder.get("Pretrained") for encoder in encoders]
+        published = next((one for one in sources if isinstance(one, dict) and has_texts(one, "source", "revision")), None)
         for message in (*_provenance(run, stage, path, content, published is None), *_operative(run, stage, folder)):
             yield AuditFinding(WRONG, stage.name, message, run.affected_results(folder))
         if published is None or published["revision"]:  # a commit of the hub cannot change; a folder can, unseen by DVC

@@ -107,8 +107,9 @@ class Encoder(nn.Module):
             return cls(model, _description(folder.name, model, asdict(config)))
         checkpoint, path = Checkpoint.read(folder), folder / artifacts.PROVENANCE
         provenance = _json(path) if path.is_file() else {}
-        rate_hz = checkpoint.rate_hz or _trained_rate_hz(folder, provenance)
-        return cls(load_encoder(folder), replace(checkpoint, rate_hz=rate_hz), provenance)
+        with as_user_error(folder):
+            checkpoint = replace(checkpoint, rate_hz=checkpoint.rate_hz or _trained_rate_hz(folder, provenance))
+        return cls(load_encoder(folder), checkpoint, provenance)
 
     @property
     def clip(self) -> tuple[int, int, int]:
@@ -206,9 +207,9 @@ class Encoder(nn.Module):
             out.mkdir()
             checkpoint = self._saved_description()
             checkpoint.write(out, self.model.state_dict())
-            if self.provenance:
-                write_json(out / artifacts.PROVENANCE, self.provenance)
             with as_user_error(f"{artifacts.PROVENANCE} of {checkpoint.name} is not one of scaling4d"):
+                if self.provenance:
+                    write_json(out / artifacts.PROVENANCE, self.provenance)
                 text = card.model_card(checkpoint, self.provenance, mean=self.mean, scale=self.scale)
             (out / "README.md").write_text(text)
         return Path(folder)
