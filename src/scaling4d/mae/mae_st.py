@@ -201,8 +201,9 @@ class MAEST(Method):
         return self.decoder(self.decoder_norm(x))[:, prefix:]
 
     def frames(self, pixels: Tensor) -> Tensor:
-        """Indices of the predicted frames among the T frames, ascending from 0."""
-        return torch.linspace(0, pixels.shape[1] - 1, self.config.predicted_frames).long()
+        """Indices of the predicted frames among the T frames, ascending from 0, evenly spaced and rounded down."""
+        count = self.config.predicted_frames
+        return torch.arange(count, device=pixels.device) * (pixels.shape[1] - 1) // max(count - 1, 1)
 
     def target(self, pixels: Tensor) -> Tensor:
         """`B N P`: the predicted frames' pixels, normalised per patch if so configured."""
@@ -229,5 +230,5 @@ class MAEST(Method):
             true = patchify(self.encoder.normalise(pixels[:, frames]), self.predicted_patch)
             x = x * (true.var(-1, keepdim=True) + TARGET_EPS).sqrt() + true.mean(-1, keepdim=True)
         x = unpatchify(x, (self.config.predicted_frames, *self.encoder.clip[1:]), self.predicted_patch)
-        x = x[:, torch.searchsorted(frames, torch.arange(pixels.shape[1]), right=True) - 1]
+        x = x[:, torch.searchsorted(frames, torch.arange(pixels.shape[1], device=frames.device), right=True) - 1]
         return (x / self.encoder.pixel_scale + self.encoder.pixel_mean).clamp(0, 1)

@@ -16,6 +16,7 @@ from scaling4d.records import MaskedTokens
 from scaling4d.training.distributed import heartbeat
 from scaling4d.training.fit import Callback, StepResult
 from scaling4d.training.observe import TrainingLog
+from scaling4d.training.parallelize import to_device
 
 BATCH = 16
 
@@ -50,13 +51,15 @@ def validate(model: nn.Module, pretraining: PretrainConfig) -> float:
     """Mean loss over `val_clips` validation clips. Their masks are the same for all ranks, and for
     all models with the same token grid, strategy and mask ratio.
 
-    A rank without clips left takes part for the ranks that need its weights, and counts for nothing.
+    A rank without clips left takes part for the ranks that need its weights, and counts for nothing. The CPU waits for
+    the device once, after the last batch.
     """
     clips, training, seed, ranks = pretraining.clips, pretraining.training, pretraining.seed, dist.get_world_size()
     share = {"batch": BATCH, "rank": dist.get_rank(), "ranks": ranks, "max_clips": training.val_clips}
     batches = loader.eval_batches(clips, split="val", frames=pretraining.model.clip[0], **share)
     available = loader.count_clips(clips, "val")
-    device, total = next(model.parameters()).device, torch.zeros(2, dtype=torch.float64)
+    device = next(model.parameters()).device.type
+    total = torch.zeros(2, dtype=torch.float64, device=device)  # of losses, of clips
     for number in range(-(-min(training.val_clips or available, available) // (BATCH * ranks))):
         heartbeat(f"validation, batch {number}")
         batch = next(batches, None)
@@ -64,10 +67,12 @@ def validate(model: nn.Module, pretraining: PretrainConfig) -> float:
         pixels = batch.pixels if batch else torch.zeros(1, *model.encoder.clip, 3, dtype=torch.uint8)
         for draw in range(training.masks_per_clip):
             masks = [model.draw_mask(1, seeds.stream(seed, "val_mask", name, draw)) for name in ids]
-            masked = MaskedTokens(torch.cat([m.ids_keep for m in masks]).to(device), masks[0].grid)
-            loss = model(pixels.to(device), masked).item()
+            masked = MaskedTokens(to_device(torch.cat([m.ids_keep for m in masks]), device), masks[0].grid)
+            loss = model(to_device(pixels, device), masked)
             if batch:
-                total += torch.tensor([loss * len(ids), len(ids)], dtype=torch.float64)
+                total[0] += loss.double() * len(ids)
+                total[1] += len(ids)
+    total = total.cpu()
     dist.all_reduce(total)
     return (total[0] / total[1]).item()
 

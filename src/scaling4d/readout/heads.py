@@ -162,7 +162,8 @@ def stretch_time(features: Tensor, frames: int) -> Tensor:
     """`B t n D` -> `B T n D`, cubic interpolation in time."""
     if features.shape[1] == frames:
         return features
-    return torch.einsum("Tt,btnd->bTnd", cubic_weights(frames, features.shape[1]).to(features), features)
+    weights = cubic_weights(frames, features.shape[1]).to(features, non_blocking=True)
+    return torch.einsum("Tt,btnd->bTnd", weights, features)
 
 
 def fourier_embedding(coordinates: Tensor, bases: int) -> Tensor:

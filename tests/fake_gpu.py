@@ -1,0 +1,124 @@
+"""A GPU that computes nothing: its tensors have a shape, a dtype and a device. An error in a backward pass aborts."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import device_mesh
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed import fake_pg
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+
+from scaling4d.training.fit import Batch, Callback, FitConfig, StepResult, fit
+from scaling4d.training.observe import TrainingLog
+from scaling4d.training.optimizer import ParamGroups
+
+DEVICE = "fakegpu"
+PRODUCTS = ("mm", "addmm")  # of linear layers; attention has no kernel on this device, and falls back to float32
+STEPS = 2  # of `train`
+
+
+class Stream:
+    """A stream, or an event in one. Has no `synchronize`: a step that calls it fails."""
+
+    def __init__(self, **_: object) -> None: ...
+
+    def wait_stream(self, stream: "Stream") -> None: ...
+
+    def wait_event(self, event: "Stream") -> None: ...
+
+    def record_event(self) -> "Stream":
+        return Stream()
+
+    def record(self, stream: "Stream | None" = None) -> None: ...
+
+
+class Module(_DummyBackendModule):
+    """The parts of torch.cuda that FSDP and checkpointing use."""
+
+    Stream = Event = Stream
+
+    def current_stream(self) -> Stream:
+        return Stream()
+
+    def stream(self, stream: Stream) -> nullcontext:
+        return nullcontext()
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16]
+
+
+class Operations(TorchDispatchMode):
+    """Notes operations for which the CPU waits for the device, and the dtypes of linear layers on it.
+
+    It waits for copies to the CPU, and for copies to the device that are not `non_blocking`. Values that Python reads
+    (`.item()`, `if tensor`) are an error of FakeTensorMode.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+        self.linear_dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # comes again as the operations on its shard
+        name, given = operation._schema.name.removeprefix("aten::"), kwargs or {}
+        out = operation(*args, **given)
+        if name in ("_to_copy", "copy_"):
+            source, blocking = args[name == "copy_"], not (given.get("non_blocking") or args[2:3] == (True,))
+            if source.device.type != out.device.type and (blocking or out.device.type == "cpu"):
+                self.waits.append(f"copy of {tuple(source.shape)} from {source.device} to {out.device}")
+        if name in ("index", "index_put", "index_put_") and args[0].device.type == DEVICE:
+            self.waits += [f"{name} by a tensor of the CPU" for index in args[1] if index is not None and index.is_cpu]
+        if name in PRODUCTS and out.device.type == DEVICE:
+            self.linear_dtypes |= {value.dtype for value in args if isinstance(value, torch.Tensor)}
+        return out
+
+
+@contextmanager
+def on_fake_gpu(ranks: int = 1) -> Iterator[Operations]:
+    """New tensors are fake, and DEVICE is one of `ranks` GPUs, of ranks that do not exist. For a process of its own."""
+    from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+
+    make_mesh = device_mesh.init_device_mesh
+
+    def real_mesh(*arguments: Any, **named: Any) -> device_mesh.DeviceMesh:
+        with unset_fake_temporarily():
+            return make_mesh(*arguments, **named)
+
+    _setup_privateuseone_for_python_backend(DEVICE, backend_module=Module())
+    dist.Backend.register_backend("fake", fake_pg._create_fake_pg, extended_api=True, devices=["cpu", DEVICE])
+    dist.init_process_group("fake", store=fake_pg.FakeStore(), rank=0, world_size=ranks)
+    device_mesh.init_device_mesh = real_mesh
+    with FakeTensorMode(allow_non_fake_inputs=True), Operations() as operations:
+        yield operations
+
+
+class Stop(Callback):
+    """Ends a training after STEPS steps, before anything is logged; a loss and a norm lie on the device."""
+
+    def after_step(self, result: StepResult) -> bool:
+        for value in (result.loss, result.grad_norm):
+            assert (value.device.type, value.dtype) == (DEVICE, torch.float32)
+        return result.step == STEPS
+
+
+def train(
+    model: torch.nn.Module, batch: Batch, groups: ParamGroups, *, accumulate: int = 1, clip_norm: float = 1.0, log_every: int = 9
+) -> None:
+    """Steps of `fit`, with its log. Gradients, weights and moments are float32 on the device."""
+    schedule = {"steps": 9, "warmup_steps": 1, "log_every": log_every, "save_every": 9, "batch": len(batch.inputs[0])}
+    numbers = {"betas": (0.9, 0.95), "weight_decay": 0.05, "clip_norm": clip_norm, "seed": 0, "accumulate": accumulate}
+    config = FitConfig(name="fake", rate_setting="", device=DEVICE, **schedule, **numbers)
+
+    def batches(start: int) -> Iterator[Batch]:
+        while True:
+            yield batch
+
+    fit(model, batches, config, param_groups=groups, callbacks=[TrainingLog(config), Stop()])
+    for parameter in model.parameters():
+        assert (parameter.device.type, parameter.dtype) == (DEVICE, torch.float32)
