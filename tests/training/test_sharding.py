@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo
 import torch.distributed as dist
 import toy
 from nearness import near
@@ -78,18 +79,31 @@ def test_how_a_block_is_computed_does_not_change_its_gradients(sharding: dict) -
         assert near(others[name], gradient, 1e-4), name
 
 
-def test_compiled_blocks_that_see_other_numbers_of_tokens_stay_graphs_of_fixed_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
+@pytest.mark.parametrize("method", ["SimpleMAE", "MAEST"])
+def test_compiled_blocks_that_see_other_numbers_of_tokens_stay_graphs_of_fixed_shapes(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shapes = []
 
     def note(graph: torch.fx.GraphModule, inputs: list) -> Callable:
         shapes.append([x.shape if isinstance(x, torch.Tensor) else x for x in inputs])
         return graph.forward
 
+    def validate(clips: int) -> None:
+        with torch.no_grad():
+            model(*batch_of(model, 0, rank=0, ranks=1, size=clips))
+
+    torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=note))
-    model = build_sharded(replace(PLAIN, compile=True), ranks=1)
+    model = build_sharded(replace(PLAIN, compile=True), ranks=1, method=method)
     for step in range(2):
-        model(*batch_of(model, step, rank=0, ranks=1))
-    assert len(shapes) == 2  # blocks before and after the coarse tokens join
+        model(*batch_of(model, step, rank=0, ranks=1)).backward()
+    assert len(shapes) == 2  # blocks before and after other tokens join
+    for clips in (16, 5, 1):  # a validation: full batches, the last one, a picture or a rank without clips
+        validate(clips)
+    model(*batch_of(model, 2, rank=0, ranks=1)).backward()
+    assert len(shapes) == 8  # all that a training needs; torch's limit is as many
     assert all(isinstance(size, int) for inputs in shapes for shape in inputs for size in shape)
 
 
