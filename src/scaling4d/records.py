@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -95,13 +95,28 @@ class Video:
         _require(self.rotation_deg in (0, 90, 180, 270), f"{self.path}: rotation {self.rotation_deg} is not a multiple of 90")
 
 
+class Augmentation(NamedTuple):
+    """How a copy of a clip is changed.
+
+    rectangle: top, left, height, width in pixels, resized to the clip's own side; None: all of the picture.
+    """
+
+    rectangle: tuple[int, int, int, int] | None
+    mirrored: bool
+    backwards: bool
+
+
 @dataclass(frozen=True)
 class ClipBatch:
-    """A loader's batch: pixels uint8 `B T H W C`, and each clip's id and start in its video."""
+    """A loader's batch: pixels uint8 `B T H W C`, and each clip's id and start in its video.
+
+    augmentations: of each clip, which are left to the model's device; empty: none are.
+    """
 
     pixels: Tensor
     ids: tuple[str, ...]
     start_s: tuple[float, ...]
+    augmentations: tuple[Augmentation, ...] = ()
 
     def __post_init__(self) -> None:
         shape = tuple(self.pixels.shape)

@@ -75,7 +75,7 @@ def batches(folder: Path, *, steps: int, workers: int, repeats: int = 1) -> Iter
     """The batches of a training, without the crop, so that every workload only decodes and stacks."""
     order = {"repeats": repeats, "seed": SEED, "start": 0, "steps": steps, "window_shards": 0, "rank": 0, "ranks": 1}
     views = {"frames": videos.curation({}).frames, "flip": False, "reverse": False, "crop": (1.0, 1.0), "aspect": (1.0, 1.0)}
-    views |= {"cached_clips": 0, "workers": workers}
+    views |= {"cached_clips": 0, "workers": workers, "on_device": False}
     return loader.train_batches(folder, batch=BATCH, **order, **views)
 
 

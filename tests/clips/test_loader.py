@@ -19,17 +19,17 @@ from small_videos import save, world
 from scaling4d import seeds, video
 from scaling4d.clips import loader
 from scaling4d.clips.shards import read_previous
-from scaling4d.records import UserError
+from scaling4d.records import Augmentation, UserError
 from scaling4d.training.distributed import run as in_ranks
 
 pytestmark = pytest.mark.integration
 
 CLIPS = 23  # of `made`
-SQUARE = (1.0, 1.0)
 ARGUMENTS = {"frames": 4, "batch": 4, "repeats": 1, "seed": 0, "start": 0, "steps": 12, "flip": True, "crop": (1.0, 1.0)}
 ARGUMENTS |= {
     "reverse": True,
     "aspect": (1.0, 1.0),
+    "on_device": False,
     "window_shards": 0,
     "rank": 0,
     "ranks": 1,
@@ -120,6 +120,14 @@ def test_ranks_hold_the_parts_of_what_one_rank_holds(made, ranks):
         assert torch.equal(batch.pixels, torch.cat([part[step].pixels for part in parts]))
 
 
+def test_crops_and_flips_that_are_left_to_the_device_are_those_of_a_worker(made):
+    settings = {"repeats": 2, "crop": (0.5, 1.0)}
+    for batch, left in zip(run(made, **settings), run(made, on_device=True, **settings), strict=True):
+        assert batch.augmentations == () and left.ids == batch.ids
+        pixels = [loader.augment(*pair) for pair in zip(left.pixels, left.augmentations, strict=True)]
+        assert torch.equal(torch.stack(pixels), batch.pixels)
+
+
 @pytest.mark.parametrize("window_shards", [0, 7, 100])
 def test_one_window_shuffles_all_clips_together(made, window_shards):
     names = [clip.id for clip in loader.ClipTable(made, "train")]
@@ -150,21 +158,26 @@ def test_a_table_out_of_order_is_refused_by_windows(made, tmp_path):
         batches_of(tmp_path, window_shards=2)
 
 
+def cropped(pixels, *, area, rng, aspect=(1.0, 1.0)):
+    rectangle = loader.draw_rectangle(pixels.shape[1], area=area, aspect=aspect, rng=rng)
+    return loader.augment(pixels, Augmentation(rectangle, mirrored=False, backwards=False))
+
+
 def test_a_crop_is_a_square_of_the_clip_the_same_in_all_frames_and_of_everything_changes_nothing():
     rng = np.random.default_rng(0)
     still = torch.from_numpy(world(0, 1, 32, 32)).expand(4, -1, -1, -1)
     sides = set()
     for _ in range(50):
-        pixels = loader.random_resized_crop(still, area=(0.25, 1.0), aspect=SQUARE, rng=rng)
+        pixels = cropped(still, area=(0.25, 1.0), rng=rng)
         assert pixels.shape == still.shape and pixels.dtype == torch.uint8
         assert all(torch.equal(pixels[0], frame) for frame in pixels)
         sides.add(pixels.float().std().item())
     assert len(sides) > 40
     ramp = torch.arange(32, dtype=torch.uint8)[None, :, None, None].expand(1, 32, 32, 3) * 8  # rows of one grey
-    crops = [loader.random_resized_crop(ramp, area=(0.25, 0.25), aspect=SQUARE, rng=rng).int() for _ in range(20)]
+    crops = [cropped(ramp, area=(0.25, 0.25), rng=rng).int() for _ in range(20)]
     spans = [crop.max() - crop.min() for crop in crops]
     assert all(abs(span - 15 * 8) <= 4 for span in spans)  # 16 of 32 rows, stretched
-    assert torch.equal(loader.random_resized_crop(still, area=(1.0, 1.0), aspect=SQUARE, rng=rng), still)  # everything
+    assert torch.equal(cropped(still, area=(1.0, 1.0), rng=rng), still)  # everything
 
 
 def test_the_sides_of_a_crop_vary_around_the_square_and_what_does_not_fit_is_not_taken():
@@ -173,14 +186,14 @@ def test_the_sides_of_a_crop_vary_around_the_square_and_what_does_not_fit_is_not
     places = torch.from_numpy(np.stack([y, x, 0 * x], -1)[None].astype(np.uint8))  # a pixel tells its place
     shares, aspects = [], []
     for _ in range(400):
-        crop = loader.random_resized_crop(places, area=(0.5, 1.0), aspect=(0.75, 4 / 3), rng=rng)[0].int()
+        crop = cropped(places, area=(0.5, 1.0), aspect=(0.75, 4 / 3), rng=rng)[0].int()
         height, width = (crop[..., axis].max() - crop[..., axis].min() + 1 for axis in (0, 1))
         shares.append(height * width / 240**2)
         aspects.append(width / height)
     assert min(shares) > 0.49 and max(shares) > 0.95
     assert 0.74 < min(aspects) < 0.8 and 1.25 < max(aspects) < 1.35
     assert abs(np.mean(np.log(aspects))) < 0.05  # as often wide as high
-    whole = loader.random_resized_crop(places, area=(1.0, 1.0), aspect=(1.5, 2.0), rng=rng)
+    whole = cropped(places, area=(1.0, 1.0), aspect=(1.5, 2.0), rng=rng)
     assert torch.equal(whole, places)
 
 

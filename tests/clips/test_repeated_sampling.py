@@ -20,6 +20,7 @@ FRAMES, MAX_FRAMES, RATE_HZ = 4, 20, 8.0
 SECONDS = {"a": 2.5, "b": 2.5, "c": 6.0, "d": 1.5, "e": 0.5, "f": 2.5}  # of the videos; at 16 Hz
 ARGUMENTS = {"frames": FRAMES, "batch": 4, "repeats": 4, "seed": 0, "start": 0, "steps": 40, "flip": False, "crop": (1.0, 1.0)}
 ARGUMENTS |= {"reverse": False, "aspect": (1.0, 1.0), "window_shards": 0, "rank": 0, "ranks": 1, "cached_clips": 0, "workers": 0}
+ARGUMENTS["on_device"] = False
 
 
 @pytest.fixture(scope="module")

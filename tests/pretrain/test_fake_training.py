@@ -12,13 +12,14 @@ from interrupting import exit_code
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from scaling4d import config
+from scaling4d.clips.loader import augment
 from scaling4d.mae.encoder import Method
 from scaling4d.pretrain import validate
 from scaling4d.pretrain.plan.plan import build
 from scaling4d.pretrain.settings import PretrainConfig, bind_point, points_of
 from scaling4d.pretrain.stage import param_groups
-from scaling4d.records import ClipBatch, MaskedTokens
-from scaling4d.training.fit import Batch
+from scaling4d.records import Augmentation, ClipBatch, MaskedTokens
+from scaling4d.training.fit import Batch, ChangedClips
 from scaling4d.training.parallelize import DTYPES, parallelize
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("in_the_project")]
@@ -53,7 +54,9 @@ def step_and_validate(profile: str, point: str, compute: str, **changes: object)
         teacher.to(DTYPES[compute])
     with on_fake_gpu(pretraining.training.ranks) as operations:
         move_to_device(model, pretraining, compute)
-        batch = Batch((pixels_of(model, CLIPS * accumulate), visible(model, CLIPS * accumulate)))
+        change = partial(augment, augmentation=Augmentation((1, 0, *2 * [model.encoder.clip[1] // 2]), True, True))
+        clips = ChangedClips(pixels_of(model, CLIPS * accumulate), (change,) * CLIPS * accumulate)
+        batch = Batch((clips, visible(model, CLIPS * accumulate)))
         train(model, batch, param_groups(model, pretraining), accumulate=accumulate)
         assert operations.waits == []
         assert operations.linear_dtypes == {DTYPES[compute]}

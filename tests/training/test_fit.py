@@ -6,6 +6,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from scaling4d import seeds
 from scaling4d.records import MaskedTokens, Preempted, UserError
 from scaling4d.training.distributed import run
-from scaling4d.training.fit import Batch, Callback, FitConfig, Progress, StepResult, fit
+from scaling4d.training.fit import Batch, Callback, ChangedClips, FitConfig, Progress, StepResult, fit
 from scaling4d.training.observe import TrainingLog
 from scaling4d.training.optimizer import build_adamw, warmup_cosine
 from scaling4d.training.resume import CheckpointManager, state_folder
@@ -116,6 +117,20 @@ def test_parts_and_ranks_add_up_to_the_whole_batch(ranks: int, accumulate: int) 
     for line, whole in zip(parts_log.lines, log.lines, strict=True):
         assert line == pytest.approx(whole, rel=1e-5)
     assert [line["step"] for line in log.lines] == [3, 6] and [line["clips_seen"] for line in log.lines] == [24, 48]
+
+
+def changed_batch_of(step: int, *, rank: int, ranks: int) -> Batch:
+    """The batch, each clip of which the device has to scale by a factor of its own."""
+    batch = batch_of(step, rank=rank, ranks=ranks)
+    changes = [partial(torch.mul, other=2.0 ** (n % 3)) for n in range(len(batch.ids))]
+    scaled = torch.stack([x / change.keywords["other"] for x, change in zip(batch.inputs[0], changes, strict=True)])
+    return replace(batch, inputs=(ChangedClips(scaled, tuple(changes)), *batch.inputs[1:]))
+
+
+def test_each_clip_of_a_part_is_changed_by_its_own_function() -> None:
+    config = replace(CONFIG, accumulate=4)
+    plain, changed = (run(train, ranks=1, config=config, batches=batches)[0] for batches in (batch_of, changed_batch_of))
+    assert plain.weights == changed.weights
 
 
 def test_a_step_clips_the_gradient_and_follows_the_schedule() -> None:

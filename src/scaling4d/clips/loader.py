@@ -17,7 +17,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -32,7 +32,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from scaling4d import seeds, video
 from scaling4d.config import check_types, require_positive
-from scaling4d.records import ClipBatch, UserError, shortened
+from scaling4d.records import Augmentation, ClipBatch, UserError, shortened
 
 REPETITIVE = ("origin_s", "frames", "rate_hz", "side_px", "encoded")  # columns of one value, or of few
 ARROW_TYPES = {  # of columns, by the types of a ClipRecord's fields
@@ -247,7 +247,7 @@ def decode_windows(folder: Path, record: ClipRecord, *, frames: int, positions: 
 class AugmentedBatches(Dataset):
     """Batches of clips, each copy cropped and flipped on its own. Holds no table, so that workers are small.
 
-    Clips that are longer than a window are not cached.
+    Clips that are longer than a window are not cached. on_device: leave crop and flip to the model's device.
     """
 
     folder: Path
@@ -258,6 +258,7 @@ class AugmentedBatches(Dataset):
     reverse: bool
     crop: tuple[float, float]
     aspect: tuple[float, float]
+    on_device: bool
 
     @cached_property
     def decode(self) -> Callable[[ClipRecord], Tensor]:
@@ -267,12 +268,16 @@ class AugmentedBatches(Dataset):
         """An error is returned, not raised: a worker process would wrap it."""
         try:
             clips: list[LoadedClip] = []
+            augmentations: list[Augmentation] = []
             for (epoch, index), copies in itertools.groupby(samples, lambda sample: sample[:2]):
                 *_, numbers, records = zip(*copies, strict=True)
                 windows = self.windows(epoch, index, numbers, records[0])
                 for copy, (start_s, pixels) in zip(numbers, windows, strict=True):
-                    clips.append((records[0].id, start_s, self.augment(epoch, index, copy, pixels)))
-            return _stack(clips)
+                    augmentation = self.draw_augmentation(epoch, index, copy, side=pixels.shape[1])
+                    if self.on_device:
+                        augmentations.append(augmentation)
+                    clips.append((records[0].id, start_s, pixels if self.on_device else augment(pixels, augmentation)))
+            return replace(_stack(clips), augmentations=tuple(augmentations))
         except UserError as error:
             return error
 
@@ -286,28 +291,28 @@ class AugmentedBatches(Dataset):
         positions = seeds.numpy(self.seed, "window", epoch, index).random(max(copies) + 1)[list(copies)]
         return decode_windows(self.folder, record, frames=self.frames, positions=positions)
 
-    def augment(self, epoch: int, index: int, copy: int, pixels: Tensor) -> Tensor:
-        """uint8 `T H W C`."""
+    def draw_augmentation(self, epoch: int, index: int, copy: int, *, side: int) -> Augmentation:
+        rectangle, mirrored, backwards = None, False, False
         if self.crop != (1.0, 1.0):
             rng = seeds.numpy(self.seed, "crop", epoch, index, copy)
-            pixels = random_resized_crop(pixels, area=self.crop, aspect=self.aspect, rng=rng)
+            rectangle = draw_rectangle(side, area=self.crop, aspect=self.aspect, rng=rng)
         if self.flip or self.reverse:
             rng = seeds.numpy(self.seed, "flip", epoch, index)
-            mirror, backwards = (rng.random((copy + 1, 2))[copy] < 0.5) & (self.flip, self.reverse)
-            pixels = pixels.flip([axis for axis, flipped in ((0, backwards), (2, mirror)) if flipped])
-        return pixels
+            drawn = (rng.random((copy + 1, 2))[copy] < 0.5) & (self.flip, self.reverse)
+            mirrored, backwards = drawn.tolist()
+        return Augmentation(rectangle, mirrored, backwards)
 
 
-def random_resized_crop(
-    pixels: Tensor, *, area: tuple[float, float], aspect: tuple[float, float], rng: np.random.Generator
-) -> Tensor:
-    """A random rectangle of a clip, the same in all its frames, resized to the clip's own side: uint8 `T H W C`, H = W.
+def draw_rectangle(
+    side: int, *, area: tuple[float, float], aspect: tuple[float, float], rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a random rectangle in a square picture.
+
 
     area: share of the picture that the rectangle covers, uniform between the two. aspect: its width by its height,
     uniform between the two on a logarithmic scale. Of rectangles that do not fit, another is drawn; at last everything.
     Source: random resized crop of MAE-ST's code (there of the whole picture, not of the square in its middle).
     """
-    side = pixels.shape[1]
     for _ in range(CROP_TRIES):
         size = side * rng.uniform(*area) ** 0.5
         stretch = 1.0 if aspect == (1.0, 1.0) else math.exp(rng.uniform(*np.log(aspect)) / 2)
@@ -316,10 +321,20 @@ def random_resized_crop(
             break
     else:
         height = width = side
-    top, left = rng.integers((side - height, side - width), endpoint=True)
-    crop = pixels[:, top : top + height, left : left + width].permute(0, 3, 1, 2).float()  # T C H W
-    resized = functional.interpolate(crop, size=(side, side), mode="bilinear")  # never smaller: no antialiasing
-    return resized.round_().to(torch.uint8).permute(0, 2, 3, 1)  # T H W C
+    top, left = rng.integers((side - height, side - width), endpoint=True).tolist()
+    return top, left, height, width
+
+
+def augment(pixels: Tensor, augmentation: Augmentation) -> Tensor:
+    """uint8 `T H W C` of the same shape, on any device; a GPU may round a resized value to its neighbour."""
+    rectangle, mirrored, backwards = augmentation
+    if rectangle is not None:
+        (top, left, height, width), side = rectangle, pixels.shape[1]
+        x = pixels[:, top : top + height, left : left + width].permute(0, 3, 1, 2).float()  # T C H W
+        x = functional.interpolate(x, size=(side, side), mode="bilinear")  # never smaller: no antialiasing
+        pixels = x.round_().to(torch.uint8).permute(0, 2, 3, 1)  # T H W C
+    axes = [axis for axis, flipped in ((0, backwards), (2, mirrored)) if flipped]
+    return pixels.flip(axes) if axes else pixels
 
 
 def _stack(clips: Sequence[LoadedClip]) -> ClipBatch:
@@ -358,6 +373,7 @@ def train_batches(
     reverse: bool,
     crop: tuple[float, float],
     aspect: tuple[float, float],
+    on_device: bool,
     window_shards: int,
     rank: int,
     ranks: int,
@@ -373,9 +389,10 @@ def train_batches(
         frames: of a window. batch: clips a step over all ranks, copies counted. repeats: copies of a clip in a row,
           decoded once and each cropped, flipped (and later masked) on its own; of a clip that is longer than a window,
           each at another time. start: first step. flip: mirror at random. reverse: play backwards at random.
-        crop, aspect: area and aspect of `random_resized_crop`; crop = (1, 1): none. window_shards: of
-          `WindowedShuffle`. cached_clips: decoded clips in memory of each process that decodes. workers: processes that
-          decode for this rank; 0: itself. The batches depend on neither of the last two.
+        crop, aspect: area and aspect of `draw_rectangle`; crop = (1, 1): none. on_device: leave flips and crops to the
+          caller, as `ClipBatch.augmentations`. window_shards: of `WindowedShuffle`. cached_clips: decoded clips in memory
+          of each process that decodes. workers: processes that decode for this rank; 0: itself. The batches depend on
+          neither of the last two.
     Raises ValueError, as `check`; ClipsError: no clips; from the iterator ClipsError: a clip cannot be decoded, and
     UserError: a worker ended.
     """
@@ -392,9 +409,8 @@ def train_batches(
     size = batch // ranks
     firsts = (step * batch + rank * size for step in range(start, steps))
     sampler = ([sample(position) for position in range(first, first + size)] for first in firsts)
-    dataset = AugmentedBatches(
-        folder, cached_clips, frames=frames, seed=seed, flip=flip, reverse=reverse, crop=tuple(crop), aspect=tuple(aspect)
-    )
+    views = {"flip": flip, "reverse": reverse, "crop": tuple(crop), "aspect": tuple(aspect), "on_device": on_device}
+    dataset = AugmentedBatches(folder, cached_clips, frames=frames, seed=seed, **views)
     return _load(dataset, sampler, start=start, workers=workers)
 
 

@@ -26,7 +26,7 @@ from scaling4d.pretrain.validate import Validation, validate
 from scaling4d.records import MaskedTokens, file_system_errors, write_json
 from scaling4d.training import distributed
 from scaling4d.training.distributed import WatchdogConfig
-from scaling4d.training.fit import MOST_REWINDS, Batch, fit
+from scaling4d.training.fit import MOST_REWINDS, Batch, ChangedClips, fit
 from scaling4d.training.launch import Job, describe, first_gpu_bytes, launch, snapshot_content
 from scaling4d.training.observe import TrainingLog, peak_flops
 from scaling4d.training.optimizer import ParamGroups
@@ -201,6 +201,7 @@ def _batches(pretraining: PretrainConfig, model: nn.Module, rank: int, ranks: in
         reverse=training.reverse,
         crop=training.crop,
         aspect=training.aspect,
+        on_device=training.device != "cpu",
         window_shards=training.window_shards,
         rank=rank,
         ranks=ranks,
@@ -209,7 +210,8 @@ def _batches(pretraining: PretrainConfig, model: nn.Module, rank: int, ranks: in
     )
     for step, clips in enumerate(batches, start):
         masked = draw_masks(model, pretraining.seed, step, first=rank * len(clips.ids), count=len(clips.ids))
-        yield Batch((clips.pixels, masked), clips.ids)
+        changes = tuple(partial(loader.augment, augmentation=augmentation) for augmentation in clips.augmentations)
+        yield Batch((ChangedClips(clips.pixels, changes) if changes else clips.pixels, masked), clips.ids)
 
 
 def draw_masks(model: nn.Module, seed: int, step: int, *, first: int, count: int) -> MaskedTokens:

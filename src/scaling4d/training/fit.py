@@ -30,7 +30,6 @@ from scaling4d.training.optimizer import ParamGroups, build_adamw, named_state, 
 from scaling4d.training.parallelize import full_tensor, reduce_gradients, set_last_microbatch
 from scaling4d.training.resume import CheckpointManager
 
-Input = Tensor | MaskedTokens | dict[str, Tensor]
 MOST_SKIPPED = 10  # steps in a row whose gradient is not finite; ours
 MOST_REWINDS = 3  # of a run to its last state, after so many skipped steps; ours
 STEPS_AHEAD = 2  # of the GPU, whose work this process has issued; ours
@@ -60,6 +59,17 @@ class FitConfig:
     accumulate: int
     log_every: int
     save_every: int
+
+
+@dataclass(frozen=True)
+class ChangedClips:
+    """Clips `B ...`, each of which the device changes before the model sees it. changes: of each clip; shapes stay."""
+
+    clips: Tensor
+    changes: tuple[Callable[[Tensor], Tensor], ...]
+
+
+Input = Tensor | ChangedClips | MaskedTokens | dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -325,6 +335,10 @@ def _accumulate_gradients(model: nn.Module, batch: Batch, config: FitConfig) -> 
 
 def _microbatch(value: Input, index: int, config: FitConfig) -> Input:
     """One microbatch of an argument of the model, on the device. The copy there waits for nothing."""
+    if isinstance(value, ChangedClips):
+        clips = _microbatch(value.clips, index, config)
+        changes = value.changes[index * len(clips) : (index + 1) * len(clips)]
+        return torch.stack([change(clip) for change, clip in zip(changes, clips, strict=True)])
     if isinstance(value, MaskedTokens):
         return replace(value, ids_keep=_microbatch(value.ids_keep, index, config))
     if isinstance(value, dict):
