@@ -71,6 +71,10 @@ def parallelize(
     With one shard in float32 every rank holds a plain model. Otherwise FSDP2 wraps each block, each of
     `float32_modules`, and the rest of the model (also with one shard, for bfloat16). Weights, gradients and moments
     stay float32; so do reductions, and the computation of `float32_modules`. Inputs keep their dtype.
+
+    With one shard FSDP2 gathers nothing: each block casts its own weights, and its gradients are summed in one float32
+    message, as DDP's. HSDP's sums over copies overlap the backward pass: torch gives them a stream of their own, for
+    which the computing stream waits at the end. Seen in torch 2.13's calls on a fake device; no GPU timed it.
     """
     blocks = blocks_of(model)
     for block in blocks:
