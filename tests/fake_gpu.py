@@ -1,6 +1,7 @@
 """A GPU that computes nothing: its tensors have a shape, a dtype and a device. An error in a backward pass aborts."""
 
-from collections.abc import Iterator
+import multiprocessing
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -17,8 +18,18 @@ from scaling4d.training.observe import TrainingLog
 from scaling4d.training.optimizer import ParamGroups
 
 DEVICE = "fakegpu"
+PROCESSES = multiprocessing.get_context("forkserver")  # where no backward pass ran: autograd keeps the devices of its first
 PRODUCTS = ("mm", "addmm")  # of linear layers; attention has no kernel on this device, and falls back to float32
 STEPS = 2  # of `train`
+
+
+def exit_code(work: Callable[[], object]) -> int:
+    """Exit code of a function that can be pickled, in a process of its own."""
+    PROCESSES.set_forkserver_preload(["fake_gpu"])
+    child = PROCESSES.Process(target=work)
+    child.start()
+    child.join()
+    return child.exitcode
 
 
 class Stream:

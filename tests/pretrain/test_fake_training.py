@@ -7,8 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fake_gpu import DEVICE, Operations, on_fake_gpu, train
-from interrupting import exit_code
+from fake_gpu import DEVICE, Operations, exit_code, on_fake_gpu, train
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from scaling4d import config
@@ -94,7 +93,7 @@ def test_steps_of_every_point_wait_for_nothing_and_validation_waits_once(profile
 
 @pytest.mark.parametrize("changes", [{"shards": 2, "recompute": "block", "accumulate": 2}, {"packed": True}])
 def test_other_layouts_wait_for_nothing(changes: dict) -> None:
-    assert exit_code(lambda: step_and_validate("smoke", "nano", "bfloat16", **changes)) == 0
+    assert exit_code(partial(step_and_validate, "smoke", "nano", "bfloat16", **changes)) == 0
 
 
 def log_every_step() -> None:

@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import pytest
 import small_tasks
 import torch
-from fake_gpu import DEVICE, on_fake_gpu, train
-from interrupting import exit_code
+from fake_gpu import DEVICE, exit_code, on_fake_gpu, train
 from small_tasks import CLIP, HEAD, TASK, WIDTH, sample
 
 from scaling4d import config
@@ -45,6 +44,7 @@ def moved(module: torch.nn.Module, device: str) -> torch.nn.Module:
 
 def encode_and_train(name: str) -> None:
     """Features of clips in two passes, steps of the head, and predictions for new clips, each on the device."""
+    torch.nn.Module.to = moved
     task, samples = TASK[name], [sample(seed) for seed in range(CLIPS)]
     layout = {"compute": SimpleNamespace(device=DEVICE, compute="float32")}
     layout["sharding"] = ShardingConfig(shards=1, recompute="none", compile=False, packed=False, accumulate=1)
@@ -74,9 +74,8 @@ def encode_and_train(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", list(TASK))
-def test_encoder_and_head_compute_on_the_device_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.nn.Module, "to", moved)
-    assert exit_code(lambda: encode_and_train(name)) == 0
+def test_encoder_and_head_compute_on_the_device_alone(name: str) -> None:
+    assert exit_code(partial(encode_and_train, name)) == 0
 
 
 class Clips(list):
@@ -124,7 +123,7 @@ def tune(profile: str, point: str, task: str, name: str, **changes: object) -> N
 
 @pytest.mark.parametrize(("task", "name"), [*((task, "finetune") for task in TASK), ("actions", "classifier")])
 def test_steps_of_a_tuning_wait_for_nothing(task: str, name: str) -> None:
-    assert exit_code(lambda: tune("pocket", "nano", task, name, shards=2, recompute="block")) == 0
+    assert exit_code(partial(tune, "pocket", "nano", task, name, shards=2, recompute="block")) == 0
 
 
 @pytest.mark.slow

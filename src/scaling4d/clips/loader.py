@@ -389,10 +389,10 @@ def train_batches(
         frames: of a window. batch: clips a step over all ranks, copies counted. repeats: copies of a clip in a row,
           decoded once and each cropped, flipped (and later masked) on its own; of a clip that is longer than a window,
           each at another time. start: first step. flip: mirror at random. reverse: play backwards at random.
-        crop, aspect: area and aspect of `draw_rectangle`; crop = (1, 1): none. on_device: leave flips and crops to the
-          caller, as `ClipBatch.augmentations`. window_shards: of `WindowedShuffle`. cached_clips: decoded clips in memory
-          of each process that decodes. workers: processes that decode for this rank; 0: itself. The batches depend on
-          neither of the last two.
+        crop, aspect: area and aspect of `draw_rectangle`; crop = (1, 1): none. on_device: leave flips and crops to
+          the caller, as `ClipBatch.augmentations`. window_shards: of `WindowedShuffle`. cached_clips: decoded clips in
+          memory of each process that decodes. workers: processes that decode for this rank; 0: itself. The batches
+          depend on neither of the last two.
     Raises ValueError, as `check`; ClipsError: no clips; from the iterator ClipsError: a clip cannot be decoded, and
     UserError: a worker ended.
     """

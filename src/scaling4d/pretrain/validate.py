@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from scaling4d import seeds
 from scaling4d.clips import loader
+from scaling4d.mae.device import to_device
 from scaling4d.mae.masking import hidden_pixels
 from scaling4d.pretrain.settings import PretrainConfig
 from scaling4d.records import MaskedTokens
 from scaling4d.training.distributed import heartbeat
 from scaling4d.training.fit import Callback, StepResult
 from scaling4d.training.observe import TrainingLog
-from scaling4d.training.parallelize import to_device
 
 BATCH = 16
 
