@@ -83,7 +83,7 @@ def validate_and_show(model: Method, pretraining: PretrainConfig, operations: Op
 @pytest.mark.parametrize(("profile", "points"), [
     ("smoke", ()),
     ("pocket", ("mae_st_tiny",)),
-    *(pytest.param(profile, (), marks=pytest.mark.slow) for profile in PROFILES),
+    *(pytest.param(profile, (), marks=[pytest.mark.slow, pytest.mark.timeout(3600)]) for profile in PROFILES),
 ])  # fmt: skip
 def test_steps_of_every_point_wait_for_nothing_and_validation_waits_once(profile: str, points: tuple[str, ...]) -> None:
     for point in points or points_of(config.compose([f"profile={profile}"])):

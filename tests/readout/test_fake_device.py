@@ -127,6 +127,7 @@ def test_steps_of_a_tuning_wait_for_nothing(task: str, name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", ["finetune", "classifier"])
 def test_steps_of_every_tuned_point_wait_for_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
