@@ -2,10 +2,11 @@
 
 import nearness
 import numpy as np
+import pytest
 import torch
 
 from scaling4d import seeds
-from scaling4d.readout.linear import LinearProbe, RegressionBatch, fit_probes, pooled
+from scaling4d.readout.linear import LinearProbe, RegressionBatch, fit_probe, fit_probes, pooled
 from scaling4d.readout.tasks.depth import Depth
 from scaling4d.training.distributed import run
 
@@ -64,6 +65,24 @@ def test_with_fewer_samples_than_features_held_out_samples_choose_a_penalty_that
         predicted = probes(([fitted], [held_out]))[1](samples[0][250:]).numpy()
         errors[count] = np.square(predicted - x[250:] @ truth).mean()
     assert errors[200] < errors[50] < 2  # without features: 1; with the least penalty: 15
+
+
+@pytest.mark.parametrize(("count", "places"), [(40, 1), (200, 1), (40, 3)])
+def test_one_probe_is_the_same_in_its_dual_form_and_where_a_rank_has_no_samples(count: int, places: int) -> None:
+    """The dual form takes fewer clips than features, of one place."""
+    rng = seeds.numpy(0, "one probe", count, places)
+    x, weight = rng.normal(size=(count + 20, places, 60)) * 10.0 ** rng.integers(-2, 4, 60), rng.normal(size=(60, OUT))
+    x[:, :, 0] = 3.0  # a constant feature
+    y = 0.1 * x @ (weight / x.std((0, 1)).clip(1)[:, None]) + rng.normal(size=(count + 20, places, OUT))
+    batch = (torch.from_numpy(x).float(), torch.from_numpy(y).float(), torch.ones(count + 20, places, dtype=torch.bool))
+    fitted, held_out = (tuple(value[part] for value in batch) for part in (slice(count), slice(count, None)))
+
+    def fit(*, rank: int, ranks: int) -> LinearProbe:
+        return fit_probe([fitted] if rank == 0 else [], [held_out] if rank == 0 else [])
+
+    expected = probes(([fitted], [held_out]))[1](batch[0])
+    for ranks in (1, 2):
+        assert nearness.near(run(fit, ranks=ranks)(batch[0]), expected, 1e-3)
 
 
 def test_pooled_features_are_means_of_cells_in_the_order_of_channels() -> None:

@@ -37,7 +37,8 @@ class RankSplit:
 
     items: number of items to use, evenly spread over the split; 0: all. clip: T H W of the encoder. max_bad_share: of a
     split's samples, damaged or missing. windows_seed: of the windows in time of a training video; None: the first
-    frames alone. skipped: samples left out on this rank; filled while the split is read.
+    frames alone. may_be_empty: whether a rank may have no sample. skipped: samples left out on this rank; filled while
+    the split is read.
     """
 
     name: str
@@ -50,6 +51,7 @@ class RankSplit:
     rank: int
     ranks: int
     windows_seed: int | None = None
+    may_be_empty: bool = False
     skipped: list[SkippedItem] = field(default_factory=list)
 
     def samples(self) -> Samples:
@@ -75,11 +77,12 @@ class RankSplit:
         """Check that few enough items are damaged or missing. Every rank takes part.
 
         read: items of this rank that gave samples.
-        Raises UserError: fewer samples than ranks, or more than `max_bad_share` of the items of all ranks give none.
+        Raises UserError: fewer samples than ranks, unless `may_be_empty`, or more than `max_bad_share` of the items of
+            all ranks give none.
         """
         skipped, total = gather_round_robin(self.skipped), sum(gather_round_robin([read]))
         benchmarks.check_bad_share(skipped, len(skipped) + total, self.max_bad_share, f"{self.name} {self.split}")
-        if not read:
+        if not read and not self.may_be_empty:
             raise UserError(
                 f"{self.name}: too few samples in split {self.split} for {self.ranks} ranks; lower readout.Evaluation.ranks"
             )
@@ -113,7 +116,7 @@ class FeatureDataset:
         held_out = held_out_videos(videos)
         self.held_out = [index for index, video in enumerate(videos) if video in held_out]
         self.trained_on = [index for index, video in enumerate(videos) if video not in held_out]
-        if not self.trained_on:
+        if not self.trained_on and not split.may_be_empty:
             raise UserError(f"{split.name}: all training clips of a rank are held out; lower readout.Evaluation.ranks")
 
     def __len__(self) -> int:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from scaling4d.training.distributed import gather_round_robin
 
 RegressionBatch = tuple[Tensor, Tensor, Tensor]  # features `B P d`, targets `B P o`, which count, bool `B P`
 Batches = Iterable[RegressionBatch]
@@ -104,11 +106,48 @@ def fit_probes(groups: Iterable[tuple[Batches, Batches]]) -> tuple[LinearProbe, 
         for x, y, counts in fitted:
             sums = sums or RegressionSums(x.shape[1], x.shape[2], y.shape[2])
             sums.add(x, y, counts)
-        candidates = sums.over_ranks().solve()
-        errors = torch.zeros(len(candidates), dtype=torch.float64)
-        for x, y, counts in held_out:
-            for number, probe in enumerate(candidates):
-                errors[number] += torch.where(counts[..., None], probe(x) - y, 0.0).square().sum()
-        dist.all_reduce(errors)
-        probes.append(candidates[int(errors.argmin())])
+        probes.append(_best_on(held_out, sums.over_ranks().solve()))
     return sums.over_ranks().means(), probes
+
+
+def fit_probe(fitted: Sequence[RegressionBatch], held_out: Batches) -> LinearProbe:
+    """One ridge regression over all ranks, of which some may have no samples. At least one has.
+
+    It is the last one of `fit_probes`, up to rounding. With one place a clip and fewer clips than features it is solved
+    in its dual form: a few hundred clips of a wide encoder have tens of thousands of features.
+    """
+    shapes = gather_round_robin([(*x.shape, y.shape[2]) for x, y, _ in fitted])
+    clips, (_, places, features, targets) = sum(shape[0] for shape in shapes), shapes[0]
+    if places == 1 and clips < features:
+        rows = gather_round_robin([(x[counts], y[counts]) for x, y, counts in fitted])
+        return _best_on(held_out, solve_dual(*(torch.cat(part) for part in zip(*rows, strict=True))))
+    sums = RegressionSums(places, features, targets)
+    for batch in fitted:
+        sums.add(*batch)
+    return _best_on(held_out, sums.over_ranks().solve())
+
+
+def solve_dual(x: Tensor, y: Tensor) -> list[LinearProbe]:
+    """`RegressionSums.solve` for one place, by products of samples: features `n d`, targets `n o`."""
+    x, y = x.double(), y.double()
+    mean_x, mean_y = x.mean(0), y.mean(0)
+    variance = (x - mean_x).square().mean(0)
+    scale = torch.where(variance > CONSTANT, variance, torch.inf).rsqrt()
+    scaled = (x - mean_x) * scale
+    values, vectors = torch.linalg.eigh(scaled @ scaled.T)  # n n
+    projected = vectors.T @ (y - mean_y)  # n o
+    probes = []
+    for penalty in PENALTIES:
+        weight = scale[:, None] * (scaled.T @ (vectors @ (projected / (values.clamp(min=0) + penalty * len(x))[:, None])))
+        probes.append(LinearProbe(weight.float(), (mean_y - mean_x @ weight)[None].float()))
+    return probes
+
+
+def _best_on(held_out: Batches, candidates: Sequence[LinearProbe]) -> LinearProbe:
+    """The candidate with the least squared error on held-out batches of all ranks."""
+    errors = torch.zeros(len(candidates), dtype=torch.float64)
+    for x, y, counts in held_out:
+        for number, probe in enumerate(candidates):
+            errors[number] += torch.where(counts[..., None], probe(x) - y, 0.0).square().sum()
+    dist.all_reduce(errors)
+    return candidates[int(errors.argmin())]
