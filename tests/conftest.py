@@ -52,7 +52,8 @@ def curated_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with contextlib.chdir(folder):
         from scaling4d.clips import stage
 
-        config.write(["profile=smoke", *(f"clips.Curation.{change}" for change in ("listed=''", "workers=1", "val_share=0.3"))])
+        curation = (f"clips.Curation.{change}" for change in ("listed=''", "workers=1", "val_share=0.3"))
+        config.write(["profile=smoke", *curation, "pretrain.Training.probe_tasks=[]"])
         stage.clips(config.read())
     return folder
 

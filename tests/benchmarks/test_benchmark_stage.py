@@ -20,16 +20,26 @@ def write(*names: str) -> None:
         path.write_text("x")
 
 
-def hashed(*tasks: str) -> dict[str, dict]:
-    folder = hash_benchmarks({"benchmarks": {"root": "data/benchmarks", "tasks": tasks}})
+def hashed(*tasks: str, probes: tuple[str, ...] = ()) -> dict[str, dict]:
+    """Content of the files by task, and of the file of the probes."""
+    training = {"Training": {"probe_tasks": probes}}
+    folder = hash_benchmarks({"benchmarks": {"root": "data/benchmarks", "tasks": tasks}, "pretrain": training})
     return {path.stem: json.loads(path.read_text()) for path in folder.iterdir()}
 
 
 def test_a_task_that_is_left_out_has_no_file() -> None:
     both = hashed("depth", "pose")
-    assert both.keys() == {"depth", "pose"}
+    assert both.keys() == {"depth", "pose", "probes"}
     assert both["depth"]["folders"] == {"data/benchmarks/scannet": artifacts.sha256(Path("data/benchmarks/scannet"))}
-    assert hashed("pose").keys() == {"pose"} and hashed() == {}
+    assert hashed("pose").keys() == {"pose", "probes"} and hashed().keys() == {"probes"}
+
+
+def test_pretraining_depends_on_the_benchmarks_that_it_probes_alone() -> None:
+    depth, without = (hashed("depth", "pose", probes=probes)["probes"] for probes in (("depth",), ()))
+    assert depth["folders"] == hashed("depth")["depth"]["folders"] and depth["tasks"] == ["depth"]
+    write("scannet/more.txt")
+    assert hashed("depth", "pose")["probes"] == without
+    assert hashed("depth", "pose", probes=("depth",))["probes"] != depth
 
 
 def test_a_task_that_is_measured_on_another_benchmark_depends_on_both() -> None:

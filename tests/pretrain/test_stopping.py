@@ -20,7 +20,7 @@ from scaling4d.records import AGAIN, UserError
 
 pytestmark = pytest.mark.integration
 
-COMPUTING = ("validate", "full_tensor", "artifacts.write_run")  # at the end of a run
+COMPUTING = ("Validation.finish", "save_weights", "artifacts.write_run")  # at the end of a run
 
 
 def states_left() -> list[Path]:

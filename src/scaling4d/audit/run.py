@@ -99,11 +99,17 @@ class LockedRun:
                 yield stage, outs
 
     def benchmark_hashes(self, path: str) -> dict[str, dict[str, str]]:
-        """Files of stage `benchmarks` at or below a path -> {folder: sha256}; empty for other paths."""
+        """Files of stage `benchmarks` at or below a path -> {folder: sha256}; empty for other paths.
+
+        Left out: the file of the probes of a pretraining that has none, which depends on no benchmark.
+        """
         names = self.disk.paths(path) if f"{path}/".startswith(f"{BENCHMARKS}/") else ()
         hashes = {}
         for file in (f"{path}/{name}".rstrip("/") for name in names):
-            folders = self.json_object(file).get("folders")
+            content = self.json_object(file)
+            if content.get("tasks") == []:
+                continue
+            folders = content.get("folders")
             folders = folders.items() if isinstance(folders, dict) else ()
             hashes[file] = {folder: sha for folder, sha in folders if isinstance(sha, str)}
         return hashes

@@ -9,8 +9,10 @@ from typing import Any
 from scaling4d import artifacts, benchmarks, config, provenance
 from scaling4d.records import UserError, did_you_mean, write_json
 
-KEYS = ["benchmarks.root", "benchmarks.tasks"]  # the settings that this stage declares in dvc.yaml
+KEYS = ["benchmarks.root", "benchmarks.tasks"]  # these and PROBE_KEY are declared in dvc.yaml
+PROBE_KEY = "pretrain.Training.probe_tasks"
 FOLDER = Path("artifacts/benchmarks")
+PROBES = FOLDER / "probes.json"
 
 
 def check_settings(settings: Mapping[str, Any]) -> tuple[str, list[str]]:
@@ -26,10 +28,13 @@ def hash_benchmarks(settings: Mapping[str, Any]) -> Path:
     """Write `artifacts/benchmarks/<task>.json`, a file a task: {"task", "folders": {folder: sha256}, "problem"}.
 
     A task without a readable folder has a `problem`, in words, and no folders. Whoever reads its benchmark raises that
-    error. Raises:
+    error. PROBES, {"tasks", "folders"}, has the folders of the tasks that pretraining probes. It is the same for all
+    profiles without such tasks, so that their pretraining depends on no benchmark.
+    Raises:
         UserError: unknown task.
     """
     root, tasks = check_settings(settings)
+    probe_tasks, probed = list(config.section(settings, PROBE_KEY)), {}
     with provenance.atomic_folder(FOLDER) as out:
         for task in tasks:
             folders, problem = set(), ""
@@ -39,4 +44,6 @@ def hash_benchmarks(settings: Mapping[str, Any]) -> Path:
                 problem = str(error)
             hashes = {folder.as_posix(): artifacts.sha256(folder) for folder in folders}
             write_json(out / f"{task}.json", {"task": task, "folders": hashes, "problem": problem})
+            probed |= hashes if task in probe_tasks else {}
+        write_json(out / PROBES.name, {"tasks": probe_tasks, "folders": probed})
     return FOLDER

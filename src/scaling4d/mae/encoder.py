@@ -236,6 +236,10 @@ class Method(nn.Module):
         if self.config.position_init == "sincos":
             self.encoder.init_sincos_positions()
 
+    def features(self, pixels: Tensor, layers: int | None = None) -> list[Tensor]:
+        """As of the encoder; a pass through the model itself, for FSDP."""
+        return self.encoder.features(pixels, layers)
+
     @property
     def visible_tokens(self) -> int:
         """K of `random_masking`."""

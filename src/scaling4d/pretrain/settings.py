@@ -11,21 +11,34 @@ from typing import Any
 import torch
 from torch import nn
 
-from scaling4d import artifacts, config
+from scaling4d import artifacts, benchmarks, config
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.clips import loader
-from scaling4d.config import StageConfig, require_minima, require_positive
+from scaling4d.config import StageConfig, require_minima, require_positive, require_words
 from scaling4d.encoders.load import build_model, load_model
 from scaling4d.mae.encoder import Method, MethodConfig
 from scaling4d.mae.masking import visible_tokens
 from scaling4d.mae.models import encoder_of, method_of
 from scaling4d.mae.patches import grid_of
+from scaling4d.readout.tasks.actions import Actions
+from scaling4d.readout.tasks.depth import Depth
+from scaling4d.readout.tasks.task import Task
 from scaling4d.records import UserError, did_you_mean, remedy
 from scaling4d.training.fit import FitConfig
 from scaling4d.training.launch import LaunchConfig
 from scaling4d.training.parallelize import ComputeConfig, ShardingConfig
 
 BETAS = (0.9, 0.95)  # arXiv:2205.09113; 4DS publishes none
+PROBES: dict[str, type[Task]] = {"actions": Actions, "depth": Depth}  # tasks with a linear probe
+
+
+def probe_metric(task: str) -> str:
+    """Name of the measure of a task's linear probe, as among a readout's further metrics."""
+    return f"{PROBES[task].metric.name}_linear"
+
+
+MEASURES = {"val_loss": False, "rankme": True}  # of a validation -> whether higher is better
+MEASURES |= {probe_metric(task): kind.metric.higher_is_better for task, kind in PROBES.items()}
 
 
 @dataclass(frozen=True)
@@ -41,7 +54,11 @@ class TrainingConfig(ComputeConfig):
     its own, and at another time of a clip that is longer than the model's (MAE-ST's repeated sampling: 4).
     window_shards: shards whose clips are shuffled together, 0: all.
     val_clips: measured clips of the validation split, evenly spread over it, 0: all. masks_per_clip: masks of a
-    validation clip. validate_every: steps; 0: at the end alone. log_every: steps to a line of losses.jsonl.
+    validation clip. validate_every: steps; 0: at the end alone, and of the loss alone. log_every: steps to a line of
+    losses.jsonl.
+    probe_tasks: tasks whose linear probe every validation measures, see pretrain.probes. probe_items: items of a
+    benchmark's training and validation split for it, evenly spread, 0: all. keep_best: the measure of the validations,
+    one of MEASURES, by which the best weights are written; "": the last weights are.
     """
 
     ranks: int
@@ -62,6 +79,9 @@ class TrainingConfig(ComputeConfig):
     masks_per_clip: int
     validate_every: int
     log_every: int
+    probe_tasks: tuple[str, ...]
+    probe_items: tuple[int, int]
+    keep_best: str
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,6 +89,15 @@ class TrainingConfig(ComputeConfig):
         require_minima(self, dict.fromkeys(at_least_one, 1) | dict.fromkeys(("val_clips", "validate_every"), 0))
         require_positive(self, "rate_times_width", "embedding_rate", "clip_norm")
         require_minima(self, {"weight_decay": 0})
+        if unknown := [task for task in self.probe_tasks if task not in PROBES]:
+            raise ValueError(f"probe_tasks has {unknown[0]!r}; needed some of {', '.join(PROBES)}")
+        if min(self.probe_items) < 0:
+            raise ValueError(f"probe_items = {list(self.probe_items)}; needed 0 or more each")
+        absent = [probe_metric(task) for task in PROBES if task not in self.probe_tasks]
+        require_words(self, {"keep_best": ("", *(name for name in MEASURES if name not in absent))})
+        if not self.validate_every and (self.probe_tasks or self.keep_best):
+            setting = "probe_tasks" if self.probe_tasks else "keep_best"
+            raise ValueError(f"{setting} is set and validate_every is 0; needed validate_every of 1 step or more")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup is {self.warmup}; needed a share of the steps, 0 to 1")
         order = {"repeats": self.repeats, "crop": self.crop, "aspect": self.aspect, "window_shards": self.window_shards}
@@ -106,7 +135,8 @@ class PretrainConfig:
 
     key: dotted, of the point's settings. home: folder of the profile's artifacts. bound: records the settings on which
     the result depends; launch and runtime are not among them. start_from: folder of the Checkpoint whose weights the
-    point starts from; None: random ones.
+    point starts from; None: random ones. benchmarks, max_bad_share, rate_hz: folder, damaged share and frame rate of
+    the labelled clips of probes.
     """
 
     point: str
@@ -121,6 +151,9 @@ class PretrainConfig:
     runtime: RuntimeConfig
     launch: LaunchConfig
     start_from: Path | None
+    benchmarks: Path
+    max_bad_share: float
+    rate_hz: float
 
     @property
     def clips(self) -> Path:
@@ -167,9 +200,12 @@ def bind_pretrain(point: str, settings: Mapping[str, Any]) -> PretrainConfig:
     """Bind and check the settings of one point, before a rank starts or a clip is read.
 
     Raises:
-        UserError: as bind_point; no teacher, no checkpoint to start from, no clips.
+        UserError: as bind_point; no teacher, no checkpoint to start from, no clips, no benchmark of a probe.
     """
     pretraining = bind_point(point, settings)
+    for task in pretraining.training.probe_tasks:
+        for split in benchmarks.SPLITS:
+            benchmarks.find_benchmark(task, pretraining.benchmarks, split)
     for folder in filter(None, (pretraining.teacher, pretraining.start_from)):
         Checkpoint.read(folder)
     with clips_remedies():
@@ -185,13 +221,16 @@ def bind_point(point: str, settings: Mapping[str, Any]) -> PretrainConfig:
     """
     key, method = find_point(point, settings)
     training_key, sharding_key = "pretrain.Training", f"{key}.Sharding"
-    keys = ["profile", "seed", training_key, f"{key}.model", sharding_key]
+    keys = ["profile", "seed", "clip.rate_hz", training_key, f"{key}.model", sharding_key]
     start_key = f"{key}.start_from"
     if key.startswith("continued."):
         keys.append(start_key)
     unrecorded = {"pretrain.Runtime": RuntimeConfig, f"{key}.Launch": LaunchConfig}
     bound = config.bind(settings, keys, TrainingConfig, method.config_class, ShardingConfig, unrecorded=unrecorded)
     training, sharding = bound[TrainingConfig], bound[ShardingConfig]
+    tasks = config.section(settings, "benchmarks.tasks")
+    if unread := [task for task in training.probe_tasks if task not in tasks]:
+        raise UserError(f"{training_key}.probe_tasks has {unread[0]}, which benchmarks.tasks lacks; add it there")
     try:
         sharding.check(ranks=training.ranks, batch=training.batch)
     except ValueError as error:
@@ -215,6 +254,9 @@ def bind_point(point: str, settings: Mapping[str, Any]) -> PretrainConfig:
         runtime=bound[RuntimeConfig],
         launch=bound[LaunchConfig],
         start_from=Path(bound.declared[start_key]) if start_key in bound.declared else None,
+        benchmarks=Path(config.section(settings, "benchmarks.root")),
+        max_bad_share=config.section(settings, "benchmarks.max_bad_share"),
+        rate_hz=bound.declared["clip.rate_hz"],
     )
 
 

@@ -15,15 +15,16 @@ import torch
 from torch import nn
 
 from scaling4d import artifacts, provenance, seeds
+from scaling4d.benchmarks import stage as benchmark_hashes
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.clips import loader
 from scaling4d.pipeline import code_hashes
 from scaling4d.pretrain.plan.closed_form import flops_per_clip
 from scaling4d.pretrain.plan.memory import check_memory
-from scaling4d.pretrain.settings import PretrainConfig, bind_pretrain, clips_remedies
+from scaling4d.pretrain.settings import MEASURES, PretrainConfig, bind_pretrain, clips_remedies
 from scaling4d.pretrain.start import initialise
-from scaling4d.pretrain.validate import Validation, validate
-from scaling4d.records import MaskedTokens, file_system_errors, write_json
+from scaling4d.pretrain.validate import Validation
+from scaling4d.records import MaskedTokens, UserError, file_system_errors, remedy, write_json
 from scaling4d.training import distributed
 from scaling4d.training.distributed import WatchdogConfig
 from scaling4d.training.fit import MOST_REWINDS, Batch, ChangedClips, fit
@@ -95,9 +96,13 @@ def evidence_of(pretraining: PretrainConfig) -> dict[str, Any]:
     """Content of provenance.json: settings, the code of this process, and inputs.
 
     The clips are named by the sha256 of croissant.json, which lists that of their table and of every shard; the audit
-    verifies the shards.
+    verifies the shards. The benchmarks of probes are named by that of the file in which stage `benchmarks` lists their
+    hashes.
     """
     inputs = {"clips": artifacts.sha256(pretraining.clips / "croissant.json")}
+    if pretraining.training.probe_tasks:
+        with remedy(UserError, "run `dvc repro benchmarks`"):
+            inputs["probes"] = artifacts.sha256(benchmark_hashes.PROBES)
     if pretraining.teacher is not None:
         inputs["teacher"] = artifacts.sha256(pretraining.teacher)
     if pretraining.start_from is not None:
@@ -157,14 +162,16 @@ def _train(*, rank: int, ranks: int, pretraining: PretrainConfig, evidence: Mapp
     start = partial(initialise, model, pretraining.seed, pretraining.start_from)
     run = {"callbacks": callbacks, "manager": manager, "initialise": start}
     progress = fit(model, batches, pretraining.fit, param_groups=groups, **run)
-    val_loss = validate(model, pretraining)
+    written = validation.finish()
     with provenance.atomic_folder(pretraining.folder) if rank == 0 else nullcontext() as out:
         save_weights(model, out)
         distributed.stop_watchdog()
         if rank == 0:
             losses = [line["loss"] for line in log.lines]
             tail = losses[-max(len(losses) // 20, 1) :]
-            summary = {"train_loss": sum(tail) / len(tail), "val_loss": val_loss, "ranks": progress.ranks}
+            measures = {name: written[name] for name in MEASURES if name in written}
+            summary = {"train_loss": sum(tail) / len(tail), **measures, "ranks": progress.ranks}
+            summary |= {"best_step": written["step"]} if training.keep_best else {}
             summary |= {name: value for name in ("skipped", "rewinds") if (value := getattr(progress, name))}
             _write(out, pretraining, evidence, model, summary, {"losses": log.lines, "validation": validation.lines})
     if rank == 0:
@@ -232,7 +239,9 @@ def _write(
 ) -> None:
     training, flops, method = pretraining.training, flops_per_clip(model), pretraining.method.__name__  # FSDP renames a class
     counts = {"parameters": sum(p.numel() for p in model.encoder.parameters()), "clips_seen": training.steps * training.batch}
-    checkpoint = Checkpoint(pretraining.point, method, asdict(pretraining.model), step=training.steps, **counts)
+    step = summary.get("best_step", training.steps)
+    saved = counts | {"clips_seen": step * training.batch}  # of the weights; the summary's are the whole training's
+    checkpoint = Checkpoint(pretraining.point, method, asdict(pretraining.model), step=step, **saved)
     content = {"point": pretraining.point, "method": method, "seed": pretraining.seed, **counts, **summary}
     content["parameters_total"] = sum(p.numel() for p in model.parameters())
     content |= {"flops_per_clip": flops, "flops": flops * counts["clips_seen"]}

@@ -1,7 +1,8 @@
-"""How well a model fills in clips that it was not trained on."""
+"""How well a model fills in clips that it was not trained on, and what its encoder's features are worth under way."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from scaling4d import seeds
 from scaling4d.clips import loader
 from scaling4d.mae.device import to_device
 from scaling4d.mae.masking import hidden_pixels
-from scaling4d.pretrain.settings import PretrainConfig
+from scaling4d.pretrain.probes import ProductSums, TrainedFeatures, linear_probe
+from scaling4d.pretrain.settings import MEASURES, PretrainConfig, probe_metric
 from scaling4d.records import MaskedTokens
 from scaling4d.training.distributed import heartbeat
 from scaling4d.training.fit import Callback, StepResult
@@ -22,22 +24,51 @@ BATCH = 16
 
 
 class Validation(Callback):
-    """Validates every `validate_every` steps, but not after the last one.
+    """Validates every `validate_every` steps, but not after the last one. With `keep_best` it holds the best weights.
 
+    They are one more copy of the weights, sharded as the model is, on its device. `scaling4d plan` does not count it.
     Attributes:
-        lines: so far, each {"step", "val_loss"}.
+        lines: so far, each {"step"} and the measures.
+        best_weights: of the step of the best line, by name; empty without `keep_best`.
     """
 
     def __init__(self, model: nn.Module, pretraining: PretrainConfig, log: TrainingLog) -> None:
         self.model, self.pretraining, self.log = model, pretraining, log
         self.lines: list[dict[str, Any]] = []
+        self.best_weights = {}
+        if pretraining.training.keep_best:
+            self.best_weights = {name: torch.zeros_like(p) for name, p in self._weights()}
 
     def after_step(self, result: StepResult) -> None:
         every = self.pretraining.training.validate_every
         if every and result.step % every == 0 and not result.last:
-            val_loss = validate(self.model, self.pretraining)
-            self.lines.append({"step": result.step, "val_loss": val_loss})
-            self.log.validation(result.step, val_loss, picture(self.model, self.pretraining))
+            measures = measure(self.model, self.pretraining)
+            self.lines.append({"step": result.step, **measures})
+            self.log.validation(result.step, measures, picture(self.model, self.pretraining))
+            if self.best_weights and self._best() is self.lines[-1]:
+                for name, p in self._weights():
+                    self.best_weights[name].copy_(p)
+
+    def finish(self) -> dict[str, Any]:
+        """Measure the last weights. With `keep_best`, give the model those of the best step.
+
+        Returns the measures of the model's weights, and their step.
+        """
+        last = {"step": self.pretraining.training.steps, **measure(self.model, self.pretraining)}
+        best = self._best(last) if self.best_weights else last
+        if best is not last:
+            for name, p in self._weights():
+                p.copy_(self.best_weights[name])
+        return best
+
+    def _best(self, *more: dict[str, Any]) -> dict[str, Any]:
+        """The best line, the first one of equals."""
+        name = self.pretraining.training.keep_best
+        sign = -1 if MEASURES[name] else 1
+        return min([*self.lines, *more], key=lambda line: sign * line[name])
+
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, p.detach()) for name, p in self.model.named_parameters())
 
     def state_dict(self) -> dict[str, Any]:
         return {"lines": self.lines}
@@ -45,36 +76,64 @@ class Validation(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.lines = state["lines"]
 
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"best.{name}": weight for name, weight in self.best_weights.items()}
+
+
+def measure(model: nn.Module, pretraining: PretrainConfig) -> dict[str, float]:
+    """The measures of a model by name: `val_loss`; of a training that validates under way, also its encoder's."""
+    training, measures = pretraining.training, {"val_loss": validate(model, pretraining)}
+    if training.validate_every:
+        measures["rankme"] = rankme(model, pretraining)
+        measures |= {probe_metric(task): linear_probe(model, pretraining, task) for task in training.probe_tasks}
+    return measures
+
 
 @torch.no_grad()
 def validate(model: nn.Module, pretraining: PretrainConfig) -> float:
     """Mean loss over `val_clips` validation clips. Their masks are the same for all ranks, and for
     all models with the same token grid, strategy and mask ratio.
 
-    A rank without clips left takes part for the ranks that need its weights, and counts for nothing. The CPU waits for
-    the device once, after the last batch.
+    The CPU waits for the device once, after the last batch.
     """
-    clips, training, seed, ranks = pretraining.clips, pretraining.training, pretraining.seed, dist.get_world_size()
-    share = {"batch": BATCH, "rank": dist.get_rank(), "ranks": ranks, "max_clips": training.val_clips}
-    batches = loader.eval_batches(clips, split="val", frames=pretraining.model.clip[0], **share)
-    available = loader.count_clips(clips, "val")
     device = next(model.parameters()).device.type
     total = torch.zeros(2, dtype=torch.float64, device=device)  # of losses, of clips
-    for number in range(-(-min(training.val_clips or available, available) // (BATCH * ranks))):
-        heartbeat(f"validation, batch {number}")
-        batch = next(batches, None)
-        ids = batch.ids if batch else ("",)
-        pixels = batch.pixels if batch else torch.zeros(1, *model.encoder.clip, 3, dtype=torch.uint8)
-        for draw in range(training.masks_per_clip):
-            masks = [model.draw_mask(1, seeds.stream(seed, "val_mask", name, draw)) for name in ids]
+    for ids, pixels in _val_batches(model, pretraining):
+        for draw in range(pretraining.training.masks_per_clip):
+            masks = [model.draw_mask(1, seeds.stream(pretraining.seed, "val_mask", name, draw)) for name in ids or ("",)]
             masked = MaskedTokens(to_device(torch.cat([m.ids_keep for m in masks]), device), masks[0].grid)
             loss = model(to_device(pixels, device), masked)
-            if batch:
+            if ids:
                 total[0] += loss.double() * len(ids)
                 total[1] += len(ids)
     total = total.cpu()
     dist.all_reduce(total)
     return (total[0] / total[1]).item()
+
+
+def rankme(model: nn.Module, pretraining: PretrainConfig) -> float:
+    """Effective rank of the features of `val_clips` validation clips, all tokens of each; at most clips and D."""
+    features, sums = TrainedFeatures(model), ProductSums(model.encoder.width)
+    device = next(model.parameters()).device
+    for ids, pixels in _val_batches(model, pretraining):
+        encoded = features(pixels.to(device))
+        sums.add(encoded[: len(ids)])
+    return sums.effective_rank()
+
+
+def _val_batches(model: nn.Module, pretraining: PretrainConfig) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """Ids and pixels `B T H W C` of this rank's validation clips, as many batches on every rank.
+
+    A rank without clips left takes part for the ranks that need its weights: it gets a black clip, and no ids.
+    """
+    clips, training, ranks = pretraining.clips, pretraining.training, dist.get_world_size()
+    share = {"batch": BATCH, "rank": dist.get_rank(), "ranks": ranks, "max_clips": training.val_clips}
+    batches = loader.eval_batches(clips, split="val", frames=pretraining.model.clip[0], **share)
+    available = loader.count_clips(clips, "val")
+    for number in range(-(-min(training.val_clips or available, available) // (BATCH * ranks))):
+        heartbeat(f"validation, batch {number}")
+        batch = next(batches, None)
+        yield (batch.ids, batch.pixels) if batch else ((), torch.zeros(1, *model.encoder.clip, 3, dtype=torch.uint8))
 
 
 @torch.no_grad()

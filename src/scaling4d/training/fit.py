@@ -109,6 +109,10 @@ class Callback:
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Further tensors of the training state by name, the same at every call; a saved state fills them in place."""
+        return {}
+
 
 @dataclass
 class Progress:
@@ -194,6 +198,8 @@ def fit(
     rank, stop = dist.get_rank(), False
     adamw = build_adamw(param_groups, betas=config.betas, weight_decay=config.weight_decay)
     tensors = named_state(model, adamw) if manager else {}
+    for callback in callbacks if manager else ():
+        tensors |= callback.tensors()
     progress = _load(manager, tensors, adamw, callbacks)
     if progress is None:
         initialise()

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,14 +100,18 @@ class TrainingLog(Callback):
         losses = recent[self.rank] if len(recent) == self.ranks else [sum(s) / len(s) for s in zip(*recent, strict=True)]
         self.recent = [torch.tensor(loss, device=self.config.device) for loss in losses]
 
-    def validation(self, step: int, val_loss: float, picture: Tensor | None) -> None:
-        """Write a validation's loss and picture. picture: float `H W C` in 0..1."""
+    def validation(self, step: int, measures: Mapping[str, float], picture: Tensor | None) -> None:
+        """Write a validation's measures by name, and its picture, float `H W C` in 0..1."""
+        if self.rank == 0:
+            words = "  ".join(f"{name} {value:.4g}" for name, value in measures.items())
+            print(f"{self.config.name}  step {step:05d}/{self.config.steps}  {words}", file=sys.stderr, flush=True)
         if self.folder is None:
             return
         if picture is not None:
             Image.fromarray((picture * 255).round().byte().numpy()).save(self.folder / f"filled-{step:08d}.png")
         if self.events:
-            self.events.add_scalar("val_loss", val_loss, step)
+            for name, value in measures.items():
+                self.events.add_scalar(name, value, step)
             if picture is not None:
                 self.events.add_image("filled", picture, step, dataformats="HWC")
 

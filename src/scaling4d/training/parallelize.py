@@ -97,8 +97,9 @@ def parallelize(
     for module in float32_modules:
         fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float32))
     fully_shard(model, mesh=mesh, mp_policy=replace(policy, cast_forward_inputs=False))
-    if hasattr(model, "reconstruct"):
-        register_fsdp_forward_method(model, "reconstruct")
+    for method in ("reconstruct", "features"):
+        if hasattr(model, method):
+            register_fsdp_forward_method(model, method)
 
 
 def blocks_of(model: nn.Module) -> tuple[nn.Module, ...]:

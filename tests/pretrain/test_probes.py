@@ -1,0 +1,203 @@
+"""Validation under way: the effective rank of features, linear probes, and the best weights."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from interrupting import kill_all
+from nano import NANO, attempt, steps_shown, written
+
+from scaling4d import checkpoint, config, seeds
+from scaling4d.benchmarks import scannet
+from scaling4d.benchmarks.stage import PROBES, hash_benchmarks
+from scaling4d.checkpoint import Checkpoint
+from scaling4d.encoders.load import load_model
+from scaling4d.pretrain import validate
+from scaling4d.pretrain.probes import ProductSums
+from scaling4d.pretrain.settings import PretrainConfig, bind_pretrain
+from scaling4d.pretrain.stage import evidence_of, fingerprint_of, pretrain
+from scaling4d.pretrain.validate import Validation, measure
+from scaling4d.readout.stage import readout
+from scaling4d.records import Sample, UserError
+from scaling4d.training.distributed import run
+from scaling4d.training.fit import StepResult
+from scaling4d.training.parallelize import is_sharded, parallelize
+
+EVERY = {"Training.validate_every": 1, "Training.keep_best": ""}
+PROBING = EVERY | {"Training.probe_tasks": ["actions", "depth"], "Training.probe_items": [0, 0]}
+METRICS = {"actions": "top1_linear", "depth": "abs_rel_linear"}
+
+
+def lines_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
+
+
+def summary_of(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def effective_rank(features: torch.Tensor, *, ranks: int = 1) -> float:
+    """Of clips with one token each."""
+
+    def measure(*, rank: int, ranks: int) -> float:
+        sums = ProductSums(features.shape[1])
+        for clip in features[rank::ranks]:
+            sums.add(clip.reshape(1, 1, 1, -1))
+        return sums.effective_rank()
+
+    return run(measure, ranks=ranks)
+
+
+def measures(*, rank: int, ranks: int, pretraining: PretrainConfig, shards: int) -> dict[str, float]:
+    """Measures of a trained point, whole on each rank or in shards."""
+    model = load_model(pretraining.folder)
+    parallelize(model, replace(pretraining.sharding, shards=shards), pretraining.training, ranks=ranks)
+    assert is_sharded(model) == (shards > 1)
+    return measure(model, pretraining)
+
+
+@pytest.fixture
+def depth(project: Path) -> None:
+    """ScanNet in small: eight scenes to train on, eight to measure, nearer or farther as time goes by."""
+    ramp = np.linspace(1, 3, 20, dtype=np.float32)[:, None, None] * np.ones((1, 64, 64), np.float32)
+    still = {"camera_to_world": np.tile(np.eye(4), (20, 1, 1)), "intrinsics": np.diag([1.0, 1.0, 1.0])}
+    for split, first in (("train", 0), ("val", 8)):
+        samples = []
+        for number in range(first, first + 8):
+            metres = ramp[:: 1 - number % 2 * 2] + 0.1 * seeds.numpy(0, "depth", number).random((20, 64, 64), np.float32)
+            pixels, name = np.repeat(metres[..., None] * 70, 3, -1).astype(np.uint8), f"scene{number:04d}_00"
+            samples.append(Sample(name, name, pixels, {"depth_m": metres} | still))
+        scannet.write(project / "data/benchmarks/scannet", split, samples, rate_hz=8.0, jpeg_quality=90)
+
+
+@pytest.fixture
+def probing(short: Callable, actions: None, depth: None) -> Callable[..., dict]:
+    """Settings of a run with probes, after stage `benchmarks`."""
+
+    def make(steps: int, **changes: object) -> dict:
+        settings = short(steps, **PROBING | changes)
+        hash_benchmarks(settings)
+        return settings
+
+    return make
+
+
+@pytest.mark.parametrize("rank", [1, 5, 12])
+def test_features_with_equal_singular_values_have_their_number_as_effective_rank(rank: int) -> None:
+    rows, _ = torch.linalg.qr(torch.randn(12, 12, generator=torch.Generator().manual_seed(0)))
+    columns, _ = torch.linalg.qr(torch.randn(40, rank, generator=torch.Generator().manual_seed(1)))
+    assert effective_rank(3 * columns @ rows[:rank]) == pytest.approx(rank, rel=1e-4)
+
+
+def test_the_effective_rank_is_of_the_clips_of_all_ranks() -> None:
+    features = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
+    singular = torch.linalg.svdvals(features.double())
+    shares = singular / singular.sum()
+    expected = pytest.approx(float((-shares * shares.log()).sum().exp()), rel=1e-5)
+    assert effective_rank(features) == expected and effective_rank(features, ranks=3) == expected
+
+
+@pytest.mark.integration
+def test_every_validation_measures_the_effective_rank_and_the_last_one_is_the_summarys(short: Callable) -> None:
+    folder = pretrain("nano", short(3, **EVERY))
+    lines, summary = lines_of(folder), summary_of(folder)
+    assert [set(line) for line in lines] == [{"step", "val_loss", "rankme"}] * 2
+    assert all(1 < value["rankme"] <= 7 for value in (*lines, summary))  # validation clips
+    assert "best_step" not in summary and Checkpoint.read(folder).step == 3
+    quiet = summary_of(pretrain("nano", short(3, **EVERY | {"Training.validate_every": 0})))
+    assert "rankme" not in quiet and quiet == {name: value for name, value in summary.items() if name != "rankme"}
+
+
+@pytest.mark.integration
+def test_probes_are_the_linear_probes_of_frozen_readouts_of_the_same_clips_and_weights(
+    probing: Callable, changed: Callable
+) -> None:
+    folder = pretrain("nano", probing(3))
+    lines, summary = lines_of(folder), summary_of(folder)
+    assert len(lines) == 2 and set(METRICS.values()) < lines[0].keys()
+    changed("readout.tasks.depth.Depth.views", ["plain"])
+    for key in ("train_items", "val_items"):
+        settings = changed(f"readout.Evaluation.{key}", 0)
+    for task, metric in METRICS.items():
+        assert summary[metric] == pytest.approx(readout("nano", task, "frozen", settings).others[metric], rel=1e-4)
+
+
+@pytest.mark.integration
+def test_measures_do_not_depend_on_the_ranks_on_shards_or_on_ranks_without_a_clip(probing: Callable) -> None:
+    pretraining = bind_pretrain("nano", probing(3))
+    pretrain("nano", config.read())
+    one = run(measures, ranks=1, pretraining=pretraining, shards=1)
+    assert one.keys() == {"val_loss", "rankme", *METRICS.values()}
+    for ranks, shards in ((2, 1), (2, 2), (10, 1)):
+        assert run(measures, ranks=ranks, pretraining=pretraining, shards=shards) == pytest.approx(one, rel=1e-4)
+
+
+@pytest.mark.integration
+def test_a_state_belongs_to_the_benchmarks_that_are_probed(probing: Callable, project: Path) -> None:
+    fingerprints = []
+    for tasks in ([], ["depth"]):
+        for text in ("before", "after"):
+            (project / "data/benchmarks/scannet/remark.txt").write_text(text)
+            pretraining = bind_pretrain("nano", probing(3, **{"Training.probe_tasks": tasks}))
+            fingerprints.append(fingerprint_of(pretraining, evidence_of(pretraining)))
+    assert fingerprints[0] == fingerprints[1] and fingerprints[2] != fingerprints[3]
+    PROBES.unlink()
+    with pytest.raises(UserError, match=r"^no such file .+probes.json; run `dvc repro benchmarks`$"):
+        evidence_of(pretraining)
+
+
+@pytest.mark.integration
+def test_the_best_weights_are_written_even_if_the_training_is_killed_after_them(
+    short: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made-up losses: those of step 2 are the lowest."""
+    after_step, now, best = Validation.after_step, [0], Path("best.safetensors")
+
+    def note(self: Validation, result: StepResult) -> None:
+        now[0] = result.step
+        after_step(self, result)
+        if result.step == 2 and dist.get_rank() == 0:
+            checkpoint.save_tensors(best, dict(self.model.named_parameters()))
+
+    monkeypatch.setattr(Validation, "after_step", note)
+    monkeypatch.setattr(validate, "measure", lambda *_: {"val_loss": abs(now[0] - 2)})
+    settings = short(6, **EVERY | {"Training.keep_best": "val_loss"})
+    assert attempt(settings) == 0
+    undisturbed, weights, saved = written(), checkpoint.load_tensors(best), Checkpoint.read(NANO)
+    assert all(torch.equal(weights[name], value) for name, value in checkpoint.weights(NANO).items())
+    assert (saved.step, saved.clips_seen) == (2, 16) and "best.safetensors" not in undisturbed
+    summary = summary_of(NANO)
+    assert (summary["best_step"], summary["val_loss"], summary["clips_seen"]) == (2, 0, 48)
+    shutil.rmtree(NANO)
+    settings = short(6, **EVERY | {"Training.keep_best": "val_loss"})
+    assert attempt(settings, at=5, interrupt=kill_all) == -9
+    assert attempt(settings) == 0
+    assert written() == undisturbed and steps_shown() == [1, 2, 3, 4, 5, 5, 6]
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"probe_tasks": ["boxes"]}, "pretrain.Training: probe_tasks has 'boxes'; needed some of actions, depth"),
+    ({"probe_items": [-1, 4]}, r"pretrain.Training: probe_items = \[-1, 4\]; needed 0 or more each"),
+    ({"keep_best": "loss"}, "pretrain.Training: keep_best = 'loss'; needed , val_loss or rankme.*"),
+    ({"keep_best": "top1_linear"}, "pretrain.Training: keep_best = 'top1_linear'; needed .+"),
+    ({"validate_every": 0}, "pretrain.Training: keep_best is set and validate_every is 0; needed validate_every of 1 .+"),
+])  # fmt: skip
+def test_settings_of_validations_that_cannot_be_are_refused(changed: Callable, changes: dict, message: str) -> None:
+    for key, value in changes.items():
+        settings = changed(f"pretrain.Training.{key}", value)
+    with pytest.raises(UserError, match=f"^{message}$"):
+        bind_pretrain("nano", settings)
+
+
+def test_a_probe_needs_its_benchmark(changed: Callable) -> None:
+    settings = changed("pretrain.Training.probe_tasks", ["depth"])
+    with pytest.raises(UserError, match="^no folder data/benchmarks/scannet for task depth; .+$"):
+        bind_pretrain("nano", settings)
+    with pytest.raises(UserError, match="^pretrain.Training.probe_tasks has depth, which benchmarks.tasks lacks; add it there$"):
+        bind_pretrain("nano", changed("benchmarks.tasks", ["actions"]))
