@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from interrupting import kill_all
 from nano import NANO, attempt, steps_shown, written
 
-from scaling4d import checkpoint, config, seeds
+from scaling4d import config, seeds
 from scaling4d.benchmarks import scannet
 from scaling4d.benchmarks.stage import PROBES, hash_benchmarks
 from scaling4d.checkpoint import Checkpoint
@@ -27,7 +26,7 @@ from scaling4d.readout.stage import readout
 from scaling4d.records import Sample, UserError
 from scaling4d.training.distributed import run
 from scaling4d.training.fit import StepResult
-from scaling4d.training.parallelize import is_sharded, parallelize
+from scaling4d.training.parallelize import is_sharded, parallelize, save_weights
 
 EVERY = {"Training.validate_every": 1, "Training.keep_best": ""}
 PROBING = EVERY | {"Training.probe_tasks": ["actions", "depth"], "Training.probe_items": [0, 0]}
@@ -153,29 +152,31 @@ def test_a_state_belongs_to_the_benchmarks_that_are_probed(probing: Callable, pr
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize("shards", [1, 2])
 def test_the_best_weights_are_written_even_if_the_training_is_killed_after_them(
-    short: Callable, monkeypatch: pytest.MonkeyPatch
+    short: Callable, monkeypatch: pytest.MonkeyPatch, shards: int
 ) -> None:
     """Made-up losses: those of step 2 are the lowest."""
-    after_step, now, best = Validation.after_step, [0], Path("best.safetensors")
+    after_step, now, best = Validation.after_step, [0], Path("best")
 
     def note(self: Validation, result: StepResult) -> None:
         now[0] = result.step
         after_step(self, result)
-        if result.step == 2 and dist.get_rank() == 0:
-            checkpoint.save_tensors(best, dict(self.model.named_parameters()))
+        if result.step == 2:
+            best.mkdir(exist_ok=True)
+            save_weights(self.model, best)
 
     monkeypatch.setattr(Validation, "after_step", note)
     monkeypatch.setattr(validate, "measure", lambda *_: {"val_loss": abs(now[0] - 2)})
-    settings = short(6, **EVERY | {"Training.keep_best": "val_loss"})
-    assert attempt(settings) == 0
-    undisturbed, weights, saved = written(), checkpoint.load_tensors(best), Checkpoint.read(NANO)
-    assert all(torch.equal(weights[name], value) for name, value in checkpoint.weights(NANO).items())
-    assert (saved.step, saved.clips_seen) == (2, 16) and "best.safetensors" not in undisturbed
+    changes = EVERY | {"Training.keep_best": "val_loss", "points.nano.Sharding.shards": shards}
+    assert attempt(short(6, **changes)) == 0
+    undisturbed, saved = written(), Checkpoint.read(NANO)
+    assert undisturbed["model.safetensors"] == (best / "model.safetensors").read_bytes()
+    assert (saved.step, saved.clips_seen) == (2, 16)
     summary = summary_of(NANO)
     assert (summary["best_step"], summary["val_loss"], summary["clips_seen"]) == (2, 0, 48)
     shutil.rmtree(NANO)
-    settings = short(6, **EVERY | {"Training.keep_best": "val_loss"})
+    settings = short(6, **changes)
     assert attempt(settings, at=5, interrupt=kill_all) == -9
     assert attempt(settings) == 0
     assert written() == undisturbed and steps_shown() == [1, 2, 3, 4, 5, 5, 6]

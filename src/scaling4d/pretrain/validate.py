@@ -35,9 +35,9 @@ class Validation(Callback):
     def __init__(self, model: nn.Module, pretraining: PretrainConfig, log: TrainingLog) -> None:
         self.model, self.pretraining, self.log = model, pretraining, log
         self.lines: list[dict[str, Any]] = []
-        self.best_weights = {}
+        self.best_weights: dict[str, Tensor] = {}
         if pretraining.training.keep_best:
-            self.best_weights = {name: torch.zeros_like(p) for name, p in self._weights()}
+            self.best_weights = {name: torch.zeros_like(weight) for name, weight in model.state_dict().items()}
 
     def after_step(self, result: StepResult) -> None:
         every = self.pretraining.training.validate_every
@@ -46,8 +46,8 @@ class Validation(Callback):
             self.lines.append({"step": result.step, **measures})
             self.log.validation(result.step, measures, picture(self.model, self.pretraining))
             if self.best_weights and self._best() is self.lines[-1]:
-                for name, p in self._weights():
-                    self.best_weights[name].copy_(p)
+                for name, weight in self.model.state_dict().items():  # of FSDP the shards, also after a pass
+                    self.best_weights[name].copy_(weight)
 
     def finish(self) -> dict[str, Any]:
         """Measure the last weights. With `keep_best`, give the model those of the best step.
@@ -57,8 +57,8 @@ class Validation(Callback):
         last = {"step": self.pretraining.training.steps, **measure(self.model, self.pretraining)}
         best = self._best(last) if self.best_weights else last
         if best is not last:
-            for name, p in self._weights():
-                p.copy_(self.best_weights[name])
+            for name, weight in self.model.state_dict().items():
+                weight.copy_(self.best_weights[name])
         return best
 
     def _best(self, *more: dict[str, Any]) -> dict[str, Any]:
@@ -66,9 +66,6 @@ class Validation(Callback):
         name = self.pretraining.training.keep_best
         sign = -1 if MEASURES[name] else 1
         return min([*self.lines, *more], key=lambda line: sign * line[name])
-
-    def _weights(self) -> Iterator[tuple[str, Tensor]]:
-        return ((name, p.detach()) for name, p in self.model.named_parameters())
 
     def state_dict(self) -> dict[str, Any]:
         return {"lines": self.lines}
