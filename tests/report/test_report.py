@@ -16,7 +16,7 @@ from typing import Any
 import chromium
 import pytest
 from matplotlib.figure import Figure
-from synthetic_run import BUILT, NOTEBOOK, OTHERS, POCKET, SIZES, TASKS, rows_of, write_run
+from synthetic_run import BUILT, NOTEBOOK, OTHERS, POCKET, SIZES, TASKS, rows_of, validate_under_way, write_run
 
 from scaling4d import artifacts, config
 from scaling4d.audit.report_numbers import _value_at
@@ -386,6 +386,23 @@ def test_the_main_table_has_losses_of_one_method_and_the_table_of_points_has_all
     assert next(line for line in text.splitlines() if "mae_st_tiny" in line).split()[4] == "-"
     points = {row[0]: row for row in rows_of(page.sections["points"])[1:]}
     assert float(points["mae_st_tiny"][7]) > 0 and "do not compare" in page.sections["points"]
+
+
+def test_measures_of_validations_are_drawn_below_the_losses_and_stand_in_the_table_of_points(new_run: Callable) -> None:
+    settings = new_run(points={"nano": 180_000, "mini": 8_350_000}, frozen=[], finetune=[])
+    without = read_run_results(settings)
+    figure, page = figures.training_curves(without), read_page(without)
+    validate_under_way("mini")
+    run = read_run_results(settings)
+    assert run.measures == ["val_loss", "rankme", "top1_linear", "abs_rel_linear"] and without.measures == []
+    drawn, validated = figures.training_curves(run), read_page(run)
+    for name in run.measures:
+        assert measure(name) in drawn and measure(name) not in figure
+    assert "Below: measures of validations" in validated.sections["training_curves"]
+    assert "Below" not in page.sections["training_curves"]
+    _, nano, mini = rows_of(validated.sections["points"])
+    assert mini[9:13] == ["7.5000", "0.3100", "0.2200", "500"] and nano[9:13] == ["-"] * 4
+    assert not {measure("rankme"), "step of the"} & set(re.findall(r"<th>(.*?)<", page.sections["points"]))
 
 
 def test_a_trivial_answer_beyond_the_encoders_is_named_at_the_edge_and_does_not_stretch_the_axis(pocket: dict) -> None:

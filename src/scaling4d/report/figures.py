@@ -21,7 +21,7 @@ from scaling4d.report.tables import published
 from scaling4d.report.verdict import trivial_answer
 from scaling4d.studies.fits import held_out, spearman, trend
 from scaling4d.studies.plotting import draw_intervals, draw_law, legend, log_x, panel_title, style, subplots, to_svg
-from scaling4d.studies.words import encoder_words
+from scaling4d.studies.words import encoder_words, measure
 
 MEASURED_COSTS = Path("reports/bench/costs.json")
 LOOK = {"frozen": ("tab:blue", "o", "-"), "finetune": ("tab:orange", "s", "--"), "classifier": ("tab:red", "^", ":")}
@@ -118,14 +118,24 @@ def pretraining(run: RunResults) -> str:
 
 @style()
 def training_curves(run: RunResults) -> str:
-    """Training loss over clips seen. Each method has a panel, because losses of different methods do not compare."""
-    figure, panels = subplots(1, len(run.methods), (9.5, 4))
-    for axes, method in zip(panels[0], run.methods, strict=True):
+    """Training loss over clips seen. Each method has a panel, because losses of different methods do not compare.
+
+    Below, a row for each measure of validations under way, if there were any.
+    """
+    figure, panels = subplots(1 + len(run.measures), len(run.methods), (9.5, 4 + 3 * len(run.measures)))
+    for (axes, *below), method in zip(panels.T, run.methods, strict=True):
         points = run.of_method(method)
         for point, colour in zip(points, mpl.colormaps["viridis"](np.linspace(0, 0.9, len(points))), strict=True):
             lines = run.losses[point]
             x, y = [line["clips_seen"] for line in lines], [line["loss"] for line in lines]
             axes.plot(x, y, color=colour, lw=1.2, label=point)
+            for measured, name in zip(below, run.measures, strict=True):
+                values = {line["step"]: line[name] for line in run.validations.get(point, ()) if name in line}
+                batch = lines[-1]["clips_seen"] / lines[-1]["step"]
+                measured.plot([step * batch for step in values], list(values.values()), "o-", color=colour, ms=3, lw=1.2)
+        for measured, name in zip(below, run.measures, strict=True):
+            measured.set_xlabel("clips seen")
+            measured.set_ylabel(measure(name))
         _plain_log_y(axes, (1, 1.5, 2, 3, 5, 7))
         axes.set_title(method)
         axes.set_xlabel("clips seen")

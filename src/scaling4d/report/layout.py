@@ -43,6 +43,11 @@ POINTS = (  # of the headline: of one run, and with a study of seeds
     "readouts with 95 % intervals over validation videos",
 )
 BARS = "95 % intervals over validation videos"
+VALIDATIONS = (  # of the training's curves, of points that were validated under way
+    " Below: measures of validations under way; the last one's are in the table of points. RankMe is the effective rank of "
+    "validation clips' mean features (arXiv:2210.02885). Linear probes are fitted to few labelled clips; they do not compare "
+    "with those of frozen readouts."
+)
 FIGURES = {  # name -> what the picture shows, caption; words in braces are those of `figure`
     "headline": (
         "each task over the size of the encoder",
@@ -68,7 +73,7 @@ FIGURES = {  # name -> what the picture shows, caption; words in braces are thos
     "training_curves": (
         "training loss over clips seen",
         "Training loss over clips seen. Each method has a panel, because losses of different methods do not compare. "
-        "There is no baseline: untrained encoders and raw pixels have no training loss.",
+        "There is no baseline: untrained encoders and raw pixels have no training loss.{validations}",
     ),
     "methods": (
         "points of other methods and maskings",
@@ -108,8 +113,9 @@ def figure(run: RunResults, name: str) -> str:
     seeds = run.fresh_seed_study is not None
     bars = f"standard deviations over seeds around means (frozen readouts), else {BARS}" if seeds else BARS
     baselines = ", ".join(map(encoder_words, run.baselines)) or "none in this profile"
+    below = VALIDATIONS if run.measures else ""
     picture, caption = FIGURES[name]
-    caption = caption.format(points=POINTS[seeds], bars=bars, baselines=baselines, method=run.methods[0])
+    caption = caption.format(points=POINTS[seeds], bars=bars, baselines=baselines, method=run.methods[0], validations=below)
     return html_figure(f"{name}.svg", picture, caption)
 
 

@@ -20,6 +20,7 @@ PROTOCOLS = ("frozen", "finetune", "classifier")
 PROTOCOL_TASKS = {"classifier": ("actions",)}  # of a protocol that not every task has
 UNTRAINED = "untrained_"
 HELD_OUT = "held_out.jsonl"  # of a readout that stops early; others have none
+VALIDATION = "validation.jsonl"  # of a point that was validated under way; others have none
 SUMMARY = ("point", "method", "parameters", "flops", "clips_seen", "train_loss", "val_loss", "seed")
 
 
@@ -31,10 +32,11 @@ class RunResults:
     so they have no fidelity and no picture. continued: points that start from a checkpoint; neither are they filled in,
     nor do they belong to the ladder. tasks: empty without readouts. encoders: by protocol. results: in the order
     of the settings. summaries, losses (lines of losses.jsonl), fidelity (result.json of `reconstruct`) and pictures
-    (filled.png): by point. held_out: lines of held_out.jsonl by `readout/name`, of readouts that have one. sheets: of
-    stage `show`, by task. models: by point, the method's settings. provenances: by `stage/name`. operative: likewise,
-    the settings in force. overrides: dotted key -> (value in force, names of the stages that it changes). seed_study:
-    None where the profile has none.
+    (filled.png): by point. validations: lines of validation.jsonl by point, of those that were validated under way.
+    held_out: lines of held_out.jsonl by `readout/name`, of readouts that have one. sheets: of stage `show`, by task.
+    models: by point, the method's settings. provenances: by `stage/name`. operative: likewise, the settings in force.
+    overrides: dotted key -> (value in force, names of the stages that it changes). seed_study: None where the profile
+    has none.
     """
 
     home: Path
@@ -50,6 +52,7 @@ class RunResults:
     held_out: Mapping[str, list[Mapping[str, float]]]
     summaries: Mapping[str, Mapping[str, Any]]
     losses: Mapping[str, list[Mapping[str, float]]]
+    validations: Mapping[str, list[Mapping[str, float]]]
     fidelity: Mapping[str, Mapping[str, Any]]
     pictures: Mapping[str, Path]
     sheets: Mapping[str, Path]
@@ -97,6 +100,12 @@ class RunResults:
         return (*self.points, *self.students, *self.continued)
 
     @property
+    def measures(self) -> list[str]:
+        """Names of what validations under way measured; empty without any."""
+        lines = (line for point in self.trained for line in self.validations.get(point, ()))
+        return list(dict.fromkeys(name for line in lines for name in line if name != "step"))
+
+    @property
     def baselines(self) -> list[str]:
         """Encoders that saw no video: the untrained ones and raw pixels."""
         return [name for name in self.encoders["frozen"] if is_baseline(name)]
@@ -121,12 +130,14 @@ def read_run_results(settings: Mapping[str, Any]) -> RunResults:
     points, students, continued = (tuple(declared[group]) for group in config.POINTS)
     tasks = tuple(declared["benchmarks.tasks"] if any(encoders.values()) else ())
     folders = {"clips": (home / "clips", "clips")}  # by stage: a folder with provenance, and the command that makes it
-    summaries, losses, fidelity, pictures, results, held_out, sheets = {}, {}, {}, {}, {}, {}, {}
+    summaries, losses, validations, fidelity, pictures, results, held_out, sheets = {}, {}, {}, {}, {}, {}, {}, {}
     seed, numbers = declared["seed"], {}  # those that a study of seeds measures too, as `read_seed_study` takes them
     for point in (*points, *students, *continued):
         folder, command = folders[f"pretrain/{point}"] = home / "pretrain" / point, f"pretrain {point}"
         summaries[point] = _with_keys(folder / "summary.json", command, SUMMARY)
         losses[point] = _parsed(folder / "losses.jsonl", command, _json_lines)
+        if (folder / VALIDATION).is_file():
+            validations[point] = _parsed(folder / VALIDATION, command, _json_lines)
         numbers[point, loss_task(summaries[point]["method"]), "val_loss"] = seed, summaries[point]["val_loss"], ""
     for point in points:
         folder, command = folders[f"reconstruct/{point}"] = home / "reconstruct" / point, f"reconstruct {point}"
@@ -172,6 +183,7 @@ def read_run_results(settings: Mapping[str, Any]) -> RunResults:
         held_out=held_out,
         summaries=summaries,
         losses=losses,
+        validations=validations,
         fidelity=fidelity,
         pictures=pictures,
         sheets=sheets,

@@ -173,6 +173,8 @@ def points(run: RunResults, page: Page) -> str:
     heads = {"point": "point", "method": "method", "parameters": "encoder\nparameters", "parameters_total": "all\nparameters"}
     heads |= {"flops": "training\nFLOPs", "clips_seen": "clips seen"}
     heads |= {"train_loss": measure("train_loss"), "val_loss": measure("val_loss"), "seed": "seed"}
+    heads |= {name: measure_head(name) for name in run.measures if name not in heads}
+    heads |= {"best_step": "step of the\nbest weights"} if any("best_step" in s for s in run.summaries.values()) else {}
     rows, settings = [], _settings(run)
     for point in run.trained:
         model, hidden = run.models[point], [NOTHING]

@@ -5,6 +5,7 @@ from __future__ import annotations
 WORDS = {  # metric -> words, direction, unit
     "val_loss": ("validation loss of pretraining", "↓", ""),
     "train_loss": ("training loss", "↓", ""),
+    "rankme": ("effective rank of features, RankMe", "↑", ""),
     "masked_mse": ("squared error of hidden pixels", "↓", "(0..1)²"),
     "moving_mse": ("squared error of hidden pixels that move", "↓", "(0..1)²"),
     "psnr_db": ("signal-to-noise ratio of hidden pixels, PSNR", "↑", "dB"),
