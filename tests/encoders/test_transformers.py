@@ -409,8 +409,8 @@ def test_clips_that_do_not_suit_the_model_are_refused(published, kind, clip, nee
 
 @pytest.mark.integration
 @pytest.mark.parametrize(("source", "revision", "message"), [
-    ("no/such", "", "^encoders.pretrained.tiny: no folder no/such; needed a folder, or a model of the hub with its commit"),
-    ("owner/name", "main", "Pretrained.revision = 'main'; needed a commit of 40 hex digits, or '' for a folder$"),
+    ("no/such", "", "^encoders.pretrained.tiny: no folder or file no/such; needed one, or a model of the hub with its commit"),
+    ("owner/name", "main", "Pretrained.revision = 'main'; needed a commit of 40 hex digits, or '' for a folder or file$"),
     ("owner/name", "0" * 40, "^encoders.pretrained.tiny: owner/name at 0{12} cannot be downloaded .*Pretrained.source"),
 ])  # fmt: skip
 def test_sources_that_cannot_be_had_are_refused_in_one_line(listed, project, monkeypatch, source, revision, message):

@@ -14,15 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from scaling4d import artifacts
-from scaling4d.checkpoint import WEIGHTS, Checkpoint
-from scaling4d.encoders import card, hub, released
-from scaling4d.encoders.arrays import Npz
+from scaling4d.checkpoint import Checkpoint
+from scaling4d.encoders import card, hub
 from scaling4d.encoders.preprocess import FITS, check_video, pick_frames
 from scaling4d.encoders.pretrained import load_encoder
-from scaling4d.encoders.transformers import CONFIG, PREPROCESSORS, PretrainedEncoder, default_clip, import_encoder
+from scaling4d.encoders.published import import_published
+from scaling4d.encoders.transformers import CONFIG, PREPROCESSORS, PretrainedEncoder
 from scaling4d.encoders.transformers import WEIGHTS as PRETRAINED_WEIGHTS
 from scaling4d.mae.encoder import Encoder as Backbone
-from scaling4d.mae.mae_st import MAESTEncoder, MAESTEncoderConfig
 from scaling4d.provenance import atomic_new
 from scaling4d.records import UserError, as_user_error, read_json_object, write_json
 
@@ -36,8 +35,8 @@ class EncoderOutput:
 
     last_hidden_state: `B N D`, the output of the last block, before any final norm.
     hidden_states: depth + 1 tensors `B N D`. Of 4DS and MAE-ST, as the released 4DS code lists them: the embedded
-    tokens, then the INPUT of each block, so [0] equals [1] and last_hidden_state is not among them. Of a model of
-    transformers: the embedded tokens, then the output of each block, so [-1] is last_hidden_state.
+    tokens, then the INPUT of each block, so [0] equals [1] and last_hidden_state is not among them. Of any other
+    model: the embedded tokens, then the output of each block, so [-1] is last_hidden_state.
     pooled: `B D`, the mean of last_hidden_state over the tokens.
     """
 
@@ -57,7 +56,7 @@ class Encoder(nn.Module):
     """A frozen or trainable encoder of video: `encoder(encoder.preprocess(video))` gives an EncoderOutput.
 
     Attributes:
-        model: the network, of this project (4DS, MAE-ST, raw pixels) or of transformers.
+        model: the network, of this project (4DS, MAE-ST, raw pixels, VideoMAE v2, V-JEPA) or of transformers.
         checkpoint: its description, as in config.json. provenance: how it was made; empty: not known.
         rate_hz: frames per second of the clips that it was trained on; None: not known. It may be set.
         clip: T H W of its clips. grid: t h w of its tokens. width: D. depth: number of blocks.
@@ -78,8 +77,9 @@ class Encoder(nn.Module):
 
         Args:
             source: a Checkpoint folder, of this project or from `save_pretrained`; a folder of transformers
-                (DINOv2 and v3, SigLIP 1 and 2, VideoMAE, V-JEPA 2, VideoPrism: extra `baselines`); a released `.npz` of
-                4DS or `.pth` of MAE-ST; or `owner/name` on the Hugging Face hub (extra `hub`).
+                (DINOv2 and v3, SigLIP 1 and 2, VideoMAE, V-JEPA 2, VideoPrism: extra `baselines`) or of VideoMAE v2;
+                a released `.npz` of 4DS, `.pth` of MAE-ST or VideoMAE v2, or `.pth.tar` of V-JEPA; or `owner/name` on
+                the Hugging Face hub (extra `hub`).
             revision: branch, tag or commit on the hub.
             clip: T H W of the clips that it is shown; default: the checkpoint's own.
         Raises:
@@ -103,7 +103,7 @@ class Encoder(nn.Module):
     @classmethod
     def _from_folder(cls, folder: Path, clip: tuple[int, int, int] | None) -> Encoder:
         if (folder / CONFIG).is_file() and "model_type" in _json(folder / CONFIG):
-            config, model = import_encoder(folder, clip or default_clip(folder))
+            config, model = import_published(folder, clip)
             return cls(model, _description(folder.name, model, asdict(config)))
         checkpoint, path = Checkpoint.read(folder), folder / artifacts.PROVENANCE
         provenance = _json(path) if path.is_file() else {}
@@ -247,31 +247,10 @@ def _trained_rate_hz(folder: Path, provenance: Mapping[str, Any]) -> float | Non
 
 
 def _released_file(source: Path) -> tuple[nn.Module, Checkpoint, dict[str, Any]]:
-    """The backbone in a released file, its description, and its provenance."""
-    if source.suffix not in (".npz", ".pth"):
-        raise UserError(f"{source} is a file; needed a folder with {CONFIG} and {WEIGHTS}, a .npz of 4DS, or a .pth of MAE-ST")
-    with as_user_error(source):
-        if source.suffix == ".npz":
-            arrays = Npz(source)
-            shapes, read, prefix = arrays.shapes, arrays.read, released.four_ds_prefix(arrays.shapes)
-            config, model_class = released.four_ds_config(shapes, source, prefix), Backbone
-            weights = released.four_ds_weight_map(config, prefix)
-        else:
-            state, options = released.read_mae_st(source)
-            shapes, read = {key: tuple(value.shape) for key, value in state.items()}, lambda key: state[key].numpy()
-            method = released.mae_st_config(shapes, source, replace(released.MAESTOptions(), **options))
-            config = MAESTEncoderConfig(**{field.name: getattr(method, field.name) for field in fields(MAESTEncoderConfig)})
-            weights, model_class = released.mae_st_weight_map(config), MAESTEncoder
-        needed = {key for entry in weights.values() for key in entry.arrays}
-        released.check_shapes({key: shape for key, shape in shapes.items() if key in needed}, {source.name: weights}, source)
-        with torch.device("meta"):
-            model = model_class(config)
-    tensors = {name: entry.to_ours(*map(read, entry.arrays)) for name, entry in weights.items()}
-    model.load_state_dict(
-        {name: torch.from_numpy(np.require(a, requirements=("C", "W"))) for name, a in tensors.items()}, assign=True
-    )
+    """The encoder in a released file, its description, and its provenance."""
+    config, model = import_published(source)
     provenance = {"stage": "convert", "settings": {}, "inputs": {source.name: artifacts.sha256(source)}}
-    return model, _description(source.stem, model, asdict(config)), provenance
+    return model, _description(Path(source.name.removesuffix(".tar")).stem, model, asdict(config)), provenance
 
 
 def _json(path: Path) -> dict[str, Any]:

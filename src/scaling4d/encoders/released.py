@@ -10,7 +10,7 @@ import argparse
 import math
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,16 @@ def torch_layer(name: str, key: str, width: int, inputs: int | None = None) -> W
     return {f"{name}.weight": reshaped(f"{key}.weight", weight), f"{name}.bias": reshaped(f"{key}.bias", (width,))}
 
 
+def torch_patches(name: str, key: str, width: int, patch: Shape) -> WeightMap:
+    """A torch convolution of whole patches `pt ph pw`, as a Linear."""
+    convolution = TensorMap(  # D C pt ph pw -> D P
+        (width, math.prod(patch) * 3),
+        {f"{key}.weight": (width, 3, *patch)},
+        lambda a: a.transpose(0, 2, 3, 4, 1).reshape(width, -1),
+    )
+    return {f"{name}.weight": convolution, f"{name}.bias": reshaped(f"{key}.bias", (width,))}
+
+
 def shape_of(shapes: Mapping[str, Shape], key: str, axes: int, source: object) -> Shape:
     """Shape of a released array. Raises UserError: it is missing or has another number of axes."""
     if len(shapes.get(key, ())) != axes:
@@ -120,7 +130,7 @@ def check_shapes(shapes: Mapping[str, Shape], files: Mapping[str, WeightMap], so
             raise UserError(f"{source} has {key} {shapes[key]}, which this model does not have")
 
 
-def _count_blocks(shapes: Mapping[str, Shape], prefix: str) -> int:
+def count_blocks(shapes: Mapping[str, Shape], prefix: str) -> int:
     return len({re.split("[/.]", key.removeprefix(prefix))[0] for key in shapes if key.startswith(prefix)})
 
 
@@ -151,7 +161,7 @@ def four_ds_config(shapes: Mapping[str, Shape], source: object, prefix: str) -> 
         pixel_mean=0.0,
         pixel_scale=1.0,
         width=width,
-        depth=_count_blocks(shapes, f"{prefix}processor/layers_"),
+        depth=count_blocks(shapes, f"{prefix}processor/layers_"),
         heads=heads,
         mlp=mlp,
     )
@@ -193,15 +203,15 @@ class MAESTOptions:
     normalise_target: bool = True
 
 
-def read_mae_st(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The float32 tensors of an official `.pth`, and the MAESTOptions saved with them. Executes nothing in the file.
+def read_torch(source: Path) -> Any:
+    """What a file of torch holds. Executes nothing in the file.
 
-    Raises UserError: a damaged file, content that only unpickling could read, no state dict of dense float32 tensors.
+    Raises UserError: a damaged file, or content that only unpickling could read.
     """
     check_expansion(source)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the official code saves its options as one
-            content = torch.load(source, map_location="cpu", weights_only=True)
+            return torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{source} is no checkpoint of torch, or holds more than tensors: refused, since only unpickling could read it"
@@ -209,17 +219,36 @@ def read_mae_st(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{source} is not a checkpoint of torch, or is damaged: {reason}") from error
-    saved: Any = None
+
+
+def state_dict(content: Any, source: object, sections: Sequence[str], dtypes: Sequence[torch.dtype]) -> dict[str, Tensor]:
+    """The tensors of a file's content, below the first of `sections` that it has, or at the top.
+
+    Raises UserError: no state dict, or tensors that are not dense or not of `dtypes`.
+    """
     if isinstance(content, dict):
-        saved, content = content.get("args"), content.get("model_state", content.get("model", content))
+        content = next((content[name] for name in sections if name in content), content)
     if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(f"{source} has no state dict; needed one at the top, below 'model' or below 'model_state'")
-    state = {str(key).replace("head.projection.", "head."): value.detach() for key, value in content.items()}  # PySlowFast's name
+        places = " or ".join(f"below {name!r}" for name in sections)
+        raise UserError(f"{source} has no state dict; needed one at the top, {places}")
+    state = {str(key): value.detach() for key, value in content.items()}
     for key, value in state.items():
-        if value.dtype != torch.float32 or value.layout != torch.strided:
-            raise UserError(f"{source}: {key} is {value.dtype} ({value.layout}); needed dense torch.float32")
-        if value.untyped_storage().nbytes() < 4 * value.numel() or not value.numel():
+        if value.dtype not in dtypes or value.layout != torch.strided:
+            needed = " or ".join(map(str, dtypes))
+            raise UserError(f"{source}: {key} is {value.dtype} ({value.layout}); needed dense {needed}")
+        if value.untyped_storage().nbytes() < value.itemsize * value.numel() or not value.numel():
             raise UserError(f"{source}: {key} has {value.untyped_storage().nbytes()} bytes; needed those of {tuple(value.shape)}")
+    return state
+
+
+def mae_st_state(content: Any, source: object) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The float32 tensors of an official `.pth`'s content, and the MAESTOptions saved with them.
+
+    Raises UserError: no state dict of dense float32 tensors.
+    """
+    state = state_dict(content, source, ("model", "model_state"), (torch.float32,))
+    state = {key.replace("head.projection.", "head."): value for key, value in state.items()}  # PySlowFast's name
+    saved = content.get("args")
     saved = vars(saved) if isinstance(saved, argparse.Namespace) else {}
     return state, {ours: saved[name] for name, (kind, ours) in MAE_ST_OPTIONS.items() if isinstance(saved.get(name), kind)}
 
@@ -256,7 +285,7 @@ def mae_st_config(shapes: Mapping[str, Shape], source: object, options: MAESTOpt
         pixel_mean=MAE_ST_MEAN,
         pixel_scale=1 / MAE_ST_STD,
         width=width,
-        depth=_count_blocks(shapes, "blocks."),
+        depth=count_blocks(shapes, "blocks."),
         heads=checked_heads(options.heads, width, MAE_ST_HEADS, "--heads"),
         mlp=shape_of(shapes, "blocks.0.mlp.fc1.weight", 2, source)[0],
         separable_positions=separable,
@@ -273,7 +302,7 @@ def mae_st_config(shapes: Mapping[str, Shape], source: object, options: MAESTOpt
         position_init="normal",
         branch_init="released",
         decoder_width=decoder_width,
-        decoder_depth=_count_blocks(shapes, "decoder_blocks."),
+        decoder_depth=count_blocks(shapes, "decoder_blocks."),
         decoder_heads=checked_heads(options.decoder_heads, decoder_width, MAE_ST_DECODER_HEADS, "--decoder-heads"),
         predicted_frames=frames_per_token * t,
         normalise_target=options.normalise_target,
@@ -297,14 +326,8 @@ def mae_st_weight_map(config: MAESTConfig | MAESTEncoderConfig) -> WeightMap:
 
 
 def _mae_st_encoder(config: MAESTEncoderConfig) -> WeightMap:
-    width, patch = config.width, config.patch
-    convolution = TensorMap(  # D C pt ph pw -> D P
-        (width, math.prod(patch) * 3),
-        {"patch_embed.proj.weight": (width, 3, *patch)},
-        lambda a: a.transpose(0, 2, 3, 4, 1).reshape(width, -1),
-    )
-    weights = {"patch_embedding.weight": convolution, "patch_embedding.bias": reshaped("patch_embed.proj.bias", (width,))}
-    weights |= torch_layer("norm", "norm", width)
+    width = config.width
+    weights = torch_patches("patch_embedding", "patch_embed.proj", width, config.patch) | torch_layer("norm", "norm", width)
     if config.class_token:
         weights["class_token"] = reshaped("cls_token", (1, 1, width), (1, width))
     weights |= _mae_st_positions(config, "positions", "pos_embed", width)

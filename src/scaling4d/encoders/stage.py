@@ -13,7 +13,8 @@ import torch
 from scaling4d import artifacts, config, provenance
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.config import StageConfig
-from scaling4d.encoders.transformers import PretrainedConfig, import_encoder, source_files, source_folder
+from scaling4d.encoders.published import import_published
+from scaling4d.encoders.transformers import PretrainedConfig, source_files, source_path
 from scaling4d.mae.encoder import PixelTokens
 from scaling4d.mae.models import encoder_of, method_of
 from scaling4d.records import UserError, did_you_mean
@@ -26,8 +27,8 @@ def baseline(name: str, settings: Mapping[str, Any]) -> Path:
     """Write `untrained_<point>` (a point before its first step), `pixels`, or an encoder of `encoders.pretrained`.
 
     Raises:
-        UserError: unknown name; of a published encoder: no such folder or model, no network, an unknown kind, pickles
-            instead of safetensors, files that do not fit together, a clip that does not suit the model.
+        UserError: unknown name; of a published encoder: no such file, folder or model, no network, an unknown kind,
+            pickles instead of safetensors, files that do not fit together, a clip that does not suit the model.
     """
     started = time.time()
     final = artifacts.home(settings) / "pretrain" / name
@@ -35,8 +36,8 @@ def baseline(name: str, settings: Mapping[str, Any]) -> Path:
     with provenance.atomic_folder(final) as out:
         if name in config.section(settings, "encoders.pretrained"):
             bound = _bind_pretrained(name, settings)
-            source = source_folder(bound[PretrainedConfig], f"encoders.pretrained.{name}")
-            model_config, model = import_encoder(source, bound[PretrainedConfig].clip)
+            source = source_path(bound[PretrainedConfig], f"encoders.pretrained.{name}")
+            model_config, model = import_published(source, bound[PretrainedConfig].clip)
             inputs = {path.name: artifacts.sha256(path) for path in source_files(source)}
         elif name == PIXELS:
             bound = _bind_pixels(settings)

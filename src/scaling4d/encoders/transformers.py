@@ -39,8 +39,9 @@ FILE_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, Arit
 class PretrainedConfig:
     """Where a published encoder comes from.
 
-    source: a folder with config.json, the preprocessor's JSON and safetensors, or `owner/name` on the Hugging Face hub.
-    revision: the commit there, 40 hex digits; empty for a folder. clip: T H W that it is shown.
+    source: a folder with config.json, the preprocessor's JSON and safetensors, a released file, or `owner/name` on the
+    Hugging Face hub. revision: the commit there, 40 hex digits; empty for a folder or file. clip: T H W that it is
+    shown.
     """
 
     source: str
@@ -373,20 +374,21 @@ def _preprocessing(source: Path, family: Family) -> dict[str, Any]:
     return {"side_px": sides.pop(), "resample": RESAMPLE[given["resample"]], "mean": mean, "std": std}
 
 
-def source_folder(config: PretrainedConfig, key: str) -> Path:
-    """The folder of a model's files. Files of the hub are downloaded once, to its cache. key: of the settings.
+def source_path(config: PretrainedConfig, key: str) -> Path:
+    """A model's file, or the folder of its files. Files of the hub are downloaded once, to its cache.
 
-    Raises UserError: no such folder, a revision that is no commit, or no download.
+    key: of the settings.
+    Raises UserError: no such file or folder, a revision that is no commit, or no download.
     """
     source, revision = config.source, config.revision
     if not revision:
-        if not Path(source).is_dir():
+        if not Path(source).exists():
             raise UserError(
-                f"{key}: no folder {source}; needed a folder, or a model of the hub with its commit as Pretrained.revision"
+                f"{key}: no folder or file {source}; needed one, or a model of the hub with its commit as Pretrained.revision"
             )
         return Path(source)
     if not re.fullmatch("[0-9a-f]{40}", revision):
-        raise UserError(f"{key}.Pretrained.revision = {revision!r}; needed a commit of 40 hex digits, or '' for a folder")
+        raise UserError(f"{key}.Pretrained.revision = {revision!r}; needed a commit of 40 hex digits, or '' for a folder or file")
     _transformers()
     patterns = (CONFIG, WEIGHTS, f"{WEIGHTS}.index.json", *PREPROCESSORS)
     with remedy(UserError, "or copy its files to a folder, set Pretrained.source to it and Pretrained.revision to ''"):
@@ -397,7 +399,9 @@ def source_folder(config: PretrainedConfig, key: str) -> Path:
 
 
 def source_files(source: Path) -> list[Path]:
-    """Files of a model that import_encoder reads."""
+    """Files of a model that are read."""
+    if source.is_file():
+        return [source]
     return sorted({*source.glob(WEIGHTS), *(source / name for name in (CONFIG, *PREPROCESSORS) if (source / name).is_file())})
 
 

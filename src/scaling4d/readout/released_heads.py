@@ -281,7 +281,7 @@ def from_mae_st(source: Path, out: Path, options: MAESTOptions) -> Path:
     options: those that the official code saved in the file override them.
     Raises UserError, and writes nothing: `out` exists, a damaged file, content that needs unpickling, another model.
     """
-    state, saved_options = released.read_mae_st(source)
+    state, saved_options = released.mae_st_state(released.read_torch(source), source)
     shapes = {key: tuple(value.shape) for key, value in state.items()}
     with as_user_error(source):
         config = released.mae_st_config(shapes, source, replace(options, **saved_options))

@@ -1,0 +1,210 @@
+"""RELEASED FILE OR FOLDER -> ENCODER: 4DS, MAE-ST, VideoMAE v2, V-JEPA, and the models of transformers.
+
+A file is recognised by the names of its tensors. No code in it or beside it is executed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from scaling4d.checkpoint import WEIGHTS as CHECKPOINT_WEIGHTS
+from scaling4d.checkpoint import load_tensors
+from scaling4d.encoders import released, transformers
+from scaling4d.encoders.arrays import Npz, Shape
+from scaling4d.encoders.released import TensorMap, WeightMap, reshaped, shape_of, torch_layer, torch_patches
+from scaling4d.encoders.transformers import CONFIG, PREPROCESSORS, PretrainedEncoder
+from scaling4d.encoders.transformers import WEIGHTS as SAFETENSORS
+from scaling4d.encoders.vit import VJEPA, VideoMAE2, VideoViT, VideoViTConfig, sinusoid, vjepa_positions
+from scaling4d.mae.encoder import Encoder
+from scaling4d.mae.mae_st import MAESTEncoder, MAESTEncoderConfig
+from scaling4d.mae.patches import grid_of
+from scaling4d.records import UserError, as_user_error, read_json_object
+
+MODELS: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in (PretrainedEncoder, VideoMAE2, VJEPA)}
+NPZ, TORCH = (".npz",), (".pth", ".pt", ".tar")  # ends of files' names
+SECTIONS = ("target_encoder", "model", "model_state", "module")  # of a file of torch; V-JEPA evaluates its target encoder
+HALVES = (torch.float32, torch.float16, torch.bfloat16)  # DeepSpeed, with which VideoMAE v2 was trained, saves halves
+PATCHES = "patch_embed.proj.weight"  # D C pt ph pw
+VIDEOMAE2 = "VideoMAEv2"  # start of config.json's model_type
+VIT_HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}  # by width, of both codes; their files do not say
+VIT_UNUSED = ("norm.", "fc_norm.", "head.")  # after the last block
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # both codes; pixels in 0..1
+FRAMES, SIDE_PX = 16, 224  # of the released VideoMAE v2; V-JEPA has as many frames
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Tensors of one encoder in a file. weights: which array holds which tensor. read: one array, float32."""
+
+    model: type[nn.Module]
+    config: Any
+    weights: WeightMap
+    shapes: Mapping[str, Shape]
+    read: Callable[[str], np.ndarray]
+
+
+def import_published(source: Path, clip: tuple[int, int, int] | None = None) -> tuple[Any, nn.Module]:
+    """The encoder of a released file or of a folder in Hugging Face's layout, with float32 weights, and its config.
+
+    clip: T H W that it is shown; default: its own.
+    Raises UserError: a damaged file, another model, tensors that do not fit together, a clip that does not suit it.
+    """
+    if source.is_dir() and not _is_videomae2(source):
+        return transformers.import_encoder(source, clip or transformers.default_clip(source))
+    if not source.is_dir() and source.suffix not in NPZ + TORCH:
+        files = "a .npz of 4DS, a .pth of MAE-ST or VideoMAE v2, or a .pth.tar of V-JEPA"
+        raise UserError(f"{source} is a file; needed a folder with {CONFIG} and {CHECKPOINT_WEIGHTS}, {files}")
+    with as_user_error(source):
+        layout = _of_folder(source) if source.is_dir() else _of_npz(source) if source.suffix in NPZ else _of_torch(source)
+        with torch.device("meta"):
+            model = layout.model(layout.config)
+    tensors = {name: entry.to_ours(*map(layout.read, entry.arrays)) for name, entry in layout.weights.items()}
+    model.load_state_dict(
+        {name: torch.from_numpy(np.require(a, requirements=("C", "W"))) for name, a in tensors.items()}, assign=True
+    )
+    if clip is None or tuple(clip) == model.clip:
+        return layout.config, model
+    model.resize(clip)
+    return replace(layout.config, clip=tuple(clip)), model
+
+
+def _is_videomae2(folder: Path) -> bool:
+    path = folder / CONFIG
+    with as_user_error(f"{path} is damaged"):
+        return path.is_file() and str(read_json_object(path).get("model_type")).startswith(VIDEOMAE2)
+
+
+def _of_npz(source: Path) -> Layout:
+    arrays = Npz(source)
+    prefix = released.four_ds_prefix(arrays.shapes)
+    config = released.four_ds_config(arrays.shapes, source, prefix)
+    weights = released.four_ds_weight_map(config, prefix)
+    return _only_needed(Layout(Encoder, config, weights, arrays.shapes, arrays.read), source)
+
+
+def _of_torch(source: Path) -> Layout:
+    content = released.read_torch(source)
+    state = released.state_dict(content, source, SECTIONS, HALVES)
+    if any(key.endswith("attn.qkv.weight") for key in state):
+        return _vit(state, source)
+    state, options = released.mae_st_state(content, source)
+    shapes = _shapes(state)
+    method = released.mae_st_config(shapes, source, replace(released.MAESTOptions(), **options))
+    config = MAESTEncoderConfig(**{field.name: getattr(method, field.name) for field in fields(MAESTEncoderConfig)})
+    weights = released.mae_st_weight_map(config)
+    return _only_needed(Layout(MAESTEncoder, config, weights, shapes, lambda key: state[key].numpy()), source)
+
+
+def _of_folder(source: Path) -> Layout:
+    """OpenGVLab's VideoMAE v2 on the hub: safetensors, and a config.json of its own."""
+    files = sorted(source.glob(SAFETENSORS))
+    if not files:
+        raise UserError(f"{source} has no {SAFETENSORS}; needed the encoder's weights")
+    state = {key: value for path in files for key, value in load_tensors(path).items()}
+    shape, path = read_json_object(source / CONFIG).get("model_config"), source / PREPROCESSORS[0]
+    if not isinstance(shape, dict) or not {"num_heads", "num_frames", "img_size"} <= shape.keys():
+        raise UserError(f"{source / CONFIG} has no model_config with num_heads, num_frames and img_size; needed VideoMAE v2's")
+    seen = read_json_object(path) if path.is_file() else {}
+    return _vit(
+        released.state_dict(state, source, (), HALVES),
+        source,
+        heads=shape["num_heads"],
+        frames=shape["num_frames"],
+        side_px=shape["img_size"],
+        mean=tuple(seen.get("image_mean", IMAGENET_MEAN)),
+        std=tuple(seen.get("image_std", IMAGENET_STD)),
+    )
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, Shape]:
+    return {key: tuple(value.shape) for key, value in state.items()}
+
+
+def _only_needed(layout: Layout, source: Path) -> Layout:
+    """The same without arrays beside the encoder. Raises UserError: one of the encoder is missing, or differs."""
+    needed = {key for entry in layout.weights.values() for key in entry.arrays}
+    layout = replace(layout, shapes={key: shape for key, shape in layout.shapes.items() if key in needed})
+    released.check_shapes(layout.shapes, {source.name: layout.weights}, source)
+    return layout
+
+
+# ---- VideoMAE v2 and V-JEPA ----
+
+
+def _vit(
+    state: Mapping[str, Tensor],
+    source: Path,
+    *,
+    heads: int | None = None,
+    frames: int = FRAMES,
+    side_px: int = SIDE_PX,
+    mean: tuple[float, float, float] = IMAGENET_MEAN,
+    std: tuple[float, float, float] = IMAGENET_STD,
+) -> Layout:
+    """The encoder in a state dict, below any prefix, whatever lies beside it.
+
+    heads: default: those of the official models of this width. side_px: of VideoMAE v2; V-JEPA's file tells.
+    """
+    places = [key for key in state if key.endswith(PATCHES)]
+    if len(places) != 1:
+        raise UserError(f"{source} has {len(places)} tensors {PATCHES}; needed that of one encoder")
+    prefix = places[0].removesuffix(PATCHES)
+    state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    shapes = {key: shape for key, shape in _shapes(state).items() if not key.startswith(VIT_UNUSED)}
+    width, channels, *patch = shape_of(shapes, PATCHES, 5, source)
+    if channels != 3:
+        raise UserError(f"{source}: {PATCHES} takes {channels} channels; needed 3")
+    if heads is None and width not in VIT_HEADS:
+        raise UserError(f"{source}: width {width} is none of the official ones ({', '.join(map(str, VIT_HEADS))})")
+    model: type[VideoViT] = VJEPA if "pos_embed" in shapes else VideoMAE2
+    if model is VJEPA:
+        tokens, t = shape_of(shapes, "pos_embed", 3, source)[1], frames // patch[0]
+        side_px = math.isqrt(tokens // t) * patch[1]
+    config = VideoViTConfig(
+        clip=(frames, side_px, side_px),
+        patch=tuple(patch),
+        width=width,
+        depth=released.count_blocks(shapes, "blocks."),
+        heads=heads or VIT_HEADS[width],
+        mlp=shape_of(shapes, "blocks.0.mlp.fc1.weight", 2, source)[0],
+        mean=mean,
+        std=std,
+    )
+    weights = vit_weight_map(config, model)
+    released.check_shapes(shapes, {source.name: weights}, source)
+    if model is VJEPA:  # files of V-JEPA 2 also have such a table, which it does not use
+        table = vjepa_positions(grid_of(config.clip, config.patch), width)
+        if not torch.allclose(state["pos_embed"][0].float(), table, atol=1e-3):
+            other = "V-JEPA 2 is in transformers' layout on the hub, facebook/vjepa2-vitl-fpc64-256"
+            raise UserError(f"{source}: pos_embed is not V-JEPA's for {frames} frames of {side_px} px; {other}")
+    return Layout(model, config, weights, shapes, lambda key: state[key].float().numpy())
+
+
+def vit_weight_map(config: VideoViTConfig, model: type[VideoViT]) -> WeightMap:
+    """Every tensor of a `VideoMAE2` or a `VJEPA`."""
+    width, tokens = config.width, math.prod(grid_of(config.clip, config.patch))
+    weights = torch_patches("patch_embedding", PATCHES.removesuffix(".weight"), width, config.patch)
+    if model is VJEPA:
+        weights["positions"] = reshaped("pos_embed", (1, tokens, width), (tokens, width))
+    else:  # in no file
+        weights["positions"] = TensorMap((tokens, width), {}, lambda: sinusoid(tokens, width).numpy())
+    for i in range(config.depth):
+        block = f"blocks.{i}"
+        weights |= torch_layer(f"{block}.attention_norm", f"{block}.norm1", width)
+        weights |= torch_layer(f"{block}.qkv", f"{block}.attn.qkv", 3 * width, width)
+        if model is VideoMAE2:  # keys have no bias
+            biases = {f"{block}.attn.{letter}_bias": (width,) for letter in "qv"}
+            weights[f"{block}.qkv.bias"] = TensorMap((3 * width,), biases, lambda q, v: np.concatenate([q, np.zeros_like(q), v]))
+        weights |= torch_layer(f"{block}.out", f"{block}.attn.proj", width, width)
+        weights |= torch_layer(f"{block}.mlp_norm", f"{block}.norm2", width)
+        weights |= torch_layer(f"{block}.mlp_in", f"{block}.mlp.fc1", config.mlp, width)
+        weights |= torch_layer(f"{block}.mlp_out", f"{block}.mlp.fc2", width, config.mlp)
+    return weights
