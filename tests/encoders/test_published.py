@@ -188,6 +188,7 @@ SCALE, GAMMA, QKV = "blocks.0.attn.scale", "blocks.1.gamma_1", "blocks.0.attn.qk
     ("VideoMAE2", lambda s: s.update({QKV: torch.ones(66, 9)}), f": {QKV} is (66, 9); needed (66, 22)"),
     ("VideoMAE2", lambda s: s.update({QKV: torch.ones(66, 22).long()}), "is torch.int64 (torch.strided); needed dense"),
     ("VideoMAE2", lambda s: s.pop("patch_embed.proj.weight"), "has 0 tensors patch_embed.proj.weight; needed that of one"),
+    ("VJEPA", lambda s: s.pop("pos_embed"), "has neither VideoMAE v2's blocks.0.attn.q_bias nor V-JEPA's pos_embed; needed"),
     ("VJEPA", lambda s: s.update(pos_embed=torch.zeros(1, 32, 22)), "pos_embed is not V-JEPA's for 16 frames of 16 px; V-JEPA 2"),
     ("VJEPA", lambda s: s.update(pos_embed=torch.zeros(1, 8192, 22)), "pos_embed is not V-JEPA's for 16 frames of 256 px; "),
     ("VJEPA", lambda s: s.update(cls_token=torch.zeros(1, 1, 22)), "has cls_token (1, 1, 22), which this model does not have"),

@@ -1,4 +1,4 @@
-"""RELEASED FILE OR FOLDER -> ENCODER: 4DS, MAE-ST, VideoMAE v2, V-JEPA, and the models of transformers.
+"""RELEASED FILE OR FOLDER -> ENCODER: 4DS, RVM, MAE-ST, VideoMAE v2, V-JEPA, and the models of transformers.
 
 A file is recognised by the names of its tensors. No code in it or beside it is executed.
 """
@@ -19,7 +19,21 @@ from scaling4d.checkpoint import WEIGHTS as CHECKPOINT_WEIGHTS
 from scaling4d.checkpoint import load_tensors
 from scaling4d.encoders import released, transformers
 from scaling4d.encoders.arrays import Npz, Shape
-from scaling4d.encoders.released import TensorMap, WeightMap, reshaped, shape_of, torch_layer, torch_patches
+from scaling4d.encoders.released import (
+    TensorMap,
+    WeightMap,
+    concatenated,
+    flax_attention,
+    flax_block,
+    flax_dense,
+    flax_norm,
+    reshaped,
+    shape_of,
+    torch_layer,
+    torch_patches,
+    transposed,
+)
+from scaling4d.encoders.rvm import RVM, RVMConfig, frame_positions
 from scaling4d.encoders.transformers import CONFIG, PREPROCESSORS, PretrainedEncoder
 from scaling4d.encoders.transformers import WEIGHTS as SAFETENSORS
 from scaling4d.encoders.vit import VJEPA, VideoMAE2, VideoViT, VideoViTConfig, sinusoid, vjepa_positions
@@ -28,7 +42,7 @@ from scaling4d.mae.mae_st import MAESTEncoder, MAESTEncoderConfig
 from scaling4d.mae.patches import grid_of
 from scaling4d.records import UserError, as_user_error, read_json_object
 
-MODELS: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in (PretrainedEncoder, VideoMAE2, VJEPA)}
+MODELS: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in (PretrainedEncoder, VideoMAE2, VJEPA, RVM)}
 NPZ, TORCH = (".npz",), (".pth", ".pt", ".tar")  # ends of files' names
 SECTIONS = ("target_encoder", "model", "model_state", "module")  # of a file of torch; V-JEPA evaluates its target encoder
 HALVES = (torch.float32, torch.float16, torch.bfloat16)  # DeepSpeed, with which VideoMAE v2 was trained, saves halves
@@ -38,6 +52,8 @@ VIT_HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}  # by width, of both
 VIT_UNUSED = ("norm.", "fc_norm.", "head.")  # after the last block
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # both codes; pixels in 0..1
 FRAMES, SIDE_PX = 16, 224  # of the released VideoMAE v2; V-JEPA has as many frames
+RVM_PATCHES = "tokenizer/patch_embedding/Conv_0/kernel"  # 1 ph pw 3 D
+RVM_CLIP = (16, 256, 256)  # side as released; RVM takes any number of frames, so that of frames is ours
 
 
 @dataclass(frozen=True)
@@ -60,7 +76,7 @@ def import_published(source: Path, clip: tuple[int, int, int] | None = None) -> 
     if source.is_dir() and not _is_videomae2(source):
         return transformers.import_encoder(source, clip or transformers.default_clip(source))
     if not source.is_dir() and source.suffix not in NPZ + TORCH:
-        files = "a .npz of 4DS, a .pth of MAE-ST or VideoMAE v2, or a .pth.tar of V-JEPA"
+        files = "a .npz of 4DS or RVM, a .pth of MAE-ST or VideoMAE v2, or a .pth.tar of V-JEPA"
         raise UserError(f"{source} is a file; needed a folder with {CONFIG} and {CHECKPOINT_WEIGHTS}, {files}")
     with as_user_error(source):
         layout = _of_folder(source) if source.is_dir() else _of_npz(source) if source.suffix in NPZ else _of_torch(source)
@@ -84,6 +100,9 @@ def _is_videomae2(folder: Path) -> bool:
 
 def _of_npz(source: Path) -> Layout:
     arrays = Npz(source)
+    if RVM_PATCHES in arrays.shapes:
+        config = rvm_config(arrays.shapes, source)
+        return _only_needed(Layout(RVM, config, rvm_weight_map(config), arrays.shapes, arrays.read), source)
     prefix = released.four_ds_prefix(arrays.shapes)
     config = released.four_ds_config(arrays.shapes, source, prefix)
     weights = released.four_ds_weight_map(config, prefix)
@@ -162,6 +181,8 @@ def _vit(
     width, channels, *patch = shape_of(shapes, PATCHES, 5, source)
     if channels != 3:
         raise UserError(f"{source}: {PATCHES} takes {channels} channels; needed 3")
+    if not {"pos_embed", "blocks.0.attn.q_bias"} & shapes.keys():
+        raise UserError(f"{source} has neither VideoMAE v2's blocks.0.attn.q_bias nor V-JEPA's pos_embed; needed one of them")
     if heads is None and width not in VIT_HEADS:
         raise UserError(f"{source}: width {width} is none of the official ones ({', '.join(map(str, VIT_HEADS))})")
     model: type[VideoViT] = VJEPA if "pos_embed" in shapes else VideoMAE2
@@ -207,4 +228,56 @@ def vit_weight_map(config: VideoViTConfig, model: type[VideoViT]) -> WeightMap:
         weights |= torch_layer(f"{block}.mlp_norm", f"{block}.norm2", width)
         weights |= torch_layer(f"{block}.mlp_in", f"{block}.mlp.fc1", config.mlp, width)
         weights |= torch_layer(f"{block}.mlp_out", f"{block}.mlp.fc2", width, config.mlp)
+    return weights
+
+
+# ---- RVM ----
+
+
+def rvm_config(shapes: Mapping[str, Shape], source: Path) -> RVMConfig:
+    """Config of a released RVM, read off its shapes.
+
+    Raises UserError: an array is missing or has another number of axes, or the sizes do not fit together.
+    """
+    frame, core = "encoder/layers_", "rnn_core/transformer/xa_blocks_"
+    *patch, channels, width = shape_of(shapes, RVM_PATCHES, 5, source)
+    _, heads, head_width = shape_of(shapes, f"{frame}0/attention/query/kernel", 3, source)
+    _, core_heads, core_head_width = shape_of(shapes, f"{core}0/attention/query/kernel", 3, source)
+    if (patch[0], channels) != (1, 3) or {heads * head_width, core_heads * core_head_width} != {width}:
+        given = (
+            f"patches of {patch[0]} frames, {channels} channels, heads {heads} x {head_width}, {core_heads} x {core_head_width}"
+        )
+        raise UserError(f"{source}: {given}; needed 1 frame, 3 channels, and heads that fill the width {width}")
+    return RVMConfig(
+        clip=RVM_CLIP,
+        patch=tuple(patch),
+        width=width,
+        depth=released.count_blocks(shapes, frame),
+        heads=heads,
+        mlp=shape_of(shapes, f"{frame}0/mlp/dense_in/kernel", 2, source)[1],
+        core_depth=released.count_blocks(shapes, core),
+        core_heads=core_heads,
+        core_mlp=shape_of(shapes, f"{core}0/mlp/dense_in/kernel", 2, source)[1],
+    )
+
+
+def rvm_weight_map(config: RVMConfig) -> WeightMap:
+    """Every tensor of an `RVM`."""
+    width, grid = config.width, grid_of(config.clip, config.patch)
+    weights = flax_dense("patch_embedding", RVM_PATCHES.removesuffix("/kernel"), (*config.patch, 3), (width,))
+    weights["positions"] = TensorMap((math.prod(grid[1:]), width), {}, lambda: frame_positions(grid, width).numpy())
+    weights |= {"class_token": reshaped("cls_token", (1, width))} | flax_norm("norm", "encoder/LayerNorm_0", width)
+    for i in range(config.depth):
+        weights |= flax_block(f"frame_blocks.{i}", f"encoder/layers_{i}", width, config.heads, config.mlp)
+    for side in ("input", "state"):
+        gates = [transposed(f"rnn_core/{side}_{gate}/kernel", (width,), (width,)) for gate in ("update", "reset")]
+        weights[f"{side}_gates.weight"] = concatenated(gates)
+    weights["state_norm.weight"] = reshaped("rnn_core/state_layer_norm/scale", (width,))
+    weights |= flax_norm("core_norm", "rnn_core/transformer/output_norm", width)
+    for i in range(config.core_depth):
+        ours, key, heads = f"core_blocks.{i}", f"rnn_core/transformer/xa_blocks_{i}", config.core_heads
+        weights |= flax_block(ours, key, width, heads, config.core_mlp)
+        weights |= flax_norm(f"{ours}.cross_norm", f"{key}/ca_attention_norm", width)
+        weights |= flax_attention(f"{ours}.q", f"{ours}.cross_out", f"{key}/ca_attention", width, heads, parts="q")
+        weights |= flax_attention(f"{ours}.kv", "", f"{key}/ca_attention", width, heads, parts="kv")
     return weights

@@ -93,6 +93,28 @@ def flax_norm(name: str, key: str, width: int) -> WeightMap:
     return {f"{name}.weight": reshaped(f"{key}/scale", (width,)), f"{name}.bias": reshaped(f"{key}/bias", (width,))}
 
 
+def flax_attention(name: str, out: str, key: str, width: int, heads: int, parts: str = "qkv") -> WeightMap:
+    """Flax projections of queries, keys and values as one Linear `name`, or some of them, and their output `out`."""
+    shape, names = (heads, width // heads), {"q": "query", "k": "key", "v": "value"}
+    layers = [flax_dense(name, f"{key}/{names[part]}", (width,), shape) for part in parts]
+    weights = {tensor: concatenated([layer[tensor] for layer in layers]) for tensor in layers[0]}
+    return weights | (flax_dense(out, f"{key}/out", shape, (width,)) if out else {})
+
+
+def flax_mlp(name: str, key: str, width: int, mlp: int) -> WeightMap:
+    """The norm and the two layers of a block's mlp."""
+    weights = flax_norm(f"{name}.mlp_norm", f"{key}/mlp_norm", width)
+    weights |= flax_dense(f"{name}.mlp_in", f"{key}/mlp/dense_in", (width,), (mlp,))
+    return weights | flax_dense(f"{name}.mlp_out", f"{key}/mlp/dense_out", (mlp,), (width,))
+
+
+def flax_block(name: str, key: str, width: int, heads: int, mlp: int) -> WeightMap:
+    """A pre-norm block of 4DS and its kin."""
+    weights = flax_norm(f"{name}.attention_norm", f"{key}/attention_norm", width)
+    weights |= flax_attention(f"{name}.qkv", f"{name}.out", f"{key}/attention", width, heads)
+    return weights | flax_mlp(name, key, width, mlp)
+
+
 def torch_layer(name: str, key: str, width: int, inputs: int | None = None) -> WeightMap:
     """A torch Linear `inputs -> width`, or a LayerNorm without `inputs`."""
     weight = (width,) if inputs is None else (width, inputs)
@@ -170,18 +192,10 @@ def four_ds_config(shapes: Mapping[str, Shape], source: object, prefix: str) -> 
 def four_ds_weight_map(config: EncoderConfig, prefix: str) -> WeightMap:
     """Every tensor of the `Encoder`."""
     width, mlp, patch, grid = config.width, config.mlp, config.patch, grid_of(config.clip, config.patch)
-    heads = (config.heads, width // config.heads)
     weights = {"positions": reshaped(prefix + POSITIONS, (*grid, width), (math.prod(grid), width))}
     weights |= flax_dense("patch_embedding", prefix + PATCH_KERNEL.removesuffix("/kernel"), (*patch, 3), (width,))
     for i in range(config.depth):
-        ours, released = f"blocks.{i}", f"{prefix}processor/layers_{i}"
-        qkv = [flax_dense("qkv", f"{released}/attention/{name}", (width,), heads) for name in ("query", "key", "value")]
-        weights |= flax_norm(f"{ours}.attention_norm", f"{released}/attention_norm", width)
-        weights |= {f"{ours}.{kind}": concatenated([one[kind] for one in qkv]) for kind in ("qkv.weight", "qkv.bias")}
-        weights |= flax_dense(f"{ours}.out", f"{released}/attention/out", heads, (width,))
-        weights |= flax_norm(f"{ours}.mlp_norm", f"{released}/mlp_norm", width)
-        weights |= flax_dense(f"{ours}.mlp_in", f"{released}/mlp/dense_in", (width,), (mlp,))
-        weights |= flax_dense(f"{ours}.mlp_out", f"{released}/mlp/dense_out", (mlp,), (width,))
+        weights |= flax_block(f"blocks.{i}", f"{prefix}processor/layers_{i}", width, config.heads, mlp)
     return weights
 
 
