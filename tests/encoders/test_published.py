@@ -17,7 +17,7 @@ from scaling4d.encoders import published
 from scaling4d.encoders.encoder import Encoder
 from scaling4d.encoders.export import export_program
 from scaling4d.encoders.stage import baseline
-from scaling4d.encoders.vit import VideoViTConfig
+from scaling4d.mae.vit import VideoViTConfig
 from scaling4d.readout.stage import readout
 from scaling4d.records import UserError
 

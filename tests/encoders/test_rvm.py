@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from scaling4d import config
-from scaling4d.encoders import rvm
 from scaling4d.encoders.encoder import Encoder
 from scaling4d.encoders.export import export_program
 from scaling4d.encoders.stage import baseline
+from scaling4d.mae import rvm
 from scaling4d.readout.stage import readout
 from scaling4d.records import UserError
 

@@ -33,13 +33,13 @@ from scaling4d.encoders.released import (
     torch_patches,
     transposed,
 )
-from scaling4d.encoders.rvm import RVM, RVMConfig, frame_positions
 from scaling4d.encoders.transformers import CONFIG, PREPROCESSORS, PretrainedEncoder
 from scaling4d.encoders.transformers import WEIGHTS as SAFETENSORS
-from scaling4d.encoders.vit import VJEPA, VideoMAE2, VideoViT, VideoViTConfig, sinusoid, vjepa_positions
 from scaling4d.mae.encoder import Encoder
 from scaling4d.mae.mae_st import MAESTEncoder, MAESTEncoderConfig
 from scaling4d.mae.patches import grid_of
+from scaling4d.mae.rvm import RVM, RVMConfig, frame_positions
+from scaling4d.mae.vit import VJEPA, VideoMAE2, VideoViT, VideoViTConfig, sinusoid, vjepa_positions
 from scaling4d.records import UserError, as_user_error, read_json_object
 
 MODELS: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in (PretrainedEncoder, VideoMAE2, VJEPA, RVM)}

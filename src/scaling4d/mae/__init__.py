@@ -1,1 +1,1 @@
-"""CLIPS -> MASKED TOKENS -> LOSS: the two papers' masked autoencoders."""
+"""CLIPS -> MASKED TOKENS -> LOSS: the two papers' masked autoencoders, and encoders that others published."""

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scaling4d.config import require_sizes
-from scaling4d.encoders.vit import sinusoid
 from scaling4d.mae.attention import attention
 from scaling4d.mae.encoder import LAYER_NORM_EPS, MOST_BLOCKS, Block
 from scaling4d.mae.patches import grid_of, patchify
 from scaling4d.mae.resize import resize
+from scaling4d.mae.vit import sinusoid
 
 BASE_GRID = (16, 16)  # h w of the positions, which other grids interpolate
 STATE_NORM_EPS = 1e-4
