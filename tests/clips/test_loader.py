@@ -18,6 +18,7 @@ from small_videos import save, world
 
 from scaling4d import seeds, video
 from scaling4d.clips import loader
+from scaling4d.clips.crop import draw_rectangle
 from scaling4d.clips.shards import read_previous
 from scaling4d.records import Augmentation, UserError
 from scaling4d.training.distributed import run as in_ranks
@@ -159,7 +160,7 @@ def test_a_table_out_of_order_is_refused_by_windows(made, tmp_path):
 
 
 def cropped(pixels, *, area, rng, aspect=(1.0, 1.0)):
-    rectangle = loader.draw_rectangle(pixels.shape[1], area=area, aspect=aspect, rng=rng)
+    rectangle = draw_rectangle(pixels.shape[1], area=area, aspect=aspect, rng=rng)
     return loader.augment(pixels, Augmentation(rectangle, mirrored=False, backwards=False))
 
 

@@ -21,6 +21,18 @@ from scaling4d.records import UserError
 pytestmark = pytest.mark.integration
 
 ACTIONS = torch.tensor([0, 3, 4, 1])
+RECIPE = ClassifierConfig(
+    steps=8,
+    batch=4,
+    learning_rate=1e-3,
+    warmup_steps=1,
+    repeats=1,
+    randaugment=0.0,
+    crop=(1.0, 1.0),
+    aspect=(1.0, 1.0),
+    erasing=0.0,
+    dropout=0.5,
+)
 SHAPE = {"width": 24, "heads": 2, "mlp": 48, "clip": (4, 16, 16), "patch": (2, 8, 8), "pixel_mean": 0.0, "pixel_scale": 1.0}
 
 
@@ -61,10 +73,41 @@ def test_the_classes_are_mixed_as_the_pixels_are(kind: str) -> None:
 
 
 def test_clips_are_mixed_anew_for_every_rank_and_step_and_alike_when_a_step_is_repeated() -> None:
-    config = ReadoutConfig(None, "actions", TASK["actions"], 0, SimpleNamespace(ranks=1), ClassifierConfig(8, 4, 1e-3, 1))
-    protocol, train_set = Classifier(replace(config, task=replace(config.task, classes=5))), SameBatch([None] * 4)
+    protocol, train_set = protocol_of(), SameBatch([None] * 4)
     mixed = [protocol.batch(train_set, rank, step).inputs[0] for rank, step in ((0, 3), (0, 3), (0, 4), (1, 3))]
     assert [torch.equal(mixed[0], other) for other in mixed[1:]] == [True, False, False]
+
+
+class Windows(list):
+    """A training set that notes which windows are read."""
+
+    def batch(self, indices: list[int], epochs: list[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        self.read = list(zip(indices, epochs, strict=True))
+        pixels = torch.randint(0, 256, (len(indices), 4, 16, 16, 3), dtype=torch.uint8, generator=seeds.stream(0, "clips"))
+        return pixels, {"action": torch.tensor(indices) % 5}
+
+
+def protocol_of(**changes: object) -> Classifier:
+    task, recipe = replace(TASK["actions"], classes=5), replace(RECIPE, **changes)
+    return Classifier(ReadoutConfig(None, "actions", task, 0, SimpleNamespace(ranks=1), recipe))
+
+
+def test_copies_of_a_video_follow_one_another_in_windows_that_no_other_epoch_shows() -> None:
+    protocol, train_set, seen = protocol_of(batch=6, repeats=3), Windows([None] * 4), []
+    for step in range(4):  # two passes over four videos
+        protocol.batch(train_set, 0, step)
+        pairs = [train_set.read[:3], train_set.read[3:]]
+        assert all(len({index for index, _ in pair}) == 1 for pair in pairs)
+        seen += train_set.read
+    assert sorted(seen) == [(index, window) for index in range(4) for window in range(6)]
+
+
+def test_each_clip_is_augmented_by_its_own_draw_of_rank_step_and_place() -> None:
+    changes = {"randaugment": 7.0, "crop": (0.08, 1.0), "aspect": (0.75, 1.3333), "erasing": 0.25}
+    augmented, train_set = protocol_of(**changes), Windows([None] * 4)
+    mixed = [augmented.batch(train_set, rank, step).inputs[0] for rank, step in ((0, 3), (0, 3), (0, 4), (1, 3))]
+    assert [torch.equal(mixed[0], other) for other in mixed[1:]] == [True, False, False]
+    assert not torch.equal(mixed[0], protocol_of().batch(train_set, 0, 3).inputs[0])
 
 
 def test_a_rectangle_lies_in_the_picture_and_has_about_its_share_when_inside() -> None:
@@ -97,7 +140,7 @@ def test_a_dropped_branch_is_left_out_for_some_clips_in_training_only_and_the_ot
 
 
 def test_the_classifier_starts_from_the_encoders_last_norm_and_nearly_equal_scores() -> None:
-    head = MeanPoolClassifier(width=24, classes=5)
+    head = MeanPoolClassifier(width=24, classes=5, dropout=0.5)
     encoder = MAESTEncoder(MAESTEncoderConfig(depth=1, separable_positions=True, class_token=True, **SHAPE))
     torch.nn.init.normal_(encoder.norm.weight, generator=seeds.stream(0, "norm"))
     head.initialise(encoder, 0)

@@ -220,6 +220,8 @@ CLASSIFIER, ACTIONS = "classifier.Classifier.batch", "tasks.actions.Actions"
     ("finetune", RATE, 0.0, "readout.finetune.actions.Finetune: encoder_learning_rate is 0.0; needed more than 0, or the"),
     ("classifier", CLASSIFIER, 5, "readout.classifier: batch 5 does not divide over 2 ranks; set batch to a"),
     ("classifier", CLASSIFIER, 2, "readout.classifier: batch 2 leaves one clip to each of 2 ranks, and mixup"),
+    ("classifier", "classifier.Classifier.repeats", 5, "readout.classifier: batch 8 does not divide among 2 ranks, each"),
+    ("classifier", "classifier.Classifier.erasing", 2.0, "readout.classifier.Classifier: erasing is 2.0; needed 0 to 1"),
     ("classifier", f"{ACTIONS}.classes", 3, "data/benchmarks/ssv2 has 8 classes, and Actions.classes is 3; set it to 8"),
 ])  # fmt: skip
 def test_settings_that_cannot_be_are_refused_and_nothing_is_left(

@@ -79,6 +79,22 @@ def test_every_epoch_has_its_own_window_of_each_video_by_seed_alone(data: Path) 
     assert draw(seed=None) == [[0] * 2 * VIDEOS] * 60
 
 
+def read_together(*, data: Path, **where: Any) -> list[list[int]]:
+    """First frames of three windows of two clips, read as neighbours and one by one, and the number of passes."""
+    train_set = ClipDataset(split_of(data, **where), 0)
+    passes, read = [], train_set.samples.load
+    train_set.samples = replace(train_set.samples, load=lambda item, positions: passes.append(item) or read(item, positions))
+    places = [(clip, epoch) for clip in (2, 0) for epoch in range(3)]
+    together = first_frames(train_set.batch(*zip(*places, strict=True))[0])
+    count = len(passes)
+    return [together, [first_frames(train_set.batch([clip], [epoch])[0])[0] for clip, epoch in places], [count]]
+
+
+def test_windows_of_a_video_that_follow_one_another_are_read_in_one_pass(data: Path) -> None:
+    together, one_by_one, passes = run(read_together, ranks=1, data=data)
+    assert together == one_by_one and len({*together}) > 3 and passes == [2]
+
+
 def test_points_move_with_the_window(data: Path) -> None:
     windows = run(drawn, ranks=1, data=data, epochs=range(10), task="points")
     assert len({first for clips in windows for first in clips}) > 8

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import itertools
-import math
 import multiprocessing
 import os
 import signal
@@ -26,11 +25,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.utils.data import Dataset, default_collate
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from scaling4d import seeds, video
+from scaling4d.clips.crop import check_crop, draw_rectangle, resized_crop
 from scaling4d.config import check_types, require_positive
 from scaling4d.records import Augmentation, ClipBatch, UserError, shortened
 
@@ -42,7 +41,6 @@ ARROW_TYPES = {  # of columns, by the types of a ClipRecord's fields
     "bool": ("bool",),
 }
 PREFETCH = 2  # batches that a worker is ahead
-CROP_TRIES = 10  # of a crop that fits into the picture: mae_st's
 SampledClip = tuple[int, int, int, "ClipRecord"]  # epoch, index in the table, number of the copy, record
 LoadedClip = tuple[str, float, Tensor]  # id, start in seconds of the source, uint8 `T H W C`
 
@@ -303,36 +301,11 @@ class AugmentedBatches(Dataset):
         return Augmentation(rectangle, mirrored, backwards)
 
 
-def draw_rectangle(
-    side: int, *, area: tuple[float, float], aspect: tuple[float, float], rng: np.random.Generator
-) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a random rectangle in a square picture.
-
-
-    area: share of the picture that the rectangle covers, uniform between the two. aspect: its width by its height,
-    uniform between the two on a logarithmic scale. Of rectangles that do not fit, another is drawn; at last everything.
-    Source: random resized crop of MAE-ST's code (there of the whole picture, not of the square in its middle).
-    """
-    for _ in range(CROP_TRIES):
-        size = side * rng.uniform(*area) ** 0.5
-        stretch = 1.0 if aspect == (1.0, 1.0) else math.exp(rng.uniform(*np.log(aspect)) / 2)
-        height, width = max(round(size / stretch), 1), max(round(size * stretch), 1)
-        if max(height, width) <= side:
-            break
-    else:
-        height = width = side
-    top, left = rng.integers((side - height, side - width), endpoint=True).tolist()
-    return top, left, height, width
-
-
 def augment(pixels: Tensor, augmentation: Augmentation) -> Tensor:
     """uint8 `T H W C` of the same shape, on any device; a GPU may round a resized value to its neighbour."""
     rectangle, mirrored, backwards = augmentation
     if rectangle is not None:
-        (top, left, height, width), side = rectangle, pixels.shape[1]
-        x = pixels[:, top : top + height, left : left + width].permute(0, 3, 1, 2).float()  # T C H W
-        x = functional.interpolate(x, size=(side, side), mode="bilinear")  # never smaller: no antialiasing
-        pixels = x.round_().to(torch.uint8).permute(0, 2, 3, 1)  # T H W C
+        pixels = resized_crop(pixels, rectangle)
     axes = [axis for axis, flipped in ((0, backwards), (2, mirrored)) if flipped]
     return pixels.flip(axes) if axes else pixels
 
@@ -352,10 +325,7 @@ def check(
     """
     if repeats < 1 or batch % (ranks * repeats):
         raise ValueError(f"batch = {batch} does not divide among {ranks} ranks, each clip {repeats} times; needed a multiple")
-    if not 0 < crop[0] <= crop[1] <= 1:
-        raise ValueError(f"crop = {list(crop)}; needed 0 < smallest <= largest <= 1")
-    if not 0 < aspect[0] <= aspect[1]:
-        raise ValueError(f"aspect = {list(aspect)}; needed 0 < smallest <= largest")
+    check_crop(crop, aspect)
     if window_shards < 0:
         raise ValueError(f"window_shards = {window_shards}; needed 0 or more")
 

@@ -1,8 +1,7 @@
 """MAE-ST's fine-tuning for actions: the whole encoder with a mean-pooling classifier, mixup and cutmix.
 
-Source: arXiv:2205.09113 and facebookresearch/mae_st. Not done here: RandAugment and random erasing (our actions tell
-left from right and up from down), random crops, repeated augmentation. torchvision's MixUp and CutMix draw from torch's
-global state.
+Source: arXiv:2205.09113 and facebookresearch/mae_st. readout.augment changes single clips before they are mixed.
+torchvision's MixUp and CutMix draw from torch's global state.
 """
 
 from __future__ import annotations
@@ -15,14 +14,14 @@ from torch.nn import functional as F
 from scaling4d import seeds
 from scaling4d.mae.encoder import LAYER_NORM_EPS, initialise
 
-LAYER_DECAY, DROP_PATH, DROPOUT = 0.75, 0.2, 0.5  # of mae_st's fine-tuning, here and below
+LAYER_DECAY, DROP_PATH = 0.75, 0.2  # of mae_st's fine-tuning of ViT-L, here and below
 MIXUP, CUTMIX, LABEL_SMOOTHING = 0.8, 1.0, 0.1
 
 
 class MeanPoolClassifier(nn.Module):
     """Mean over tokens, norm, dropout, linear."""
 
-    def __init__(self, *, width: int, classes: int, dropout: float = DROPOUT) -> None:
+    def __init__(self, *, width: int, classes: int, dropout: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, LAYER_NORM_EPS)
         self.dropout = nn.Dropout(dropout)
@@ -80,7 +79,7 @@ def mix_clips(
     cutmix: float = CUTMIX,
     label_smoothing: float = LABEL_SMOOTHING,
 ) -> tuple[Tensor, Tensor]:
-    """uint8 `B T H W C` and `B` classes -> float clips in 0..1 and soft labels `B classes`.
+    """Clips in 0..255, `B T H W C`, and `B` classes -> float clips in 0..1 and soft labels `B classes`.
 
     Each clip is mixed with the clip at the opposite place of the batch: as a weighted mean (mixup), or in a rectangle
     of all frames (cutmix). With both, each is used for half of the batches. Source: arXiv:1710.09412, arXiv:1905.04899.

@@ -11,7 +11,8 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice, repeat
+from itertools import groupby, islice, repeat
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -165,16 +166,19 @@ class ClipDataset:
         sample = view_of(plain, view)
         return sample.pixels, self.task.train_target(sample)
 
-    def _read(self, index: int, epoch: int) -> tuple[np.ndarray, Target]:
+    def _read(self, index: int, epochs: Sequence[int]) -> list[tuple[np.ndarray, Target]]:
         if index < len(self.kept):
-            return self.kept[index]
+            return [self.kept[index]] * len(epochs)
         item, name, view = self.places[index]
-        (plain,) = self.samples.at_index(item, [self.split.position(name, epoch)])
-        return self._clip_and_target(plain, view)
+        windows = self.samples.at_index(item, [self.split.position(name, epoch) for epoch in epochs])
+        return [self._clip_and_target(plain, view) for plain in windows]
 
     def batch(self, indices: Sequence[int], epochs: Iterable[int] = repeat(0)) -> tuple[Tensor, dict[str, Tensor]]:
-        """Pixels `B T H W C` and targets of clips, each in its window for an epoch."""
-        pixels, targets = zip(*map(self._read, indices, epochs), strict=True)
+        """Pixels `B T H W C` and targets of clips, each in its window for an epoch. Equal neighbours share a pass."""
+        clips = []
+        for index, places in groupby(zip(indices, epochs, strict=False), key=itemgetter(0)):
+            clips += self._read(index, [epoch for _, epoch in places])
+        pixels, targets = zip(*clips, strict=True)
         return torch.from_numpy(np.stack(pixels)), collate(targets)
 
 

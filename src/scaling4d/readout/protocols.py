@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -21,10 +21,12 @@ from torch import Tensor, nn
 
 from scaling4d import checkpoint, seeds
 from scaling4d.benchmarks.samples import WINDOWS
+from scaling4d.clips.crop import check_crop
 from scaling4d.config import require_minima, require_positive, require_words
 from scaling4d.encoders.features import FeatureEncoder, FeatureStore, MemoryFeatures, features_at_depth, stored_features
 from scaling4d.mae.device import to_device
 from scaling4d.mae.models import MODELS
+from scaling4d.readout.augment import LARGEST_MAGNITUDE, augment_clip
 from scaling4d.readout.classifier import DROP_PATH, ClassifierModel, MeanPoolClassifier, layer_decay_groups, mix_clips
 from scaling4d.readout.data import ClipDataset, Encode, FeatureDataset, Predict, RankSplit, epochs_of, shuffled_batch
 from scaling4d.readout.heads import Head, HeadConfig
@@ -140,17 +142,33 @@ class FinetuneConfig:
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """MAE-ST's fine-tuning. learning_rate: of the classifier; blocks decay from it."""
+    """MAE-ST's fine-tuning.
+
+    batch: clips a step, copies counted. learning_rate: of the classifier; blocks decay from it. repeats: copies of a
+    video in a batch, each in a window of its own where windows are random (repeated augmentation). randaugment, crop,
+    aspect, erasing: see readout.augment. dropout: of the pooled tokens.
+    """
 
     steps: int
     batch: int
     learning_rate: float
     warmup_steps: int
+    repeats: int
+    randaugment: float
+    crop: tuple[float, float]
+    aspect: tuple[float, float]
+    erasing: float
+    dropout: float
 
     weight_decay: ClassVar[float] = 0.05  # mae_st
 
     def __post_init__(self) -> None:
         _check_recipe(self)
+        require_minima(self, {"repeats": 1})
+        check_crop(self.crop, self.aspect)
+        for name, largest in (("randaugment", LARGEST_MAGNITUDE), ("erasing", 1.0), ("dropout", 1.0)):
+            if not 0 <= getattr(self, name) <= largest:
+                raise ValueError(f"{name} is {getattr(self, name)}; needed 0 to {largest:g}")
 
 
 @dataclass(frozen=True)
@@ -279,10 +297,10 @@ class ReadoutProtocol(ABC):
         return keys | dict.fromkeys((ComputeConfig, ShardingConfig), "readout.tuning")
 
     @classmethod
-    def check_batch(cls, batch: int, ranks: int) -> None:
-        """Raises ValueError: the batch does not suit the number of ranks."""
-        if batch % ranks:
-            raise ValueError(f"batch {batch} does not divide over {ranks} ranks; set batch to a multiple")
+    def check_batch(cls, recipe: Any, ranks: int) -> None:
+        """Raises ValueError: the recipe's batch does not suit the number of ranks."""
+        if recipe.batch % ranks:
+            raise ValueError(f"batch {recipe.batch} does not divide over {ranks} ranks; set batch to a multiple")
 
     @classmethod
     def supports(cls, model: str) -> bool:
@@ -469,10 +487,13 @@ class Classifier(ReadoutProtocol):
         return {kind: key for kind, key in super().config_keys(task).items() if kind is not HeadConfig}
 
     @classmethod
-    def check_batch(cls, batch: int, ranks: int) -> None:
-        super().check_batch(batch, ranks)
+    def check_batch(cls, recipe: ClassifierConfig, ranks: int) -> None:
+        super().check_batch(recipe, ranks)
+        batch, repeats = recipe.batch, recipe.repeats
         if batch == ranks:
             raise ValueError(f"batch {batch} leaves one clip to each of {ranks} ranks, and mixup needs two")
+        if batch // ranks % repeats:
+            raise ValueError(f"batch {batch} does not divide among {ranks} ranks, each video {repeats} times; needed a multiple")
 
     @classmethod
     def supports(cls, model: str) -> bool:
@@ -481,14 +502,20 @@ class Classifier(ReadoutProtocol):
     def build(self, encoder: nn.Module, train_set: ClipDataset) -> ClassifierModel:
         for number, block in enumerate(encoder.blocks):
             block.drop_path = DROP_PATH * number / max(len(encoder.blocks) - 1, 1)  # rises from 0 at the first
-        head = MeanPoolClassifier(width=encoder.width, classes=self.config.task.classes)
+        head = MeanPoolClassifier(width=encoder.width, classes=self.config.task.classes, dropout=self.config.recipe.dropout)
         head.initialise(encoder, self.config.seed)
         return ClassifierModel(encoder, head)
 
     def batch(self, train_set: ClipDataset, rank: int, step: int) -> Batch:
-        pixels, target = super().batch(train_set, rank, step).inputs
-        rng = seeds.numpy(self.config.seed, "mix", rank, step)
-        return Batch(mix_clips(pixels, target["action"], self.config.task.classes, rng))
+        recipe, seed, length = self.config.recipe, self.config.seed, len(train_set)
+        videos, copies = recipe.batch // self.config.evaluation.ranks // recipe.repeats, range(recipe.repeats)
+        drawn = zip(shuffled_batch(step, videos, length, seed, rank), epochs_of(step, videos, length), strict=True)
+        places = [(index, epoch * recipe.repeats + copy) for index, epoch in drawn for copy in copies]
+        pixels, target = train_set.batch(*map(list, zip(*places, strict=True)))
+        strength = {name: getattr(recipe, name) for name in ("randaugment", "crop", "aspect", "erasing")}
+        clips = [augment_clip(clip, seeds.numpy(seed, "augment", rank, step, n), **strength) for n, clip in enumerate(pixels)]
+        rng = seeds.numpy(seed, "mix", rank, step)
+        return Batch(mix_clips(torch.stack(clips), target["action"], self.config.task.classes, rng))
 
     def param_groups(self, model: ClassifierModel) -> ParamGroups:
         return layer_decay_groups(model, self.config.recipe.learning_rate)

@@ -31,7 +31,7 @@ from scaling4d.mae.mae_st import MAESTConfig
 from scaling4d.mae.models import MODELS
 from scaling4d.mae.patches import unpatchify
 from scaling4d.provenance import atomic_new
-from scaling4d.readout.classifier import DROPOUT, MeanPoolClassifier
+from scaling4d.readout.classifier import MeanPoolClassifier
 from scaling4d.readout.heads import AttentionReadout, Head, HeadConfig, PlainAttentionReadout, Queries
 from scaling4d.records import UserError, as_user_error, shortened, write_json
 
@@ -39,6 +39,7 @@ READOUT_WEIGHTS, READOUT = "readout.safetensors", "readout.json"
 HEAD = "params/layers_2/"
 DEPTH_FRACTION = 0.95  # of the released readouts
 DEPTH_PATCH = (2, 8, 8)  # of the released depth readout
+DROPOUT = 0.5  # mae_st's default; without effect on loaded weights
 TILES = "temporal_tile_posenc/embeddings"
 INITIAL = {"query_std": 0.02, "time_init": "normal", "out_scale": 1.0}  # without effect on loaded weights
 TRACKING = {"fourier_bases": 16, "stretched": True, "distance_bias": (), **INITIAL}  # of the released tracking readouts

@@ -169,10 +169,10 @@ def _bind_task(task: str, protocol: type[ReadoutProtocol], settings: Mapping[str
 
 
 def _check_batch(task: str, protocol: type[ReadoutProtocol], bound: StageConfig) -> None:
-    ranks, batch, sharding = bound[EvaluationConfig].ranks, bound[protocol.recipe_class].batch, bound[ShardingConfig]
+    ranks, recipe, sharding = bound[EvaluationConfig].ranks, bound[protocol.recipe_class], bound[ShardingConfig]
     try:
-        protocol.check_batch(batch, ranks)
-        sharding.check(ranks=ranks, batch=batch)
+        protocol.check_batch(recipe, ranks)
+        sharding.check(ranks=ranks, batch=recipe.batch)
     except ValueError as error:
         raise UserError(f"{protocol.recipe_key(task)}: {error}") from error
 
