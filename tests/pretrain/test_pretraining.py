@@ -172,6 +172,14 @@ def test_rates_of_matrices_fall_with_the_width() -> None:
     assert len(matrices) + len(embeddings) == len(list(pretraining.build().parameters()))
 
 
+def test_one_rate_for_all_parameters_is_a_setting() -> None:
+    one_rate = "pretrain.Training.rate_times_width=0.0"
+    pretraining = bind_point("nano", config.compose(["profile=smoke", one_rate]))
+    groups = param_groups(pretraining.build(), pretraining)
+    assert [rate for _, rate in groups.values()] == [pretraining.training.embedding_rate] * 2
+    assert pretraining.fit.rate_setting == "pretrain.Training.embedding_rate"
+
+
 @pytest.mark.parametrize(("key", "value", "message"), [
     ("points.nano.Sharding.shards", 3, "points.nano, .+: 2 ranks do not divide into copies of 3 shards; set Sharding.+"),
     ("points.nano.Sharding.recompute", "some", "points.nano.Sharding: recompute = 'some'; needed none or block"),

@@ -46,8 +46,9 @@ class TrainingConfig(ComputeConfig):
     """How every point is trained, so that points differ in their model alone.
 
     ranks: processes that share a batch (on a CPU of one thread each); results depend on it. batch: clips a step, over
-    all ranks. rate_times_width: peak learning rate of the matrices that read `width` numbers = this / width.
-    embedding_rate: of all other parameters (patch embedding, positions, tokens, norms, biases), at every width.
+    all ranks. rate_times_width: peak learning rate of the matrices that read `width` numbers = this / width; 0: they
+    have `embedding_rate`, too (MAE-ST). embedding_rate: of all other parameters (patch embedding, positions, tokens,
+    norms, biases), at every width.
     warmup: share of the steps. clip_norm: of the gradient. flip: mirror clips at random. reverse: play them backwards
     at random. crop: smallest and largest share of the picture's area that a random rectangle keeps. aspect: smallest
     and largest of its width by its height. repeats: copies of a clip in a batch, each cropped, flipped and masked on
@@ -87,8 +88,8 @@ class TrainingConfig(ComputeConfig):
         super().__post_init__()
         at_least_one = ("ranks", "batch", "steps", "log_every", "masks_per_clip")
         require_minima(self, dict.fromkeys(at_least_one, 1) | dict.fromkeys(("val_clips", "validate_every"), 0))
-        require_positive(self, "rate_times_width", "embedding_rate", "clip_norm")
-        require_minima(self, {"weight_decay": 0})
+        require_positive(self, "embedding_rate", "clip_norm")
+        require_minima(self, {"weight_decay": 0, "rate_times_width": 0})
         if unknown := [task for task in self.probe_tasks if task not in PROBES]:
             raise ValueError(f"probe_tasks has {unknown[0]!r}; needed some of {', '.join(PROBES)}")
         if min(self.probe_items) < 0:
@@ -181,7 +182,7 @@ class PretrainConfig:
             warmup_steps=round(training.steps * training.warmup),
             clip_norm=training.clip_norm,
             seed=self.seed,
-            rate_setting="pretrain.Training.rate_times_width",
+            rate_setting=f"pretrain.Training.{'rate_times_width' if training.rate_times_width else 'embedding_rate'}",
             device=training.device,
             accumulate=self.sharding.accumulate,
             log_every=training.log_every,

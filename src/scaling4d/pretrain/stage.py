@@ -183,12 +183,14 @@ def _train(*, rank: int, ranks: int, pretraining: PretrainConfig, evidence: Mapp
 def param_groups(model: nn.Module, pretraining: PretrainConfig) -> ParamGroups:
     """Two learning rates: of the matrices inside the network; of all parameters that are added to it or read pixels.
 
+    They are one where `rate_times_width` is 0.
     Source: the widths' rule for Adam of Tensor Programs V (arXiv:2203.03466); its use here is ours.
     """
     training, named = pretraining.training, list(model.named_parameters())
     inside = {name for name, p in named if p.ndim == 2 and name.endswith("weight") and "patch_embedding" not in name}
+    matrix_rate = training.rate_times_width / pretraining.model.width or training.embedding_rate
     return {
-        "matrices": ([item for item in named if item[0] in inside], training.rate_times_width / pretraining.model.width),
+        "matrices": ([item for item in named if item[0] in inside], matrix_rate),
         "embeddings": ([item for item in named if item[0] not in inside], training.embedding_rate),
     }
 

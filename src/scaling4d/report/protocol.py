@@ -1,14 +1,15 @@
-"""protocol.yaml: what the papers state, which setting carries it, how profiles `paper` and `pocket` differ from it."""
+"""protocol.yaml: what the papers state, which setting carries it, how three profiles differ from it."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import resources
 from typing import Any
 
-PROFILES = ("paper", "pocket")
+PROFILES = ("paper", "pocket", "mae_st")
+SHARED = {"mae_st": "pocket"}  # a profile without an entry of its own has that of another, whose defaults it has
 SHAPE_OF_J = "shape of the encoder of 4DS-j"  # `what` of a row
 
 
@@ -27,6 +28,11 @@ def rows() -> list[dict[str, Any]]:
 def row_of(topic: str) -> dict[str, Any]:
     """The row of a topic."""
     return next(row for row in rows() if row["what"] == topic)
+
+
+def entry_of(entries: Mapping[str, Any], profile: str) -> Any:
+    """The status in a row, or the value in a setting's record, that is a profile's. None: it has none."""
+    return entries[profile] if profile in entries else entries.get(SHARED.get(profile))
 
 
 def status_profile(profile: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from scaling4d.provenance import flatten
 from scaling4d.report.page import Number, Page, Part, joined, part_of, text_of
 from scaling4d.report.pictures import count_clips, strip_name, video_name
-from scaling4d.report.protocol import SHAPE_OF_J, matched_keys, row_of, status_profile
+from scaling4d.report.protocol import SHAPE_OF_J, entry_of, matched_keys, row_of, status_profile
 from scaling4d.report.protocol import rows as protocol_rows
 from scaling4d.report.run_results import PROTOCOLS, RunResults, is_baseline
 from scaling4d.report.tables import (
@@ -268,7 +268,7 @@ def _protocol(run: RunResults, page: Page, status: str) -> str:
         lines: list[Part] = [[f"{pattern}: ", value] for pattern, value in values.items() if value]
         if "fixed" in row and run.results:
             lines.append(f"in the code: {row['fixed']}")
-        if row.get(profile) == status and (lines or status == "differs"):
+        if entry_of(row, profile) == status and (lines or (status == "differs" and profile in row)):
             lines += [row["reason"]] if "reason" in row else []
             table.append([row["what"], f"{row['stated']}\n({row['source']})", joined(lines, "\n")])
     return f'<div class="words">{page.table(("", "the papers (source)", "ours, in force"), table)}</div>'
