@@ -172,7 +172,7 @@ def test_the_answer_comes_first_and_details_are_folded(page: Page) -> None:
     assert [*page.sections][:5] == ["conclusion", "verdict", "rules", "headline", "results"]
     assert re.search(r"</h1>\n<section[^>]*><p>(Better|Within|Not)", report_html(page, "commit.js"))
     folded = {name for name, content in page.sections.items() if "<details>" in content}
-    details = {"further", "paper", "trends", "fidelity", "overrides", "deviations", "unstated", "agreements", "lineage"}
+    details = {"further", "paper", "mae_st", "trends", "fidelity", "overrides", "deviations", "unstated", "agreements", "lineage"}
     assert folded == {"rules"} | details
 
 
@@ -457,6 +457,28 @@ def test_the_published_curves_are_complete_and_stand_in_the_columns_of_our_table
     curves = [paper["tasks"][task]["frozen"]["B"] for task in TASKS]
     assert base[3:] == [f"~ {curves[0]}", *(f"{value:.3f}" for value in curves[1:])]
     assert len(rows) == 7 * 2
+
+
+def test_mae_sts_numbers_have_sources_and_stand_beside_the_classifiers_of_the_run(page: Page, pocket: dict) -> None:
+    known = tables.published()["MAE-ST"]
+    rows = rows_of(page.sections["mae_st"])
+    assert ["ViT-B", "87 M", "0.813", "models", "-"] in rows and ["ViT-L, from scratch", "-", "0.714", "text", "-"] in rows
+    assert len(rows) == 2 + len(known["accuracies"]) + len(known["speedups"])
+    sources = {row["source"] for row in known["accuracies"]}
+    assert all(source in known["source"] for source in sources) and "arXiv:2205.09113" in page.sections["mae_st"]
+    run = read_run_results(pocket)
+    frozen = next(r for r in run.results if r.task == "actions")
+    ours = replace(frozen, encoder="mae_st_L_tube", protocol="classifier", value=0.5, low=0.25, high=0.75)
+    section = sections.mae_st(replace(run, results=(*run.results, ours)), Page(BUILT))
+    (tube,) = (row for row in rows_of(section) if row[:1] == ["ViT-L, tube masking"])
+    assert [float(number) for number in re.findall(r"[\d.]+", tube[-1])] == [0.5, 0.25, 0.75]
+
+
+def test_the_points_of_profile_mae_st_are_those_that_the_published_numbers_name() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        encoders = config.compose(["profile=mae_st"])["encoders"]["classifier"]
+    assert {row["encoder"] for row in tables.published()["MAE-ST"]["accuracies"] if "encoder" in row} == {*encoders}
 
 
 def test_our_own_choices_are_listed_with_their_values_in_this_run(pocket: dict) -> None:

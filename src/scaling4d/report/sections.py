@@ -17,6 +17,7 @@ from scaling4d.report.tables import (
     ERRORS,
     fidelity_columns,
     held_out_parts,
+    interval,
     label,
     overview,
     published,
@@ -89,6 +90,30 @@ def paper(run: RunResults, page: Page) -> str:
     j = row_of(SHAPE_OF_J)
     shape = page.paragraph(f"{SHAPE_OF_J}: {j['stated']}. {j['reason']}")
     return page.paragraph(f"{text}{', '.join(known['approximate'])}.") + page.table(head, rows) + shape
+
+
+def mae_st(run: RunResults, page: Page) -> str:
+    """MAE-ST as published, beside the classifiers of this run; `-` where the run has no such point."""
+    if not run.results:
+        return ""
+    known, rows, speedups = published()["MAE-ST"], [], []
+    for number, row in enumerate(known["accuracies"]):
+        ours = run.result(row.get("encoder", ""), known["task"], "classifier")
+        place = ("MAE-ST", "accuracies", number)
+        parameters = published_part(*place, "parameters", spec=",.0fM") if "parameters" in row else NOTHING
+        measured = interval(run, ours) if ours else NOTHING
+        rows.append([row["training"], parameters, published_part(*place, "value", spec=".4g"), row["source"], measured])
+    for number, row in enumerate(known["speedups"]):
+        speedups.append([row["change"], published_part("MAE-ST", "speedups", number, "value", spec=".1f")])
+    head = [
+        "published",
+        "parameters",
+        f"{known['metric']} ↑, {known['benchmark']}",
+        "source",
+        f"ours\n{known['task']}, classifier",
+    ]
+    text = page.paragraph(f"Sources: {known['source']}. Ours compares with them in profile mae_st alone: other data and sizes.")
+    return text + page.table(head, rows) + page.table(["published, of ViT-L's pretraining", "times as fast"], speedups)
 
 
 def sheets(run: RunResults, page: Page) -> str:

@@ -138,7 +138,7 @@ def summary_part(run: RunResults, point: str, key: str, spec: str | None = None)
     return part_of(run.summaries.get(point, {}).get(key), run.home / "pretrain" / point / "summary.json", key, spec=spec)
 
 
-def published_part(*key: str, spec: str) -> Part:
+def published_part(*key: str | int, spec: str) -> Part:
     """A number of published.yaml."""
     return part_of(reduce(lambda content, word: content[word], key, published()), PUBLISHED, *key, spec=spec)
 
