@@ -156,7 +156,11 @@ def test_one_value_reruns_just_what_depends_on_it(story: Path) -> None:
         cli(story, "compose", "profile=smoke")
 
 
-def test_another_benchmark_reruns_the_readouts_of_its_task_alone(story: Path) -> None:
+def test_another_benchmark_reruns_the_readouts_of_its_task_alone_and_pretraining_that_probes_it(story: Path) -> None:
+    with appended(story, "experiments/pocket/benchmarks/ssv2/remark.txt", "new"):
+        assert stages_run(run(story, "dvc", "repro", "benchmarks").stdout) == ["benchmarks"]
+        probing = {"pretrain@nano", "distill@nano_distilled", "continue@nano_continued"}
+        assert probing <= set(stages_run(run(story, "dvc", "repro", "--dry").stdout))
     with appended(story, "experiments/pocket/benchmarks/scannet/remark.txt", "new"):
         assert stages_run(run(story, "dvc", "repro", "benchmarks").stdout) == ["benchmarks"]
         readouts = {f"readout_frozen@{encoder}-depth" for encoder in ("nano", "untrained_nano")}
