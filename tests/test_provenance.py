@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -272,3 +273,23 @@ def test_a_damaged_lock_is_read_or_refused(tmp_path: Path, endures: Callable, co
         path.write_text(text)
     counts = endures("locks and .dvc files", paths, lambda path: read_lock(path) and None, copies)
     assert counts[REFUSED] and counts[ACCEPTED]
+
+
+def test_a_new_folder_waits_for_a_run_that_took_it_for_one_of_a_killed_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the making of the folder and its lock, another run of the name may lock it, to remove it."""
+    monkeypatch.setattr(provenance.secrets, "token_hex", lambda _: "0123abcd")
+    folder = tmp_path / "out.partial-0123abcd"
+    lock = provenance.lock_folder(folder, wait_s=0)
+
+    def remove() -> None:
+        shutil.rmtree(folder)
+        lock.close()
+
+    other = threading.Timer(0.3, remove)
+    other.start()
+    with provenance.work_folder("out", tmp_path) as out:
+        other.join()
+        assert out.is_dir()
+    assert not list(tmp_path.iterdir())

@@ -13,6 +13,7 @@ import glob
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import secrets
@@ -130,7 +131,7 @@ def work_folder(name: str, root: Path = WORK_FOLDER) -> Iterator[Path]:
     folder, lock = root / f"{name}.partial-{secrets.token_hex(4)}", None
     try:
         try:
-            lock = lock_folder(folder, wait_s=0)
+            lock = lock_folder(folder, wait_s=math.inf)  # another run may have taken it for one of a killed run
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
