@@ -56,7 +56,7 @@ SEEK_BACK_S = (0.0, 0.5, 2.0, 10.0)  # before the first wanted time: where to se
 TOLERANCE_S = 1e-3  # a frame that starts this much after a wanted time counts as shown then
 END_S = 2e-3  # a video shows nothing so shortly before its end: containers round times to milliseconds
 BACKWARD_S = 1.0  # a time stamp may lie this much before an earlier one: AVI with B-frames (ours)
-NO_TIMES = "frames without a presentation time: put the video into a container, as by ffmpeg -i"
+NO_TIMES = "frames without a presentation time: write the video into a container, as by ffmpeg -i"
 MISSING_S = 0.25  # a file may end this much before its declared end; longer is a truncation (ours)
 
 

@@ -11,6 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from small_encoder import SMALL
 from torch import Tensor
 
 import scaling4d
@@ -26,16 +27,7 @@ from scaling4d.records import UserError, write_json
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 CLIP = (6, 32, 48)
-SHAPE = {
-    "width": 24,
-    "depth": 3,
-    "heads": 2,
-    "mlp": 48,
-    "clip": CLIP,
-    "patch": (2, 16, 16),
-    "pixel_mean": 0.4,
-    "pixel_scale": 2.0,
-}
+SHAPE = SMALL | {"clip": CLIP}
 METHOD = {"masking": "random", "mask_ratio": 0.5, "position_init": "normal", "branch_init": "released"}
 SETTINGS = {
     "SimpleMAE": SHAPE | METHOD | {"coarse_patch": (2, 16, 16), "decode_blocks": 2},
@@ -191,7 +183,7 @@ def test_raw_pixels_are_an_encoder_of_one_size(tmp_path: Path) -> None:
     Checkpoint("pixels", "PixelTokens", settings, 0, 0, 0).write(tmp_path / "pixels", {})
     encoder = Encoder.from_pretrained(tmp_path / "pixels")
     assert torch.equal(encoder(CLIPS).last_hidden_state, encoder(CLIPS).hidden_states[0])
-    assert refused(encoder.resize, [6, 32, 32]) == "a PixelTokens takes clips T H W = (6, 32, 48) only; asked for (6, 32, 32)"
+    assert refused(encoder.resize, [6, 32, 32]) == "a PixelTokens takes clips T H W = (6, 32, 48) only; got (6, 32, 32)"
 
 
 # ---- the rate of the clips ----

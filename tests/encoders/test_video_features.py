@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_encoder import SMALL
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
@@ -25,16 +26,7 @@ from scaling4d.records import UserError
 from scaling4d.video import VideoError
 
 CLIP, RATE_HZ = (4, 32, 48), 8.0
-SHAPE = {
-    "width": 24,
-    "depth": 3,
-    "heads": 2,
-    "mlp": 48,
-    "clip": CLIP,
-    "patch": (2, 16, 16),
-    "pixel_mean": 0.4,
-    "pixel_scale": 2.0,
-}
+SHAPE = SMALL | {"clip": CLIP}
 
 
 @pytest.fixture

@@ -340,7 +340,7 @@ def stop_requests(handle: Callable[[int], object] = int, *, more: tuple[signal.S
 
 
 class StopVotes:
-    """Whether any rank was asked to stop, known a step later: no step waits for the answer of other machines."""
+    """Whether any rank got a request to stop, known a step later: no step waits for the answer of other machines."""
 
     def __init__(self) -> None:
         self.votes, self.pending = torch.zeros(1), None

@@ -261,7 +261,7 @@ def fit(
                 manager.wait()
         stop = stop or (manager is not None and votes.last(bool(requests)))  # a later request ends this process at once
     if stop:
-        done = f"stopped after step {progress.step} of {config.steps}, as asked"
+        done = f"stopped after step {progress.step} of {config.steps}, on request"
         raise Preempted(f"{done}; the same command goes on from there")
     return progress
 
