@@ -18,6 +18,8 @@ from scaling4d.config import StageConfig
 from scaling4d.records import UserError, json_text, write_json
 
 CODE = Path("artifacts/code")
+BENCHMARKS = Path("artifacts/benchmarks")  # of stage `benchmarks`
+PROBES = BENCHMARKS / "probes.json"  # inputs of the probes of a pretraining
 RUNS = Path(".runs")
 PROVENANCE, OPERATIVE = "provenance.json", "operative_config.gin"
 VERSIONS = ("torch", "numpy", "av", "xformers", "gin-config", "hydra-core", "dvc", "torchdata")

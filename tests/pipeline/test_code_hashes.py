@@ -19,7 +19,9 @@ FILES = {
     "clips/stage.py": "from scaling4d.clips import curate\n\n\ndef clips():\n    return curate.cut()\n",
     "clips/spare.py": "Z = 1\n",
     "pretrain/__init__.py": "",
-    "pretrain/stage.py": "def train():\n    from scaling4d.clips import loader\n\n    return loader\n",
+    "pretrain/stage.py": "from scaling4d.pretrain import probes\n\n\ndef train():\n    from scaling4d.clips import loader as x\n",
+    "pretrain/probes.py": "from scaling4d.readout import heads\n",
+    "readout/heads.py": "W = 1\n",
     "report/stage.py": "Y = 1\n",
 }
 
@@ -33,7 +35,7 @@ def changed_packages(tmp_path: Path, **files: str) -> set[str]:
             (tmp_path / "src" / name).write_text(text)
         write_hashes(tmp_path / "src", tmp_path / "out")
         written.append({path.stem: json.loads(path.read_text())["sha256"] for path in (tmp_path / "out").glob("*.json")})
-    assert written[0].keys() == written[1].keys() == {"clips", "pretrain", "report"}
+    assert written[0].keys() == written[1].keys() == {"clips", "pretrain", "report", "probes"}
     return {package for package in written[0] if written[0][package] != written[1][package]}
 
 
@@ -48,6 +50,13 @@ def test_logic_changes_the_packages_whose_stage_imports_it_also_lazily_and_no_ot
 
 def test_a_module_that_no_stage_imports_changes_nothing(tmp_path: Path) -> None:
     assert changed_packages(tmp_path, clips__spare="Z = 2\n") == set()
+
+
+def test_a_readout_changes_the_hash_of_probes_and_not_that_of_pretraining(tmp_path: Path) -> None:
+    assert changed_packages(tmp_path, readout__heads="W = 2\n") == {"probes"}
+    assert changed_packages(tmp_path, pretrain__probes="from scaling4d.readout import heads as h\n") == {"probes"}
+    modules = hashes(SOURCE, ["pretrain"])["pretrain"]["modules"]
+    assert not [name for name in modules if name.startswith(("scaling4d.readout", "scaling4d.benchmarks"))]
 
 
 @pytest.mark.integration

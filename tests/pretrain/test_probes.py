@@ -12,15 +12,16 @@ import torch
 from interrupting import kill_all
 from nano import NANO, attempt, steps_shown, written
 
-from scaling4d import config, seeds
+from scaling4d import artifacts, config, seeds
 from scaling4d.benchmarks import scannet
-from scaling4d.benchmarks.stage import PROBES, hash_benchmarks
+from scaling4d.benchmarks.stage import hash_benchmarks
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders.load import load_model
 from scaling4d.pretrain import validate
-from scaling4d.pretrain.probes import ProductSums
-from scaling4d.pretrain.settings import PretrainConfig, bind_pretrain
+from scaling4d.pretrain.probes import TASKS
+from scaling4d.pretrain.settings import PROBES, PretrainConfig, bind_pretrain
 from scaling4d.pretrain.stage import evidence_of, fingerprint_of, pretrain
+from scaling4d.pretrain.trained_features import ProductSums
 from scaling4d.pretrain.validate import Validation, measure
 from scaling4d.readout.stage import readout
 from scaling4d.records import Sample, UserError
@@ -31,6 +32,10 @@ from scaling4d.training.parallelize import is_sharded, parallelize, save_weights
 EVERY = {"Training.validate_every": 1, "Training.keep_best": ""}
 PROBING = EVERY | {"Training.probe_tasks": ["actions", "depth"], "Training.probe_items": [0, 0]}
 METRICS = {"actions": "top1_linear", "depth": "abs_rel_linear"}
+
+
+def test_settings_know_the_metric_of_every_probe() -> None:
+    assert {task: (kind.metric.name, kind.metric.higher_is_better) for task, kind in TASKS.items()} == PROBES
 
 
 def lines_of(folder: Path) -> list[dict]:
@@ -138,7 +143,7 @@ def test_measures_do_not_depend_on_the_ranks_on_shards_or_on_ranks_without_a_cli
 
 
 @pytest.mark.integration
-def test_a_state_belongs_to_the_benchmarks_that_are_probed(probing: Callable, project: Path) -> None:
+def test_a_state_belongs_to_the_benchmarks_and_the_code_of_its_probes(probing: Callable, project: Path) -> None:
     fingerprints = []
     for tasks in ([], ["depth"]):
         for text in ("before", "after"):
@@ -146,7 +151,13 @@ def test_a_state_belongs_to_the_benchmarks_that_are_probed(probing: Callable, pr
             pretraining = bind_pretrain("nano", probing(3, **{"Training.probe_tasks": tasks}))
             fingerprints.append(fingerprint_of(pretraining, evidence_of(pretraining)))
     assert fingerprints[0] == fingerprints[1] and fingerprints[2] != fingerprints[3]
-    PROBES.unlink()
+    file = Path("artifacts/code/probes.json")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"sha256": "other"}))
+    for tasks, before in ([], fingerprints[0]), (["depth"], fingerprints[3]):
+        pretraining = bind_pretrain("nano", probing(3, **{"Training.probe_tasks": tasks}))
+        assert (fingerprint_of(pretraining, evidence_of(pretraining)) == before) == (not tasks)
+    artifacts.PROBES.unlink()
     with pytest.raises(UserError, match=r"^no such file .+probes.json; run `dvc repro benchmarks`$"):
         evidence_of(pretraining)
 
@@ -199,6 +210,6 @@ def test_settings_of_validations_that_cannot_be_are_refused(changed: Callable, c
 def test_a_probe_needs_its_benchmark(changed: Callable) -> None:
     settings = changed("pretrain.Training.probe_tasks", ["depth"])
     with pytest.raises(UserError, match="^no folder data/benchmarks/scannet for task depth; .+$"):
-        bind_pretrain("nano", settings)
+        pretrain("nano", settings)
     with pytest.raises(UserError, match="^pretrain.Training.probe_tasks has depth, which benchmarks.tasks lacks; add it there$"):
         bind_pretrain("nano", changed("benchmarks.tasks", ["actions"]))

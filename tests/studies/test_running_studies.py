@@ -113,6 +113,18 @@ def test_the_same_command_again_runs_nothing_and_gives_the_same_bytes(clone: Pat
 
 
 @pytest.mark.slow
+def test_a_finished_study_runs_nothing_on_another_machine(clone: Path, tmp_path: Path) -> None:
+    """There are neither its experiments nor a DVC cache."""
+    commit(clone)
+    other = tmp_path / "scaling4d"
+    run(tmp_path, "git", "clone", "-q", str(clone), str(other))
+    before = contents(other / "reports/studies")
+    assert cli(other, "steps", "--dry").stdout.count(": exists\n") == 4
+    assert cli(other, "steps").stdout.splitlines() == ["wrote reports/studies/steps"]
+    assert contents(other / "reports/studies") == before
+
+
+@pytest.mark.slow
 def test_a_run_that_fails_is_named_with_its_reason_and_the_others_stay(clone: Path) -> None:
     (clone / "experiments/study/broken.yaml").write_text(
         STUDY.replace("[ablation=mask_50]", "[points.nano.model.SimpleMAE.position_init=some]")

@@ -16,7 +16,7 @@ from scaling4d.provenance import LOCK, LockedFile, LockedStage, differences, is_
 from scaling4d.records import UserError, as_user_error, on_one_line
 
 WRONG, NOTE, UNCHECKED = "wrong", "note", "not checked"
-SOURCE, CODE, BENCHMARKS = "src/scaling4d", artifacts.CODE.as_posix(), "artifacts/benchmarks"
+SOURCE, CODE, BENCHMARKS = "src/scaling4d", artifacts.CODE.as_posix(), artifacts.BENCHMARKS.as_posix()
 TABLES = {"results": "result.json", "pretrain": "summary.json", "reconstruct": "result.json"}  # csv -> JSON file
 RESULT_KEY, INTERVAL = ("encoder", "task", "protocol"), ("low", "high", "unit", "higher_is_better")
 OBJECTS = ("settings", "overrides", "inputs", "folders", "others", "modules")  # keys of records that hold objects

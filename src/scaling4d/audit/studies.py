@@ -61,7 +61,8 @@ def _verify_study(path: Path) -> Iterator[AuditFinding]:
             message = f"{studies.DEFINITIONS} now defines it otherwise; `{study.command}` makes it anew"
             yield AuditFinding(NOTE, str(path), message)
     outs = read_lock(LOCK)["code"].outs if LOCK.is_file() else None
-    if outs and (packages := studies.changed_packages(facts["code"], {out.path: out.md5 for out in outs})):
+    code = {out.path: out.md5 for out in outs or () if out.path in facts["code"]}
+    if outs and (packages := studies.changed_packages(facts["code"], code)):
         message = f"it was made with other code than {LOCK} names ({', '.join(packages)}); `{study.command}` makes it anew"
         yield AuditFinding(NOTE, str(path), message)
     needed = [*map(study.lock, study.runs), folder / studies.RUNS, folder / studies.TABLE]

@@ -11,8 +11,6 @@ from scaling4d.records import UserError, did_you_mean, write_json
 
 KEYS = ["benchmarks.root", "benchmarks.tasks"]  # these and PROBE_KEY are declared in dvc.yaml
 PROBE_KEY = "pretrain.Training.probe_tasks"
-FOLDER = Path("artifacts/benchmarks")
-PROBES = FOLDER / "probes.json"
 
 
 def check_settings(settings: Mapping[str, Any]) -> tuple[str, list[str]]:
@@ -28,14 +26,15 @@ def hash_benchmarks(settings: Mapping[str, Any]) -> Path:
     """Write `artifacts/benchmarks/<task>.json`, a file a task: {"task", "folders": {folder: sha256}, "problem"}.
 
     A task without a readable folder has a `problem`, in words, and no folders. Whoever reads its benchmark raises that
-    error. PROBES, {"tasks", "folders"}, has the folders of the tasks that pretraining probes. It is the same for all
-    profiles without such tasks, so that their pretraining depends on no benchmark.
+    error. PROBES, {"tasks", "folders", "code"}, has the folders of the tasks that pretraining probes, and the hash of
+    the probes' code. It is the same for all profiles without such tasks, so that their pretraining depends on no
+    benchmark and on no readout.
     Raises:
         UserError: unknown task.
     """
     root, tasks = check_settings(settings)
     probe_tasks, probed = list(config.section(settings, PROBE_KEY)), {}
-    with provenance.atomic_folder(FOLDER) as out:
+    with provenance.atomic_folder(artifacts.BENCHMARKS) as out:
         for task in tasks:
             folders, problem = set(), ""
             try:
@@ -45,5 +44,7 @@ def hash_benchmarks(settings: Mapping[str, Any]) -> Path:
             hashes = {folder.as_posix(): artifacts.sha256(folder) for folder in folders}
             write_json(out / f"{task}.json", {"task": task, "folders": hashes, "problem": problem})
             probed |= hashes if task in probe_tasks else {}
-        write_json(out / PROBES.name, {"tasks": probe_tasks, "folders": probed})
-    return FOLDER
+        code = artifacts.code_hash("probes") if probe_tasks else None
+        content = {"tasks": probe_tasks, "folders": probed, "code": code["sha256"] if code else None}
+        write_json(out / artifacts.PROBES.name, content)
+    return artifacts.BENCHMARKS

@@ -1,7 +1,8 @@
 """Stage `code`: one hash of the code of each package that has a stage. Comments and docstrings do not count.
 
 The hash of a package covers its `stage.py` and every module of ours that this imports, directly or not. Other modules
-of the package (a dry run, an export) do not count.
+of the package (a dry run, an export) do not count. Probes of a pretraining have a hash of their own: a pretraining
+without probes does not depend on readouts.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ from scaling4d.records import json_text
 PACKAGE = "scaling4d"
 SOURCE = Path(__file__).parents[1]
 FOLDER = Path("artifacts/code")
+APART = {"probes": f"{PACKAGE}.pretrain.probes"}  # hashed by itself, and not with the modules that import it
 DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def write_hashes(source: Path, out: Path) -> None:
-    """Write `<package>.json` for every package with a stage: {"package", "sha256", "modules": {module: sha256}}."""
+    """Write `<package>.json` for every package with a stage, and for APART.
+
+    Their content is {"package", "sha256", "modules": {module: sha256}}.
+    """
     for package, content in hashes(source).items():
         provenance.write_text(out / f"{package}.json", json_text(content))
 
@@ -35,16 +40,19 @@ def running(package: str) -> dict[str, Any]:
 
 
 def hashes(source: Path, packages: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
-    """The content of `<package>.json` by package; default: all packages with a `stage.py`. Reads no other module."""
-    if packages is None:
-        packages = sorted(path.parent.name for path in source.glob("*/stage.py"))
+    """The content of `<package>.json` by package; default: all packages with a `stage.py`, and APART.
+
+    Reads no other module.
+    """
     paths = {_module(path, source): path for path in sorted(source.rglob("*.py"))}
+    starts = {path.parent.name: f"{PACKAGE}.{path.parent.name}.stage" for path in sorted(source.glob("*/stage.py"))}
+    starts |= {package: module for package, module in APART.items() if module in paths}
     tree = cache(lambda name: ast.parse(paths[name].read_text()))
     digest = cache(lambda name: hashlib.sha256(_meaning(tree(name)).encode()).hexdigest())
     imports = cache(lambda name: imported(tree(name), set(paths)))
     content = {}
-    for package in packages:
-        modules = {name: digest(name) for name in sorted(_reachable(f"{PACKAGE}.{package}.stage", imports))}
+    for package in starts if packages is None else packages:
+        modules = {name: digest(name) for name in sorted(_reachable(starts[package], imports))}
         combined = hashlib.sha256("".join(f"{name} {sha}\n" for name, sha in modules.items()).encode()).hexdigest()
         content[package] = {"package": package, "sha256": combined, "modules": modules}
     return content
@@ -76,7 +84,7 @@ def _reachable(start: str, imports: Callable[[str], set[str]]) -> set[str]:
     while waiting:
         name = waiting.pop()
         reached.add(name)
-        waiting |= imports(name) - reached
+        waiting |= imports(name) - reached - set(APART.values())
     return reached
 
 

@@ -1,22 +1,20 @@
-"""Features of the encoder that is being trained: their effective rank, and linear probes of labelled clips.
-
-All are features at DEPTH_FRACTION, as readouts read them. The weights stay where they are: every rank encodes its share
-of the clips. Untested on a GPU.
-"""
+"""Linear probes of labelled clips: features of the encoder that is being trained. Untested on a GPU."""
 
 from __future__ import annotations
 
 from functools import partial
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from scaling4d import benchmarks
-from scaling4d.encoders.features import MemoryFeatures, layer_index, split_time
-from scaling4d.pretrain.settings import PROBES, PretrainConfig
+from scaling4d.encoders.features import MemoryFeatures
+from scaling4d.pretrain.settings import PretrainConfig
+from scaling4d.pretrain.trained_features import TrainedFeatures
 from scaling4d.readout.data import FeatureDataset, RankSplit, evaluate
 from scaling4d.readout.linear import RegressionBatch, fit_probe
+from scaling4d.readout.tasks.actions import Actions
+from scaling4d.readout.tasks.depth import Depth
 from scaling4d.readout.tasks.task import Task
 from scaling4d.records import UserError
 from scaling4d.training.distributed import gather_round_robin, heartbeat
@@ -25,39 +23,14 @@ from scaling4d.training.parallelize import is_sharded
 BATCH = 8  # clips of a pass, all tokens of each; ours
 
 
-class TrainedFeatures:
-    """As encoders.features.FeatureEncoder, by passes through the whole model, in which FSDP gathers the weights."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.encoder = model, model.encoder
-
-    @torch.no_grad()
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """uint8 `B T H W C` on the model's device -> float32 `B t h*w D`."""
-        layer = layer_index(depth=self.encoder.depth)
-        return split_time(self.model.features(pixels, layer + 1)[layer], self.encoder.grid).float()
+TASKS: dict[str, type[Task]] = {"actions": Actions, "depth": Depth}
 
 
-class ProductSums:
-    """Sums over clips: of the products `D D` of a clip's mean feature."""
-
-    def __init__(self, width: int) -> None:
-        self.products = torch.zeros(width, width, dtype=torch.float64)
-
-    def add(self, features: Tensor) -> None:
-        """Features `B t n D`, on any device."""
-        mean = features.mean((1, 2)).double().cpu()  # B D
-        self.products += mean.T @ mean
-
-    def effective_rank(self) -> float:
-        """RankMe over all ranks: exp of the entropy of the singular values, divided by their sum. At most D.
-
-        Source: arXiv:2210.02885; of its embeddings, a mean over the tokens of a clip stands for a clip (ours).
-        """
-        products = self.products.clone()
-        dist.all_reduce(products)
-        singular = torch.linalg.eigvalsh(products).clamp(min=0).sqrt()
-        return torch.special.entr(singular / singular.sum()).sum().exp().item()
+def check_benchmarks(pretraining: PretrainConfig) -> None:
+    """Raises UserError: the benchmark of a probe is absent."""
+    for task in pretraining.training.probe_tasks:
+        for split in benchmarks.SPLITS:
+            benchmarks.find_benchmark(task, pretraining.benchmarks, split)
 
 
 def linear_probe(model: nn.Module, pretraining: PretrainConfig, name: str) -> float:
@@ -93,6 +66,6 @@ def linear_probe(model: nn.Module, pretraining: PretrainConfig, name: str) -> fl
 
 
 def _task(pretraining: PretrainConfig, name: str) -> Task:
-    """A task of PROBES as far as a linear probe needs it; its answers have no offset."""
+    """A task of TASKS as far as a linear probe needs it; its answers have no offset."""
     of_task = {"classes": len(benchmarks.class_names(pretraining.benchmarks))} if name == "actions" else {"offset_m": 0.0}
-    return PROBES[name](rate_hz=pretraining.rate_hz, views=("plain",), **of_task)
+    return TASKS[name](rate_hz=pretraining.rate_hz, views=("plain",), **of_task)

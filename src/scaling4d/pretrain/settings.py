@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from scaling4d import artifacts, benchmarks, config
+from scaling4d import artifacts, config
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.clips import loader
 from scaling4d.config import StageConfig, require_minima, require_positive, require_words
@@ -20,25 +20,22 @@ from scaling4d.mae.encoder import Method, MethodConfig
 from scaling4d.mae.masking import visible_tokens
 from scaling4d.mae.models import encoder_of, method_of
 from scaling4d.mae.patches import grid_of
-from scaling4d.readout.tasks.actions import Actions
-from scaling4d.readout.tasks.depth import Depth
-from scaling4d.readout.tasks.task import Task
 from scaling4d.records import UserError, did_you_mean, remedy
 from scaling4d.training.fit import FitConfig
 from scaling4d.training.launch import LaunchConfig
 from scaling4d.training.parallelize import ComputeConfig, ShardingConfig
 
 BETAS = (0.9, 0.95)  # arXiv:2205.09113; 4DS publishes none
-PROBES: dict[str, type[Task]] = {"actions": Actions, "depth": Depth}  # tasks with a linear probe
+PROBES = {"actions": ("top1", True), "depth": ("abs_rel", False)}  # tasks with a linear probe -> metric, higher is better
 
 
 def probe_metric(task: str) -> str:
     """Name of the measure of a task's linear probe, as among a readout's further metrics."""
-    return f"{PROBES[task].metric.name}_linear"
+    return f"{PROBES[task][0]}_linear"
 
 
 MEASURES = {"val_loss": False, "rankme": True}  # of a validation -> whether higher is better
-MEASURES |= {probe_metric(task): kind.metric.higher_is_better for task, kind in PROBES.items()}
+MEASURES |= {probe_metric(task): higher_is_better for task, (_, higher_is_better) in PROBES.items()}
 
 
 @dataclass(frozen=True)
@@ -201,12 +198,9 @@ def bind_pretrain(point: str, settings: Mapping[str, Any]) -> PretrainConfig:
     """Bind and check the settings of one point, before a rank starts or a clip is read.
 
     Raises:
-        UserError: as bind_point; no teacher, no checkpoint to start from, no clips, no benchmark of a probe.
+        UserError: as bind_point; no teacher, no checkpoint to start from, no clips.
     """
     pretraining = bind_point(point, settings)
-    for task in pretraining.training.probe_tasks:
-        for split in benchmarks.SPLITS:
-            benchmarks.find_benchmark(task, pretraining.benchmarks, split)
     for folder in filter(None, (pretraining.teacher, pretraining.start_from)):
         Checkpoint.read(folder)
     with clips_remedies():

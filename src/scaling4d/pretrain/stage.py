@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from scaling4d import artifacts, provenance, seeds
-from scaling4d.benchmarks import stage as benchmark_hashes
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.clips import loader
 from scaling4d.pipeline import code_hashes
 from scaling4d.pretrain.plan.closed_form import flops_per_clip
 from scaling4d.pretrain.plan.memory import check_memory
+from scaling4d.pretrain.probes import check_benchmarks
 from scaling4d.pretrain.settings import MEASURES, PretrainConfig, bind_pretrain, clips_remedies
 from scaling4d.pretrain.start import initialise
 from scaling4d.pretrain.validate import Validation
@@ -64,6 +64,7 @@ def describe_start(point: str, settings: Mapping[str, Any]) -> str:
 
 def _bind_and_check(point: str, settings: Mapping[str, Any]) -> PretrainConfig:
     pretraining = bind_pretrain(point, settings)
+    check_benchmarks(pretraining)
     if pretraining.training.device == "cuda" and (distributed.launched_by_torchrun() or pretraining.launch.where != "slurm"):
         check_memory(pretraining, first_gpu_bytes())  # a Slurm job is submitted from another machine
     return pretraining
@@ -96,13 +97,13 @@ def evidence_of(pretraining: PretrainConfig) -> dict[str, Any]:
     """Content of provenance.json: settings, the code of this process, and inputs.
 
     The clips are named by the sha256 of croissant.json, which lists that of their table and of every shard; the audit
-    verifies the shards. The benchmarks of probes are named by that of the file in which stage `benchmarks` lists their
-    hashes.
+    verifies the shards. Benchmarks and code of probes are named by that of the file in which stage `benchmarks` lists
+    their hashes.
     """
     inputs = {"clips": artifacts.sha256(pretraining.clips / "croissant.json")}
     if pretraining.training.probe_tasks:
         with remedy(UserError, "run `dvc repro benchmarks`"):
-            inputs["probes"] = artifacts.sha256(benchmark_hashes.PROBES)
+            inputs["probes"] = artifacts.sha256(artifacts.PROBES)
     if pretraining.teacher is not None:
         inputs["teacher"] = artifacts.sha256(pretraining.teacher)
     if pretraining.start_from is not None:

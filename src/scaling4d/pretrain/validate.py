@@ -13,8 +13,9 @@ from scaling4d import seeds
 from scaling4d.clips import loader
 from scaling4d.mae.device import to_device
 from scaling4d.mae.masking import hidden_pixels
-from scaling4d.pretrain.probes import ProductSums, TrainedFeatures, linear_probe
+from scaling4d.pretrain.probes import linear_probe
 from scaling4d.pretrain.settings import MEASURES, PretrainConfig, probe_metric
+from scaling4d.pretrain.trained_features import ProductSums, TrainedFeatures
 from scaling4d.records import MaskedTokens
 from scaling4d.training.distributed import heartbeat
 from scaling4d.training.fit import Callback, StepResult

@@ -2,9 +2,9 @@
 
 A clone (in .dvc/tmp/studies/, with the objects and the DVC cache of this repository) stays for the next study: data are
 checked out once, a killed training goes on, and times stay in its .runs/. An experiment is named after its arm, its
-seed and a hash of settings, code, data and pipeline. A finished experiment is not run again. Of an unfinished one,
-DVC's run cache brings every stage that ran before, except clips, which one run takes over from another where both cut
-alike.
+seed and a hash of settings, code, data and pipeline. A finished experiment is not run again, nor one whose lock and
+numbers are in the study's folder, as on another machine that pulled them. Of an unfinished one, DVC's run cache brings
+every stage that ran before, except clips, which one run takes over from another where both cut alike.
 """
 
 from __future__ import annotations
@@ -34,7 +34,18 @@ from scaling4d.pipeline import code_hashes
 from scaling4d.provenance import EXPERIMENT_REFS, LOCK, experiments, file_at, git_or_error, load_yaml, read_lock, required
 from scaling4d.records import UserError, write_json
 from scaling4d.studies.page import write_study
-from scaling4d.studies.study import FACTS, REPORTS, UNMEASURED, Arm, Study, read_finished_study, read_study, with_seeds
+from scaling4d.studies.study import (
+    FACTS,
+    LOCKS,
+    REPORTS,
+    UNMEASURED,
+    Arm,
+    Study,
+    read_finished_study,
+    read_runs,
+    read_study,
+    with_seeds,
+)
 
 CLONES = Path(".dvc/tmp/studies")
 TIMES = artifacts.RUNS / "studies"  # not beside the stages' own, all of which the report reads
@@ -77,15 +88,18 @@ def run_studies(names: Sequence[str], *, seeds: str, jobs: int, dry: bool, repor
     studies = [with_seeds(study, seeds) if seeds else study for study in map(read_study, names)]
     by_study = {study.name: study_runs(study) for study in studies}
     runs = list({run.name: run for some in by_study.values() for run in some}.values())
+    finished = {run.name for study in studies for run in finished_runs(study, by_study[study.name])}
     if dry:
-        known = experiments()
+        known = {*experiments(), *finished}
         for run in runs:
             report(f"{run.name}: {'exists' if run.name in known else ' '.join(run.command)}")
         return
-    failed = run_experiments(runs, jobs=jobs, report=report)
+    failed = run_experiments([run for run in runs if run.name not in finished], jobs=jobs, report=report)
     for study in studies:
         if not any(run.name in failed for run in by_study[study.name]):
-            write_study(study, dvc_cache_folder(), save_locks(study, by_study[study.name]))
+            known = finished_runs(study, by_study[study.name])
+            new = [run for run in by_study[study.name] if run not in known]
+            write_study(study, dvc_cache_folder(), save_locks(study, new))
             report(f"wrote {study.folder}")
     if failed:
         raise UserError(f"{len(failed)} of {len(runs)} runs failed, run it again for those: {', '.join(failed)}")
@@ -108,6 +122,19 @@ def study_runs(study: Study) -> list[StudyRun]:
             digest = hashlib.sha256(content.encode()).hexdigest()
             runs.append(StudyRun(arm, seed, f"{label}-{seed}-{digest[:8]}"))
     return runs
+
+
+def finished_runs(study: Study, runs: Sequence[StudyRun]) -> list[StudyRun]:
+    """The runs whose lock and numbers are in the study's folder, as a run of the same name left them."""
+    facts = json.loads((study.folder / FACTS).read_text()) if (study.folder / FACTS).is_file() else {"runs": {}, "files": {}}
+    measured = {(row["arm"], row["seed"], row["experiment"]) for row in read_runs(study.folder)}
+    finished = []
+    for run in runs:
+        lock = study.lock(f"{run.arm.name}-{run.seed}")
+        unchanged = lock.is_file() and facts["files"].get(f"{LOCKS}/{lock.name}") == artifacts.sha256(lock)
+        if unchanged and (run.arm.name, str(run.seed), run.name) in measured:
+            finished.append(run)
+    return finished
 
 
 @cache

@@ -326,7 +326,8 @@ def changed_packages(code: Mapping[str, str], other: Mapping[str, str]) -> list[
 def study_facts(study: Study, locks: Mapping[str, Stages], runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """study.json without `files`, the sha256 of all others in the folder. locks, runs: by `arm-seed`.
 
-    settings: those in the locks of an arm that differ from the base arm's.
+    settings: those in the locks of an arm that differ from the base arm's. code: of the packages that stages of the
+    runs depend on.
     """
     settings = {}
     for arm in study.arms:
@@ -339,7 +340,8 @@ def study_facts(study: Study, locks: Mapping[str, Stages], runs: Mapping[str, Ma
         arms[arm.name] = {"profile": arm.profile, **facts}
     timed = [run for run in runs.values() if "cpu_seconds" in run]
     times = {key: round(sum(run[key] for run in timed), 1) for key in ("seconds", "cpu_seconds")}
-    code = {out.path: out.md5 for lock in locks.values() for out in lock["code"].outs}
+    read = {dep.path for lock in locks.values() for stage in lock.values() for dep in stage.deps}
+    code = {out.path: out.md5 for lock in locks.values() for out in lock["code"].outs if out.path in read}
     facts = {"study": study.name, "question": study.question, "base": study.base, "seeds": study.seeds}
     facts["ladders"] = [(name, x, names) for name, (x, names) in study.ladders.items()]  # in order, which keys lose
     law = {"law": True} if study.law else {}
