@@ -20,7 +20,7 @@ from scaling4d import seeds
 from scaling4d.provenance import DVC_CACHE, read_lock, to_csv
 from scaling4d.records import UserError
 from scaling4d.studies import page, study
-from scaling4d.studies.run import StudyRun, finished_runs
+from scaling4d.studies.run import StudyRun, save_locks
 from scaling4d.studies.study import Arm, Study
 
 pytestmark = pytest.mark.integration
@@ -227,16 +227,31 @@ def test_the_audit_notes_the_packages_of_other_code_than_that_of_the_lock(scalin
     assert notes("4") == [f"it was made with other code than dvc.lock names (pretrain); `{scaling.command}` makes it anew"]
 
 
-def test_a_run_is_finished_where_its_folder_has_its_lock_and_its_numbers(scaling: Study) -> None:
-    runs = [StudyRun(arm, seed, f"{arm.name}-{seed}-abc") for arm in scaling.arms for seed in scaling.seeds]
-    assert finished_runs(scaling, runs) == []
-    facts = {f"{run.arm.name}-{run.seed}": {"experiment": run.name} for run in runs}
+def test_a_run_is_recorded_where_a_study_has_its_lock_and_its_numbers(scaling: Study, tmp_path: Path) -> None:
+    facts = {run: {"experiment": f"{run}-abc"} for run in scaling.runs}
+    assert study.recorded_run("nano-0-abc") is None
     page.write_study(scaling, DVC_CACHE, facts)
-    assert finished_runs(scaling, runs) == runs
-    of_other_code = replace(runs[0], name="nano-0-def")
-    lock = scaling.lock(f"{runs[1].arm.name}-{runs[1].seed}")
-    lock.write_text(lock.read_text() + " ")
-    assert finished_runs(scaling, [of_other_code, *runs[1:]]) == runs[2:]
+    lock, rows = study.recorded_run("nano-0-abc")
+    assert lock == scaling.lock("nano-0") and {row["task"] for row in rows} >= {"pretrain", "actions"} and len(rows) == 5
+    assert study.recorded_run("nano-0-def") is None
+    scaling.lock("nano-1").write_text(scaling.lock("nano-1").read_text() + " ")
+    assert study.recorded_run("nano-1-abc") is None
+
+
+def test_a_study_takes_the_recorded_runs_of_another_one_without_the_cache(
+    scaling: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    page.write_study(scaling, DVC_CACHE, {run: {"experiment": f"{run}-abc"} for run in scaling.runs})
+    monkeypatch.setattr("scaling4d.studies.run.experiments", dict)
+    arms = (replace(ARMS[0], name="smallest"), replace(ARMS[-1], name="largest"))
+    other = Study("other", "Ends?", "smallest", (0, 1), arms, {})
+    names = {"smallest": ARMS[0].name, "largest": ARMS[-1].name}
+    runs = [StudyRun(arm, seed, f"{names[arm.name]}-{seed}-abc") for arm, seed in other.runs.values()]
+    page.write_study(other, tmp_path / "empty", save_locks(other, runs))
+    value = {(row["arm"], row["seed"], row["task"]): row["value"] for row in study.read_runs(scaling.folder)}
+    copied = study.read_runs(other.folder)
+    assert {row["arm"] for row in copied} == {"smallest", "largest"} and len(copied) == 4 * 5
+    assert all(row["value"] == value[names[row["arm"]], row["seed"], row["task"]] for row in copied)
 
 
 def test_the_findings_of_every_study_begin_with_one_line() -> None:

@@ -78,7 +78,8 @@ def write_study(study: Study, cache: Path, run_facts: Mapping[str, Mapping[str, 
     """Write all files of the study's folder but locks/ and findings.md. Equal locks give equal bytes.
 
     Args:
-        cache: DVC's. A run whose results it lacks keeps its former rows, if its lock is unchanged.
+        cache: DVC's. A run whose results it lacks keeps its former rows, if its lock is unchanged, or has those of the
+            same experiment in another study.
         run_facts: `arm-seed` -> experiment and, for runs of this clone, seconds and cpu_seconds. Other facts stay.
     Raises:
         UserError: a run without a lock or without results.
@@ -96,6 +97,8 @@ def write_study(study: Study, cache: Path, run_facts: Mapping[str, Mapping[str, 
         numbers = studies.run_numbers(arm, seed, locks[run], cache, facts[run]["experiment"])
         if numbers is None and former["files"].get(f"{studies.LOCKS}/{path.name}") == artifacts.sha256(path):
             numbers = [row for row in former_rows if row["arm"] == arm.name and row["seed"] == str(seed)]
+        if not numbers and (recorded := studies.recorded_run(facts[run]["experiment"])):
+            numbers = [{**row, "arm": arm.name} for row in recorded[1]]
         if not numbers:
             raise UserError(f"DVC's cache lacks results that {path} names; run `{study.command}`")
         rows += numbers

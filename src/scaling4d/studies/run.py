@@ -3,8 +3,8 @@
 A clone (in .dvc/tmp/studies/, with the objects and the DVC cache of this repository) stays for the next study: data are
 checked out once, a killed training goes on, and times stay in its .runs/. An experiment is named after its arm, its
 seed and a hash of settings, code, data and pipeline. A finished experiment is not run again, nor one whose lock and
-numbers are in the study's folder, as on another machine that pulled them. Of an unfinished one, DVC's run cache brings
-every stage that ran before, except clips, which one run takes over from another where both cut alike.
+numbers are in the folder of any study, as on another machine that pulled them. Of an unfinished one, DVC's run cache
+brings every stage that ran before, except clips, which one run takes over from another where both cut alike.
 """
 
 from __future__ import annotations
@@ -36,14 +36,13 @@ from scaling4d.records import UserError, write_json
 from scaling4d.studies.page import write_study
 from scaling4d.studies.study import (
     FACTS,
-    LOCKS,
     REPORTS,
     UNMEASURED,
     Arm,
     Study,
     read_finished_study,
-    read_runs,
     read_study,
+    recorded_run,
     with_seeds,
 )
 
@@ -88,18 +87,16 @@ def run_studies(names: Sequence[str], *, seeds: str, jobs: int, dry: bool, repor
     studies = [with_seeds(study, seeds) if seeds else study for study in map(read_study, names)]
     by_study = {study.name: study_runs(study) for study in studies}
     runs = list({run.name: run for some in by_study.values() for run in some}.values())
-    finished = {run.name for study in studies for run in finished_runs(study, by_study[study.name])}
+    recorded = {run.name for run in runs if recorded_run(run.name)}
     if dry:
-        known = {*experiments(), *finished}
+        known = {*experiments(), *recorded}
         for run in runs:
             report(f"{run.name}: {'exists' if run.name in known else ' '.join(run.command)}")
         return
-    failed = run_experiments([run for run in runs if run.name not in finished], jobs=jobs, report=report)
+    failed = run_experiments([run for run in runs if run.name not in recorded], jobs=jobs, report=report)
     for study in studies:
         if not any(run.name in failed for run in by_study[study.name]):
-            known = finished_runs(study, by_study[study.name])
-            new = [run for run in by_study[study.name] if run not in known]
-            write_study(study, dvc_cache_folder(), save_locks(study, new))
+            write_study(study, dvc_cache_folder(), save_locks(study, by_study[study.name]))
             report(f"wrote {study.folder}")
     if failed:
         raise UserError(f"{len(failed)} of {len(runs)} runs failed, run it again for those: {', '.join(failed)}")
@@ -124,19 +121,6 @@ def study_runs(study: Study) -> list[StudyRun]:
     return runs
 
 
-def finished_runs(study: Study, runs: Sequence[StudyRun]) -> list[StudyRun]:
-    """The runs whose lock and numbers are in the study's folder, as a run of the same name left them."""
-    facts = json.loads((study.folder / FACTS).read_text()) if (study.folder / FACTS).is_file() else {"runs": {}, "files": {}}
-    measured = {(row["arm"], row["seed"], row["experiment"]) for row in read_runs(study.folder)}
-    finished = []
-    for run in runs:
-        lock = study.lock(f"{run.arm.name}-{run.seed}")
-        unchanged = lock.is_file() and facts["files"].get(f"{LOCKS}/{lock.name}") == artifacts.sha256(lock)
-        if unchanged and (run.arm.name, str(run.seed), run.name) in measured:
-            finished.append(run)
-    return finished
-
-
 @cache
 def _composed(profile: str, overrides: tuple[str, ...]) -> dict[str, Any]:
     return config.compose([f"profile={profile}", *overrides])
@@ -147,10 +131,16 @@ def save_locks(study: Study, runs: Sequence[StudyRun]) -> dict[str, dict[str, An
     refs, facts = experiments(), {}
     for run in runs:
         key = f"{run.arm.name}-{run.seed}"
+        facts[key] = {"experiment": run.name}
+        if run.name in refs:
+            text, times = file_at(refs[run.name], str(LOCK)), TIMES / f"{run.name}.json"
+            if times.is_file():  # of the whole `dvc exp run`; none if it ran elsewhere
+                facts[key] |= json.loads(times.read_text())
+        else:
+            path, _ = recorded_run(run.name)
+            text = path.read_text()
         study.lock(key).parent.mkdir(parents=True, exist_ok=True)
-        study.lock(key).write_text(file_at(refs[run.name], str(LOCK)))
-        times = TIMES / f"{run.name}.json"  # of the whole `dvc exp run`; none if it ran elsewhere
-        facts[key] = {"experiment": run.name} | (json.loads(times.read_text()) if times.is_file() else {})
+        study.lock(key).write_text(text)
     return facts
 
 

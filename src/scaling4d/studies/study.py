@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from scaling4d import config
+from scaling4d import artifacts, config
 from scaling4d.provenance import LockedFile, LockedStage, cached, cached_listing, flatten, parse_csv
 from scaling4d.records import UserError
 
@@ -134,6 +134,22 @@ def read_finished_study(folder: Path) -> Study:
 def read_runs(folder: Path) -> list[dict[str, str]]:
     """Rows of a study's runs.csv as text; none without the file."""
     return parse_csv((folder / RUNS).read_text()) if (folder / RUNS).is_file() else []
+
+
+def recorded_run(experiment: str) -> tuple[Path, list[dict[str, str]]] | None:
+    """A run's lock and its rows of runs.csv, by its experiment, from the folder of any study.
+
+    None: no study has both, unchanged.
+    """
+    for path in sorted(REPORTS.glob(f"*/{FACTS}")):
+        facts = json.loads(path.read_text())
+        for run in (key for key, known in facts["runs"].items() if known["experiment"] == experiment):
+            lock = path.parent / LOCKS / f"{run}.lock"
+            if lock.is_file() and facts["files"].get(f"{LOCKS}/{lock.name}") == artifacts.sha256(lock):
+                rows = [row for row in read_runs(path.parent) if f"{row['arm']}-{row['seed']}" == run]
+                if rows:
+                    return lock, rows
+    return None
 
 
 def with_seeds(study: Study, seeds: str) -> Study:
