@@ -120,7 +120,7 @@ def _work(sender: Connection, name: str, paths: Sequence[Path], read: Callable, 
     signal.signal(signal.SIGALRM, _overtime)
     before = _peak_mb()
     for number in range(first, copies):
-        rng = seeds.numpy(copies, "damage", name, number)
+        rng = seeds.numpy_rng(copies, "damage", name, number)
         path = one_of(one_of(list(by_suffix.values()), rng), rng)
         content, place, problem = path.read_bytes(), "", ""
         path.chmod(0o644)

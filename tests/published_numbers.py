@@ -42,9 +42,9 @@ def statements() -> Iterator[tuple[str, str]]:
 
 
 MEASURES = {  # task -> name of its row
-    "actions": "actions, share named right ↑",
+    "actions": "actions, top-1 accuracy ↑",
     "boxes": "boxes, mean IoU ↑",
-    "depth": "depth, relative error ↓",
+    "depth": "depth, AbsRel ↓",
     "points": "points, average Jaccard ↑",
     "pose": "camera motion, end-point error ↓",
 }

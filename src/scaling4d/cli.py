@@ -102,7 +102,7 @@ def pretrain(
     if dry:
         print(stage.describe_start(point, _settings()))
         return
-    result = stage.train_rank(point, snapshot) if snapshot else stage.pretrain(point, _settings())
+    result = stage.run_launched_rank(point, snapshot) if snapshot else stage.pretrain(point, _settings())
     if isinstance(result, int):
         raise typer.Exit(result)
     if result and _is_first_rank():

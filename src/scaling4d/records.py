@@ -135,10 +135,10 @@ class MaskedTokens:
 
     def __post_init__(self) -> None:
         _require(self.ids_keep.ndim == 2, f"ids_keep has shape {tuple(self.ids_keep.shape)}; needed B K")
-        _require(0 < self.ids_keep.shape[1] <= self.tokens, f"{self.ids_keep.shape[1]} tokens kept of {self.tokens}")
+        _require(0 < self.ids_keep.shape[1] <= self.token_count, f"{self.ids_keep.shape[1]} tokens kept of {self.token_count}")
 
     @property
-    def tokens(self) -> int:
+    def token_count(self) -> int:
         return math.prod(self.grid)
 
 

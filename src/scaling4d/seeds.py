@@ -17,12 +17,12 @@ def number(seed: int, *names: object) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
-def numpy(seed: int, *names: object) -> np.random.Generator:
+def numpy_rng(seed: int, *names: object) -> np.random.Generator:
     """NumPy generator of the stream (seed, names)."""
     return np.random.Generator(np.random.PCG64(number(seed, *names)))
 
 
-def stream(seed: int, *names: object) -> torch.Generator:
+def torch_rng(seed: int, *names: object) -> torch.Generator:
     """Torch CPU generator of the stream (seed, names)."""
     import torch
 

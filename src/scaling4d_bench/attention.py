@@ -35,7 +35,7 @@ def bench(out: Path, *, total: int, repeats: int, precision: str, tokens: Sequen
     settings |= devices.settings(device) | {"same_below": SAME_BELOW[precision]}
     measurements = Measurements(f"attention-{precision}", settings, LIBRARIES)
     for count in tokens:
-        clips, rng = max(1, round(total / count)), seeds.stream(SEED, "bench attention")
+        clips, rng = max(1, round(total / count)), seeds.torch_rng(SEED, "bench attention")
         shape, dtype = (clips, count, heads, WIDTH), devices.DTYPES[precision]
         inputs = [torch.randn(shape, generator=rng).to(device, dtype) for _ in range(4)]
 

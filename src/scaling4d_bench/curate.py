@@ -168,7 +168,7 @@ def comparisons(clips: float, hash_bits: int) -> float:
 
 def measure_search(bits: int) -> dict[str, float]:
     """Memory beside the hashes, and comparisons a second, of `remove_near_duplicates` with random hashes."""
-    draw = seeds.numpy(SEED, "bench hashes").bytes(HASHES * HASH_BYTES)
+    draw = seeds.numpy_rng(SEED, "bench hashes").bytes(HASHES * HASH_BYTES)
     source = Video(path="", sha256="", codec="", duration_s=1.0, rate_hz=1.0, height_px=1, width_px=1, rotation_deg=0)
     clips = [Clip(0.0, 0.0, (), draw[at : at + HASH_BYTES]) for at in range(0, len(draw), HASH_BYTES)]
     inspections = [Inspection(SourceFile(str(number)), "", source, (clip,), ()) for number, clip in enumerate(clips)]

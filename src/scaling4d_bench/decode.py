@@ -82,7 +82,7 @@ def bench(out: Path, *, clips: int, repeats: int) -> Path:
 def random_clips(paths: Sequence[Path], *, clips: int, frames: int) -> ClipList:
     """Clips at random places, from each file equally many; ascending frame numbers."""
     last = frames - (FRAMES - 1) * STRIDE - 1  # one more frame follows, for the difference of being one off
-    starts = seeds.numpy(SEED, "bench places").integers(0, last, clips)
+    starts = seeds.numpy_rng(SEED, "bench places").integers(0, last, clips)
     return [(paths[n % len(paths)], [int(start) + STRIDE * k for k in range(FRAMES)]) for n, start in enumerate(starts)]
 
 

@@ -95,8 +95,8 @@ def our_step(
     model: Method, update: Update, *, clips: int, mask_ratio: float, precision: str, device: torch.device
 ) -> TrainingStep:
     """A step of one of METHODS. Its masks come from one stream, step after step."""
-    pixels = torch.randint(0, 256, (clips, *model.encoder.clip, 3), dtype=torch.uint8, generator=seeds.stream(SEED, "bench"))
-    pixels, rng = pixels.to(device), seeds.stream(SEED, "bench mask")
+    pixels = torch.randint(0, 256, (clips, *model.encoder.clip, 3), dtype=torch.uint8, generator=seeds.torch_rng(SEED, "bench"))
+    pixels, rng = pixels.to(device), seeds.torch_rng(SEED, "bench mask")
 
     def loss() -> Tensor:
         masked = masks_at_ratio(model, clips, mask_ratio, rng)
@@ -140,7 +140,7 @@ def videomae(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model = VideoMAEForPreTraining(config).to(device).train()
-    side, rng = config.image_size, seeds.stream(SEED, "bench")
+    side, rng = config.image_size, seeds.torch_rng(SEED, "bench")
     grid = (config.num_frames // config.tubelet_size, side // config.patch_size, side // config.patch_size)
     pixels = torch.randn(clips, config.num_frames, 3, side, side, generator=rng).to(device)  # B T C H W
     ids_keep = random_masking("random", batch=clips, grid=grid, mask_ratio=mask_ratio, rng=rng).ids_keep
@@ -207,7 +207,7 @@ def loss_difference(ours: MAEST, theirs: nn.Module, settings: Mapping[str, Any])
     }
     ours.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in weights.items()})
     frames, side, _ = ours.encoder.clip
-    pixels = torch.randint(0, 256, (1, frames, side, side, 3), dtype=torch.uint8, generator=seeds.stream(SEED, "bench"))
+    pixels = torch.randint(0, 256, (1, frames, side, side, 3), dtype=torch.uint8, generator=seeds.torch_rng(SEED, "bench"))
     normalised = ((pixels.float() / 255 - MAE_ST_MEAN) / MAE_ST_STD).permute(0, 4, 1, 2, 3)  # B C T H W
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)

@@ -23,7 +23,7 @@ GOP = 250  # x264's own default
 
 def render(seed: int, *, frames: int, height_px: int, width_px: int) -> np.ndarray:
     """uint8 T H W 3; the same seed, the same video."""
-    rng = seeds.numpy(seed, "bench video", height_px, width_px)
+    rng = seeds.numpy_rng(seed, "bench video", height_px, width_px)
     world = _texture(rng, 2 * height_px, 2 * width_px)
     objects = [_texture(rng, height_px // 4, width_px // 4) for _ in range(OBJECTS)]
     noise = rng.normal(0, NOISE_LEVEL, (3, height_px, width_px, 3)).round().astype(np.int16)

@@ -27,7 +27,7 @@ def in_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("count", attention.TOKENS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 3e-2)])
 def test_attention_on_a_gpu_is_that_of_the_cpu(count: int, dtype: torch.dtype, tolerance: float) -> None:
-    shape, rng = (2, count, 4, 64), seeds.stream(0, "attention")
+    shape, rng = (2, count, 4, 64), seeds.torch_rng(0, "attention")
     inputs = [torch.randn(shape, generator=rng) for _ in range(4)]
     wanted = attention.both_passes(attention.attention, inputs)
     results = attention.both_passes(attention.attention, [x.to(GPU, dtype) for x in inputs])
@@ -41,8 +41,8 @@ def test_a_loss_and_its_gradients_on_a_gpu_are_those_of_the_cpu(point: str) -> N
     results = {}
     for place in (CPU, GPU):
         model = steps.build(point, changes, place)
-        pixels = torch.randint(0, 256, (2, 8, 64, 64, 3), dtype=torch.uint8, generator=seeds.stream(0, "pixels")).to(place)
-        masked = model.draw_mask(2, seeds.stream(0, "mask"))
+        pixels = torch.randint(0, 256, (2, 8, 64, 64, 3), dtype=torch.uint8, generator=seeds.torch_rng(0, "pixels")).to(place)
+        masked = model.draw_mask(2, seeds.torch_rng(0, "mask"))
         loss = model(pixels, MaskedTokens(masked.ids_keep.to(place), masked.grid))
         loss.backward()
         results[place] = loss.item(), {name: p.grad.cpu() for name, p in model.named_parameters()}

@@ -88,7 +88,7 @@ def test_a_step_computes_gradients_and_moments_and_leaves_the_weights(monkeypatc
 def test_hiding_nothing_hides_one_token(ratio: float, visible: int) -> None:
     for point in ("S", "mae_st_B"):
         model = tiny(point)
-        masked = steps.masks_at_ratio(model, 2, ratio, seeds.stream(0, "mask"))
+        masked = steps.masks_at_ratio(model, 2, ratio, seeds.torch_rng(0, "mask"))
         assert masked.ids_keep.shape == (2, visible)
         assert model(torch.zeros(2, 8, 64, 64, 3, dtype=torch.uint8), masked).isfinite()
 

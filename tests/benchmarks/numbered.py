@@ -50,7 +50,7 @@ def numbers(pixels: np.ndarray) -> list[int]:
 
 def three_boxes(name: str, frames: int = T) -> Sample:
     """Three objects in 32 x 48 pixels: one in all frames, one in the first three, one from the second on."""
-    rng = seeds.numpy(0, "boxes")
+    rng = seeds.numpy_rng(0, "boxes")
     corner = rng.uniform(0.3, 0.5, (3, frames, 2))
     boxes = np.concatenate([corner, corner + rng.uniform(0.1, 0.2, (3, frames, 2))], -1).astype(np.float32)
     valid = np.ones((3, frames), bool)
@@ -64,7 +64,7 @@ def in_square(xy: np.ndarray) -> np.ndarray:
 
 
 def poses(frames: int, *, seed: int = 0) -> np.ndarray:
-    rng = seeds.numpy(seed, "poses")
+    rng = seeds.numpy_rng(seed, "poses")
     result = np.tile(np.eye(4), (frames, 1, 1))
     result[:, :3, :3] = np.linalg.qr(rng.normal(size=(frames, 3, 3)))[0]
     result[:, :3, :3] *= np.linalg.det(result[:, :3, :3])[:, None, None]

@@ -27,7 +27,7 @@ YOUTUBE_ID = "abcdefghijk"
 
 
 def points() -> Sample:
-    xy = seeds.numpy(0, "points").uniform(0.3, 0.7, (4, 30, 2)).astype(np.float32)
+    xy = seeds.numpy_rng(0, "points").uniform(0.3, 0.7, (4, 30, 2)).astype(np.float32)
     return Sample("video_7", "video_7", pictures(30, 32, 48), {"points": xy}, {"points": np.ones((4, 30), bool)})
 
 

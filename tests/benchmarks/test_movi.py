@@ -21,7 +21,7 @@ FOUR = replace(CLIP, frames=4, rate_hz=6.0)  # every second frame of 12 a second
 def tracked(name: str = "a") -> Sample:
     visible = np.ones((5, 24), bool)
     visible[1, 5:9] = visible[2, 0] = False  # the third track begins later
-    xy = seeds.numpy(0, "movi", name).uniform(0.3, 0.7, (5, 24, 2)).astype(np.float32)
+    xy = seeds.numpy_rng(0, "movi", name).uniform(0.3, 0.7, (5, 24, 2)).astype(np.float32)
     xy[3, 2:] = -0.2  # out of the picture, yet called visible
     xy[4, 0] = np.nan  # of no meaning where it is hidden
     visible[4, 0] = False
@@ -42,7 +42,7 @@ def test_a_clip_has_the_tracks_that_are_visible_in_its_first_frame(tmp_path):
 
 
 def test_the_order_of_tracks_is_drawn_by_window_and_stays(tmp_path):
-    xy = seeds.numpy(0, "many").uniform(0.3, 0.7, (40, 1, 2)).astype(np.float32).repeat(24, 1)
+    xy = seeds.numpy_rng(0, "many").uniform(0.3, 0.7, (40, 1, 2)).astype(np.float32).repeat(24, 1)
     write_movi(tmp_path, [Sample("a", "a", pictures(24), {"points": xy}, {"points": np.ones((40, 24), bool)})])
     samples = movi.open_split(tmp_path, "train", replace(FOUR, windows="random"))
     first, again, later = (samples.at_index(0, [position])[0].labels["points"][:, 0] for position in (0.0, 0.0, 0.9))

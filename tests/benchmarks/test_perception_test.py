@@ -22,7 +22,7 @@ BOTH = pytest.mark.parametrize(("benchmark", "kind"), [(perception_test, POINTS)
 def points(tmp_path: Path) -> Sample:
     visible = np.ones((4, T), bool)
     visible[1, 2:4] = visible[2, 0] = False
-    xy = seeds.numpy(0, "points").uniform(0.1, 0.9, (4, T, 2)).astype(np.float32)
+    xy = seeds.numpy_rng(0, "points").uniform(0.1, 0.9, (4, T, 2)).astype(np.float32)
     sample = Sample("video_7", "video_7", pictures(height=32, width=48), {"points": xy}, {"points": visible})
     perception_test.write(tmp_path, "val", [sample], **H264)
     return sample

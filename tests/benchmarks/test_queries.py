@@ -20,7 +20,7 @@ FOUR = replace(CLIP, frames=4, rate_hz=25.0)
 
 
 def write(root: Path, name: str) -> Sample:
-    points = seeds.numpy(0, "queries").uniform(0.3, 0.7, (len(VISIBLE), FRAMES, 2)).astype(np.float32)
+    points = seeds.numpy_rng(0, "queries").uniform(0.3, 0.7, (len(VISIBLE), FRAMES, 2)).astype(np.float32)
     sample = Sample("video_7", "video_7", pictures(FRAMES), {"points": points}, {"points": VISIBLE})
     if name == "tapvid":
         write_tapvid(root / name, [sample])
@@ -73,7 +73,7 @@ def test_strided_queries_all_visible_tracks_in_every_fifth_frame_both_ways(tmp_p
 
 
 def test_queries_are_those_of_a_slow_version_that_you_can_read():
-    rng = seeds.numpy(0, "visible")
+    rng = seeds.numpy_rng(0, "visible")
     for _ in range(20):
         visible, points, offsets = rng.uniform(size=(6, 17)) < 0.3, rng.uniform(size=(6, 17, 2)), np.arange(3)
         first = {(np.nonzero(row)[0][0], q) for q, row in enumerate(visible) if row.any()}

@@ -144,7 +144,7 @@ def test_realestate10k_clips_of_a_shared_video_are_read_back_each_without_decodi
 def test_realestate10k_a_video_that_ends_before_a_clip_or_is_damaged_there_gives_the_others(tmp_path):
     write(tmp_path, clips=4)
     path = tmp_path / "videos/abc-DEF_123.mp4"
-    noise = seeds.numpy(0, "noise").integers(0, 256, (4 * T, SIDE, SIDE, 3), dtype=np.uint8)
+    noise = seeds.numpy_rng(0, "noise").integers(0, 256, (4 * T, SIDE, SIDE, 3), dtype=np.uint8)
     video.encode(path, noise[: 2 * T], **H264)
     refused(r"abc-DEF_123.mp4 ends at 1.50 s, needed 2.12 s; lower frames or raise rate_hz", realestate10k, tmp_path, "val")
     video.encode(path, noise, **H264)

@@ -22,7 +22,7 @@ FOUR = replace(CLIP, frames=4, rate_hz=5.0)  # every fifth frame of 25 a second
 def tap_sample(name: str = "goat", *, frames: int = 30) -> Sample:
     visible = np.ones((4, frames), bool)
     visible[1, 5:9] = visible[2, 0] = visible[3] = False  # the third track appears later, the fourth never
-    points = seeds.numpy(0, "tap", name).uniform(0.3, 0.7, (4, frames, 2)).astype(np.float32)
+    points = seeds.numpy_rng(0, "tap", name).uniform(0.3, 0.7, (4, frames, 2)).astype(np.float32)
     return Sample(name, name, pictures(frames, height=32, width=48), {"points": points}, {"points": visible})
 
 
@@ -85,7 +85,7 @@ def test_tapvid_pickles_never_execute_code(tmp_path):
 @pytest.mark.parametrize("protocol", range(6))
 def test_tapvid_arrays_of_every_kind_are_read_as_numpy_reads_them(tmp_path, dtype, protocol):
     path = tmp_path / "x.pkl"
-    full = (seeds.numpy(0, "kinds").uniform(size=(3, 4, 2)) * 9).round().astype(dtype)
+    full = (seeds.numpy_rng(0, "kinds").uniform(size=(3, 4, 2)) * 9).round().astype(dtype)
     for array in (full, np.asfortranarray(full), full[:, ::2], full[:0], full[0, 0, 0]):
         path.write_bytes(pickle.dumps([{"a": array}], protocol=protocol))
         (loaded,) = tapvid.load_pickle(path)

@@ -27,10 +27,10 @@ from scaling4d.records import Sample, UserError
 
 FRAMES = 24
 NAME = "ABCDEFGHIJ1"
-POINTS = seeds.numpy(0, "points").uniform(0.3, 0.7, (3, FRAMES, 2)).astype(np.float32)
+POINTS = seeds.numpy_rng(0, "points").uniform(0.3, 0.7, (3, FRAMES, 2)).astype(np.float32)
 VISIBLE = np.arange(FRAMES) >= np.array([0, 0, 9])[:, None]
 DEPTH_M, POSES, BOXES = np.linspace(0.5, 4, FRAMES * 16 * 16).reshape(FRAMES, 16, 16), poses(FRAMES), three_boxes(NAME, FRAMES)
-EVERYWHERE = (0.0, *seeds.numpy(0, "positions").random(150).tolist(), 1.0)
+EVERYWHERE = (0.0, *seeds.numpy_rng(0, "positions").random(150).tolist(), 1.0)
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ def test_crops_and_flips_that_are_left_to_the_device_are_those_of_a_worker(made)
 def test_one_window_shuffles_all_clips_together(made, window_shards):
     names = [clip.id for clip in loader.ClipTable(made, "train")]
     shown = ids(run(made, batch=1, steps=2 * CLIPS, window_shards=window_shards, seed=5))
-    assert shown == [names[index] for epoch in (0, 1) for index in seeds.numpy(5, "order", epoch).permutation(CLIPS)]
+    assert shown == [names[index] for epoch in (0, 1) for index in seeds.numpy_rng(5, "order", epoch).permutation(CLIPS)]
 
 
 @pytest.mark.parametrize("window_shards", [1, 2, 3, 6])

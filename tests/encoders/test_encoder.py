@@ -36,7 +36,7 @@ SETTINGS = {
     | {"separable_positions": True, "class_token": True, "decoder_width": 12, "decoder_depth": 1, "decoder_heads": 2}
     | {"predicted_frames": 3, "normalise_target": True},
 }
-CLIPS = torch.randint(0, 256, (2, *CLIP, 3), dtype=torch.uint8, generator=seeds.stream(0, "clips"))
+CLIPS = torch.randint(0, 256, (2, *CLIP, 3), dtype=torch.uint8, generator=seeds.torch_rng(0, "clips"))
 
 
 def trained(folder: Path, name: str = "SimpleMAE", rate_hz: float = 5.0) -> Path:
@@ -45,7 +45,7 @@ def trained(folder: Path, name: str = "SimpleMAE", rate_hz: float = 5.0) -> Path
     model.initialise(0)
     with torch.no_grad():
         for key, weight in model.named_parameters():
-            weight.add_(0.1 * torch.randn(weight.shape, generator=seeds.stream(0, key)))
+            weight.add_(0.1 * torch.randn(weight.shape, generator=seeds.torch_rng(0, key)))
     checkpoint, clips = folder / "artifacts/smoke/pretrain/nano", folder / "artifacts/smoke/clips"
     checkpoint.mkdir(parents=True)
     clips.mkdir()
@@ -85,7 +85,7 @@ def test_the_output_is_the_input_of_each_block_and_the_output_of_the_last(tmp_pa
     folder = trained(tmp_path, name)
     encoder, backbone = Encoder.from_pretrained(folder), load_model(folder).encoder
     with torch.no_grad():
-        output, x, inputs = encoder(CLIPS), backbone.tokens(CLIPS), []
+        output, x, inputs = encoder(CLIPS), backbone.embed_tokens(CLIPS), []
         for block in backbone.blocks:
             inputs.append(x)
             x = block(x)

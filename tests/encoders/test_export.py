@@ -37,7 +37,7 @@ def saved(folder: Path, name: str) -> Path:
     model: nn.Module = model_class(model_class.config_class(**settings))
     with torch.no_grad():
         for key, weight in model.named_parameters():
-            weight.copy_(0.2 * torch.randn(weight.shape, generator=seeds.stream(0, key)))
+            weight.copy_(0.2 * torch.randn(weight.shape, generator=seeds.torch_rng(0, key)))
     folder.mkdir()
     Checkpoint("x", model_class.__name__, settings, 1, 0, 0).write(folder, model.state_dict())
     return folder
@@ -54,7 +54,7 @@ def refused(*words: object) -> str:
 
 
 def clips_of(batch: int, frames: int) -> Tensor:
-    rng = seeds.stream(0, "clips", batch)
+    rng = seeds.torch_rng(0, "clips", batch)
     return torch.randint(0, 256, (batch, frames, *CLIP[1:], 3), dtype=torch.uint8, generator=rng)
 
 

@@ -28,7 +28,7 @@ def encoder() -> Encoder:
 
 @pytest.fixture
 def clips() -> list[Tensor]:
-    rng = seeds.stream(0, "clips")
+    rng = seeds.torch_rng(0, "clips")
     return [torch.randint(256, (4, 16, 16, 3), generator=rng, dtype=torch.uint8) for _ in range(5)]
 
 

@@ -117,7 +117,7 @@ def last_layer(encoder: PretrainedEncoder, pixels: Tensor) -> Tensor:
 
 
 def clips(side: int, count: int = 2) -> Tensor:
-    return torch.randint(0, 256, (count, FRAMES, side, side, 3), dtype=torch.uint8, generator=seeds.stream(0, "clips", side))
+    return torch.randint(0, 256, (count, FRAMES, side, side, 3), dtype=torch.uint8, generator=seeds.torch_rng(0, "clips", side))
 
 
 def as_the_model_sees(kind: str, processor: object, pixels: Tensor, **resize: bool) -> dict[str, Tensor]:

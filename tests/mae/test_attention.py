@@ -8,7 +8,7 @@ from scaling4d.mae.attention import align, attention
 
 
 def queries_keys_values(*, batch: int, heads: int, width: int) -> list[torch.Tensor]:
-    return [torch.randn(batch, n, heads, width, generator=seeds.stream(0, str(n))) for n in (5, 7, 7)]
+    return [torch.randn(batch, n, heads, width, generator=seeds.torch_rng(0, str(n))) for n in (5, 7, 7)]
 
 
 def test_packed_clips_do_not_see_each_other() -> None:

@@ -20,14 +20,14 @@ def build(**changes: object) -> MAEST:
 
 
 def clips() -> torch.Tensor:
-    return torch.rand(2, 16, 16, 16, 3, generator=seeds.stream(0, "clips"))
+    return torch.rand(2, 16, 16, 16, 3, generator=seeds.torch_rng(0, "clips"))
 
 
 @pytest.mark.parametrize("normalised", [False, True])
 def test_a_perfect_prediction_shows_its_frames_until_the_next(normalised: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = build(normalise_target=normalised), clips()
-    monkeypatch.setattr(model, "decode", lambda pixels, masked: model.target(pixels))
-    filled = model.reconstruct(x, model.draw_mask(2, seeds.stream(0, "m")))
+    monkeypatch.setattr(model, "predict_patches", lambda pixels, masked: model.target(pixels))
+    filled = model.reconstruct(x, model.draw_mask(2, seeds.torch_rng(0, "m")))
     shown = [0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12, 12, 15]  # the official choice is linspace(0, 15, 8), truncated
     assert filled.shape == x.shape
     assert near(filled, x[:, shown])
@@ -50,8 +50,8 @@ def test_initial_values_are_the_official_codes() -> None:
 
 def test_it_computes_in_bfloat16_under_autocast() -> None:
     model = build()
-    pixels = torch.randint(0, 256, (2, 16, 16, 16, 3), dtype=torch.uint8, generator=seeds.stream(0, "p"))
-    masked = model.draw_mask(2, seeds.stream(0, "m"))
+    pixels = torch.randint(0, 256, (2, 16, 16, 16, 3), dtype=torch.uint8, generator=seeds.torch_rng(0, "p"))
+    masked = model.draw_mask(2, seeds.torch_rng(0, "m"))
     exact = model(pixels, masked)
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(pixels, masked)

@@ -14,11 +14,11 @@ GRID = (8, 4, 6)
 
 def draw(strategy: str, mask_ratio: float = 0.9, batch: int = 8) -> torch.Tensor:
     """`B t h w`, true where a token is visible."""
-    masked = random_masking(strategy, batch=batch, grid=GRID, mask_ratio=mask_ratio, rng=seeds.stream(1, "mask", 3))
+    masked = random_masking(strategy, batch=batch, grid=GRID, mask_ratio=mask_ratio, rng=seeds.torch_rng(1, "mask", 3))
     ids_keep = masked.ids_keep
     assert ids_keep.shape == (batch, visible_tokens(strategy, GRID, mask_ratio))
     assert torch.equal(ids_keep, ids_keep.sort(dim=1).values)
-    return torch.zeros(batch, masked.tokens, dtype=torch.bool).scatter(1, ids_keep, True).reshape(batch, *GRID)
+    return torch.zeros(batch, masked.token_count, dtype=torch.bool).scatter(1, ids_keep, True).reshape(batch, *GRID)
 
 
 @pytest.mark.parametrize("strategy", list(STRATEGIES))
@@ -64,7 +64,7 @@ def test_blocks_hide_tokens_whose_neighbours_are_hidden_too() -> None:
 ])  # fmt: skip
 def test_masking_all_or_none_or_by_an_unknown_strategy_names_the_setting(strategy: str, mask_ratio: float, message: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
-        random_masking(strategy, batch=1, grid=GRID, mask_ratio=mask_ratio, rng=seeds.stream(0))
+        random_masking(strategy, batch=1, grid=GRID, mask_ratio=mask_ratio, rng=seeds.torch_rng(0))
 
 
 def test_numbers_of_visible_tokens_are_those_of_both_papers_code() -> None:

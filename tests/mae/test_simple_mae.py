@@ -14,7 +14,7 @@ CLIP, PATCH = (4, 16, 24), (2, 8, 8)
 
 
 def pixels(batch: int = 2) -> torch.Tensor:
-    return torch.randint(0, 256, (batch, *CLIP, 3), dtype=torch.uint8, generator=seeds.stream(0, "pixels"))
+    return torch.randint(0, 256, (batch, *CLIP, 3), dtype=torch.uint8, generator=seeds.torch_rng(0, "pixels"))
 
 
 def small(**changes: object) -> SimpleMAE:
@@ -44,20 +44,20 @@ def test_gathered_patches_equal_those_of_the_whole_clip() -> None:
 
 def test_hidden_pixels_do_not_reach_the_encoder() -> None:
     model, x = small(), pixels()
-    masked = model.draw_mask(2, seeds.stream(0, "m"))
+    masked = model.draw_mask(2, seeds.torch_rng(0, "m"))
     hidden = hidden_pixels(masked, CLIP, PATCH).bool()
     other = torch.where(hidden, 255 - x.int(), x.int()).to(torch.uint8)
     with torch.no_grad():
-        assert torch.equal(model.decode(x, masked), model.decode(other, masked))
+        assert torch.equal(model.predict_patches(x, masked), model.predict_patches(other, masked))
         changed = torch.where(hidden, x.int(), 255 - x.int()).to(torch.uint8)
-        assert not torch.equal(model.decode(x, masked), model.decode(changed, masked))
+        assert not torch.equal(model.predict_patches(x, masked), model.predict_patches(changed, masked))
 
 
 def test_loss_equals_a_slow_loop_over_pixels() -> None:
     model, x = small(pixel_mean=0.0, pixel_scale=1.0), pixels()
-    masked = model.draw_mask(2, seeds.stream(0, "m"))
+    masked = model.draw_mask(2, seeds.torch_rng(0, "m"))
     with torch.no_grad():
-        guess = unpatchify(model.decode(x, masked), CLIP, model.coarse_patch).double()
+        guess = unpatchify(model.predict_patches(x, masked), CLIP, model.coarse_patch).double()
         total = count = 0.0
         for b in range(2):
             for t in range(CLIP[0]):

@@ -234,7 +234,7 @@ def test_a_run_is_what_it_was_when_it_began_whatever_happens_to_the_file_of_its_
     pretraining = bind_pretrain("nano", short(2))
     evidence = evidence_of(pretraining)
     config.PARAMS.unlink()  # the project's fixture writes it again
-    stage.train(pretraining, evidence)
+    stage.start_ranks(pretraining, evidence)
     assert json.loads((pretraining.folder / "provenance.json").read_text()) == json.loads(json.dumps(evidence))
     assert evidence["inputs"]["clips"] == artifacts.sha256(pretraining.clips / "croissant.json")
 

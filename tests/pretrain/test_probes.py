@@ -20,8 +20,8 @@ from scaling4d.encoders.load import load_model
 from scaling4d.pretrain import validate
 from scaling4d.pretrain.probes import TASKS
 from scaling4d.pretrain.settings import PROBES, PretrainConfig, bind_pretrain
-from scaling4d.pretrain.stage import evidence_of, fingerprint_of, pretrain
-from scaling4d.pretrain.trained_features import ProductSums
+from scaling4d.pretrain.stage import evidence_of, pretrain, pretrain_fingerprint
+from scaling4d.pretrain.trained_features import RankMe
 from scaling4d.pretrain.validate import Validation, measure
 from scaling4d.readout.stage import readout
 from scaling4d.records import Sample, UserError
@@ -50,7 +50,7 @@ def effective_rank(features: torch.Tensor, *, ranks: int = 1) -> float:
     """Of clips with one token each."""
 
     def measure(*, rank: int, ranks: int) -> float:
-        sums = ProductSums(features.shape[1])
+        sums = RankMe(features.shape[1])
         for clip in features[rank::ranks]:
             sums.add(clip.reshape(1, 1, 1, -1))
         return sums.effective_rank()
@@ -74,7 +74,7 @@ def depth(project: Path) -> None:
     for split, first in (("train", 0), ("val", 8)):
         samples = []
         for number in range(first, first + 8):
-            metres = ramp[:: 1 - number % 2 * 2] + 0.1 * seeds.numpy(0, "depth", number).random((20, 64, 64), np.float32)
+            metres = ramp[:: 1 - number % 2 * 2] + 0.1 * seeds.numpy_rng(0, "depth", number).random((20, 64, 64), np.float32)
             pixels, name = np.repeat(metres[..., None] * 70, 3, -1).astype(np.uint8), f"scene{number:04d}_00"
             samples.append(Sample(name, name, pixels, {"depth_m": metres} | still))
         scannet.write(project / "data/benchmarks/scannet", split, samples, rate_hz=8.0, jpeg_quality=90)
@@ -149,14 +149,14 @@ def test_a_state_belongs_to_the_benchmarks_and_the_code_of_its_probes(probing: C
         for text in ("before", "after"):
             (project / "data/benchmarks/scannet/remark.txt").write_text(text)
             pretraining = bind_pretrain("nano", probing(3, **{"Training.probe_tasks": tasks}))
-            fingerprints.append(fingerprint_of(pretraining, evidence_of(pretraining)))
+            fingerprints.append(pretrain_fingerprint(pretraining, evidence_of(pretraining)))
     assert fingerprints[0] == fingerprints[1] and fingerprints[2] != fingerprints[3]
     file = Path("artifacts/code/probes.json")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"sha256": "other"}))
     for tasks, before in ([], fingerprints[0]), (["depth"], fingerprints[3]):
         pretraining = bind_pretrain("nano", probing(3, **{"Training.probe_tasks": tasks}))
-        assert (fingerprint_of(pretraining, evidence_of(pretraining)) == before) == (not tasks)
+        assert (pretrain_fingerprint(pretraining, evidence_of(pretraining)) == before) == (not tasks)
     artifacts.PROBES.unlink()
     with pytest.raises(UserError, match=r"^no such file .+probes.json; run `dvc repro benchmarks`$"):
         evidence_of(pretraining)

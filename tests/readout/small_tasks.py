@@ -36,11 +36,11 @@ def head_of(task: Task, *, width: int = WIDTH, **changes: object) -> Head:
 
 
 def features_of(clips: int, *, width: int = WIDTH) -> torch.Tensor:
-    return torch.randn(clips, 4, 4, width, generator=seeds.stream(0, "features"))
+    return torch.randn(clips, 4, 4, width, generator=seeds.torch_rng(0, "features"))
 
 
 def sample(seed: int = 0) -> Sample:
-    rng, (T, H, W) = seeds.numpy(seed, "sample"), CLIP
+    rng, (T, H, W) = seeds.numpy_rng(seed, "sample"), CLIP
     corner = rng.uniform(0, 0.5, (3, T, 2)).astype(np.float32)
     return Sample(
         id=f"s{seed}",

@@ -69,24 +69,24 @@ def near_equal(ours: torch.Tensor, clip: torch.Tensor) -> bool:
 
 def test_all_frames_of_a_clip_have_the_same_operations_and_clips_have_their_own() -> None:
     still = smooth_clip(1).expand(4, -1, -1, -1)
-    drawn = [rand_augment(still, 7.0, seeds.numpy(0, "augment", clip)) for clip in range(40)]
+    drawn = [rand_augment(still, 7.0, seeds.numpy_rng(0, "augment", clip)) for clip in range(40)]
     assert all(torch.equal(clip, clip[:1].expand_as(clip)) and clip.dtype == torch.uint8 for clip in drawn)
     assert len({clip.numpy().tobytes() for clip in drawn}) > 25
     plain = sum(torch.equal(clip, still) for clip in drawn)
     assert 3 <= plain <= 20  # both operations are left out in a quarter of the clips
-    assert torch.equal(drawn[0], rand_augment(still, 7.0, seeds.numpy(0, "augment", 0)))
+    assert torch.equal(drawn[0], rand_augment(still, 7.0, seeds.numpy_rng(0, "augment", 0)))
 
 
 def test_an_erased_rectangle_holds_noise_of_its_own_in_every_frame_and_the_rest_stays() -> None:
     clip, shares = torch.full((3, 32, 32, 3), 200, dtype=torch.uint8), []
     for draw in range(60):
-        erased = random_erasing(clip, 0.25, seeds.numpy(0, "erase", draw)) != 200
+        erased = random_erasing(clip, 0.25, seeds.numpy_rng(0, "erase", draw)) != 200
         places = erased.any((0, 3))
         rows, columns = places.any(1), places.any(0)
         assert torch.equal(places, rows[:, None] & columns) and places.sum() == rows.sum() * columns.sum()
         shares.append(places.float().mean().item())
     assert 5 < sum(share > 0 for share in shares) < 25 and max(shares) < 0.36
-    noise = random_erasing(clip, 1.0, seeds.numpy(0, "erase"))
+    noise = random_erasing(clip, 1.0, seeds.numpy_rng(0, "erase"))
     noise = noise[noise != 200] / 255
     assert noise.unique().numel() > 0.99 * noise.numel()
     assert noise.mean().item() == pytest.approx(0.45, abs=0.03) and noise.std().item() == pytest.approx(0.225, abs=0.03)
@@ -94,7 +94,7 @@ def test_an_erased_rectangle_holds_noise_of_its_own_in_every_frame_and_the_rest_
 
 def test_without_a_setting_the_clip_stays_and_with_all_it_changes_by_the_stream_alone() -> None:
     clip = smooth_clip()[:, :WIDTH]
-    assert torch.equal(augment_clip(clip, seeds.numpy(0, "augment"), **NOTHING), clip)
+    assert torch.equal(augment_clip(clip, seeds.numpy_rng(0, "augment"), **NOTHING), clip)
     every = {"randaugment": 7.0, "crop": (0.08, 1.0), "aspect": (0.75, 4 / 3), "erasing": 0.25}
-    one, same, other = (augment_clip(clip, seeds.numpy(0, "augment", n), **every) for n in (0, 0, 1))
+    one, same, other = (augment_clip(clip, seeds.numpy_rng(0, "augment", n), **every) for n in (0, 0, 1))
     assert torch.equal(one, same) and not torch.equal(one, other) and one.shape == clip.shape

@@ -44,7 +44,7 @@ def small_model() -> ClassifierModel:
 
 
 def clips() -> torch.Tensor:
-    return torch.randint(0, 256, (4, 4, 16, 16, 3), dtype=torch.uint8, generator=seeds.stream(0, "clips"))
+    return torch.randint(0, 256, (4, 4, 16, 16, 3), dtype=torch.uint8, generator=seeds.torch_rng(0, "clips"))
 
 
 class SameBatch(list):
@@ -55,7 +55,7 @@ class SameBatch(list):
 
 
 def test_smoothing_gives_every_class_its_share() -> None:
-    _, labels = mix_clips(clips(), torch.zeros(4, dtype=torch.long), 5, seeds.numpy(0, "mix"))
+    _, labels = mix_clips(clips(), torch.zeros(4, dtype=torch.long), 5, seeds.numpy_rng(0, "mix"))
     assert torch.allclose(labels, torch.tensor([0.92, 0.02, 0.02, 0.02, 0.02]).expand(4, 5))
 
 
@@ -64,7 +64,7 @@ def test_the_classes_are_mixed_as_the_pixels_are(kind: str) -> None:
     black_and_white = torch.cat([torch.zeros(1, 4, 16, 16, 3), torch.full((1, 4, 16, 16, 3), 255.0)]).to(torch.uint8)
     only, lams = {"mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0} | {kind: 1.0}, set()
     for draw in range(20):
-        x, labels = mix_clips(black_and_white, torch.tensor([0, 1]), 2, seeds.numpy(0, "mix", draw), **only)
+        x, labels = mix_clips(black_and_white, torch.tensor([0, 1]), 2, seeds.numpy_rng(0, "mix", draw), **only)
         assert near(x.mean((1, 2, 3, 4)), labels[:, 1])
         assert torch.equal(x, x[:, :1].expand_as(x))  # all frames alike
         assert (kind == "cutmix") == bool(((x == 0) | (x == 1)).all())
@@ -83,7 +83,7 @@ class Windows(list):
 
     def batch(self, indices: list[int], epochs: list[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         self.read = list(zip(indices, epochs, strict=True))
-        pixels = torch.randint(0, 256, (len(indices), 4, 16, 16, 3), dtype=torch.uint8, generator=seeds.stream(0, "clips"))
+        pixels = torch.randint(0, 256, (len(indices), 4, 16, 16, 3), dtype=torch.uint8, generator=seeds.torch_rng(0, "clips"))
         return pixels, {"action": torch.tensor(indices) % 5}
 
 
@@ -113,7 +113,7 @@ def test_each_clip_is_augmented_by_its_own_draw_of_rank_step_and_place() -> None
 def test_a_rectangle_lies_in_the_picture_and_has_about_its_share_when_inside() -> None:
     areas = []
     for draw in range(200):
-        (top, left), (bottom, right) = random_rectangle(40, 60, 0.25, seeds.numpy(0, "cut", draw))
+        (top, left), (bottom, right) = random_rectangle(40, 60, 0.25, seeds.numpy_rng(0, "cut", draw))
         assert 0 <= top <= bottom <= 40 and 0 <= left <= right <= 60
         areas.append((bottom - top) * (right - left) / 2400)
     assert 0.22 < max(areas) < 0.28 and min(areas) < 0.15
@@ -128,7 +128,7 @@ def test_learning_rates_fall_from_the_head_to_the_patches_and_no_parameter_is_le
 
 
 def test_a_dropped_branch_is_left_out_for_some_clips_in_training_only_and_the_others_make_up_for_it() -> None:
-    block, x = small_model().encoder.blocks[0], torch.randn(4000, 2, 24, generator=seeds.stream(0, "x"))
+    block, x = small_model().encoder.blocks[0], torch.randn(4000, 2, 24, generator=seeds.torch_rng(0, "x"))
     block.drop_path = 0.25
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
@@ -142,7 +142,7 @@ def test_a_dropped_branch_is_left_out_for_some_clips_in_training_only_and_the_ot
 def test_the_classifier_starts_from_the_encoders_last_norm_and_nearly_equal_scores() -> None:
     head = MeanPoolClassifier(width=24, classes=5, dropout=0.5)
     encoder = MAESTEncoder(MAESTEncoderConfig(depth=1, separable_positions=True, class_token=True, **SHAPE))
-    torch.nn.init.normal_(encoder.norm.weight, generator=seeds.stream(0, "norm"))
+    torch.nn.init.normal_(encoder.norm.weight, generator=seeds.torch_rng(0, "norm"))
     head.initialise(encoder, 0)
     assert torch.equal(head.norm.weight, encoder.norm.weight)
     assert 1e-5 < head.linear.weight.std() < 3e-5 and not head.linear.bias.any()

@@ -64,7 +64,7 @@ def test_the_encoder_of_a_pretrained_point_goes_into_the_released_layout(
     model.initialise(0)
     with torch.no_grad():
         for weight in model.parameters():
-            weight.add_(torch.randn(weight.shape, generator=seeds.stream(0, "noise")))
+            weight.add_(torch.randn(weight.shape, generator=seeds.torch_rng(0, "noise")))
     (tmp_path / "point").mkdir()
     Checkpoint("point", "SimpleMAE", settings, 150480, 1, 8).write(tmp_path / "point", model.state_dict())
     to_4ds(tmp_path / "point", tmp_path / "point.npz")

@@ -37,7 +37,11 @@ TASKS = {
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight videos of actions and of points; video n has n + 1 tracks, at most five, the first three from frame 0."""
-    root, rng, encoding = tmp_path_factory.mktemp("benchmarks"), seeds.numpy(0, "videos"), {"rate_hz": 8.0, "crf": 20, "gop": 6}
+    root, rng, encoding = (
+        tmp_path_factory.mktemp("benchmarks"),
+        seeds.numpy_rng(0, "videos"),
+        {"rate_hz": 8.0, "crf": 20, "gop": 6},
+    )
     for split in ("train", "val"):
         actions, points = [], []
         for n in range(VIDEOS):

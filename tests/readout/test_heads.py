@@ -22,14 +22,14 @@ RECIPE = {"batch": 3, "learning_rate": 0.01, "weight_decay": 0.0, "warmup_steps"
 def reader(*, given: bool, std: float = 0.3, **changes: object) -> AttentionReadout:
     """With random weights. given: queries are given, with places."""
     readout = AttentionReadout(**SIZES | {"frames": 4, "queries": 0 if given else 3, "biased": given} | changes)
-    rng = seeds.stream(0, "weights")
+    rng = seeds.torch_rng(0, "weights")
     for name, weight in readout.named_parameters():
         torch.nn.init.normal_(weight, mean=float("norm" in name and name.endswith("weight")), std=std, generator=rng)
     return readout
 
 
 def features_and_queries(*, given: bool, coordinates: int = 2) -> tuple:
-    rng = seeds.stream(0, "features")
+    rng = seeds.torch_rng(0, "features")
     features = torch.randn(2, 2, 9, 24, generator=rng)
     if not given:
         return features, None, None
@@ -59,7 +59,10 @@ def test_features_that_are_not_stretched_are_read_at_the_mean_position_of_their_
 @pytest.mark.parametrize("coordinates", [2, 3])
 def test_attention_falls_by_the_squared_distance(coordinates: int) -> None:
     readout = reader(given=True, frames=1, std=1.0)
-    places, centres = torch.rand(2, 5, coordinates, generator=seeds.stream(0, "places")), cell_centres(2, 9, torch.device("cpu"))
+    places, centres = (
+        torch.rand(2, 5, coordinates, generator=seeds.torch_rng(0, "places")),
+        cell_centres(2, 9, torch.device("cpu")),
+    )
     of_queries, of_tokens = readout._distance_terms(places, centres)
     squared = (places[:, :, None] - centres[:, :coordinates]).square().sum(-1)[:, :, None]  # B Q 1 n
     expected = -readout.distance_bias.exp()[:, None] * squared
@@ -123,8 +126,8 @@ def test_a_head_that_cannot_be_is_refused(changes: dict, message: str) -> None:
 
 
 def whitened(*, rank: int, ranks: int) -> torch.Tensor:
-    features = 3 + 2 * torch.randn(40, 2, 4, 5, generator=seeds.stream(0, "all"))
-    features = features @ torch.randn(5, 5, generator=seeds.stream(0, "mixing"))  # channels go together
+    features = 3 + 2 * torch.randn(40, 2, 4, 5, generator=seeds.torch_rng(0, "all"))
+    features = features @ torch.randn(5, 5, generator=seeds.torch_rng(0, "mixing"))  # channels go together
     share = features[rank::ranks]
     assert not (Whitening.identity(5)(features) - features).any()
     return Whitening.fit(lambda indices: share[list(indices)], len(share), shrinkage=0.0, position_std=0.5)(features)

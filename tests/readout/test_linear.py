@@ -15,8 +15,8 @@ P, D, OUT = 3, 6, 2
 
 def samples(count: int, noise: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Features, targets, which count; a target is a linear function of features and place."""
-    rng = seeds.numpy(0, "linear", count)
-    weight, offset = seeds.numpy(0, "truth").normal(size=(D, OUT)), np.arange(P * OUT).reshape(P, OUT)
+    rng = seeds.numpy_rng(0, "linear", count)
+    weight, offset = seeds.numpy_rng(0, "truth").normal(size=(D, OUT)), np.arange(P * OUT).reshape(P, OUT)
     x = rng.normal(size=(count, P, D)) * 10.0 ** np.arange(-2, 4)
     y = x / 10.0 ** np.arange(-2, 4) @ weight + offset + noise * rng.normal(size=(count, P, OUT))
     return torch.from_numpy(x).float(), torch.from_numpy(y).float(), torch.ones(count, P, dtype=torch.bool)
@@ -55,7 +55,7 @@ def test_probes_of_growing_parts_are_those_of_each_part_alone_and_the_trivial_an
 
 def test_with_fewer_samples_than_features_held_out_samples_choose_a_penalty_that_predicts() -> None:
     """Interpolation of the samples is not taken for a perfect fit."""
-    rng = seeds.numpy(0, "wide")
+    rng = seeds.numpy_rng(0, "wide")
     truth, x = rng.normal(size=(60, 1)) / np.sqrt(60), rng.normal(size=(350, 1, 60))
     y = x @ truth + 2.0 * rng.normal(size=(350, 1, 1))
     samples = (torch.from_numpy(x).float(), torch.from_numpy(y).float(), torch.ones(350, 1, dtype=torch.bool))
@@ -70,7 +70,7 @@ def test_with_fewer_samples_than_features_held_out_samples_choose_a_penalty_that
 @pytest.mark.parametrize(("count", "places"), [(40, 1), (200, 1), (40, 3)])
 def test_one_probe_is_the_same_in_its_dual_form_and_where_a_rank_has_no_samples(count: int, places: int) -> None:
     """The dual form takes fewer clips than features, of one place."""
-    rng = seeds.numpy(0, "one probe", count, places)
+    rng = seeds.numpy_rng(0, "one probe", count, places)
     x, weight = rng.normal(size=(count + 20, places, 60)) * 10.0 ** rng.integers(-2, 4, 60), rng.normal(size=(60, OUT))
     x[:, :, 0] = 3.0  # a constant feature
     y = 0.1 * x @ (weight / x.std((0, 1)).clip(1)[:, None]) + rng.normal(size=(count + 20, places, OUT))

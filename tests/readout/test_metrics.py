@@ -112,7 +112,7 @@ def test_rotation_error_is_the_angle_whatever_the_scale_of_the_prediction(degree
 
 
 def test_the_nearest_rotation_is_never_a_mirror() -> None:
-    rng = seeds.numpy(0, "poses")
+    rng = seeds.numpy_rng(0, "poses")
     for pose in rng.normal(size=(50, 3, 4)):
         rotation = metrics.nearest_rotation(pose)[:, :3]
         assert np.allclose(rotation @ rotation.T, np.eye(3)) and np.linalg.det(rotation) > 0

@@ -151,7 +151,7 @@ def test_mae_st_loss_prediction_latent_and_gradient_equal_the_official_code(name
     loss.backward()
     values: dict[str, Tensor] = {
         "loss": loss.detach(),
-        "pred": model.decode(video, masked).detach(),
+        "pred": model.predict_patches(video, masked).detach(),
         "latent": model.encode(video, masked)[:, model.encoder.prefix_tokens :].detach(),
         "grad_patch_proj": model.encoder.patch_embedding.weight.grad,
     }
@@ -164,7 +164,7 @@ def test_a_fine_tuned_classifier_pools_all_tokens_but_the_first(tmp_path: Path) 
     """Normed after pooling, from the encoder that agrees with the official one, with a drawn classifier."""
     state = {key: value for key, value in official_state().items() if "decoder" not in key and key != "mask_token"}
     drawn = {"head.weight": (5, 48), "head.bias": (5,)}
-    state |= {key: torch.randn(shape, generator=seeds.stream(0, key)) for key, shape in drawn.items()}
+    state |= {key: torch.randn(shape, generator=seeds.torch_rng(0, key)) for key, shape in drawn.items()}
     torch.save({"model_state": state}, tmp_path / "tuned.pth")
     from_mae_st(tmp_path / "tuned.pth", tmp_path / "folder", MAESTOptions(heads=3))
     np.save(tmp_path / "video.npy", np.random.default_rng(0).random((2, 8, 32, 32, 3), np.float32))

@@ -47,7 +47,7 @@ def source_of(
 
 
 def clips(count: int) -> list[Tensor]:
-    rng = seeds.stream(0, "clips")
+    rng = seeds.torch_rng(0, "clips")
     return [torch.randint(256, (*CLIP, 3), generator=rng, dtype=torch.uint8) for _ in range(count)]
 
 

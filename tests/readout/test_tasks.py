@@ -131,8 +131,8 @@ def test_a_metric_of_no_clip_is_left_out_and_the_primary_one_is_an_error(tmp_pat
 def test_intervals_hold_the_mean_and_shrink_with_more_videos() -> None:
     widths = []
     for videos in (20, 2000):
-        sums = seeds.numpy(0, "sums").uniform(size=videos)
-        low, high = metrics.interval(sums, np.ones(videos), seeds.numpy(0, "draws"), draws=500)
+        sums = seeds.numpy_rng(0, "sums").uniform(size=videos)
+        low, high = metrics.interval(sums, np.ones(videos), seeds.numpy_rng(0, "draws"), draws=500)
         assert low < sums.mean() < high
         widths.append(high - low)
     assert widths[1] < widths[0] / 5

@@ -31,7 +31,7 @@ print(fidelity({"clip": np.random.default_rng(0).normal(size=(2, 200, 384))}))""
 
 
 def clips(count: int = 70) -> torch.Tensor:
-    return torch.randint(0, 256, (count, 4, 16, 16, 3), dtype=torch.uint8, generator=seeds.stream(0, "a"))
+    return torch.randint(0, 256, (count, 4, 16, 16, 3), dtype=torch.uint8, generator=seeds.torch_rng(0, "a"))
 
 
 def features(extract: Extractor, pixels: torch.Tensor) -> np.ndarray:
@@ -49,7 +49,7 @@ def test_equal_clips_have_no_distance_and_darker_ones_lie_farther_the_darker_the
 
 
 def test_precision_falls_with_alien_clips_and_recall_with_missing_ones() -> None:
-    near, far = np.split(seeds.numpy(0, "features").normal(size=(50, 8)), [40])
+    near, far = np.split(seeds.numpy_rng(0, "features").normal(size=(50, 8)), [40])
     both = np.concatenate([near[:30], far + 50])
     alien, missing = compare(both, near), compare(near, both)
     assert alien["precision"] == pytest.approx(0.75) and alien["recall"] > 0.9
@@ -66,7 +66,7 @@ def test_features_of_clips_depend_on_the_order_of_frames_and_those_of_frames_do_
 
 @pytest.mark.integration
 def test_fid_is_that_of_two_normal_distributions() -> None:
-    a = seeds.numpy(0, "normal").normal(size=(2000, 3))
+    a = seeds.numpy_rng(0, "normal").normal(size=(2000, 3))
     assert compare(a + [3, 0, 0], a)["fid"] == pytest.approx(9, rel=1e-3)
     assert compare(a * 2, a)["fid"] == pytest.approx(np.trace(np.cov(a.T)) + np.square(a.mean(0)).sum(), rel=1e-3)
 

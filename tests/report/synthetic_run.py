@@ -167,7 +167,7 @@ def _point(home: Path, name: str, method: str, size: int) -> None:
     summary |= {"train_loss": loss * 0.99, "val_loss": loss}
     write_json(folder / "summary.json", summary)
     steps = range(10, 1001, 10)
-    noise = 1 + 0.03 * seeds.numpy(0, name).standard_normal(len(steps))
+    noise = 1 + 0.03 * seeds.numpy_rng(0, name).standard_normal(len(steps))
     lines = [
         {"step": s, "clips_seen": 8 * s, "loss": float(n * (loss + 0.05 / s**0.7)), "lr": 1e-3, "grad": 0.5}
         for s, n in zip(steps, noise, strict=True)
@@ -245,7 +245,7 @@ def write_seed_study(run: RunResults, *, seeds_: tuple[int, ...] = (0, 1, 2), de
     protocols = [*(r.protocol for r in run.results), *[""] * len(measured)]
     for (encoder, task, metric, value, higher, weights), protocol in zip(measured, protocols, strict=False):
         for seed in seeds_ if protocol in ("frozen", "") else ():
-            noise = deviation * seeds.numpy(seed, encoder, task, metric).standard_normal() if seed != run.seed else 0
+            noise = deviation * seeds.numpy_rng(seed, encoder, task, metric).standard_normal() if seed != run.seed else 0
             row = {"arm": encoder, "seed": seed, "encoder": encoder, "task": task, "protocol": protocol, "metric": metric}
             row |= {"value": value * (1 + noise), "higher_is_better": higher, "experiment": f"{encoder}-{seed}"}
             rows.append(row | {"checkpoint_sha256": weights if seed == run.seed else weights and sha(f"{weights} {seed}")})

@@ -144,7 +144,7 @@ def test_every_metric_of_the_kept_report_has_words_direction_and_unit() -> None:
         assert words and unit and direction in ("↑", "↓")
         if row["unit"]:
             assert (unit, direction) == (row["unit"], "↑" if row["higher_is_better"] == "True" else "↓")
-    assert measure("top1_linear_300") == "actions named right, linear probe of 300 clips ↑"
+    assert measure("top1_linear_300") == "top-1 accuracy of actions, linear probe of 300 clips ↑"
     assert measure("my_own", "↓") == "my own ↓"
 
 

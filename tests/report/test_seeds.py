@@ -21,7 +21,7 @@ from scaling4d.report.run_results import RunResults, read_run_results
 from scaling4d.report.seeds import FOLDER
 from scaling4d.report.verdict import NO, NOISE, YES, conclusion, measure_rows, rules, verdict
 from scaling4d.studies.study import loss_task, noise_limit
-from scaling4d.studies.words import MEASURES
+from scaling4d.studies.words import METRIC_LABELS
 
 STUDY, RUNS = FOLDER / "study.json", FOLDER / "runs.csv"
 
@@ -108,7 +108,7 @@ def test_the_verdict_compares_means_beyond_the_noise_of_seeds(run: RunResults) -
 def test_a_difference_within_the_noise_of_seeds_is_no_answer(with_study: Callable[..., RunResults]) -> None:
     noisy = verdict_rows(with_study(deviation=0.4))
     for metric in ("top1", "mean_iou", "abs_rel", "epe", "val_loss"):
-        assert noisy[escape(MEASURES[metric])][0].startswith(NOISE)
+        assert noisy[escape(METRIC_LABELS[metric])][0].startswith(NOISE)
 
 
 def test_a_mean_loss_that_rises_at_one_step_of_size_is_not_better_with_size(run: RunResults, pocket: dict) -> None:
@@ -182,7 +182,7 @@ def test_the_readmes_table_has_means_of_the_runs_study(run: RunResults, pocket: 
     ]
     pose, mini = table[-1], run.fresh_seed_study.of("mini", "pose", "epe")
     assert pose[3] == f"{mini.mean:.3f}±{mini.deviation:.3f}" and pose[6] == "1.300" and pose[7] == YES
-    assert verdict_rows(run)[escape(MEASURES["epe"])][0].startswith(pose[8])
+    assert verdict_rows(run)[escape(METRIC_LABELS["epe"])][0].startswith(pose[8])
 
 
 def test_the_table_of_the_readme_has_the_one_run_where_the_study_is_stale(

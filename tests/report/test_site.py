@@ -76,7 +76,11 @@ def test_the_page_names_metrics_in_words_fits_a_telephone_and_leads_numbers_back
         page.wait("document.querySelectorAll('#rows tbody tr').length > 0")
         heads = page.texts("#rows thead tr:first-child th")
         assert not [head for head in heads if "_" in head]
-        assert {"validation loss of pretraining ↓", "depthrelative error of depth ↓", "actionsactions named right ↑"} <= {*heads}
+        assert {
+            "validation loss of pretraining ↓",
+            "depthrelative error of depth, AbsRel ↓",
+            "actionstop-1 accuracy of actions ↑",
+        } <= {*heads}
         assert page.value("document.documentElement.scrollWidth") == page.value("innerWidth") == 390
         links = page.value("[...document.querySelectorAll('#rows tbody a')].map(e => e.hash)")
         assert len(set(links)) == 10 * 5 + 2 * 5 + 2 + 7  # results, and a validation loss for each point

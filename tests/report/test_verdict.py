@@ -64,7 +64,7 @@ def test_the_conclusion_names_every_measure_by_its_answer(run: RunResults) -> No
     run = changed(changed(run, "pose", mini=(0.5, 0.4, 0.6)), "depth", mini=(0.5, 0.4, 0.6))
     text = conclusion_text(run)
     assert "camera" in re.search(r"^<p>Better with size \(from .*? parameters\): (.*?)\. ", text)[1]
-    assert "Not better with size: relative error of depth. " in text
+    assert "Not better with size: relative error of depth, AbsRel. " in text
     assert all(name.rsplit(" ", 1)[0] in text for name in verdict_rows(run))
 
 

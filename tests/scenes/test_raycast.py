@@ -12,7 +12,7 @@ from scaling4d.scenes.scene import KINDS, Scene, camera_poses, draw_scene
 
 
 def draw(kind: str, index: int, *, frames: int = 4) -> Scene:
-    return draw_scene(seeds.numpy(3, "test", kind, index), kind, frames=frames, rate_hz=4.0, height_px=48, width_px=64)
+    return draw_scene(seeds.numpy_rng(3, "test", kind, index), kind, frames=frames, rate_hz=4.0, height_px=48, width_px=64)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -76,7 +76,7 @@ def test_rays_hit_an_object_where_the_first_of_all_triangles_lies():
 @pytest.mark.parametrize("index", range(3))
 def test_a_tracked_point_is_visible_exactly_while_nothing_is_in_front_of_it(index):
     scene = draw("track", index, frames=8)
-    points, visible = raycast.track_points(scene, count=12, on_room=3, rng=seeds.numpy(0, "tracks", index))
+    points, visible = raycast.track_points(scene, count=12, on_room=3, rng=seeds.numpy_rng(0, "tracks", index))
     assert points.shape == (12, 8, 2)
     assert visible[:, 0].all()
     assert (np.linalg.norm(points[:, -1] - points[:, 0], axis=-1) > 0.1).sum() >= 3  # objects do move
@@ -135,8 +135,8 @@ def test_a_texture_moves_with_its_object():
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_every_pattern_shows_at_least_two_colours(pattern):
-    texture = Texture.draw(seeds.numpy(0, pattern), pattern=pattern, per_m=2.0, contrast=1.0, saturation=1.0)
-    colors = texture.color(seeds.numpy(1, pattern).uniform(-1, 1, (200, 3)))
+    texture = Texture.draw(seeds.numpy_rng(0, pattern), pattern=pattern, per_m=2.0, contrast=1.0, saturation=1.0)
+    colors = texture.color(seeds.numpy_rng(1, pattern).uniform(-1, 1, (200, 3)))
     assert colors.min() >= 0 and colors.max() <= 1
     assert len(np.unique(colors.round(3), axis=0)) >= 2
 

@@ -74,7 +74,7 @@ def pictures_of(panels: list[draw.Panel], name: str) -> np.ndarray:
 
 
 def test_a_clip_is_enlarged_pixel_by_pixel() -> None:
-    pixels = seeds.numpy(0, "pixels").integers(0, 256, (T, SIDE, SIDE, 3), dtype=np.uint8)
+    pixels = seeds.numpy_rng(0, "pixels").integers(0, 256, (T, SIDE, SIDE, 3), dtype=np.uint8)
     large = draw.enlarge(pixels)
     assert large.shape == (T, 192, 192, 3)
     assert (large[:, ::12, ::12] == pixels).all() and (large[:, 11::12, 11::12] == pixels).all()

@@ -13,7 +13,7 @@ def law(x: np.ndarray) -> np.ndarray:
 
 
 def noisy(name: object, level: float) -> np.ndarray:
-    return law(SIZES) + level * seeds.numpy(0, "noise", name).standard_normal(len(SIZES))
+    return law(SIZES) + level * seeds.numpy_rng(0, "noise", name).standard_normal(len(SIZES))
 
 
 def test_no_other_curve_lies_nearer_to_noisy_points() -> None:

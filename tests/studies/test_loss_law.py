@@ -29,7 +29,7 @@ def true_loss(parameters: np.ndarray, clips: np.ndarray) -> np.ndarray:
 
 
 def noisy_law(name: object, level: float, draws: int) -> LossLaw:
-    noise = level * seeds.numpy(0, "noise", name).standard_normal(len(N))
+    noise = level * seeds.numpy_rng(0, "noise", name).standard_normal(len(N))
     return fit_loss_law(N, D, FLOPS, true_loss(N, D) * np.exp(noise), draws=draws)
 
 
@@ -64,13 +64,13 @@ def test_nine_of_ten_intervals_hold_the_truth() -> None:
             _, low, high = fitted.interval(name)
             held[name] += low <= truth <= high
         _, low, high = fitted.prediction(SIZES[-1], 16e12 / FLOPS_PER_CLIP[-1])
-        deviation = 0.005 * seeds.numpy(0, "new", draw).standard_normal()
+        deviation = 0.005 * seeds.numpy_rng(0, "new", draw).standard_normal()
         held["new run"] += low <= true_loss(SIZES[-1], 16e12 / FLOPS_PER_CLIP[-1]) * np.exp(deviation) <= high
     assert all(85 <= count <= 95 for count in held.values()), held
 
 
 def test_an_exponent_without_a_visible_trend_is_not_identified() -> None:
-    flat = fit_loss_law(N, D, FLOPS, 0.05 * np.exp(0.01 * seeds.numpy(0, "flat").standard_normal(len(N))), draws=40)
+    flat = fit_loss_law(N, D, FLOPS, 0.05 * np.exp(0.01 * seeds.numpy_rng(0, "flat").standard_normal(len(N))), draws=40)
     assert not flat.identified("size_exponent")
     assert noisy_law("seen", 0.002, 40).identified("size_exponent")
 

@@ -49,7 +49,7 @@ def cache_out(path: str, name: str, content: dict) -> dict:
 
 def write_lock(scaling: Study, arm: Arm, seed: int) -> None:
     """Loss and tasks fall and rise by power laws, with a little noise."""
-    size, rng = SIZES[arm.encoder], seeds.numpy(seed, arm.name)
+    size, rng = SIZES[arm.encoder], seeds.numpy_rng(seed, arm.name)
     error = 0.3 * (size / 1e5) ** -0.3 * (1 + 0.01 * rng.standard_normal())
     result = {"encoder": arm.encoder, "parameters": int(size), "protocol": "frozen", "unit": "", "seed": seed}
     result |= {"checkpoint_sha256": hashlib.sha256(f"{arm.name} {seed}".encode()).hexdigest()}

@@ -47,7 +47,7 @@ class Line(nn.Module):
 
 
 def batch_of(step: int, *, rank: int, ranks: int) -> Batch:
-    x = torch.randn(CONFIG.batch, 5, generator=seeds.stream(0, "x", step))
+    x = torch.randn(CONFIG.batch, 5, generator=seeds.torch_rng(0, "x", step))
     ids = tuple(f"clip{step}-{n}" for n in range(CONFIG.batch))
     part = slice(rank * len(x) // ranks, (rank + 1) * len(x) // ranks)
     masked = MaskedTokens(torch.arange(CONFIG.batch)[:, None][part], (1, 1, 8))

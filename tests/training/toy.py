@@ -80,8 +80,8 @@ def build_sharded(sharding: ShardingConfig, *, ranks: int, compute: ComputeConfi
 
 def batch_of(model: nn.Module, step: int, *, rank: int, ranks: int, size: int = 8) -> tuple[Tensor, MaskedTokens]:
     """A rank's part of a step's random clips and masks."""
-    pixels = torch.randint(0, 256, (size, *model.encoder.clip, 3), dtype=torch.uint8, generator=seeds.stream(0, "p", step))
-    masked = model.draw_mask(size, seeds.stream(0, "m", step))
+    pixels = torch.randint(0, 256, (size, *model.encoder.clip, 3), dtype=torch.uint8, generator=seeds.torch_rng(0, "p", step))
+    masked = model.draw_mask(size, seeds.torch_rng(0, "m", step))
     part = slice(rank * size // ranks, (rank + 1) * size // ranks)
     return pixels[part], MaskedTokens(masked.ids_keep[part], masked.grid)
 

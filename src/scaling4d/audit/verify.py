@@ -279,7 +279,8 @@ def _provenance(run: LockedRun, stage: LockedStage, path: str, content: Mapping[
         known |= {run.disk.sha256(path) for path in (dep.path, *inner)}
         known |= {sha for folders in run.benchmark_hashes(dep.path).values() for sha in folders.values()}
     for name, sha in (content.get("inputs") or {}).items():
-        if name != "videos" and sha not in (*known,):  # videos may be members of archives; the lock has their folder's hash
+        # Videos may be members of archives; the lock has their folder's hash. A damaged file may name what has no hash.
+        if name != "videos" and sha not in [*known]:
             yield f"{path} names {name} {sha}, which is no input of its stage in {run.lock}"
 
 
@@ -292,7 +293,7 @@ def _operative(run: LockedRun, stage: LockedStage, folder: str) -> Iterator[str]
         return
     operative = provenance.parse_gin(text)
     classes = {key.split(".")[0] for key in operative}
-    leaves = flatten(dict(sorted(stage.params.items())))  # readout.tasks after readout.shared, which it overrides
+    leaves = flatten(dict(sorted(stage.params.items())))  # readout.tasks after readout.Evaluation and Head
     for key, value in {".".join(key.split(".")[-2:]): value for key, value in leaves}.items():
         if key.split(".")[0] in classes and operative.get(key, MISSING) != value:
             yield f"{path} has {key} = {operative.get(key, MISSING)!r}, {run.lock} {value!r}"

@@ -71,7 +71,7 @@ def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
         samples = []
         for clip in clips:
             pictures = [np.asarray(picture(bytes(stored[frame])).convert("RGB")) for frame in clip.frame_numbers]
-            order = seeds.numpy(0, "movi", name, int(clip.frame_numbers[0])).permutation(len(clip.points))
+            order = seeds.numpy_rng(0, "movi", name, int(clip.frame_numbers[0])).permutation(len(clip.points))
             labels, valid = {"points": clip.points[order]}, {"points": clip.visible[order]}
             samples.append(Sample(clip.id, name, crop.pixels(pictures), labels, valid))
         return samples

@@ -33,8 +33,8 @@ from scaling4d.records import UserError, on_one_line, write_json
 LIBRARIES = ("av", "imagehash", "numpy", "pillow", "scenedetect-headless")  # that an inspection depends on
 TIMEOUT_S = 60.0  # while another run writes into the same cache
 HASHES_PER_JOB = 32  # sources in one job: a hash is little work
-SELECTION = ("side_px", "crf", "encode", "listed", "hash_bits", "val_share", "shard_bytes", "workers", "cluster")
-# settings that no inspection depends on
+# Settings on which the inspection of a video does not depend.
+NOT_OF_INSPECTION = ("side_px", "crf", "encode", "listed", "hash_bits", "val_share", "shard_bytes", "workers", "cluster")
 
 
 def curate(videos: Path, out: Path, config: CurationConfig, *, previous: Path | None = None, cache: Path | None = None) -> str:
@@ -106,7 +106,7 @@ def _inspect_all(
         hashes.update(zip(groups[number], future.result(), strict=True))
     keys = {source: f"{sha256} {source.stretches}" for source, sha256 in hashes.items() if isinstance(sha256, str)}
 
-    settings = {name: value for name, value in asdict(config).items() if name not in SELECTION}
+    settings = {name: value for name, value in asdict(config).items() if name not in NOT_OF_INSPECTION}
     with open_cache(cache, "inspections", settings) as known:
         unknown: dict[str, SourceFile] = {}  # the first source of each key
         for source, key in keys.items():

@@ -178,17 +178,17 @@ class WindowedShuffle:
 
     def _windows(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The shards of an epoch in their order, and the places at which its windows begin."""
-        shards = seeds.numpy(self.seed, "order", epoch).permutation(len(self.starts) - 1)
+        shards = seeds.numpy_rng(self.seed, "order", epoch).permutation(len(self.starts) - 1)
         sizes = np.diff(self.starts)[shards]
         return shards, (np.cumsum(sizes) - sizes)[:: self.window_shards]
 
     def _window(self, epoch: int, number: int | None) -> np.ndarray:
         """The clips of a window in their order; of all without a number."""
         if number is None:
-            return seeds.numpy(self.seed, "order", epoch).permutation(self.clips)
+            return seeds.numpy_rng(self.seed, "order", epoch).permutation(self.clips)
         shards = self.windows(epoch)[0][number * self.window_shards : (number + 1) * self.window_shards]
         members = np.concatenate([np.arange(self.starts[shard], self.starts[shard + 1]) for shard in shards])
-        return seeds.numpy(self.seed, "order", epoch, number).permutation(members)
+        return seeds.numpy_rng(self.seed, "order", epoch, number).permutation(members)
 
 
 def decode_clip(folder: Path, record: ClipRecord) -> Tensor:
@@ -286,16 +286,16 @@ class AugmentedBatches(Dataset):
         """
         if record.frames == self.frames:
             return [(record.start_s, self.decode(record)) for _ in copies]
-        positions = seeds.numpy(self.seed, "window", epoch, index).random(max(copies) + 1)[list(copies)]
+        positions = seeds.numpy_rng(self.seed, "window", epoch, index).random(max(copies) + 1)[list(copies)]
         return decode_windows(self.folder, record, frames=self.frames, positions=positions)
 
     def draw_augmentation(self, epoch: int, index: int, copy: int, *, side: int) -> Augmentation:
         rectangle, mirrored, backwards = None, False, False
         if self.crop != (1.0, 1.0):
-            rng = seeds.numpy(self.seed, "crop", epoch, index, copy)
+            rng = seeds.numpy_rng(self.seed, "crop", epoch, index, copy)
             rectangle = draw_rectangle(side, area=self.crop, aspect=self.aspect, rng=rng)
         if self.flip or self.reverse:
-            rng = seeds.numpy(self.seed, "flip", epoch, index)
+            rng = seeds.numpy_rng(self.seed, "flip", epoch, index)
             drawn = (rng.random((copy + 1, 2))[copy] < 0.5) & (self.flip, self.reverse)
             mirrored, backwards = drawn.tolist()
         return Augmentation(rectangle, mirrored, backwards)
@@ -316,7 +316,7 @@ def _stack(clips: Sequence[LoadedClip]) -> ClipBatch:
     return ClipBatch(default_collate(list(pixels)), ids, starts_s)
 
 
-def check(
+def check_batching(
     *, batch: int, ranks: int, repeats: int, crop: tuple[float, float], aspect: tuple[float, float], window_shards: int
 ) -> None:
     """Check arguments of `train_batches` before there are clips.
@@ -366,7 +366,7 @@ def train_batches(
     Raises ValueError, as `check`; ClipsError: no clips; from the iterator ClipsError: a clip cannot be decoded, and
     UserError: a worker ended.
     """
-    check(batch=batch, ranks=ranks, repeats=repeats, crop=crop, aspect=aspect, window_shards=window_shards)
+    check_batching(batch=batch, ranks=ranks, repeats=repeats, crop=crop, aspect=aspect, window_shards=window_shards)
     clips = ClipTable(folder, "train")
     order = WindowedShuffle(clips, seed=seed, window_shards=window_shards)
 
@@ -379,8 +379,8 @@ def train_batches(
     size = batch // ranks
     firsts = (step * batch + rank * size for step in range(start, steps))
     sampler = ([sample(position) for position in range(first, first + size)] for first in firsts)
-    views = {"flip": flip, "reverse": reverse, "crop": tuple(crop), "aspect": tuple(aspect), "on_device": on_device}
-    dataset = AugmentedBatches(folder, cached_clips, frames=frames, seed=seed, **views)
+    augmentation = {"flip": flip, "reverse": reverse, "crop": tuple(crop), "aspect": tuple(aspect)}
+    dataset = AugmentedBatches(folder, cached_clips, frames=frames, seed=seed, on_device=on_device, **augmentation)
     return _load(dataset, sampler, start=start, workers=workers)
 
 
@@ -390,7 +390,7 @@ def _load(dataset: AugmentedBatches, sampler: Iterable[list[SampledClip]], *, st
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13
         options = {"batch_size": None, "num_workers": workers, "worker_init_fn": _init_worker, "snapshot_every_n_steps": 0}
         options |= {"prefetch_factor": PREFETCH, "multiprocessing_context": "spawn"} if workers else {}
-        loader = StatefulDataLoader(dataset, sampler=sampler, generator=seeds.stream(dataset.seed, "loader"), **options)
+        loader = StatefulDataLoader(dataset, sampler=sampler, generator=seeds.torch_rng(dataset.seed, "loader"), **options)
     step = start
     try:
         with _no_signals() if workers else nullcontext():

@@ -42,7 +42,6 @@ class EncoderConfig(PixelTokensConfig):
     """A backbone.
 
     width: D. depth: number of blocks. mlp: hidden width of a block's mlp. qk_norm: see Block; of the encoder's blocks.
-    Checkpoints and settings that do not name it do without.
     """
 
     width: int
@@ -148,7 +147,7 @@ class Encoder(nn.Module):
         """`N D`."""
         return self.positions
 
-    def tokens(self, pixels: Tensor, masked: MaskedTokens | None = None) -> Tensor:
+    def embed_tokens(self, pixels: Tensor, masked: MaskedTokens | None = None) -> Tensor:
         """`B T H W C` -> `B K D`: the visible tokens (all without a mask), projected, with their positions."""
         if masked is None:
             return self.embed(patchify(pixels, self.patch)) + self.position_table()
@@ -177,7 +176,7 @@ class Encoder(nn.Module):
 
     def last_tokens(self, pixels: Tensor, masked: MaskedTokens | None = None) -> Tensor:
         """Output of the last block, prefix tokens included. `features` ends before it."""
-        x = self.tokens(pixels, masked)
+        x = self.embed_tokens(pixels, masked)
         for block in self.blocks:
             x = block(x)
         return x
@@ -188,7 +187,7 @@ class Encoder(nn.Module):
         So [0] equals [1], and the output of the last block is not among them. layers: stop after so many entries.
         Source: GeneralizedTransformer of the released 4DS code.
         """
-        x = self.tokens(pixels)
+        x = self.embed_tokens(pixels)
         out = [x]
         for number in range(self.depth if layers is None else layers - 1):
             x = self.blocks[number - 1](x) if number else x
@@ -237,7 +236,7 @@ class Method(nn.Module):
             self.encoder.init_sincos_positions()
 
     def features(self, pixels: Tensor, layers: int | None = None) -> list[Tensor]:
-        """As of the encoder; a pass through the model itself, for FSDP."""
+        """The encoder's features, as a method of the model: FSDP gathers weights for it."""
         return self.encoder.features(pixels, layers)
 
     @property
@@ -278,7 +277,7 @@ def initialise(module: nn.Module, *, seed: int, xavier: bool = False) -> None:
     N(0, 0.02) for learned tokens and positions. xavier: for all matrices, as mae_st (q, k and v each their own).
     """
     for name, weight in module.named_parameters():
-        rng, value = seeds.stream(seed, "init", name), torch.empty(weight.shape)
+        rng, value = seeds.torch_rng(seed, "init", name), torch.empty(weight.shape)
         if name.endswith("bias"):
             value.zero_()
         elif "norm" in name.split(".")[-2:][0]:

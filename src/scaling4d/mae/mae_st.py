@@ -128,9 +128,9 @@ class MAESTEncoder(Encoder):
         """`N D`."""
         return self.positions.table()
 
-    def tokens(self, pixels: Tensor, masked: MaskedTokens | None = None) -> Tensor:
+    def embed_tokens(self, pixels: Tensor, masked: MaskedTokens | None = None) -> Tensor:
         """`B T H W C` -> `B 1+K D`; the class token, if any, is first."""
-        x = super().tokens(pixels, masked)
+        x = super().embed_tokens(pixels, masked)
         if not self.prefix_tokens:
             return x
         first = (self.class_token + self.positions.class_token).expand(x.shape[0], 1, -1)
@@ -187,34 +187,36 @@ class MAEST(Method):
         """`B 1+K D`, normed; the class token, if any, is first."""
         return self.encoder.norm(self.encoder.last_tokens(pixels, masked))
 
-    def decode(self, pixels: Tensor, masked: MaskedTokens) -> Tensor:
+    def predict_patches(self, pixels: Tensor, masked: MaskedTokens) -> Tensor:
         """`B N P`: the prediction for every token's patch."""
         prefix = self.encoder.prefix_tokens
         x = self.decoder_embedding(self.encode(pixels, masked)[:, prefix:])  # B K D
         B, _, D = x.shape
         at = masked.ids_keep[..., None].expand(-1, -1, D)
-        x = self.mask_token.to(x.dtype).expand(B, masked.tokens, D).scatter(1, at, x) + self.decoder_positions.table()  # B N D
+        x = (
+            self.mask_token.to(x.dtype).expand(B, masked.token_count, D).scatter(1, at, x) + self.decoder_positions.table()
+        )  # B N D
         if prefix:
             x = torch.cat([(self.decoder_class_token + self.decoder_positions.class_token).expand(B, 1, D), x], dim=1)
         for block in self.decoder_blocks:
             x = block(x)
         return self.decoder(self.decoder_norm(x))[:, prefix:]
 
-    def frames(self, pixels: Tensor) -> Tensor:
+    def predicted_frames(self, pixels: Tensor) -> Tensor:
         """Indices of the predicted frames among the T frames, ascending from 0, evenly spaced and rounded down."""
         count = self.config.predicted_frames
         return torch.arange(count, device=pixels.device) * (pixels.shape[1] - 1) // max(count - 1, 1)
 
     def target(self, pixels: Tensor) -> Tensor:
         """`B N P`: the predicted frames' pixels, normalised per patch if so configured."""
-        x = patchify(self.encoder.normalise(pixels[:, self.frames(pixels)]), self.predicted_patch)
+        x = patchify(self.encoder.normalise(pixels[:, self.predicted_frames(pixels)]), self.predicted_patch)
         if self.config.normalise_target:
             x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + TARGET_EPS).sqrt()
         return x
 
     def forward(self, pixels: Tensor, masked: MaskedTokens) -> Tensor:
         """Mean squared error over the masked tokens (a scalar)."""
-        error = (self.decode(pixels, masked) - self.target(pixels)).square().mean(-1)  # B N
+        error = (self.predict_patches(pixels, masked) - self.target(pixels)).square().mean(-1)  # B N
         hidden = torch.ones_like(error).scatter(1, masked.ids_keep, 0.0)
         return (error * hidden).sum() / hidden.sum()
 
@@ -224,8 +226,8 @@ class MAEST(Method):
         A normalised prediction takes its patch's true mean and deviation, as in the official visualisation. A frame
         without a prediction shows the nearest predicted frame before it.
         """
-        x = self.decode(pixels, masked)
-        frames = self.frames(pixels)
+        x = self.predict_patches(pixels, masked)
+        frames = self.predicted_frames(pixels)
         if self.config.normalise_target:
             true = patchify(self.encoder.normalise(pixels[:, frames]), self.predicted_patch)
             x = x * (true.var(-1, keepdim=True) + TARGET_EPS).sqrt() + true.mean(-1, keepdim=True)

@@ -69,7 +69,7 @@ def visible_tokens(strategy: str, grid: Grid, mask_ratio: float, *, round_down: 
 def hidden_pixels(masked: MaskedTokens, clip: tuple[int, int, int], patch: tuple[int, int, int]) -> Tensor:
     """float `B T H W 1`: 1 at hidden pixels, 0 at visible ones."""
     ids_keep = masked.ids_keep
-    hidden = torch.ones(ids_keep.shape[0], masked.tokens, device=ids_keep.device).scatter(1, ids_keep, 0.0)  # B N
+    hidden = torch.ones(ids_keep.shape[0], masked.token_count, device=ids_keep.device).scatter(1, ids_keep, 0.0)  # B N
     return unpatchify(hidden[..., None].expand(-1, -1, math.prod(patch)), clip, patch)
 
 

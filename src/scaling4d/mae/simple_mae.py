@@ -57,10 +57,10 @@ class SimpleMAE(Method):
             ratio = tuple(c / p for c, p in zip(self.coarse_patch, self.encoder.patch, strict=True))
             copy_to_param_(self.coarse_tokens, sincos(self.coarse_grid, self.encoder.width, ratio))
 
-    def decode(self, pixels: Tensor, masked: MaskedTokens) -> Tensor:
+    def predict_patches(self, pixels: Tensor, masked: MaskedTokens) -> Tensor:
         """uint8 `B T H W C` -> `B M P`, the coarse patches of the whole clip in normalised pixels."""
         encoder, decode_blocks = self.encoder, self.config.decode_blocks
-        x = encoder.tokens(pixels, masked)  # B K D
+        x = encoder.embed_tokens(pixels, masked)  # B K D
         for block in encoder.blocks[:-decode_blocks]:
             x = block(x)
         x = torch.cat([x, self.coarse_tokens.expand(x.shape[0], -1, -1)], dim=1)  # B K+M D
@@ -70,9 +70,9 @@ class SimpleMAE(Method):
 
     def forward(self, pixels: Tensor, masked: MaskedTokens) -> Tensor:
         """Mean squared error of all normalised pixels, visible ones included (a scalar)."""
-        return F.mse_loss(self.decode(pixels, masked), self.encoder.normalise(patchify(pixels, self.coarse_patch)))
+        return F.mse_loss(self.predict_patches(pixels, masked), self.encoder.normalise(patchify(pixels, self.coarse_patch)))
 
     def reconstruct(self, pixels: Tensor, masked: MaskedTokens) -> Tensor:
         """float `B T H W C` in 0..1: every pixel as predicted."""
-        x = unpatchify(self.decode(pixels, masked), self.encoder.clip, self.coarse_patch)
+        x = unpatchify(self.predict_patches(pixels, masked), self.encoder.clip, self.coarse_patch)
         return (x / self.encoder.pixel_scale + self.encoder.pixel_mean).clamp(0, 1)

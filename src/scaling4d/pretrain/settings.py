@@ -34,8 +34,8 @@ def probe_metric(task: str) -> str:
     return f"{PROBES[task][0]}_linear"
 
 
-MEASURES = {"val_loss": False, "rankme": True}  # of a validation -> whether higher is better
-MEASURES |= {probe_metric(task): higher_is_better for task, (_, higher_is_better) in PROBES.items()}
+HIGHER_IS_BETTER = {"val_loss": False, "rankme": True}  # of a validation -> whether higher is better
+HIGHER_IS_BETTER |= {probe_metric(task): higher_is_better for task, (_, higher_is_better) in PROBES.items()}
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class TrainingConfig(ComputeConfig):
     losses.jsonl.
     probe_tasks: tasks whose linear probe every validation measures, see pretrain.probes. probe_items: items of a
     benchmark's training and validation split for it, evenly spread, 0: all. keep_best: the measure of the validations,
-    one of MEASURES, by which the best weights are written; "": the last weights are.
+    one of HIGHER_IS_BETTER, by which the best weights are written; "": the last weights are.
     """
 
     ranks: int
@@ -92,14 +92,14 @@ class TrainingConfig(ComputeConfig):
         if min(self.probe_items) < 0:
             raise ValueError(f"probe_items = {list(self.probe_items)}; needed 0 or more each")
         absent = [probe_metric(task) for task in PROBES if task not in self.probe_tasks]
-        require_words(self, {"keep_best": ("", *(name for name in MEASURES if name not in absent))})
+        require_words(self, {"keep_best": ("", *(name for name in HIGHER_IS_BETTER if name not in absent))})
         if not self.validate_every and (self.probe_tasks or self.keep_best):
             setting = "probe_tasks" if self.probe_tasks else "keep_best"
             raise ValueError(f"{setting} is set and validate_every is 0; needed validate_every of 1 step or more")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup is {self.warmup}; needed a share of the steps, 0 to 1")
         order = {"repeats": self.repeats, "crop": self.crop, "aspect": self.aspect, "window_shards": self.window_shards}
-        loader.check(batch=self.batch, ranks=self.ranks, **order)
+        loader.check_batching(batch=self.batch, ranks=self.ranks, **order)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from scaling4d.pipeline import code_hashes
 from scaling4d.pretrain.plan.closed_form import flops_per_clip
 from scaling4d.pretrain.plan.memory import check_memory
 from scaling4d.pretrain.probes import check_benchmarks
-from scaling4d.pretrain.settings import MEASURES, PretrainConfig, bind_pretrain, clips_remedies
+from scaling4d.pretrain.settings import HIGHER_IS_BETTER, PretrainConfig, bind_pretrain, clips_remedies
 from scaling4d.pretrain.start import initialise
 from scaling4d.pretrain.validate import Validation
 from scaling4d.records import MaskedTokens, UserError, file_system_errors, remedy, write_json
@@ -50,9 +50,9 @@ def pretrain(point: str, settings: Mapping[str, Any]) -> Path | int:
     evidence = evidence_of(pretraining)
     code = None if distributed.launched_by_torchrun() else launch(_job(pretraining, settings, evidence), pretraining.launch)
     if code is None:
-        train(pretraining, evidence)
+        start_ranks(pretraining, evidence)
     if not code and distributed.is_main():
-        remove_state(state_folder("pretrain", fingerprint_of(pretraining, evidence)))
+        remove_state(state_folder("pretrain", pretrain_fingerprint(pretraining, evidence)))
     return pretraining.folder if code is None else code
 
 
@@ -70,7 +70,7 @@ def _bind_and_check(point: str, settings: Mapping[str, Any]) -> PretrainConfig:
     return pretraining
 
 
-def train_rank(point: str, snapshot: Path) -> Path | None:
+def run_launched_rank(point: str, snapshot: Path) -> Path | None:
     """In a rank that a launcher started: train by its snapshot. None: another rank failed with a UserError."""
     with snapshot_content(snapshot) as content:
         if content is None:
@@ -78,11 +78,11 @@ def train_rank(point: str, snapshot: Path) -> Path | None:
         pretraining = bind_pretrain(point, content["settings"])
         if pretraining.training.device == "cuda":
             check_memory(pretraining, first_gpu_bytes())
-        train(pretraining, content["evidence"])
+        start_ranks(pretraining, content["evidence"])
         return pretraining.folder
 
 
-def train(pretraining: PretrainConfig, evidence: Mapping[str, Any]) -> None:
+def start_ranks(pretraining: PretrainConfig, evidence: Mapping[str, Any]) -> None:
     """Run the ranks. Later edits of settings, code and data do not change `evidence`, see `evidence_of`.
 
     The last training state stays; the caller removes it after success.
@@ -90,7 +90,7 @@ def train(pretraining: PretrainConfig, evidence: Mapping[str, Any]) -> None:
     training, runtime = pretraining.training, pretraining.runtime
     watchdog = WatchdogConfig(runtime.start_s, runtime.hang_s, artifacts.RUNS / pretraining.fit.name)
     given = {"pretraining": pretraining, "evidence": evidence}
-    distributed.run(_train, ranks=training.ranks, device=training.device, watchdog=watchdog, **given)
+    distributed.run(train_on_rank, ranks=training.ranks, device=training.device, watchdog=watchdog, **given)
 
 
 def evidence_of(pretraining: PretrainConfig) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def evidence_of(pretraining: PretrainConfig) -> dict[str, Any]:
     return artifacts.evidence("pretrain", pretraining.bound, code=code_hashes.running("pretrain"), inputs=inputs)
 
 
-def fingerprint_of(pretraining: PretrainConfig, evidence: Mapping[str, Any]) -> dict[str, Any]:
+def pretrain_fingerprint(pretraining: PretrainConfig, evidence: Mapping[str, Any]) -> dict[str, Any]:
     """All that the result depends on, except the number and layout of ranks: a run may continue with another one."""
     settings = {key: value for key, value in evidence["settings"].items() if key != f"{pretraining.key}.Sharding"}
     settings["pretrain.Training"] = {k: v for k, v in settings["pretrain.Training"].items() if k != "ranks"}
@@ -136,7 +136,7 @@ def _job(pretraining: PretrainConfig, settings: Mapping[str, Any], evidence: Map
         processes=1 + pretraining.runtime.workers,
         device=pretraining.training.device,
         content={"point": pretraining.point, "settings": settings, "evidence": evidence},
-        state=state_folder("pretrain", fingerprint_of(pretraining, evidence)),
+        state=state_folder("pretrain", pretrain_fingerprint(pretraining, evidence)),
         steps=pretraining.training.steps,
         steps_done=steps_done,
         written=partial(artifacts.is_written, pretraining.folder, evidence),
@@ -145,14 +145,14 @@ def _job(pretraining: PretrainConfig, settings: Mapping[str, Any], evidence: Map
 
 @file_system_errors()
 @clips_remedies()
-def _train(*, rank: int, ranks: int, pretraining: PretrainConfig, evidence: Mapping[str, Any]) -> None:
+def train_on_rank(*, rank: int, ranks: int, pretraining: PretrainConfig, evidence: Mapping[str, Any]) -> None:
     started, training, runtime = time.time(), pretraining.training, pretraining.runtime
     model = pretraining.build()
     for teacher in getattr(model, "teacher_encoder", ()):
         teacher.to(training.device, DTYPES[training.compute])
     parallelize(model, pretraining.sharding, training, ranks=ranks)
     model.to_empty(device=training.device)
-    name, state = pretraining.fit.name, fingerprint_of(pretraining, evidence)
+    name, state = pretraining.fit.name, pretrain_fingerprint(pretraining, evidence)
     peak_s_per_clip = flops_per_clip(model) / (ranks * peak_flops(training.device, DTYPES[training.compute]))
     folder = artifacts.RUNS / name
     log = TrainingLog(pretraining.fit, folder=folder, peak_s_per_clip=peak_s_per_clip, tensorboard=runtime.tensorboard)
@@ -170,7 +170,7 @@ def _train(*, rank: int, ranks: int, pretraining: PretrainConfig, evidence: Mapp
         if rank == 0:
             losses = [line["loss"] for line in log.lines]
             tail = losses[-max(len(losses) // 20, 1) :]
-            measures = {name: written[name] for name in MEASURES if name in written}
+            measures = {name: written[name] for name in HIGHER_IS_BETTER if name in written}
             summary = {"train_loss": sum(tail) / len(tail), **measures, "ranks": progress.ranks}
             summary |= {"best_step": written["step"]} if training.keep_best else {}
             summary |= {name: value for name in ("skipped", "rewinds") if (value := getattr(progress, name))}
@@ -227,7 +227,7 @@ def _batches(pretraining: PretrainConfig, model: nn.Module, rank: int, ranks: in
 def draw_masks(model: nn.Module, seed: int, step: int, *, first: int, count: int) -> MaskedTokens:
     """Masks of the clips `first` ... `first + count - 1` of a step's batch. A mask depends on its clip's place."""
     groups = range(first // MASK_GROUP, -(-(first + count) // MASK_GROUP))
-    drawn = [model.draw_mask(MASK_GROUP, seeds.stream(seed, "mask", step, group)) for group in groups]
+    drawn = [model.draw_mask(MASK_GROUP, seeds.torch_rng(seed, "mask", step, group)) for group in groups]
     skipped = first - groups[0] * MASK_GROUP
     return MaskedTokens(torch.cat([masked.ids_keep for masked in drawn])[skipped : skipped + count], drawn[0].grid)
 

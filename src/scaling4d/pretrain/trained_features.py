@@ -14,7 +14,7 @@ from scaling4d.encoders.features import layer_index, split_time
 
 
 class TrainedFeatures:
-    """As encoders.features.FeatureEncoder, by passes through the whole model, in which FSDP gathers the weights."""
+    """encoders.features.FeatureEncoder for an encoder inside a model that FSDP wraps, which gathers the weights."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.encoder = model, model.encoder
@@ -26,8 +26,8 @@ class TrainedFeatures:
         return split_time(self.model.features(pixels, layer + 1)[layer], self.encoder.grid).float()
 
 
-class ProductSums:
-    """Sums over clips: of the products `D D` of a clip's mean feature."""
+class RankMe:
+    """Effective rank of the mean features of clips (arXiv:2210.02885), from sums over clips of their products `D D`."""
 
     def __init__(self, width: int) -> None:
         self.products = torch.zeros(width, width, dtype=torch.float64)
@@ -38,9 +38,9 @@ class ProductSums:
         self.products += mean.T @ mean
 
     def effective_rank(self) -> float:
-        """RankMe over all ranks: exp of the entropy of the singular values, divided by their sum. At most D.
+        """Over all ranks: exp of the entropy of the singular values, divided by their sum. At most D.
 
-        Source: arXiv:2210.02885; of its embeddings, a mean over the tokens of a clip stands for a clip (ours).
+        A mean over the tokens of a clip stands for the paper's embedding (ours).
         """
         products = self.products.clone()
         dist.all_reduce(products)

@@ -14,8 +14,8 @@ from scaling4d.clips import loader
 from scaling4d.mae.device import to_device
 from scaling4d.mae.masking import hidden_pixels
 from scaling4d.pretrain.probes import linear_probe
-from scaling4d.pretrain.settings import MEASURES, PretrainConfig, probe_metric
-from scaling4d.pretrain.trained_features import ProductSums, TrainedFeatures
+from scaling4d.pretrain.settings import HIGHER_IS_BETTER, PretrainConfig, probe_metric
+from scaling4d.pretrain.trained_features import RankMe, TrainedFeatures
 from scaling4d.records import MaskedTokens
 from scaling4d.training.distributed import heartbeat
 from scaling4d.training.fit import Callback, StepResult
@@ -65,7 +65,7 @@ class Validation(Callback):
     def _best(self, *more: dict[str, Any]) -> dict[str, Any]:
         """The best line, the first one of equals."""
         name = self.pretraining.training.keep_best
-        sign = -1 if MEASURES[name] else 1
+        sign = -1 if HIGHER_IS_BETTER[name] else 1
         return min([*self.lines, *more], key=lambda line: sign * line[name])
 
     def state_dict(self) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def validate(model: nn.Module, pretraining: PretrainConfig) -> float:
     total = torch.zeros(2, dtype=torch.float64, device=device)  # of losses, of clips
     for ids, pixels in _val_batches(model, pretraining):
         for draw in range(pretraining.training.masks_per_clip):
-            masks = [model.draw_mask(1, seeds.stream(pretraining.seed, "val_mask", name, draw)) for name in ids or ("",)]
+            masks = [model.draw_mask(1, seeds.torch_rng(pretraining.seed, "val_mask", name, draw)) for name in ids or ("",)]
             masked = MaskedTokens(to_device(torch.cat([m.ids_keep for m in masks]), device), masks[0].grid)
             loss = model(to_device(pixels, device), masked)
             if ids:
@@ -111,7 +111,7 @@ def validate(model: nn.Module, pretraining: PretrainConfig) -> float:
 
 def rankme(model: nn.Module, pretraining: PretrainConfig) -> float:
     """Effective rank of the features of `val_clips` validation clips, all tokens of each; at most clips and D."""
-    features, sums = TrainedFeatures(model), ProductSums(model.encoder.width)
+    features, sums = TrainedFeatures(model), RankMe(model.encoder.width)
     device = next(model.parameters()).device
     for ids, pixels in _val_batches(model, pretraining):
         encoded = features(pixels.to(device))
@@ -145,7 +145,7 @@ def picture(model: nn.Module, pretraining: PretrainConfig) -> Tensor | None:
     device = next(model.parameters()).device
     share = {"batch": 1, "rank": 0, "ranks": 1, "max_clips": 1}
     batch = next(loader.eval_batches(pretraining.clips, split="val", frames=pretraining.model.clip[0], **share))
-    masked = model.draw_mask(1, seeds.stream(pretraining.seed, "val_mask", batch.ids[0], 0))
+    masked = model.draw_mask(1, seeds.torch_rng(pretraining.seed, "val_mask", batch.ids[0], 0))
     pixels = batch.pixels.to(device)
     filled = model.reconstruct(pixels, MaskedTokens(masked.ids_keep.to(device), masked.grid)).float().cpu()
     true = batch.pixels / 255

@@ -31,7 +31,7 @@ class MeanPoolClassifier(nn.Module):
     def initialise(self, encoder: nn.Module, seed: int) -> None:
         """As mae_st's code: the encoder's own last norm, if it has one, and a linear layer close to zero."""
         initialise(self, seed=seed)
-        nn.init.trunc_normal_(self.linear.weight, std=2e-5, generator=seeds.stream(seed, "init", "classifier"))
+        nn.init.trunc_normal_(self.linear.weight, std=2e-5, generator=seeds.torch_rng(seed, "init", "classifier"))
         if hasattr(encoder, "norm"):
             self.norm.load_state_dict(encoder.norm.state_dict())
 

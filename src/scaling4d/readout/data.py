@@ -90,7 +90,7 @@ class RankSplit:
 
     def position(self, item: str, draw: int) -> float:
         """Position in 0..1 of a training item's window, the same on any rank. draw: number of the window."""
-        return 0.0 if self.windows_seed is None else float(seeds.numpy(self.windows_seed, "window", item, draw).random())
+        return 0.0 if self.windows_seed is None else float(seeds.numpy_rng(self.windows_seed, "window", item, draw).random())
 
 
 class FeatureDataset:
@@ -185,7 +185,7 @@ class ClipDataset:
 def shuffled_batch(step: int, size: int, length: int, seed: int, rank: int) -> list[int]:
     """`size` indices of an endless sequence of shuffled passes over `length` samples; the same for equal arguments."""
     first, last = step * size // length, ((step + 1) * size - 1) // length
-    epochs = [seeds.numpy(seed, "readout_order", rank, epoch).permutation(length) for epoch in range(first, last + 1)]
+    epochs = [seeds.numpy_rng(seed, "readout_order", rank, epoch).permutation(length) for epoch in range(first, last + 1)]
     start = step * size - first * length
     return np.concatenate(epochs)[start : start + size].tolist()
 

@@ -260,7 +260,7 @@ class Head(nn.Module):
         initialise(self, seed=seed)
         self.readout.out.weight.mul_(self.config.out_scale)
         if self.queries.learned:
-            self.readout.query.normal_(std=self.config.query_std, generator=seeds.stream(seed, "query"))
+            self.readout.query.normal_(std=self.config.query_std, generator=seeds.torch_rng(seed, "query"))
         if self.biased:
             low, high = map(math.log, self.config.distance_bias)
             self.readout.distance_bias.copy_(torch.linspace(low, high, self.config.heads))

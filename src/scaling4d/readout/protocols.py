@@ -513,8 +513,8 @@ class Classifier(ReadoutProtocol):
         places = [(index, epoch * recipe.repeats + copy) for index, epoch in drawn for copy in copies]
         pixels, target = train_set.batch(*map(list, zip(*places, strict=True)))
         strength = {name: getattr(recipe, name) for name in ("randaugment", "crop", "aspect", "erasing")}
-        clips = [augment_clip(clip, seeds.numpy(seed, "augment", rank, step, n), **strength) for n, clip in enumerate(pixels)]
-        rng = seeds.numpy(seed, "mix", rank, step)
+        clips = [augment_clip(clip, seeds.numpy_rng(seed, "augment", rank, step, n), **strength) for n, clip in enumerate(pixels)]
+        rng = seeds.numpy_rng(seed, "mix", rank, step)
         return Batch(mix_clips(torch.stack(clips), target["action"], self.config.task.classes, rng))
 
     def param_groups(self, model: ClassifierModel) -> ParamGroups:

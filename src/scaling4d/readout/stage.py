@@ -271,7 +271,7 @@ def result_of(
     if metric.name not in values:
         raise UserError(f"{name}: no clip of the val split can be measured by {metric.name}")
     value = values.pop(metric.name)
-    low, high = metrics.interval(*table[metric.name].T, seeds.numpy(seed, "bootstrap", name), draws=BOOTSTRAP_DRAWS)
+    low, high = metrics.interval(*table[metric.name].T, seeds.numpy_rng(seed, "bootstrap", name), draws=BOOTSTRAP_DRAWS)
     return Result(
         encoder=saved.name,
         parameters=saved.parameters,

@@ -186,7 +186,7 @@ def fill(model: Method, batch: loader.ClipBatch, seed: int) -> tuple[Tensor, Ten
     """
     encoder, device = model.encoder, next(model.parameters()).device.type
     masking = {"batch": 1, "grid": encoder.grid, "mask_ratio": MASK_RATIO, "round_down": model.round_visible_down}
-    masks = [random_masking("random", **masking, rng=seeds.stream(seed, "fill_mask", name)) for name in batch.ids]
+    masks = [random_masking("random", **masking, rng=seeds.torch_rng(seed, "fill_mask", name)) for name in batch.ids]
     masked = MaskedTokens(to_device(torch.cat([mask.ids_keep for mask in masks]), device), encoder.grid)
     return model.reconstruct(to_device(batch.pixels, device), masked).float(), hidden_pixels(masked, encoder.clip, encoder.patch)
 

@@ -18,7 +18,7 @@ from scaling4d.records import UserError, shortened
 from scaling4d.report.built import BuiltReport, NoReportError, read_built_report
 from scaling4d.report.run_results import UNTRAINED
 from scaling4d.studies.markup import page_style
-from scaling4d.studies.words import MEASURES
+from scaling4d.studies.words import METRIC_LABELS
 
 FOLDER, PAGE, EXPERIMENTS = "site", "index.html", "experiments.js"
 HOSTS = ("127.0.0.1", "localhost")
@@ -33,7 +33,7 @@ HIDDEN = (*config.POINTS, "encoders", "recipes", "render", "benchmarks", "report
 def site_page(report: BuiltReport) -> str:
     """index.html with one report in it. It shows ../report.html and, once written, experiments.js beside it."""
     template = resources.files(__package__).joinpath("site.html").read_text()
-    template = template.replace("@STYLE@", page_style()).replace("@WORDS@", _json(MEASURES))
+    template = template.replace("@STYLE@", page_style()).replace("@WORDS@", _json(METRIC_LABELS))
     return template.replace("@RUN@", _json(page_content(report)))
 
 

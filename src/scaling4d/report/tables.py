@@ -147,7 +147,7 @@ def published_part(*key: str | int, spec: str) -> Part:
 
 
 def label(r: Result) -> str:
-    """`actions named right ↑, share`."""
+    """`top-1 accuracy of actions ↑, share`."""
     return f"{measure(r.metric, _arrow(r))}, {r.unit}"
 
 

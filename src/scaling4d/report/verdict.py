@@ -15,7 +15,7 @@ from scaling4d.report.tables import interval, result_part, summary_part
 from scaling4d.studies.fits import spearman
 from scaling4d.studies.markup import NOTHING
 from scaling4d.studies.study import RECONSTRUCT_METRICS
-from scaling4d.studies.words import MEASURES, encoder_words
+from scaling4d.studies.words import METRIC_LABELS, encoder_words
 
 YES, NOISE, NO = "yes", "within noise", "no"
 TRIVIAL = {  # task -> further metric of its readouts: that of an answer that looks at no video
@@ -170,7 +170,7 @@ def _losses(run: RunResults, page: Page) -> Iterator[Verdict]:
         page.derive(name, change, [*sizes, *parts, *inputs])
         number = partial(page.derived_number, name)
         shown = [number("relative", spec="+.1%"), *(["\nnoise ", number("noise", spec=".1%")] if measured else [])]
-        yield Verdict(MEASURES[metric], ends, scales, [*shown, "\nSpearman ", number("spearman", spec="+.2f")], {})
+        yield Verdict(METRIC_LABELS[metric], ends, scales, [*shown, "\nSpearman ", number("spearman", spec="+.2f")], {})
 
 
 def _tasks(run: RunResults, page: Page) -> Iterator[Verdict]:
@@ -213,7 +213,7 @@ def _task_of_one_run(run: RunResults, page: Page, first: Result, last: Result, o
 
 
 def _measure(r: Result) -> str:
-    return MEASURES.get(r.metric, f"{r.task}: {r.metric}")
+    return METRIC_LABELS.get(r.metric, f"{r.task}: {r.metric}")
 
 
 def trivial_answer(run: RunResults, r: Result) -> Number | None:

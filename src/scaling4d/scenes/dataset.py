@@ -139,7 +139,7 @@ def write_dataset(out: Path, *, seed: int, settings: RenderConfig) -> Path:
             (videos / name).parent.mkdir(parents=True, exist_ok=True)
             video.encode(videos / name, pixels, **h264)
         shots = list(draw_all(draw_video, "defect", range(len(defects.SHOT_SIZES))))
-        defects.write_defects(videos, names, shots, rng=seeds.numpy(seed, "defects"), **h264)
+        defects.write_defects(videos, names, shots, rng=seeds.numpy_rng(seed, "defects"), **h264)
         clip = f"{settings.frames} frames of {settings.side_px} x {settings.side_px} px, {settings.rate_hz:g} a second"
         (folder / "README.md").write_text(README.format(seed=seed, clip=clip))
     return out
@@ -152,7 +152,7 @@ def draw_sample(spec: SceneSpec) -> Sample:
     """
     kind, index, s = spec.kind, spec.index, spec.settings
     size = {"frames": s.frames, "rate_hz": s.rate_hz, "height_px": s.side_px, "width_px": s.side_px}
-    rng, motion = seeds.numpy(spec.seed, "world", kind, index), index % len(MOTIONS) if kind == "action" else None
+    rng, motion = seeds.numpy_rng(spec.seed, "world", kind, index), index % len(MOTIONS) if kind == "action" else None
     scene = draw_scene(rng, kind, motion=motion, **size)
     while kind == "drive" and not _boxed_at_start(scene, *raycast.bounding_boxes(scene, frames=[0])).any():
         scene = draw_scene(rng, kind, **size)
@@ -174,7 +174,7 @@ def draw_sample(spec: SceneSpec) -> Sample:
             source = f"{seeds.number(spec.seed, 'youtube', group):016x}"[-11:]
     elif kind == "track":
         name = source = f"video_{index}"
-        rng = seeds.numpy(spec.seed, "tracks", index)
+        rng = seeds.numpy_rng(spec.seed, "tracks", index)
         labels["points"], valid["points"] = raycast.track_points(scene, count=TRACKS, on_room=TRACKS_ON_ROOM, rng=rng)
     else:
         name = source = f"{seeds.number(spec.seed, 'drive', index)}_{10 * index:03d}_000_{10 * index + 20:03d}_000"
@@ -193,7 +193,7 @@ def draw_video(spec: SceneSpec) -> np.ndarray:
     """uint8 `T H W 3` of an unlabelled video, or of a shot for a defect. The kinds of scenes come in turn."""
     sizes, s = defects.SHOT_SIZES if spec.kind == "defect" else VIDEO_SIZES, spec.settings
     height, width = (2 * round(px * s.side_px / SIDE_PX / 2) for px in sizes[spec.index % len(sizes)])  # even
-    rng, kind = seeds.numpy(spec.seed, "world", spec.kind, spec.index), KINDS[spec.index % len(KINDS)]
+    rng, kind = seeds.numpy_rng(spec.seed, "world", spec.kind, spec.index), KINDS[spec.index % len(KINDS)]
     return raycast.render_frames(
         draw_scene(rng, kind, frames=s.video_frames, rate_hz=s.rate_hz, height_px=height, width_px=width)
     )

@@ -89,7 +89,7 @@ def choose_samples(readout: TrainedReadout, clips: int) -> list[Sample]:
     request = ClipRequest(frames, task.rate_hz, side_px, queries=task.queries_at, windows=windows)
     read = partial(benchmarks.read_samples, name, readout.data, "val", request, skipped=[], max_bad_share=1.0)
     chosen: list[Sample] = []
-    for index in seeds.numpy(readout.result.seed, "show", name).permutation(read().count).tolist():
+    for index in seeds.numpy_rng(readout.result.seed, "show", name).permutation(read().count).tolist():
         if len(chosen) < clips:
             chosen += islice(read().part(slice(index, index + 1), []), 1)
     if not chosen:

@@ -142,6 +142,6 @@ def bootstrap_errors(errors: np.ndarray, numbers: int, draws: int = DRAWS) -> np
     Their deviation is that of the errors, with so many numbers fitted. It is drawn anew for every draw, as in Student's
     t, because so few points do not fix it. In simulations the 95 % intervals held the truth in 91 to 97 % of the cases.
     """
-    rng = seeds.numpy(0, "scatter")
+    rng = seeds.numpy_rng(0, "scatter")
     deviation = np.sqrt((errors**2).sum() / rng.chisquare(len(errors) - numbers, (draws, 1)))
     return deviation * rng.standard_normal((draws, len(errors) + 1))

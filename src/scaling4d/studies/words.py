@@ -9,25 +9,25 @@ WORDS = {  # metric -> words, direction, unit
     "masked_mse": ("squared error of hidden pixels", "↓", "(0..1)²"),
     "moving_mse": ("squared error of hidden pixels that move", "↓", "(0..1)²"),
     "psnr_db": ("signal-to-noise ratio of hidden pixels, PSNR", "↑", "dB"),
-    "top1": ("actions named right", "↑", "share"),
-    "top1_mean": ("actions named right if always the most frequent one is named", "↑", "share"),
+    "top1": ("top-1 accuracy of actions", "↑", "share"),
+    "top1_mean": ("top-1 accuracy of naming always the most frequent action", "↑", "share"),
     "mean_iou": ("overlap of tracked boxes, mean IoU", "↑", "share"),
     "mean_iou_per_object": ("overlap of tracked boxes, mean IoU over objects", "↑", "share"),
     "mean_iou_first_box_repeated": ("mean IoU if the first box is repeated", "↑", "share"),
-    "abs_rel": ("relative error of depth", "↓", "ratio"),
-    "abs_rel_mean": ("relative error of the mean depth of training clips", "↓", "ratio"),
-    "delta1": ("pixels with a depth within a factor of 1.25", "↑", "share"),
+    "abs_rel": ("relative error of depth, AbsRel", "↓", "ratio"),
+    "abs_rel_mean": ("AbsRel of the mean depth of training clips", "↓", "ratio"),
+    "delta1": ("pixels with a depth within a factor of 1.25, δ1", "↑", "share"),
     "average_jaccard": ("tracked points, average Jaccard", "↑", "share"),
     "average_jaccard_standing_still": ("average Jaccard of points if none moves", "↑", "share"),
-    "delta_avg": ("visible points within 1 to 16 px, average", "↑", "share"),
-    "delta_avg_standing_still": ("visible points within 1 to 16 px if none moves, average", "↑", "share"),
-    "occlusion_accuracy": ("points rightly shown or hidden", "↑", "share"),
-    "occlusion_accuracy_standing_still": ("points rightly shown or hidden if all are shown", "↑", "share"),
+    "delta_avg": ("visible points within 1 to 16 px, δ average", "↑", "share"),
+    "delta_avg_standing_still": ("δ average of points if none moves", "↑", "share"),
+    "occlusion_accuracy": ("occlusion accuracy of points", "↑", "share"),
+    "occlusion_accuracy_standing_still": ("occlusion accuracy of points if all are visible", "↑", "share"),
     "distance_px256": ("distance of points", "↓", "px of a side of 256"),
     "distance_px256_standing_still": ("distance of points if none moves", "↓", "px of a side of 256"),
-    "epe": ("error of the camera's motion, end-point", "↓", "scene units"),
-    "epe_so3": ("end-point error with the nearest rotation", "↓", "scene units"),
-    "epe_standing_still": ("end-point error of a camera that stands still", "↓", "scene units"),
+    "epe": ("end-point error of the camera's motion, EPE", "↓", "scene units"),
+    "epe_so3": ("EPE with the nearest rotation", "↓", "scene units"),
+    "epe_standing_still": ("EPE of a camera that stands still", "↓", "scene units"),
     "rotation_error_deg": ("error of the camera's rotation", "↓", "degrees"),
     "translation_error": ("error of the camera's translation", "↓", "scene units"),
 }
@@ -39,7 +39,7 @@ FIDELITY = {  # metrics of sets of frames and clips
     for metric, (words, direction) in SETS.items()
 }
 WORDS |= FIDELITY
-MEASURES = {metric: f"{words} {direction}" for metric, (words, direction, _) in WORDS.items()}
+METRIC_LABELS = {metric: f"{words} {direction}" for metric, (words, direction, _) in WORDS.items()}
 
 
 def metric_words(metric: str) -> str:

@@ -204,11 +204,12 @@ def fit(
     if progress is None:
         initialise()
         progress = Progress(0, [[0, dist.get_world_size()]])
+    # Its own count does not matter: `schedule.step()` sets the rate of `progress.step`.
     schedule = LambdaLR(adamw, lambda _: warmup_cosine(progress.step, steps=config.steps, warmup=config.warmup_steps))
     for callback in callbacks:
         callback.begin(progress.step)
     iterator, skipped, votes, issued = batches(progress.next_batch), SkippedSteps(config), StopVotes(), deque()
-    first = progress.next_batch
+    first_batch = progress.next_batch  # of this process
     with stop_requests() if manager else nullcontext([]) as requests, _scheduled_gc():
         while progress.step < config.steps and not stop:
             step = progress.step
@@ -219,14 +220,14 @@ def fit(
             waited_s = time.monotonic() - started
             heartbeat(f"{config.name} step {step}, computing", beat + 1)
             with torch.random.fork_rng(devices=[]):  # for dropout and stochastic depth
-                torch.manual_seed(int(seeds.numpy(config.seed, "drop", rank, step).integers(2**31)))
+                torch.manual_seed(int(seeds.numpy_rng(config.seed, "drop", rank, step).integers(2**31)))
                 loss = _accumulate_gradients(model, batch, config)
             grad_norm = full_tensor(nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm))
             skipped.add(step, batch, loss, adamw, grad_norm)
             adamw.step()
             adamw.zero_grad()
             _limit_steps_ahead(issued, config.device)
-            if progress.next_batch == first:
+            if progress.next_batch == first_batch:
                 end_start()
             progress.step, last, learning_rate = step + 1, step + 1 == config.steps, schedule.get_last_lr()[0]
             schedule.step()

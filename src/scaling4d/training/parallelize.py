@@ -5,10 +5,10 @@ torch's sharding takes a second to import; only functions that shard import it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate, groupby
 from pathlib import Path
 
 import torch
@@ -135,8 +135,8 @@ def reduce_gradients(model: nn.Module) -> None:
     if is_sharded(model) or dist.get_world_size() == 1:
         return
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    first = list(accumulate((g.numel() for g in gradients), initial=0))
-    for _, group in groupby(zip(gradients, first, strict=False), lambda item: item[1] // BUCKET_VALUES):
+    first = list(itertools.accumulate((g.numel() for g in gradients), initial=0))
+    for _, group in itertools.groupby(zip(gradients, first, strict=False), lambda item: item[1] // BUCKET_VALUES):
         bucket = [gradient for gradient, _ in group]
         flat = torch.cat([gradient.flatten() for gradient in bucket])
         dist.all_reduce(flat)

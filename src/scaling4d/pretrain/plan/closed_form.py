@@ -98,16 +98,17 @@ def memory(work: Work, layout: StepLayout, *, clips: int) -> dict[str, int]:
 
 def memory_timeline(work: Work, layout: StepLayout, *, clips: int) -> list[dict[str, int]]:
     """Memory at every place of a step where its peak can be."""
-    shards, c, gathered, blocks = layout.shards, layout.sizes.compute, layout.shards * layout.sizes.gathered, work.blocks
+    shards, c, blocks = layout.shards, layout.sizes.compute, work.blocks
+    gathered_shards = layout.shards if layout.sizes.gathered else 0
     activations = [clips * block.tokens * _saved_bytes(block, c) for block in blocks]
     saved = [clips * c * block.tokens * block.width for block in blocks] if layout.recompute else activations
     outside = clips * c * work.saved_values + clips * 8 * work.visible_tokens
     block_shards, root_shard = [shard_values(block.shapes, shards) for block in blocks], shard_values(work.shapes, shards)
     all_shards = root_shard + sum(block_shards)
     parameters = STORED * all_shards + (c * work.teacher.parameters if work.teacher else 0)
-    weights = [c * gathered * shard for shard in block_shards]
-    reduced = [REDUCED * gathered * shard for shard in block_shards]
-    root, head = c * gathered * root_shard, c * work.head_parameters
+    weights = [c * gathered_shards * shard for shard in block_shards]
+    reduced = [REDUCED * gathered_shards * shard for shard in block_shards]
+    root, head = c * gathered_shards * root_shard, c * work.head_parameters
     after = sum(saved) + clips * c * work.head_saved_values
     finished = all_shards if layout.microbatches > 1 else 0  # values that have a reduced gradient
     loss = [clips * LOSS * work.loss_values]
@@ -131,7 +132,7 @@ def memory_timeline(work: Work, layout: StepLayout, *, clips: int) -> list[dict[
         places.append((ready + unreduced, earlier + tokens * block.width, root + prefetched + reduced[i]))
     ready = REDUCED * finished + c * values_of(work.shapes)
     places.append((ready, 0, root + reduced[0]))  # the end, before the rest is reduced, and after
-    places.append((ready, 0, REDUCED * gathered * root_shard))
+    places.append((ready, 0, REDUCED * gathered_shards * root_shard))
     timeline = []
     for gradients, values, communication in places:
         kinds = (parameters, gradients, 2 * STORED * all_shards, outside + values, communication)
