@@ -45,7 +45,7 @@ def bright_flies(count: int, name: str) -> list[bytes]:
     """Clips whose class is a stripe of its own; every seventh clip has two classes. Sizes differ."""
     records = []
     for n in range(count):
-        rng, side = seeds.numpy(0, name, n), 24 + 8 * (n % 2)
+        rng, side = seeds.numpy_rng(0, name, n), 24 + 8 * (n % 2)
         pixels = rng.integers(0, 60, (4, side, side, 3)).astype(np.uint8)
         labels = [n % len(CLASSES)] + ([(n + 1) % len(CLASSES)] if n % 7 == 0 else [])
         for label in labels:

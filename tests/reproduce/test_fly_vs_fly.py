@@ -96,7 +96,7 @@ def test_pixels_are_resized_whatever_their_aspect_ratio_and_margins_do_not_count
 
 
 def test_a_jitter_enlarges_both_axes_alike_and_crops_the_shape() -> None:
-    draws = [draw_jitter(seeds.numpy(0, n), (224, 224), PROTOCOL.scales) for n in range(2000)]
+    draws = [draw_jitter(seeds.numpy_rng(0, n), (224, 224), PROTOCOL.scales) for n in range(2000)]
     heights = np.array([one.height for one in draws])
     assert all(one.height == one.width for one in draws)
     assert heights.min() in (224, 225) and heights.max() == 313 and abs(heights.mean() - 1.2 * 224) < 2

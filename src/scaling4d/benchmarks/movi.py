@@ -43,7 +43,7 @@ def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
     if split != "train":
         raise UserError(f"{root}: MOVi-E has no split {split!r}, it is for training alone; measure points on perception_test")
     shards = require_shards(root)
-    items = [(path, number) for path in shards for number in range(_open_shard(path).num_records())]
+    items = [(path, number) for path in shards for number in range(open_shard(path).num_records())]
 
     def load(item: tuple[Path, int], positions: Sequence[float] = request.positions) -> list[Sample]:
         path, number = item
@@ -97,11 +97,11 @@ def require_shards(root: Path) -> list[Path]:
 def read_sequence_example(record: memoryview) -> dict[str, list[memoryview]]:
     """The bytes, a value a frame, of the lists of a SequenceExample by name. Raises ValueError: no such message."""
     lists: dict[str, list[memoryview]] = {}
-    for feature_lists in _inner(record, LISTS):
-        for entry in _inner(feature_lists, 1):
-            (name,), (value,) = _inner(entry, 1), _inner(entry, 2)
-            bytes_lists = (bytes_list for feature in _inner(value, 1) for bytes_list in _inner(feature, 1))
-            lists[bytes(name).decode()] = [value for bytes_list in bytes_lists for value in _inner(bytes_list, 1)]
+    for feature_lists in inner_messages(record, LISTS):
+        for entry in inner_messages(feature_lists, 1):
+            (name,), (value,) = inner_messages(entry, 1), inner_messages(entry, 2)
+            bytes_lists = (bytes_list for feature in inner_messages(value, 1) for bytes_list in inner_messages(feature, 1))
+            lists[bytes(name).decode()] = [value for bytes_list in bytes_lists for value in inner_messages(bytes_list, 1)]
     return lists
 
 
@@ -110,11 +110,11 @@ def parse_tensor(message: memoryview) -> np.ndarray:
     fields = dict(tfrecord.fields(message))
     if fields.get(DTYPE) != FLOAT or CONTENT not in fields:
         raise ValueError(f"a tensor of type {fields.get(DTYPE)}; needed float32, type {FLOAT}, with tensor_content")
-    shape = [dict(tfrecord.fields(size)).get(1, 0) for size in _inner(fields[SHAPE], 2)]
+    shape = [dict(tfrecord.fields(size)).get(1, 0) for size in inner_messages(fields[SHAPE], 2)]
     return np.frombuffer(fields[CONTENT], "<f4").reshape(shape)
 
 
-def _inner(message: Any, number: int) -> list[memoryview]:
+def inner_messages(message: Any, number: int) -> list[memoryview]:
     """The inner messages of this field."""
     if not isinstance(message, memoryview):
         raise ValueError(f"field {number} lies in a number")
@@ -130,7 +130,7 @@ def _name(item: tuple[Path, int]) -> str:
     return f"{path.name.removeprefix('train.array_record-')}-{number:04d}"
 
 
-def _open_shard(path: Path) -> Any:
+def open_shard(path: Path) -> Any:
     """An open reader. Raises UserError: the shard is damaged, or package array_record is missing."""
     try:
         from array_record.python.array_record_module import ArrayRecordReader
@@ -145,7 +145,7 @@ def _open_shard(path: Path) -> Any:
 def _read(path: Path, number: int) -> bytes:
     """Raises UserError: the record is damaged."""
     try:
-        (record,) = _open_shard(path).read([number])
+        (record,) = open_shard(path).read([number])
     except RuntimeError as error:
         raise UserError(f"{path} is damaged in record {number}: {' '.join(str(error).split())[:200]}") from error
     return record

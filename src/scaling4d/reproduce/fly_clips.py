@@ -18,7 +18,7 @@ import numpy as np
 
 from scaling4d.benchmarks import tfrecord
 from scaling4d.benchmarks.frames import missing_files, open_picture
-from scaling4d.benchmarks.movi import PICTURES, _inner, _open_shard, read_sequence_example
+from scaling4d.benchmarks.movi import PICTURES, inner_messages, open_shard, read_sequence_example
 from scaling4d.benchmarks.samples import content_of
 from scaling4d.records import UserError, json_text
 
@@ -40,7 +40,7 @@ class FlyClips:
     def __init__(self, root: Path, split: str, frames: int) -> None:
         self.split, self.frames = split, frames
         self.shards = require_shards(root, split)
-        self.readers = [_open_shard(path) for path in self.shards]
+        self.readers = [open_shard(path) for path in self.shards]
         self.ends = list(accumulate(reader.num_records() for reader in self.readers))
 
     def __len__(self) -> int:
@@ -99,11 +99,11 @@ def read_labels(record: memoryview) -> list[int]:
     Raises ValueError: a number that is not of CLASSES, or no such message.
     """
     labels: list[int] = []
-    for features in _inner(record, CONTEXT):
-        for entry in _inner(features, 1):
-            (name,), (feature,) = _inner(entry, 1), _inner(entry, 2)
+    for features in inner_messages(record, CONTEXT):
+        for entry in inner_messages(features, 1):
+            (name,), (feature,) = inner_messages(entry, 1), inner_messages(entry, 2)
             if bytes(name).decode() == LABELS:
-                values = [value for numbers in _inner(feature, INT64_LIST) for _, value in tfrecord.fields(numbers)]
+                values = [value for numbers in inner_messages(feature, INT64_LIST) for _, value in tfrecord.fields(numbers)]
                 for value in values:  # packed or not; a class is one byte, and a larger number has a byte above 6
                     labels += value if isinstance(value, memoryview) else [value]
     if any(label >= len(CLASSES) for label in labels):

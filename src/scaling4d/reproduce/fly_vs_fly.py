@@ -173,7 +173,7 @@ class FlyReadouts(nn.Module):
         for name in ("mlp_in", "mlp_out"):
             weight = getattr(self.attention, name).weight
             std, value = math.sqrt(1 / weight.shape[1]) / LECUN_STD, torch.empty(weight.shape)
-            nn.init.trunc_normal_(value, std=std, a=-2 * std, b=2 * std, generator=seeds.stream(seed, "lecun", name))
+            nn.init.trunc_normal_(value, std=std, a=-2 * std, b=2 * std, generator=seeds.torch_rng(seed, "lecun", name))
             weight.data.copy_(value)
 
     def scores(self, clips: Tensor) -> dict[str, Tensor]:
@@ -245,7 +245,7 @@ def training_batches(
     """Batches from step `start` on; each depends on seed and step alone. The device resizes and crops."""
     orders = (shuffled_batch(step, protocol.batch, len(clips), seed, 0) for step in range(start, protocol.steps))
     for step, (pixels, sizes, labels) in zip(count(start), read_ahead(clips.read, orders, workers), strict=False):
-        jitters = (draw_jitter(seeds.numpy(seed, "jitter", step, n), shape, protocol.scales) for n in range(len(sizes)))
+        jitters = (draw_jitter(seeds.numpy_rng(seed, "jitter", step, n), shape, protocol.scales) for n in range(len(sizes)))
         changes = (partial(prepare, size=size, shape=shape, jitter=one) for size, one in zip(sizes, jitters, strict=True))
         yield Batch((ChangedClips(pixels, tuple(changes)), labels))
 
