@@ -38,6 +38,7 @@ RENAMED = (  # former names of settings, as patterns of dotted keys; a table in 
     (r"\.Points\.queries$", ".Points.queries_at"),
 )
 
+PROTOCOLS = ("frozen", "finetune", "classifier")  # of readouts; lists of encoders below `encoders`
 POINTS = ("points", "distilled", "continued")  # groups of points: from random weights, with a teacher, from a checkpoint
 MOST_SIZE = 2**20  # of any side, width or count of a model
 LARGEST_INT, LARGEST_FLOAT = 2**63, 1e300  # larger numbers overflow somewhere

@@ -20,7 +20,6 @@ from scaling4d.mae.models import encoder_of, method_of
 from scaling4d.records import UserError, did_you_mean
 
 UNTRAINED, PIXELS = "untrained_", "pixels"
-READ_OUT = ("frozen", "finetune", "classifier")  # lists of encoders below `encoders`, by protocol
 
 
 def baseline(name: str, settings: Mapping[str, Any]) -> Path:
@@ -70,7 +69,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     points, lists = list(settings["points"]), settings["encoders"]
     trained = (point for group in config.POINTS for point in settings[group])
     made = [*trained, *lists["pretrained"], PIXELS, *(f"{UNTRAINED}{name}" for name in lists["untrained"])]
-    for kind, known in {"untrained": points, **dict.fromkeys(READ_OUT, made)}.items():
+    for kind, known in {"untrained": points, **dict.fromkeys(config.PROTOCOLS, made)}.items():
         for name in lists[kind]:
             if name not in known:
                 needed = f"needed some of {', '.join(known)}{did_you_mean(name, known)}"

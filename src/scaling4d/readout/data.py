@@ -28,7 +28,7 @@ from scaling4d.records import Sample, UserError
 from scaling4d.training.distributed import gather_round_robin, heartbeat
 
 Encode = Callable[[list[Tensor]], Tensor]  # clips, uint8 `T H W C` -> inputs of Predict, features or pixels
-HELD_OUT = 0.1  # share of the training videos that choose weights and penalties; ours
+HELD_OUT_SHARE = 0.1  # share of the training videos that choose weights and penalties; ours
 Predict = Callable[[Tensor, dict[str, Tensor]], Tensor]  # inputs and targets of a batch -> predictions
 
 
@@ -135,9 +135,9 @@ class FeatureDataset:
 
 
 def held_out_videos(videos: Iterable[str]) -> set[str]:
-    """A share HELD_OUT of the videos of all ranks, at least one, by their names' sha256; alike on any ranks."""
+    """A share HELD_OUT_SHARE of the videos of all ranks, at least one, by their names' sha256; alike on any ranks."""
     names = sorted({*gather_round_robin(list(videos))}, key=lambda name: hashlib.sha256(name.encode()).digest())
-    return set(names[: max(round(HELD_OUT * len(names)), 1)])
+    return set(names[: max(round(HELD_OUT_SHARE * len(names)), 1)])
 
 
 class ClipDataset:

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from scaling4d.config import PROTOCOLS
 from scaling4d.provenance import differences, write_text
 from scaling4d.report.built import BuiltReport, key_of, read_built_report
 from scaling4d.report.figures import LOOK
-from scaling4d.report.run_results import PROTOCOLS
 from scaling4d.studies.markup import cell_text, html_page, html_table
 from scaling4d.studies.plotting import draw_intervals, legend, log_x, panel_title, style, subplots, to_svg
 from scaling4d.studies.words import measure

@@ -16,10 +16,9 @@ from scaling4d.report.seeds import SeedStudy, read_seed_study
 from scaling4d.studies.study import RECONSTRUCT_METRICS, loss_task
 
 KEYS = ["profile", "seed", *config.POINTS, "encoders", "benchmarks.tasks", "show.tasks", "report"]  # declared in dvc.yaml
-PROTOCOLS = ("frozen", "finetune", "classifier")
 PROTOCOL_TASKS = {"classifier": ("actions",)}  # of a protocol that not every task has
 UNTRAINED = "untrained_"
-HELD_OUT = "held_out.jsonl"  # of a readout that stops early; others have none
+HELD_OUT_FILE = "held_out.jsonl"  # of a readout that stops early; others have none
 VALIDATION = "validation.jsonl"  # of a point that was validated under way; others have none
 SUMMARY = ("point", "method", "parameters", "flops", "clips_seen", "train_loss", "val_loss", "seed")
 
@@ -126,7 +125,7 @@ def read_run_results(settings: Mapping[str, Any]) -> RunResults:
     """
     declared = config.declared(settings, KEYS)
     home = artifacts.home(settings)
-    encoders = {protocol: tuple(config.section(settings, f"encoders.{protocol}") or ()) for protocol in PROTOCOLS}
+    encoders = {protocol: tuple(config.section(settings, f"encoders.{protocol}") or ()) for protocol in config.PROTOCOLS}
     points, students, continued = (tuple(declared[group]) for group in config.POINTS)
     tasks = tuple(declared["benchmarks.tasks"] if any(encoders.values()) else ())
     folders = {"clips": (home / "clips", "clips")}  # by stage: a folder with provenance, and the command that makes it
@@ -156,8 +155,8 @@ def read_run_results(settings: Mapping[str, Any]) -> RunResults:
                 results[name] = r = _parsed(folder / "result.json", command, lambda text: Result(**json.loads(text)))
                 if protocol == "frozen":
                     numbers[encoder, task, r.metric] = seed, r.value, r.checkpoint_sha256
-                if (folder / HELD_OUT).is_file():
-                    held_out[name] = _parsed(folder / HELD_OUT, command, _json_lines)
+                if (folder / HELD_OUT_FILE).is_file():
+                    held_out[name] = _parsed(folder / HELD_OUT_FILE, command, _json_lines)
     for task in declared["show.tasks"]:
         folder = home / "show" / task
         _, command = folders[f"show/{task}"] = folder, f"show RESULT... --out {folder}"

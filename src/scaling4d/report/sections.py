@@ -7,12 +7,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from scaling4d.config import PROTOCOLS
 from scaling4d.provenance import flatten
 from scaling4d.report.page import Number, Page, Part, joined, part_of, text_of
 from scaling4d.report.pictures import count_clips, strip_name, video_name
 from scaling4d.report.protocol import SHAPE_OF_J, entry_of, matched_keys, row_of, status_profile
 from scaling4d.report.protocol import rows as protocol_rows
-from scaling4d.report.run_results import PROTOCOLS, RunResults, is_baseline
+from scaling4d.report.run_results import RunResults, is_baseline
 from scaling4d.report.tables import (
     ERRORS,
     fidelity_columns,

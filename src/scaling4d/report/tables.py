@@ -9,10 +9,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from scaling4d.config import PROTOCOLS
 from scaling4d.provenance import to_csv
 from scaling4d.records import Result
 from scaling4d.report.page import Part, part_of, text_of
-from scaling4d.report.run_results import HELD_OUT, PROTOCOLS, SUMMARY, RunResults
+from scaling4d.report.run_results import HELD_OUT_FILE, SUMMARY, RunResults
 from scaling4d.studies.markup import NOTHING
 from scaling4d.studies.study import RECONSTRUCT_METRICS
 from scaling4d.studies.words import FIDELITY, measure
@@ -120,7 +121,7 @@ def held_out_parts(run: RunResults, r: Result) -> list[Part]:
         return [NOTHING, NOTHING]
     lowest = min(range(len(lines)), key=lambda line: lines[line]["held_out_loss"])
     last = len(lines) - 1
-    return [part_of(lines[line]["step"], run.home / name / HELD_OUT, line, "step") for line in (lowest, last)]
+    return [part_of(lines[line]["step"], run.home / name / HELD_OUT_FILE, line, "step") for line in (lowest, last)]
 
 
 def interval(run: RunResults, r: Result) -> list[Part]:

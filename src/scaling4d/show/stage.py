@@ -156,11 +156,6 @@ def draw_panels(
         scale = {"near_m": near_m, "far_m": max(far_m, 1.01 * near_m)}
         return [draw.depth(sample, predicted, **scale) for sample, predicted in pairs], draw.depth_scales(**scale)
     if name == "points":
-        panels = []
-        for sample, predicted in pairs:
-            likely = {encoder: 1 / (1 + np.exp(-raw[..., 2:].astype(np.float64))) for encoder, raw in predicted.items()}
-            visible = {encoder: (p.prod(-1) if task.certain else p[..., 0]) > 0.5 for encoder, p in likely.items()}
-            tracks = {encoder: (raw[..., :2], visible[encoder]) for encoder, raw in predicted.items()}
-            panels.append(draw.points(sample, tracks))
-        return panels, []
+        tracks = [{encoder: (raw[..., :2], task.visible(raw)) for encoder, raw in predicted.items()} for _, predicted in pairs]
+        return [draw.points(sample, each) for sample, each in zip(samples, tracks, strict=True)], []
     return [draw.pose(sample, predicted, true=task.target(sample)["pose"]) for sample, predicted in pairs], []

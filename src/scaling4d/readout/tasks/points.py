@@ -83,12 +83,16 @@ class Points(Task):
         visible = (visible * queried).sum() / queried.sum().clamp(min=1)
         return 100 * (huber * seen).mean() + 0.1 * visible + 0.1 * (certain * seen).mean()
 
-    def measure(self, predicted: np.ndarray, target: Target) -> MetricSums:
+    def visible(self, predicted: np.ndarray) -> np.ndarray:
+        """`Q T`: whether each point is predicted visible, and certain where `certain` is set."""
         probability = 1 / (1 + np.exp(-predicted[..., 2:].astype(np.float64)))
+        return (probability.prod(-1) if self.certain else probability[..., 0]) > 0.5
+
+    def measure(self, predicted: np.ndarray, target: Target) -> MetricSums:
         frames = np.arange(predicted.shape[1])
         evaluated = (frames > 0) & target["queried"][:, None]  # Q T: strictly after the query, as TAP-Vid's mode `first`
         truth = {"true_points": target["points"], "true_visible": target["visible"], "evaluated": evaluated}
-        visible = (probability.prod(-1) if self.certain else probability[..., 0]) > 0.5
+        visible = self.visible(predicted)
         still = np.broadcast_to(target["points"][:, :1], target["points"].shape)
         answers = {"": (predicted[..., :2], visible), metrics.STANDING_STILL: (still, np.ones_like(visible))}
         clip = {}
