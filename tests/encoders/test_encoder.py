@@ -295,7 +295,7 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path: Path, monkeypatc
     (tmp_path / "empty").mkdir()
     assert refused(load, tmp_path / "empty") == f"{tmp_path}/empty is not a checkpoint: needed config.json and model.safetensors"
     (tmp_path / "model.bin").touch()
-    files = "a .npz of 4DS or RVM, a .pth of MAE-ST or VideoMAE v2, or a .pth.tar of V-JEPA"
+    files = "a .npz of 4DS or RVM, a .pth of MAE-ST or VideoMAE v2, a .pth.tar of V-JEPA or a .pt of V-JEPA 2.1"
     needed = f"needed a folder with config.json and model.safetensors, {files}"
     assert refused(load, "model.bin") == f"model.bin is a file; {needed}"
     folder = trained(tmp_path)

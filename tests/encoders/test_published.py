@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 import scaling4d
 from scaling4d import artifacts, config
@@ -22,8 +23,13 @@ from scaling4d.readout.stage import readout
 from scaling4d.records import UserError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-CLIPS = {"VideoMAE2": (4, 16, 16), "VJEPA": (16, 16, 16)}
-FILES = {"VideoMAE2": "vit_b_k710_dl_from_giant.pth", "VJEPA": "vitl16.pth.tar"}
+CLIPS = {"VideoMAE2": (4, 16, 16), "VJEPA": (16, 16, 16), "VJEPA21": (4, 48, 32)}
+FILES = {
+    "VideoMAE2": "vit_b_k710_dl_from_giant.pth",
+    "VJEPA": "vitl16.pth.tar",
+    "VJEPA21": "vjepa2_1_vitb_dist_vitG_384.pt",
+}
+TOLERANCE = {"VideoMAE2": 2e-6, "VJEPA": 2e-6, "VJEPA21": 5e-6}  # of 2, 2 and 12 blocks
 every_vit = pytest.mark.parametrize("kind", CLIPS)
 
 
@@ -31,6 +37,7 @@ every_vit = pytest.mark.parametrize("kind", CLIPS)
 def tiny_width(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files do not tell the number of heads, and the fixtures have no official width."""
     monkeypatch.setitem(published.VIT_HEADS, 22, 2)
+    monkeypatch.setitem(published.VJEPA21_HEADS, 14, 2)
 
 
 def arrays(kind: str) -> dict[str, np.ndarray]:
@@ -49,9 +56,10 @@ def official(kind: str, folder: Path, change: Callable[[dict], object] = lambda 
     if kind == "VideoMAE2":
         content: dict = {"module": state}
     else:
+        section = "target_encoder" if kind == "VJEPA" else "ema_encoder"
         state = {f"module.backbone.{key}": value for key, value in state.items()}
         other = {key: torch.zeros_like(value) for key, value in state.items()}
-        content = {"encoder": other, "predictor": {}, "opt": {"state": {0: {"step": 3}}}, "target_encoder": state, "epoch": 300}
+        content = {"encoder": other, "predictor": {}, "opt": {"state": {0: {"step": 3}}}, section: state, "epoch": 300}
     torch.save(content, folder / FILES[kind])
     return folder / FILES[kind]
 
@@ -74,7 +82,7 @@ def relative_error(encoder: Encoder, kind: str, prefix: str) -> float:
     """Largest error of any layer against the official outputs, by the layer's largest value."""
     expected = arrays(kind)
     output, error = encoder(torch.from_numpy(expected[f"{prefix}pixels"])), 0.0
-    assert len(output.hidden_states) == encoder.depth + 1 == 3
+    assert len(output.hidden_states) == encoder.depth + 1 == sum(key.startswith(f"{prefix}state_") for key in expected)
     for number, state in enumerate(output.hidden_states):
         true = torch.from_numpy(expected[f"{prefix}state_{number}"])
         assert state.shape == true.shape
@@ -83,7 +91,7 @@ def relative_error(encoder: Encoder, kind: str, prefix: str) -> float:
     return error
 
 
-# ---- VideoMAE v2 and V-JEPA ----
+# ---- VideoMAE v2, V-JEPA and V-JEPA 2.1 ----
 
 
 @every_vit
@@ -91,14 +99,43 @@ def test_every_layer_of_a_published_vit_is_that_of_the_official_code(kind: str, 
     encoder = Encoder.from_pretrained(official(kind, tmp_path), clip=CLIPS[kind])
     assert type(encoder.model).__name__ == kind
     assert encoder.mean == (0.485, 0.456, 0.406) and encoder.scale == (1 / 0.229, 1 / 0.224, 1 / 0.225)
-    agree(f"{kind}, every layer against the official code, relative", relative_error(encoder, kind, ""), 2e-6)
+    agree(f"{kind}, every layer against the official code, relative", relative_error(encoder, kind, ""), TOLERANCE[kind])
 
 
 @every_vit
 def test_positions_for_another_clip_are_those_of_the_official_code(kind: str, tmp_path: Path, agree: Callable) -> None:
     encoder = Encoder.from_pretrained(official(kind, tmp_path), clip=CLIPS[kind])
     encoder.resize(arrays(kind)["larger_pixels"].shape[1:4])
-    agree(f"{kind}, larger clips against the official code, relative", relative_error(encoder, kind, "larger_"), 2e-6)
+    agree(f"{kind}, larger clips against the official code, relative", relative_error(encoder, kind, "larger_"), TOLERANCE[kind])
+
+
+def test_vjepa_21_of_either_section_with_its_own_norms_gives_the_outputs_of_the_official_code(
+    tmp_path: Path, agree: Callable
+) -> None:
+    """Its encoders of students are the moving average, those of teachers the target encoder."""
+    content = torch.load(official("VJEPA21", tmp_path), weights_only=True)
+    content["target_encoder"] = content.pop("ema_encoder")
+    torch.save(content, tmp_path / "vjepa2_1_vitG_384.pt")
+    encoder = Encoder.from_pretrained(tmp_path / "vjepa2_1_vitG_384.pt", clip=CLIPS["VJEPA21"])
+    expected, norms, error = arrays("VJEPA21"), weights("VJEPA21"), 0.0
+    with torch.no_grad():
+        states = encoder(torch.from_numpy(expected["pixels"])).hidden_states
+    for number, layer in enumerate((3, 6, 9, 12)):
+        scale, shift = (norms[f"norms_block.{number}.{name}"].float() for name in ("weight", "bias"))
+        output = F.layer_norm(states[layer], (14,), scale, shift, 1e-6)
+        error = max(error, float((output - torch.from_numpy(expected[f"normed_{layer}"])).abs().max()))
+    agree("V-JEPA 2.1, outputs of four layers against the official code", error, 3e-5)
+
+
+def test_a_file_of_vjepa_21_takes_clips_of_64_frames_and_384_px_unless_told_otherwise(tmp_path: Path) -> None:
+    encoder = Encoder.from_pretrained(official("VJEPA21", tmp_path))
+    assert encoder.clip == (64, 384, 384) and encoder.grid == (32, 24, 24)
+
+
+def test_a_side_of_one_patch_is_at_place_0_for_vjepa_21(tmp_path: Path) -> None:
+    encoder = Encoder.from_pretrained(official("VJEPA21", tmp_path), clip=(4, 16, 32))
+    with torch.no_grad():
+        assert encoder(torch.zeros(1, 4, 16, 32, 3)).last_hidden_state.isfinite().all()
 
 
 def test_a_file_of_videomae_2_takes_clips_of_16_frames_and_224_px_unless_told_otherwise(tmp_path: Path) -> None:
@@ -139,7 +176,7 @@ def test_a_published_vit_is_saved_loaded_exported_and_computes_in_bfloat16(kind:
     encoder = Encoder.from_pretrained(official(kind, tmp_path), clip=CLIPS[kind])
     again = Encoder.from_pretrained(encoder.save_pretrained(tmp_path / "saved"))
     assert again.checkpoint.name == FILES[kind].split(".")[0] and again.clip == CLIPS[kind]
-    assert relative_error(again, kind, "") < 2e-6
+    assert relative_error(again, kind, "") < TOLERANCE[kind]
     pixels = torch.from_numpy(arrays(kind)["pixels"])
     with torch.no_grad():
         expected, got = again(pixels).last_hidden_state, export_program(again, any_length=False).module()(pixels)[0]
@@ -188,7 +225,9 @@ SCALE, GAMMA, QKV = "blocks.0.attn.scale", "blocks.1.gamma_1", "blocks.0.attn.qk
     ("VideoMAE2", lambda s: s.update({QKV: torch.ones(66, 9)}), f": {QKV} is (66, 9); needed (66, 22)"),
     ("VideoMAE2", lambda s: s.update({QKV: torch.ones(66, 22).long()}), "is torch.int64 (torch.strided); needed dense"),
     ("VideoMAE2", lambda s: s.pop("patch_embed.proj.weight"), "has 0 tensors patch_embed.proj.weight; needed that of one"),
-    ("VJEPA", lambda s: s.pop("pos_embed"), "has neither VideoMAE v2's blocks.0.attn.q_bias nor V-JEPA's pos_embed; needed"),
+    ("VJEPA", lambda s: s.pop("pos_embed"), "has neither VideoMAE v2's blocks.0.attn.q_bias, V-JEPA's pos_embed nor V-JEPA 2"),
+    ("VJEPA21", lambda s: s.update(cls_token=torch.zeros(1, 1, 14)), "has cls_token (1, 1, 14), which this model does not have"),
+    ("VJEPA21", lambda s: s.pop("patch_embed.proj.bias"), "lacks patch_embed.proj.bias; needed an array (14,)"),
     ("VJEPA", lambda s: s.update(pos_embed=torch.zeros(1, 32, 22)), "pos_embed is not V-JEPA's for 16 frames of 16 px; V-JEPA 2"),
     ("VJEPA", lambda s: s.update(pos_embed=torch.zeros(1, 8192, 22)), "pos_embed is not V-JEPA's for 16 frames of 256 px; "),
     ("VJEPA", lambda s: s.update(cls_token=torch.zeros(1, 1, 22)), "has cls_token (1, 1, 22), which this model does not have"),

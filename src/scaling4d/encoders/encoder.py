@@ -56,7 +56,8 @@ class Encoder(nn.Module):
     """A frozen or trainable encoder of video: `encoder(encoder.preprocess(video))` gives an EncoderOutput.
 
     Attributes:
-        model: the network, of this project (4DS, MAE-ST, raw pixels, RVM, VideoMAE v2, V-JEPA) or of transformers.
+        model: the network, of this project (4DS, MAE-ST, raw pixels, RVM, VideoMAE v2, V-JEPA 1 and 2.1) or of
+            transformers.
         checkpoint: its description, as in config.json. provenance: how it was made; empty: not known.
         rate_hz: frames per second of the clips that it was trained on; None: not known. It may be set.
         clip: T H W of its clips. grid: t h w of its tokens. width: D. depth: number of blocks.
@@ -78,8 +79,8 @@ class Encoder(nn.Module):
         Args:
             source: a Checkpoint folder, of this project or from `save_pretrained`; a folder of transformers
                 (DINOv2 and v3, SigLIP 1 and 2, VideoMAE, V-JEPA 2, VideoPrism: extra `baselines`) or of VideoMAE v2;
-                a released `.npz` of 4DS or RVM, `.pth` of MAE-ST or VideoMAE v2, or `.pth.tar` of V-JEPA; or
-                `owner/name` on the Hugging Face hub (extra `hub`).
+                a released `.npz` of 4DS or RVM, `.pth` of MAE-ST or VideoMAE v2, `.pth.tar` of V-JEPA or `.pt` of
+                V-JEPA 2.1; or `owner/name` on the Hugging Face hub (extra `hub`).
             revision: branch, tag or commit on the hub.
             clip: T H W of the clips that it is shown; default: the checkpoint's own.
         Raises:

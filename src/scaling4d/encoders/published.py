@@ -1,4 +1,4 @@
-"""RELEASED FILE OR FOLDER -> ENCODER: 4DS, RVM, MAE-ST, VideoMAE v2, V-JEPA, and the models of transformers.
+"""RELEASED FILE OR FOLDER -> ENCODER: 4DS, RVM, MAE-ST, VideoMAE v2, V-JEPA 1 and 2.1, and the models of transformers.
 
 A file is recognised by the names of its tensors. No code in it or beside it is executed.
 """
@@ -39,19 +39,23 @@ from scaling4d.mae.encoder import Encoder
 from scaling4d.mae.mae_st import MAESTEncoder, MAESTEncoderConfig
 from scaling4d.mae.patches import grid_of
 from scaling4d.mae.rvm import RVM, RVMConfig, frame_positions
-from scaling4d.mae.vit import VJEPA, VideoMAE2, VideoViT, VideoViTConfig, sinusoid, vjepa_positions
+from scaling4d.mae.vit import VJEPA, VJEPA21, VideoMAE2, VideoViT, VideoViTConfig, sinusoid, vjepa_positions
 from scaling4d.records import UserError, as_user_error, read_json_object
 
-MODELS: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in (PretrainedEncoder, VideoMAE2, VJEPA, RVM)}
+MODELS: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in (PretrainedEncoder, VideoMAE2, VJEPA, VJEPA21, RVM)}
 NPZ, TORCH = (".npz",), (".pth", ".pt", ".tar")  # ends of files' names
-SECTIONS = ("target_encoder", "model", "model_state", "module")  # of a file of torch; V-JEPA evaluates its target encoder
+SECTIONS = ("ema_encoder", "target_encoder", "model", "model_state", "module")  # V-JEPA evaluates its target encoder
 HALVES = (torch.float32, torch.float16, torch.bfloat16)  # DeepSpeed, with which VideoMAE v2 was trained, saves halves
 PATCHES = "patch_embed.proj.weight"  # D C pt ph pw
 VIDEOMAE2 = "VideoMAEv2"  # start of config.json's model_type
-VIT_HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}  # by width, of both codes; their files do not say
+VIT_HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}  # by width; files do not say
+VJEPA21_HEADS = {768: 12, 1024: 16, 1408: 22, 1664: 26}  # likewise, of V-JEPA 2.1
 VIT_UNUSED = ("norm.", "fc_norm.", "head.")  # after the last block
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # both codes; pixels in 0..1
+VJEPA21_UNUSED = ("norms_block.", "patch_embed_img.", "img_mod_embed")  # norms of four layers' outputs; of images
+VIDEO_EMBEDDING = "video_mod_embed"  # 1 1 D
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # all codes; pixels in 0..1
 FRAMES, SIDE_PX = 16, 224  # of the released VideoMAE v2; V-JEPA has as many frames
+VJEPA21_CLIP = (64, 384, 384)  # as its hub builds the released encoders
 RVM_PATCHES = "tokenizer/patch_embedding/Conv_0/kernel"  # 1 ph pw 3 D
 RVM_CLIP = (16, 256, 256)  # side as released; RVM takes any number of frames, so that of frames is ours
 
@@ -76,7 +80,7 @@ def import_published(source: Path, clip: tuple[int, int, int] | None = None) -> 
     if source.is_dir() and not _is_videomae2(source):
         return transformers.import_encoder(source, clip or transformers.default_clip(source))
     if not source.is_dir() and source.suffix not in NPZ + TORCH:
-        files = "a .npz of 4DS or RVM, a .pth of MAE-ST or VideoMAE v2, or a .pth.tar of V-JEPA"
+        files = "a .npz of 4DS or RVM, a .pth of MAE-ST or VideoMAE v2, a .pth.tar of V-JEPA or a .pt of V-JEPA 2.1"
         raise UserError(f"{source} is a file; needed a folder with {CONFIG} and {CHECKPOINT_WEIGHTS}, {files}")
     with as_user_error(source):
         layout = _of_folder(source) if source.is_dir() else _of_npz(source) if source.suffix in NPZ else _of_torch(source)
@@ -155,7 +159,7 @@ def _only_needed(layout: Layout, source: Path) -> Layout:
     return layout
 
 
-# ---- VideoMAE v2 and V-JEPA ----
+# ---- VideoMAE v2, V-JEPA and V-JEPA 2.1 ----
 
 
 def _vit(
@@ -170,31 +174,38 @@ def _vit(
 ) -> Layout:
     """The encoder in a state dict, below any prefix, whatever lies beside it.
 
-    heads: default: those of the official models of this width. side_px: of VideoMAE v2; V-JEPA's file tells.
+    heads: default: those of the official models of this width. frames, side_px: of VideoMAE v2; V-JEPA has the same
+    frames and its file tells the side; V-JEPA 2.1 has VJEPA21_CLIP.
     """
     places = [key for key in state if key.endswith(PATCHES)]
     if len(places) != 1:
         raise UserError(f"{source} has {len(places)} tensors {PATCHES}; needed that of one encoder")
     prefix = places[0].removesuffix(PATCHES)
     state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    shapes = {key: shape for key, shape in _shapes(state).items() if not key.startswith(VIT_UNUSED)}
+    shapes = {key: shape for key, shape in _shapes(state).items() if not key.startswith(VIT_UNUSED + VJEPA21_UNUSED)}
     width, channels, *patch = shape_of(shapes, PATCHES, 5, source)
     if channels != 3:
         raise UserError(f"{source}: {PATCHES} takes {channels} channels; needed 3")
-    if not {"pos_embed", "blocks.0.attn.q_bias"} & shapes.keys():
-        raise UserError(f"{source} has neither VideoMAE v2's blocks.0.attn.q_bias nor V-JEPA's pos_embed; needed one of them")
-    if heads is None and width not in VIT_HEADS:
-        raise UserError(f"{source}: width {width} is none of the official ones ({', '.join(map(str, VIT_HEADS))})")
-    model: type[VideoViT] = VJEPA if "pos_embed" in shapes else VideoMAE2
+    kinds: dict[str, type[VideoViT]] = {"pos_embed": VJEPA, VIDEO_EMBEDDING: VJEPA21, "blocks.0.attn.q_bias": VideoMAE2}
+    model = next((kind for key, kind in kinds.items() if key in shapes), None)
+    if model is None:
+        needed = f"VideoMAE v2's blocks.0.attn.q_bias, V-JEPA's pos_embed nor V-JEPA 2.1's {VIDEO_EMBEDDING}"
+        raise UserError(f"{source} has neither {needed}; needed one of them")
+    official = VJEPA21_HEADS if model is VJEPA21 else VIT_HEADS
+    if heads is None and width not in official:
+        raise UserError(f"{source}: width {width} is none of the official ones ({', '.join(map(str, official))})")
+    clip = (frames, side_px, side_px)
     if model is VJEPA:
         tokens, t = shape_of(shapes, "pos_embed", 3, source)[1], frames // patch[0]
-        side_px = math.isqrt(tokens // t) * patch[1]
+        clip = (frames, *2 * (math.isqrt(tokens // t) * patch[1],))
+    elif model is VJEPA21:
+        clip = VJEPA21_CLIP
     config = VideoViTConfig(
-        clip=(frames, side_px, side_px),
+        clip=clip,
         patch=tuple(patch),
         width=width,
         depth=released.count_blocks(shapes, "blocks."),
-        heads=heads or VIT_HEADS[width],
+        heads=heads or official[width],
         mlp=shape_of(shapes, "blocks.0.mlp.fc1.weight", 2, source)[0],
         mean=mean,
         std=std,
@@ -205,16 +216,19 @@ def _vit(
         table = vjepa_positions(grid_of(config.clip, config.patch), width)
         if not torch.allclose(state["pos_embed"][0].float(), table, atol=1e-3):
             other = "V-JEPA 2 is in transformers' layout on the hub, facebook/vjepa2-vitl-fpc64-256"
-            raise UserError(f"{source}: pos_embed is not V-JEPA's for {frames} frames of {side_px} px; {other}")
+            raise UserError(f"{source}: pos_embed is not V-JEPA's for {frames} frames of {clip[1]} px; {other}")
     return Layout(model, config, weights, shapes, lambda key: state[key].float().numpy())
 
 
 def vit_weight_map(config: VideoViTConfig, model: type[VideoViT]) -> WeightMap:
-    """Every tensor of a `VideoMAE2` or a `VJEPA`."""
+    """Every tensor of a `VideoMAE2`, a `VJEPA` or a `VJEPA21`."""
     width, tokens = config.width, math.prod(grid_of(config.clip, config.patch))
     weights = torch_patches("patch_embedding", PATCHES.removesuffix(".weight"), width, config.patch)
     if model is VJEPA:
         weights["positions"] = reshaped("pos_embed", (1, tokens, width), (tokens, width))
+    elif model is VJEPA21:
+        biases = {"patch_embed.proj.bias": (width,), VIDEO_EMBEDDING: (1, 1, width)}
+        weights["patch_embedding.bias"] = TensorMap((width,), biases, lambda bias, video: bias + video.reshape(-1))
     else:  # in no file
         weights["positions"] = TensorMap((tokens, width), {}, lambda: sinusoid(tokens, width).numpy())
     for i in range(config.depth):

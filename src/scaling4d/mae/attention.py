@@ -38,6 +38,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, pa
     return out.reshape(B, Q, *out.shape[2:])
 
 
+def rotary(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotary positions: turn the first 2P channels of each head, in neighbouring pairs; the others stay.
+
+    Args:
+        x: queries or keys, `B N heads d`.
+        angles: radians, `N P`, float32; 2P at most d.
+    Source: arXiv:2104.09864.
+    """
+    turned, rest = x.split([2 * angles.shape[1], x.shape[-1] - 2 * angles.shape[1]], dim=-1)
+    even, odd = turned.unflatten(-1, (-1, 2)).unbind(-1)  # B N heads P
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]  # N 1 P
+    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
+    return torch.cat([turned.to(x.dtype), rest], dim=-1)
+
+
 def align(*tensors: Tensor) -> list[Tensor]:
     """Pad the last axis with zeros to a multiple of ALIGNMENT. Zeros change no score and no sum."""
     return [F.pad(x, (0, -x.shape[-1] % ALIGNMENT)) if x.shape[-1] % ALIGNMENT else x for x in tensors]

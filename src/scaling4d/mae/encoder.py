@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from scaling4d import seeds
 from scaling4d.config import require_positive, require_sizes, require_words
-from scaling4d.mae.attention import attention
+from scaling4d.mae.attention import attention, rotary
 from scaling4d.mae.masking import random_masking, visible_tokens
 from scaling4d.mae.patches import gather_patches, grid_of, patchify
 from scaling4d.mae.resize import resize
@@ -103,11 +103,13 @@ class Block(nn.Module):
         self.mlp_in = nn.Linear(width, mlp)
         self.mlp_out = nn.Linear(mlp, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`B N D` -> `B N D`."""
+    def forward(self, x: Tensor, angles: Tensor | None = None) -> Tensor:
+        """`B N D` -> `B N D`. angles: `N P` of rotary positions, see mae.attention.rotary."""
         B, N, D = x.shape
         q, k, v = self.qkv(self.attention_norm(x)).reshape(B, N, 3, self.heads, D // self.heads).unbind(2)  # B N heads d
         q, k = self.q_norm(q), self.k_norm(k)
+        if angles is not None:
+            q, k = rotary(q, angles), rotary(k, angles)
         x = x + self._drop_path(self.out(attention(q, k, v, packed=self.packed).reshape(B, N, D)))
         return x + self._drop_path(self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x)), approximate=self.gelu)))
 
