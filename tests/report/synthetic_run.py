@@ -35,7 +35,7 @@ TASKS = {
 }
 OTHERS = {  # further metrics
     "actions": {"top1_mean": 0.2},
-    "boxes": {"mean_iou_per_object": 0.5, "mean_iou_first_box_repeated": 0.3},
+    "boxes": {"mean_iou_per_object": 0.5, "mean_iou_first_box_repeated": 0.3, "mean_iou_propagated": 0.4},
     "depth": {"delta1": 0.6, "abs_rel_mean": 0.3},
     "points": {
         **{"delta_avg": 0.5, "occlusion_accuracy": 0.9, "distance_px256": 9.0, "distance_px256_standing_still": 12.0},

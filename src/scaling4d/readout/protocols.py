@@ -357,7 +357,7 @@ class Frozen(ReadoutProtocol):
 
     4DS's frozen curves (arXiv:2412.15212, headline figure): the AttentionReadout of representations4d at 95 % of the
     depth. The recipe is not published; profile `paper` takes scivid's. Ours: whitening, early stopping, linear probes;
-    in the pocket, clipping.
+    in the pocket, clipping. Labels of boxes are also propagated, see readout.propagation.
     """
 
     name, recipe_class, trains_encoder = "frozen", FrozenConfig, False
@@ -418,9 +418,11 @@ class Frozen(ReadoutProtocol):
     def probes(self, train_set: FeatureDataset) -> dict[str, Predict]:
         """Linear probes of the features as they are, of the first LABELLED_CLIPS and of all; and the trivial answer.
 
-        Held-out clips among them choose the penalty, the others are fitted.
+        Held-out clips among them choose the penalty, the others are fitted. Or label propagation, without any fit.
         """
         task, ranks, views = self.config.task, self.config.evaluation.ranks, len(self.config.task.views)
+        if task.propagates:
+            return {"propagated": task.predict_propagated}
         if not task.linear:
             return {}
         shortest = torch.tensor(len(train_set))

@@ -13,6 +13,7 @@ WORDS = {  # metric -> words, direction, unit
     "top1_mean": ("top-1 accuracy of naming always the most frequent action", "↑", "share"),
     "mean_iou": ("overlap of tracked boxes, mean IoU", "↑", "share"),
     "mean_iou_per_object": ("overlap of tracked boxes, mean IoU over objects", "↑", "share"),
+    "mean_iou_propagated": ("overlap of propagated boxes, mean IoU", "↑", "share"),
     "mean_iou_first_box_repeated": ("mean IoU if the first box is repeated", "↑", "share"),
     "abs_rel": ("relative error of depth, AbsRel", "↓", "ratio"),
     "abs_rel_mean": ("AbsRel of the mean depth of training clips", "↓", "ratio"),

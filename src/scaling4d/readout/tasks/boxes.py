@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from scaling4d.config import require_sizes
 from scaling4d.readout import metrics
 from scaling4d.readout.heads import Head, Queries
+from scaling4d.readout.propagation import propagated_boxes
 from scaling4d.readout.tasks.task import Metric, MetricSums, Target, Task, first_objects, pad, predict_in_chunks
 from scaling4d.records import Sample
 
@@ -30,6 +31,7 @@ class Boxes(Task):
     relative: bool
 
     metric: ClassVar = Metric("mean_iou", "share", True)
+    propagates: ClassVar = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,6 +53,10 @@ class Boxes(Task):
         given = target["boxes"][:, :, 0]
         boxes = predict_in_chunks(head, features, given, self.objects)
         return boxes + given[:, :, None] if self.relative else boxes
+
+    def predict_propagated(self, features: Tensor, target: dict[str, Tensor]) -> Tensor:
+        boxes = target["boxes"]
+        return propagated_boxes(features, boxes[:, :, 0], boxes.shape[2])
 
     def loss(self, predicted: Tensor, target: dict[str, Tensor]) -> Tensor:
         present = target["present"]

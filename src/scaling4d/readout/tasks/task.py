@@ -49,6 +49,7 @@ class Task:
     pools: ClassVar[bool] = False  # whether the predictions of a video's test views become one; else each is measured
     queries_at: ClassVar[str] = "frame_0"  # frames of a validation video in which points are given
     linear: ClassVar[bool] = False  # whether a linear probe is fitted beside a frozen readout
+    propagates: ClassVar[bool] = False  # whether labels of the first frame are propagated beside a frozen readout
 
     def __post_init__(self) -> None:
         require_positive(self, "rate_hz")
@@ -90,6 +91,10 @@ class Task:
 
     def predict_linear(self, probe: LinearProbe, features: Tensor, target: dict[str, Tensor]) -> Tensor:
         """Predictions of a linear probe, as those of `predict`."""
+        raise NotImplementedError
+
+    def predict_propagated(self, features: Tensor, target: dict[str, Tensor]) -> Tensor:
+        """Predictions of label propagation, as those of `predict`, see readout.propagation. features: `B t h*w D`."""
         raise NotImplementedError
 
     def pool(self, predicted: np.ndarray) -> np.ndarray:
