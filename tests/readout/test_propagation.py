@@ -18,7 +18,7 @@ SIDE = 8
 
 def clip_of_a_square(steps: list[tuple[int, int]], size: int = 2) -> Tensor:
     """`t h w D`: a square with its corner at row, column of each step; each cell of it and of the ground has a look."""
-    looks = torch.randn(size * size + SIDE * SIDE, 16, generator=seeds.stream(0, "looks"))
+    looks = torch.randn(size * size + SIDE * SIDE, 16, generator=seeds.torch_rng(0, "looks"))
     ground, square = looks[size * size :].unflatten(0, (SIDE, SIDE)), looks[: size * size].unflatten(0, (size, size))
     clip = ground.repeat(len(steps), 1, 1, 1)
     for frame, (row, column) in zip(clip, steps, strict=True):
@@ -67,7 +67,7 @@ def test_propagation_is_that_of_a_loop_over_tokens(monkeypatch: pytest.MonkeyPat
     """With a radius that forbids some tokens, and more steps than the context holds."""
     monkeypatch.setattr(propagation, "CONTEXT", 6)
     monkeypatch.setattr(propagation, "RADIUS", 2)
-    rng = seeds.numpy(0, "propagation")
+    rng = seeds.numpy_rng(0, "propagation")
     features, labels = rng.normal(size=(9, 4, 3, 6)), rng.uniform(size=(4, 3, 2))
     unit = features / np.linalg.norm(features, axis=-1, keepdims=True)
     expected: list[np.ndarray] = []
