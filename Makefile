@@ -2,7 +2,7 @@
 # make test           set everything up and run the tests; make quick: those that start no process; make slow: the long ones
 # make install-cuda   the environment of a machine with an NVIDIA GPU, instead of that of `make install`
 # make release-check  whether lock, reports, README and guide belong to this code
-# make gpu            GPU tests and benches, where torch, numpy and wheels/ are (`make wheels`, on a machine with a network)
+# make gpu            one hour on a GPU, where torch, numpy and wheels/ are (`make wheels`, on a machine with a network)
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -72,12 +72,7 @@ gpu:
 
 measured-on-gpu: export PYTHONPATH := src:.gpu
 measured-on-gpu: .gpu/installed
-	$(PYTHON) -m pytest -m gpu tests/bench
-	$(PYTHON) -m scaling4d bench attention --precision bf16 --total 100352
-	$(PYTHON) -m scaling4d bench pretrain --precision bf16 --precision fp32 --clips 16
-	$(PYTHON) -m scaling4d bench masking --precision bf16 --clips 16
-	$(PYTHON) -m scaling4d bench costs
-	$(PYTHON) -m scaling4d bench loader
+	$(PYTHON) -m scaling4d bench gpu
 
 .gpu/installed: wheels/list.txt
 	rm -rf .gpu

@@ -109,6 +109,7 @@ def _varlen_packed(clips: int, count: int, device: torch.device) -> Attention:
 
 IMPLEMENTATIONS: Mapping[str, Make] = {
     OURS: lambda *_: attention,
+    "ours, packed": lambda *_: partial(attention, packed=True),
     "SDPA, as torch chooses": lambda *_: _sdpa,
     "SDPA, flash": lambda *_: partial(_sdpa, backend=SDPBackend.FLASH_ATTENTION),
     "SDPA, efficient": lambda *_: partial(_sdpa, backend=SDPBackend.EFFICIENT_ATTENTION),

@@ -107,6 +107,37 @@ def attention(
 
 
 @bench.command()
+def mfu(
+    clips: Annotated[int, typer.Option(min=1, help="A batch, where the GPU holds so many.")] = 64,
+    repeats: Repeats = 7,
+    precision: Precision = Precision.bf16,
+) -> None:
+    """MFU and peak memory of steps of S, B, L and H, eager and compiled, beside the ranges of `scaling4d plan`."""
+    _measure("mfu", clips=clips, repeats=repeats, precision=precision)
+
+
+@bench.command()
+def gpu(
+    out: Annotated[Path, typer.Option(help="Folder of the records, logs and figures.")] = REPORTS / "gpu",
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="The same steps on the CPU at the smallest size; out is OUT/rehearsal.")
+    ] = False,
+    step: Annotated[
+        list[str] | None, typer.Option(help="Run this step alone, also if it is done; may be repeated. Default: all others.")
+    ] = None,
+) -> None:
+    """One hour on a GPU: lock, attention, determinism, MFU, profile h100, masking, loading, VideoMAE; then one table.
+
+    Steps that are done are not run again. Exit code 1: some step is not done.
+    """
+    from scaling4d_bench.gpu_hour import run_hour
+    from scaling4d_bench.gpu_steps import STEPS
+
+    if not run_hour(STEPS, out / "rehearsal" if rehearse else out, rehearse=rehearse, only=step or ()):
+        raise typer.Exit(1)
+
+
+@bench.command()
 def render(repeats: Repeats = 5) -> None:
     """CPU time to draw a labelled clip of each kind, and an unlabelled video, of the pocket's worlds."""
     _measure("render", repeats=repeats)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from scaling4d_bench import devices, loader, measure, steps, videos
 from scaling4d_bench.measure import Measurements
@@ -27,10 +29,13 @@ COLUMNS = {
 }
 
 
-def bench(out: Path, *, clips: int, repeats: int, precision: str) -> Path:
+def bench(out: Path, *, clips: int, repeats: int, precision: str, changes: Mapping[str, Mapping[str, Any]] | None = None) -> Path:
     """Measure, print a table for each size, write `<out>/masking-<precision>.json` (on a GPU with its name).
 
     Each method's times are compared with its own at the first of RATIOS, and with the first method's.
+
+    Args:
+        changes: of the settings of the points, by method.
     """
     device = devices.prepare()
     settings = {"clips": clips, "repeats": repeats, "precision": precision, "workers": WORKERS} | devices.settings(device)
@@ -41,7 +46,7 @@ def bench(out: Path, *, clips: int, repeats: int, precision: str) -> Path:
         for size, methods in POINTS.items():
             hidden = {}
             for method, point in methods.items():
-                model = steps.build(point, {}, device)
+                model = steps.build(point, (changes or {}).get(method, {}), device)
                 update = steps.adamw_update(model)
                 for ratio in RATIOS:
                     given = {"clips": clips, "mask_ratio": ratio, "precision": precision, "device": device}

@@ -11,7 +11,8 @@ import torch
 from scaling4d import seeds
 from scaling4d.pretrain.plan.closed_form import PLAIN, StepLayout, flops, memory
 from scaling4d.pretrain.plan.work import work_of
-from scaling4d_bench import attention, costs, devices, masking, measure, pretrain, steps
+from scaling4d.training.gpus import GPUS
+from scaling4d_bench import attention, costs, devices, masking, measure, mfu, pretrain, steps
 from scaling4d_bench.costs import TrainingCase
 from scaling4d_bench.pretrain import StepGroup
 
@@ -176,6 +177,21 @@ def test_every_implementation_of_attention_that_runs_here_agrees_with_ours(tmp_p
     assert shown.count("OTHER VALUES") == 2
     if not torch.cuda.is_available():
         assert "xformers: not measured (" in shown and "xformers, packed: not measured (" in shown
+
+
+def test_mfu_stands_beside_the_plans_range_and_a_step_that_does_not_compile_is_named(tmp_path: Path, monkeypatch, capsys) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    path = mfu.bench(tmp_path, clips=2, repeats=2, precision="fp32", points=("S",), changes=SIMPLE)
+    content, shown = json.loads(path.read_text()), capsys.readouterr().out
+    (row,) = content["results"]["rows"]
+    work, h100 = work_of(tiny("S")), GPUS["h100"]
+    assert row["mfu"] == pytest.approx(row["per_s"] * flops(work, recompute=False)["model"] / h100.bf16_flop_per_s)
+    assert row["planned_mfu"][0] > row["planned_mfu"][1] > 0 and len(content["raw"]["S"]) == 2
+    assert row["formula_bytes"] == memory(work, StepLayout(1, False, sizes=PLAIN), clips=2)["total"]
+    assert "S, compiled: not measured (no C compiler)" in shown
 
 
 def test_costs_have_the_exponents_of_time_and_memory_and_mark_faster_growth(tmp_path: Path, monkeypatch, capsys) -> None:

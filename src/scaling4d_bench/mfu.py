@@ -1,0 +1,131 @@
+"""`scaling4d bench mfu`: model FLOPs utilization and memory of training steps, beside those of `scaling4d plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from scaling4d.pretrain.plan.closed_form import GIB, PLAIN, USABLE, StepLayout, clips_that_fit, flops, memory
+from scaling4d.pretrain.plan.performance import CASES, step_seconds
+from scaling4d.pretrain.plan.work import Work, work_of
+from scaling4d.training.gpus import GPUS, Gpu
+from scaling4d.training.parallelize import ComputeConfig, ShardingConfig, parallelize
+from scaling4d_bench import devices, measure, steps
+from scaling4d_bench.measure import Measurements
+
+POINTS = ("S", "B", "L", "H")
+BLOCKS = {"": False, ", compiled": True}  # suffix of a row's name -> whether its blocks are compiled
+LIBRARIES = ("torch", "numpy", "xformers", "triton")
+COLUMNS = {
+    "": "{name}",
+    "batch": "{clips}",
+    "clips/s": "{per_s:.1f}",
+    "MFU": "{mfu:.1%}",
+    "plan": "{planned_mfu[1]:.0%} to {planned_mfu[0]:.0%}",
+    "GiB": "{gib:.1f}",
+    "formula": "{formula_gib:.1f}",
+}
+
+
+def bench(
+    out: Path,
+    *,
+    clips: int,
+    repeats: int,
+    precision: str,
+    points: Sequence[str] = POINTS,
+    changes: Mapping[str, Any] | None = None,
+) -> Path:
+    """Measure one point after the other, print a table, write `<out>/mfu.json` (on a GPU with its name).
+
+    MFU: FLOPs of three forward passes over the time of a step and the GPU's stated bfloat16 peak. A device that no plan
+    knows is compared with an H100.
+
+    Args:
+        clips: a batch; a point that the GPU cannot hold with it gets the most clips that fit. changes: of the settings
+            of every point.
+    """
+    device = devices.prepare()
+    gpu = gpu_of(device)
+    given = {"clips": clips, "repeats": repeats, "precision": precision, "peak_of": gpu.name}
+    measurements, rows = Measurements("mfu", given | devices.settings(device), LIBRARIES), []
+    for point in points:
+        work = work_of(steps.build(point, changes or {}, torch.device("cpu")))
+        layout = StepLayout(1, False) if precision == "bf16" else StepLayout(1, False, sizes=PLAIN)
+        batch = min(clips, clips_that_fit(work, layout, usable_bytes=USABLE * gpu.memory_bytes))
+        plan = planned(work, layout, gpu, clips=batch)
+        for suffix, compiled in BLOCKS.items():
+            turn = partial(
+                measured_step,
+                point,
+                changes or {},
+                clips=batch,
+                compiled=compiled,
+                precision=precision,
+                device=device,
+                repeats=repeats,
+            )
+            for name, row in measurements.load({point + suffix: turn}).items():
+                measurements.raw[name] = row.pop("seconds")
+                row |= {"mfu": row["per_s"] * row["flops_per_clip"] / gpu.bf16_flop_per_s, "name": name, "clips": batch}
+                rows.append(row | plan)
+    measurements.results["rows"] = rows
+    shown = [row | {"formula_gib": row["formula_bytes"] / GIB} for row in rows]
+    shown = [row | ({"gib": row["bytes"] / GIB} if row["bytes"] else {}) for row in shown]
+    measure.table(f"training steps in {precision}; MFU of the peak of {gpu.name}", shown, COLUMNS)
+    return measurements.write(out)
+
+
+def gpu_of(device: torch.device) -> Gpu:
+    """The GPU by its driver's name; an H100 where no plan knows it."""
+    name = devices.settings(device)["device"]
+    return next((gpu for gpu in GPUS.values() if gpu.name.split()[0] in name), GPUS["h100"])
+
+
+def planned(work: Work, layout: StepLayout, gpu: Gpu, *, clips: int) -> dict[str, Any]:
+    """By formulas, of one GPU: `planned_mfu` in bfloat16, the fast and the slow case; `formula_bytes` of the layout."""
+    row = {"formula_bytes": memory(work, layout, clips=clips)["total"]}
+    ideal_s = flops(work, recompute=False)["model"] * clips / gpu.bf16_flop_per_s
+    seconds = [
+        sum(step_seconds(work, StepLayout(1, False), gpu, case, clips=clips, replicas=1).values()) for case in CASES.values()
+    ]
+    return row | {"planned_mfu": [ideal_s / value for value in seconds]}
+
+
+def measured_step(
+    point: str,
+    changes: Mapping[str, Any],
+    *,
+    clips: int,
+    compiled: bool,
+    precision: str,
+    device: torch.device,
+    repeats: int,
+) -> dict[str, Any]:
+    """Seconds of each turn, clips a second at their median, FLOPs of a clip, and the allocator's peak (0 on a CPU)."""
+    gpu = device.type == "cuda"
+    torch.compiler.reset()  # torch compiles a function for 8 shapes at most, and all blocks share theirs
+    if gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device) if gpu else 0
+    model = steps.build(point, changes, device)
+    step = steps.our_step(
+        model,
+        steps.adamw_update(model),
+        clips=clips,
+        mask_ratio=model.config.mask_ratio,
+        precision=precision,
+        device=device,
+    )
+    sharding = ShardingConfig(shards=1, recompute="none", compile=compiled, packed=False, accumulate=1)
+    parallelize(model, sharding, ComputeConfig(device.type, "float32"), ranks=1)  # after the FLOPs were counted
+    run = devices.timed(step.run, device)
+    seconds = measure.take_turns({point: run}, repeats=repeats).seconds[point]
+    row = {"seconds": seconds, "per_s": clips / float(np.median(seconds)), "flops_per_clip": step.flops}
+    return row | {"bytes": torch.cuda.max_memory_allocated(device) - before if gpu else 0}
