@@ -32,7 +32,7 @@ def feature_updates(width: int, *, rate_times_width: float, embedding_rate: floa
     training = SimpleNamespace(rate_times_width=rate_times_width, embedding_rate=embedding_rate)
     groups = param_groups(model, SimpleNamespace(training=training, model=SimpleNamespace(width=width)))
     adamw = build_adamw(groups, betas=BETAS, weight_decay=0.05)
-    coarse = torch.rand(CLIPS, 3, 2, 8, 8, generator=seeds.stream(0, "pixels"))
+    coarse = torch.rand(CLIPS, 3, 2, 8, 8, generator=seeds.torch_rng(0, "pixels"))
     pixels = (F.interpolate(coarse, (4, 32, 32)) * 255).byte().permute(0, 2, 3, 4, 1).contiguous()  # B T H W C
     first, changes = None, []
     for step in range(STEPS + 1):
@@ -40,7 +40,7 @@ def feature_updates(width: int, *, rate_times_width: float, embedding_rate: floa
             features = model.encoder.last_tokens(pixels)  # B N D
         first = features if first is None else first
         changes.append((features - first).abs().mean())
-        loss = model(pixels, model.draw_mask(CLIPS, seeds.stream(0, "mask", step)))
+        loss = model(pixels, model.draw_mask(CLIPS, seeds.torch_rng(0, "mask", step)))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adamw.step()

@@ -73,8 +73,8 @@ def train_and_save(*, rank: int, ranks: int) -> tuple[Digest, Digest, float, int
     model = model_on(ranks, ranks)
     model.initialise(0)
     first = digest(dict(model.named_parameters()))
-    pixels = torch.randint(0, 256, (1, *CLIP, 3), dtype=torch.uint8, generator=seeds.stream(0, "pixels", rank))
-    loss = model(pixels, model.draw_mask(1, seeds.stream(0, "mask", rank)))
+    pixels = torch.randint(0, 256, (1, *CLIP, 3), dtype=torch.uint8, generator=seeds.torch_rng(0, "pixels", rank))
+    loss = model(pixels, model.draw_mask(1, seeds.torch_rng(0, "mask", rank)))
     loss.backward()
     reduce_gradients(model)
     adamw = optimizer_of(model)  # after the backward pass, whose peak its moments would raise
@@ -115,7 +115,7 @@ def test_a_slice_of_j_goes_from_sharded_weights_to_a_readout(tmp_path: Path, mon
     Checkpoint("j", "SimpleMAE", asdict(J), parameters=0, step=1, clips_seen=2).write_config(folder)
     model = load_model(folder).requires_grad_(False)
     assert digest(dict(model.named_parameters())) == weights
-    pixels = torch.randint(0, 256, (3, *CLIP, 3), dtype=torch.uint8, generator=seeds.stream(0, "clips"))
+    pixels = torch.randint(0, 256, (3, *CLIP, 3), dtype=torch.uint8, generator=seeds.torch_rng(0, "clips"))
     features = model.encoder.last_tokens(pixels).unflatten(1, (2, 4))  # B t h*w D
     shape = {"width": 32, "heads": 4, "fourier_bases": 4, "query_width": 24, "query_std": 1.0, "time_init": "sincos"}
     head = Head(
