@@ -381,7 +381,8 @@ def features(
         typer.Option(min=0, help="After this block, 0: the embedded tokens; may be repeated; default: the last."),
     ] = None,
     tokens: Annotated[bool, typer.Option("--tokens", help="Write every token; default: their mean.")] = False,
-    frames: Annotated[int | None, typer.Option(min=1, help="Of a window; default: the checkpoint's.")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Of a window or clip; default: the checkpoint's.")] = None,
+    side_px: Annotated[int | None, typer.Option(min=1, help="Of a square picture; default: the checkpoint's.")] = None,
     rate_hz: Annotated[float | None, typer.Option(help="Frames per second of a window; default: the checkpoint's.")] = None,
     stride: Annotated[float | None, typer.Option(help="Seconds from window to window; default: a window's length.")] = None,
     pad: Annotated[bool, typer.Option("--pad", help="Show the whole picture between black bars; default: its centre.")] = False,
@@ -389,13 +390,14 @@ def features(
     device: Annotated[str, typer.Option(help="Such as cpu or cuda:1; default: the GPU, if there is one.")] = "",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16: of matrix products and of the files.")] = "float32",
     pca: Annotated[Path | None, typer.Option(help="With --tokens and one video: an .mp4 of its last layer in colours.")] = None,
-    side_px: Annotated[int | None, typer.Option(min=1, help="Of a .npz: side of the clip; default: the checkpoint's.")] = None,
     queries: Annotated[Path | None, typer.Option(help="Of a .npz: a .npy, Q 2 or Q 4 in 0..1, for a tracking readout.")] = None,
 ) -> None:
     """Write features of whole videos, in windows of equal stride: a .safetensors file a video, and index.json.
 
     Pictures keep their aspect ratio. A last window that the video does not fill is left out, and a video shorter than
     a window is a problem. Videos that are done are not repeated. Exit code 1: some video has no features.
+    With --frames or --side-px the encoder sees clips of another size than it was trained on: learned positions are
+    interpolated.
 
     With --out FILE.npz: of one clip, a video's first frames or a .npy B T H W C (float in 0..1, or uint8), every layer
     as the encoder lists them, and the output of the readout if CHECKPOINT is a folder of one.
@@ -403,19 +405,20 @@ def features(
     from scaling4d.encoders import video_features
 
     given = {name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"}
-    of_clip, single = {"side_px", "queries"}, out.suffix == ".npz"
-    wrong = sorted(given - of_clip - {"checkpoint", "paths", "out"} if single else given & of_clip)
+    of_clip, single = {"queries"}, out.suffix == ".npz"
+    wrong = sorted(given - of_clip - {"checkpoint", "paths", "out", "frames", "side_px"} if single else given & of_clip)
     if wrong or (single and len(paths) != 1):
         fix = f"leave out --{' and --'.join(wrong)}".replace("_", "-") if wrong else "give one video"
         raise UserError(f"--out {out} {'is for one clip' if single else 'is a folder of whole videos'}; {fix}")
     if single:
         from scaling4d.show.predict import write_features
 
-        names = write_features(Path(checkpoint), paths[0], out, side_px=side_px, queries=queries)
+        names = write_features(Path(checkpoint), paths[0], out, frames=frames, side_px=side_px, queries=queries)
         print(f"wrote {out}: {', '.join(names)}")
         return
 
-    options = {"layers": layer or (), "tokens": tokens, "dtype": dtype, "rate_hz": rate_hz, "frames": frames, "stride_s": stride}
+    options = {"layers": layer or (), "tokens": tokens, "dtype": dtype, "rate_hz": rate_hz, "stride_s": stride}
+    options |= {"frames": frames, "side_px": side_px}
     result = video_features.run(
         checkpoint, paths, out, batch=batch, device=device, pca=pca, fit="pad" if pad else "crop", **options
     )

@@ -34,7 +34,7 @@ def test_a_codec_that_nobody_knows_is_a_reason_wherever_videos_are_read(tmp_path
     (rejected,) = inspect_video(tmp_path / "videos", SourceFile(name), "0" * 64, CONFIG).rejected
     assert rejected.reason == "no decoder for its codec"
     with pytest.raises(UserError, match=f"^{path}: {NO_DECODER}$"):
-        read_clips(path, (4, 32, 32), None)
+        read_clips(path, (4, 32, 32))
 
 
 @pytest.fixture(scope="module")

@@ -177,13 +177,15 @@ def test_models_of_transformers_load_from_their_own_folders(tmp_path: Path, kind
         assert Encoder.from_pretrained(tmp_path / "theirs", clip=(2, 56, 56)).clip == (2, 56, 56)
 
 
-def test_raw_pixels_are_an_encoder_of_one_size(tmp_path: Path) -> None:
+def test_raw_pixels_are_an_encoder_of_any_size_that_patches_divide(tmp_path: Path) -> None:
     settings = {"clip": CLIP, "patch": (2, 16, 16), "pixel_mean": 0.0, "pixel_scale": 1.0}
     (tmp_path / "pixels").mkdir()
     Checkpoint("pixels", "PixelTokens", settings, 0, 0, 0).write(tmp_path / "pixels", {})
     encoder = Encoder.from_pretrained(tmp_path / "pixels")
     assert torch.equal(encoder(CLIPS).last_hidden_state, encoder(CLIPS).hidden_states[0])
-    assert refused(encoder.resize, [6, 32, 32]) == "a PixelTokens takes clips T H W = (6, 32, 48) only; got (6, 32, 32)"
+    encoder.resize((4, 64, 32))
+    assert (encoder.clip, encoder.grid) == ((4, 64, 32), (2, 4, 2))
+    assert refused(encoder.resize, [6, 30, 32]).startswith("clip T H W = (6, 30, 32) does not divide into patches (2, 16, 16)")
 
 
 # ---- the rate of the clips ----

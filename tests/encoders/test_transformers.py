@@ -18,7 +18,7 @@ from scaling4d import artifacts, config, seeds
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders import torchvision_shim
 from scaling4d.encoders.features import features_at_depth
-from scaling4d.encoders.pretrained import load_encoder
+from scaling4d.encoders.pretrained import load_encoder, set_clip
 from scaling4d.encoders.stage import baseline
 from scaling4d.encoders.transformers import FAMILIES, PretrainedEncoder, PretrainedEncoderConfig, default_clip, import_encoder
 from scaling4d.mae.encoder import initialise
@@ -141,6 +141,32 @@ def hidden_states(kind: str, model: nn.Module, inputs: dict[str, Tensor]) -> lis
         return list(model(**inputs, skip_predictor=True, output_hidden_states=True).hidden_states)
     network = {"siglip": "vision_model", "siglip2": "vision_model", "videomae": "videomae"}.get(kind, "")
     return list(model.get_submodule(network)(**inputs, output_hidden_states=True).hidden_states)
+
+
+@pytest.mark.parametrize(("kind", "side"), [("dinov2", 70), ("dinov3_vit", 48), ("vjepa2", 48)])
+def test_pictures_of_another_side_are_seen_as_transformers_sees_them(published, agree, kind, side):
+    """Of V-JEPA 2 as a model whose config has this side."""
+    folder, model, processor, (pt, ph, pw) = published(kind)
+    encoder = imported(folder)
+    set_clip(encoder, frames=2 * FRAMES, side_px=side)
+    assert encoder.clip == (2 * FRAMES, side, side) and encoder.grid == (2 * FRAMES // pt, side // ph, side // pw)
+    if kind == "vjepa2":
+        larger = tf.VJEPA2Model(tf.VJEPA2Config(**SHAPE, **PREDICTOR, crop_size=side, patch_size=8, frames_per_clip=8))
+        larger.load_state_dict(model.state_dict())
+        model = larger.eval()
+    pixels = torch.cat([clips(side), clips(side).flip(1)], dim=1)
+    states = hidden_states(kind, model, as_the_model_sees(kind, processor, pixels, do_resize=False, do_center_crop=False))
+    tokens = side // ph * (side // pw) * (encoder.grid[0] if kind in VIDEO else 1)
+    with torch.no_grad():
+        ours = encoder.features(pixels)[-1]
+    expected = states[-1][:, -tokens:].reshape(2, -1, 24)
+    agree(f"{kind} at {side} px", (ours - expected).abs().max().item() / expected.abs().max().item(), 1e-5)
+
+
+def test_a_side_that_a_published_encoder_does_not_take_is_refused(published) -> None:
+    for kind, needed in (("videomae", "32, its own"), ("dinov3_vit", "a multiple of 8")):
+        with pytest.raises(UserError, match=f"^side_px = 44 does not suit a {kind} of patches .*; needed {needed}$"):
+            set_clip(imported(published(kind)[0]), side_px=44)
 
 
 @every_kind

@@ -200,6 +200,8 @@ def test_windows_have_the_frames_and_the_rate_that_are_given(checkpoint: Path, t
     assert run(checkpoint, save(tmp_path / "a.mp4"), "--out", out, "--frames", 8, "--rate-hz", 5, "--tokens").exit_code == 0
     tensors = load_file(out / "a.mp4.safetensors")
     assert tensors["layer_03"].shape == (2, 4 * 2 * 3, 24) and tensors["end_s"].tolist() == [1.6, 3.2]
+    assert run(checkpoint, save(tmp_path / "a.mp4"), "--out", tmp_path / "large", "--side-px", 64, "--tokens").exit_code == 0
+    assert load_file(tmp_path / "large/a.mp4.safetensors")["layer_03"].shape == (6, 2 * 4 * 4, 24)
 
 
 def test_a_broken_video_is_a_line_and_the_others_are_done(checkpoint: Path, tmp_path: Path) -> None:
@@ -268,9 +270,15 @@ def test_a_tensor_that_grows_in_a_file_is_read_as_any_other(tmp_path: Path) -> N
 
 
 def test_a_npz_is_one_clip_with_every_layer(checkpoint: Path, tmp_path: Path) -> None:
-    assert run(checkpoint, save(tmp_path / "a.mp4"), "--out", tmp_path / "x.npz", "--side-px", 64).exit_code == 0
-    arrays = np.load(tmp_path / "x.npz")
-    assert arrays.files == [f"layer_{n:02d}" for n in range(4)] and arrays["layer_03"].shape == (1, 2 * 4 * 4, 24)
+    for frames in (4, 6):
+        options = ("--out", tmp_path / f"{frames}.npz", "--side-px", 64, "--frames", frames)
+        assert run(checkpoint, save(tmp_path / "a.mp4"), *options).exit_code == 0
+        arrays = np.load(tmp_path / f"{frames}.npz")
+        assert arrays.files == [f"layer_{n:02d}" for n in range(4)]
+        assert arrays["layer_03"].shape == (1, frames // 2 * 4 * 4, 24)
+    np.save(tmp_path / "a.npy", np.zeros((1, 4, 32, 48, 3), np.uint8))
+    refusal = refused(checkpoint, tmp_path / "a.npy", "--out", tmp_path / "y.npz", "--side-px", 64)
+    assert refusal == f"{tmp_path / 'a.npy'} is taken as it is; leave out --frames and --side-px"
 
 
 def test_what_cannot_be_done_is_one_line(checkpoint: Path, tmp_path: Path) -> None:

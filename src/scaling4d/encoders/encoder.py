@@ -192,8 +192,6 @@ class Encoder(nn.Module):
 
         Raises UserError: the model does not take such clips.
         """
-        if not hasattr(self.model, "resize"):
-            raise UserError(f"a {type(self.model).__name__} takes clips T H W = {self.clip} only; got {tuple(clip)}")
         self.model.resize(tuple(clip))
 
     # ---- to disk and to the hub ----

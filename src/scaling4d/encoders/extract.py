@@ -15,13 +15,13 @@ from scaling4d.encoders.arrays import DAMAGE, read_header
 from scaling4d.records import UserError
 
 
-def read_clips(source: Path, clip: tuple[int, int, int], side_px: int | None) -> Tensor:
+def read_clips(source: Path, clip: tuple[int, int, int]) -> Tensor:
     """Clips `B T H W 3`, uint8 or float32 in 0..1.
 
     A `.npy` of clips (uint8, or float in 0..1) is taken as it is. Of a video file the first T frames are taken; each is
     resized to H W, whatever its aspect ratio (bicubic, antialiased).
 
-    clip: T H W for a video file. side_px: H and W instead of the clip's.
+    clip: T H W for a video file.
     Raises UserError: not clips, values outside 0..1, or a video that is damaged or too short.
     """
     if source.suffix == ".npy":
@@ -33,7 +33,7 @@ def read_clips(source: Path, clip: tuple[int, int, int], side_px: int | None) ->
             if not (pixels.min() >= 0 and pixels.max() <= 1):  # also refuses nan
                 raise UserError(f"{source}: values from {pixels.min()} to {pixels.max()}; needed floats in 0..1, or uint8")
         return torch.from_numpy(pixels)
-    T, height, width = clip if side_px is None else (clip[0], side_px, side_px)
+    T, height, width = clip
     frames = []
     try:
         for _, frame in video.decode_frames(source):
@@ -42,7 +42,7 @@ def read_clips(source: Path, clip: tuple[int, int, int], side_px: int | None) ->
                 return torch.from_numpy(np.stack(frames))[None]
     except video.VideoError as error:
         raise UserError(f"{source}: {error}") from error
-    raise UserError(f"{source} has {len(frames)} frames; needed {T}, the checkpoint's clip")
+    raise UserError(f"{source} has {len(frames)} frames; needed {T} for a clip")
 
 
 def read_array(path: Path, *, axes: int) -> np.ndarray:
@@ -66,9 +66,5 @@ def read_array(path: Path, *, axes: int) -> np.ndarray:
 @torch.no_grad()
 def all_features(encoder: nn.Module, pixels: Tensor) -> list[Tensor]:
     """Every layer `B N D`. Resizes the encoder to the clips. Raises UserError: it does not take clips of this size."""
-    clip = tuple(pixels.shape[1:4])
-    if hasattr(encoder, "resize"):
-        encoder.resize(clip)
-    elif clip != encoder.clip:
-        raise UserError(f"clips T H W = {clip}; this encoder takes {encoder.clip} only")
+    encoder.resize(tuple(pixels.shape[1:4]))
     return encoder.features(pixels)

@@ -150,7 +150,7 @@ class FeatureStore(MemoryFeatures):
 
     Args:
         folder: of the store; a subfolder depends on weights, config.json, the models' code, library versions, device,
-            compute type and batch.
+            compute type, batch and the size of clips.
         checkpoint: the encoder's Checkpoint folder. compute: dtype of the pass; features are float32. Others: as of
             MemoryFeatures.
     """
@@ -162,7 +162,7 @@ class FeatureStore(MemoryFeatures):
         libraries = ("torch", "transformers") if Checkpoint.read(checkpoint).model == "PretrainedEncoder" else ("torch",)
         versions = {name: metadata.version(name) for name in libraries}
         made_by = [weights_sha256(checkpoint), artifacts.sha256(checkpoint / "config.json"), code, versions]
-        made_by += [self.device, compute, self.batch]
+        made_by += [self.device, compute, self.batch, model.encoder.clip, model.encoder.grid]
         self.folder = folder / hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
         self.layer = str(layer_index(depth=model.encoder.depth))  # its tensor in a shard, `n t n D`
         self.places: dict[bytes, tuple[Path, int]] = {}  # clip -> shard and row

@@ -63,6 +63,8 @@ class Family:
     video: the network takes clips `B T C H W`; else frames `B*T C H W`. unused: a part that features do not need.
     rescales_first: its preprocessor divides by 255 before it resizes; others resize uint8.
     frames_key, side_key: keys of its config that fix T and the side in pixels; empty: any will do.
+    any_side: whether its positions suit other sides: they are interpolated, or rotations by a token's place.
+    grid_key: attribute of its attention that holds the tokens of a row; empty: it needs none.
     """
 
     model: str
@@ -73,6 +75,8 @@ class Family:
     rescales_first: bool = False
     frames_key: str = ""
     side_key: str = ""
+    any_side: bool = True
+    grid_key: str = ""
 
 
 def _run_blocks(x: Tensor, blocks: nn.ModuleList, **arguments: Any) -> Iterator[Tensor]:
@@ -134,9 +138,13 @@ FAMILIES = {  # by config.json's model_type
     "siglip2": SIGLIP2,
     "siglip2_vision_model": SIGLIP2,
     "videomae": Family(
-        "VideoMAEModel", "VideoMAEImageProcessor", _videomae, video=True, frames_key="num_frames", side_key="image_size"
+        *("VideoMAEModel", "VideoMAEImageProcessor", _videomae),
+        **{"video": True, "frames_key": "num_frames", "side_key": "image_size", "any_side": False},
     ),
-    "vjepa2": Family("VJEPA2Model", "VJEPA2VideoProcessor", _vjepa2, video=True, unused="predictor", side_key="crop_size"),
+    "vjepa2": Family(
+        *("VJEPA2Model", "VJEPA2VideoProcessor", _vjepa2),
+        **{"video": True, "unused": "predictor", "side_key": "crop_size", "grid_key": "grid_size"},
+    ),
     "videoprism_vision_model": Family("VideoPrismVisionModel", "LlavaOnevisionVideoProcessor", _videoprism, video=True),
 }
 
@@ -189,6 +197,10 @@ class PretrainedEncoder(nn.Module):
         if hasattr(self.network, self.family.unused):
             delattr(self.network, self.family.unused)
         self.width, self.depth = self.network.config.hidden_size, len(self.blocks)
+        side = getattr(self.network.config, self.family.side_key) if self.family.side_key else self.side_px
+        if side not in (self.side_px, [self.side_px] * 2):
+            problem = f"a {self.kind} of {self.family.side_key} = {side} cannot see {self.side_px} px"
+            raise UserError(f"{problem}; its files disagree")
         self.resize(config.clip)
         self.train(False)
 
@@ -196,10 +208,12 @@ class PretrainedEncoder(nn.Module):
         """Stay in evaluation mode. In training mode DINOv3 shifts its positions and others drop parts, at random."""
         return super().train(False)
 
-    def resize(self, clip: tuple[int, int, int]) -> None:
+    def resize(self, clip: tuple[int, int, int], side_px: int | None = None) -> None:
         """Take clips of another T H W from now on. Frames are resized to the model's own side as before.
 
-        Raises UserError: not square, or the model does not take this T or its files disagree about the side.
+        side_px: another side than its own, from now on. Learned positions are interpolated; V-JEPA 2 rotates by a
+        token's row and column, which count on, DINOv3 by its place as a share of the picture, as their code does.
+        Raises UserError: not square, or the model does not take this T or this side.
         """
         kind, family, shape = self.kind, self.family, self.network.config
         tubelet, patch = getattr(shape, "tubelet_size", 1), getattr(shape, "patch_size", None)  # image models have no tubelets
@@ -210,12 +224,17 @@ class PretrainedEncoder(nn.Module):
         if height != width or T % t or frames != T:
             needed = f"{frames} frames" if frames != T else f"a multiple of {t} frames"
             raise UserError(f"clip T H W = {tuple(clip)} does not suit a {kind}; needed {needed}, height = width")
-        side = getattr(shape, family.side_key) if family.side_key else self.side_px
-        if side not in (self.side_px, [self.side_px] * 2):
-            raise UserError(f"a {kind} of {family.side_key} = {side} cannot see {self.side_px} px; its files disagree")
+        if side_px not in (None, self.side_px):
+            if not family.any_side or side_px % h or side_px % w:
+                needed = f"a multiple of {math.lcm(h, w)}" if family.any_side else f"{self.side_px}, its own"
+                raise UserError(f"side_px = {side_px} does not suit a {kind} of patches {(t, h, w)}; needed {needed}")
+            self.side_px = side_px
         self.clip, self.grid = tuple(clip), (T // t, self.side_px // h, self.side_px // w)
         if not all(self.grid):
             raise UserError(f"a {kind} of patches {(t, h, w)} shown {T} frames of {self.side_px} px has no token")
+        for module in self.network.modules() if family.grid_key else ():
+            if hasattr(module, family.grid_key):
+                setattr(module, family.grid_key, self.grid[2])
 
     def preprocess(self, pixels: Tensor) -> Tensor:
         """uint8, or float in 0..1, `B T H W C` -> inputs `B T C H W`, as the model's own preprocessor makes them."""

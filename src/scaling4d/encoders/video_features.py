@@ -25,6 +25,7 @@ from scaling4d import __version__, video
 from scaling4d.clips.sources import SourceFile, list_sources
 from scaling4d.encoders.encoder import Encoder
 from scaling4d.encoders.pca import write_pca_video
+from scaling4d.encoders.pretrained import set_clip
 from scaling4d.encoders.windows import WindowSettings, batches, frame_times, read_windows
 from scaling4d.provenance import differences, work_folder, write_text
 from scaling4d.records import UserError, file_system_errors, json_text, on_one_line, read_json_object, shortened
@@ -92,6 +93,7 @@ def bind_features(
     dtype: str,
     rate_hz: float | None,
     frames: int | None,
+    side_px: int | None,
     stride_s: float | None,
     fit: str,
 ) -> FeatureSettings:
@@ -102,8 +104,7 @@ def bind_features(
     rate_hz = encoder.rate_hz if rate_hz is None else rate_hz
     if rate_hz is None:
         raise UserError("the checkpoint does not tell its clips' rate; give frames per second with --rate-hz")
-    if frames is not None and frames != encoder.clip[0]:
-        encoder.resize((frames, *encoder.clip[1:]))
+    set_clip(encoder.model, frames=frames or 0, side_px=side_px or 0)
     stride_s = encoder.clip[0] / rate_hz if stride_s is None else stride_s
     for option, value in (("--rate-hz", rate_hz), ("--stride", stride_s)):
         if not 0 < value < float("inf"):

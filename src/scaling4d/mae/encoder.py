@@ -210,6 +210,10 @@ class PixelTokens(nn.Module):
         self.pixel_mean, self.pixel_scale = config.pixel_mean, config.pixel_scale
         self.width = math.prod(self.patch) * 3
 
+    def resize(self, clip: tuple[int, int, int]) -> None:
+        """Take clips of another T H W from now on. Raises UserError: the clip does not divide into patches."""
+        self.grid, self.clip = grid_of(clip, self.patch), tuple(clip)
+
     def features(self, pixels: Tensor, layers: int | None = None) -> list[Tensor]:
         """One layer: `B N P`."""
         return [self.normalise(patchify(pixels, self.patch))]

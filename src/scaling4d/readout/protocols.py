@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from scaling4d import checkpoint, seeds
 from scaling4d.benchmarks.samples import WINDOWS
 from scaling4d.clips.crop import check_crop
-from scaling4d.config import require_minima, require_positive, require_words
+from scaling4d.config import require_minima, require_positive, require_sizes, require_words
 from scaling4d.encoders.features import FeatureEncoder, FeatureStore, MemoryFeatures, features_at_depth, stored_features
+from scaling4d.encoders.pretrained import load_encoder
 from scaling4d.mae.device import to_device
 from scaling4d.mae.models import MODELS
 from scaling4d.readout.augment import LARGEST_MAGNITUDE, augment_clip
@@ -54,8 +55,10 @@ class EvaluationConfig:
     false). position_std: deviation that the mean of a token's place keeps, see readout.whitening. data: folder of the
     benchmarks. train_items, val_items: items of a split to use, evenly spread over it; 0: all. windows: in time, of a
     labelled video: "first", its first frames; "random", a new window in every epoch of a training, and even ones in a
-    test (ours), see readout.data. max_bad_share: of a split's samples that may be damaged or missing; they are left out
-    (ours). feature_store: folder in which a frozen encoder's features stay for all readouts; "": in memory.
+    test (ours), see readout.data. frames, side_px: of the clips that the encoder sees and that labels are read for; 0:
+    the encoder's own, see encoders.pretrained.set_clip. max_bad_share: of a split's samples that may be damaged or
+    missing; they are left out (ours). feature_store: folder in which a frozen encoder's features stay for all readouts;
+    "": in memory.
     feature_batch: clips of a rank in one pass of a frozen encoder, and of a fine-tuned one in a test; the last bits
     depend on it.
     cached_clips: clips of a rank that stay in memory while the encoder is trained on first windows; all others are read
@@ -70,6 +73,8 @@ class EvaluationConfig:
     train_items: int
     val_items: int
     windows: str
+    frames: int
+    side_px: int
     max_bad_share: float
     feature_store: str
     feature_batch: int
@@ -80,6 +85,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         require_minima(self, dict.fromkeys(("ranks", "feature_batch"), 1))
         require_minima(self, dict.fromkeys(("cached_clips", "position_std", "train_items", "val_items"), 0))
+        require_sizes(self, "frames", "side_px", least=0)
         require_positive(self, "start_s", "hang_s")
         require_words(self, {"windows": WINDOWS})
         if not 0 <= self.max_bad_share <= 1:
@@ -204,6 +210,10 @@ class ReadoutConfig:
     @property
     def device(self) -> str:
         return self.compute.device
+
+    def load_encoder(self) -> nn.Module:
+        """The encoder, for clips of the evaluation's frames and side. Raises UserError: as pretrained.load_encoder."""
+        return load_encoder(self.folder, frames=self.evaluation.frames, side_px=self.evaluation.side_px)
 
     def new_head(self, encoder: nn.Module) -> Head:
         return Head(self.head, self.task.queries(encoder.clip), features_width=encoder.width, frames=encoder.clip[0])

@@ -18,7 +18,6 @@ from torch import Tensor
 from scaling4d import artifacts, benchmarks, checkpoint, config, provenance, seeds
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.config import StageConfig
-from scaling4d.encoders.pretrained import load_encoder
 from scaling4d.pipeline import code_hashes
 from scaling4d.readout import metrics
 from scaling4d.readout.data import RankSplit, evaluate
@@ -198,7 +197,8 @@ def _train_and_evaluate(
     evaluation, recipe, saving = readout_config.evaluation, readout_config.recipe, readout_config.saving
     root, task, sharding = Path(evaluation.data), readout_config.task, readout_config.sharding
     task.check_benchmark(root)
-    encoder = load_encoder(readout_config.folder).requires_grad_(protocol.trains_encoder)
+    encoder = readout_config.load_encoder().requires_grad_(protocol.trains_encoder)
+    task.check_clip(encoder.clip)
     windows_seed = readout_config.seed if evaluation.windows == "random" else None
     where = (task, root, evaluation.max_bad_share, encoder.clip, rank, ranks, windows_seed)
     train = RankSplit(readout_config.task_name, "train", evaluation.train_items, *where)
@@ -237,7 +237,7 @@ def _train_and_evaluate(
         early_stopping.restore()
     plain = unshard(
         model,
-        lambda: protocol.build(load_encoder(readout_config.folder), train_set),
+        lambda: protocol.build(readout_config.load_encoder(), train_set),
         readout_config.compute,
         prefix="encoder.",
     ).eval()

@@ -11,7 +11,7 @@ from torch import Tensor
 from scaling4d.encoders.arrays import write_npz
 from scaling4d.encoders.extract import all_features, read_array, read_clips
 from scaling4d.encoders.features import layer_index, split_time
-from scaling4d.encoders.pretrained import load_encoder
+from scaling4d.encoders.pretrained import load_encoder, set_clip
 from scaling4d.provenance import atomic_new
 from scaling4d.readout import released_heads
 from scaling4d.records import UserError
@@ -19,7 +19,9 @@ from scaling4d.show.trained import TrainedReadout, load_trained_readout
 
 
 @torch.no_grad()
-def write_features(checkpoint: Path, video: Path, out: Path, *, side_px: int | None, queries: Path | None) -> list[str]:
+def write_features(
+    checkpoint: Path, video: Path, out: Path, *, frames: int | None = None, side_px: int | None = None, queries: Path | None
+) -> list[str]:
     """Write `layer_00` ... `layer_LL`, each `B N D`, and `output` where the folder has a readout. Returns their names.
 
     Positions are resized where the clips have another size than the checkpoint's. Readouts of fixed places refuse such
@@ -27,8 +29,8 @@ def write_features(checkpoint: Path, video: Path, out: Path, *, side_px: int | N
 
     Args:
         checkpoint: a Checkpoint folder, or the folder of a frozen readout in artifacts/ (its encoder is used then).
-        video: a video file or a `.npy` of clips, see encoders.extract.read_clips. side_px: of the clips of a video
-        file.
+        video: a video file or a `.npy` of clips, see encoders.extract.read_clips.
+        frames, side_px: of the clip of a video file; None: the checkpoint's.
         queries: `.npy`, `Q 2` or `Q 4` in 0..1, for a readout that tracks.
     Raises:
         UserError: `out` exists, not a checkpoint, not clips, values outside 0..1, a video that is too short, or queries
@@ -46,7 +48,11 @@ def write_features(checkpoint: Path, video: Path, out: Path, *, side_px: int | N
                 raise UserError(
                     f"{queries}: values from {places.min():g} to {places.max():g}; needed places in 0..1 of the picture"
                 )
-        pixels, native = read_clips(video, encoder.clip, side_px), encoder.clip
+        native = encoder.clip
+        if (frames or side_px) and video.suffix == ".npy":
+            raise UserError(f"{video} is taken as it is; leave out --frames and --side-px")
+        set_clip(encoder, frames=frames or 0, side_px=side_px or 0)
+        pixels = read_clips(video, encoder.clip)
         if (trained or released and released.kind == "depth") and tuple(pixels.shape[1:4]) != native:
             raise UserError(f"{video}: clips T H W = {tuple(pixels.shape[1:4])}; this readout predicts for {native} only")
         layers = all_features(encoder, pixels)

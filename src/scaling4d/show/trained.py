@@ -60,7 +60,8 @@ def load_trained_readout(folder: Path) -> TrainedReadout:
         bound = config.build({key: settings[key] for key in keys}, HeadConfig, EvaluationConfig, TASKS[result.task])
     except (UserError, TypeError, KeyError) as error:
         raise UserError(f"{folder} was made by another version, with other settings ({error}); run `dvc repro`") from error
-    encoder, task, evaluation = load_encoder(home).eval(), bound[TASKS[result.task]], bound[EvaluationConfig]
+    task, evaluation = bound[TASKS[result.task]], bound[EvaluationConfig]
+    encoder = load_encoder(home, frames=evaluation.frames, side_px=evaluation.side_px).eval()
     with torch.device("meta"):
         head = Head(bound[HeadConfig], task.queries(encoder.clip), features_width=encoder.width, frames=encoder.clip[0])
     model = ReadoutModel(None, load_readout_weights(head, folder / HEAD), head, task)

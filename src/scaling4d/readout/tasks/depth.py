@@ -29,6 +29,7 @@ class Depth(Task):
     offset_m: float
 
     metric: ClassVar = Metric("abs_rel", "ratio", False)
+    answer_patch: ClassVar = DECODING_PATCH
     linear: ClassVar = True
 
     def queries(self, clip: tuple[int, int, int]) -> Queries:

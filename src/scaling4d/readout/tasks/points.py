@@ -38,6 +38,7 @@ class Points(Task):
     queries_at: str = field()  # no default
 
     metric: ClassVar = Metric("average_jaccard", "share", True)
+    answer_patch: ClassVar = (TILES, 1, 1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -16,7 +16,7 @@ from scaling4d.config import require_minima, require_positive
 from scaling4d.readout.heads import Head, Queries
 from scaling4d.readout.linear import LinearProbe
 from scaling4d.readout.views import VIEWS
-from scaling4d.records import Sample
+from scaling4d.records import Sample, UserError
 
 Target = dict[str, np.ndarray]
 MetricSums = dict[str, tuple[float, float]]  # metric -> sum and count
@@ -48,6 +48,7 @@ class Task:
     metric: ClassVar[Metric]
     pools: ClassVar[bool] = False  # whether the predictions of a video's test views become one; else each is measured
     queries_at: ClassVar[str] = "frame_0"  # frames of a validation video in which points are given
+    answer_patch: ClassVar[tuple[int, int, int]] = (1, 1, 1)  # T H W of which clips are multiples
     linear: ClassVar[bool] = False  # whether a linear probe is fitted beside a frozen readout
     propagates: ClassVar[bool] = False  # whether labels of the first frame are propagated beside a frozen readout
 
@@ -66,6 +67,13 @@ class Task:
 
     def check_benchmark(self, root: Path) -> None:
         """Raises UserError: the benchmark below `root` does not fit the settings."""
+
+    def check_clip(self, clip: tuple[int, int, int]) -> None:
+        """Raises UserError: the task has no answer of the size of clips T H W."""
+        patch = self.answer_patch
+        if any(side % part for side, part in zip(clip, patch, strict=True)):
+            fix = "set readout.Evaluation.frames and side_px to multiples"
+            raise UserError(f"clips T H W = {tuple(clip)} do not divide into answers of {type(self).__name__}, {patch}; {fix}")
 
     def queries(self, clip: tuple[int, int, int]) -> Queries:
         """Queries of a clip T H W."""
