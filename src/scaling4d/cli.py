@@ -320,18 +320,25 @@ def plan(
 ) -> None:
     """The cost of POINT, of this or any profile, on a cluster: parameters, FLOPs, memory, days; no GPU needed.
 
+    And the cost of its frozen readouts: windows that are read, passes of the encoder, days, bytes of stored features.
+
     A mesh on which it does not fit is an answer, not an error: exit code 0, with the reason and fitting changes. A plan
     that loading bounds is refused: exit code 1, after the figures.
     """
     from scaling4d.pretrain.plan import table
     from scaling4d.pretrain.plan.plan import plan as make_plan
+    from scaling4d.pretrain.plan.plan import settings_of
+    from scaling4d.pretrain.plan.readouts import plan_readouts
 
     costs = {"gpu": gpu, "worker_clips_per_s": worker_clips_per_s, "write_gb_per_s": write_gb_per_s}
     content = make_plan(point, mesh=mesh, batch=batch, recompute=recompute, dry=dry_run, **costs)
+    content["readouts"] = plan_readouts(point, settings_of(point), gpu=gpu, worker_clips_per_s=worker_clips_per_s)
     if as_json:
         print(json.dumps(content))
     else:
         table.show(content)
+        if content["readouts"]:
+            table.show_readouts(content)
     from scaling4d.studies.law import FITTED, law_of, prediction_text
 
     if not as_json and content["method"] == "SimpleMAE" and FITTED.is_dir():

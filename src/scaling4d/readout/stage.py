@@ -124,7 +124,7 @@ def bind_readout(
 
     home: folder of the profile's artifacts.
     """
-    bound = _bind_task(task, protocol, settings)
+    bound = bind_task(task, protocol, settings)
     _check_batch(task, protocol, bound)
     folder = home / "pretrain" / encoder
     if not protocol.supports(model := Checkpoint.read(folder).model):
@@ -150,12 +150,13 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     for protocol in PROTOCOLS.values():
         for task in settings["benchmarks"]["tasks"]:
             if task in protocol.tasks:
-                bound = _bind_task(task, protocol, settings)
+                bound = bind_task(task, protocol, settings)
                 if settings["encoders"][protocol.name]:
                     _check_batch(task, protocol, bound)
 
 
-def _bind_task(task: str, protocol: type[ReadoutProtocol], settings: Mapping[str, Any]) -> StageConfig:
+def bind_task(task: str, protocol: type[ReadoutProtocol], settings: Mapping[str, Any]) -> StageConfig:
+    """Bind a task's settings for any encoder. Raises UserError: settings that do not fit."""
     keys = protocol.config_keys(task)
     unrecorded = {"readout.Launch": LaunchConfig} | ({"readout.saving": SavingConfig} if protocol.trains_encoder else {})
     bound = config.bind(settings, ["profile", "seed", *keys.values()], *keys, unrecorded=unrecorded)

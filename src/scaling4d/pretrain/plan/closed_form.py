@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scaling4d.mae.encoder import Method
-from scaling4d.pretrain.plan.work import BlockWork, Shapes, Work, values_of, work_of
+from scaling4d.pretrain.plan.work import BlockWork, FrozenWork, Shapes, Work, values_of, work_of
 
 USABLE = 0.9  # ours: share of a GPU's memory; the rest is for CUDA, NCCL and fragmentation
 GIB = 2**30
@@ -73,11 +73,16 @@ def flops(work: Work, *, recompute: bool) -> dict[str, int]:
     used = sum(2 * min(tokens, work.all_tokens) * weights for tokens, weights in linears)
     pixels = 2 * math.prod(work.embedding)
     products, scores = _forward_flops(work.blocks)
-    teacher = 2 * math.prod(work.teacher.embedding) + sum(_forward_flops(work.teacher.blocks)) if work.teacher else 0
+    teacher = features_flops(work.teacher) if work.teacher else 0
     forward, backward = linear + products + scores + teacher, 2 * (linear + products) - pixels + 5 * scores // 2
     again = products + scores - sum(2 * block.tokens * block.mlp * block.width for block in work.blocks) if recompute else 0
     counts = {"forward": forward, "backward": backward, "recompute": again, "total": forward + backward + again}
     return counts | {"model": 3 * (used + products + scores) + teacher}
+
+
+def features_flops(frozen: FrozenWork) -> int:
+    """FLOPs of the features of one clip, by a frozen encoder."""
+    return 2 * math.prod(frozen.embedding) + sum(_forward_flops(frozen.blocks))
 
 
 def _forward_flops(blocks: Sequence[BlockWork]) -> tuple[int, int]:

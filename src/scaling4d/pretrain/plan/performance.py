@@ -12,14 +12,15 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from scaling4d.pretrain.plan.closed_form import LOSS, REDUCED, STORED, StepLayout, shard_values
-from scaling4d.pretrain.plan.work import BlockWork, Shapes, Work, values_of
+from scaling4d.pretrain.plan.closed_form import LOSS, MIXED, REDUCED, STORED, StepLayout, shard_values
+from scaling4d.pretrain.plan.work import BlockWork, FrozenWork, Shapes, Work, values_of
 from scaling4d.training.gpus import NODE, Gpu
 
 TILE, TILE_DEPTH = 128, 512  # side of a tile of a product, and least inner length of a piece of it; ours
 OPTIMIZER_BYTES = 40  # of a value: AdamW reads four fp32 numbers and writes three; clipping reads two and writes one
 # Of a pixel: patches as uint8 (2), as fp32 (5), normalised by three operations in place (24), loss and gradient (22)
 PIXEL_BYTES, PIXEL_KERNELS = 53, 30
+ENCODED_PIXEL_BYTES, ENCODED_PIXEL_KERNELS = 31, 15  # the same without loss and gradient
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,30 @@ def step_seconds(work: Work, layout: StepLayout, gpu: Gpu, share: Efficiency, *,
     tensors = len(work.shapes) + sum(len(block.shapes) for block in blocks)
     seconds.add([Operation(0, OPTIMIZER_BYTES * (root + sum(shard)), 2 * tensors)], gpu, share)
     host_s = layout.microbatches * clips * work.pixels / (gpu.host_bytes_per_s * share.link)  # in the stream of the kernels
+    seconds |= {"communication": exposed, "host": host_s}
+    return seconds
+
+
+def features_seconds(frozen: FrozenWork, gpu: Gpu, share: Efficiency, *, shards: int, clips: int, pixels: int) -> Seconds:
+    """Of a pass of a frozen encoder in bfloat16 over `clips` at once on each GPU. pixels: values of a clip.
+
+    Shards gather weights, as in `step_seconds`. Pixels come from the host, and fp32 features go back to it.
+    """
+    c, group, seconds, (tokens, weights) = MIXED.compute, Group(shards, NODE), Seconds(), frozen.embedding
+    shard = [shard_values(block.shapes, shards) for block in frozen.blocks]
+
+    def gather(values: int) -> float:
+        return group.seconds(c * values * (shards - 1), shards - 1, gpu, share) if shards > 1 else 0.0
+
+    embedding = _outside(clips * tokens, weights, c, gpu)[:1]
+    seconds.add([Operation(0, ENCODED_PIXEL_BYTES * pixels * clips, ENCODED_PIXEL_KERNELS), *embedding], gpu, share)
+    exposed = gather(shard[0]) if shard else 0.0
+    for i, block in enumerate(frozen.blocks):
+        copies = _gather_copies(block.shapes, shard[i], c) if shards > 1 else []
+        computing = seconds.add(forward(block, clips, c, gpu) + copies, gpu, share)
+        exposed += max(0.0, (gather(shard[i + 1]) if i + 1 < len(shard) else 0.0) - computing)
+    width = frozen.blocks[0].width if frozen.blocks else 0
+    host_s = clips * (pixels + STORED * tokens * width) / (gpu.host_bytes_per_s * share.link)
     seconds |= {"communication": exposed, "host": host_s}
     return seconds
 

@@ -78,6 +78,38 @@ def show(content: dict[str, Any]) -> None:
     )
 
 
+def show_readouts(content: dict[str, Any]) -> None:
+    """Print the plan of a point's frozen readouts."""
+    console, readouts, gpu = (
+        Console(highlight=False, width=None if Console().is_terminal else 150),
+        content["readouts"],
+        content["gpu"],
+    )
+    clip = " x ".join(map(str, readouts["clip"]))
+    title = f"frozen readouts of {content['point']}, encoder on {readouts['gpus']} GPUs ({gpu['name']}), clips of {clip}"
+    columns = ("task", "videos", "windows", "passes", "FLOP", "bound by", "GPU-hours", "days", "features", "drawn again, %")
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "task" else "right")
+    for row in readouts["tasks"]:
+        videos = f"{row['train']['videos']:,} + {row['val']['videos']:,}"
+        bound = ", ".join(dict.fromkeys(row["bound"]))
+        table.add_row(row["task"], videos, *_readout_cells(row, bound), f"{100 * row['reused_share']:.1f}")
+    table.add_row("all", "", *_readout_cells(readouts["total"], ""), "")
+    console.print(table)
+    sources = dict.fromkeys(row[split]["source"] for row in readouts["tasks"] for split in ("train", "val"))
+    place = f"in {readouts['feature_store']}, for all readouts" if readouts["feature_store"] else "of training windows, in memory"
+    console.print(
+        f"Features stay {place}; the last column is the share of a training's draws that take a stored window again. Heads are "
+        f"not counted. A GPU's process reads while it computes, at the speed of a worker. Videos: {'; '.join(sources)}."
+    )
+
+
+def _readout_cells(row: dict[str, Any], bound: str) -> tuple[str, ...]:
+    counts = f"{row['windows']:,}", f"{row['passes']:,}", _short(row["flops"], "FLOP")
+    return *counts, bound, digits(row["gpu_hours"]), digits(row["days"]), _short(row["stored_bytes"], "B")
+
+
 def digits(ends: list[float], unit: float = 1) -> str:
     """`0.012-0.03`: a range, by two digits of its ends."""
     return "-".join(dict.fromkeys(f"{float(f'{value * unit:.2g}'):,g}" for value in sorted(ends)))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from scaling4d.mae.encoder import Block, Method
+from scaling4d.mae.encoder import Block, Encoder, Method
 from scaling4d.mae.mae_st import MAEST
 from scaling4d.mae.simple_mae import SimpleMAE
 from scaling4d.training.parallelize import blocks_of
@@ -30,8 +30,8 @@ class BlockWork:
 
 
 @dataclass(frozen=True)
-class TeacherWork:
-    """A frozen encoder that sees all tokens and holds the features of all layers. blocks: below the chosen layer."""
+class FrozenWork:
+    """A frozen encoder that sees all tokens of a clip. blocks: below the chosen layer. parameters: of all blocks."""
 
     embedding: Linear
     blocks: tuple[BlockWork, ...]
@@ -60,7 +60,7 @@ class Work:
     saved_values: int
     head_saved_values: int
     loss_values: int
-    teacher: TeacherWork | None
+    teacher: FrozenWork | None
 
     @property
     def parameters(self) -> int:
@@ -89,12 +89,7 @@ def work_of(model: Method) -> Work:
             coarse = decoded = math.prod(model.coarse_grid)
             alone -= model.config.decode_blocks
         elif (teacher_encoder := model.teacher_encoder[0]) is not None:
-            seen = math.prod(teacher_encoder.grid)
-            teacher = TeacherWork(
-                embedding=_linear(teacher_encoder.patch_embedding, seen),
-                blocks=_blocks(teacher_encoder.blocks[: max(model.config.teacher_layer - 1, 0)], seen),
-                parameters=sum(p.numel() for p in teacher_encoder.parameters()),
-            )
+            teacher = frozen_work(teacher_encoder, model.config.teacher_layer)
         blocks = _blocks(encoder.blocks[:alone], visible) + _blocks(encoder.blocks[alone:], visible + coarse)
         linears, head = (_linear(model.decoder, decoded),), (model.decoder,)
         head_saved = decoded * encoder.width
@@ -114,6 +109,16 @@ def work_of(model: Method) -> Work:
         head_saved_values=head_saved,
         loss_values=loss,
         teacher=teacher,
+    )
+
+
+def frozen_work(encoder: Encoder, layer: int) -> FrozenWork:
+    """The work of features of a layer, counted as `encoder.features` does; weights may be on meta."""
+    tokens = math.prod(encoder.grid)
+    return FrozenWork(
+        embedding=_linear(encoder.patch_embedding, tokens),
+        blocks=_blocks(encoder.blocks[: max(layer - 1, 0)], tokens + encoder.prefix_tokens),
+        parameters=sum(p.numel() for p in encoder.parameters()),
     )
 
 

@@ -1,0 +1,110 @@
+"""What the frozen readouts of a scaling point take: windows of labelled videos, passes of the encoder, stored features.
+
+Heads are left out. A GPU reads windows with one process while it computes, so it takes the longer of both. Seconds of a
+pass are those of plan.performance: guesses of ours, not measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from scaling4d import benchmarks
+from scaling4d.benchmarks.samples import ClipRequest
+from scaling4d.encoders.features import layer_index, stored_features
+from scaling4d.encoders.pretrained import set_clip
+from scaling4d.mae.encoder import Encoder
+from scaling4d.pretrain.plan.closed_form import features_flops
+from scaling4d.pretrain.plan.performance import CASES, features_seconds
+from scaling4d.pretrain.plan.plan import CLIP_VALUES, build
+from scaling4d.pretrain.plan.work import frozen_work
+from scaling4d.readout.protocols import EvaluationConfig, Frozen, FrozenConfig
+from scaling4d.readout.stage import bind_task
+from scaling4d.readout.tasks import TASKS
+from scaling4d.readout.tasks.task import Task
+from scaling4d.records import UserError
+from scaling4d.training.gpus import GPUS, Gpu
+from scaling4d.training.parallelize import ShardingConfig
+
+
+def plan_readouts(point: str, settings: Mapping[str, Any], *, gpu: str, worker_clips_per_s: float) -> dict[str, Any] | None:
+    """All figures of a point's frozen readouts, units in the names; pairs are of the fast and the slow case.
+
+    Args:
+        settings: of a profile. gpu: of training.gpus.GPUS. worker_clips_per_s: as of plan.plan.
+    Returns:
+        None where the profile reads out no task of the point.
+    Raises UserError: settings that a readout refuses, or a benchmark that is laid out in another way.
+    """
+    tasks = settings["benchmarks"]["tasks"] if point in settings["encoders"]["frozen"] else ()
+    rows = [_task_row(point, task, settings, GPUS[gpu], worker_clips_per_s) for task in tasks]
+    if not rows:
+        return None
+    totals = {key: sum(row[key] for row in rows) for key in ("windows", "passes", "flops", "stored_bytes")}
+    totals |= {key: [sum(ends) for ends in zip(*(row[key] for row in rows), strict=True)] for key in ("gpu_hours", "days")}
+    shared = {key: rows[0][key] for key in ("gpus", "clip")}
+    return {"tasks": rows, "total": totals, "feature_store": settings["readout"]["Evaluation"]["feature_store"], **shared}
+
+
+def _task_row(point: str, name: str, settings: Mapping[str, Any], gpu: Gpu, worker_clips_per_s: float) -> dict[str, Any]:
+    bound = bind_task(name, Frozen, settings)
+    evaluation, recipe, task, sharding = (bound[kind] for kind in (EvaluationConfig, FrozenConfig, TASKS[name], ShardingConfig))
+    encoder: Encoder = build(point, settings).encoder
+    set_clip(encoder, frames=evaluation.frames, side_px=evaluation.side_px)
+    task.check_clip(encoder.clip)
+    frozen = frozen_work(encoder, layer_index(depth=encoder.depth))
+    train, val = (_videos(name, split, task, evaluation, encoder.clip) for split in benchmarks.SPLITS)
+    clips, val_windows = train["videos"] * len(task.views), val["videos"] * math.prod(task.test_views)
+    stored_bytes, reused = stored_features(encoder, clips, task.train_windows, draws=recipe.steps * recipe.batch)
+    if evaluation.feature_store:
+        stored_bytes += stored_features(encoder, val_windows, 1, draws=1)[0]
+    windows = clips * task.train_windows + val_windows
+    passes, pixels = math.ceil(windows / evaluation.ranks / evaluation.feature_batch), 3 * math.prod(encoder.clip)
+    read_s = windows / evaluation.ranks * pixels / CLIP_VALUES / worker_clips_per_s
+    sizes = {"shards": sharding.shards, "clips": evaluation.feature_batch, "pixels": pixels}
+    gpu_s = [passes * sum(features_seconds(frozen, gpu, share, **sizes).values()) for share in CASES.values()]
+    seconds = [max(value, read_s) for value in gpu_s]
+    return {
+        "task": name,
+        "train": train,
+        "val": val,
+        "views": list(task.views),
+        "train_windows": task.train_windows,
+        "test_views": list(task.test_views),
+        "clip": list(encoder.clip),
+        "windows": windows,
+        "gpus": evaluation.ranks,
+        "passes": passes * evaluation.ranks,
+        "flops": windows * features_flops(frozen),
+        "gpu_s": gpu_s,
+        "read_s": read_s,
+        "bound": ["reading" if read_s > value else "encoder" for value in gpu_s],
+        "gpu_hours": [value * evaluation.ranks / 3600 for value in seconds],
+        "days": [value / 86400 for value in seconds],
+        "stored_bytes": stored_bytes,
+        "draws": recipe.steps * recipe.batch,
+        "reused_share": reused,
+    }
+
+
+def _videos(name: str, split: str, task: Task, evaluation: EvaluationConfig, clip: tuple[int, int, int]) -> dict[str, Any]:
+    """Items of a split that are read, and where their number comes from: the list here, else the authors' count."""
+    root, items = Path(evaluation.data), evaluation.train_items if split == "train" else evaluation.val_items
+    try:
+        benchmark = benchmarks.find_benchmark(name, root, split)
+    except UserError:  # none, or two of them
+        benchmark = benchmarks.Benchmark(benchmarks.TASKS[name][0], root / benchmarks.TASKS[name][0])
+        official = benchmark.module.OFFICIAL[split]
+        number = re.search(r"[\d,]+", official)[0]
+        count, source = (
+            int(number.replace(",", "")),
+            f"{benchmark.name}, {official}".removesuffix(f", {number}") + ", authors' count",
+        )
+    else:
+        request = ClipRequest(clip[0], task.rate_hz, clip[1], windows=evaluation.windows)
+        samples = benchmarks.read_samples(name, root, split, request, skipped=[], max_bad_share=1.0)
+        count, source = samples.count, f"{benchmark.name}, the list here"
+    return {"videos": min(items, count) if items else count, "source": source}
