@@ -180,7 +180,7 @@ SIMPLE, FROZEN = "points.mini.model.SimpleMAE", "readout.frozen.depth.Frozen"
     ("benchmarks.tasks=[dept]", "benchmarks.tasks: unknown task 'dept'; needed .+; did you mean depth[?]"),
     ("encoders.frozen=[nan0]", "encoders.frozen: profile pocket has no encoder 'nan0'; needed .+; did you mean nano[?]"),
     (f"{FROZEN}.learning_rate=0", f"{FROZEN}: learning_rate is 0; needed more than 0"),
-    ("readout.tuning.Compute.device=tpu", "readout.tuning.Compute: device = 'tpu'; needed .+"),
+    ("readout.Compute.device=tpu", "readout.Compute: device = 'tpu'; needed .+"),
     ("clip.side_px=63", "render.Render|clips.Curation: side_px = 63 is odd; .+"),
     ("render.Render.crf=99", "render.Render: crf = 99; needed 0 to 51"),
     ("reconstruct.Filling.ranks=0", "reconstruct.Filling: ranks is 0; needed 1 or more"),
@@ -248,10 +248,13 @@ def test_a_whole_number_does_for_a_float_and_a_list_for_a_tuple() -> None:
 def test_the_former_name_of_a_setting_is_answered_with_its_name_today(project: Path) -> None:
     with pytest.raises(UserError, match=r"; points.mini.SimpleMAE.mask_ratio is points.mini.model.SimpleMAE.mask_ratio now$"):
         config.compose(["points.mini.SimpleMAE.mask_ratio=0.5"])
+    for former, today in (("Tuning.compute", "Compute.compute"), ("Compute.compute",) * 2, ("Sharding.shards",) * 2):
+        assert config.renamed(f"readout.tuning.{former}") == f"readout.{today}"
     known = dict(provenance.flatten(config.compose([])))
     assert not [key for key in known if config.renamed(key) != key]
     log = (ROOT / "experiments/LOG.md").read_text()
-    for words in ("pretrain.Running", "readout.shared", "Recipe", "flattening", "kept_clips", "standardise", "sharpness"):
+    words_of_log = ("pretrain.Running", "readout.shared", "Recipe", "flattening", "kept_clips", "standardise", "sharpness")
+    for words in (*words_of_log, "readout.tuning.Sharding"):
         assert f"`{words}" in log or f".{words}`" in log, words
 
 

@@ -118,7 +118,7 @@ def trained(settings: dict, protocol: str) -> tuple[list[float], Result, dict[st
 def test_in_shards_it_learns_the_same_and_each_time_to_the_bit(small: Callable, protocol: str, sharding: dict) -> None:
     four = {"Evaluation.ranks": 4, "classifier.Classifier.learning_rate": 1e-5}
     losses, result, head = trained(small(**four), protocol)
-    settings = small(**four, **{f"tuning.Sharding.{name}": value for name, value in sharding.items()})
+    settings = small(**four, **{f"Sharding.{name}": value for name, value in sharding.items()})
     sharded_losses, sharded_result, sharded_head = trained(settings, protocol)
     first = written(protocol)
     assert sharded_losses == pytest.approx(losses, rel=1e-5)
@@ -135,7 +135,7 @@ def test_in_shards_it_learns_the_same_and_each_time_to_the_bit(small: Callable, 
 @pytest.mark.slow
 def test_recomputed_blocks_drop_the_same_branches(small: Callable) -> None:
     losses, _, head = trained(small(), "classifier")
-    again, _, other_head = trained(small(**{"tuning.Sharding.recompute": "block"}), "classifier")
+    again, _, other_head = trained(small(**{"Sharding.recompute": "block"}), "classifier")
     assert again == losses and all(torch.equal(other_head[name], head[name]) for name in head)
 
 
@@ -150,7 +150,7 @@ def test_recomputed_blocks_drop_the_same_branches(small: Callable) -> None:
 def test_bfloat16_is_near_and_its_readout_stays_float32(small: Callable, protocol: str, rate: dict, rel: float) -> None:
     """An encoder that does not learn gives losses farther off: by 4 percent in finetune, by 1.5 in the classifier."""
     losses, _, _ = trained(small(**rate), protocol)
-    rounded, _, tensors = trained(small(**rate, **{"tuning.Compute.compute": "bfloat16"}), protocol)
+    rounded, _, tensors = trained(small(**rate, **{"Compute.compute": "bfloat16"}), protocol)
     assert rounded == pytest.approx(losses, rel=rel) and rounded != losses
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
@@ -173,10 +173,10 @@ def test_torchrun_gives_the_same_bytes_as_forked_ranks_and_prints_the_result_onc
     *(pytest.param(*some, marks=pytest.mark.slow) for some in (("finetune", 2), ("classifier", 1), ("classifier", 2))),
 ])  # fmt: skip
 def test_killed_and_stopped_it_ends_with_the_same_bytes(small: Callable, protocol: str, shards: int) -> None:
-    finetune(small(**{"tuning.Sharding.shards": shards}), protocol)
+    finetune(small(**{"Sharding.shards": shards}), protocol)
     undisturbed = written(protocol)
     shutil.rmtree(HOME / protocol)
-    settings = small(**SAVED, **{"tuning.Sharding.shards": shards})
+    settings = small(**SAVED, **{"Sharding.shards": shards})
     assert attempt(settings, protocol, at=3, interrupt=kill_all) == -signal.SIGKILL
     assert attempt(settings, protocol, at=3, interrupt=ask_to_stop) == AGAIN
     assert not (HOME / protocol).exists()
@@ -203,7 +203,7 @@ def test_without_saving_no_state_is_written_and_another_setting_starts_anew(smal
     assert attempt(settings) == 0
     assert [step for step, _ in noted()] == [1, 2, 3, 4, 5]
     declared = json.loads((HOME / "finetune/provenance.json").read_text())["settings"]
-    assert "readout.tuning" in declared and "aving" not in json.dumps(declared)
+    assert {"readout.Compute", "readout.Sharding"} <= declared.keys() and "aving" not in json.dumps(declared)
     assert "Saving" not in (HOME / "finetune/operative_config.gin").read_text()
 
 
@@ -212,7 +212,7 @@ CLASSIFIER, ACTIONS = "classifier.Classifier.batch", "tasks.actions.Actions"
 
 
 @pytest.mark.parametrize(("protocol", "key", "value", "message"), [
-    ("finetune", "tuning.Sharding.shards", 3, "readout.finetune.actions: 2 ranks do not divide into copies of 3"),
+    ("finetune", "Sharding.shards", 3, "readout.finetune.actions: 2 ranks do not divide into copies of 3"),
     ("finetune", "saving.Saving.save_every", -1, "readout.saving.Saving: save_every is -1; needed 0 or more"),
     ("finetune", "saving.Saving.keep_latest_k", 0, "readout.saving.Saving: keep_latest_k is 0; needed 1 or more"),
     ("finetune", "Evaluation.ranks", 0, "readout.Evaluation: ranks is 0; needed 1 or more"),

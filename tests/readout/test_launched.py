@@ -55,7 +55,7 @@ def test_a_frozen_readout_has_the_bytes_of_forked_ranks_and_also_runs_in_shards(
     assert printed.count("untrained_nano actions frozen: top1 ") == (launch["where"] == "torchrun")  # a job has its own log
     assert "readout.Launch" not in (FROZEN / "provenance.json").read_text()
     assert moved_bytes(FROZEN, *names) == forked
-    changed("readout.tuning.Sharding.shards", 2)
+    changed("readout.Sharding.shards", 2)
     scaling4d("readout", "untrained_nano", "actions", "frozen")
     assert moved_bytes(FROZEN, *names)[0] and not FROZEN.exists()
 

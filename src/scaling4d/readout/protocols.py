@@ -304,7 +304,7 @@ class ReadoutProtocol(ABC):
         """Dotted key of each config's section, for `config.bind`. A task's section may change the head."""
         keys = {HeadConfig: "readout.Head", EvaluationConfig: "readout.Evaluation", TASKS[task]: f"readout.tasks.{task}"}
         keys[cls.recipe_class] = cls.recipe_key(task)
-        return keys | dict.fromkeys((ComputeConfig, ShardingConfig), "readout.tuning")
+        return keys | {ComputeConfig: "readout.Compute", ShardingConfig: "readout.Sharding"}
 
     @classmethod
     def check_batch(cls, recipe: Any, ranks: int) -> None:
