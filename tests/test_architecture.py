@@ -22,7 +22,7 @@ LEVELS = (  # a package imports packages of earlier levels only
     {"scenes", "reconstruct"},
     {"studies"},
     {"show", "report", "audit"},
-    {"reproduce"},
+    {"evaluate", "reproduce"},
 )
 MAY_IMPORT = {package: set().union(*LEVELS[:level]) for level, packages in enumerate(LEVELS) for package in packages}
 MAY_IMPORT["scenes"] = {"benchmarks"}

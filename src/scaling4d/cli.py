@@ -137,6 +137,32 @@ def readout(
 
 
 @app.command()
+def evaluate(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL",
+            help="Checkpoint folder; published encoder's file or folder; owner/name[@REVISION] of the hub; module:function, or "
+            "an entry point of group scaling4d.encoders, whose code runs.",
+        ),
+    ],
+    tasks: Annotated[str, typer.Option(help="Such as actions,depth; default: all of the profile that the protocol has.")] = "",
+    protocol: Annotated[str, typer.Option(help="linear: probes in closed form; frozen: attention readouts.")] = "linear",
+    profile: Annotated[str, typer.Option(help="Of experiments/profile: benchmarks, clips, heads; default: pocket.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder of the evaluation, where the same command continues.")] = Path("evaluated"),
+    changes: Annotated[list[str] | None, typer.Option("--set", "-S", help="key=value of a setting; may be repeated.")] = None,
+) -> None:
+    """Measure any encoders on a profile's labelled benchmarks: one table, results.csv; `audit FOLDER` verifies them."""
+    from scaling4d.evaluate import table as evaluation
+
+    words = [word.strip() for word in tasks.split(",") if word.strip()]
+    where = {"profile": profile, "changes": changes or (), "out": out}
+    done = evaluation.evaluate(models, words, protocol, **where, report=partial(print, file=sys.stderr, flush=True))
+    print(evaluation.table_text(done))
+    print(f"wrote {done.folder / evaluation.CSV}")
+
+
+@app.command()
 def show(
     results: Annotated[list[Path], typer.Argument(metavar="RESULT", help="Frozen readouts of one task, folders in artifacts/.")],
     out: Annotated[Path | None, typer.Option(help="New folder for sheet.png and clips.mp4; default: one in shown/.")] = None,
@@ -485,6 +511,7 @@ def reproduce(
 
 @app.command()
 def audit(
+    folder: Annotated[Path | None, typer.Argument(help="Of `evaluate`: verify that; default: the committed run.")] = None,
     explain: Annotated[
         str,
         typer.Option(
@@ -496,11 +523,14 @@ def audit(
     crate: Annotated[Path | None, typer.Option(help="Write the verified run to this new folder as an RO-Crate.")] = None,
     reproduced: Annotated[bool, typer.Option("--reproduced", help="Compare a run made again with the committed one.")] = False,
 ) -> None:
-    """Verify every hash of the committed run and the origin of its numbers; or explain, export, compare."""
+    """Verify every hash of the committed run, or of an evaluation, and the origin of its numbers; or explain, export,
+    compare."""
     from scaling4d import audit
 
-    if sum((bool(explain), crate is not None, reproduced)) > 1:
-        raise UserError("--explain, --crate and --reproduced are three commands; needed one at a time")
+    if sum((folder is not None, bool(explain), crate is not None, reproduced)) > 1:
+        raise UserError("FOLDER, --explain, --crate and --reproduced are four commands; needed one at a time")
+    if folder is not None:
+        raise typer.Exit(audit.check_evaluation(folder))
     if explain:
         raise typer.Exit(audit.explain_number(explain, form))
     if crate is not None:

@@ -9,13 +9,13 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from scaling4d.audit import predictions, reproduced, studies
+from scaling4d.audit import evaluations, predictions, reproduced, studies
 from scaling4d.audit.explain import as_text, explain, explain_study
 from scaling4d.audit.run import NOTE, UNCHECKED, WRONG, AuditFinding, locked_runs
 from scaling4d.audit.verify import checked, verify
 from scaling4d.records import UserError, on_one_line
 
-__all__ = ["AuditFinding", "check", "compare", "explain_number", "export", "locked_runs", "verify"]
+__all__ = ["AuditFinding", "check", "check_evaluation", "compare", "explain_number", "export", "locked_runs", "verify"]
 FORMATS = {"text": as_text, "json": lambda explained: json.dumps(explained, indent=2, sort_keys=True)}
 
 
@@ -23,15 +23,28 @@ def check() -> int:
     """Verify every hash, setting and number; print the findings by kind, and the counts of all that was checked."""
     runs = locked_runs()
     findings = [*verify(runs), *studies.findings(), *predictions.findings()]
-    for kind in (NOTE, UNCHECKED, WRONG):
-        for finding in (finding for finding in findings if finding.kind == kind):
-            print(finding)
+    _print_findings(findings)
     counts = sum(map(checked, runs), Counter())
     kinds = ", ".join(f"{counts[kind]:,} {kind}" for kind in ("hashes", "settings", "numbers"))
     absent = f", {counts['absent']:,} files and folders not here" if counts["absent"] else ""
     wrong = sum(finding.kind == WRONG for finding in findings)
     print(f"{wrong} wrong; checked {kinds}{absent}")
     return 1 if wrong else 0
+
+
+def check_evaluation(folder: Path) -> int:
+    """Verify a folder of `scaling4d evaluate`; print as `check`. Raises UserError: another folder."""
+    findings, results = evaluations.verify_evaluation(folder)
+    _print_findings(findings)
+    wrong = sum(finding.kind == WRONG for finding in findings)
+    print(f"{wrong} wrong; checked {results} results of {on_one_line(folder)}")
+    return 1 if wrong else 0
+
+
+def _print_findings(findings: list[AuditFinding]) -> None:
+    for kind in (NOTE, UNCHECKED, WRONG):
+        for finding in (finding for finding in findings if finding.kind == kind):
+            print(finding)
 
 
 def explain_number(key: str, form: str) -> int:

@@ -38,9 +38,12 @@ BETAS = (0.9, 0.999)  # AdamW's default; released readouts publish none
 BOOTSTRAP_DRAWS = 1000  # ours
 
 
-def readout(encoder: str, task: str, protocol: str, settings: Mapping[str, Any]) -> Result | int:
+def readout(encoder: str, task: str, protocol: str, settings: Mapping[str, Any], *, home: Path | None = None) -> Result | int:
     """Checkpoint in, `result.json` and the trained head out, by ranks that run where readout.Launch says.
 
+    Args:
+        home: folder of the artifacts, outside the pipeline: a result with the same provenance is kept there. None: the
+            profile's, where DVC decides what runs.
     Returns:
         The result; or an exit code, where another process trained.
     Raises:
@@ -51,15 +54,18 @@ def readout(encoder: str, task: str, protocol: str, settings: Mapping[str, Any])
         limits = [f"{p.name}: {', '.join(p.tasks)} alone" for p in PROTOCOLS.values() if p.tasks != tuple(TASKS)]
         protocols = f"{', '.join(PROTOCOLS)} ({'; '.join(limits)})"
         raise UserError(f"unknown readout {task!r} {protocol!r}; tasks: {', '.join(TASKS)}; protocols: {protocols}")
-    bound, readout_config = bind_readout(encoder, task, PROTOCOLS[protocol], settings, artifacts.home(settings))
+    folder = home or artifacts.home(settings)
+    bound, readout_config = bind_readout(encoder, task, PROTOCOLS[protocol], settings, folder)
     names, evidence = (encoder, task, protocol), None
     if distributed.is_main():
-        code = code_hashes.running("readout") if readout_config.saving else artifacts.code_hash("readout")
-        evidence = artifacts.evidence("readout", bound, code=code, inputs=_inputs(readout_config))
+        code = code_hashes.running("readout") if readout_config.saving or home else artifacts.code_hash("readout")
+        evidence = artifacts.evidence("readout", bound, code=code, inputs=input_hashes(readout_config))
+        if home and artifacts.is_written(final := _folder(names, readout_config), evidence):
+            return Result.read(final / "result.json")
     if distributed.launched_by_torchrun():
         return _train(names, bound, readout_config, evidence)
     state, final = state_folder("readout", _fingerprint(names, evidence)), _folder(names, readout_config)
-    content = {"names": names, "settings": settings, "evidence": evidence}
+    content = {"names": names, "settings": settings, "evidence": evidence, "home": folder.as_posix()}
     where = {"ranks": readout_config.evaluation.ranks, "processes": 1, "device": readout_config.device}
     where |= {"state": state, "written": lambda: artifacts.is_written(final, evidence)}
     job = Job("-".join(("readout", *names)), ("readout", *names), "readout.Launch", content=content, **where)
@@ -73,7 +79,7 @@ def readout_rank(snapshot: Path) -> Result | None:
         if content is None:
             return None
         (encoder, task, protocol), settings = content["names"], content["settings"]
-        bound, readout_config = bind_readout(encoder, task, PROTOCOLS[protocol], settings, artifacts.home(settings))
+        bound, readout_config = bind_readout(encoder, task, PROTOCOLS[protocol], settings, Path(content["home"]))
         return _train((encoder, task, protocol), bound, readout_config, content["evidence"])
 
 
@@ -177,7 +183,7 @@ def _check_batch(task: str, protocol: type[ReadoutProtocol], bound: StageConfig)
         raise UserError(f"{protocol.recipe_key(task)}: {error}") from error
 
 
-def _inputs(readout_config: ReadoutConfig) -> dict[str, str]:
+def input_hashes(readout_config: ReadoutConfig) -> dict[str, str]:
     """sha256 by name of all that is read."""
     root = Path(readout_config.evaluation.data)
     train, val = (benchmarks.find_benchmark(readout_config.task_name, root, split).folder for split in benchmarks.SPLITS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from dataclasses import asdict
 from functools import cache, reduce
 from importlib import resources
@@ -36,13 +37,18 @@ def published() -> dict[str, Any]:
 
 
 def results_csv(run: RunResults) -> str:
+    """The rows of all results."""
+    return to_csv(RESULTS, result_rows(run.results))
+
+
+def result_rows(results: Iterable[Result]) -> list[dict[str, Any]]:
     """A row for each Result and one for each of its further metrics, whose interval, unit and direction stay empty."""
     rows = []
-    for r in run.results:
+    for r in results:
         rows.append(asdict(r))
         empty = dict.fromkeys(("low", "high", "unit", "higher_is_better"), "")
         rows += [{**asdict(r), **empty, "metric": name, "value": value} for name, value in sorted(r.others.items())]
-    return to_csv(RESULTS, rows)
+    return rows
 
 
 def pretrain_csv(run: RunResults) -> str:
@@ -71,7 +77,7 @@ def metrics(run: RunResults) -> dict[str, Any]:
         if values := {point: value for point in run.points if (value := run.fidelity[point].get(name)) is not None}:
             nested[name] = {"↓": values}
     for r in run.results:
-        encoders = nested.setdefault(r.task, {}).setdefault(f"{r.metric}{_arrow(r)} ({r.unit})", {}).setdefault(r.protocol, {})
+        encoders = nested.setdefault(r.task, {}).setdefault(f"{r.metric}{arrow(r)} ({r.unit})", {}).setdefault(r.protocol, {})
         encoders[r.encoder] = {"value": r.value, "low": r.low, "high": r.high}
     return nested
 
@@ -149,7 +155,7 @@ def published_part(*key: str | int, spec: str) -> Part:
 
 def label(r: Result) -> str:
     """`top-1 accuracy of actions ↑, share`."""
-    return f"{measure(r.metric, _arrow(r))}, {r.unit}"
+    return f"{measure(r.metric, arrow(r))}, {r.unit}"
 
 
 def overview(run: RunResults, *, intervals: bool) -> list[list[Part]]:
@@ -180,7 +186,7 @@ def table_text(run: RunResults) -> str:
 
     table = Table(box=box.SIMPLE, title=f"profile {run.profile}, seed {run.seed}", title_justify="left")
     first = [next((r for r in run.results if r.task == task), None) for task in run.tasks]
-    tasks = [f"{r.task}\n{r.metric} {_arrow(r)}" for r in first if r]
+    tasks = [f"{r.task}\n{r.metric} {arrow(r)}" for r in first if r]
     for index, name in enumerate(("encoder", "parameters", "protocol", f"val loss ↓\n{run.methods[0]}", *tasks)):
         table.add_column(name, justify="left" if index in (0, 2) else "right", no_wrap=True)
     for row in overview(run, intervals=False):
@@ -190,5 +196,6 @@ def table_text(run: RunResults) -> str:
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip()
 
 
-def _arrow(r: Result) -> str:
+def arrow(r: Result) -> str:
+    """Which way is better."""
     return "↑" if r.higher_is_better else "↓"

@@ -1,0 +1,120 @@
+"""CHECKPOINT FOLDER -> RESULT: a linear probe or an attention readout of one encoder on one labelled benchmark."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from scaling4d import artifacts, config, provenance
+from scaling4d.checkpoint import Checkpoint
+from scaling4d.encoders.load import build_model
+from scaling4d.encoders.pretrained import load_encoder
+from scaling4d.encoders.published import MODELS as PUBLISHED
+from scaling4d.evaluate.function import FunctionEncoder
+from scaling4d.mae.models import MODELS, encoder_of
+from scaling4d.pipeline import code_hashes
+from scaling4d.readout.data import FeatureDataset, RankSplit, evaluate
+from scaling4d.readout.protocols import Frozen
+from scaling4d.readout.stage import bind_readout, input_hashes, readout, result_of
+from scaling4d.readout.tasks import TASKS
+from scaling4d.readout.tasks.task import MetricSums
+from scaling4d.records import Result, UserError, did_you_mean, file_system_errors, write_json
+from scaling4d.training import distributed
+from scaling4d.training.distributed import WatchdogConfig, gather_round_robin
+
+LINEAR = "linear"
+PROTOCOLS = (LINEAR, Frozen.name)
+HEAD_CELL_PX = 8  # of depth's attention readout, which answers for squares of this side
+
+
+def check_tasks(tasks: list[str], protocol: str) -> None:
+    """Raises UserError: an unknown protocol or task, or a task that the protocol does not have."""
+    if protocol not in PROTOCOLS:
+        raise UserError(f"protocol = {protocol!r}; needed {' or '.join(PROTOCOLS)}{did_you_mean(protocol, PROTOCOLS)}")
+    for task in tasks:
+        if task not in TASKS:
+            raise UserError(f"unknown task {task!r}; needed some of {', '.join(TASKS)}{did_you_mean(task, TASKS)}")
+        if protocol == LINEAR and not TASKS[task].linear:
+            known = ", ".join(linear_tasks(TASKS))
+            raise UserError(f"{task} has no linear probe; tasks that have one: {known}; needed those, or --protocol frozen")
+
+
+def linear_tasks(tasks: Any) -> list[str]:
+    """Those of some tasks that have a linear probe."""
+    return [task for task in tasks if TASKS[task].linear]
+
+
+def evaluate_encoder(encoder: str, task: str, protocol: str, settings: Mapping[str, Any], home: Path) -> Result:
+    """Measure `home/pretrain/<encoder>` and write `home/readout/<encoder>/<task>/<protocol>`.
+
+    A result with the same provenance (settings, code, weights, benchmark) is kept.
+    Raises UserError: as `readout`, or an encoder whose tokens do not suit the task.
+    """
+    _check_tokens(home / "pretrain" / encoder, task)
+    if protocol == Frozen.name:
+        where = config.section(settings, "readout.Launch.where")
+        if where != "here" and Checkpoint.read(home / "pretrain" / encoder).model == FunctionEncoder.__name__:
+            problem = f"{encoder} is a callable, which runs in ranks of this process alone"
+            raise UserError(f"{problem}, and readout.Launch.where is {where}; -S readout.Launch.where=here")
+        result = readout(encoder, task, protocol, settings, home=home)
+        if not isinstance(result, Result):
+            raise UserError(f"the readout of {encoder} for {task} ended with exit code {result}; its messages are above")
+        return result
+    return _linear(encoder, task, settings, home)
+
+
+def _check_tokens(folder: Path, task: str) -> None:
+    """Depth needs tokens that are squares of whole pixels, since each answers for its own."""
+    encoder = encoder_of(build_model(folder, MODELS | PUBLISHED)[0])
+    (_, side_px, _), (_, h, _) = encoder.clip, encoder.grid
+    if task == "depth" and side_px % h:
+        problem = f"{folder.name} has {h} x {h} tokens, which do not divide the {side_px} px of a clip, as depth needs"
+        raise UserError(f"{problem}; -S clip.side_px={math.lcm(h, HEAD_CELL_PX)} suits it")
+
+
+def _linear(encoder: str, task: str, settings: Mapping[str, Any], home: Path) -> Result:
+    started, names = time.time(), (encoder, task, LINEAR)
+    bound, readout_config = bind_readout(encoder, task, Frozen, settings, home)
+    code, inputs = code_hashes.running("evaluate"), input_hashes(readout_config)
+    evidence, final = artifacts.evidence("evaluate", bound, code=code, inputs=inputs), home / "readout" / Path(*names)
+    if artifacts.is_written(final, evidence):
+        return Result.read(final / "result.json")
+    evaluation, name = readout_config.evaluation, "-".join(("evaluate", *names))
+    watchdog = WatchdogConfig(evaluation.start_s, evaluation.hang_s, artifacts.RUNS / name)
+    where = {"ranks": evaluation.ranks, "device": readout_config.device, "watchdog": watchdog}
+    videos, sums, skipped = distributed.run(_fit_and_measure, **where, frozen=Frozen(readout_config))
+    result = result_of(Checkpoint.read(readout_config.folder), readout_config, LINEAR, videos, sums)
+    with provenance.atomic_folder(final) as out:
+        if skipped:
+            write_json(out / "skipped.json", skipped)
+        result.write(out / "result.json")
+        artifacts.write_evidence(out, evidence, bound.operative)
+    artifacts.write_run(name, artifacts.sha256(final), started=started)
+    return result
+
+
+@file_system_errors()
+def _fit_and_measure(*, rank: int, ranks: int, frozen: Frozen) -> tuple[list[str], list[MetricSums], list[dict[str, Any]]]:
+    """One rank of a linear probe, as `<metric>_linear` of a frozen readout.
+
+    Returns all ranks' videos and metric sums, and skipped items.
+    """
+    settings = frozen.config
+    evaluation, task, root = settings.evaluation, settings.task, Path(settings.evaluation.data)
+    task.check_benchmark(root)
+    encoder = load_encoder(settings.folder).requires_grad_(False)
+    windows_seed = settings.seed if evaluation.windows == "random" else None
+    where = (task, root, evaluation.max_bad_share, encoder.clip, rank, ranks, windows_seed)
+    train = RankSplit(settings.task_name, "train", evaluation.train_items, *where)
+    val = RankSplit(settings.task_name, "val", evaluation.val_items, *where)
+    train_set = FeatureDataset(train, frozen.features_of(encoder))
+    probes = frozen.probes(train_set)
+    predict, source = probes.pop(LINEAR), train_set.source
+    size = max(frozen.evaluation_batch, evaluation.feature_batch)
+    videos, sums, _ = evaluate(val, source.encode, predict, size=size, probes=probes, flush=source.flush)
+    skipped = [{"split": part.split, **asdict(item)} for part in (train, val) for item in gather_round_robin(part.skipped)]
+    return gather_round_robin(videos), gather_round_robin(sums), skipped

@@ -1,0 +1,125 @@
+"""MODELS -> TABLE: evaluate every model on every task; results.csv and a table for the terminal."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from scaling4d import artifacts, config, provenance
+from scaling4d.evaluate import models, stage
+from scaling4d.records import Result, UserError, json_text, read_json_object
+from scaling4d.report.tables import RESULTS, arrow, result_rows
+
+OUT, CSV, FACTS = Path("evaluated"), "results.csv", "evaluation.json"
+COLUMNS = (
+    *RESULTS,
+    *("profile", "overrides", "settings_sha256", "code_sha256", "benchmark_sha256", "benchmark_val_sha256"),
+    "readout_sha256",  # of the folder of the result, in which provenance.json has all of them in full
+)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A finished evaluation. results: by model and task, with the encoder's name in this evaluation."""
+
+    folder: Path
+    profile: str
+    results: tuple[Result, ...]
+
+
+def evaluate(
+    given: Sequence[str],
+    tasks: Sequence[str],
+    protocol: str,
+    *,
+    profile: str = "",
+    changes: Sequence[str] = (),
+    out: Path = OUT,
+    report: Callable[[str], object] = print,
+) -> Evaluation:
+    """Write `out/results.csv`, and below `out` the encoders and their readouts. Nothing else is written or changed.
+
+    Args:
+        given: models, see evaluate.models. tasks: none: all of the profile that the protocol has.
+        profile: of experiments/profile; empty: the default one. changes: Hydra overrides, `key=value`.
+        report: called with a line after each result.
+    Raises:
+        UserError: as the composition of settings, `models.write_encoder` and `stage.evaluate_encoder`; two models of
+            one name; or `out` is another folder.
+    """
+    import torch
+
+    torch.set_num_threads(1)  # bits depend on it, and ranks are forked later
+    settings = config.compose([*([f"profile={profile}"] if profile else []), *changes])
+    profile, of_profile = settings["profile"], config.section(settings, "benchmarks.tasks")
+    stage.check_tasks(list(tasks), protocol)
+    chosen = list(dict.fromkeys(tasks)) or (stage.linear_tasks(of_profile) if protocol == stage.LINEAR else list(of_profile))
+    if not chosen:
+        raise UserError(f"profile {profile} has no task for protocol {protocol}; name some: --tasks actions,depth")
+    names = {model: models.name_of(model) for model in dict.fromkeys(given)}
+    for name, count in Counter(names.values()).items():
+        if count > 1:
+            same = " and ".join(model for model, other in names.items() if other == name)
+            raise UserError(f"{same} are both called {name}; give a link of another name to one (ln -s)")
+    _take_folder(out)
+    facts = {"models": names, "tasks": chosen, "protocol": protocol, "profile": profile, "overrides": list(changes)}
+    provenance.write_text(out / FACTS, json_text(facts))
+    clip = (settings["clip"]["frames"], settings["clip"]["side_px"], settings["clip"]["side_px"])
+    for model in names:
+        models.write_encoder(model, clip, out)
+    results = []
+    for name in names.values():
+        for task in chosen:
+            result = replace(stage.evaluate_encoder(name, task, protocol, settings, out), encoder=name)
+            report(f"{name} {task} {protocol}: {result.metric} {result.value:.4f} ({result.low:.4f} to {result.high:.4f})")
+            results.append(result)
+    provenance.write_text(out / CSV, provenance.to_csv(COLUMNS, (row for r in results for row in _rows(r, out))))
+    return Evaluation(out, profile, tuple(results))
+
+
+def _take_folder(out: Path) -> None:
+    """Raises UserError: a folder that has other files."""
+    if out.exists() and not (out / FACTS).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out} is there, and no evaluation; needed a new folder, or that of an earlier evaluation")
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def _rows(result: Result, out: Path) -> list[dict[str, Any]]:
+    folder = out / "readout" / result.encoder / result.task / result.protocol
+    content = read_json_object(folder / artifacts.PROVENANCE)
+    inputs = content["inputs"]
+    origin = {
+        "profile": content["settings"]["profile"],
+        "overrides": " ".join(f"{key}={value}" for key, value in content["overrides"].items()),
+        "settings_sha256": hashlib.sha256(json_text(content["settings"]).encode()).hexdigest(),
+        "code_sha256": content["code"]["sha256"],
+        "benchmark_sha256": inputs["benchmark"],
+        "benchmark_val_sha256": inputs.get("benchmark_val", inputs["benchmark"]),
+        "readout_sha256": artifacts.sha256(folder),
+    }
+    return [row | origin for row in result_rows([result])]
+
+
+def table_text(evaluation: Evaluation) -> str:
+    """A row for every result, as text of at most 120 columns."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    results = evaluation.results
+    title = f"profile {evaluation.profile}, seed {results[0].seed}, {results[0].protocol}; 95 % intervals over videos"
+    table = Table(box=box.SIMPLE, title=title, title_justify="left")
+    for name in ("encoder", "parameters", "task", "metric", "value", "interval", "examples"):
+        table.add_column(name, justify="left" if name in ("encoder", "task", "metric") else "right", no_wrap=True)
+    for r in results:
+        interval = f"{r.low:.4f} to {r.high:.4f}"
+        cells = (f"{r.metric} {arrow(r)}", f"{r.value:.4f}", interval, f"{r.examples:,}")
+        table.add_row(r.encoder, f"{r.parameters:,}", r.task, *cells)
+    console = Console(file=io.StringIO(), width=120)
+    console.print(table)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip()

@@ -1,0 +1,263 @@
+"""`scaling4d evaluate`: encoders of any source on the profile's benchmarks, and the audit of such a folder."""
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from scaling4d import artifacts, config
+from scaling4d.audit import check_evaluation
+from scaling4d.checkpoint import Checkpoint
+from scaling4d.cli import app
+from scaling4d.encoders import published, torchvision_shim
+from scaling4d.encoders.pretrained import load_encoder
+from scaling4d.encoders.stage import baseline
+from scaling4d.evaluate import function, models
+from scaling4d.evaluate.table import evaluate, table_text
+from scaling4d.provenance import parse_csv
+from scaling4d.records import Result, UserError, read_json_object, write_json
+from scaling4d.report.tables import RESULTS
+
+COLOURS = """
+import torch
+
+
+class Colours(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.patches = torch.nn.Conv3d(3, 12, kernel_size=(2, 16, 16), stride=(2, 16, 16))
+
+    def forward(self, video):  # uint8 B T H W 3
+        x = self.patches(video.movedim(-1, 1) / 255)  # B D t h w
+        return x.flatten(3).movedim(1, -1)  # B t n D
+"""
+EVALUATION = pytest.mark.usefixtures("actions")
+CLIP = (8, 64, 64)
+
+
+@pytest.fixture
+def colours(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A callable in a module of the current folder, and no trace of it afterwards."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(function, "BUILT", {})
+    monkeypatch.setattr(published, "MODELS", published.MODELS)
+    (project / "colours.py").write_text(COLOURS)
+    yield "colours:Colours"
+    (project / "colours.py").unlink()
+    sys.modules.pop("colours", None)
+    published.MODELS.pop(function.FunctionEncoder.__name__, None)
+    shutil.rmtree(project / "evaluated", ignore_errors=True)
+
+
+@pytest.fixture
+def evaluated(actions: None, colours: str) -> Path:
+    """An evaluation of the callable alone."""
+    return evaluate([colours], ["actions"], "linear", profile="smoke", report=str).folder
+
+
+def untrained() -> Path:
+    """A Checkpoint folder of this project."""
+    return baseline("untrained_nano", config.read())
+
+
+def dinov2(folder: Path) -> Path:
+    """A folder as transformers saves it."""
+    torchvision_shim.declare_operators()
+    import transformers as tf
+
+    shape = {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2, "image_size": 32, "patch_size": 8}
+    tf.Dinov2Model(tf.Dinov2Config(**shape)).save_pretrained(folder)
+    tf.BitImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.integration
+@EVALUATION
+def test_encoders_of_three_sources_stand_in_one_table_and_a_second_call_goes_on(colours: str, tmp_path: Path) -> None:
+    given, out = [str(untrained()), str(dinov2(tmp_path / "dinov2")), colours], tmp_path / "out"
+    arguments = ["evaluate", *given, "--tasks", "actions", "--profile", "smoke", "-S", "seed=3", "--out", str(out)]
+    answer = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert answer.exit_code == 0
+    lines = [line.split() for line in answer.stdout.splitlines()]
+    names = ["untrained_nano", "dinov2", "Colours"]
+    assert [line[0] for line in lines if "top1" in line] == names
+    rows = [row for row in parse_csv((out / "results.csv").read_text()) if row["metric"] == "top1"]
+    assert [row["encoder"] for row in rows] == names and [*rows[0]][: len(RESULTS)] == [*RESULTS]
+    assert {row["overrides"] for row in rows} == {"seed=3"} and {row["seed"] for row in rows} == {"3"}
+    assert len({row["checkpoint_sha256"] for row in rows}) == 3 and len({row["benchmark_sha256"] for row in rows}) == 1
+    assert (out / "pretrain/untrained_nano").is_symlink() and not Path("artifacts/smoke/readout").exists()
+    assert check_evaluation(out) == 0
+    files = [out / "readout" / name / "actions/linear/result.json" for name in names]
+    before = [file.stat().st_mtime_ns for file in files]
+    assert CliRunner().invoke(app, arguments, catch_exceptions=False).stdout == answer.stdout
+    assert [file.stat().st_mtime_ns for file in files] == before
+    CliRunner().invoke(app, [*arguments, "-S", "seed=4"], catch_exceptions=False)
+    assert all(file.stat().st_mtime_ns > then for file, then in zip(files, before, strict=True))
+
+
+@pytest.mark.integration
+@EVALUATION
+def test_a_linear_probe_is_that_of_the_frozen_readout(colours: str, tmp_path: Path) -> None:
+    where = {"profile": "smoke", "out": tmp_path / "out", "report": str}
+    linear = evaluate([colours], ["actions"], "linear", **where).results[0]
+    frozen = evaluate([colours], ["actions"], "frozen", **where)
+    assert linear.value == frozen.results[0].others["top1_linear"]
+    assert linear.parameters == 12 * (3 * 2 * 16 * 16 + 1) and "Colours" in table_text(frozen)
+    path = tmp_path / "out/readout/Colours/actions/frozen/result.json"
+    before = path.stat().st_mtime_ns
+    evaluate([colours], ["actions"], "frozen", **where)
+    assert path.stat().st_mtime_ns == before and check_evaluation(tmp_path / "out") == 0
+
+
+def edit_number(folder: Path) -> None:
+    path = folder / "results.csv"
+    value = next(row["value"] for row in parse_csv(path.read_text()) if row["metric"] == "top1")
+    path.write_text(path.read_text().replace(f"top1,{value},", "top1,0.99,"))
+
+
+def edit_result(folder: Path) -> None:
+    path = folder / "readout/Colours/actions/linear/result.json"
+    write_json(path, read_json_object(path) | {"value": 0.99, "high": 1.0})
+
+
+def edit_weights(folder: Path) -> None:
+    saved, path = Checkpoint.read(folder / "pretrain/Colours"), folder / "pretrain/Colours"
+    saved.write(path, {"features": torch.zeros(2)})
+
+
+def edit_benchmark(folder: Path) -> None:
+    next(path for path in sorted(Path("data/benchmarks").rglob("*")) if path.is_file()).write_bytes(b"other")
+
+
+def remove_row(folder: Path) -> None:
+    path = folder / "results.csv"
+    path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if ",top1," not in line))
+
+
+def remove_benchmark(folder: Path) -> None:
+    Path("data/benchmarks/ssv2").rename("data/benchmarks/elsewhere")
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (edit_number, "wrong       Colours/actions/linear: top1 is 0.99 in results.csv, 0."),
+        (edit_result, "wrong       Colours/actions/linear: readout_sha256 of top1 is "),
+        (edit_weights, "wrong       Colours/actions/linear: it was measured on weights "),
+        (edit_benchmark, "wrong       Colours/actions/linear: it was measured on data/benchmarks/ssv2 of sha256 "),
+        (remove_row, "wrong       Colours/actions/linear: top1 is in one of "),
+        (remove_benchmark, "not checked Colours/actions/linear: its benchmark is not here: no folder data/benchmarks/"),
+    ],
+)
+def test_the_audit_names_what_changed(
+    evaluated: Path, edit: Callable[[Path], None], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert check_evaluation(evaluated) == 0 and capsys.readouterr().out == "0 wrong; checked 1 results of evaluated\n"
+    edit(evaluated)
+    assert check_evaluation(evaluated) == int(message.startswith("wrong"))
+    assert message in capsys.readouterr().out
+
+
+def test_another_folder_is_no_evaluation(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no finished evaluation: needed evaluation.json and results.csv"):
+        check_evaluation(tmp_path)
+
+
+def test_a_folder_never_starts_the_code_of_a_callable(colours: str, tmp_path: Path) -> None:
+    folder = models.write_encoder(colours, CLIP, tmp_path)
+    pixels = torch.zeros(1, *CLIP, 3, dtype=torch.uint8)
+    assert load_encoder(folder).features(pixels)[0].shape == (1, 4 * 4 * 4, 12)
+    function.BUILT.clear()
+    with pytest.raises(UserError, match="colours:Colours is code, which no folder may start"):
+        load_encoder(folder)
+    del published.MODELS["FunctionEncoder"]
+    with pytest.raises(UserError, match="unknown model 'FunctionEncoder'"):
+        load_encoder(folder)
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (lambda B, t: torch.zeros(B, t, 6, 8), "n = 6 is no square"),
+        (lambda B, t: torch.zeros(B, 6, 8), r"makes features \(2, 6, 8\); needed B t n D with B = 2"),
+        (lambda B, t: torch.zeros(B, 3, 4, 8), "t = 3; needed a divisor of the 8 frames"),
+        (lambda B, t: torch.full((B, t, 4, 8), torch.nan), "infinite or NaN; needed finite floats"),
+        (lambda B, t: np.zeros((B, t, 4, 8), dtype="int64"), "torch.int64 with 0 infinite or NaN"),
+    ],
+)
+def test_a_callable_without_such_features_is_refused(colours: str, result: Callable, message: str) -> None:
+    module = ModuleType("colours")
+    module.make = lambda: lambda video: result(len(video), 4)
+    sys.modules["colours"] = module
+    with pytest.raises(UserError, match=message):
+        function.build_function("colours:make", CLIP)
+
+
+def test_a_callable_that_is_not_there_is_refused(colours: str) -> None:
+    for model, message in {
+        "nowhere:Colours": "no module nowhere; needed one that is installed, or nowhere.py in ",
+        "colours:Colors": "colours has no Colors; needed a function or class",
+        "colours:torch": "is a module; needed a function or class",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            function.build_function(model, CLIP)
+
+
+def test_a_callable_says_its_clip_or_is_told(colours: str) -> None:
+    Path("colours.py").write_text(f"{COLOURS}\n\nclass Small(Colours):\n    clip = (4, 32, 32)\n")
+    assert function.build_function(colours, CLIP)[0].clip == CLIP
+    config, features, *_ = function.build_function("colours:Small", CLIP)
+    assert config.clip == (4, 32, 32) and config.grid == (2, 2, 2) and features.shape == (2, 2, 4, 12)
+
+
+def test_a_checkpoint_of_another_clip_is_resized_and_its_folder_stays_as_it_is(colours: str, tmp_path: Path) -> None:
+    source = untrained()
+    before = artifacts.sha256(source)
+    assert models.write_encoder(str(source), CLIP, tmp_path).is_symlink()
+    folder = models.write_encoder(str(source), (8, 32, 32), tmp_path)
+    assert not folder.is_symlink() and load_encoder(folder).clip == (8, 32, 32)
+    assert Checkpoint.read(folder).name == "untrained_nano" and artifacts.sha256(source) == before
+
+
+def test_what_cannot_be_evaluated_is_refused_before_anything_is_computed(colours: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for given, tasks, protocol, out, message in (
+        (["nothing"], ["actions"], "linear", "new", "no model 'nothing'; needed a Checkpoint folder"),
+        ([colours, "other:Colours"], ["actions"], "linear", "new", "are both called Colours"),
+        ([colours], ["pose"], "linear", "new", "pose has no linear probe; tasks that have one: actions, depth"),
+        ([colours], ["action"], "linear", "new", "unknown task 'action'.*did you mean actions"),
+        ([colours], ["actions"], "finetune", "new", "protocol = 'finetune'; needed linear or frozen"),
+        ([colours], ["actions"], "linear", "", "is there, and no evaluation"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate(given, tasks, protocol, profile="smoke", out=tmp_path / out)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.integration
+def test_tokens_that_do_not_divide_the_picture_are_refused_for_depth_with_a_side_that_suits(colours: str, tmp_path: Path) -> None:
+    Path("colours.py").write_text("import torch\n\n\ndef make():\n    return lambda video: torch.zeros(len(video), 4, 49, 8)\n")
+    with pytest.raises(UserError, match="make has 7 x 7 tokens, which do not divide the 64 px.*-S clip.side_px=56 suits it"):
+        evaluate(["colours:make"], ["depth"], "linear", profile="smoke", out=tmp_path / "out")
+
+
+def test_an_entry_point_names_a_callable(colours: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    point = function.metadata.EntryPoint("rainbow", colours, function.GROUP)
+    monkeypatch.setattr(
+        function.metadata, "entry_points", lambda *, group, name: [point] if (group, name) == (function.GROUP, "rainbow") else []
+    )
+    assert models.name_of("rainbow") == "rainbow" and function.build_function("rainbow", CLIP)[0].width == 12
+
+
+def test_a_result_of_an_evaluation_is_a_result(evaluated: Path) -> None:
+    result = Result.read(evaluated / "readout/Colours/actions/linear/result.json")
+    assert (result.protocol, result.metric, result.examples) == ("linear", "top1", 8)
+    assert result.low <= result.value <= result.high and "top1_mean" in result.others
