@@ -95,7 +95,7 @@ def build_function(model: str, clip: tuple[int, int, int]) -> tuple[FunctionEnco
     clip = tuple(getattr(encoder, "clip", clip))
     if len(clip) != 3 or not all(isinstance(size, int) and size > 0 for size in clip) or clip[1] != clip[2]:
         raise UserError(f"{model} has clip = {clip}; needed whole numbers T H W, with H = W")
-    pixels = torch.from_numpy(seeds.numpy(0, "fixed clips").integers(0, 256, (FIXED_CLIPS, *clip, 3), dtype="uint8"))
+    pixels = torch.from_numpy(seeds.numpy_rng(0, "fixed clips").integers(0, 256, (FIXED_CLIPS, *clip, 3), dtype="uint8"))
     with torch.no_grad():
         features = torch.as_tensor(encoder(pixels))
     _check_features(model, features, clip)
