@@ -406,8 +406,8 @@ def test_a_kept_run_whose_code_no_commit_holds_is_not_checked(messages: Messages
 
 
 def test_two_questions_at_once_are_refused() -> None:
-    with pytest.raises(UserError, match="^--explain, --crate and --reproduced are three commands; needed one at a time$"):
-        cli.audit(explain="nano/actions/frozen", form="text", crate=None, reproduced=True)
+    with pytest.raises(UserError, match="^FOLDER, --explain, --crate and --reproduced are four commands; needed one at a time$"):
+        cli.audit(folder=None, explain="nano/actions/frozen", form="text", crate=None, reproduced=True)
 
 
 # ---- cost ----
