@@ -127,11 +127,12 @@ def end_tree(child: BaseProcess) -> None:
     if not child.is_alive():
         child.join()
         return
-    tree = [process := psutil.Process(child.pid), *process.children(recursive=True)]
-    for process in tree:
+    below = psutil.Process(child.pid).children(recursive=True)
+    for process in (child, *below):
         _signal(process.terminate)
-    _, alive = psutil.wait_procs(tree, timeout=GRACE_S)
-    for process in alive:
+    child.join(GRACE_S)
+    _, alive = psutil.wait_procs(below, timeout=GRACE_S)
+    for process in (child, *alive):
         _signal(process.kill)
     child.join()
 

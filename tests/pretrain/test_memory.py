@@ -49,7 +49,7 @@ def test_every_point_of_the_large_profiles_fits_its_mesh_and_has_a_script(
     profile: str, nodes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pretrain_settings.loader, "count_clips", lambda folder, split: 1)  # there are no clips here
-    monkeypatch.setattr(pretrain_settings.benchmarks, "find_benchmark", lambda task, root, split: None)  # nor labelled videos
+    monkeypatch.setattr(stage, "check_benchmarks", lambda _: None)  # nor labelled videos
     monkeypatch.setattr(stage, "first_gpu_bytes", lambda: 80 * 10**9)
     declared = {"profile": profile, "pretrain.Training": {}}
     monkeypatch.setattr(stage, "evidence_of", lambda _: {"settings": declared, "inputs": {}, "code": {"sha256": "0" * 64}})

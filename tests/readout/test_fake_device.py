@@ -19,7 +19,7 @@ from scaling4d.pretrain.plan.plan import build
 from scaling4d.readout.classifier import MeanPoolClassifier
 from scaling4d.readout.heads import Head, HeadConfig
 from scaling4d.readout.protocols import PROTOCOLS, Frozen, ReadoutConfig, ReadoutModel, ReadoutProtocol
-from scaling4d.readout.stage import _bind_task
+from scaling4d.readout.stage import bind_task
 from scaling4d.readout.tasks import TASKS
 from scaling4d.readout.tasks.task import Task, collate
 from scaling4d.readout.whitening import Whitening
@@ -102,7 +102,7 @@ def tune(profile: str, point: str, task: str, name: str, **changes: object) -> N
     """Steps of a fine-tuning, in shards as the profile's settings say: encoders in bfloat16, heads in float32."""
     os.chdir(ROOT)
     settings, kind = config.compose([f"profile={profile}"]), PROTOCOLS[name]
-    bound, encoder = _bind_task(task, kind, settings), build(point, settings).encoder
+    bound, encoder = bind_task(task, kind, settings), build(point, settings).encoder
     small_tasks.CLIP, MeanPoolClassifier.initialise = encoder.clip, lambda *_: None
     sharding = replace(bound[ShardingConfig], compile=False, **changes)
     recipe = replace(bound[kind.recipe_class], batch=CLIPS)

@@ -9,8 +9,8 @@ from small_tasks import TASK
 from torch import Tensor
 
 from scaling4d import seeds
-from scaling4d.readout import propagation
-from scaling4d.readout.propagation import box_labels, boxes_around, propagate, propagated_boxes
+from scaling4d.encoders import propagation
+from scaling4d.encoders.propagation import box_labels, boxes_around, propagate, propagated_boxes
 from scaling4d.readout.protocols import Frozen
 
 SIDE = 8

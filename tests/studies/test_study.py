@@ -111,8 +111,8 @@ def test_collecting_refuses_the_options_of_a_run(options: list[str], named: str)
 
 
 def test_packages_of_other_code_are_those_that_make_numbers() -> None:
-    code = {f"artifacts/code/{name}.json": "0" for name in ("pretrain", "readout", "clips", "show", "report", "scenes")}
-    other = {path: "1" if Path(path).stem in ("readout", "show", "report", "scenes") else "0" for path in code}
+    code = {f"artifacts/code/{name}.json": "0" for name in ("pretrain", "readout", "clips", "show", "report", "evaluate")}
+    other = {path: "1" if Path(path).stem in ("readout", "show", "report", "evaluate") else "0" for path in code}
     assert study.changed_packages(code, code) == [] and study.changed_packages(code, other) == ["readout"]
     assert study.changed_packages(code, {**code, "artifacts/code/mae.json": "0"}) == ["mae"]
     assert study.changed_packages({**code, "artifacts/code/mae.json": "0"}, code) == ["mae"]

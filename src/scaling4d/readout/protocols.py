@@ -367,7 +367,7 @@ class Frozen(ReadoutProtocol):
 
     4DS's frozen curves (arXiv:2412.15212, headline figure): the AttentionReadout of representations4d at 95 % of the
     depth. The recipe is not published; profile `paper` takes scivid's. Ours: whitening, early stopping, linear probes;
-    in the pocket, clipping. Labels of boxes are also propagated, see readout.propagation.
+    in the pocket, clipping. Labels of boxes are also propagated, see encoders.propagation.
     """
 
     name, recipe_class, trains_encoder = "frozen", FrozenConfig, False

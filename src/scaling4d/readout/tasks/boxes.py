@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from scaling4d.config import require_sizes
+from scaling4d.encoders.propagation import propagated_boxes
 from scaling4d.readout import metrics
 from scaling4d.readout.heads import Head, Queries
-from scaling4d.readout.propagation import propagated_boxes
 from scaling4d.readout.tasks.task import Metric, MetricSums, Target, Task, first_objects, pad, predict_in_chunks
 from scaling4d.records import Sample
 

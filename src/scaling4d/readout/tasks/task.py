@@ -102,7 +102,7 @@ class Task:
         raise NotImplementedError
 
     def predict_propagated(self, features: Tensor, target: dict[str, Tensor]) -> Tensor:
-        """Predictions of label propagation, as those of `predict`, see readout.propagation. features: `B t h*w D`."""
+        """Predictions of label propagation, as those of `predict`, see encoders.propagation. features: `B t h*w D`."""
         raise NotImplementedError
 
     def pool(self, predicted: np.ndarray) -> np.ndarray:
