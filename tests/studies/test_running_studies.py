@@ -13,7 +13,7 @@ import pytest
 from commands import ENVIRONMENT, ROOT, cloned, commit, run
 from nearness import contents
 
-from scaling4d.studies.run import failure_reason, study_runs
+from scaling4d.studies.run import clips_settings, failure_reason, study_runs
 from scaling4d.studies.study import Arm, Study
 
 pytestmark = pytest.mark.integration
@@ -62,6 +62,13 @@ def test_the_same_arm_is_the_same_experiment_in_every_study(monkeypatch: pytest.
     assert [run.name for run in first] == [run.name for run in again]
     assert len({run.name for run in (*first, *other)}) == 4
     assert [run.name.rpartition("-")[0] for run in other] == ["pocket-nano-mask_50-0", "pocket-nano-mask_50-1"]
+
+
+def test_arms_that_train_otherwise_have_the_same_clips(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    overrides = ((), ("pretrain.Training.steps=7", "ablation=mask_50"), ("clips.Curation.crf=30",))
+    plain, trained_otherwise, cut_otherwise = (clips_settings(one("a", *words).arms[0]) for words in overrides)
+    assert plain == trained_otherwise != cut_otherwise
 
 
 def test_a_failed_run_is_explained_by_the_line_of_its_stage(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from interrupting import ask_to_stop, ask_to_stop_as_slurm_does, kill_a_rank, kill_all, kill_the_parent
-from torch.distributed.checkpoint import staging
+from torch.distributed.checkpoint import filesystem, staging
 from toy import PLAIN, RESULT, Toy, attempt, steps_computed, train, written
 
 from scaling4d import artifacts
@@ -68,6 +68,29 @@ def test_a_damaged_newest_state_is_passed_over_with_a_warning(undisturbed: dict,
     assert attempt(toy) == 0
     assert f"warning: {shard.parent} is damaged ({shard.name}) and passed over" in capfd.readouterr().err
     assert written() == undisturbed and steps_computed() == [*range(1, 7), *range(6, 9)]
+
+
+def fill_the_disk() -> None:
+    """From now on this process cannot write a state."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    filesystem.FileSystem.create_stream = refuse
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_32_ranks_killed_slowed_and_without_space_end_with_the_bytes_of_an_undisturbed_run(tmp_path: Path) -> None:
+    """Eight copies of four shards."""
+    toy = Toy(steps=6, ranks=32, batch=32, sharding=replace(PLAIN, shards=4))
+    with contextlib.chdir(tmp_path):
+        undisturbed = train(toy)
+    assert attempt(replace(toy, who=17), at=3, interrupt=kill_a_rank) == 1 and states(toy) == [2]
+    assert attempt(toy, at=3, interrupt=fill_the_disk) == 1 and states(toy) == [2]
+    assert attempt(replace(toy, slow_s=0.2), at=5, interrupt=kill_all) == -signal.SIGKILL and states(toy) == [2, 4]
+    assert attempt(replace(toy, slow_s=0.2)) == 0
+    assert written() == undisturbed and not list(Path(".resume").glob("*toy-*"))
 
 
 @pytest.mark.parametrize("missing", ["sha256.json", ".metadata", "progress.json"])

@@ -1,6 +1,7 @@
 """A toy: a small masked autoencoder, trained on random clips by `fit`, here or in a process that is interrupted."""
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import count
@@ -36,10 +37,11 @@ CPU = ComputeConfig(device="cpu", compute="float32")
 
 @dataclass(frozen=True)
 class Toy:
-    """A training. interrupt: called by rank 0 before it computes step `at`."""
+    """A training. interrupt: called by rank `who` before it computes step `at`. slow_s: rank 1 pauses in every step."""
 
     steps: int = 8
     ranks: int = 2
+    batch: int = 8
     sharding: ShardingConfig = PLAIN
     save_every: int = 2
     keep_latest_k: int = 2
@@ -47,6 +49,8 @@ class Toy:
     clip_norm: float = 1.0
     interrupt: Callable[[], None] | None = None
     at: int = 0
+    who: int = 0
+    slow_s: float = 0.0
 
     @property
     def fingerprint(self) -> dict:
@@ -61,7 +65,9 @@ class Toy:
     def fit(self) -> FitConfig:
         optimizer = {"betas": (0.9, 0.95), "weight_decay": 0.05, "warmup_steps": 2, "clip_norm": self.clip_norm, "seed": 0}
         cadence = {"log_every": 1, "save_every": self.save_every, "accumulate": self.sharding.accumulate}
-        return FitConfig(name="toy", steps=self.steps, batch=8, rate_setting="toy.rate", device="cpu", **optimizer, **cadence)
+        return FitConfig(
+            name="toy", steps=self.steps, batch=self.batch, rate_setting="toy.rate", device="cpu", **optimizer, **cadence
+        )
 
 
 def build(method: str = "SimpleMAE") -> nn.Module:
@@ -100,9 +106,10 @@ def _train(*, rank: int, ranks: int, toy: Toy) -> None:
     manager = CheckpointManager("toy", toy.fingerprint, keep_latest_k=toy.keep_latest_k, asynchronous=toy.asynchronous)
 
     def batch(step: int) -> Batch:
-        if toy.interrupt and rank == 0 and step == toy.at:
+        if toy.interrupt and rank == toy.who and step == toy.at:
             toy.interrupt()
-        return Batch(batch_of(model, step, rank=rank, ranks=ranks))
+        time.sleep(toy.slow_s * (rank == 1))
+        return Batch(batch_of(model, step, rank=rank, ranks=ranks, size=toy.batch))
 
     groups = {"all": (list(model.named_parameters()), 0.01)}
     run = {"param_groups": groups, "callbacks": (log,), "manager": manager}

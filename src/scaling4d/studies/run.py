@@ -121,6 +121,12 @@ def study_runs(study: Study) -> list[StudyRun]:
     return runs
 
 
+def clips_settings(arm: Arm) -> str:
+    """The settings on which an arm's clips depend, as JSON."""
+    composed = _composed(arm.profile, arm.overrides)
+    return json.dumps([composed["profile"], composed["clips"]], sort_keys=True)
+
+
 @cache
 def _composed(profile: str, overrides: tuple[str, ...]) -> dict[str, Any]:
     return config.compose([f"profile={profile}", *overrides])
@@ -227,7 +233,7 @@ class ProjectClone:
 
     def __init__(self, number: int, commit: str, dvc_cache: Path) -> None:
         self.number, self.folder, self.commit = number, CLONES / str(number), commit
-        self.clips_of: tuple[object, ...] | None = None  # profile and overrides of the clips in this clone
+        self.clips_of = ""  # settings of the clips in this clone, see clips_settings
         if not (self.folder / ".git").is_dir():
             fresh = self.folder.with_name(f"{number}-fresh")  # a kill while cloning leaves no half clone under the final name
             shutil.rmtree(fresh, ignore_errors=True)
@@ -235,6 +241,7 @@ class ProjectClone:
             fresh.rename(self.folder)
         for key in ("user.name", "user.email"):
             self._git("config", key, git_or_error("config", "--default", "scaling4d", "--get", key).strip())
+        self._git("config", "gc.auto", "0")  # DVC's git collects garbage at every commit otherwise, which takes most of a minute
         self._reset()
         restore_links(self.folder)
         (self.folder / ".dvc/config.local").write_text(f"[cache]\n    dir = {dvc_cache}\n")
@@ -246,7 +253,7 @@ class ProjectClone:
         """
         from ruamel.yaml import YAML
 
-        path, cut = self.folder / LOCK, (arm.profile, arm.overrides)
+        path, cut = self.folder / LOCK, clips_settings(arm)
         former = load_yaml(path.read_text())["stages"] if self.clips_of == cut else {}
         self._reset()
         text = path.read_text()
