@@ -1,4 +1,4 @@
-"""The steps of `scaling4d bench gpu`: what one hour on a GPU shows first. Each also rehearses on a CPU."""
+"""The steps of `scaling4d bench gpu`, in order of value. Each also rehearses on a CPU."""
 
 from __future__ import annotations
 

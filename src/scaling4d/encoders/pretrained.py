@@ -13,7 +13,7 @@ from scaling4d.mae.models import MODELS, encoder_of
 
 
 def load_encoder(folder: Path, *, frames: int = 0, side_px: int = 0) -> nn.Module:
-    """The encoder of a Checkpoint folder, for clips as `set_clip` says.
+    """The encoder of a Checkpoint folder, resized to clips by `set_clip`.
 
     Raises UserError: as load_model, PretrainedEncoder and set_clip.
     """

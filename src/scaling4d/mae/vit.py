@@ -89,7 +89,7 @@ class VideoViT(nn.Module):
 
 
 class SinusoidViT(VideoViT):
-    """Adds a table of sines and cosines to the tokens. A subclass says how it takes another grid."""
+    """Adds a table of sines and cosines to the tokens. Subclasses define the step to another grid."""
 
     def __init__(self, config: VideoViTConfig) -> None:
         super().__init__(config)

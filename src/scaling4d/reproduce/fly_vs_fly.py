@@ -91,7 +91,7 @@ FLY_VS_FLY = Target(
         value=84.3,
         unit="%",
         tolerance=1.0,
-        why="ours, a guess: no spread over seeds is published; scivid says that rare classes vary a lot",
+        why="ours, a guess: no spread over seeds is published; by scivid rare classes vary a lot",
         source="README.md of google-deepmind/scivid, val results of 4DS-B-dist-e",
     ),
     unpublished="",

@@ -29,7 +29,7 @@ class Expected:
 
 @dataclass(frozen=True)
 class Download:
-    """A file or a folder that the user downloads. option: of the command. size: as its source says."""
+    """A file or a folder that the user downloads. option: of the command. size: as its source states it."""
 
     option: str
     what: str
@@ -52,8 +52,8 @@ class Setting:
 class Target:
     """A published number, or a published demo.
 
-    expected: None: nobody published a number, and `unpublished` says what is checked instead. differences: what every
-    run does in another way than the source. hardware: what a run needs.
+    expected: None: nobody published a number, and `unpublished` names the checks instead. differences: of every run
+    from the source. hardware: of a run.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Target:
     def require(self, given: Mapping[str, Path | None]) -> None:
         """Check that the files are there; given: path by option.
 
-        Raises UserError: some are not; the message says what to download and where.
+        Raises UserError: some are not; the message names each download and its address.
         """
         missing = [one for one in self.downloads if (path := given[one.option]) is None or not path.exists()]
         if missing:
