@@ -184,6 +184,7 @@ SIMPLE, FROZEN = "points.mini.model.SimpleMAE", "readout.frozen.depth.Frozen"
     ("clip.side_px=63", "render.Render|clips.Curation: side_px = 63 is odd; .+"),
     ("render.Render.crf=99", "render.Render: crf = 99; needed 0 to 51"),
     ("reconstruct.Filling.ranks=0", "reconstruct.Filling: ranks is 0; needed 1 or more"),
+    ("reconstruct.Filling.shards=2", "reconstruct.Filling: 1 ranks do not divide into copies of 2 shards; set shards .+"),
     ("show.tasks=[dept]", "show.tasks has 'dept'; needed .+; did you mean depth[?]"),
     ("+a=1", "params.yaml has a = 1, which no group in experiments/ knows; correct or remove it"),
     ("~seed", "params.yaml lacks seed; .+"),

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import nearness
@@ -19,11 +19,11 @@ from scaling4d import config, seeds
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders import torchvision_shim
 from scaling4d.mae.models import METHODS, config_of
+from scaling4d.reconstruct import stage
 from scaling4d.reconstruct.fidelity import METRICS, Extractor, FidelityConfig, compare, load_extractors, load_inception
 from scaling4d.reconstruct.stage import FillingConfig, fill_clips, measurements, moving_pixels, reconstruct
 from scaling4d.records import UserError
 from scaling4d.training.distributed import run
-from scaling4d.training.parallelize import ComputeConfig
 
 FIDELITY = FidelityConfig(inception="", checkpoint="")
 SCRIPT = """import scaling4d.cli, numpy as np; from scaling4d.reconstruct.fidelity import fidelity
@@ -123,13 +123,15 @@ def test_pixels_that_differ_from_their_median_over_the_clip_move() -> None:
 
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="^ranks is 0; needed 1 or more"):
-        FillingConfig(device="cpu", compute="float32", ranks=0)
+        FillingConfig(device="cpu", compute="float32", ranks=0, shards=1)
 
 
 @pytest.mark.integration
 @pytest.mark.usefixtures("project")
 @pytest.mark.parametrize(("point", "added"), [("nano", []), ("mae_st_tiny", ["+point@points.mae_st_tiny=mae_st_tiny"])])
-def test_hidden_pixels_are_measured_and_shown_by_any_number_of_ranks(point: str, added: list[str]) -> None:
+def test_hidden_pixels_are_measured_and_shown_by_any_number_of_ranks(
+    point: str, added: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = config.compose(["profile=smoke", "clips.Curation.listed=''", *added])
     folder = Path("artifacts/smoke/pretrain") / point
     ((method, values),) = settings["points"][point]["model"].items()
@@ -141,10 +143,16 @@ def test_hidden_pixels_are_measured_and_shown_by_any_number_of_ranks(point: str,
     out = reconstruct(point, settings)
     measured = json.loads((out / "result.json").read_text())
     given = {"folder": folder, "clips": Path("artifacts/smoke/clips"), "extractors": FIDELITY, "seed": 0}
-    filled, rows = run(fill_clips, ranks=2, compute=ComputeConfig("cpu", "float32"), **given)
+    one = FillingConfig("cpu", "float32", ranks=1, shards=1)
+    filled, rows = run(fill_clips, ranks=2, filling=replace(one, ranks=2), **given)
     assert np.array_equal(rows, np.asarray(Image.open(out / "filled.png")))
-    rounded, _ = run(fill_clips, ranks=1, compute=ComputeConfig("cpu", "bfloat16"), **given)
+    rounded, _ = run(fill_clips, ranks=1, filling=replace(one, compute="bfloat16"), **given)
     assert [clip.error for clip in rounded] == pytest.approx([clip.error for clip in filled], rel=0.05)
+    monkeypatch.setattr(stage, "BATCH", 2)
+    assert len(filled) == 18  # clips: two of the four ranks have a pass less
+    sharded, sharded_rows = run(fill_clips, ranks=4, filling=replace(one, ranks=4, shards=4), **given)
+    assert [clip.error for clip in sharded] == pytest.approx([clip.error for clip in filled], rel=1e-4)
+    assert np.abs(sharded_rows.astype(int) - rows).max() <= 1
     alone = measurements(filled)
     if measured["true_patch_statistics"]:
         assert method == "MAEST" and not alone.keys() & measured.keys()

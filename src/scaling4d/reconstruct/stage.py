@@ -22,11 +22,11 @@ from scaling4d.mae.device import to_device
 from scaling4d.mae.encoder import Method
 from scaling4d.mae.masking import hidden_pixels, random_masking
 from scaling4d.reconstruct.fidelity import FRAME_EXTRACTORS, Extractor, FidelityConfig, fidelity, load_extractors
-from scaling4d.records import MaskedTokens, remedy, write_json
+from scaling4d.records import ClipBatch, MaskedTokens, remedy, write_json
 from scaling4d.training import distributed
 from scaling4d.training.distributed import gather_round_robin
 from scaling4d.training.launch import Job, LaunchConfig, launch, snapshot_content
-from scaling4d.training.parallelize import DTYPES, ComputeConfig
+from scaling4d.training.parallelize import ComputeConfig, ShardingConfig, parallelize
 from scaling4d.training.resume import fingerprint_of, state_folder
 
 MASK_RATIO = 0.9  # of random masking, one for all methods; MAE-ST, arXiv:2205.09113
@@ -39,13 +39,20 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class FillingConfig(ComputeConfig):
-    """ranks: one-thread processes that share the clips; each holds the whole model on its device, in `compute`."""
+    """ranks: one-thread processes that share the clips. shards: ranks that share a copy of the weights (FSDP)."""
 
     ranks: int
+    shards: int
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_minima(self, {"ranks": 1})
+        require_minima(self, {"ranks": 1, "shards": 1})
+        if self.ranks % self.shards:
+            raise ValueError(f"{self.ranks} ranks do not divide into copies of {self.shards} shards; set shards to a divisor")
+
+    @property
+    def sharding(self) -> ShardingConfig:
+        return ShardingConfig(self.shards, recompute="none", compile=False, packed=False, accumulate=1)
 
 
 class FilledClip(NamedTuple):
@@ -104,7 +111,7 @@ def _reconstruct(point: str, bound: StageConfig, home: Path, evidence: Mapping[s
     started, seed = time.time(), bound.declared["seed"]
     filling, extractors = bound[FillingConfig], bound[FidelityConfig]
     folder, clips, final = home / "pretrain" / point, home / "clips", home / "reconstruct" / point
-    given = {"folder": folder, "clips": clips, "extractors": extractors, "seed": seed, "compute": filling}
+    given = {"folder": folder, "clips": clips, "extractors": extractors, "seed": seed, "filling": filling}
     filled, rows = distributed.run(fill_clips, ranks=filling.ranks, device=filling.device, **given)
     if not distributed.is_main():
         return final
@@ -147,19 +154,24 @@ def measurements(filled: Sequence[FilledClip]) -> dict[str, float | None]:
 @remedy(loader.ClipsError, "run `dvc repro clips`")
 @torch.no_grad()
 def fill_clips(
-    *, rank: int, ranks: int, folder: Path, clips: Path, extractors: FidelityConfig, seed: int, compute: ComputeConfig
-) -> tuple[list[FilledClip], np.ndarray | None]:
-    """Fill in this rank's validation clips.
+    *, rank: int, ranks: int, folder: Path, clips: Path, extractors: FidelityConfig, seed: int, filling: FillingConfig
+) -> tuple[list[FilledClip], np.ndarray]:
+    """Fill in this rank's validation clips, with as many passes as the other ranks: FSDP needs all of them in each.
 
-    Returns the clips of all ranks, in their order, and rank 0's picture.
+    Returns the clips of all ranks, in their order, and the picture.
     """
-    device = compute.device
-    model = load_model(folder).to(device, DTYPES[compute.compute])
+    device, model = filling.device, load_model(folder)
+    parallelize(model, filling.sharding, filling, ranks=ranks)
+    model.to(device)
     features_of = load_extractors(extractors, model.encoder.clip, seed, device)
     frames = torch.linspace(0, model.encoder.clip[0] - 1, FRAMES).round().long()
     results: list[FilledClip] = []
-    for batch in loader.eval_batches(clips, split="val", frames=model.encoder.clip[0], batch=BATCH, rank=rank, ranks=ranks):
-        predicted, hidden = fill(model, batch, seed)
+    batches = loader.eval_batches(clips, split="val", frames=model.encoder.clip[0], batch=BATCH, rank=rank, ranks=ranks)
+    for _ in range(0, len(loader.ClipTable(clips, "val")), BATCH * ranks):
+        batch = next(batches, None)
+        predicted, hidden = fill(model, batch or _black_clip(model), seed)
+        if batch is None:
+            continue
         pixels = to_device(batch.pixels, device)
         true, moving = pixels.float() / 255, moving_pixels(pixels)
         error = (predicted - true).square().mean(-1, keepdim=True) * hidden  # B T H W 1
@@ -173,13 +185,15 @@ def fill_clips(
             own = {name: values[i] for name, values in features.items()}
             results.append(FilledClip(*(value.item() for value in (*sums, moving[i].float().mean())), own))
     filled = gather_round_robin(results)
-    if rank:
-        return filled, None
     numbers = np.argsort([abs(clip.moving_share - MOVING_SHARE) for clip in filled], kind="stable")[:CLIPS_SHOWN]
     return filled, np.concatenate([picture(model, clips, number, len(filled), seed) for number in sorted(numbers.tolist())])
 
 
-def fill(model: Method, batch: loader.ClipBatch, seed: int) -> tuple[Tensor, Tensor]:
+def _black_clip(model: Method) -> ClipBatch:
+    return ClipBatch(torch.zeros(1, *model.encoder.clip, 3, dtype=torch.uint8), ids=("",), start_s=(0.0,))
+
+
+def fill(model: Method, batch: ClipBatch, seed: int) -> tuple[Tensor, Tensor]:
     """Every pixel as predicted, `B T H W 3` in 0..1, and 1 at hidden pixels, `B T H W 1`, on the model's device.
 
     A clip's mask is its own.
