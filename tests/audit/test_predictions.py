@@ -44,16 +44,17 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commit: Callable) -
     law.PREDICTIONS.mkdir(parents=True)
     write_runs("small", (1e12, 2e12, 4e12))
     commit("fitted runs")
-    arms = tuple(Arm(f"{size}_8e+12", "pocket", (), f"{size}", ()) for size in SIZES)
+    arms = tuple(Arm(f"{size}_8e+12", "pocket", (), f"{size}", ()) for size in SIZES) + (Arm("untrained", "pocket", (), "u", ()),)
     clips = {str(size): round(8e12 / flops) for size, flops in zip(SIZES, FLOPS_PER_CLIP, strict=True)}
     monkeypatch.setattr(law, "_sizes", lambda point, settings: (int(point), clips[point]))
-    monkeypatch.setattr(law.config, "compose", lambda overrides: {})
+    monkeypatch.setattr(law.config, "compose", lambda overrides: {"points": {arm.encoder: {} for arm in arms[:-1]}})
     monkeypatch.setattr(law, "fit_loss_law", partial(law.fit_loss_law, draws=40))  # a tenth of the time
     return Study("larger", "?", arms[0].name, (0,), arms, {}, law=True)
 
 
 def test_a_prediction_before_its_results_is_right_and_stands_beside_them(project: Study, commit: Callable) -> None:
     assert law.write_prediction(project, REPORTS / "small") == PREDICTION
+    assert [row["parameters"] for row in json.loads(PREDICTION.read_text())["arms"]] == [*SIZES]
     commit("prediction")
     write_runs("larger", (8e12,))
     commit("results")

@@ -204,6 +204,12 @@ def test_the_page_shows_question_findings_and_table_and_links_its_figures(scalin
     assert "<li>Bigger is better, by far.</li><li>No doubt &amp; &lt; none.</li>" in text
 
 
+def test_the_page_of_one_seed_speaks_of_no_spread(scaling: Study) -> None:
+    page.write_study(replace(scaling, seeds=(0,)), DVC_CACHE, {})
+    text = (scaling.folder / "study.html").read_text()
+    assert page.ONE_SEED in text and "standard deviation" not in text and "seed noise" not in text
+
+
 def test_the_index_has_question_finding_seeds_and_code_of_every_study(scaling: Study) -> None:
     findings = "# Three seeds\n\nBigger is better, by 0.1. [table: mini pretrain]\n\nBy far.\n"
     scaling.folder.joinpath("findings.md").write_text(findings)

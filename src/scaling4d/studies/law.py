@@ -102,8 +102,8 @@ def optimum_rows(law: LossLaw) -> Iterator[dict[str, Any]]:
     budgets = np.array(sorted({_rounded(flops) for flops in law.flops}))
     sizes, losses = law.optimum(budgets)
     low, high = law.optimum_interval(budgets)
-    for values in zip(budgets, sizes, low, high, losses, strict=True):
-        yield dict(zip(OPTIMUM_COLUMNS, map(float, values), strict=True))
+    for flops, *in_parameters, loss in zip(budgets, sizes, low, high, losses, strict=True):
+        yield dict(zip(OPTIMUM_COLUMNS, (float(flops), *map(round, in_parameters), float(loss)), strict=True))
 
 
 def law_text(law: LossLaw, *, parameters: float | None, clips: float | None, flops: float | None) -> str:
@@ -135,7 +135,7 @@ def prediction_text(law: LossLaw, parameters: float, clips: float) -> str:
 
 
 def write_prediction(study: Study, source: Path) -> Path:
-    """Predict the loss of every arm of a study by the law of a folder of another one; commit the file before the runs.
+    """Predict the loss of every trained arm of a study by the law of another folder; commit the file before the runs.
 
     Raises:
         UserError: as `law_of`, or the study already has results.
@@ -144,7 +144,10 @@ def write_prediction(study: Study, source: Path) -> Path:
         raise UserError(f"{study.folder / RUNS} has the results already; a prediction is made before them")
     law, rows = law_of(source), []
     for arm in study.arms:
-        parameters, clips = _sizes(arm.encoder, config.compose(arm.settings(study.seeds[0])))
+        settings = config.compose(arm.settings(study.seeds[0]))
+        if not any(arm.encoder in settings.get(group, ()) for group in config.POINTS):
+            continue  # a baseline
+        parameters, clips = _sizes(arm.encoder, settings)
         rows.append({"arm": arm.name, "parameters": parameters, "clips_seen": clips, **_predicted(law, parameters, clips)})
     path = PREDICTIONS / f"{study.name}.json"
     path.parent.mkdir(exist_ok=True)

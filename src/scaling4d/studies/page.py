@@ -46,6 +46,10 @@ PREDICTORS_EXPLAINED = (
     "by size, error by loss: root mean square over the arms of the error of a straight line through the other arms, over the "
     "logarithm of the ladder's size or over the loss. A task that does not rise has no better predictor."
 )
+LAW_EXPLAINED = (
+    "N: encoder parameters. D: clips seen. n, d: their geometric means over the fitted runs. The intervals are of a parametric "
+    "bootstrap. An exponent is not identified where its interval reaches a limit of the search."
+)
 RUNS_CAPTION = (
     "A dot for each seed, a line at the mean of each arm. The baseline is the arm {base}; the band around it is the seed noise "
     "of a difference at 95 %."
@@ -62,11 +66,13 @@ CSV_TABLES = {  # file -> heading of its table on the page
     LAW: "Loss over size N and clips seen D: E + A (N / n)^-alpha + B (D / d)^-beta, with 90 % intervals",
     OPTIMUM: "Best size of a budget, with its 90 % interval",
 }
+CSV_EXPLAINED = {TASKS: f"<p>{PREDICTORS_EXPLAINED}</p>", LAW: f"<p>{LAW_EXPLAINED}</p>"}
 LAW_CAPTION = (
     "Left: validation loss over the encoder's size; a colour is a budget of training FLOPs, its curve the fitted law. Right: the "
     "size with the lowest loss for every budget, with its 90 % interval. There is no baseline: sizes and budgets are compared "
     "with each other."
 )
+ONE_SEED = "One seed: no spread, no noise. Losses compare only between arms that predict the same target."
 EXPLAINED = (
     "Mean over {seeds} seeds ± their standard deviation. In brackets: the difference to {base}, seed by seed, and the seed noise "
     "of such a difference at 95 %. * marks a difference larger than the noise. The noise is of training and readout seeds alone. "
@@ -302,16 +308,17 @@ def study_page(study: Study, table: Sequence[Row], files: Mapping[str, str], fin
     if findings:
         items = (f"<li>{html.escape(REFERENCES.sub('', block))}</li>" for block in paragraphs(findings))
         parts.append(f"<h2>Findings</h2><ul>{''.join(items)}</ul>")
-    parts.append(f"<h2>Table</h2>{html_table(head, body)}<p>{EXPLAINED.format(base=study.base, seeds=len(study.seeds))}</p>")
+    several = EXPLAINED.format(base=study.base, seeds=len(study.seeds))
+    parts.append(f"<h2>Table</h2>{html_table(head, body)}<p>{several if study.seeds[1:] else ONE_SEED}</p>")
     for name, heading in CSV_TABLES.items():
         if name in files:
             head, *rows = csv.reader(files[name].splitlines())
             named = WORDS if name == SIGNAL else ()  # the others keep the metric's key
             cells = [[metric_words(text) if text in named else csv_cell_text(text) for text in row] for row in rows]
-            explained = f"<p>{PREDICTORS_EXPLAINED}</p>" if name == TASKS else ""
-            parts.append(f"<h2>{heading}</h2>{html_table([column.replace('_', ' ') for column in head], cells)}{explained}")
+            table_html = html_table([column.replace("_", " ") for column in head], cells)
+            parts.append(f"<h2>{heading}</h2>{table_html}{CSV_EXPLAINED.get(name, '')}")
     captions = {"law": LAW_CAPTION} if "law.svg" in files else {}
-    captions |= {"runs": RUNS_CAPTION.format(base=study.base)}
+    captions |= {"runs": RUNS_CAPTION.format(base=study.base) if study.seeds[1:] else "A line for each arm, of one seed."}
     captions |= {f"laws_{ladder}": LAWS_CAPTION.format(size=AXES[x]) for ladder, (x, _) in study.ladders.items()}
     parts += [html_figure(f"{name}.svg", name.replace("_", " "), text) for name, text in captions.items()]
     parts.append(f"<h2>Arms</h2>{html_table(('arm', 'encoder', 'settings'), settings)}")
