@@ -12,6 +12,7 @@ import fcntl
 import glob
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -354,6 +355,18 @@ def file_at(commit: str, path: str) -> str | None:
 def commits_of(*paths: str) -> list[str]:
     """Commits that changed one of the paths, newest first."""
     return (git("log", "--format=%H", "--", *paths) or b"").decode().split()
+
+
+def life_of(path: str) -> list[str]:
+    """Commits that changed a file since it was last absent, newest first; none where it is absent now."""
+    return [*itertools.takewhile(lambda commit: file_at(commit, path) is not None, commits_of(path))]
+
+
+def text_with_sha256(path: str, sha256: str) -> str | None:
+    """A file's text with this hash, from disk or from any commit of it; None: there is none."""
+    versions = (file_at(commit, path) for commit in commits_of(path))
+    texts = itertools.chain([Path(path).read_text()] if Path(path).is_file() else [], versions)
+    return next((text for text in texts if text and hashlib.sha256(text.encode()).hexdigest() == sha256), None)
 
 
 def commit_and_edits(*paths: str) -> str:

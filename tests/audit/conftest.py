@@ -203,7 +203,7 @@ def _write_report() -> None:
         page += f"<tr><td>{point}</td>{''.join(cells)}</tr>"
     (BUILT / "results.csv").write_text(provenance.to_csv([field.name for field in fields(Result)][:-1], rows))
     (BUILT / "pretrain.csv").write_text(provenance.to_csv(["point", "parameters", "train_loss", "val_loss", "seed"], losses))
-    nested = {"actions": {"top1↑ (share)": {"frozen": metrics}}, "masked_mse": {"↓": {}}}
+    nested = {"actions": {"top1↑ (share)": {"frozen": metrics}}}
     write_json(BUILT / "metrics.json", nested | {"val_loss": {"↓": dict.fromkeys(POINTS, 0.25)}})
     write_json(BUILT / "numbers.json", numbers)
     write_json(BUILT / "derived.json", derived)

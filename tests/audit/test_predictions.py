@@ -61,10 +61,59 @@ def test_a_prediction_before_its_results_is_right_and_stands_beside_them(project
     assert [*predictions.findings()] == []
     rows = [*law.outcome_rows(law.read_prediction("larger"), law.read_trained_runs(REPORTS / "larger"))]
     assert [row["measured"] for row in rows] == pytest.approx([row["predicted"] for row in rows], rel=5e-3)
-    files = page.law_files(project, read_runs(REPORTS / "larger"))
-    assert [*files] == ["law.csv", "optimum.csv", "predicted.csv", "law.svg"]
-    assert all(words in files["law.svg"] for words in (">predicted before the run, 90 %<", ">its outcome<", ">8e+12 FLOPs<"))
-    assert files == page.law_files(project, read_runs(REPORTS / "larger"))
+    files = page.tables(project, read_runs(REPORTS / "larger"))
+    assert [*files] == ["table.csv", "law.csv", "optimum.csv", "predicted.csv"]
+    svg = law.law_figure(*page.fitted_law(project, read_runs(REPORTS / "larger")))
+    assert all(words in svg for words in (">predicted before the run, 90 %<", ">its outcome<", ">8e+12 FLOPs<"))
+
+
+def test_what_is_measured_already_is_not_predicted(project: Study, commit: Callable) -> None:
+    law.write_prediction(project, REPORTS / "small")
+    every = PREDICTION.read_text()
+    write_runs("other", (8e12,))
+    with pytest.raises(UserError, match="every size of study larger is measured with as many clips"):
+        law.write_prediction(project, REPORTS / "small")
+    rows = (REPORTS / "other/runs.csv").read_text().splitlines(keepends=True)
+    (REPORTS / "other/runs.csv").write_text("".join(rows[:2]))
+    law.write_prediction(project, REPORTS / "small")
+    assert [row["parameters"] for row in json.loads(PREDICTION.read_text())["arms"]] == [*SIZES[1:]]
+    PREDICTION.write_text(every)
+    commit("other runs, and a prediction of the first of them")
+    (finding,) = predictions.findings()
+    assert (
+        finding.kind == WRONG and "24400_8e+12 is predicted by commit " in finding.message and "other/runs.csv" in finding.message
+    )
+
+
+def test_results_of_a_former_study_of_the_name_and_a_withdrawn_prediction_do_not_count(project: Study, commit: Callable) -> None:
+    write_runs("larger", (3e12,))
+    commit("results")
+    (REPORTS / "larger/runs.csv").unlink()
+    commit("they are gone")
+    law.write_prediction(project, REPORTS / "small")
+    commit("prediction")
+    assert [*predictions.findings()] == []
+    with pytest.raises(UserError, match="a commit has .*larger.json; a prediction is made once"):
+        law.write_prediction(project, REPORTS / "small")
+    PREDICTION.unlink()
+    commit("withdrawn")
+    write_runs("small", (1e12, 2e12, 3e12))
+    law.write_prediction(project, REPORTS / "small")
+    commit("another prediction")
+    assert [*predictions.findings()] == []
+
+
+def test_a_run_of_another_size_than_predicted_is_refused(project: Study, commit: Callable) -> None:
+    law.write_prediction(project, REPORTS / "small")
+    write_runs("larger", (9e12,))
+    names = {f"{size}_9e+12": f"{size}_8e+12" for size in SIZES}
+    path = REPORTS / "larger/runs.csv"
+    for name, other in names.items():
+        path.write_text(path.read_text().replace(name, other))
+    with pytest.raises(
+        UserError, match="24400_8e.12 was predicted for 24400 with 277778, and ran as 24400 parameters with 312500 clips"
+    ):
+        page.tables(project, read_runs(REPORTS / "larger"))
 
 
 def test_a_prediction_after_its_results_is_wrong(project: Study, commit: Callable) -> None:
@@ -102,11 +151,25 @@ def test_a_prediction_that_was_changed_later_is_wrong(project: Study, commit: Ca
     assert "was changed after commit" in changed.message and "the law of reports/studies/small/runs.csv predicts" in other.message
 
 
-def test_other_runs_than_those_of_the_prediction_are_noted(project: Study, commit: Callable) -> None:
+def test_the_runs_of_the_prediction_are_found_in_the_commits_and_others_are_wrong(project: Study, commit: Callable) -> None:
     law.write_prediction(project, REPORTS / "small")
     write_runs("small", (1e12, 2e12, 3e12))
     commit("prediction")
-    assert [finding.kind for finding in predictions.findings()] == [NOTE]
+    assert [*predictions.findings()] == []
+    PREDICTION.unlink()
+    commit("withdrawn")
+    law.write_prediction(project, REPORTS / "small")
+    content = json.loads(PREDICTION.read_text())
+    PREDICTION.write_text(json.dumps(content | {"source_sha256": "0" * 64}))
+    commit("of no runs")
+    (finding,) = predictions.findings()
+    assert finding.kind == WRONG and "no reports/studies/small/runs.csv of sha256 000000000000" in finding.message
+
+
+def test_an_optimum_at_a_limit_of_the_search_says_so(project: Study) -> None:
+    fitted = law.law_of(REPORTS / "small")
+    assert "at a limit of the search, so not identified" in law.law_text(fitted, parameters=None, clips=None, flops=1e24)
+    assert "limit" not in law.law_text(fitted, parameters=None, clips=None, flops=3e12)
 
 
 def test_the_law_of_a_folder_says_where_it_is_asked_beyond_its_runs(project: Study) -> None:
@@ -129,5 +192,7 @@ def test_a_folder_of_artifacts_has_a_law_where_one_method_made_them(tmp_path: Pa
     (tmp_path / "summary.json").write_text(json.dumps(summary | {"method": "MAEST"}))
     with pytest.raises(UserError, match="results of MAEST and SimpleMAE, whose losses do not compare"):
         law.law_of(tmp_path)
+    with pytest.raises(UserError, match="has no runs.csv; --predict needs the folder of a study"):
+        law.write_prediction(Study("any", "?", "a", (0,), (), {}), tmp_path)
     with pytest.raises(UserError, match="no runs.csv and no summary.json"):
         law.law_of(tmp_path / "pretrain/absent")

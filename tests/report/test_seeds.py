@@ -19,7 +19,7 @@ from scaling4d.report import figures, layout, tables
 from scaling4d.report.page import Page
 from scaling4d.report.run_results import RunResults, read_run_results
 from scaling4d.report.seeds import FOLDER
-from scaling4d.report.verdict import NO, NOISE, YES, conclusion, measure_rows, rules, verdict
+from scaling4d.report.verdict import NO, NOISE, YES, conclusion, encoder_better, measure_rows, rules, verdict
 from scaling4d.studies.study import loss_task, noise_limit
 from scaling4d.studies.words import METRIC_LABELS
 
@@ -103,6 +103,13 @@ def test_the_verdict_compares_means_beyond_the_noise_of_seeds(run: RunResults) -
     assert pose[0].startswith(YES)
     assert f"{mini.mean - nano.mean:+.4f}" in pose[0] and f"{mini.noise:.4f}" in pose[0]
     assert all(cell.startswith(YES) for cell in pose[3:])  # untrained nano and mini, pixels, standing still
+
+
+def test_the_base_of_the_study_is_compared_too(run: RunResults) -> None:
+    base = "untrained_mini"
+    assert run.fresh_seed_study.of(base, "pose", "epe").noise is None
+    answers = encoder_better(run, "pose", base, "mini"), encoder_better(run, "pose", "mini", base)
+    assert sorted(answers) == sorted([YES, NO])
 
 
 def test_a_difference_within_the_noise_of_seeds_is_no_answer(with_study: Callable[..., RunResults]) -> None:

@@ -134,6 +134,10 @@ def test_rows_without_results_in_the_cache_stay_as_long_as_their_lock_does(scali
     with pytest.raises(UserError, match=message):
         page.write_study(scaling, DVC_CACHE, {})
     lock.write_text(text)
+    runs = scaling.folder / "runs.csv"
+    runs.write_text(runs.read_text().replace("0.2", "0.1", 1))
+    with pytest.raises(UserError, match=message):
+        page.write_study(scaling, DVC_CACHE, {})
     (scaling.folder / "runs.csv").unlink()
     with pytest.raises(UserError, match=message):
         page.write_study(scaling, DVC_CACHE, {})
@@ -188,7 +192,9 @@ def test_an_arm_without_the_size_of_its_ladder_is_named(scaling: Study) -> None:
 
 
 def test_the_page_shows_question_findings_and_table_and_links_its_figures(scaling: Study) -> None:
-    scaling.folder.joinpath("findings.md").write_text("# Findings\n\nBigger is better,\nby far.\n\nNo doubt & < none.\n")
+    scaling.folder.joinpath("findings.md").write_text(
+        "# Findings\n\nBigger is better, [.4, .8],\nby far [table: mini].\n\nNo doubt & < none.\n"
+    )
     page.write_study(scaling, DVC_CACHE, {})
     text = (scaling.folder / "study.html").read_text()
     assert "Again: <code>scaling4d study scaling --seeds 0,1,2</code>" in text
@@ -201,7 +207,7 @@ def test_the_page_shows_question_findings_and_table_and_links_its_figures(scalin
     svg = (scaling.folder / "laws_size.svg").read_text()
     assert all(f">{line}</text>" in svg for line in ("reconstruct moving", "squared error of hidden pixels", "that move"))
     assert not [line for line in re.findall("<text[^>]*>([^<]*)</text>", svg) if "_" in line]
-    assert "<li>Bigger is better, by far.</li><li>No doubt &amp; &lt; none.</li>" in text
+    assert "<li>Bigger is better, [.4, .8], by far.</li><li>No doubt &amp; &lt; none.</li>" in text
 
 
 def test_the_page_of_one_seed_speaks_of_no_spread(scaling: Study) -> None:
@@ -323,6 +329,23 @@ def test_the_audit_names_a_file_with_a_changed_byte_and_one_that_is_gone(scaling
         path.write_bytes(before)
 
 
+def test_the_audit_names_a_table_that_does_not_follow_from_the_runs(scaling: Study, wrong: Callable[[], list[str]]) -> None:
+    facts = scaling.folder / "study.json"
+    for name in ("table.csv", "fits.csv", "tasks.csv", "study.html"):
+        path, before = scaling.folder / name, facts.read_text()
+        text = path.read_text()
+        at = re.search(r"\d\.\d", text).start()
+        path.write_text(text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :])
+        shas = [hashlib.sha256(content.encode()).hexdigest() for content in (text, path.read_text())]
+        facts.write_text(before.replace(*shas))
+        assert (
+            f"{path}: it does not follow from {'the tables and findings.md' if name == 'study.html' else 'runs.csv'}" in wrong()
+        )
+        path.write_text(text)
+        facts.write_text(before)
+    assert wrong() == []
+
+
 def test_the_audit_names_a_changed_key_of_study_json(scaling: Study, wrong: Callable[[], list[str]]) -> None:
     path = scaling.folder / "study.json"
     before = path.read_text()
@@ -335,7 +358,7 @@ def test_the_audit_names_a_changed_key_of_study_json(scaling: Study, wrong: Call
         (line,) = wrong()
         assert line.startswith(f"{path}: its {key!r} does not follow from the locks: ")
     path.write_text(before.replace("Does it scale", "Does it grow", 1))
-    question, _ = wrong()  # the index shows the question too
+    question, *_ = wrong()  # the index and the page show the question too
     assert question.startswith(f"{path}: its 'question' is not that of experiments/study, nor of a commit of it: ")
     path.write_text(before.replace('"base": "nano"', '"base": "tiny"', 1))
     assert "reports/studies/scaling/table.csv: it does not follow from runs.csv" in wrong()
@@ -379,7 +402,7 @@ def test_the_audit_names_missing_runs_and_rows_of_unknown_runs(scaling: Study, w
     for name in ("runs.csv", "table.csv"):
         changed["files"][name] = hashlib.sha256((scaling.folder / name).read_bytes()).hexdigest()
     facts.write_text(json.dumps(changed))
-    assert wrong() == ["reports/studies/scaling/runs.csv: it has rows of giant, seed 2, which is no run of this study"]
+    assert "reports/studies/scaling/runs.csv: it has rows of giant, seed 2, which is no run of this study" in wrong()
     for name, text in before.items():
         (scaling.folder / name).write_bytes(text)
     scaling.lock("tiny-1").unlink()

@@ -7,9 +7,8 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from scaling4d import artifacts
 from scaling4d.audit.run import NOTE, UNCHECKED, WRONG, AuditFinding
-from scaling4d.provenance import commits_of, file_at, git
+from scaling4d.provenance import file_at, git, life_of, parse_csv
 from scaling4d.records import UserError
 from scaling4d.studies.study import REPORTS, RUNS
 
@@ -18,7 +17,7 @@ TOLERANCE = 1e-3  # relative, of a fit that is made again on another machine; ou
 
 def findings() -> Iterator[AuditFinding]:
     """Findings about every file of experiments/prediction."""
-    from scaling4d.studies.law import PREDICTIONS
+    from scaling4d.studies.law import PREDICTIONS  # imports numpy and scipy
 
     for path in sorted(PREDICTIONS.glob("*.json")):
         try:
@@ -31,36 +30,37 @@ def findings() -> Iterator[AuditFinding]:
 def _order(path: Path) -> Iterator[AuditFinding]:
     """The commit of the prediction comes before that of the results, and the file is as in that commit."""
     results = (REPORTS / path.stem / RUNS).as_posix()
-    made, measured = commits_of(path.as_posix()), commits_of(results)
+    made, measured = life_of(path.as_posix()), life_of(results)
     if not made:
         kind = UNCHECKED if git("rev-parse", "HEAD") is None else WRONG if Path(results).is_file() else NOTE
         yield AuditFinding(kind, path.as_posix(), f"no commit has it; commit it before `scaling4d study {path.stem}`")
         return
-    first = made[-1]
+    first, shallow = made[-1], git("rev-parse", "--is-shallow-repository") == b"true\n"
     if file_at(first, path.as_posix()) != path.read_text():
         yield AuditFinding(WRONG, path.as_posix(), f"it was changed after commit {first[:7]}, which predicts first")
-    if not measured:
-        return
-    before = git("merge-base", "--is-ancestor", first, measured[-1]) is not None
-    if first == measured[-1] or not before:
-        shallow = git("rev-parse", "--is-shallow-repository") == b"true\n"
+    if measured and (first == measured[-1] or git("merge-base", "--is-ancestor", first, measured[-1]) is None):
         message = f"commit {first[:7]} predicts {results}, which commit {measured[-1][:7]} measures already"
         yield AuditFinding(UNCHECKED if shallow else WRONG, path.as_posix(), message)
+    from scaling4d.studies.law import trained_runs
+
+    predicted = {(row["parameters"], row["clips_seen"]): row["arm"] for row in json.loads(path.read_text())["arms"]}
+    listed = (git("ls-tree", "-r", "--name-only", first, "--", f"{REPORTS}/") or b"").decode().splitlines()
+    for name in (name for name in listed if Path(name).name == RUNS and name != results):
+        for run in trained_runs(parse_csv(file_at(first, name) or "")):
+            if arm := predicted.pop((run.parameters, run.clips_seen), None):
+                message = f"{arm} is predicted by commit {first[:7]}, in which {name} has a run of its size and clips already"
+                yield AuditFinding(WRONG, path.as_posix(), message)
 
 
 def _numbers(path: Path) -> Iterator[AuditFinding]:
-    """The predicted losses follow from the named runs, where those are still here."""
-    from scaling4d.studies.law import law_of
+    """The predicted losses follow from the runs that the prediction names."""
+    from scaling4d.studies.law import predicting_law
 
     prediction = json.loads(path.read_text())
-    source = Path(prediction["source"])
-    if not (source / RUNS).is_file() or artifacts.sha256(source / RUNS) != prediction["source_sha256"]:
-        yield AuditFinding(NOTE, path.as_posix(), f"it was made of other runs than {source / RUNS} has now")
-        return
-    law = law_of(source)
+    law = predicting_law(prediction)
     for row in prediction["arms"]:
         again = law.prediction(row["parameters"], row["clips_seen"])
         given = (row["predicted"], row["low"], row["high"])
         if not all(math.isclose(*pair, rel_tol=TOLERANCE) for pair in zip(given, again, strict=True)):
-            message = f"{row['arm']} has {given[0]:.5f}; the law of {source / RUNS} predicts {again[0]:.5f}"
+            message = f"{row['arm']} has {given[0]:.5f}; the law of {prediction['source']}/{RUNS} predicts {again[0]:.5f}"
             yield AuditFinding(WRONG, path.as_posix(), message)

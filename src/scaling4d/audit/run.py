@@ -21,7 +21,7 @@ TABLES = {"results": "result.json", "pretrain": "summary.json", "reconstruct": "
 RESULT_KEY, INTERVAL = ("encoder", "task", "protocol"), ("low", "high", "unit", "higher_is_better")
 OBJECTS = ("settings", "overrides", "inputs", "folders", "others", "modules")  # keys of records that hold objects
 csv_rows = cache(provenance.parse_csv)
-NOT_NUMBERS = (*RESULT_KEY, "metric", "unit", "higher_is_better", "checkpoint_sha256", "point", "method")
+NOT_NUMBERS = (*RESULT_KEY, "metric", "unit", "higher_is_better", "checkpoint_sha256", "point", "method", "true_patch_statistics")
 
 
 @dataclass(frozen=True)

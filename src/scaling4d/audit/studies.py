@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 
 from scaling4d import artifacts
@@ -13,6 +16,8 @@ from scaling4d.audit.run import NOTE, UNCHECKED, WRONG, AuditFinding
 from scaling4d.provenance import DVC_CACHE, LOCK, commits_of, file_at, git, load_yaml, parse_csv, read_lock, to_csv
 from scaling4d.records import UserError
 from scaling4d.studies import study as studies
+
+TOLERANCE, ABSOLUTE = 1e-2, 1e-4  # of a fit and its intervals that are made again on another machine; ours
 
 
 def findings() -> Iterator[AuditFinding]:
@@ -29,6 +34,33 @@ def findings() -> Iterator[AuditFinding]:
     if not damaged and index.is_file() and index.read_text() != index_page():
         again = "take it from git again, or run `scaling4d study --collect`"
         yield AuditFinding(WRONG, str(index), f"it does not follow from the studies; {again}")
+
+
+def _verify_tables(study: studies.Study, rows: list[dict[str, str]], code: Mapping[str, str]) -> Iterator[AuditFinding]:
+    """Tables and page follow from runs.csv. rows: of runs.csv. code: of study.json."""
+    from scaling4d.studies import page
+
+    folder, expected = study.folder, page.tables(study, rows)
+    texts = {path.name: path.read_text() for path in (*folder.glob("*.csv"), *folder.glob("*.md"), folder / page.PAGE)}
+    for name in sorted(expected.keys() | {*page.CSV_TABLES} & texts.keys()):
+        if not _same_table(texts.get(name, ""), expected.get(name, ""), fitted=name not in (studies.TABLE, page.SIGNAL)):
+            yield AuditFinding(WRONG, f"{folder}/{name}", f"it does not follow from {studies.RUNS}")
+    if page.study_page(study, rows, texts, texts.get(studies.FINDINGS, ""), code) != texts[page.PAGE]:
+        yield AuditFinding(WRONG, f"{folder}/{page.PAGE}", "it does not follow from the tables and findings.md")
+
+
+def _same_table(text: str, expected: str, *, fitted: bool) -> bool:
+    def same(cell: str, other: str) -> bool:
+        try:
+            return cell == other or math.isclose(float(cell), float(other), rel_tol=TOLERANCE, abs_tol=ABSOLUTE)
+        except ValueError:
+            return False
+
+    if text == expected or not fitted:
+        return text == expected
+    rows, others = (list(csv.reader(table.splitlines())) for table in (text, expected))
+    pairs = [(row, other) for row, other in zip_longest(rows, others, fillvalue=[])]
+    return all(len(row) == len(other) and all(map(same, row, other)) for row, other in pairs)
 
 
 def _questions(name: str) -> Iterator[str]:
@@ -76,8 +108,7 @@ def _verify_study(path: Path) -> Iterator[AuditFinding]:
             message = f"its {key!r} does not follow from the locks: {again}"
             yield AuditFinding(WRONG, str(path), message)
     where, rows = f"{folder}/{studies.RUNS}", studies.read_runs(folder)
-    if to_csv(studies.TABLE_COLUMNS, studies.study_table(rows, study.base)) != (folder / studies.TABLE).read_text():
-        yield AuditFinding(WRONG, f"{folder}/{studies.TABLE}", f"it does not follow from {studies.RUNS}")
+    yield from _verify_tables(study, rows, facts["code"])
     uncached, unknown = 0, 0
     for run, (arm, seed) in study.runs.items():
         numbers = studies.run_numbers(arm, seed, locks[run], DVC_CACHE, facts["runs"][run]["experiment"])

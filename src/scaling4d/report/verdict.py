@@ -110,7 +110,8 @@ def encoder_better(run: RunResults, task: str, a: str, b: str) -> str | None:
     if not run.fresh_seed_study:
         return better(first, second)
     one, other = (run.fresh_seed_study.of(r.encoder, task, r.metric) for r in (first, second))
-    return beyond_noise(one.mean, other.mean, one.noise, first.higher_is_better)
+    noise = other.noise if one.noise is None else one.noise  # the study's base arm has none
+    return beyond_noise(one.mean, other.mean, noise, first.higher_is_better)
 
 
 def verdict(run: RunResults, page: Page, rows: Sequence[Verdict]) -> str:

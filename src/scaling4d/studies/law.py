@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from scaling4d import artifacts, config
+from scaling4d.provenance import life_of, parse_csv, text_with_sha256
 from scaling4d.records import UserError, write_json
 from scaling4d.studies.loss_law import MIN_RUNS, NAMES, LossLaw, fit_loss_law
 from scaling4d.studies.markup import cell_text
@@ -69,6 +71,25 @@ def read_trained_runs(folder: Path) -> list[TrainedRun]:
     return [TrainedRun(*(summary[key] for key in keys)) for summary in summaries]
 
 
+@cache
+def law_of_text(runs_csv: str) -> LossLaw | None:
+    """The law of the text of a runs.csv."""
+    return fit_runs(trained_runs(parse_csv(runs_csv)))
+
+
+def predicting_law(prediction: Mapping[str, Any]) -> LossLaw:
+    """The law of the runs that a prediction names, as they were then.
+
+    Raises UserError: neither the disk nor a commit has these runs.
+    """
+    path = f"{prediction['source']}/{RUNS}"
+    text = text_with_sha256(path, prediction["source_sha256"])
+    law = None if text is None else law_of_text(text)
+    if law is None:
+        raise UserError(f"no {path} of sha256 {prediction['source_sha256'][:12]} with runs for a law, on disk or in a commit")
+    return law
+
+
 def law_of(folder: Path) -> LossLaw:
     """The law of a folder's runs.
 
@@ -76,7 +97,7 @@ def law_of(folder: Path) -> LossLaw:
         UserError: as `read_trained_runs`, or too few runs, sizes or numbers of clips.
     """
     runs = read_trained_runs(folder)
-    if law := fit_runs(runs):
+    if law := law_of_text((folder / RUNS).read_text()) if (folder / RUNS).is_file() else fit_runs(runs):
         return law
     sizes, clips = ({getattr(run, key) for run in runs} for key in ("parameters", "clips_seen"))
     raise UserError(
@@ -115,7 +136,9 @@ def law_text(law: LossLaw, *, parameters: float | None, clips: float | None, flo
     if flops and not parameters:
         (size,), (loss,) = law.optimum(np.array([flops]))
         (low,), (high,) = law.optimum_interval(np.array([flops]))
-        lines.append(f"best size for {flops:.3g} FLOPs: {size:,.0f} parameters [{low:,.0f}, {high:,.0f}], loss {cell_text(loss)}")
+        text = f"best size for {flops:.3g} FLOPs: {size:,.0f} parameters [{low:,.0f}, {high:,.0f}], loss {cell_text(loss)}"
+        at_limit = {size, low, high} & {*law.sizes[[0, -1]]}
+        lines.append(f"{text}{'; at a limit of the search, so not identified' if at_limit else ''}")
         parameters = size
     if parameters and flops:
         clips = flops / float(law.flops_per_clip(np.array([parameters]))[0])
@@ -135,21 +158,29 @@ def prediction_text(law: LossLaw, parameters: float, clips: float) -> str:
 
 
 def write_prediction(study: Study, source: Path) -> Path:
-    """Predict the loss of every trained arm of a study by the law of another folder; commit the file before the runs.
+    """Predict losses of a study by the law of another study's folder; commit the file before the runs.
 
+    Arms of a size and a number of clips that some study has measured are left out, and baselines.
     Raises:
-        UserError: as `law_of`, or the study already has results.
+        UserError: as `law_of`, the study already has results or a committed prediction, or nothing is left to predict.
     """
+    path = PREDICTIONS / f"{study.name}.json"
     if (study.folder / RUNS).is_file():
         raise UserError(f"{study.folder / RUNS} has the results already; a prediction is made before them")
+    if life_of(path.as_posix()):
+        raise UserError(f"a commit has {path}; a prediction is made once")
+    if not (source / RUNS).is_file():
+        raise UserError(f"{source} has no {RUNS}; --predict needs the folder of a study, whose runs the audit can find again")
+    measured = {(run.parameters, run.clips_seen) for runs in REPORTS.glob(f"*/{RUNS}") for run in read_trained_runs(runs.parent)}
     law, rows = law_of(source), []
     for arm in study.arms:
         settings = config.compose(arm.settings(study.seeds[0]))
-        if not any(arm.encoder in settings.get(group, ()) for group in config.POINTS):
-            continue  # a baseline
-        parameters, clips = _sizes(arm.encoder, settings)
-        rows.append({"arm": arm.name, "parameters": parameters, "clips_seen": clips, **_predicted(law, parameters, clips)})
-    path = PREDICTIONS / f"{study.name}.json"
+        if any(arm.encoder in settings.get(group, ()) for group in config.POINTS):
+            sizes = _sizes(arm.encoder, settings)
+            row = {"arm": arm.name, **dict(zip(("parameters", "clips_seen"), sizes, strict=True)), **_predicted(law, *sizes)}
+            rows += [row] if sizes not in measured else []
+    if not rows:
+        raise UserError(f"every size of study {study.name} is measured with as many clips; a prediction is made before the runs")
     path.parent.mkdir(exist_ok=True)
     write_json(path, {"source": str(source), "source_sha256": artifacts.sha256(source / RUNS), "arms": rows})
     return path
@@ -175,10 +206,18 @@ def read_prediction(name: str) -> dict[str, Any] | None:
 
 
 def outcome_rows(prediction: Mapping[str, Any], runs: Sequence[TrainedRun]) -> Iterator[dict[str, Any]]:
-    """Rows of predicted.csv: the predicted arms that ran, with the mean of their losses."""
+    """Rows of predicted.csv: the predicted arms that ran, with the mean of their losses.
+
+    Raises UserError: an arm ran with another size or number of clips than it was predicted for.
+    """
     for row in prediction["arms"]:
-        if losses := [run.loss for run in runs if run.arm == row["arm"]]:
-            yield row | {"measured": fmean(losses), "inside": row["low"] <= fmean(losses) <= row["high"]}
+        measured = [run for run in runs if run.arm == row["arm"]]
+        if other := [run for run in measured if (run.parameters, run.clips_seen) != (row["parameters"], row["clips_seen"])]:
+            ran = f"{other[0].parameters} parameters with {other[0].clips_seen} clips"
+            raise UserError(f"{row['arm']} was predicted for {row['parameters']} with {row['clips_seen']}, and ran as {ran}")
+        if measured:
+            mean = fmean(run.loss for run in measured)
+            yield row | {"measured": mean, "inside": row["low"] <= mean <= row["high"]}
 
 
 # ---- figure ----
@@ -192,7 +231,8 @@ def law_figure(runs: Sequence[TrainedRun], law: LossLaw, predicted: Sequence[Map
     """
     figure, ((curves, frontier),) = subplots(1, 2, (9.6, 4.2))
     budgets = sorted({_rounded(run.flops) for run in runs})
-    sizes = np.geomspace(law.parameters.min() / 1.3, law.parameters.max() * 1.3, 100)
+    shown = [*law.parameters, *(run.parameters for run in runs)]
+    sizes = np.geomspace(min(shown) / 1.3, max(shown) * 1.3, 100)
     for number, budget in enumerate(budgets):
         color = f"C{number % 10}"
         some = [run for run in runs if _rounded(run.flops) == budget]
@@ -207,7 +247,7 @@ def law_figure(runs: Sequence[TrainedRun], law: LossLaw, predicted: Sequence[Map
     best, losses = law.optimum(grid)
     low, high = law.optimum_interval(grid)
     curves.plot(best, losses, "k--", lw=1, label="best size of a budget")
-    log_x(curves, [*law.parameters], "encoder parameters")
+    log_x(curves, shown, "encoder parameters")
     curves.set_title("validation loss of pretraining\n↓ lower is better")
     frontier.plot(grid, best, "k--", lw=1)
     frontier.fill_between(grid, low, high, color="0.5", alpha=0.2, lw=0, label="its 90 % interval")

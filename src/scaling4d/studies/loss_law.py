@@ -72,12 +72,17 @@ class LossLaw:
         slope = (y[piece + 1] - y[piece]) / (x[piece + 1] - x[piece])
         return np.exp(y[piece] + slope * (at - x[piece]))
 
+    @property
+    def sizes(self) -> np.ndarray:
+        """Those that are tried for an optimum."""
+        return np.geomspace(self.parameters.min() / 4, self.parameters.max() * 4, SIZES)
+
     def optimum(self, flops: np.ndarray, values: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The size with the lowest loss for every budget, within a quarter to four times the fitted ones; its loss.
 
         flops: `budgets`, of a whole training. values: of a draw; default: the fit's.
         """
-        sizes = np.geomspace(self.parameters.min() / 4, self.parameters.max() * 4, SIZES)
+        sizes = self.sizes
         losses = self.loss(sizes, np.asarray(flops, dtype=float)[:, None] / self.flops_per_clip(sizes), values)
         best = losses.argmin(1)
         return sizes[best], losses[np.arange(len(best)), best]

@@ -21,6 +21,8 @@ from scaling4d.records import UserError, write_json
 from scaling4d.studies import law as laws
 from scaling4d.studies import study as studies
 from scaling4d.studies.fits import held_out, left_out_error, spearman, trend
+from scaling4d.studies.law import TrainedRun
+from scaling4d.studies.loss_law import LossLaw
 from scaling4d.studies.markup import NOTHING, cell_text, csv_cell_text, deviation_format, html_figure, html_page, html_table
 from scaling4d.studies.plotting import draw_law, legend, log_x, panel_title, style, subplots, to_svg
 from scaling4d.studies.study import REPORTS, UNMEASURED, Study
@@ -29,8 +31,8 @@ from scaling4d.studies.words import WORDS, measure_head, metric_words
 PANELS = 4  # of a row of a figure
 SIGNAL = "signal.csv"
 LAW, OPTIMUM, PREDICTED = "law.csv", "optimum.csv", "predicted.csv"
-FITS, TASKS, INDEX = "fits.csv", "tasks.csv", "index.html"
-REFERENCES = re.compile(r" \[[^]]*\]")  # of a sentence of findings.md: the rows of table.csv, or the figure
+FITS, TASKS, INDEX, PAGE = "fits.csv", "tasks.csv", "index.html", "study.html"
+REFERENCES = re.compile(r" \[[a-z_.]+: [^]]*\]")  # of a sentence of findings.md: the rows of table.csv, or the figure
 FIT_COLUMNS = (
     *("task", "ladder", "metric", "points", "floor", "floor_low", "floor_high", "exponent", "exponent_low", "exponent_high"),
     *("largest", "measured", "predicted", "predicted_low", "predicted_high", "inside"),
@@ -48,8 +50,10 @@ PREDICTORS_EXPLAINED = (
 )
 LAW_EXPLAINED = (
     "N: encoder parameters. D: clips seen. n, d: their geometric means over the fitted runs. The intervals are of a parametric "
-    "bootstrap. An exponent is not identified where its interval reaches a limit of the search."
+    "bootstrap. An exponent is not identified where its interval reaches a limit of the search. Where losses were predicted, the "
+    "law is that of the predicting study."
 )
+PREDICTED_EXPLAINED = "low, high: 90 % interval of one run. measured: the mean over the seeds."
 RUNS_CAPTION = (
     "A dot for each seed, a line at the mean of each arm. The baseline is the arm {base}; the band around it is the seed noise "
     "of a difference at 95 %."
@@ -66,7 +70,7 @@ CSV_TABLES = {  # file -> heading of its table on the page
     LAW: "Loss over size N and clips seen D: E + A (N / n)^-alpha + B (D / d)^-beta, with 90 % intervals",
     OPTIMUM: "Best size of a budget, with its 90 % interval",
 }
-CSV_EXPLAINED = {TASKS: f"<p>{PREDICTORS_EXPLAINED}</p>", LAW: f"<p>{LAW_EXPLAINED}</p>"}
+CSV_EXPLAINED = {TASKS: PREDICTORS_EXPLAINED, LAW: LAW_EXPLAINED, PREDICTED: PREDICTED_EXPLAINED}
 LAW_CAPTION = (
     "Left: validation loss over the encoder's size; a colour is a budget of training FLOPs, its curve the fitted law. Right: the "
     "size with the lowest loss for every budget, with its 90 % interval. There is no baseline: sizes and budgets are compared "
@@ -101,7 +105,7 @@ def write_study(study: Study, cache: Path, run_facts: Mapping[str, Mapping[str, 
         given = run_facts.get(run, known)
         facts[run] = (known if given["experiment"] == known["experiment"] else {}) | given
         numbers = studies.run_numbers(arm, seed, locks[run], cache, facts[run]["experiment"])
-        if numbers is None and former["files"].get(f"{studies.LOCKS}/{path.name}") == artifacts.sha256(path):
+        if numbers is None and studies.is_recorded(folder, former["files"], run):
             numbers = [row for row in former_rows if row["arm"] == arm.name and row["seed"] == str(seed)]
         if not numbers and (recorded := studies.recorded_run(facts[run]["experiment"])):
             numbers = [{**row, "arm": arm.name} for row in recorded[1]]
@@ -110,18 +114,14 @@ def write_study(study: Study, cache: Path, run_facts: Mapping[str, Mapping[str, 
         rows += numbers
     files = {studies.RUNS: to_csv(studies.RUN_COLUMNS, rows)}
     rows = parse_csv(files[studies.RUNS])
-    table = studies.study_table(rows, study.base)
-    files |= {studies.TABLE: to_csv(studies.TABLE_COLUMNS, table), "runs.svg": runs_figure(study, rows, table)}
-    if signals := [*studies.signal_rows(rows)]:
-        files[SIGNAL] = to_csv(studies.SIGNAL_COLUMNS, signals)
-    if study.ladders:
-        files |= {FITS: to_csv(FIT_COLUMNS, fit_rows(study, rows)), TASKS: to_csv(TASK_COLUMNS, task_rows(study, rows))}
-        files |= {f"laws_{ladder}.svg": laws_figure(study, rows, ladder) for ladder in study.ladders}
-    if study.law:
-        files |= law_files(study, rows)
+    files |= tables(study, rows)
+    files["runs.svg"] = runs_figure(study, rows, studies.study_table(rows, study.base))
+    files |= {f"laws_{ladder}.svg": laws_figure(study, rows, ladder) for ladder in study.ladders}
+    if LAW in files:
+        files["law.svg"] = laws.law_figure(*fitted_law(study, rows))
     content = studies.study_facts(study, locks, facts)
     text = findings.read_text() if findings.is_file() else ""
-    files["study.html"] = study_page(study, table, files, text, content["code"])
+    files[PAGE] = study_page(study, rows, files, text, content["code"])
     for name, text in files.items():
         (folder / name).write_text(text)
     current = {*map(study.lock, study.runs), *(folder / name for name in files)}
@@ -133,23 +133,33 @@ def write_study(study: Study, cache: Path, run_facts: Mapping[str, Mapping[str, 
     (REPORTS / INDEX).write_text(index_page())
 
 
-# ---- the law of size and data, for studies that ask for it ----
-
-
-def law_files(study: Study, rows: Sequence[Row]) -> dict[str, str]:
-    """Numbers and optimum of the law as csv, and its figure; of a predicted study the predicting law, and the outcome.
-
-    Empty without a prediction, where the runs are too few for a law.
-    """
-    runs, prediction = laws.trained_runs(rows), laws.read_prediction(study.name)
-    outcome = [*laws.outcome_rows(prediction, runs)] if prediction else []
-    law = laws.law_of(Path(prediction["source"])) if prediction else laws.fit_runs(runs)
-    if law is None:
-        return {}
-    files = {LAW: to_csv(laws.LAW_COLUMNS, laws.law_rows(law)), OPTIMUM: to_csv(laws.OPTIMUM_COLUMNS, laws.optimum_rows(law))}
+def tables(study: Study, rows: Sequence[Row]) -> dict[str, str]:
+    """All csv files that follow from the rows of runs.csv, by name."""
+    files = {studies.TABLE: to_csv(studies.TABLE_COLUMNS, studies.study_table(rows, study.base))}
+    if signals := [*studies.signal_rows(rows)]:
+        files[SIGNAL] = to_csv(studies.SIGNAL_COLUMNS, signals)
+    if study.ladders:
+        files |= {FITS: to_csv(FIT_COLUMNS, fit_rows(study, rows)), TASKS: to_csv(TASK_COLUMNS, task_rows(study, rows))}
+    _, law, outcome = fitted_law(study, rows)
+    if law:
+        files[LAW] = to_csv(laws.LAW_COLUMNS, laws.law_rows(law))
+        files[OPTIMUM] = to_csv(laws.OPTIMUM_COLUMNS, laws.optimum_rows(law))
     if outcome:
         files[PREDICTED] = to_csv(laws.PREDICTION_COLUMNS, outcome)
-    return files | {"law.svg": laws.law_figure(runs, law, outcome)}
+    return files
+
+
+def fitted_law(study: Study, rows: Sequence[Row]) -> tuple[list[TrainedRun], LossLaw | None, list[dict[str, Any]]]:
+    """Trained runs; the law of size and data, of a predicted study the predicting one; rows of predicted.csv.
+
+    Without a law where the study asks for none or, without a prediction, has too few runs.
+    """
+    if not study.law:
+        return [], None, []
+    runs, prediction = laws.trained_runs(rows), laws.read_prediction(study.name)
+    if prediction:
+        return runs, laws.predicting_law(prediction), [*laws.outcome_rows(prediction, runs)]
+    return runs, laws.law_of_text(to_csv(studies.RUN_COLUMNS, rows)), []
 
 
 # ---- laws, for studies with ladders ----
@@ -293,12 +303,13 @@ def _task_title(row: Row, *, higher_is_better: bool) -> str:
 # ---- pages ----
 
 
-def study_page(study: Study, table: Sequence[Row], files: Mapping[str, str], findings: str, code: Mapping[str, str]) -> str:
+def study_page(study: Study, rows: Sequence[Row], files: Mapping[str, str], findings: str, code: Mapping[str, str]) -> str:
     """Question, findings, table, laws, figures and arms on one page.
 
     Args:
-        files: texts by name; figures are linked. code: of study.json.
+        rows: of runs.csv. files: texts of the other csv files by name; figures are linked. code: of study.json.
     """
+    table = studies.study_table(rows, study.base)
     tasks = {row["task"]: row["metric"] for row in table}
     cells = {(row["arm"], row["task"]): _cell(row) for row in table}
     head = ("arm", *(f"{task.replace('_', ' ')}\n{measure_head(metric)}" for task, metric in tasks.items()))
@@ -312,12 +323,12 @@ def study_page(study: Study, table: Sequence[Row], files: Mapping[str, str], fin
     parts.append(f"<h2>Table</h2>{html_table(head, body)}<p>{several if study.seeds[1:] else ONE_SEED}</p>")
     for name, heading in CSV_TABLES.items():
         if name in files:
-            head, *rows = csv.reader(files[name].splitlines())
+            head, *lines = csv.reader(files[name].splitlines())
             named = WORDS if name == SIGNAL else ()  # the others keep the metric's key
-            cells = [[metric_words(text) if text in named else csv_cell_text(text) for text in row] for row in rows]
+            cells = [[metric_words(text) if text in named else csv_cell_text(text) for text in line] for line in lines]
             table_html = html_table([column.replace("_", " ") for column in head], cells)
-            parts.append(f"<h2>{heading}</h2>{table_html}{CSV_EXPLAINED.get(name, '')}")
-    captions = {"law": LAW_CAPTION} if "law.svg" in files else {}
+            parts.append(f"<h2>{heading}</h2>{table_html}<p>{CSV_EXPLAINED.get(name, '')}</p>")
+    captions = {"law": LAW_CAPTION} if LAW in files else {}
     captions |= {"runs": RUNS_CAPTION.format(base=study.base) if study.seeds[1:] else "A line for each arm, of one seed."}
     captions |= {f"laws_{ladder}": LAWS_CAPTION.format(size=AXES[x]) for ladder, (x, _) in study.ladders.items()}
     parts += [html_figure(f"{name}.svg", name.replace("_", " "), text) for name, text in captions.items()]

@@ -144,12 +144,17 @@ def recorded_run(experiment: str) -> tuple[Path, list[dict[str, str]]] | None:
     for path in sorted(REPORTS.glob(f"*/{FACTS}")):
         facts = json.loads(path.read_text())
         for run in (key for key, known in facts["runs"].items() if known["experiment"] == experiment):
-            lock = path.parent / LOCKS / f"{run}.lock"
-            if lock.is_file() and facts["files"].get(f"{LOCKS}/{lock.name}") == artifacts.sha256(lock):
+            if is_recorded(path.parent, facts["files"], run):
                 rows = [row for row in read_runs(path.parent) if f"{row['arm']}-{row['seed']}" == run]
                 if rows:
-                    return lock, rows
+                    return path.parent / LOCKS / f"{run}.lock", rows
     return None
+
+
+def is_recorded(folder: Path, files: Mapping[str, str], run: str) -> bool:
+    """Whether a study's folder has a run's lock and runs.csv unchanged. files: of its study.json."""
+    paths = (folder / LOCKS / f"{run}.lock", folder / RUNS)
+    return all(path.is_file() and files.get(path.relative_to(folder).as_posix()) == artifacts.sha256(path) for path in paths)
 
 
 def with_seeds(study: Study, seeds: str) -> Study:
