@@ -83,10 +83,18 @@ def write_run(stage: str, out_sha256: str, *, started: float, **facts: Any) -> N
         "python": platform.python_version(),
         "machine": f"{platform.machine()} {processor()}".strip(),
         "cpus": os.cpu_count(),
-        "versions": {name: metadata.version(name) for name in VERSIONS},
+        "versions": {name: version for name in VERSIONS if (version := _version(name))},
         **facts,
     }
     provenance.write_text(RUNS / f"{stage}-{out_sha256[:16]}.json", json_text(content))
+
+
+def _version(package: str) -> str | None:
+    """Of an installed package. xformers has no wheels for macOS and ARM."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def processor() -> str:

@@ -277,7 +277,7 @@ def study(
 
 @app.command()
 def law(
-    folder: Annotated[Path, typer.Argument(help="Of a study, or with artifacts of one method.")],
+    folder: Annotated[Path, typer.Argument(help="Of a study; without --predict also with artifacts of one method.")],
     parameters: Annotated[int | None, typer.Option(min=1, help="Predict the loss of an encoder of this size,")] = None,
     clips: Annotated[int | None, typer.Option(min=1, help="after so many clips,")] = None,
     flops: Annotated[float | None, typer.Option(min=1, help="or so many training FLOPs; alone: of the best size.")] = None,
@@ -433,7 +433,8 @@ def features(
     interpolated.
 
     With --out FILE.npz: of one clip, a video's first frames or a .npy B T H W C (float in 0..1, or uint8), every layer
-    as the encoder lists them, and the output of the readout if CHECKPOINT is a folder of one.
+    as the encoder lists them. CHECKPOINT is then a Checkpoint folder, or the folder of a frozen readout, whose output
+    is written too.
     """
     from scaling4d.encoders import video_features
 
@@ -489,11 +490,10 @@ def reproduce(
     data: Annotated[Path | None, typer.Option(help="fly_vs_fly: the folder with its shards.")] = None,
     video: Annotated[Path | None, typer.Option(help="depth_demo: a video file.")] = None,
     out: Annotated[Path | None, typer.Option(help="New folder; default: artifacts/reproduced/TARGET.")] = None,
-    device: Annotated[str, typer.Option(help="fly_vs_fly: cpu or cuda; default: the GPU, if there is one.")] = "",
-    seed: Annotated[int, typer.Option(min=0, help="fly_vs_fly: of weights, order, crops and dropout.")] = 0,
+    device: Annotated[str | None, typer.Option(help="fly_vs_fly: cpu or cuda; default: the GPU, if there is one.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="fly_vs_fly: of weights, order, crops, dropout; default: 0.")] = None,
     steps: Annotated[int | None, typer.Option(min=2, help="fly_vs_fly: fewer steps, for a trial without verdict.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="fly_vs_fly: threads that read; default: one a core.")] = os.cpu_count()
-    or 1,
+    workers: Annotated[int | None, typer.Option(min=1, help="fly_vs_fly: threads that read; default: one a core.")] = None,
     dry: Annotated[bool, typer.Option("--dry", help="Print downloads, settings and their sources; compute nothing.")] = False,
 ) -> None:
     """Reproduce a published number, or a published demo, with the files that its authors released.

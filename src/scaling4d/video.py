@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from heapq import heappop, heappush
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
 
 import av
@@ -128,9 +128,9 @@ def decode_frames_at(source: VideoInput, wanted_s: Iterable[float]) -> Iterator[
     wanted = iter(wanted_s)
     with _open(source) as (container, stream):
         shape, reformatter, next_s = _pixel_shape(stream), VideoReformatter(), next(wanted, math.inf)
-        count, first_s, shown, shown_s, end_s = 0, 0.0, None, 0.0, 0.0
+        passed, first_s, shown, shown_s, end_s = 0, 0.0, None, 0.0, 0.0
         for time_s, frame in _in_order(container, stream):
-            first_s = time_s if count == 0 else first_s
+            first_s = time_s if passed == 0 else first_s
             rgb = None
             while next_s + TOLERANCE_S < time_s - first_s:
                 rgb = _rgb(shown, reformatter, shape) if rgb is None else rgb
@@ -138,11 +138,11 @@ def decode_frames_at(source: VideoInput, wanted_s: Iterable[float]) -> Iterator[
                 next_s = next(wanted, math.inf)
             if next_s == math.inf:
                 return
-            shown, shown_s, count = frame, time_s - first_s, count + 1
+            shown, shown_s, passed = frame, time_s - first_s, passed + 1
             end_s = max(end_s, shown_s + float((frame.duration or 0) * frame.time_base))
         if shown is None:
             raise VideoError("no frame can be decoded")
-        end_s = max(end_s, shown_s + (shown_s / (count - 1) if count > 1 else 0))  # the last frame is shown for a while
+        end_s = max(end_s, shown_s + (shown_s / (passed - 1) if passed > 1 else 0))  # the last frame is shown for a while
         rgb = _rgb(shown, reformatter, shape)
         while next_s < max(end_s - END_S, TOLERANCE_S):
             yield shown_s, rgb
@@ -238,18 +238,34 @@ def _read_video(path: Path, start_s: float, rate_hz: float | None, frames: int |
             wanted_s = opened.first_s() + start_s + np.arange(frames) / rate_hz
             if opened.shows(wanted_s[-1]):
                 return opened.frames_at(wanted_s)
-    times_s, pixels = decode_all(path)
-    end_s = times_s[-1] + (times_s[-1] / (len(times_s) - 1) if len(times_s) > 1 else 0)  # the last frame is shown for a while
     if rate_hz:
-        wanted_s = start_s + np.arange(frames or max(math.ceil((end_s - start_s) * rate_hz), 0)) / rate_hz
-        indices = frame_indices_at(times_s, wanted_s[wanted_s < max(end_s - END_S, TOLERANCE_S)])
+        wanted = (start_s + number / rate_hz for number in count())
+        pictures = [rgb for _, rgb in islice(decode_frames_at(path, wanted), frames)]
     else:
-        indices = np.flatnonzero(times_s >= start_s - TOLERANCE_S)[:frames]
-    if len(indices) < (frames or 1):
-        rate = f" at {rate_hz:g} Hz" if rate_hz else ""
+        pictures = [*islice(_frames_from(path, start_s), frames)]
+    if len(pictures) < (frames or 1):
+        times_s, rate = _times(path), f" at {rate_hz:g} Hz" if rate_hz else ""
+        end_s = (times_s[-1] - times_s[0]) * len(times_s) / max(len(times_s) - 1, 1)  # the last frame is shown for a while
         needed = f"needed {frames or 'some'} frames{rate} from start_s = {start_s:g}"
         raise VideoError(f"too short: {len(times_s)} frames, {end_s:.2f} s; {needed}; lower start_s or frames")
-    return pixels[indices]
+    return np.stack(pictures)
+
+
+def _frames_from(source: VideoInput, start_s: float) -> Iterator[np.ndarray]:
+    """Every frame from a time after the first frame on, uint8 `H W 3`."""
+    first_s = None
+    with _open(source) as (container, stream):
+        shape, reformatter = _pixel_shape(stream), VideoReformatter()
+        for time_s, frame in _in_order(container, stream):
+            first_s = time_s if first_s is None else first_s
+            if time_s - first_s >= start_s - TOLERANCE_S:
+                yield _rgb(frame, reformatter, shape)
+
+
+def _times(source: VideoInput) -> np.ndarray:
+    """Times of all frames on the stream's own clock, ascending."""
+    with _open(source) as (container, stream):
+        return sort_times([time_s for time_s, _ in _intact_frames(container, stream)])
 
 
 def frame_indices_at(times_s: np.ndarray, wanted_s: Times) -> np.ndarray:
@@ -362,8 +378,7 @@ def _seek(
 
 
 def _decode_from_start(source: VideoInput, wanted_s: np.ndarray, side_px: int | None) -> np.ndarray:
-    times_s = sort_times([time_s for time_s, _ in decode_frames(source)])
-    indices = frame_indices_at(times_s, wanted_s).tolist()
+    indices = frame_indices_at(_times(source), wanted_s).tolist()
     images, reformatter = {}, VideoReformatter()
     with _open(source) as (container, stream):
         shape = _pixel_shape(stream)

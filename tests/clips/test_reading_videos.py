@@ -34,6 +34,13 @@ def test_the_frames_shown_at_the_wanted_times_come_back(path: Path, options: dic
     assert pixels.dtype == np.uint8 and np.array_equal(pixels, every[list(expected)])
 
 
+@pytest.mark.parametrize("options", [{"frames": 3}, {"frames": 3, "start_s": 0.5}, {"rate_hz": 2}])
+def test_frames_that_nobody_asked_for_are_not_kept(path: Path, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    rgb, made = video._rgb, []
+    monkeypatch.setattr(video, "_rgb", lambda *arguments: made.append(0) or rgb(*arguments))
+    assert len(scaling4d.read_video(path, **options)) <= len(made) <= 5 < 32
+
+
 @pytest.mark.parametrize("suffix", [".webm", ".avi"])
 def test_other_containers_give_the_same_frames(tmp_path: Path, suffix: str) -> None:
     path = save(tmp_path / f"a{suffix}", world(0, 16), rate_hz=16)

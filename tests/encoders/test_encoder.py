@@ -17,7 +17,7 @@ from torch import Tensor
 import scaling4d
 from scaling4d import artifacts, checkpoint, seeds
 from scaling4d.checkpoint import Checkpoint
-from scaling4d.encoders import released, torchvision_shim
+from scaling4d.encoders import hub, released, torchvision_shim
 from scaling4d.encoders.encoder import Encoder
 from scaling4d.encoders.load import load_model
 from scaling4d.encoders.released import MAESTOptions
@@ -151,7 +151,9 @@ def test_an_official_mae_st_file_gives_what_its_converted_folder_gives(tmp_path:
 
 @pytest.mark.integration
 @pytest.mark.parametrize("kind", ["dinov2", "videomae"])
-def test_models_of_transformers_load_from_their_own_folders(tmp_path: Path, kind: str) -> None:
+def test_models_of_transformers_load_from_their_own_folders_and_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     torchvision_shim.declare_operators()
     import transformers as tf
 
@@ -173,6 +175,9 @@ def test_models_of_transformers_load_from_their_own_folders(tmp_path: Path, kind
     assert len(output.hidden_states) == 4 and torch.equal(output.hidden_states[-1], output.last_hidden_state)
     again = Encoder.from_pretrained(encoder.save_pretrained(tmp_path / "ours"))
     assert equal(output_of(again, clips), output_of(encoder, clips)) and again.mean == encoder.mean
+    monkeypatch.setattr(hub, "download", lambda *_: shutil.copytree(tmp_path / "theirs", tmp_path / "snapshots/0123abc"))
+    of_hub = Encoder.from_pretrained("owner/small")
+    assert of_hub.checkpoint.name == "small" and equal(output_of(of_hub, clips), output_of(encoder, clips))
     if kind == "dinov2":
         assert Encoder.from_pretrained(tmp_path / "theirs", clip=(2, 56, 56)).clip == (2, 56, 56)
 
@@ -341,7 +346,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def snapshot_download(source: str, *, revision: str | None, allow_patterns: list[str]) -> str:
         if not (models / source).is_dir() or revision not in (None, "v1"):
             raise HfHubHTTPError(f"404: no {source} at {revision}")
-        cache = tmp_path / "cache" / source
+        cache = tmp_path / "cache" / source / "snapshots/0123abc"
         for pattern in allow_patterns:
             for path in (models / source).glob(pattern):
                 cache.mkdir(parents=True, exist_ok=True)
@@ -362,7 +367,8 @@ def test_an_encoder_goes_to_the_hub_and_comes_back(tmp_path: Path, models: Path)
     (models / "owner/nano/code.py").write_text("raise SystemExit")
     again = Encoder.from_pretrained("owner/nano", revision="v1")
     assert equal(output_of(again), output_of(encoder)) and again.rate_hz == 5.0 and again.provenance == encoder.provenance
-    files = sorted(path.name for path in (tmp_path / "cache/owner/nano").iterdir())
+    assert again.checkpoint.name == encoder.checkpoint.name
+    files = sorted(path.name for path in (tmp_path / "cache/owner/nano/snapshots/0123abc").iterdir())
     assert files == ["config.json", "model.safetensors", "provenance.json"]
 
 

@@ -149,7 +149,7 @@ def test_an_interrupted_write_leaves_nothing_and_the_next_readout_starts_anew(en
 
 def test_other_weights_code_and_libraries_have_folders_of_their_own(encoder, tmp_path, open_store, monkeypatch) -> None:
     modules = {"scaling4d.mae.encoder": "a", "scaling4d.readout.stage": "b"}
-    monkeypatch.setattr(features.artifacts, "code_hash", lambda package: {"modules": modules})
+    monkeypatch.setattr(features.code_hashes, "running", lambda package: {"modules": modules})
     first = open_store().folder
     modules["scaling4d.readout.stage"] = "c"
     assert open_store().folder == first

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import shutil
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -208,16 +209,18 @@ def test_a_broken_video_is_a_line_and_the_others_are_done(checkpoint: Path, tmp_
     videos, out = tmp_path / "videos", tmp_path / "out"
     save(videos / "a.mp4")
     save(videos / "c.mp4", frames=6)
+    shutil.copy(videos / "a.mp4", videos / f"{'f' * 250}.mp4")
     (videos / "b.mp4").write_bytes((videos / "a.mp4").read_bytes()[:3000])
     (videos / "d.txt").write_text("no video")
     result = run(checkpoint, videos, save(tmp_path / "e.mp4"), "--out", out)
     lines = result.output.splitlines()
-    assert result.exit_code == 1 and lines[-1] == f"wrote {out}: 2 videos; 0 were there, 3 have problems"
+    assert result.exit_code == 1 and lines[-1] == f"wrote {out}: 2 videos; 0 were there, 4 have problems"
     assert lines[0] == "a.mp4: 6 windows, 0 to 3.00 s of 3.12 s"
     assert lines[1].startswith("problem: b.mp4: not a readable video: ")
     needed = "needed 0.50 s, 4 frames at 8 Hz; lower --frames or raise --rate-hz"
     assert lines[2] == f"problem: c.mp4: too short: {needed}"
     assert lines[3].startswith("problem: d.txt: not a readable video: ")
+    assert lines[4].startswith("problem: fff") and "File name too long" in lines[4]
     assert sorted(path.name for path in out.iterdir()) == ["a.mp4.safetensors", "e.mp4.safetensors", "index.json"]
     assert json.loads((out / "index.json").read_text())["videos"].keys() == {"a.mp4", "e.mp4"}
 

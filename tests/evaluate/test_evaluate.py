@@ -21,6 +21,7 @@ from scaling4d.encoders.stage import baseline
 from scaling4d.evaluate import function, models
 from scaling4d.evaluate.table import evaluate, table_text
 from scaling4d.provenance import parse_csv
+from scaling4d.readout import protocols
 from scaling4d.records import Result, UserError, read_json_object, write_json
 from scaling4d.report.tables import RESULTS
 
@@ -200,6 +201,45 @@ def test_a_callable_without_such_features_is_refused(colours: str, result: Calla
     sys.modules["colours"] = module
     with pytest.raises(UserError, match=message):
         function.build_function("colours:make", CLIP)
+
+
+def test_a_callable_may_be_a_partial_and_stays_on_the_cpu(colours: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("colours.py").write_text(f"import functools\n{COLOURS}\n\nmake = functools.partial(Colours)\n")
+    *_, sources = function.build_function("colours:make", CLIP)
+    assert [*sources] == ["colours.py"]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(UserError, match="colours:make uses the GPU, .*; leave the encoder on the CPU"):
+        function.build_function("colours:make", CLIP)
+
+
+def test_an_encoder_of_the_evaluation_itself_is_refused_and_stays(colours: str, tmp_path: Path) -> None:
+    folder = models.write_encoder(str(untrained()), (8, 32, 32), tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / folder.name).symlink_to(folder)
+    for model in (folder, tmp_path / "elsewhere" / folder.name):
+        with pytest.raises(UserError, match="which this evaluation writes; name its source, or another --out"):
+            models.write_encoder(str(model), CLIP, tmp_path)
+    assert load_encoder(folder).clip == (8, 32, 32)
+
+
+@pytest.mark.integration
+@EVALUATION
+def test_both_protocols_show_the_frames_and_the_side_of_the_evaluation(
+    colours: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(folder: Path, **clip: int) -> torch.nn.Module:
+        with (tmp_path / "loaded").open("a") as file:  # of any rank
+            file.write(f"{clip}\n")
+        return load_encoder(folder, **clip)
+
+    monkeypatch.setattr(protocols, "load_encoder", load)
+    where = {"profile": "smoke", "report": str, "changes": ["readout.Evaluation.frames=4", "readout.Evaluation.side_px=32"]}
+    linear = evaluate([str(untrained())], ["actions"], "linear", out=tmp_path / "linear", **where).results[0]
+    assert {*(tmp_path / "loaded").read_text().splitlines()} == {"{'frames': 4, 'side_px': 32}"}
+    frozen = evaluate([str(untrained())], ["actions"], "frozen", out=tmp_path / "frozen", **where).results[0]
+    assert linear.value == frozen.others["top1_linear"]
+    with pytest.raises(UserError, match=r"colours:Colours is shown clips of T H W = \(8, 64, 64\), and readout.Evaluation asks"):
+        evaluate([colours], ["actions"], "linear", out=tmp_path / "callable", **where)
 
 
 def test_a_callable_that_is_not_there_is_refused(colours: str) -> None:

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -124,6 +125,16 @@ def test_pixels_that_differ_from_their_median_over_the_clip_move() -> None:
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="^ranks is 0; needed 1 or more"):
         FillingConfig(device="cpu", compute="float32", ranks=0, shards=1)
+
+
+@pytest.mark.usefixtures("project")
+def test_a_model_that_predicts_no_pixels_is_refused() -> None:
+    folder = Path("artifacts/smoke/pretrain/pixels")
+    folder.mkdir(parents=True)
+    Checkpoint("pixels", "PixelTokens", {}, 0, 0, 0).write(folder, {})
+    with pytest.raises(UserError, match="^pixels is a PixelTokens, which predicts no pixels; needed a SimpleMAE or MAEST$"):
+        reconstruct("pixels", config.compose(["profile=smoke"]))
+    shutil.rmtree(folder)
 
 
 @pytest.mark.integration

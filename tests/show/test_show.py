@@ -328,6 +328,12 @@ def test_features_of_a_trained_readout_come_with_its_predictions(project: Path, 
     assert near(output, predicted[: len(output)])
 
 
+def test_a_readout_below_another_name_of_its_encoder_is_loaded(project: Path) -> None:
+    (HOME / "pretrain/best").symlink_to((HOME / "pretrain/pixels").resolve())
+    shutil.copytree(readout("depth"), readout("depth", "best"))
+    assert load_trained_readout(readout("depth", "best")).result.encoder == "pixels"
+
+
 def test_clips_are_drawn_by_the_seed(project: Path) -> None:
     one, other = (load_trained_readout(readout("depth", encoder)) for encoder in ("pixels", "other"))
     ids = [sample.id for sample in stage.choose_samples(one, 3)]

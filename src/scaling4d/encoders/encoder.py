@@ -19,14 +19,13 @@ from scaling4d.encoders import card, hub
 from scaling4d.encoders.preprocess import FITS, check_video, pick_frames
 from scaling4d.encoders.pretrained import load_encoder
 from scaling4d.encoders.published import import_published
-from scaling4d.encoders.transformers import CONFIG, PREPROCESSORS, PretrainedEncoder
-from scaling4d.encoders.transformers import WEIGHTS as PRETRAINED_WEIGHTS
+from scaling4d.encoders.transformers import CONFIG, FILES, PretrainedEncoder, read_json
 from scaling4d.mae.encoder import Encoder as Backbone
 from scaling4d.provenance import atomic_new
-from scaling4d.records import UserError, as_user_error, read_json_object, write_json
+from scaling4d.records import UserError, as_user_error, write_json
 
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
-HUB_FILES = (CONFIG, PRETRAINED_WEIGHTS, f"{PRETRAINED_WEIGHTS}.index.json", *PREPROCESSORS, artifacts.PROVENANCE)
+HUB_FILES = (*FILES, artifacts.PROVENANCE)
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class Encoder(nn.Module):
         Raises:
             UserError: no such checkpoint, one that is damaged or of another kind, a clip that does not suit it.
         """
-        path = Path(source)
+        path, name = Path(source), Path(source).resolve().name
         if not path.exists():
             if not re.fullmatch(HUB_ID, str(source)):
                 raise UserError(f"no folder or file {source}; needed one, or owner/name of a model on the Hugging Face hub")
@@ -96,18 +95,18 @@ class Encoder(nn.Module):
                 raise UserError(f"no folder {source} here, and {error}") from error
         elif revision is not None:
             raise UserError(f"revision = {revision!r} is of a model on the hub; {source} is on this disk: leave out revision")
-        encoder = cls._from_folder(path, clip) if path.is_dir() else cls(*_released_file(path))
+        encoder = cls._from_folder(path, name, clip) if path.is_dir() else cls(*_released_file(path))
         if clip is not None and tuple(clip) != encoder.clip:
             encoder.resize(clip)
         return encoder
 
     @classmethod
-    def _from_folder(cls, folder: Path, clip: tuple[int, int, int] | None) -> Encoder:
-        if (folder / CONFIG).is_file() and "model_type" in _json(folder / CONFIG):
+    def _from_folder(cls, folder: Path, name: str, clip: tuple[int, int, int] | None) -> Encoder:
+        if (folder / CONFIG).is_file() and "model_type" in read_json(folder / CONFIG):
             config, model = import_published(folder, clip)
-            return cls(model, _description(folder.name, model, asdict(config)))
+            return cls(model, _description(name, model, asdict(config)))
         checkpoint, path = Checkpoint.read(folder), folder / artifacts.PROVENANCE
-        provenance = _json(path) if path.is_file() else {}
+        provenance = read_json(path) if path.is_file() else {}
         with as_user_error(folder):
             checkpoint = replace(checkpoint, rate_hz=checkpoint.rate_hz or _trained_rate_hz(folder, provenance))
         return cls(load_encoder(folder), checkpoint, provenance)
@@ -242,7 +241,7 @@ def _trained_rate_hz(folder: Path, provenance: Mapping[str, Any]) -> float | Non
     if inputs["clips"] != artifacts.sha256(listing):
         return None
     with as_user_error(f"{path} is not that of clips"):
-        return float(_json(path)["settings"]["clips"]["Curation"]["rate_hz"])
+        return float(read_json(path)["settings"]["clips"]["Curation"]["rate_hz"])
 
 
 def _released_file(source: Path) -> tuple[nn.Module, Checkpoint, dict[str, Any]]:
@@ -250,10 +249,3 @@ def _released_file(source: Path) -> tuple[nn.Module, Checkpoint, dict[str, Any]]
     config, model = import_published(source)
     provenance = {"stage": "convert", "settings": {}, "inputs": {source.name: artifacts.sha256(source)}}
     return model, _description(Path(source.name.removesuffix(".tar")).stem, model, asdict(config)), provenance
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return read_json_object(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error

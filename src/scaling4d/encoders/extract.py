@@ -15,15 +15,17 @@ from scaling4d.encoders.arrays import DAMAGE, read_header
 from scaling4d.records import UserError
 
 
-def read_clips(source: Path, clip: tuple[int, int, int]) -> Tensor:
+def read_clips(source: Path, clip: tuple[int, int, int], *, resample: Image.Resampling = Image.Resampling.BICUBIC) -> Tensor:
     """Clips `B T H W 3`, uint8 or float32 in 0..1.
 
     A `.npy` of clips (uint8, or float in 0..1) is taken as it is. Of a video file the first T frames are taken; each is
-    resized to H W, whatever its aspect ratio (bicubic, antialiased).
+    resized to H W, whatever its aspect ratio (antialiased).
 
-    clip: T H W for a video file.
+    clip: T H W for a video file. resample: of its frames.
     Raises UserError: not clips, values outside 0..1, or a video that is damaged or too short.
     """
+    if not source.is_file():
+        raise UserError(f"no file {source}")
     if source.suffix == ".npy":
         pixels = read_array(source, axes=5)
         if pixels.shape[-1] != 3 or not pixels.size or pixels.dtype not in (np.uint8, np.float16, np.float32, np.float64):
@@ -37,7 +39,7 @@ def read_clips(source: Path, clip: tuple[int, int, int]) -> Tensor:
     frames = []
     try:
         for _, frame in video.decode_frames(source):
-            frames.append(np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC)))
+            frames.append(np.asarray(Image.fromarray(frame).resize((width, height), resample)))
             if len(frames) == T:
                 return torch.from_numpy(np.stack(frames))[None]
     except video.VideoError as error:

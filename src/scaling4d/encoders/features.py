@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from scaling4d import artifacts
 from scaling4d.checkpoint import Checkpoint, save_tensors, weights_sha256
 from scaling4d.mae.device import to_device
+from scaling4d.pipeline import code_hashes
 from scaling4d.provenance import work_folder
 
 DEPTH_FRACTION = 0.95  # of the depth, where the readouts of 4DS read: depth demo of its released code
@@ -157,7 +158,7 @@ class FeatureStore(MemoryFeatures):
 
     def __init__(self, folder: Path, checkpoint: Path, model: FeatureEncoder, *, compute: str = "float32", **passes: Any) -> None:
         super().__init__(model, **passes)
-        modules = (artifacts.code_hash("encoders") or {}).get("modules", {})
+        modules = code_hashes.running("encoders")["modules"]
         code = {name: digest for name, digest in modules.items() if name.startswith(MODELS)}
         libraries = ("torch", "transformers") if Checkpoint.read(checkpoint).model == "PretrainedEncoder" else ("torch",)
         versions = {name: metadata.version(name) for name in libraries}

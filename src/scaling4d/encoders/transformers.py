@@ -30,6 +30,7 @@ from scaling4d.records import UserError, as_user_error, read_json_object, remedy
 
 CONFIG, WEIGHTS = "config.json", "model*.safetensors"
 PREPROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+FILES = (CONFIG, WEIGHTS, f"{WEIGHTS}.index.json", *PREPROCESSORS)  # of a model, patterns
 DEFAULT_FRAMES = 16  # of a clip, as 4DS and MAE-ST take
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 FILE_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, SafetensorError)
@@ -308,7 +309,7 @@ def import_encoder(source: Path, clip: tuple[int, int, int]) -> tuple[Pretrained
     """A model in Hugging Face's layout, with float32 weights, and its config. Raises UserError: as stage baseline."""
     if not (source / CONFIG).is_file():
         raise UserError(f"{source} is no model of Hugging Face: needed {CONFIG}, the preprocessor's JSON and safetensors")
-    kind = str(_read_json(source / CONFIG).get("model_type"))
+    kind = str(read_json(source / CONFIG).get("model_type"))
     if kind not in FAMILIES:
         raise UserError(f"{source / CONFIG} has model_type {kind!r}; needed one of {', '.join(FAMILIES)}")
     if not list(source.glob(WEIGHTS)):
@@ -319,7 +320,7 @@ def import_encoder(source: Path, clip: tuple[int, int, int]) -> tuple[Pretrained
     logging.disable_progress_bar()
     strict = importlib.import_module("huggingface_hub.errors").StrictDataclassError
     try:
-        values = _architecture(model, _read_json(source / CONFIG))
+        values = _architecture(model, read_json(source / CONFIG))
         config = PretrainedEncoderConfig(kind=kind, values=values, clip=tuple(clip), **_preprocessing(source, family))
         encoder = PretrainedEncoder(config)
         options = {"local_files_only": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
@@ -347,7 +348,7 @@ def default_clip(source: Path) -> tuple[int, int, int]:
 
     Raises UserError: the preprocessor's JSON is damaged.
     """
-    content = _read_json(source / CONFIG)
+    content = read_json(source / CONFIG)
     kind = str(content.get("model_type"))
     with as_user_error(f"{source} cannot be read as a {kind}"):
         side_px = _preprocessing(source, FAMILIES[kind])["side_px"] if kind in FAMILIES else 1  # import_encoder refuses others
@@ -370,7 +371,7 @@ def _preprocessing(source: Path, family: Family) -> dict[str, Any]:
     path = next((source / name for name in PREPROCESSORS if (source / name).is_file()), None)
     if path is None:
         raise UserError(f"{source} does not say how the model sees a picture; needed one of {', '.join(PREPROCESSORS)}")
-    given = _read_json(path)
+    given = read_json(path)
     given = given.get("image_processor") or given.get("video_processor") or given
     given = getattr(_transformers(), family.processor)().to_dict() | given
     if not given["do_rescale"] or not math.isclose(given["rescale_factor"], 1 / 255, rel_tol=1e-3):
@@ -409,10 +410,9 @@ def source_path(config: PretrainedConfig, key: str) -> Path:
     if not re.fullmatch("[0-9a-f]{40}", revision):
         raise UserError(f"{key}.Pretrained.revision = {revision!r}; needed a commit of 40 hex digits, or '' for a folder or file")
     _transformers()
-    patterns = (CONFIG, WEIGHTS, f"{WEIGHTS}.index.json", *PREPROCESSORS)
     with remedy(UserError, "or copy its files to a folder, set Pretrained.source to it and Pretrained.revision to ''"):
         try:
-            return hub.download(source, revision, patterns)
+            return hub.download(source, revision, FILES)
         except UserError as error:
             raise UserError(f"{key}: {error}") from error
 
@@ -424,8 +424,9 @@ def source_files(source: Path) -> list[Path]:
     return sorted({*source.glob(WEIGHTS), *(source / name for name in (CONFIG, *PREPROCESSORS) if (source / name).is_file())})
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises UserError: no JSON object."""
     try:
         return read_json_object(path)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}") from error

@@ -6,6 +6,7 @@ windows; times are float64, in seconds after the video's first frame.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
@@ -186,12 +187,19 @@ def write_features_of_videos(
                 else:
                     result.present += 1
                 entries[name] = entry
-            except VideoError as error:
+            except (VideoError, OSError) as error:
+                if isinstance(error, OSError) and not _is_of_video(error, path):
+                    raise
                 result.problems[name] = str(error)
                 print(f"problem: {on_one_line(f'{name}: {error}')}")
             bar.advance(files)
         write_text(out / INDEX, json_text({"settings": description, "videos": entries}))
     return result
+
+
+def _is_of_video(error: OSError, path: Path) -> bool:
+    """Whether the video is to blame, and not the folder of the features: its name is too long, or it cannot be read."""
+    return error.errno == errno.ENAMETOOLONG or not str(error.filename).startswith(str(path.parent))
 
 
 @torch.no_grad()
@@ -213,7 +221,7 @@ def write_video(
     path.parent.mkdir(parents=True, exist_ok=True)
     windows, dtype = settings.windows, DTYPES[settings.dtype]
     device = next((weight.device for weight in encoder.parameters()), torch.device("cpu"))
-    with work_folder(f".{path.name}", path.parent) as folder, ExitStack() as stack:
+    with work_folder(".features", path.parent) as folder, ExitStack() as stack:
         growing = [GrowingTensor(stack.enter_context((folder / f"layer_{n:02d}").open("w+b"))) for n in settings.layers]
         frame_s, start_s = [], []
         for clips in batches(read_windows(source, windows), batch):

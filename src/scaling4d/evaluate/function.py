@@ -57,10 +57,17 @@ class FunctionEncoder(nn.Module):
         super().__init__()
         if config.function not in BUILT:
             raise UserError(f"{config.function} is code, which no folder may start; name it to `scaling4d evaluate`")
-        self.function, self.clip, self.grid, self.width = BUILT[config.function], config.clip, config.grid, config.width
+        self.name, self.function = config.function, BUILT[config.function]
+        self.clip, self.grid, self.width = config.clip, config.grid, config.width
 
     def load_state_dict(self, *_: Any, **__: Any) -> None:
         """Nothing: the callable has its weights; those of the folder are features that identify it."""
+
+    def resize(self, clip: tuple[int, int, int]) -> None:
+        """Raises UserError: clips of another size. The callable's own `clip` decides."""
+        if tuple(clip) != self.clip:
+            problem = f"{self.name} is shown clips of T H W = {self.clip}, and readout.Evaluation asks for {tuple(clip)}"
+            raise UserError(f"{problem}; leave out frames and side_px, and set its attribute clip")
 
     def features(self, pixels: Tensor, layers: int | None = None) -> list[Tensor]:
         """uint8 `B T H W C` -> one entry, `B N D`."""
@@ -92,6 +99,9 @@ def build_function(model: str, clip: tuple[int, int, int]) -> tuple[FunctionEnco
     if isinstance(encoder, nn.Module):
         encoder.eval().requires_grad_(False)
         parameters = sum(weight.numel() for weight in encoder.parameters())
+    if torch.cuda.is_initialized():
+        problem = f"{model} uses the GPU, which the ranks of an evaluation cannot share with this process"
+        raise UserError(f"{problem}; leave the encoder on the CPU: -S readout.Compute.device=cuda moves it")
     clip = tuple(getattr(encoder, "clip", clip))
     if len(clip) != 3 or not all(isinstance(size, int) and size > 0 for size in clip) or clip[1] != clip[2]:
         raise UserError(f"{model} has clip = {clip}; needed whole numbers T H W, with H = W")
@@ -102,7 +112,10 @@ def build_function(model: str, clip: tuple[int, int, int]) -> tuple[FunctionEnco
     BUILT[model] = encoder
     published.MODELS[FunctionEncoder.__name__] = FunctionEncoder
     _, t, n, width = features.shape
-    path = inspect.getsourcefile(inspect.unwrap(function))
+    try:
+        path = inspect.getsourcefile(inspect.unwrap(getattr(function, "func", function)))  # of a functools.partial
+    except TypeError:  # an object without source
+        path = None
     sources = {Path(path).name: artifacts.sha256(Path(path))} if path else {}
     config = FunctionEncoderConfig(model, clip, (t, math.isqrt(n), math.isqrt(n)), width)
     return config, features.float().contiguous(), parameters, sources

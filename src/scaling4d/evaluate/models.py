@@ -48,6 +48,9 @@ def write_encoder(model: str, clip: tuple[int, int, int], home: Path) -> Path:
         UserError: no such model, a damaged one, no download, or a clip that does not suit it.
     """
     path, final = Path(model), home / "pretrain" / name_of(model)
+    written = not final.is_symlink() and path.resolve() == final.resolve()
+    if path.exists() and (written or path.absolute().is_relative_to((home / "pretrain").absolute())):
+        raise UserError(f"{model} lies in {home}, which this evaluation writes; name its source, or another --out")
     if final.is_symlink():
         final.unlink()
     if path.is_dir() and _is_checkpoint(path, clip):

@@ -12,7 +12,7 @@ from typing import Any
 from scaling4d import artifacts, config, provenance
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders.load import build_model
-from scaling4d.encoders.pretrained import load_encoder
+from scaling4d.encoders.pretrained import set_clip
 from scaling4d.encoders.published import MODELS as PUBLISHED
 from scaling4d.evaluate.function import FunctionEncoder
 from scaling4d.mae.models import MODELS, encoder_of
@@ -54,7 +54,8 @@ def evaluate_encoder(encoder: str, task: str, protocol: str, settings: Mapping[s
     A result with the same provenance (settings, code, weights, benchmark) is kept.
     Raises UserError: as `readout`, or an encoder whose tokens do not suit the task.
     """
-    _check_tokens(home / "pretrain" / encoder, task)
+    evaluation = config.section(settings, "readout.Evaluation")
+    _check_tokens(home / "pretrain" / encoder, task, frames=evaluation["frames"], side_px=evaluation["side_px"])
     if protocol == Frozen.name:
         where = config.section(settings, "readout.Launch.where")
         if where != "here" and Checkpoint.read(home / "pretrain" / encoder).model == FunctionEncoder.__name__:
@@ -67,9 +68,10 @@ def evaluate_encoder(encoder: str, task: str, protocol: str, settings: Mapping[s
     return _linear(encoder, task, settings, home)
 
 
-def _check_tokens(folder: Path, task: str) -> None:
+def _check_tokens(folder: Path, task: str, *, frames: int, side_px: int) -> None:
     """Depth needs tokens that are squares of whole pixels, since each answers for its own."""
     encoder = encoder_of(build_model(folder, MODELS | PUBLISHED)[0])
+    set_clip(encoder, frames=frames, side_px=side_px)
     (_, side_px, _), (_, h, _) = encoder.clip, encoder.grid
     if task == "depth" and side_px % h:
         problem = f"{folder.name} has {h} x {h} tokens, which do not divide the {side_px} px of a clip, as depth needs"
@@ -106,7 +108,7 @@ def _fit_and_measure(*, rank: int, ranks: int, frozen: Frozen) -> tuple[list[str
     settings = frozen.config
     evaluation, task, root = settings.evaluation, settings.task, Path(settings.evaluation.data)
     task.check_benchmark(root)
-    encoder = load_encoder(settings.folder).requires_grad_(False)
+    encoder = settings.load_encoder().requires_grad_(False)
     windows_seed = settings.seed if evaluation.windows == "random" else None
     where = (task, root, evaluation.max_bad_share, encoder.clip, rank, ranks, windows_seed)
     train = RankSplit(settings.task_name, "train", evaluation.train_items, *where)

@@ -23,7 +23,7 @@ from scaling4d.checkpoint import WEIGHTS, Checkpoint
 from scaling4d.config import check_types, require_sizes, require_words
 from scaling4d.encoders import released
 from scaling4d.encoders.arrays import Npz, Shape, write_npz, write_safetensors
-from scaling4d.encoders.features import layer_index, split_time
+from scaling4d.encoders.features import DEPTH_FRACTION, layer_index, split_time
 from scaling4d.encoders.load import build_model
 from scaling4d.encoders.released import MAESTOptions, TensorMap, WeightMap, flax_dense, flax_norm, reshaped, shape_of, transposed
 from scaling4d.mae.encoder import EncoderConfig
@@ -37,7 +37,6 @@ from scaling4d.records import UserError, as_user_error, shortened, write_json
 
 READOUT_WEIGHTS, READOUT = "readout.safetensors", "readout.json"
 HEAD = "params/layers_2/"
-DEPTH_FRACTION = 0.95  # of the released readouts
 DEPTH_PATCH = (2, 8, 8)  # of the released depth readout
 DROPOUT = 0.5  # mae_st's default; without effect on loaded weights
 TILES = "temporal_tile_posenc/embeddings"

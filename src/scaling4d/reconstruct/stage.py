@@ -15,14 +15,16 @@ from PIL import Image
 from torch import Tensor
 
 from scaling4d import artifacts, checkpoint, config, provenance, seeds
+from scaling4d.checkpoint import Checkpoint
 from scaling4d.clips import loader
 from scaling4d.config import StageConfig, require_minima
 from scaling4d.encoders.load import build_model, load_model
 from scaling4d.mae.device import to_device
 from scaling4d.mae.encoder import Method
 from scaling4d.mae.masking import hidden_pixels, random_masking
+from scaling4d.mae.models import MODELS
 from scaling4d.reconstruct.fidelity import FRAME_EXTRACTORS, Extractor, FidelityConfig, fidelity, load_extractors
-from scaling4d.records import ClipBatch, MaskedTokens, remedy, write_json
+from scaling4d.records import ClipBatch, MaskedTokens, UserError, remedy, write_json
 from scaling4d.training import distributed
 from scaling4d.training.distributed import gather_round_robin
 from scaling4d.training.launch import Job, LaunchConfig, launch, snapshot_content
@@ -79,6 +81,9 @@ def reconstruct(point: str, settings: Mapping[str, Any]) -> Path | int:
     Returns the folder; or an exit code, where another process wrote it.
     """
     bound, home = bind_reconstruct(settings), artifacts.home(settings)
+    if not hasattr(model := MODELS.get(Checkpoint.read(home / "pretrain" / point).model), "reconstruct"):
+        kind = getattr(model, "__name__", "published encoder")
+        raise UserError(f"{point} is a {kind}, which predicts no pixels; needed a SimpleMAE or MAEST")
     evidence = _evidence(point, bound, home) if distributed.is_main() else None
     if distributed.launched_by_torchrun():
         return _reconstruct(point, bound, home, evidence)

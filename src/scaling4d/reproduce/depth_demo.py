@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from scaling4d import artifacts, video
 from scaling4d.encoders.arrays import write_npz
-from scaling4d.encoders.extract import all_features
+from scaling4d.encoders.extract import all_features, read_clips
 from scaling4d.encoders.pretrained import load_encoder
 from scaling4d.provenance import atomic_new, work_folder
 from scaling4d.readout import released_heads
@@ -79,8 +79,8 @@ def run(*, weights: Path | None, video_file: Path | None, out: Path | None) -> t
     DEPTH_DEMO.require({"--weights": weights, "--video": video_file})
     out = new_folder(out, DEPTH_DEMO.name)
     encoder, readout, head = load_released(weights)
-    frames = read_frames(video_file, encoder.clip)
-    depth = predict_depth(encoder, readout, head, torch.from_numpy(frames)[None])[0]  # T H W
+    clips = read_clips(video_file, encoder.clip, resample=Image.Resampling.LANCZOS)
+    depth = predict_depth(encoder, readout, head, clips)[0]  # T H W
     if not (known := depth[np.isfinite(depth)]).size:
         raise UserError(f"{weights}: its readout predicts no numbers; download the file again")
     low, middle, high = np.quantile(known, [0, 0.5, 1]).tolist()
@@ -92,7 +92,7 @@ def run(*, weights: Path | None, video_file: Path | None, out: Path | None) -> t
     with atomic_new(out) as folder:
         folder.mkdir()
         write_npz(folder / "depth.npz", [("depth", depth)])
-        draw(folder, frames, depth)
+        draw(folder, clips[0].numpy(), depth)
         write_json(folder / RESULT, content)
     return out, content
 
@@ -109,19 +109,6 @@ def load_released(weights: Path) -> tuple[nn.Module, ReleasedReadout, nn.Module]
             kind = f"a readout of kind {readout.kind}" if readout else "no readout"
             raise UserError(f"{weights} holds {kind}; needed that of depth, as in {DEPTH_DEMO.downloads[0].address}")
         return load_encoder(checkpoint).eval(), readout, released_heads.load_readout(checkpoint, readout)
-
-
-def read_frames(source: Path, clip: tuple[int, int, int]) -> np.ndarray:
-    """The first frames of a video, uint8 `T H W 3`, Lanczos. Raises UserError: it is damaged or too short."""
-    frames, (T, height, width) = [], clip
-    try:
-        for _, frame in video.decode_frames(source):
-            frames.append(np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.LANCZOS)))
-            if len(frames) == T:
-                return np.stack(frames)
-    except video.VideoError as error:
-        raise UserError(f"{source}: {error}") from error
-    raise UserError(f"{source} has {len(frames)} frames; needed {T}")
 
 
 @torch.no_grad()

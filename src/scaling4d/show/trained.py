@@ -46,7 +46,7 @@ def load_trained_readout(folder: Path) -> TrainedReadout:
     try:
         result = checkpoint.read_description(folder / "result.json", Result, "a result")
         settings = read_json_object(folder / PROVENANCE)["settings"]
-        home = folder.resolve().parents[3] / "pretrain" / result.encoder
+        home = folder.resolve().parents[3] / "pretrain" / folder.resolve().parents[1].name
     except (OSError, ValueError, TypeError, LookupError) as error:
         raise UserError(f"{folder} is not the folder of a readout: {shortened(error)}") from error
     if result.protocol != Frozen.name:
@@ -54,7 +54,7 @@ def load_trained_readout(folder: Path) -> TrainedReadout:
     if not (folder / HEAD).is_file():
         raise UserError(f"{folder} is not the folder of a readout: it has no {HEAD}")
     if not home.is_dir() or checkpoint.weights_sha256(home) != result.checkpoint_sha256:
-        raise UserError(f"{folder} was trained on an encoder {result.encoder} that is no longer at {home}; run `dvc repro`")
+        raise UserError(f"{folder} was trained on an encoder {result.encoder} that is no longer at {home}; make both again")
     try:
         keys = ["profile", "readout.Head", "readout.Evaluation", f"readout.tasks.{result.task}"]
         bound = config.build({key: settings[key] for key in keys}, HeadConfig, EvaluationConfig, TASKS[result.task])
