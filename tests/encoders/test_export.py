@@ -13,8 +13,7 @@ from typer.testing import CliRunner, Result
 from scaling4d import cli, seeds
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders.encoder import Encoder
-from scaling4d.mae.encoder import Encoder as Backbone
-from scaling4d.mae.encoder import PixelTokens
+from scaling4d.mae.encoder import Backbone, PixelTokens
 from scaling4d.mae.mae_st import MAESTEncoder
 from scaling4d.records import UserError
 

@@ -13,7 +13,7 @@ from scaling4d.encoders.extract import all_features, read_clips
 from scaling4d.encoders.load import load_model
 from scaling4d.encoders.pretrained import load_encoder
 from scaling4d.encoders.stage import baseline
-from scaling4d.mae.encoder import Encoder, EncoderConfig, PixelTokens, PixelTokensConfig, initialise
+from scaling4d.mae.encoder import Backbone, BackboneConfig, PixelTokens, PixelTokensConfig, initialise
 from scaling4d.pretrain.settings import bind_pretrain
 from scaling4d.records import UserError
 
@@ -22,13 +22,13 @@ CLIP = (6, 32, 48)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A Checkpoint folder with an Encoder."""
+    """A Checkpoint folder with a Backbone."""
     settings = {"width": 24, "depth": 2, "heads": 2, "mlp": 48, "clip": CLIP, "patch": (2, 16, 16)}
     settings |= {"pixel_mean": 0.0, "pixel_scale": 1.0}
-    encoder = Encoder(EncoderConfig(**settings))
+    encoder = Backbone(BackboneConfig(**settings))
     initialise(encoder, seed=0)
     (tmp_path / "artifacts/smoke/pretrain/nano").mkdir(parents=True)
-    Checkpoint("nano", "Encoder", settings, 1, 0, 0).write(tmp_path / "artifacts/smoke/pretrain/nano", encoder.state_dict())
+    Checkpoint("nano", "Backbone", settings, 1, 0, 0).write(tmp_path / "artifacts/smoke/pretrain/nano", encoder.state_dict())
     return tmp_path / "artifacts/smoke/pretrain/nano"
 
 

@@ -14,14 +14,14 @@ from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders import features
 from scaling4d.encoders.features import FeatureEncoder, FeatureStore, MemoryFeatures
 from scaling4d.encoders.stage import baseline
-from scaling4d.mae.encoder import Encoder, EncoderConfig, initialise
+from scaling4d.mae.encoder import Backbone, BackboneConfig, initialise
 from scaling4d.readout.stage import readout
 
 
 @pytest.fixture
-def encoder() -> Encoder:
+def encoder() -> Backbone:
     shape = {"width": 24, "depth": 6, "heads": 2, "mlp": 48, "clip": (4, 16, 16), "patch": (2, 8, 8)}
-    encoder = Encoder(EncoderConfig(**shape, pixel_mean=0.0, pixel_scale=1.0))
+    encoder = Backbone(BackboneConfig(**shape, pixel_mean=0.0, pixel_scale=1.0))
     initialise(encoder, seed=0)
     return encoder
 
@@ -33,7 +33,7 @@ def clips() -> list[Tensor]:
 
 
 @pytest.fixture
-def passes(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def passes(encoder: Backbone, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one for every pass of the encoder."""
     sizes, compute = [], encoder.features
 
@@ -46,13 +46,13 @@ def passes(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.fixture
-def open_store(encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., FeatureStore]:
+def open_store(encoder: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., FeatureStore]:
     """Opens the store of the encoder as it is now."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "encoder").mkdir()
 
     def open_(**passes: object) -> FeatureStore:
-        Checkpoint("e", "Encoder", {}, parameters=0, step=0, clips_seen=0).write(tmp_path / "encoder", encoder.state_dict())
+        Checkpoint("e", "Backbone", {}, parameters=0, step=0, clips_seen=0).write(tmp_path / "encoder", encoder.state_dict())
         return FeatureStore(tmp_path / "store", tmp_path / "encoder", FeatureEncoder(encoder), **passes)
 
     return open_
@@ -64,7 +64,7 @@ def through(source: MemoryFeatures, clips: list[Tensor]) -> Tensor:
     return source.stack(keys)
 
 
-def computed(encoder: Encoder, clips: list[Tensor]) -> Tensor:
+def computed(encoder: Backbone, clips: list[Tensor]) -> Tensor:
     return through(MemoryFeatures(FeatureEncoder(encoder)), clips)
 
 

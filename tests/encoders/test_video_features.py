@@ -32,10 +32,10 @@ SHAPE = SMALL | {"clip": CLIP}
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    model = backbone.Encoder(backbone.EncoderConfig(**SHAPE))
+    model = backbone.Backbone(backbone.BackboneConfig(**SHAPE))
     backbone.initialise(model, seed=0)
     (tmp_path / "nano").mkdir()
-    Checkpoint("nano", "Encoder", SHAPE, 1, 0, 0, rate_hz=RATE_HZ).write(tmp_path / "nano", model.state_dict())
+    Checkpoint("nano", "Backbone", SHAPE, 1, 0, 0, rate_hz=RATE_HZ).write(tmp_path / "nano", model.state_dict())
     return tmp_path / "nano"
 
 
@@ -78,7 +78,7 @@ def test_windows_are_the_clips_that_reading_each_part_gives(tmp_path: Path, name
     windows = list(read_windows(path, settings_of(stride_s=stride_s)))
     assert [window.start_s for window in windows] == [n * stride_s for n in range(len(windows))]
     assert len(windows) == int((50 / 16 - 3 / RATE_HZ) / stride_s - 1e-6) + 1  # the last frame is shown from 49/16 s on
-    encoder = Encoder(backbone.Encoder(backbone.EncoderConfig(**SHAPE)), Checkpoint("nano", "Encoder", SHAPE, 1, 0, 0))
+    encoder = Encoder(backbone.Backbone(backbone.BackboneConfig(**SHAPE)), Checkpoint("nano", "Backbone", SHAPE, 1, 0, 0))
     for window in windows:
         pixels = read_video(path, start_s=window.start_s, rate_hz=RATE_HZ, frames=CLIP[0])
         assert torch.equal(window.pixels, encoder.preprocess(pixels)[0])

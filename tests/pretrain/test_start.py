@@ -10,7 +10,7 @@ import torch
 from scaling4d import artifacts
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders.load import load_model
-from scaling4d.mae.encoder import Encoder, EncoderConfig
+from scaling4d.mae.encoder import Backbone, BackboneConfig
 from scaling4d.pretrain.settings import bind_pretrain
 from scaling4d.pretrain.stage import pretrain
 from scaling4d.pretrain.start import start_weights
@@ -59,11 +59,11 @@ def test_positions_are_resized_and_a_released_encoder_gives_no_decoder(short: Ca
     theirs.encoder.resize((4, 64, 64))
     assert torch.equal(weights["encoder.positions"], theirs.encoder.positions)
     saved = Checkpoint.read(donor)
-    sizes = {key: value for key, value in saved.settings.items() if key in EncoderConfig.__dataclass_fields__}
+    sizes = {key: value for key, value in saved.settings.items() if key in BackboneConfig.__dataclass_fields__}
     alone = Path("encoder_alone")
     alone.mkdir()
     state = load_model(donor).encoder.state_dict()
-    Checkpoint("released", Encoder.__name__, sizes, saved.parameters, 0, 0).write(alone, state)
+    Checkpoint("released", Backbone.__name__, sizes, saved.parameters, 0, 0).write(alone, state)
     weights = start_weights(model, Path(alone))
     assert weights and all(name.startswith("encoder.") for name in weights)
 

@@ -11,7 +11,7 @@ from small_tasks import TASK, learn
 
 from scaling4d import config, seeds
 from scaling4d.encoders.stage import baseline
-from scaling4d.mae.encoder import Encoder, EncoderConfig, initialise
+from scaling4d.mae.encoder import Backbone, BackboneConfig, initialise
 from scaling4d.mae.mae_st import MAESTEncoder, MAESTEncoderConfig
 from scaling4d.readout.classifier import ClassifierModel, MeanPoolClassifier, layer_decay_groups, mix_clips, random_rectangle
 from scaling4d.readout.protocols import Classifier, ClassifierConfig, ReadoutConfig
@@ -38,7 +38,7 @@ SHAPE = {"width": 24, "heads": 2, "mlp": 48, "clip": (4, 16, 16), "patch": (2, 8
 
 def small_model() -> ClassifierModel:
     head = MeanPoolClassifier(width=24, classes=5, dropout=0.0)
-    model = ClassifierModel(Encoder(EncoderConfig(depth=3, **SHAPE)), head)
+    model = ClassifierModel(Backbone(BackboneConfig(depth=3, **SHAPE)), head)
     initialise(model, seed=0)
     return model
 

@@ -21,7 +21,7 @@ import scaling4d
 from scaling4d import checkpoint, cli, seeds
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders.released import MAESTOptions, four_ds_weight_map
-from scaling4d.mae.encoder import EncoderConfig
+from scaling4d.mae.encoder import BackboneConfig
 from scaling4d.mae.simple_mae import SimpleMAE, SimpleMAEConfig
 from scaling4d.readout import released_heads
 from scaling4d.readout.released_heads import from_4ds, from_mae_st, to_4ds
@@ -150,7 +150,7 @@ def test_a_depth_readout_takes_only_clips_of_its_own_size(tmp_path: Path) -> Non
 def big_npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A 4DS-like file of many equal layers."""
     shape = {"width": 384, "depth": 8, "heads": 8, "mlp": 3072, "clip": (16, 224, 224), "patch": (2, 16, 16)}
-    weights = four_ds_weight_map(EncoderConfig(**shape, pixel_mean=0.0, pixel_scale=1.0), "params/")
+    weights = four_ds_weight_map(BackboneConfig(**shape, pixel_mean=0.0, pixel_scale=1.0), "params/")
     path, rng = tmp_path_factory.mktemp("big") / "big.npz", np.random.default_rng(0)
     with zipfile.ZipFile(path, "w") as out:
         for key, shape in ((key, shape) for entry in weights.values() for key, shape in entry.arrays.items()):
@@ -313,6 +313,6 @@ def test_an_encoder_that_the_released_layout_cannot_describe_is_refused(tmp_path
     ):
         to_4ds(tmp_path / "folder", tmp_path / "back.npz")
     path.write_text(json.dumps(content | {"model": "MAEST"}))
-    with pytest.raises(UserError, match="holds a MAEST; the released 4DS layout takes an Encoder, or the one in a SimpleMAE$"):
+    with pytest.raises(UserError, match="holds a MAEST; the released 4DS layout takes a Backbone, or the one in a SimpleMAE$"):
         to_4ds(tmp_path / "folder", tmp_path / "back.npz")
     assert not (tmp_path / "back.npz").exists()

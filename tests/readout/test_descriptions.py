@@ -88,7 +88,7 @@ def test_a_config_of_impossible_sizes_is_refused(
 
 
 @pytest.mark.parametrize(
-    "text", [NESTED, "{", "[]", "3", '{"name": 1}', '{"model": []}', "\xff", '{"a": NaN}', '{"name": "a", "model": "Encoder"}']
+    "text", [NESTED, "{", "[]", "3", '{"name": 1}', '{"model": []}', "\xff", '{"a": NaN}', '{"name": "a", "model": "Backbone"}']
 )
 @pytest.mark.parametrize("name", ["config.json", "readout.json"])
 def test_a_description_that_is_none_is_refused(converted: dict, tmp_path: Path, quick: None, text: str, name: str) -> None:

@@ -14,7 +14,7 @@ from small_tasks import CLIP, HEAD, TASK, WIDTH, sample
 
 from scaling4d import config
 from scaling4d.mae.device import to_device
-from scaling4d.mae.encoder import Encoder, EncoderConfig
+from scaling4d.mae.encoder import Backbone, BackboneConfig
 from scaling4d.pretrain.plan.plan import build
 from scaling4d.readout.classifier import MeanPoolClassifier
 from scaling4d.readout.heads import Head, HeadConfig
@@ -53,7 +53,7 @@ def encode_and_train(name: str) -> None:
     )
     with on_fake_gpu() as operations:
         with torch.device(DEVICE):  # weights alone
-            encoder = Encoder(EncoderConfig(**ENCODER, mlp=32))
+            encoder = Backbone(BackboneConfig(**ENCODER, mlp=32))
             head = Head(HEAD, task.queries(CLIP), features_width=WIDTH, frames=CLIP[0])
             model = ReadoutModel(None, Whitening.identity(WIDTH), head, task)
         source = protocol.features_of(encoder)

@@ -13,7 +13,7 @@ from scaling4d import checkpoint, config
 from scaling4d.encoders.features import features_at_depth
 from scaling4d.encoders.pretrained import load_encoder, set_clip
 from scaling4d.encoders.stage import baseline
-from scaling4d.mae.encoder import Encoder, EncoderConfig, initialise
+from scaling4d.mae.encoder import Backbone, BackboneConfig, initialise
 from scaling4d.mae.resize import resize
 from scaling4d.readout.heads import Head
 from scaling4d.readout.stage import readout
@@ -27,14 +27,14 @@ LENGTH = {"Evaluation.frames": 16, "Evaluation.side_px": 96, "Evaluation.train_i
 
 
 @pytest.fixture
-def encoder() -> Encoder:
+def encoder() -> Backbone:
     shape = {"width": 24, "depth": 3, "heads": 2, "mlp": 48, "patch": (2, 8, 8), "pixel_mean": 0.4, "pixel_scale": 2.0}
-    encoder = Encoder(EncoderConfig(clip=TRAINED, **shape))
+    encoder = Backbone(BackboneConfig(clip=TRAINED, **shape))
     initialise(encoder, seed=0)
     return encoder
 
 
-def test_zero_leaves_an_encoder_as_it_is_and_other_numbers_interpolate_its_positions(encoder: Encoder) -> None:
+def test_zero_leaves_an_encoder_as_it_is_and_other_numbers_interpolate_its_positions(encoder: Backbone) -> None:
     before = encoder.positions.detach().clone()
     set_clip(encoder)
     assert encoder.clip == TRAINED and torch.equal(encoder.positions, before)
@@ -47,7 +47,7 @@ def test_zero_leaves_an_encoder_as_it_is_and_other_numbers_interpolate_its_posit
 
 @pytest.mark.parametrize("name", list(TASK))
 def test_answers_and_targets_of_every_task_have_the_size_of_the_clip(
-    name: str, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+    name: str, encoder: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(small_tasks, "CLIP", SHOWN)
     set_clip(encoder, frames=SHOWN[0], side_px=SHOWN[1])

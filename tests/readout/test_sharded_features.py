@@ -13,7 +13,7 @@ from torch import Tensor
 from scaling4d import seeds
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders.features import MemoryFeatures
-from scaling4d.mae.encoder import Encoder, EncoderConfig, PixelTokens, PixelTokensConfig, initialise
+from scaling4d.mae.encoder import Backbone, BackboneConfig, PixelTokens, PixelTokensConfig, initialise
 from scaling4d.readout import data
 from scaling4d.readout.data import RankSplit, evaluate
 from scaling4d.readout.protocols import Frozen, ReadoutConfig
@@ -29,10 +29,10 @@ WATCHDOG = WatchdogConfig(60.0, 60.0, Path(".runs"))
 PLAIN = ShardingConfig(shards=1, recompute="none", compile=False, packed=False, accumulate=1)
 
 
-def build(kind: str = "Encoder") -> torch.nn.Module:
+def build(kind: str = "Backbone") -> torch.nn.Module:
     if kind == "PixelTokens":
         return PixelTokens(PixelTokensConfig(**FRAME))
-    encoder = Encoder(EncoderConfig(**FRAME, width=16, depth=6, heads=2, mlp=32))
+    encoder = Backbone(BackboneConfig(**FRAME, width=16, depth=6, heads=2, mlp=32))
     initialise(encoder, seed=0)
     return encoder.requires_grad_(False)
 
@@ -60,7 +60,7 @@ def encoded(
     batch: int = 2,
     store: Path | None = None,
     compute: str = "float32",
-    kind: str = "Encoder",
+    kind: str = "Backbone",
 ) -> tuple[dict[int, Tensor], int]:
     """Features of all clips, by number, and passes of the first rank. parts: numbers of the clips of each rank."""
     encoder = build(kind)
@@ -104,7 +104,7 @@ def test_bfloat16_is_near_and_stored_as_float32() -> None:
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "encoder").mkdir()
-    Checkpoint("e", "Encoder", {}, parameters=0, step=0, clips_seen=0).write(tmp_path / "encoder", build().state_dict())
+    Checkpoint("e", "Backbone", {}, parameters=0, step=0, clips_seen=0).write(tmp_path / "encoder", build().state_dict())
     return tmp_path / "store"
 
 

@@ -10,12 +10,12 @@ from benchmarks.writers import _feature, _png, message
 from scaling4d import seeds
 from scaling4d.benchmarks import movi
 from scaling4d.checkpoint import Checkpoint
-from scaling4d.mae.encoder import Encoder, EncoderConfig, initialise
+from scaling4d.mae.encoder import Backbone, BackboneConfig, initialise
 from scaling4d.readout.released_heads import to_4ds
 from scaling4d.reproduce.fly_clips import CLASSES, CONTEXT, INT64_LIST, LABELS
 
 SHAPE = {"clip": (4, 32, 32), "patch": (2, 16, 16), "pixel_mean": 0.0, "pixel_scale": 1.0}
-SMALL = EncoderConfig(width=24, depth=3, heads=2, mlp=48, **SHAPE)
+SMALL = BackboneConfig(width=24, depth=3, heads=2, mlp=48, **SHAPE)
 
 
 def fly_record(pixels: np.ndarray, labels: Sequence[int], *, packed: bool = True) -> bytes:
@@ -56,8 +56,8 @@ def bright_flies(count: int, name: str) -> list[bytes]:
 
 def write_weights(folder: Path) -> Path:
     """A small 4DS encoder as a released `.npz`."""
-    model = Encoder(SMALL)
+    model = Backbone(SMALL)
     initialise(model, seed=0)
     (folder / "small").mkdir(parents=True)
-    Checkpoint("small", "Encoder", asdict(SMALL), 1, 0, 0).write(folder / "small", model.state_dict())
+    Checkpoint("small", "Backbone", asdict(SMALL), 1, 0, 0).write(folder / "small", model.state_dict())
     return to_4ds(folder / "small", folder / "small.npz")

@@ -15,7 +15,7 @@ from reproduce.fly_records import SMALL, bright_flies, fly_record, write_shards,
 
 import scaling4d
 from scaling4d import cli, seeds
-from scaling4d.mae.encoder import Encoder, initialise
+from scaling4d.mae.encoder import Backbone, initialise
 from scaling4d.records import UserError
 from scaling4d.reproduce import fly_vs_fly
 from scaling4d.reproduce.fly_clips import CLASSES, FlyClips, one_hot, read_labels
@@ -112,7 +112,7 @@ def test_a_jitter_enlarges_both_axes_alike_and_crops_the_shape() -> None:
 
 
 def small_readouts() -> FlyReadouts:
-    encoder = Encoder(SMALL)
+    encoder = Backbone(SMALL)
     initialise(encoder, seed=0)
     model = FlyReadouts(encoder, PROTOCOL)
     model.initialise(0)

@@ -20,7 +20,7 @@ from scaling4d.encoders.preprocess import FITS, check_video, pick_frames
 from scaling4d.encoders.pretrained import load_encoder
 from scaling4d.encoders.published import import_published
 from scaling4d.encoders.transformers import CONFIG, FILES, PretrainedEncoder, read_json
-from scaling4d.mae.encoder import Encoder as Backbone
+from scaling4d.mae.encoder import Backbone
 from scaling4d.provenance import atomic_new
 from scaling4d.records import UserError, as_user_error, write_json
 

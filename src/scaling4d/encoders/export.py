@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from scaling4d.encoders.encoder import Encoder
-from scaling4d.mae.encoder import Encoder as Backbone
+from scaling4d.mae.encoder import Backbone
 from scaling4d.mae.resize import cubic_weights
 from scaling4d.provenance import atomic_new
 from scaling4d.records import UserError, shortened

@@ -35,7 +35,7 @@ from scaling4d.encoders.released import (
 )
 from scaling4d.encoders.transformers import CONFIG, PREPROCESSORS, PretrainedEncoder
 from scaling4d.encoders.transformers import WEIGHTS as SAFETENSORS
-from scaling4d.mae.encoder import Encoder
+from scaling4d.mae.encoder import Backbone
 from scaling4d.mae.mae_st import MAESTEncoder, MAESTEncoderConfig
 from scaling4d.mae.patches import grid_of
 from scaling4d.mae.rvm import RVM, RVMConfig, frame_positions
@@ -110,7 +110,7 @@ def _of_npz(source: Path) -> Layout:
     prefix = released.four_ds_prefix(arrays.shapes)
     config = released.four_ds_config(arrays.shapes, source, prefix)
     weights = released.four_ds_weight_map(config, prefix)
-    return _only_needed(Layout(Encoder, config, weights, arrays.shapes, arrays.read), source)
+    return _only_needed(Layout(Backbone, config, weights, arrays.shapes, arrays.read), source)
 
 
 def _of_torch(source: Path) -> Layout:

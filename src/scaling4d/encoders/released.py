@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from scaling4d.encoders.arrays import Shape, check_expansion
-from scaling4d.mae.encoder import EncoderConfig
+from scaling4d.mae.encoder import BackboneConfig
 from scaling4d.mae.mae_st import MAESTConfig, MAESTEncoderConfig
 from scaling4d.mae.patches import grid_of
 from scaling4d.records import UserError
@@ -165,7 +165,7 @@ def four_ds_prefix(shapes: Mapping[str, Shape]) -> str:
     return BACKBONE_BESIDE_HEAD if nested else BACKBONE
 
 
-def four_ds_config(shapes: Mapping[str, Shape], source: object, prefix: str) -> EncoderConfig:
+def four_ds_config(shapes: Mapping[str, Shape], source: object, prefix: str) -> BackboneConfig:
     """Config of the `Encoder` whose arrays lie below `prefix`, read off their shapes.
 
     Raises UserError: an array is missing or has another number of axes, or the sizes do not fit together.
@@ -177,7 +177,7 @@ def four_ds_config(shapes: Mapping[str, Shape], source: object, prefix: str) -> 
     if channels != 3 or heads * head_width != width:
         given = f"{channels} channels, width {width}, {heads} heads of {head_width}"
         raise UserError(f"{source}: {given}; needed 3 channels, and heads that fill the width")
-    return EncoderConfig(
+    return BackboneConfig(
         clip=tuple(g * p for g, p in zip(grid, patch, strict=True)),
         patch=tuple(patch),
         pixel_mean=0.0,
@@ -189,7 +189,7 @@ def four_ds_config(shapes: Mapping[str, Shape], source: object, prefix: str) -> 
     )
 
 
-def four_ds_weight_map(config: EncoderConfig, prefix: str) -> WeightMap:
+def four_ds_weight_map(config: BackboneConfig, prefix: str) -> WeightMap:
     """Every tensor of the `Encoder`."""
     width, mlp, patch, grid = config.width, config.mlp, config.patch, grid_of(config.clip, config.patch)
     weights = {"positions": reshaped(prefix + POSITIONS, (*grid, width), (math.prod(grid), width))}

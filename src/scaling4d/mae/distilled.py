@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scaling4d.config import require_minima, require_sizes
-from scaling4d.mae.encoder import Encoder, Method, MethodConfig
+from scaling4d.mae.encoder import Backbone, Method, MethodConfig
 from scaling4d.records import MaskedTokens, UserError
 
 
@@ -41,7 +41,7 @@ class Distilled(Method):
 
     def __init__(self, config: DistilledConfig, teacher_encoder: nn.Module | None = None) -> None:
         super().__init__(config)
-        self.encoder = Encoder(config)
+        self.encoder = Backbone(config)
         if teacher_encoder is not None:
             sizes = (teacher_encoder.width, teacher_encoder.grid)
             if sizes != (config.teacher_width, self.encoder.grid) or teacher_encoder.depth < config.teacher_layer:

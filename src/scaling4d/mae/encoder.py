@@ -38,7 +38,7 @@ class PixelTokensConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderConfig(PixelTokensConfig):
+class BackboneConfig(PixelTokensConfig):
     """A backbone.
 
     width: D. depth: number of blocks. mlp: hidden width of a block's mlp. qk_norm: see Block; of the encoder's blocks.
@@ -59,7 +59,7 @@ class EncoderConfig(PixelTokensConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodConfig(EncoderConfig):
+class MethodConfig(BackboneConfig):
     """A pretraining method on a backbone.
 
     masking, mask_ratio: see mae.masking.random_masking.
@@ -121,14 +121,14 @@ class Block(nn.Module):
         return branch * kept / (1 - self.drop_path)
 
 
-class Encoder(nn.Module):
+class Backbone(nn.Module):
     """Backbone of 4DS: patch projection, learned 3-D positions, blocks; no class token, no final norm."""
 
-    config_class = EncoderConfig
+    config_class = BackboneConfig
     gelu = "tanh"
     prefix_tokens = 0  # before those of the patches: MAE-ST's class token
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.width, self.depth, self.clip, self.patch = config.width, config.depth, tuple(config.clip), tuple(config.patch)
         self.grid = grid_of(self.clip, self.patch)
@@ -201,7 +201,7 @@ class PixelTokens(nn.Module):
     """The baseline without learning: a token is its patch's normalised pixels."""
 
     config_class = PixelTokensConfig
-    normalise = Encoder.normalise
+    normalise = Backbone.normalise
 
     def __init__(self, config: PixelTokensConfig) -> None:
         super().__init__()
@@ -225,7 +225,7 @@ class Method(nn.Module):
     round_visible_down = False  # see random_masking
     xavier = False  # see initialise
     true_patch_statistics = False  # whether `reconstruct` takes each patch's mean and deviation from the true pixels
-    encoder: Encoder
+    encoder: Backbone
 
     def __init__(self, config: MethodConfig) -> None:
         super().__init__()

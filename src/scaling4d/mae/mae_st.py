@@ -16,9 +16,9 @@ from scaling4d.config import require_sizes
 from scaling4d.mae.encoder import (
     LAYER_NORM_EPS,
     MOST_BLOCKS,
+    Backbone,
+    BackboneConfig,
     Block,
-    Encoder,
-    EncoderConfig,
     Method,
     MethodConfig,
     copy_to_param_,
@@ -32,7 +32,7 @@ TARGET_EPS = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
-class MAESTEncoderConfig(EncoderConfig):
+class MAESTEncoderConfig(BackboneConfig):
     """separable_positions: of time plus space; false: one table for space-time. Released: both settings true."""
 
     separable_positions: bool
@@ -109,7 +109,7 @@ class Positions(nn.Module):
         self.grid = grid
 
 
-class MAESTEncoder(Encoder):
+class MAESTEncoder(Backbone):
     """Backbone of MAE-ST: 4DS's with exact GELU, separable positions, a class token, the norm before the decoder."""
 
     config_class = MAESTEncoderConfig

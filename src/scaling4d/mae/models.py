@@ -9,13 +9,13 @@ from torch import nn
 
 from scaling4d.config import check_types
 from scaling4d.mae.distilled import Distilled
-from scaling4d.mae.encoder import Encoder, Method, PixelTokens
+from scaling4d.mae.encoder import Backbone, Method, PixelTokens
 from scaling4d.mae.mae_st import MAEST, MAESTEncoder
 from scaling4d.mae.simple_mae import SimpleMAE
 from scaling4d.records import UserError
 
 METHODS: dict[str, type[Method]] = {cls.__name__: cls for cls in (SimpleMAE, MAEST, Distilled)}
-MODELS: dict[str, type[nn.Module]] = METHODS | {cls.__name__: cls for cls in (Encoder, MAESTEncoder, PixelTokens)}
+MODELS: dict[str, type[nn.Module]] = METHODS | {cls.__name__: cls for cls in (Backbone, MAESTEncoder, PixelTokens)}
 
 
 def method_of(section: Mapping[str, Any], key: str, *, with_teacher: bool = False) -> type[Method]:

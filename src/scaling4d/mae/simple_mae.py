@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scaling4d.config import require_sizes
-from scaling4d.mae.encoder import Encoder, Method, MethodConfig, copy_to_param_, sincos
+from scaling4d.mae.encoder import Backbone, Method, MethodConfig, copy_to_param_, sincos
 from scaling4d.mae.patches import grid_of, patchify, unpatchify
 from scaling4d.records import MaskedTokens
 
@@ -46,7 +46,7 @@ class SimpleMAE(Method):
 
     def __init__(self, config: SimpleMAEConfig) -> None:
         super().__init__(config)
-        self.encoder = Encoder(config)
+        self.encoder = Backbone(config)
         self.coarse_patch, self.coarse_grid = tuple(config.coarse_patch), grid_of(config.clip, config.coarse_patch)
         self.coarse_tokens = nn.Parameter(torch.empty(math.prod(self.coarse_grid), config.width))  # M D
         self.decoder = nn.Linear(config.width, math.prod(config.coarse_patch) * 3)

@@ -26,7 +26,7 @@ from scaling4d.encoders.arrays import Npz, Shape, write_npz, write_safetensors
 from scaling4d.encoders.features import DEPTH_FRACTION, layer_index, split_time
 from scaling4d.encoders.load import build_model
 from scaling4d.encoders.released import MAESTOptions, TensorMap, WeightMap, flax_dense, flax_norm, reshaped, shape_of, transposed
-from scaling4d.mae.encoder import EncoderConfig
+from scaling4d.mae.encoder import BackboneConfig
 from scaling4d.mae.mae_st import MAESTConfig
 from scaling4d.mae.models import MODELS
 from scaling4d.mae.patches import unpatchify
@@ -170,8 +170,8 @@ def to_4ds(folder: Path, out: Path) -> Path:
     Raises UserError: another model, or `out` exists.
     """
     saved, readout = Checkpoint.read(folder), read_readout(folder)
-    if saved.model not in ("Encoder", "SimpleMAE"):
-        raise UserError(f"{folder} holds a {saved.model}; the released 4DS layout takes an Encoder, or the one in a SimpleMAE")
+    if saved.model not in ("Backbone", "SimpleMAE"):
+        raise UserError(f"{folder} holds a {saved.model}; the released 4DS layout takes a Backbone, or the one in a SimpleMAE")
     _, config = build_model(folder)
     if (config.pixel_mean, config.pixel_scale) != (0.0, 1.0):
         numbers = f"(x - {config.pixel_mean}) * {config.pixel_scale}"
@@ -206,7 +206,7 @@ def _released_arrays(weights: WeightMap, paths: list[Path]) -> Iterator[tuple[st
         raise UserError(f"{path} is damaged: {error}") from error
 
 
-def four_ds_readout(shapes: Mapping[str, Shape], source: Path, encoder: EncoderConfig) -> ReleasedReadout | None:
+def four_ds_readout(shapes: Mapping[str, Shape], source: Path, encoder: BackboneConfig) -> ReleasedReadout | None:
     """The readout below HEAD, if any, read off the shapes of its arrays. Raises UserError: as released.shape_of."""
     shapes, source = {key.removeprefix(HEAD): shape for key, shape in shapes.items() if key.startswith(HEAD)}, f"{source}, {HEAD}"
     if not shapes:
@@ -299,7 +299,7 @@ def from_mae_st(source: Path, out: Path, options: MAESTOptions) -> Path:
 
 
 def _write_folder(
-    source: Path, out: Path, config: EncoderConfig, files: dict[str, WeightMap], readout: ReleasedReadout | None, read: Read
+    source: Path, out: Path, config: BackboneConfig, files: dict[str, WeightMap], readout: ReleasedReadout | None, read: Read
 ) -> Path:
     """Write a Checkpoint folder, tensor by tensor."""
     model = next(name for name, cls in MODELS.items() if cls.config_class is type(config))

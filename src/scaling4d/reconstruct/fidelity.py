@@ -22,7 +22,7 @@ from torch import Tensor
 from scaling4d.encoders import torchvision_shim
 from scaling4d.encoders.arrays import check_expansion
 from scaling4d.encoders.pretrained import load_encoder
-from scaling4d.mae.encoder import Encoder, EncoderConfig, initialise
+from scaling4d.mae.encoder import Backbone, BackboneConfig, initialise
 from scaling4d.records import UserError
 
 RANDOM_ENCODER = {"width": 128, "depth": 2, "heads": 4, "mlp": 512, "pixel_mean": 0.5, "pixel_scale": 2.0}  # ours
@@ -63,7 +63,7 @@ def load_extractors(config: FidelityConfig, clip: tuple[int, int, int], seed: in
     """
     encoders = {}
     for name, size, patch in (("frame", (1, *clip[1:]), (1, *PATCH[1:])), ("clip", clip, PATCH)):
-        encoder = Encoder(EncoderConfig(**RANDOM_ENCODER, clip=size, patch=patch))
+        encoder = Backbone(BackboneConfig(**RANDOM_ENCODER, clip=size, patch=patch))
         initialise(encoder, seed=seed)
         encoder.init_sincos_positions()
         encoders[name] = encoder
@@ -74,7 +74,7 @@ def load_extractors(config: FidelityConfig, clip: tuple[int, int, int], seed: in
     return extractors | ({"inception": load_inception(Path(config.inception), device)} if config.inception else {})
 
 
-def _mean_token(encoder: Encoder, pixels: Tensor) -> Tensor:
+def _mean_token(encoder: Backbone, pixels: Tensor) -> Tensor:
     return torch.cat([encoder.features(part)[-1].mean(1) for part in pixels.split(BATCH)])
 
 

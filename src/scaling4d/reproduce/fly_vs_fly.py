@@ -27,7 +27,7 @@ from scaling4d import artifacts, checkpoint, seeds
 from scaling4d.encoders.features import features_at_depth
 from scaling4d.encoders.published import import_published
 from scaling4d.mae.device import to_device
-from scaling4d.mae.encoder import LECUN_STD, EncoderConfig, initialise
+from scaling4d.mae.encoder import LECUN_STD, BackboneConfig, initialise
 from scaling4d.provenance import atomic_new
 from scaling4d.readout.data import shuffled_batch
 from scaling4d.readout.heads import AttentionReadout, stretch_time
@@ -45,7 +45,7 @@ RARE = (1, 2)  # wing_threat, tussling: scivid also takes the mean without them
 AHEAD = 4  # batches that threads read before they are needed; ours
 SAVE_EVERY, LOG_EVERY = 1000, 50  # steps; no result depends on them
 HEAD = "head.safetensors"
-RELEASED_ENCODER = EncoderConfig(
+RELEASED_ENCODER = BackboneConfig(
     clip=(16, 224, 224), patch=(2, 16, 16), pixel_mean=0.0, pixel_scale=1.0, width=768, depth=12, heads=12, mlp=3072
 )
 TRAIN_CLIPS = 1_067_008  # in whole batches; NUM_SAMPLES_TRAIN_DROP_LAST of scivid's data/readers/flyvsfly.py

@@ -16,7 +16,7 @@ from scaling4d import benchmarks
 from scaling4d.benchmarks.samples import ClipRequest
 from scaling4d.encoders.features import layer_index, stored_features
 from scaling4d.encoders.pretrained import set_clip
-from scaling4d.mae.encoder import Encoder
+from scaling4d.mae.encoder import Backbone
 from scaling4d.pretrain.plan.closed_form import features_flops
 from scaling4d.pretrain.plan.performance import CASES, features_seconds
 from scaling4d.pretrain.plan.plan import CLIP_VALUES, build
@@ -52,7 +52,7 @@ def plan_readouts(point: str, settings: Mapping[str, Any], *, gpu: str, worker_c
 def _task_row(point: str, name: str, settings: Mapping[str, Any], gpu: Gpu, worker_clips_per_s: float) -> dict[str, Any]:
     bound = bind_task(name, Frozen, settings)
     evaluation, recipe, task, sharding = (bound[kind] for kind in (EvaluationConfig, FrozenConfig, TASKS[name], ShardingConfig))
-    encoder: Encoder = build(point, settings).encoder
+    encoder: Backbone = build(point, settings).encoder
     set_clip(encoder, frames=evaluation.frames, side_px=evaluation.side_px)
     task.check_clip(encoder.clip)
     frozen = frozen_work(encoder, layer_index(depth=encoder.depth))

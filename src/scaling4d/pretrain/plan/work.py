@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from scaling4d.mae.encoder import Block, Encoder, Method
+from scaling4d.mae.encoder import Backbone, Block, Method
 from scaling4d.mae.mae_st import MAEST
 from scaling4d.mae.simple_mae import SimpleMAE
 from scaling4d.training.parallelize import blocks_of
@@ -112,7 +112,7 @@ def work_of(model: Method) -> Work:
     )
 
 
-def frozen_work(encoder: Encoder, layer: int) -> FrozenWork:
+def frozen_work(encoder: Backbone, layer: int) -> FrozenWork:
     """The work of features of a layer, counted as `encoder.features` does; weights may be on meta."""
     tokens = math.prod(encoder.grid)
     return FrozenWork(
