@@ -45,6 +45,11 @@ def remedy(kind: type[UserError], text: str) -> Iterator[None]:
         raise UserError(f"{error}; {text}") from error
 
 
+def is_of_finder(name: str) -> bool:
+    """Whether a file is one that macOS leaves in a folder: .DS_Store, or ._NAME beside NAME on other file systems."""
+    return name == ".DS_Store" or name.startswith("._")
+
+
 def did_you_mean(word: object, known: Iterable[object], count: int = 1) -> str:
     """The end of a message about an unknown word: "; did you mean random?", or nothing where no known word is near."""
     known = list(map(str, known))

@@ -262,7 +262,7 @@ def test_large_weights_are_several_files_and_a_missing_one_is_named(tmp_path: Pa
 def test_the_model_card_says_what_provenance_says(tmp_path: Path) -> None:
     encoder = Encoder.from_pretrained(trained(tmp_path))
     text = (encoder.save_pretrained(tmp_path / "saved") / "README.md").read_text()
-    facts = ["# nano", "Encoder with", "6 x 32 x 48", "| frames per second | 5 |", "mean 0.4, scale 2", "7 steps, 112 clips"]
+    facts = ["# nano", "Backbone with", "6 x 32 x 48", "| frames per second | 5 |", "mean 0.4, scale 2", "7 steps, 112 clips"]
     facts += ['| stage | `"pretrain"` |', '| code | `"c0de"` |']
     facts += ["| settings.pretrain.Training.steps | `7` |", "| settings.seed | `0` |"]
     assert [fact for fact in facts if fact not in text] == [] and encoder.provenance["inputs"]["clips"] in text

@@ -84,3 +84,6 @@ def test_a_checkpoint_of_another_kind_or_size_is_refused_before_a_step(
     ):
         with pytest.raises(UserError, match=message):
             pretrain(NAME, continued(donor, **changes))
+    donor = pretrain("nano", changed("points.nano.model.SimpleMAE.qk_norm", True))
+    with pytest.raises(UserError, match="also has blocks.0.[a-z_.]*norm.*, which the point lacks; needed the same settings"):
+        pretrain(NAME, continued(donor, mlp=64))

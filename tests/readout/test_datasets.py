@@ -131,7 +131,9 @@ def usable_items(*, items: int = 0, **where: Any) -> tuple[list[str], list[Skipp
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize(("items", "numbers"), [(0, range(8)), (3, (0, 2, 4)), (8, range(8)), (99, range(8))])
+@pytest.mark.parametrize(
+    ("items", "numbers"), [(0, range(8)), (3, (0, 2, 5)), (6, (0, 1, 2, 4, 5, 6)), (8, range(8)), (99, range(8))]
+)
 def test_ranks_share_the_items_that_the_setting_spreads_over_a_split(data: Path, ranks: int, items: int, numbers: Any) -> None:
     ids, _ = run(usable_items, ranks=ranks, items=items, data=data)
     assert ids == [f"v{n}" for n in numbers]

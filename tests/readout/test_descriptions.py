@@ -108,7 +108,7 @@ def test_a_config_of_another_model_is_refused(converted: dict, tmp_path: Path, q
 def test_a_large_config_is_compared_with_the_weights_without_building_it(converted: dict, tmp_path: Path, quick: None) -> None:
     folder = shutil.copytree(converted["backbone"], tmp_path / "folder")
     changed(folder / "config.json", lambda content: content["settings"].update(width=2**18, heads=1, mlp=2**20, depth=100))
-    assert "weights do not fit Encoder" in refused(load_encoder, folder)
+    assert "weights do not fit Backbone" in refused(load_encoder, folder)
 
 
 WRONG = (-1, 2**40, 10**400, 1.5, "x", None, [])

@@ -79,6 +79,25 @@ def measured_points(points: np.ndarray, seen: np.ndarray, shown: np.ndarray) -> 
     return TASK["points"].measure(np.concatenate([target["points"], logits[..., None], np.full((6, T, 1), 9.0)], -1), target)
 
 
+def test_a_point_is_certain_within_six_pixels_of_the_clip() -> None:
+    task, far = TASK["points"], 9.0
+    target = {name: torch.as_tensor(value)[None] for name, value in task.target(sample()).items()}
+    logits = torch.full((*target["visible"].shape, 2), far)
+
+    def loss(pixels: float) -> float:
+        moved = target["points"] + torch.tensor([pixels / target["side_px"].item(), 0.0])
+        certain, doubting = (torch.cat([moved, logits[..., :1], sign * logits[..., 1:]], -1) for sign in (1, -1))
+        return float(task.loss(certain, target) - task.loss(doubting, target))
+
+    assert loss(5.9) < 0 < loss(6.1)
+
+
+@pytest.mark.parametrize(("grid", "suits"), [((2, 4, 4), True), ((2, 3, 3), False), ((3, 4, 4), False)])
+def test_a_linear_probe_of_depth_needs_tokens_of_whole_pixels(grid: tuple, suits: bool) -> None:
+    encoder = SimpleNamespace(clip=(4, 64, 64), grid=grid)
+    assert TASK["depth"].suits_probe(encoder) == suits and TASK["actions"].suits_probe(encoder)
+
+
 def test_given_points_and_boxes_and_padded_tracks_are_not_measured() -> None:
     """They would be right: a track's first frame is given, and no padded track is predicted visible."""
     first = np.arange(T) == 0

@@ -422,6 +422,9 @@ def test_points_with_another_masking_are_no_part_of_the_ladder(new_run: Callable
     run = read_run_results(new_run(points=sizes, frozen=list(sizes), finetune=[]))
     assert run.ladder == ["nano", "tiny", "mini"]
     assert run.masking("tiny_tube") == "tube 95%"
+    losses = {row[0]: row[3] for row in tables.overview(run, intervals=False) if row[2] == "frozen"}
+    assert losses["tiny_tube"] == tables.NOTHING and tables.NOTHING not in (losses["tiny"], losses["mini"])
+    assert run.ladder_of("MAEST") == []
     assert rows_of(sections.points(run, Page(BUILT)))[3][-1].split() == ["tube", "95%"]
     assert "tube 95%" in figures.methods(run)
 

@@ -94,6 +94,7 @@ def test_a_refusal_of_one_rank_reaches_the_launcher_and_the_other_ranks_leave() 
     (TWO_NODES | {"rendezvous": "a:1"}, "--nnodes 2 --rdzv-backend c10d --rdzv-endpoint a:1 --rdzv-id toy "),
     ({"where": "slurm", "nodes": 2}, "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=1\n"),
     ({"where": "slurm", "partition": "gpu"}, "#SBATCH --partition=gpu\n"),
+    ({"where": "slurm"}, " --cpus-per-task=2 "),
 ])  # fmt: skip
 def test_it_says_how_it_would_be_started(changes: dict, words: str) -> None:
     if changes.get("where") == "slurm":

@@ -162,10 +162,16 @@ class Samples(Iterable[Sample]):
     skipped: list[SkippedItem] | None = None
     positions: Callable[[str], Sequence[float]] | None = None
 
-    def part(self, part: slice = slice(None), skipped: list[SkippedItem] | None = None) -> Samples:
-        """The samples of a part of the items. No other item is decoded."""
+    def part(self, part: slice | Sequence[int] = slice(None), skipped: list[SkippedItem] | None = None) -> Samples:
+        """The samples of a part of the items, by ascending numbers. No other item is decoded."""
         listed = isinstance(self.items, Sequence)
-        items = self.items[part] if listed else islice(self.items, part.start, part.stop, part.step)
+        if isinstance(part, slice):
+            items = self.items[part] if listed else islice(self.items, part.start, part.stop, part.step)
+        elif listed:
+            items = [self.items[number] for number in part]
+        else:
+            numbers = {*part}
+            items = (item for number, item in enumerate(self.items) if number in numbers)
         return replace(self, items=items, skipped=skipped)
 
     def __iter__(self) -> Iterator[Sample]:

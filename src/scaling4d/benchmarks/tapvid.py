@@ -130,7 +130,7 @@ def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
     """
     if split != "val":
         raise UserError(f"{root}: TAP-Vid has no split {split!r}, it is for measuring alone; train points on perception_test")
-    paths = sorted(root.glob("*.pkl")) or sorted(root.glob("*/*.pkl"))
+    paths = sorted(root.glob("[!.]*.pkl")) or sorted(root.glob("*/[!.]*.pkl"))
     if not paths:
         raise UserError(f"{root} is laid out in another way: needed *.pkl (such as tapvid_davis.pkl)")
     sets = sorted({f"{path.parent.relative_to(root) / re.sub('[0-9]+', '*', path.name)}" for path in paths})

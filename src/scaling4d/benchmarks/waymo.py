@@ -52,7 +52,7 @@ def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
     in one of every WINDOW_STEP frames, where it has such an object.
     """
     folder, (prefix, suffix) = root / FOLDERS[split], RECORD
-    v2 = sorted(path.stem for path in (folder / "camera_image").glob("*.parquet"))
+    v2 = sorted(path.stem for path in (folder / "camera_image").glob("[!.]*.parquet"))
     v1 = sorted(path.name.removeprefix(prefix).removesuffix(suffix) for path in folder.glob(f"{prefix}*{suffix}"))
     if not v1 and not v2:
         alternative = f"{folder.name}/{prefix}<context>{suffix}"

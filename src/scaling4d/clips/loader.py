@@ -232,7 +232,7 @@ def decode_windows(folder: Path, record: ClipRecord, *, frames: int, positions: 
     source = video.FileSlice(folder / "shards" / record.shard, record.offset, record.bytes)
     try:
         pixels = video.read_frames_at(source, times_s, side_px=None if record.encoded else record.side_px)
-    except (video.VideoError, OSError) as error:
+    except (ValueError, OSError, OverflowError) as error:  # as of decode_clip
         raise ClipsError(f"clip {record.id} of {source.path}: {error}") from error
     needed = (record.side_px, record.side_px, 3)
     if pixels.shape[1:] != needed:
@@ -435,6 +435,11 @@ def _init_worker(worker: int) -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
             pass
         os._exit(0)
+
+    if not hasattr(signal, "sigwaitinfo"):  # macOS: anyone's SIGTERM ends it
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        return
 
     threading.Thread(target=exit_at_the_ranks_sigterm, daemon=True).start()
 

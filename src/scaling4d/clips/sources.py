@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from scaling4d.records import UserError, on_one_line
+from scaling4d.records import UserError, is_of_finder, on_one_line
 from scaling4d.video import FileSlice, VideoError
 
 EXTENDED_HEADERS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
@@ -88,8 +88,9 @@ class FolderFile:
 def walk_files(folder: Path) -> Iterator[FolderFile]:
     """Everything below a folder that is not a folder, hidden files too. Links to files and folders are followed.
 
-    Refused: pipes, sockets, devices, links to nothing or to a folder around them, names that DVC cannot track, and
-    files or folders that cannot be read. A refused folder counts as one file.
+    Files that macOS leaves in folders are passed over. Refused: pipes, sockets, devices, links to nothing or to a
+    folder around them, names that DVC cannot track, and files or folders that cannot be read. A refused folder counts
+    as one file.
     """
     parents = [os.stat(parent) for parent in folder.resolve().parents]
     yield from _walk(folder, "", linked=False, around=tuple((parent.st_dev, parent.st_ino) for parent in parents))
@@ -107,7 +108,7 @@ def _walk(folder: Path, below: str, *, linked: bool, around: tuple[tuple[int, in
     except OSError as error:
         yield FolderFile(below or ".", linked, Rejection.from_error(error))
         return
-    for entry in entries:
+    for entry in (entry for entry in entries if not is_of_finder(entry.name)):
         path, entry_linked = (f"{below}/{entry.name}" if below else entry.name), linked or entry.is_symlink()
         try:
             check_name(entry.name)

@@ -17,9 +17,7 @@ from scaling4d.clips import loader
 from scaling4d.config import StageConfig, require_minima, require_positive, require_words
 from scaling4d.encoders.load import build_model, load_model
 from scaling4d.mae.encoder import Method, MethodConfig
-from scaling4d.mae.masking import visible_tokens
 from scaling4d.mae.models import encoder_of, method_of
-from scaling4d.mae.patches import grid_of
 from scaling4d.records import UserError, did_you_mean, remedy
 from scaling4d.training.fit import FitConfig
 from scaling4d.training.launch import LaunchConfig
@@ -43,7 +41,7 @@ class TrainingConfig(ComputeConfig):
     """How every point is trained, so that points differ in their model alone.
 
     ranks: processes that share a batch (on a CPU of one thread each); results depend on it. batch: clips a step, over
-    all ranks. rate_times_width: peak learning rate of the matrices that read `width` numbers = this / width; 0: they
+    all ranks. rate_times_width: peak learning rate of all matrices inside = this / the encoder's width; 0: they
     have `embedding_rate`, too (MAE-ST). embedding_rate: of all other parameters (patch embedding, positions, tokens,
     norms, biases), at every width.
     warmup: share of the steps. clip_norm: of the gradient. flip: mirror clips at random. reverse: play them backwards
@@ -231,11 +229,6 @@ def bind_point(point: str, settings: Mapping[str, Any]) -> PretrainConfig:
     except ValueError as error:
         raise UserError(f"{key}, {training_key}: {error}") from error
     model = bound[method.config_class]
-    try:
-        rounding = {"round_down": method.round_visible_down}
-        visible_tokens(model.masking, grid_of(model.clip, model.patch), model.mask_ratio, **rounding)
-    except ValueError as error:
-        raise UserError(f"{key}.model.{method.__name__}: {error}") from error
     return PretrainConfig(
         point=point,
         key=key,

@@ -36,6 +36,8 @@ def start_weights(model: Method, folder: Path) -> dict[str, Tensor]:
     weights = {f"encoder.{name}": weight for name, weight in theirs.state_dict().items()}
     shapes = {name: weight.shape for name, weight in model.named_parameters()}
     weights = {name: weight for name, weight in (donor.state_dict() | weights).items() if shapes.get(name) == weight.shape}
+    if extra := sorted(name for name in theirs.state_dict() if f"encoder.{name}" not in shapes):
+        raise UserError(f"{folder} also has {extra[0]}, of {len(extra)} in all, which the point lacks; needed the same settings")
     if missing := sorted(name for name in shapes if name.startswith("encoder.") and name not in weights):
         raise UserError(f"{folder} has no weights of this shape for {missing[0]}, of {len(missing)} in all; needed the same mlp")
     return weights

@@ -64,9 +64,10 @@ class RankSplit:
         samples = benchmarks.read_samples(
             self.name, self.root, self.split, request, skipped=self.skipped, max_bad_share=self.max_bad_share
         )
-        stride = max(samples.count // self.items, 1) if self.items else 1
-        part = slice(self.rank * stride, self.items * stride or None, self.ranks * stride)
-        return samples.part(part, self.skipped)
+        if not 0 < self.items < samples.count:
+            return samples.part(slice(self.rank, None, self.ranks), self.skipped)
+        spread = [number * samples.count // self.items for number in range(self.items)]
+        return samples.part(spread[self.rank :: self.ranks], self.skipped)
 
     def by_index(self, samples: Samples) -> Iterator[tuple[int, list[Sample]]]:
         """Items that give samples, each with its index. `check_read` follows the last one."""

@@ -433,7 +433,7 @@ class Frozen(ReadoutProtocol):
         task, ranks, views = self.config.task, self.config.evaluation.ranks, len(self.config.task.views)
         if task.propagates:
             return {"propagated": task.predict_propagated}
-        if not task.linear:
+        if not task.linear or not task.suits_probe(train_set.source.model.encoder):
             return {}
         shortest = torch.tensor(len(train_set))
         dist.all_reduce(shortest, dist.ReduceOp.MIN)

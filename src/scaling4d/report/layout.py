@@ -14,9 +14,9 @@ from scaling4d.studies.markup import code_html, html_figure, html_page
 from scaling4d.studies.words import encoder_words
 
 TITLE = "Scaling 4D representations, in small"
-INTRODUCTION = """<p><small>All video is synthetic and small. A point is a model of one size; <code>dvc repro</code> trains and
-measures all points. Beside them stand the curves of <i>Scaling 4D Representations</i> (arXiv:2412.15212) and the method of
-<i>Masked Autoencoders As Spatiotemporal Learners</i> (arXiv:2205.09113).</small></p>"""
+INTRODUCTION = """<p><small>Video of the profiles pocket and desk is synthetic and small. A point is a model of one size;
+<code>dvc repro</code> trains and measures all points. Beside them stand the curves of <i>Scaling 4D Representations</i>
+(arXiv:2412.15212) and the method of <i>Masked Autoencoders As Spatiotemporal Learners</i> (arXiv:2205.09113).</small></p>"""
 ORIGIN = """<p>Every number comes from a file of a stage. <code>numbers.json</code> beside this page names file and place.
 <code>scaling4d audit --explain encoder/task/protocol</code> shows the bytes, settings and code behind a number.
 <a href="../studies/index.html">Studies</a> vary single settings.</p>"""

@@ -78,10 +78,14 @@ class RunResults:
 
     @property
     def ladder(self) -> list[str]:
-        """The points that differ in size alone, from small to large: of the first method, with its main masking."""
-        points = [point for point in self.of_method(self.methods[0]) if point not in self.continued]
-        common = Counter(map(self.masking, points)).most_common(1)[0][0]
-        return [point for point in points if self.masking(point) == common]
+        """The points that differ in size alone, from small to large, of the first method."""
+        return self.ladder_of(self.methods[0])
+
+    def ladder_of(self, method: str) -> list[str]:
+        """The points of a method that differ in size alone: with its main masking, from random weights."""
+        points = [point for point in self.of_method(method) if point not in self.continued]
+        common = Counter(map(self.masking, points)).most_common(1)
+        return [point for point in points if [self.masking(point)] == [masking for masking, _ in common]]
 
     def masking(self, point: str) -> str:
         """Masking of a point in pretraining, `random 95%`; empty where its settings have none."""
@@ -176,7 +180,7 @@ def read_run_results(settings: Mapping[str, Any]) -> RunResults:
         points=points,
         students=students,
         continued=continued,
-        tasks=tasks,
+        tasks=tuple(task for task in tasks if any(r.task == task for r in results.values())),
         encoders=encoders,
         results=tuple(results.values()),
         held_out=held_out,

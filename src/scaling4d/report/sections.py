@@ -87,7 +87,8 @@ def paper(run: RunResults, page: Page) -> str:
                 there = size in known["tasks"].get(task, {}).get(protocol, {})
                 row.append([unsure, published_part(*place, spec=".3f")] if there else NOTHING)
             rows.append(row)
-    text = f"The same protocols and metrics, on other data and at other sizes. Source: {known['source']}; less sure, marked ~: "
+    text = "The same tasks and, as far as they are known, the same metrics; what differs stands in the table of protocols. "
+    text += f"Source: {known['source']}; less sure, marked ~: "
     j = row_of(SHAPE_OF_J)
     shape = page.paragraph(f"{SHAPE_OF_J}: {j['stated']}. {j['reason']}")
     return page.paragraph(f"{text}{', '.join(known['approximate'])}.") + page.table(head, rows) + shape
@@ -213,7 +214,7 @@ def points(run: RunResults, page: Page) -> str:
     if len(run.methods) > 1:
         table += page.paragraph("Losses of different methods have different targets and do not compare.")
     for method in run.methods:
-        names = run.ladder if method == run.methods[0] else run.of_method(method)
+        names = run.ladder_of(method)
         sizes, losses = ([run.summaries[point][key] for point in names] for key in ("parameters", "val_loss"))
         rho = fits.spearman(sizes, losses)
         if rho is not None:

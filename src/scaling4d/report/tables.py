@@ -161,7 +161,7 @@ def label(r: Result) -> str:
 def overview(run: RunResults, *, intervals: bool) -> list[list[Part]]:
     """Rows of the main table: encoder, parameters, protocol, validation loss, tasks; `-` without such a readout.
 
-    The loss is that of the ladder's method alone: other methods predict other targets.
+    The loss is that of the ladder's method and masking alone: others predict other targets.
     """
     rows = []
     for encoder in dict.fromkeys([*run.trained, *(name for names in run.encoders.values() for name in names)]):
@@ -171,7 +171,8 @@ def overview(run: RunResults, *, intervals: bool) -> list[list[Part]]:
             size = summary_part(run, encoder, "parameters", spec="M")
             if size == NOTHING and (first := next(filter(None, results), None)):
                 size = result_part(run, first, "parameters", spec="M" if first.parameters else ",d")
-            loss = summary_part(run, encoder, "val_loss") if encoder in run.of_method(run.methods[0]) else NOTHING
+            comparable = encoder in run.of_method(run.methods[0]) and run.masking(encoder) == run.masking(run.ladder[0])
+            loss = summary_part(run, encoder, "val_loss") if comparable else NOTHING
             loss = loss if protocol == protocols[0] else ""
             cells = [(interval(run, r) if intervals else result_part(run, r, "value")) if r else NOTHING for r in results]
             rows.append([encoder, size, protocol, loss, *cells])

@@ -253,6 +253,7 @@ def fit(
                 continue
             assert not early, "a training that saves its state runs all its steps"
             if last or progress.step % config.log_every == 0:
+                heartbeat(f"{config.name} step {step}, waiting for its state to be written")
                 manager.wait()
             if save:
                 heartbeat(f"{config.name} step {step}, saving")

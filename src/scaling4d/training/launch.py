@@ -305,7 +305,9 @@ def _slurm_parameters(job: Job, config: LaunchConfig) -> dict[str, Any]:
         raise UserError(f"{job.setting}.where is slurm, which needs submitit; run pip install 'scaling4d[cluster]'")
     ranks = job.ranks // config.nodes
     parameters = {"nodes": config.nodes, "tasks_per_node": 1, "timeout_min": 60 * config.hours, "name": job.name}
-    parameters |= {"cpus_per_task": ranks * job.processes, "slurm_mem": "0"}  # all memory of a machine
+    cores = ranks * job.processes
+    parameters |= {"cpus_per_task": cores, "slurm_mem": "0"}  # all memory of a machine
+    parameters |= {"slurm_srun_args": [f"--cpus-per-task={cores}"]}  # srun of Slurm 22.05 to 23.02 does not inherit it
     parameters |= {"gpus_per_node": ranks} if job.device == "cuda" else {}
     parameters |= {"slurm_signal_delay_s": config.wait_s + REQUEUE_S}
     return parameters | ({"slurm_partition": config.partition} if config.partition else {})

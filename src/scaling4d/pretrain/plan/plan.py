@@ -103,7 +103,9 @@ def plan(
         "mesh": request.with_changes(shards, replicas),
         "meshes": [request.fastest(gpus) for gpus in COUNTS],
     }
-    on_gpus = config.section(settings, "pretrain.Training")["device"] == "cuda"  # a point of a CPU profile is a what-if
+    training = config.section(settings, "pretrain.Training")
+    on_gpus = training["device"] == "cuda"  # a point of a CPU profile is a what-if
+    content["other_compute"] = training["compute"] if on_gpus and training["compute"] != "bfloat16" else ""
     content["refused"] = request.loading_problem(content["mesh"]) if on_gpus else ""
     if dry:
         from scaling4d.pretrain.plan.dry_run import dry_run
@@ -252,7 +254,7 @@ class PlanRequest:
         return changes
 
     def fastest(self, gpus: int) -> dict[str, Any]:
-        """The fastest mesh of so many GPUs that fits. If none fits: all GPUs as shards, with the reason."""
+        """The fastest mesh of so many GPUs that fits, of COUNTS shards. None fits: all as shards, with the reason."""
         if problem := self.division_problem(gpus):
             divisor = gpus * self.microbatches
             return {"gpus": gpus, "fits": False, "why": problem, "changes": [f"--batch {-(-self.batch // divisor) * divisor}"]}

@@ -71,10 +71,13 @@ def show(content: dict[str, Any]) -> None:
         table.add_row(str(row["gpus"]), *cells, "yes" if row["fits"] else f"no: {change}")
     console.print(table)
     loading = content["loading"]
+    if content["other_compute"]:
+        other = f"pretrain.Training.compute is {content['other_compute']}, which takes longer and more memory"
+        console.print(f"All figures are of bfloat16; {other}.")
     console.print(
-        "The first row is the mesh of this command, each other one the fastest of its GPUs that fits. Ranges follow from shares "
-        "of the maker's figures that are guesses of ours, not measured on a GPU (plan/performance.py). Loading gives a GPU "
-        f"{mesh['clips_per_s_given']:,.0f} clips/s: {loading['workers']} workers, {loading['worker_clips_per_s']:,.0f} each."
+        "The first row is the mesh of this command, each other one the fastest that fits, of those tried. Ranges follow from "
+        "shares of the maker's figures that are guesses of ours, not measured on a GPU (plan/performance.py). Loading gives a "
+        f"GPU {mesh['clips_per_s_given']:,.0f} clips/s: {loading['workers']} workers, {loading['worker_clips_per_s']:,.0f} each."
     )
 
 

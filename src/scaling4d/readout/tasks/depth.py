@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from scaling4d.mae.patches import patchify, unpatchify
 from scaling4d.readout import metrics
@@ -47,6 +47,10 @@ class Depth(Task):
         valid, true = target["valid"], target["depth_m"]
         error = (predicted - true).abs() / true.where(valid, 1.0)
         return (error * valid).sum() / valid.sum().clamp(min=1)
+
+    def suits_probe(self, encoder: nn.Module) -> bool:
+        """Whether a token is a square of whole pixels: its places answer for their own."""
+        return all(size % count == 0 for size, count in zip(encoder.clip, encoder.grid, strict=True))
 
     def regression(self, features: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """A place is a token. Its targets are the depths of its own patch; it counts where all of them are valid."""

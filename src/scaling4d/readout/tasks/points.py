@@ -19,7 +19,7 @@ from scaling4d.records import Sample
 
 VALUES = 4  # x, y, visible, certain
 TILES = 8  # released: copies of a query, each for frames / 8 frames
-CERTAIN_PX = 6  # of RASTER_PX: a closer prediction counts as certain
+CERTAIN_PX = 6  # of the clip: a closer prediction counts as certain; scivid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class Points(Task):
         delta = 1 / target["side_px"][:, None, None]
         huber = torch.where(distance < delta, 0.5 * distance.square(), delta * (distance - delta / 2))
         visible = F.binary_cross_entropy_with_logits(predicted[..., 2], seen, reduction="none")
-        near = (distance.detach() <= CERTAIN_PX / metrics.RASTER_PX).float()
+        near = (distance.detach() <= CERTAIN_PX * delta).float()
         certain = F.binary_cross_entropy_with_logits(predicted[..., 3], near, reduction="none")
         queried = queried.float()
         visible = (visible * queried).sum() / queried.sum().clamp(min=1)

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scaling4d.config import require_minima, require_positive
@@ -96,6 +96,10 @@ class Task:
     def regression(self, features: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Features `B P d`, targets `B P o` and which count, bool `B P`, of a linear probe."""
         raise NotImplementedError
+
+    def suits_probe(self, encoder: nn.Module) -> bool:
+        """Whether a linear probe suits an encoder's tokens."""
+        return True
 
     def predict_linear(self, probe: LinearProbe, features: Tensor, target: dict[str, Tensor]) -> Tensor:
         """Predictions of a linear probe, as those of `predict`."""
