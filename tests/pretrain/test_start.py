@@ -11,6 +11,8 @@ from scaling4d import artifacts
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders.load import load_model
 from scaling4d.mae.encoder import Backbone, BackboneConfig
+from scaling4d.mae.models import config_of
+from scaling4d.mae.simple_mae import SimpleMAE
 from scaling4d.pretrain.settings import bind_pretrain
 from scaling4d.pretrain.stage import pretrain
 from scaling4d.pretrain.start import start_weights
@@ -84,6 +86,10 @@ def test_a_checkpoint_of_another_kind_or_size_is_refused_before_a_step(
     ):
         with pytest.raises(UserError, match=message):
             pretrain(NAME, continued(donor, **changes))
-    donor = pretrain("nano", changed("points.nano.model.SimpleMAE.qk_norm", True))
-    with pytest.raises(UserError, match="also has blocks.0.[a-z_.]*norm.*, which the point lacks; needed the same settings"):
-        pretrain(NAME, continued(donor, mlp=64))
+    saved = Checkpoint.read(donor)
+    plain, normed = (SimpleMAE(config_of(SimpleMAE, saved.settings | {"qk_norm": norm})) for norm in (False, True))
+    normed.initialise(0)
+    Path("normed").mkdir()
+    Checkpoint("normed", saved.model, saved.settings | {"qk_norm": True}, 0, 0, 0).write(Path("normed"), normed.state_dict())
+    with pytest.raises(UserError, match="normed also has blocks.0.[a-z_.]*norm.*, which the point lacks; needed the same"):
+        start_weights(plain, Path("normed"))

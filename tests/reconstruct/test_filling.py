@@ -129,11 +129,11 @@ def test_impossible_settings_are_refused() -> None:
 
 @pytest.mark.usefixtures("project")
 def test_a_model_that_predicts_no_pixels_is_refused() -> None:
-    folder = Path("artifacts/smoke/pretrain/pixels")
+    folder = Path("artifacts/smoke/pretrain/raw")
     folder.mkdir(parents=True)
-    Checkpoint("pixels", "PixelTokens", {}, 0, 0, 0).write(folder, {})
-    with pytest.raises(UserError, match="^pixels is a PixelTokens, which predicts no pixels; needed a SimpleMAE or MAEST$"):
-        reconstruct("pixels", config.compose(["profile=smoke"]))
+    Checkpoint("raw", "PixelTokens", {}, 0, 0, 0).write(folder, {})
+    with pytest.raises(UserError, match="^raw is a PixelTokens, which predicts no pixels; needed a SimpleMAE or MAEST$"):
+        reconstruct("raw", config.compose(["profile=smoke"]))
     shutil.rmtree(folder)
 
 

@@ -33,11 +33,11 @@ from scaling4d.mae.patches import unpatchify
 from scaling4d.provenance import atomic_new
 from scaling4d.readout.classifier import MeanPoolClassifier
 from scaling4d.readout.heads import AttentionReadout, Head, HeadConfig, PlainAttentionReadout, Queries
-from scaling4d.readout.tasks.depth import DECODING_PATCH
 from scaling4d.records import UserError, as_user_error, shortened, write_json
 
 READOUT_WEIGHTS, READOUT = "readout.safetensors", "readout.json"
 HEAD = "params/layers_2/"
+DEPTH_PATCH = (2, 8, 8)  # of the released depth readout
 DROPOUT = 0.5  # mae_st's default; without effect on loaded weights
 TILES = "temporal_tile_posenc/embeddings"
 INITIAL = {"query_std": 0.02, "time_init": "normal", "out_scale": 1.0}  # without effect on loaded weights
@@ -230,7 +230,7 @@ def four_ds_readout(shapes: Mapping[str, Shape], source: Path, encoder: Backbone
     learned = 0 if given else shape_of(shapes, "query", 3, source)[0]
     settings |= {"width": heads * head_width, "heads": heads, "queries": learned, "out": out, "plain": plain}
     settings["query_width"] = shape_of(shapes, "Dense_0/kernel", 2, source)[0] if given else 0
-    dense = not given and out == math.prod(DECODING_PATCH) and learned * out == math.prod(encoder.clip)
+    dense = not given and out == math.prod(DEPTH_PATCH) and learned * out == math.prod(encoder.clip)
     return ReleasedReadout("depth" if dense else "attention", settings, DEPTH_FRACTION)
 
 
@@ -357,7 +357,7 @@ def predict(
         values = module(features)
         if readout.kind == "depth" and values[0].numel() != math.prod(encoder.clip):
             raise UserError(f"{READOUT} predicts {values[0].numel()} depths of a clip; needed those of {encoder.clip}")
-        return unpatchify(values, encoder.clip, DECODING_PATCH) if readout.kind == "depth" else values
+        return unpatchify(values, encoder.clip, DEPTH_PATCH) if readout.kind == "depth" else values
     if queries is None or queries.shape[-1] != query_width:
         given = "none" if queries is None else f"some of {queries.shape[-1]}"
         raise UserError(f"the readout takes queries of {query_width} numbers, given {given}; correct --queries")
