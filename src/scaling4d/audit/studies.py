@@ -59,7 +59,7 @@ def _same_table(text: str, expected: str, *, fitted: bool) -> bool:
     if text == expected or not fitted:
         return text == expected
     rows, others = (list(csv.reader(table.splitlines())) for table in (text, expected))
-    pairs = [(row, other) for row, other in zip_longest(rows, others, fillvalue=[])]
+    pairs = zip_longest(rows, others, fillvalue=[])
     return all(len(row) == len(other) and all(map(same, row, other)) for row, other in pairs)
 
 

@@ -84,8 +84,8 @@ class RunResults:
     def ladder_of(self, method: str) -> list[str]:
         """The points of a method that differ in size alone: with its main masking, from random weights."""
         points = [point for point in self.of_method(method) if point not in self.continued]
-        common = Counter(map(self.masking, points)).most_common(1)
-        return [point for point in points if [self.masking(point)] == [masking for masking, _ in common]]
+        commonest = dict(Counter(map(self.masking, points)).most_common(1))
+        return [point for point in points if self.masking(point) in commonest]
 
     def masking(self, point: str) -> str:
         """Masking of a point in pretraining, `random 95%`; empty where its settings have none."""

@@ -49,7 +49,7 @@ class Depth(Task):
         return (error * valid).sum() / valid.sum().clamp(min=1)
 
     def suits_probe(self, encoder: nn.Module) -> bool:
-        """Whether a token is a square of whole pixels: its places answer for their own."""
+        """Whether tokens divide the clip: each answers for its own pixels."""
         return all(size % count == 0 for size, count in zip(encoder.clip, encoder.grid, strict=True))
 
     def regression(self, features: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
