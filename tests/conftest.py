@@ -52,7 +52,7 @@ def curated_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with contextlib.chdir(folder):
         from scaling4d.clips import stage
 
-        curation = (f"clips.Curation.{change}" for change in ("listed=''", "workers=1", "val_share=0.3"))
+        curation = ("clips.Curation.listed=''", "clips.Curation.val_share=0.3", "clips.Workers.processes=1")
         config.write(["profile=smoke", *curation, "pretrain.Training.probe_tasks=[]"])
         stage.clips(config.read())
     return folder

@@ -24,6 +24,8 @@ EXPERIMENTS = Path("experiments")
 RENAMED = (  # former names of settings, as patterns of dotted keys; a table in experiments/LOG.md
     (r"^((points|distilled|continued)\.\w+)\.(SimpleMAE|MAEST|Distilled)\.", r"\1.model.\3."),
     (r"^pretrain\.Running\.", "pretrain.Runtime."),
+    (r"^clips\.Curation\.workers$", "clips.Workers.processes"),
+    (r"^clips\.Curation\.cluster$", "clips.Workers.cluster"),
     (r"^readout\.shared\.", "readout."),
     (r"^readout\.tuning\.(Tuning|Compute)\.", "readout.Compute."),
     (r"^readout\.tuning\.Sharding\.", "readout.Sharding."),

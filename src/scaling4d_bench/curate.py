@@ -48,9 +48,9 @@ COLUMNS = {
 
 def bench(out: Path) -> Path:
     """Make videos, curate FILES of them, then MORE, then EXTRA more; print tables, write `<out>/curate.json`."""
-    curation = videos.curation({"workers": measure.cores(), "cluster": ""})
+    curation = videos.curation()
     settings = {"files": FILES, "more": MORE, "extra": EXTRA, "seconds": SECONDS, "size_px": list(SIZE_PX)}
-    settings |= {"hashes": HASHES, "tasks": TASKS, "curation": curation}
+    settings |= {"hashes": HASHES, "tasks": TASKS, "curation": curation, "workers": measure.cores()}
     measurements = Measurements("curate", settings, LIBRARIES)
     with tempfile.TemporaryDirectory() as scratch:
         paths = [Path(scratch, "made", f"{number:06d}.mp4") for number in range(MORE + EXTRA)]
@@ -61,12 +61,12 @@ def bench(out: Path) -> Path:
         first = run_curation(small, paths[:FILES], curation, previous=None)
         second = run_curation(large, paths[:MORE], curation, previous=None)
         again = run_curation(Path(scratch, "again"), paths, curation, previous=large)
-        tasks_per_s = measure_scheduler(curation)
+        tasks_per_s = measure_scheduler()
     rows = [first, second, again]
     search = measure_search(curation.hash_bits)
     new, grown = (second["files"] - first["files"]), {key: second[key] - first[key] for key in ("seconds", "clips", "peak_main")}
     rates = {  # from the difference of two sizes, so that starting the cluster does not count
-        "core_s_per_video_s": grown["seconds"] * curation.workers / (new * SECONDS),
+        "core_s_per_video_s": grown["seconds"] * measure.cores() / (new * SECONDS),
         "clips_per_video_s": grown["clips"] / (new * SECONDS),
         "bytes_per_clip": second["clip_bytes"] / second["clips"],
         "tasks_per_video": TASKS_PER_VIDEO,
@@ -125,7 +125,7 @@ def _curate(folder: Path, curation: CurationConfig, earlier: Path | None, cache:
     sources, out = folder / "videos", folder / "out"
     out.mkdir()
     start = time.perf_counter()
-    curate.curate(sources, out, curation, previous=earlier, cache=cache)
+    curate.curate(sources, out, curation, videos.workers(), previous=earlier, cache=cache)
     seconds = time.perf_counter() - start
     sizes = pq.read_table(out / "clips.parquet", columns=["bytes"])["bytes"].to_pylist()
     files = len(list(sources.iterdir()))
@@ -181,10 +181,11 @@ def measure_search(bits: int) -> dict[str, float]:
     return {"hashes": HASHES, "hash_bits": bits, "seconds": seconds, **rates}
 
 
-def measure_scheduler(curation: CurationConfig) -> float:
+def measure_scheduler() -> float:
     """Tasks without work a second, on a cluster of this machine."""
-    with dask_client("", curation.workers) as client:
-        for _ in run_jobs(client, abs, [(0,)] * curation.workers, "starting", total=curation.workers):
+    workers = videos.workers()
+    with dask_client(workers) as client:
+        for _ in run_jobs(client, abs, [(0,)] * workers.processes, "starting", total=workers.processes):
             pass
         run = run_jobs(client, abs, ((number,) for number in range(TASKS)), "tasks without work", total=TASKS)
         return TASKS / measure.timed(lambda: [future.result() for _, future in run])()

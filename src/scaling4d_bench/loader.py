@@ -33,7 +33,7 @@ LIBRARIES = ("av", "numpy", "pyarrow", "torch", "torchdata")
 def bench(out: Path, *, repeats: int, minutes: float) -> Path:
     """Curate made-up videos at the paper's size, measure, print a table for each kind, write `<out>/loader.json`."""
     settings = {"batch": BATCH, "steps": STEPS, "repeats": repeats, "minutes": minutes, "files": FILES, "seconds": SECONDS}
-    settings |= {"size_px": SIZE_PX, "curation": videos.curation({})}
+    settings |= {"size_px": SIZE_PX, "curation": videos.curation()}
     measurements = Measurements("loader", settings, LIBRARIES)
     torch.set_num_threads(1)
     columns = {name.replace("ours", "one core"): text for name, text in measure.SPEED.items()}
@@ -74,7 +74,7 @@ def bench(out: Path, *, repeats: int, minutes: float) -> Path:
 def batches(folder: Path, *, steps: int, workers: int, repeats: int = 1) -> Iterator[ClipBatch]:
     """The batches of a training, without the crop, so that every workload only decodes and stacks."""
     order = {"repeats": repeats, "seed": SEED, "start": 0, "steps": steps, "window_shards": 0, "rank": 0, "ranks": 1}
-    views = {"frames": videos.curation({}).frames, "flip": False, "reverse": False, "crop": (1.0, 1.0), "aspect": (1.0, 1.0)}
+    views = {"frames": videos.curation().frames, "flip": False, "reverse": False, "crop": (1.0, 1.0), "aspect": (1.0, 1.0)}
     views |= {"cached_clips": 0, "workers": workers, "on_device": False}
     return loader.train_batches(folder, batch=BATCH, **order, **views)
 

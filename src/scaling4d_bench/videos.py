@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from PIL import Image
 
 from scaling4d import config, seeds, video
 from scaling4d.clips import curate
-from scaling4d.clips.settings import CurationConfig
+from scaling4d.clips.settings import CurationConfig, WorkersConfig
 from scaling4d_bench import measure
 
 RATE_HZ = 25.0
@@ -61,9 +60,14 @@ def write(path: Path, seed: int, *, seconds: float, size_px: tuple[int, int], go
     return path
 
 
-def curation(changes: Mapping[str, Any]) -> CurationConfig:
+def curation(**changes: Any) -> CurationConfig:
     """The curation of profile paper with changed settings."""
     return CurationConfig(**config.section(config.compose(["profile=paper"]), "clips.Curation") | changes)
+
+
+def workers() -> WorkersConfig:
+    """One process for each core."""
+    return WorkersConfig(processes=measure.cores(), cluster="")
 
 
 def curated(
@@ -75,5 +79,5 @@ def curated(
     for number in range(0 if sources.is_dir() else files):
         write(sources / f"{number}.mp4", measure.SEED + number, seconds=seconds, size_px=size_px)
     clips.mkdir()
-    curate.curate(sources, clips, curation({"encode": encode, "workers": measure.cores(), **longer}))
+    curate.curate(sources, clips, curation(encode=encode, **longer), workers())
     return clips

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_videos import SETTINGS, save, world
+from small_videos import SETTINGS, WORKERS, save, world
 
 from scaling4d.clips import curate
 from scaling4d.clips.settings import CurationConfig
@@ -52,5 +52,5 @@ def videos(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def curated(videos, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("two_workers")
-    curate.curate(videos, out, CurationConfig(**SETTINGS))
+    curate.curate(videos, out, CurationConfig(**SETTINGS), WORKERS)
     return out

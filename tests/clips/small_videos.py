@@ -5,10 +5,14 @@ from pathlib import Path
 import numpy as np
 
 from scaling4d import video
+from scaling4d.clips.inspection import Inspection, hash_sources, inspect_video
+from scaling4d.clips.settings import CurationConfig, WorkersConfig
+from scaling4d.clips.sources import SourceFile
 
 SETTINGS = {"frames": 16, "max_frames": 16, "rate_hz": 8.0, "side_px": 32, "encode": True, "listed": "", "crf": 12}
 SETTINGS |= {"hash_bits": 24, "val_share": 0.3}
-SETTINGS |= {"shard_bytes": 20_000, "workers": 2, "cluster": ""}
+SETTINGS |= {"shard_bytes": 20_000}
+WORKERS = WorkersConfig(processes=2, cluster="")
 
 
 def world(seed: int, frames: int, height: int = 64, width: int = 80) -> np.ndarray:
@@ -29,3 +33,9 @@ def save(path: Path, pixels: np.ndarray, rate_hz: float = 16, crf: int = 18, **m
     path.parent.mkdir(parents=True, exist_ok=True)
     video.encode(path, pixels, rate_hz=rate_hz, crf=crf, gop=12, **more)
     return path
+
+
+def inspect(videos: Path, source: SourceFile, config: CurationConfig) -> Inspection:
+    """The inspection of a readable source with its own hash."""
+    (sha256,) = hash_sources(videos, [source])
+    return inspect_video(videos, source, sha256, config)

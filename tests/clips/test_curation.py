@@ -15,34 +15,35 @@ import pytest
 from distributed import LocalCluster
 from nearness import contents
 from PIL import Image, ImageOps
-from small_videos import SETTINGS
+from small_videos import SETTINGS, WORKERS
 
 from scaling4d import video
 from scaling4d.clips import curate, inspection, loader
 from scaling4d.clips.cluster import dask_client
-from scaling4d.clips.settings import CurationConfig
+from scaling4d.clips.settings import CurationConfig, WorkersConfig
 from scaling4d.clips.sources import list_sources
 from scaling4d.records import UserError
 
 pytestmark = pytest.mark.integration
 
 CONFIG = CurationConfig(**SETTINGS)
+ONE = WorkersConfig(processes=1, cluster="")
 
 
 @pytest.fixture(scope="module")
 def quick():
-    """Settings of curation in a thread of this process, without a worker to start."""
+    """A worker in a thread of this process, without a process to start."""
     with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
-        yield replace(CONFIG, cluster=cluster.scheduler_address)
+        yield replace(ONE, cluster=cluster.scheduler_address)
 
 
 def table(path):
     return pq.read_table(path).to_pylist()
 
 
-def run(corpus, out, config, **more):
+def run(corpus, out, workers, config=CONFIG, **more):
     out.mkdir()
-    curate.curate(corpus, out, config, **more)
+    curate.curate(corpus, out, config, workers, **more)
     return out
 
 
@@ -112,7 +113,7 @@ def test_shards_are_uncompressed_sorted_limited_and_carry_no_time_or_owner(curat
 
 
 def test_one_worker_and_two_write_the_same_bytes(curated, videos, tmp_path):
-    assert contents(run(videos, tmp_path / "out", replace(CONFIG, workers=1))) == contents(curated)
+    assert contents(run(videos, tmp_path / "out", ONE)) == contents(curated)
 
 
 def end_or_call(name, how, function, videos, source, *rest):
@@ -127,10 +128,53 @@ def end_or_call(name, how, function, videos, source, *rest):
 def test_files_that_end_every_worker_are_rejected_and_the_rest_is_used(quick, videos, tmp_path, monkeypatch, how):
     monkeypatch.setattr(curate, "inspect_video", partial(end_or_call, "good2.mp4", how, inspection.inspect_video))
     monkeypatch.setattr(curate, "encode_clips", partial(end_or_call, "good3.mp4", how, inspection.encode_clips))
-    out = run(few(videos, tmp_path / "corpus", 5), tmp_path / "out", CONFIG if how == "killed" else quick)
+    out = run(few(videos, tmp_path / "corpus", 5), tmp_path / "out", WORKERS if how == "killed" else quick)
     rejected = [(row["path"], row["reason"]) for row in table(out / "rejected.parquet")]
     assert rejected == [("good2.mp4", "decoding crashes"), ("good3.mp4", "cutting crashes")]
     assert {row["source"] for row in table(out / "clips.parquet")} == {f"good{seed}.mp4" for seed in (0, 1, 4)}
+
+
+def lose_the_disk(videos, source, *rest):
+    """While a file is decoded it cannot be read any more: FFmpeg reports this as the end of the data."""
+    inspected, decode_frames = videos / source.path, video.decode_frames
+
+    def decode(location):
+        frames = decode_frames(location)
+        yield next(frames)
+        inspected.unlink() if source.path == "good1.mp4" else inspected.write_bytes(b"another file")
+        raise video.VideoError("incomplete: the data ends at 0.10 s of 1.00 s")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if source.path in ("good1.mp4", "good2.mp4"):
+            patch.setattr(video, "decode_frames", decode)
+        return inspection.inspect_video(videos, source, *rest)
+
+
+def test_a_file_that_is_lost_or_changed_while_it_is_decoded_is_no_bad_video(quick, videos, tmp_path, monkeypatch):
+    monkeypatch.setattr(curate, "inspect_video", lose_the_disk)
+    corpus, sources = few(videos, tmp_path / "corpus", 3), []
+    for name in ("good1.mp4", "good2.mp4"):
+        sources.append(((corpus / name).read_bytes(), corpus / name))
+    with dask_client(quick) as client:
+        first = curate._inspect_all(client, corpus, list_sources(corpus), CONFIG, tmp_path / "cache")
+        assert [[why.reason for why in found.rejected] for found in first] == [[], ["cannot be read"], ["cannot be read"]]
+        monkeypatch.setattr(curate, "inspect_video", inspection.inspect_video)
+        for content, path in sources:
+            path.write_bytes(content)
+        again = curate._inspect_all(client, corpus, list_sources(corpus), CONFIG, tmp_path / "cache")
+    assert all(found.clips and not found.rejected for found in again)
+
+
+def lack_a_package(*_):
+    raise ModuleNotFoundError("No module named 'av'")
+
+
+def test_a_worker_without_the_packages_ends_the_run_with_one_line(quick, videos, tmp_path, monkeypatch):
+    for number, step in enumerate(("hash_sources", "inspect_video", "encode_clips")):
+        with monkeypatch.context() as patch:
+            patch.setattr(curate, step, lack_a_package)
+            with pytest.raises(UserError, match=r"^.+: a Dask worker answers No module named 'av'; needed this package"):
+                run(few(videos, tmp_path / f"corpus{number}", 3), tmp_path / f"out{number}", quick)
 
 
 def fill_disk(videos, source, clips, config, out):
@@ -146,15 +190,15 @@ def test_a_full_disk_while_clips_are_cut_is_one_line(quick, videos, tmp_path, mo
 def test_a_folder_without_a_usable_video_says_why_and_what_to_do(quick, tmp_path):
     use = "name your own data with `scaling4d data use PATH`"
     with pytest.raises(UserError, match=rf"^no folder .*/none; run `dvc repro data.dvc`, or {use}$"):
-        curate.curate(tmp_path / "none", tmp_path, CONFIG)
+        curate.curate(tmp_path / "none", tmp_path, CONFIG, ONE)
     (tmp_path / "videos").mkdir()
     with pytest.raises(UserError, match=rf"^.*/videos holds no files; put videos there, or {use}$"):
-        curate.curate(tmp_path / "videos", tmp_path, CONFIG)
+        curate.curate(tmp_path / "videos", tmp_path, CONFIG, ONE)
     (tmp_path / "videos/a.txt").write_text("a")
     (tmp_path / "videos/b.mp4").write_bytes(b"")
     why = r"^none of the 2 files in .* can be used \(1 not a readable video, 1 the file is empty\); see"
     with pytest.raises(UserError, match=why):
-        curate.dry_run(tmp_path / "videos", quick)
+        curate.dry_run(tmp_path / "videos", CONFIG, quick)
 
 
 def test_a_dry_run_counts_by_reason_and_lists_files_only_where_that_is_wanted(quick, videos, tmp_path, capsys):
@@ -162,7 +206,7 @@ def test_a_dry_run_counts_by_reason_and_lists_files_only_where_that_is_wanted(qu
     for name in ("empty", "none"):
         (corpus / f"{name}.mp4").write_bytes(b"")
     for list_files in (False, True):
-        curate.dry_run(corpus, quick, list_files=list_files)
+        curate.dry_run(corpus, CONFIG, quick, list_files=list_files)
         lines = capsys.readouterr().out.splitlines()
         assert lines[-2].startswith(f"5 files in {corpus}: 3 used for ") and lines[-2].endswith(", 2 rejected")
         assert lines[-1] == "rejected files: 2 the file is empty"
@@ -171,8 +215,8 @@ def test_a_dry_run_counts_by_reason_and_lists_files_only_where_that_is_wanted(qu
 
 def test_a_cluster_that_does_not_answer_is_named(videos, tmp_path, monkeypatch):
     monkeypatch.setattr("scaling4d.clips.cluster.CONNECT_S", 0.2)
-    with pytest.raises(UserError, match=r"no Dask scheduler answers at 'tcp://127.0.0.1:9' .*set clips.Curation.cluster$"):
-        curate.curate(videos, tmp_path, replace(CONFIG, cluster="tcp://127.0.0.1:9"))
+    with pytest.raises(UserError, match=r"no Dask scheduler answers at 'tcp://127.0.0.1:9' .*set clips.Workers.cluster$"):
+        curate.curate(videos, tmp_path, CONFIG, replace(ONE, cluster="tcp://127.0.0.1:9"))
 
 
 @pytest.mark.parametrize(("name", "value"), [
@@ -213,13 +257,13 @@ def test_cached_results_are_not_used_for_other_settings_or_changed_clips(quick, 
     corpus, known = few(videos, tmp_path / "corpus", 3), {"cache": tmp_path / "cache"}
     first = run(corpus, tmp_path / "first", quick, **known)
     known["previous"] = first
-    run(corpus, tmp_path / "sharper", replace(quick, crf=5), **known)
+    run(corpus, tmp_path / "sharper", quick, replace(CONFIG, crf=5), **known)
     assert (jobs["looking at videos"], jobs["cutting clips"]) == (0, 3)
-    slower = replace(quick, rate_hz=7.99)  # the same frames, written with other times
-    again = run(corpus, tmp_path / "slower", slower, **known)
+    slower = replace(CONFIG, rate_hz=7.99)  # the same frames, written with other times
+    again = run(corpus, tmp_path / "slower", quick, slower, **known)
     assert jobs["cutting clips"] == 3
-    assert contents(again) == contents(run(corpus, tmp_path / "slower_from_nothing", slower))
-    run(corpus, tmp_path / "faster", replace(quick, rate_hz=8.5), **known)
+    assert contents(again) == contents(run(corpus, tmp_path / "slower_from_nothing", quick, slower))
+    run(corpus, tmp_path / "faster", quick, replace(CONFIG, rate_hz=8.5), **known)
     assert jobs["looking at videos"] == 3
     before = contents(first)
     shard = next((first / "shards").iterdir())
@@ -234,7 +278,7 @@ def inspect_while_away(videos, source, sha256, config):
 
 def test_a_file_that_cannot_be_read_for_the_moment_is_inspected_again(quick, videos, tmp_path, monkeypatch):
     corpus = few(videos, tmp_path / "corpus", 3)
-    with dask_client(quick.cluster, 1) as client:
+    with dask_client(quick) as client:
         for function, reasons, clips in ((inspect_while_away, ["cannot be read"], 0), (inspection.inspect_video, [], 1)):
             monkeypatch.setattr(curate, "inspect_video", function)
             inspections = curate._inspect_all(client, corpus, list_sources(corpus), CONFIG, tmp_path / "cache")
@@ -285,7 +329,7 @@ def test_unencoded_sources_lie_in_the_shards_once_and_rows_point_into_them(quick
     corpus = few(videos, tmp_path / "corpus", 3)
     for name in ("two_shots.mp4", "uneven.mp4"):
         shutil.copy(videos / name, corpus)
-    out = run(corpus, tmp_path / "out", replace(quick, encode=False))
+    out = run(corpus, tmp_path / "out", quick, replace(CONFIG, encode=False))
     rows = {row["id"]: row for row in table(out / "clips.parquet")}
     assert len([row for row in rows.values() if row["source"] == "two_shots.mp4"]) == 2
     for row in rows.values():
@@ -327,4 +371,4 @@ def test_a_running_cluster_that_loses_a_worker_writes_the_same_bytes(scheduler, 
             yield finished
 
     monkeypatch.setattr(curate, "run_jobs", run_jobs)
-    assert contents(run(videos, tmp_path / "out", replace(CONFIG, cluster=address))) == contents(curated)
+    assert contents(run(videos, tmp_path / "out", replace(ONE, cluster=address))) == contents(curated)

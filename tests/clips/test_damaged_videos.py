@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 from damage import ACCEPTED, REFUSED, SIZES, SKIPPED, files_below
-from small_videos import SETTINGS, save, world
+from small_videos import SETTINGS, inspect, save, world
 
 from scaling4d import video
 from scaling4d.clips import data_import
 from scaling4d.clips.curate import curate
 from scaling4d.clips.inspection import hash_sources, inspect_video
 from scaling4d.clips.loader import eval_batches
-from scaling4d.clips.settings import CurationConfig
+from scaling4d.clips.settings import CurationConfig, WorkersConfig
 from scaling4d.clips.shards import read_previous
 from scaling4d.clips.sources import SourceFile, list_sources
 from scaling4d.encoders.extract import read_clips
@@ -31,7 +31,7 @@ def test_a_codec_that_nobody_knows_is_a_reason_wherever_videos_are_read(tmp_path
         with pytest.raises(VideoError, match=f"^{NO_DECODER}$"):
             read(path)
     assert data_import.check_videos(tmp_path) == [f"videos/{name}: {NO_DECODER}"]
-    (rejected,) = inspect_video(tmp_path / "videos", SourceFile(name), "0" * 64, CONFIG).rejected
+    (rejected,) = inspect(tmp_path / "videos", SourceFile(name), CONFIG).rejected
     assert rejected.reason == "no decoder for its codec"
     with pytest.raises(UserError, match=f"^{path}: {NO_DECODER}$"):
         read_clips(path, (4, 32, 32))
@@ -107,9 +107,9 @@ def test_a_damaged_list_of_videos_is_followed_or_refused(tmp_path, endures, copi
 def test_a_damaged_corpus_of_clips_is_read_or_refused(tmp_path, endures, copies, encode):
     for seed in range(4):
         save(tmp_path / f"videos/{seed}.mp4", world(seed, 40))
-    config = CurationConfig(**SETTINGS | {"workers": 1, "encode": encode, "frames": 8})
+    config = CurationConfig(**SETTINGS | {"encode": encode, "frames": 8})
     (tmp_path / "clips").mkdir()
-    curate(tmp_path / "videos", tmp_path / "clips", config)
+    curate(tmp_path / "videos", tmp_path / "clips", config, WorkersConfig(processes=1, cluster=""))
 
     def read(_: Path) -> None:
         read_previous(tmp_path / "clips")

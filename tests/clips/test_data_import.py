@@ -209,7 +209,7 @@ def test_a_check_says_of_links_what_it_says_of_the_files_and_curation_sees_the_s
 def test_a_dry_run_looks_at_the_folder_that_data_dvc_names_and_never_at_older_data(project, monkeypatch):
     looked_at = []
     monkeypatch.setattr(stage.curate, "dry_run", lambda videos, *_, **__: looked_at.append(videos.resolve()))
-    monkeypatch.setattr(config, "bind", lambda *_: {stage.CurationConfig: None})
+    monkeypatch.setattr(config, "bind", lambda *_, **__: {stage.CurationConfig: None, stage.WorkersConfig: None})
     monkeypatch.setattr(stage, "_cache", lambda: None)
     own, pocket = project.parent / "own", project / "experiments/pocket"
     for path, videos in ((own, own / "videos"), (own / "videos", own / "videos"), (pocket, pocket / "videos")):

@@ -6,11 +6,10 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from small_videos import SETTINGS, save, world
+from small_videos import SETTINGS, inspect, save, world
 
 from scaling4d import video
 from scaling4d.benchmarks.frames import frames_by_seeking, frames_by_time, squares_by_number
-from scaling4d.clips.inspection import inspect_video
 from scaling4d.clips.settings import CurationConfig
 from scaling4d.clips.sources import SourceFile
 from scaling4d.video import VideoError
@@ -69,14 +68,14 @@ def test_pixels_are_stretched_before_a_video_is_turned(tmp_path):
 def test_a_picture_that_its_pixels_shape_would_make_huge_or_small_is_refused(tmp_path, monkeypatch):
     path = shown_as(tmp_path / "a.mp4", Fraction(40), frames=40)
     config = CurationConfig(**SETTINGS)
-    (why,) = inspect_video(tmp_path, SourceFile("a.mp4"), "0" * 64, config).rejected
+    (why,) = inspect(tmp_path, SourceFile("a.mp4"), config).rejected
     assert (why.reason, why.detail) == ("too large", "5120x96 px; needed at most 4096 px on the longer side")
     monkeypatch.setattr(video, "MAX_PIXELS", 10**5)
     for read in (video.decode_all, lambda path: video.probe(path, sha256=""), lambda path: video.read_frames_at(path, [0.0])):
         with pytest.raises(VideoError, match="^too large: 5120x96 px; needed at most 100000 px in all"):
             read(path)
     shown_as(tmp_path / "a.mp4", Fraction(1, 4), frames=40)
-    (why,) = inspect_video(tmp_path, SourceFile("a.mp4"), "0" * 64, config).rejected
+    (why,) = inspect(tmp_path, SourceFile("a.mp4"), config).rejected
     assert (why.reason, why.detail) == ("too small", "32x96 px; needed 64 px on the shorter side")
 
 

@@ -1,13 +1,14 @@
 """Clips that are longer than a model's window, from videos to batches: MAE-ST's repeated sampling."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from small_videos import SETTINGS, save, world
+from small_videos import SETTINGS, WORKERS, save, world
 
 from scaling4d import video
 from scaling4d.clips import curate, loader
@@ -35,7 +36,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def curated(request: pytest.FixtureRequest, videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("curated")
     changes = {"frames": FRAMES, "max_frames": MAX_FRAMES, "encode": request.param}
-    curate.curate(videos, out, CurationConfig(**SETTINGS | changes))
+    curate.curate(videos, out, CurationConfig(**SETTINGS | changes), WORKERS)
     return out
 
 
@@ -98,8 +99,8 @@ def test_windows_depend_on_seed_epoch_and_clip_alone(curated: Path) -> None:
 
 
 def test_the_windows_of_a_clip_are_decoded_in_one_pass(curated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    passes, read = [], video.read_frames_at
-    monkeypatch.setattr(video, "read_frames_at", lambda *given, **more: passes.append(given) or read(*given, **more))
+    passes, read = [], video.OpenVideo.frames_at
+    monkeypatch.setattr(video.OpenVideo, "frames_at", lambda *given, **more: passes.append(given) or read(*given, **more))
     longer = sum(rows_of(curated)[batch.ids[0]]["frames"] > FRAMES for batch in batches_of(curated, steps=16))
     assert 8 < longer <= len(passes) <= 16  # whole sources' short clips are read so, too
 
@@ -117,3 +118,12 @@ def test_validation_shows_the_window_in_the_middle(curated: Path) -> None:
         (batch,) = loader.eval_batches(curated, split=split, frames=FRAMES, batch=100, rank=0, ranks=1)
         for name, start_s in zip(batch.ids, batch.start_s, strict=True):
             assert start_s - rows[name]["start_s"] == (rows[name]["frames"] - FRAMES) / 2 / RATE_HZ
+
+
+def test_a_window_behind_the_end_of_an_encoded_clip_is_an_error(curated: Path) -> None:
+    record = next(clip for clip in loader.ClipTable(curated, "train") if clip.frames == MAX_FRAMES)
+    longer = replace(record, frames=MAX_FRAMES + 1)
+    assert len(loader.decode_windows(curated, longer, frames=FRAMES, positions=[0.0])) == 1
+    if record.encoded:
+        with pytest.raises(loader.ClipsError, match=rf"^clip {record.id} of .+: ends before its 21 frames$"):
+            loader.decode_windows(curated, longer, frames=FRAMES, positions=[0.999])

@@ -8,7 +8,7 @@ import tracemalloc
 from dataclasses import replace
 
 import pytest
-from small_videos import SETTINGS, save, world
+from small_videos import SETTINGS, inspect, save, world
 
 from scaling4d import video
 from scaling4d.clips import inspection
@@ -157,9 +157,9 @@ def test_a_kinetics_list_means_trimmed_files_or_stretches_of_whole_ones_which_mu
     assert items["train/whole.mp4"].stretches == ((1.0, 3.5), (4.0, 6.25))
     assert items["train/abc_000010_000020.mp4"].stretches == ()
     assert "train.csv" not in items
-    whole = inspect_video(kinetics, items["train/whole.mp4"], "0" * 64, CONFIG)
+    whole = inspect(kinetics, items["train/whole.mp4"], CONFIG)
     assert [(clip.start_s, clip.end_s) for clip in whole.clips] == [(1.0, 3.0), (4.0, 6.0)] and not whole.rejected
-    (why,) = inspect_video(kinetics, replace(items["train/whole.mp4"], stretches=((60.0, 70.0),)), "0" * 64, CONFIG).rejected
+    (why,) = inspect(kinetics, replace(items["train/whole.mp4"], stretches=((60.0, 70.0),)), CONFIG).rejected
     assert (why.reason, why.detail) == ("too short", "it has 6.19 s, and the list names later ones")
 
 
@@ -195,7 +195,7 @@ def test_a_list_that_cannot_be_used_is_refused(kinetics, content, message):
 def test_a_video_that_would_take_too_much_is_refused_and_the_limit_named(tmp_path, monkeypatch, limit, value, detail):
     save(tmp_path / "a.mp4", world(0, 40))
     monkeypatch.setattr(inspection, limit, value)
-    result = inspect_video(tmp_path, SourceFile("a.mp4"), "0" * 64, CONFIG)
+    result = inspect(tmp_path, SourceFile("a.mp4"), CONFIG)
     assert [(why.reason, why.detail) for why in result.rejected] == [("too long", detail)] and not result.clips
 
 
@@ -204,7 +204,7 @@ def test_names_of_any_bytes_are_found(tmp_path):
     for name in names:
         save(tmp_path / name, world(0, 40))
     os.rename(os.fsencode(tmp_path / " .mp4"), os.fsencode(tmp_path) + b"/\xff.mp4")
-    inspections = {item.path: inspect_video(tmp_path, item, "0" * 64, CONFIG) for item in list_sources(tmp_path)}
+    inspections = {item.path: inspect(tmp_path, item, CONFIG) for item in list_sources(tmp_path)}
     assert set(inspections) == {*names, os.fsdecode(b"\xff.mp4")} - {" .mp4"}
     assert all(inspection.clips for inspection in inspections.values())
     assert reasons(list_sources(tmp_path)) == {os.fsdecode(b"\xff.mp4"): "name"}

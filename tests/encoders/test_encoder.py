@@ -52,7 +52,7 @@ def trained(folder: Path, name: str = "SimpleMAE", rate_hz: float = 5.0) -> Path
     count = sum(weight.numel() for weight in model.encoder.parameters())
     Checkpoint("nano", name, SETTINGS[name], count, step=7, clips_seen=112).write(checkpoint, model.state_dict())
     write_json(clips / "croissant.json", {"clips": 1})
-    write_json(clips / "provenance.json", {"settings": {"clips": {"Curation": {"rate_hz": rate_hz}}}})
+    write_json(clips / "provenance.json", {"settings": {"clips.Curation": {"rate_hz": rate_hz}}})
     inputs = {"clips": artifacts.sha256(clips / "croissant.json")}
     settings = {"seed": 0, "pretrain.Training": {"steps": 7}}
     provenance = {"stage": "pretrain", "settings": settings, "inputs": inputs, "code": {"sha256": "c0de"}}

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
+from scaling4d.clips.settings import WorkersConfig
 from scaling4d.records import UserError
 
 CONNECT_S = 5  # to a running scheduler
@@ -18,19 +19,24 @@ QUEUED = 4  # jobs that the scheduler holds for each thread: its memory does not
 
 
 @contextmanager
-def dask_client(address: str, workers: int) -> Iterator[Any]:
-    """A Dask client of the scheduler at `address` (UserError: no answer); if empty, of one-thread processes here."""
+def dask_client(workers: WorkersConfig) -> Iterator[Any]:
+    """A Dask client of a running scheduler (UserError: no answer), or of one-thread processes here."""
     import dask
     from distributed import Client
 
-    if address:
+    if workers.cluster:
         try:
-            client = Client(address, timeout=CONNECT_S)
+            client = Client(workers.cluster, timeout=CONNECT_S)
         except (OSError, ValueError) as error:
-            raise UserError(f"no Dask scheduler answers at {address!r} ({error}); set clips.Curation.cluster") from error
+            raise UserError(f"no Dask scheduler answers at {workers.cluster!r} ({error}); set clips.Workers.cluster") from error
     else:
-        local = {"n_workers": workers, "threads_per_worker": 1, "processes": True, "memory_limit": 0, "host": "127.0.0.1"}
-        local |= {"dashboard_address": None, "worker_dashboard_address": None, "silence_logs": logging.CRITICAL}
+        local = {"n_workers": workers.processes, "threads_per_worker": 1, "processes": True, "memory_limit": 0}
+        local |= {
+            "host": "127.0.0.1",
+            "dashboard_address": None,
+            "worker_dashboard_address": None,
+            "silence_logs": logging.CRITICAL,
+        }
         deaths = {"distributed.scheduler.allowed-failures": 1}  # of workers; then a job is tried once more alone
         with dask.config.set({"distributed.nanny.pre-spawn-environ": ONE_THREAD, **deaths}):
             client = Client(**local)
@@ -42,6 +48,7 @@ def run_jobs(client: Any, function: Callable, jobs: Iterable[tuple], title: str,
     """(index of the job, its future) as they finish, with a progress bar on stderr.
 
     Jobs of a dead worker run again. A job that several workers died with runs alone in the end: it may be innocent.
+    Raises UserError: a worker lacks a package.
     """
     from distributed import KilledWorker, as_completed
     from rich.console import Console
@@ -70,5 +77,8 @@ def run_jobs(client: Any, function: Callable, jobs: Iterable[tuple], title: str,
             if isinstance(future.exception(), KilledWorker) and not alone:
                 killed.append((index, job))
                 continue
+            if isinstance(future.exception(), ImportError):
+                needed = "needed this package with its requirements on every worker; install it there, run again"
+                raise UserError(f"{title}: a Dask worker answers {future.exception()}; {needed}") from future.exception()
             yield index, future
             progress.advance(bar)

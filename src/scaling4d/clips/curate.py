@@ -25,7 +25,7 @@ from scaling4d.clips.cluster import dask_client, run_jobs
 from scaling4d.clips.datasheet import croissant, datasheet, datasheet_svg
 from scaling4d.clips.duplicates import SPLITS, RejectedFile, SelectedClip, rejection_order, select_clips
 from scaling4d.clips.inspection import Frames, Inspection, encode_clips, hash_sources, inspect_video
-from scaling4d.clips.settings import CurationConfig
+from scaling4d.clips.settings import CurationConfig, WorkersConfig
 from scaling4d.clips.shards import read_previous, write_shards, write_tables
 from scaling4d.clips.sources import UNREADABLE, Rejection, SourceFile, list_sources, printable_path
 from scaling4d.records import UserError, on_one_line, write_json
@@ -34,10 +34,18 @@ LIBRARIES = ("av", "imagehash", "numpy", "pillow", "scenedetect-headless")  # th
 TIMEOUT_S = 60.0  # while another run writes into the same cache
 HASHES_PER_JOB = 32  # sources in one job: a hash is little work
 # Settings on which the inspection of a video does not depend.
-NOT_OF_INSPECTION = ("side_px", "crf", "encode", "listed", "hash_bits", "val_share", "shard_bytes", "workers", "cluster")
+NOT_OF_INSPECTION = ("side_px", "crf", "encode", "listed", "hash_bits", "val_share", "shard_bytes")
 
 
-def curate(videos: Path, out: Path, config: CurationConfig, *, previous: Path | None = None, cache: Path | None = None) -> str:
+def curate(
+    videos: Path,
+    out: Path,
+    config: CurationConfig,
+    workers: WorkersConfig,
+    *,
+    previous: Path | None = None,
+    cache: Path | None = None,
+) -> str:
     """Write shards/*.tar, clips.parquet, rejected.parquet, datasheet.json and .svg, croissant.json into a folder.
 
     previous: output of an earlier run; clips that would be encoded again from the same frames are copied from it.
@@ -48,7 +56,7 @@ def curate(videos: Path, out: Path, config: CurationConfig, *, previous: Path | 
     sources = list_sources(videos, config.listed)
     encoded, shards = (out / "parts").resolve(), out / "shards"
     encoded.mkdir()
-    with dask_client(config.cluster, config.workers) as client:
+    with dask_client(workers) as client:
         inspections = _inspect_all(client, videos, sources, config, cache)
         clips, rejected = select_clips(inspections, config)
         _check_usable(clips, rejected, videos)
@@ -68,13 +76,15 @@ def curate(videos: Path, out: Path, config: CurationConfig, *, previous: Path | 
     return hashlib.sha256("".join(names).encode()).hexdigest()
 
 
-def dry_run(videos: Path, config: CurationConfig, *, cache: Path | None = None, list_files: bool = False) -> None:
+def dry_run(
+    videos: Path, config: CurationConfig, workers: WorkersConfig, *, cache: Path | None = None, list_files: bool = False
+) -> None:
     """Print how many sources `curate` would use, and the rest by reason; write to `cache` alone.
 
     list_files: print each source before.
     """
     sources = list_sources(videos, config.listed)
-    with dask_client(config.cluster, config.workers) as client:
+    with dask_client(workers) as client:
         inspections = _inspect_all(client, videos, sources, config, cache)
     clips, rejected = select_clips(inspections, config)
     if list_files:

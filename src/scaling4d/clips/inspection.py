@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from scaling4d import video
 from scaling4d.clips.settings import PHASH_FRAMES, CurationConfig
-from scaling4d.clips.sources import Rejection, SourceFile, check_regular
+from scaling4d.clips.sources import UNREADABLE, Rejection, SourceFile, check_regular
 from scaling4d.records import UserError, Video
 from scaling4d.video import FileSlice, VideoError
 
@@ -99,7 +99,15 @@ def inspect_video(videos: Path, source: SourceFile, sha256: str, config: Curatio
         clips, rejected = (tuple(span for span in spans if isinstance(span, kind)) for kind in (Clip, Rejection))
         return Inspection(source, sha256, header, clips, rejected, float(times_s[0]))
     except (VideoError, OSError) as error:
-        return Inspection(source, sha256, header, (), (Rejection.from_error(error),))
+        return Inspection(source, sha256, header, (), (_reason(videos, source, sha256, error),))
+
+
+def _reason(videos: Path, source: SourceFile, sha256: str, error: VideoError | OSError) -> Rejection:
+    """Why a source is rejected. FFmpeg takes a disk that fails for the end of the file: hash the file again."""
+    (again,) = hash_sources(videos, [source])
+    if isinstance(again, str) and again != sha256:
+        return Rejection(UNREADABLE, "changed while it was read")
+    return again if isinstance(again, Rejection) else Rejection.from_error(error)
 
 
 def _decode(location: Path | FileSlice, config: CurationConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

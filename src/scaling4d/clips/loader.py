@@ -231,7 +231,10 @@ def decode_windows(folder: Path, record: ClipRecord, *, frames: int, positions: 
     times_s, indices = np.unique(wanted_s, return_inverse=True)
     source = video.FileSlice(folder / "shards" / record.shard, record.offset, record.bytes)
     try:
-        pixels = video.read_frames_at(source, times_s, side_px=None if record.encoded else record.side_px)
+        with video.open_video(source) as opened:
+            if record.encoded and not opened.shows(times_s[-1]):
+                raise video.VideoError(f"ends before its {record.frames} frames")
+            pixels = opened.frames_at(times_s, side_px=None if record.encoded else record.side_px)
     except (ValueError, OSError, OverflowError) as error:  # as of decode_clip
         raise ClipsError(f"clip {record.id} of {source.path}: {error}") from error
     needed = (record.side_px, record.side_px, 3)

@@ -1,8 +1,10 @@
-"""Settings of curation, section `clips.Curation`."""
+"""Settings of curation, sections `clips.Curation` and `clips.Workers`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from scaling4d import config
 
 PHASH_FRAMES = 4  # frames of a clip that have a perceptual hash of 64 bits each (ours)
 
@@ -17,7 +19,6 @@ class CurationConfig:
     listed: a csv in the folder that names the videos to use (see `sources.list_sources`); empty: all.
     hash_bits: clips whose hashes (4 frames of 64 bits) differ in at most this many of 256 bits are near duplicates.
     val_share: of the source videos. shard_bytes: a shard is closed when it is this large.
-    workers: processes on this machine; cluster: address of a running Dask scheduler, or empty to start those workers.
 
     Raises:
         ValueError: a value out of range, by its field's name.
@@ -33,11 +34,9 @@ class CurationConfig:
     hash_bits: int
     val_share: float
     shard_bytes: int
-    workers: int
-    cluster: str
 
     def __post_init__(self) -> None:
-        positive = ("frames", "rate_hz", "side_px", "shard_bytes", "workers")
+        positive = ("frames", "rate_hz", "side_px", "shard_bytes")
         needed = {name: (getattr(self, name) > 0, "more than 0") for name in positive}
         needed["max_frames"] = self.max_frames >= self.frames, f"{self.frames}, which is frames, or more"
         needed["crf"] = 0 <= self.crf <= 51, "0 (best) to 51"
@@ -48,3 +47,20 @@ class CurationConfig:
                 raise ValueError(f"{name} = {getattr(self, name)}; needed {values}")
         if self.side_px % 2:
             raise ValueError(f"side_px = {self.side_px} is odd; H.264 needed an even number; set clip.side_px")
+
+
+@dataclass(frozen=True)
+class WorkersConfig:
+    """Processes that look at videos and cut clips. No result depends on them.
+
+    processes: on this machine. cluster: address of a running Dask scheduler, whose workers do all work; empty: none.
+
+    Raises:
+        ValueError: no process.
+    """
+
+    processes: int
+    cluster: str
+
+    def __post_init__(self) -> None:
+        config.require_minima(self, {"processes": 1})

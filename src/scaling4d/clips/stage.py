@@ -9,19 +9,19 @@ from typing import Any
 
 from scaling4d import artifacts, config, provenance
 from scaling4d.clips import curate, data_import
-from scaling4d.clips.settings import CurationConfig
+from scaling4d.clips.settings import CurationConfig, WorkersConfig
 
 VIDEOS = Path("data/videos")
-KEYS = ["profile", "clips"]
 
 
 def clips(settings: Mapping[str, Any]) -> Path:
     """Curate data/videos; returns the folder written. Raises UserError: no videos, or none usable."""
     started = time.time()
-    bound = config.bind(settings, KEYS, CurationConfig)
+    bound = _bind(settings)
     final = artifacts.home(settings) / "clips"
     with provenance.atomic_folder(final) as out:
-        inputs = {"videos": curate.curate(VIDEOS, out, bound[CurationConfig], previous=final, cache=_cache())}
+        curation, workers = bound[CurationConfig], bound[WorkersConfig]
+        inputs = {"videos": curate.curate(VIDEOS, out, curation, workers, previous=final, cache=_cache())}
         content = artifacts.evidence("clips", bound, code=artifacts.code_hash("clips"), inputs=inputs)
         artifacts.write_evidence(out, content, bound.operative)
     artifacts.write_run("clips", artifacts.sha256(final), started=started)
@@ -30,13 +30,17 @@ def clips(settings: Mapping[str, Any]) -> Path:
 
 def check_settings(settings: Mapping[str, Any]) -> None:
     """Raises UserError: settings that the stage refuses."""
-    config.bind(settings, KEYS, CurationConfig)
+    _bind(settings)
 
 
 def dry_run(settings: Mapping[str, Any], *, list_files: bool) -> None:
     """Print how many videos of the folder that data.dvc names would be used, and why not the rest."""
-    bound = config.bind(settings, KEYS, CurationConfig)
-    curate.dry_run(data_import.used_folder().videos, bound[CurationConfig], cache=_cache(), list_files=list_files)
+    bound, videos = _bind(settings), data_import.used_folder().videos
+    curate.dry_run(videos, bound[CurationConfig], bound[WorkersConfig], cache=_cache(), list_files=list_files)
+
+
+def _bind(settings: Mapping[str, Any]) -> config.StageConfig:
+    return config.bind(settings, ["profile", "clips.Curation"], CurationConfig, unrecorded={"clips.Workers": WorkersConfig})
 
 
 def _cache() -> Path | None:

@@ -241,7 +241,7 @@ def _trained_rate_hz(folder: Path, provenance: Mapping[str, Any]) -> float | Non
     if inputs["clips"] != artifacts.sha256(listing):
         return None
     with as_user_error(f"{path} is not that of clips"):
-        return float(read_json(path)["settings"]["clips"]["Curation"]["rate_hz"])
+        return float(read_json(path)["settings"]["clips.Curation"]["rate_hz"])
 
 
 def _released_file(source: Path) -> tuple[nn.Module, Checkpoint, dict[str, Any]]:
