@@ -61,9 +61,10 @@ def _is_first_rank() -> bool:
 @app.command()
 def code() -> None:
     """Hash the code of each package with a stage to artifacts/code/ (a DVC stage)."""
-    from scaling4d.pipeline.code_hashes import FOLDER, SOURCE, write_hashes
+    from scaling4d import artifacts
+    from scaling4d.pipeline.code_hashes import SOURCE, write_hashes
 
-    write_hashes(SOURCE, FOLDER)
+    write_hashes(SOURCE, artifacts.CODE)
 
 
 @app.command()

@@ -244,10 +244,9 @@ def _read_video(path: Path, start_s: float, rate_hz: float | None, frames: int |
     else:
         pictures = [*islice(_frames_from(path, start_s), frames)]
     if len(pictures) < (frames or 1):
-        times_s, rate = _times(path), f" at {rate_hz:g} Hz" if rate_hz else ""
-        end_s = (times_s[-1] - times_s[0]) * len(times_s) / max(len(times_s) - 1, 1)  # the last frame is shown for a while
+        times_s, rate = frame_times(path), f" at {rate_hz:g} Hz" if rate_hz else ""
         needed = f"needed {frames or 'some'} frames{rate} from start_s = {start_s:g}"
-        raise VideoError(f"too short: {len(times_s)} frames, {end_s:.2f} s; {needed}; lower start_s or frames")
+        raise VideoError(f"too short: {len(times_s)} frames, {duration_of(times_s):.2f} s; {needed}; lower start_s or frames")
     return np.stack(pictures)
 
 
@@ -262,10 +261,15 @@ def _frames_from(source: VideoInput, start_s: float) -> Iterator[np.ndarray]:
                 yield _rgb(frame, reformatter, shape)
 
 
-def _times(source: VideoInput) -> np.ndarray:
+def frame_times(source: VideoInput) -> np.ndarray:
     """Times of all frames on the stream's own clock, ascending."""
     with _open(source) as (container, stream):
         return sort_times([time_s for time_s, _ in _intact_frames(container, stream)])
+
+
+def duration_of(times_s: np.ndarray) -> float:
+    """Seconds of a video, from the ascending times of all frames: the last frame is shown as long as the others."""
+    return (times_s[-1] - times_s[0]) * len(times_s) / max(len(times_s) - 1, 1)
 
 
 def frame_indices_at(times_s: np.ndarray, wanted_s: Times) -> np.ndarray:
@@ -378,7 +382,7 @@ def _seek(
 
 
 def _decode_from_start(source: VideoInput, wanted_s: np.ndarray, side_px: int | None) -> np.ndarray:
-    indices = frame_indices_at(_times(source), wanted_s).tolist()
+    indices = frame_indices_at(frame_times(source), wanted_s).tolist()
     images, reformatter = {}, VideoReformatter()
     with _open(source) as (container, stream):
         shape = _pixel_shape(stream)

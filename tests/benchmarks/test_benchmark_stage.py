@@ -47,6 +47,15 @@ def test_a_task_that_is_measured_on_another_benchmark_depends_on_both() -> None:
     assert set(hashed("points")["points"]["folders"]) == {"data/benchmarks/perception_test", "data/benchmarks/tapvid"}
 
 
+def test_a_folder_of_two_tasks_is_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    write("perception_test/all_train.json")
+    read, sha256 = [], artifacts.sha256
+    monkeypatch.setattr(artifacts, "sha256", lambda path: read.append(path) or sha256(path))
+    content = hashed("points", "boxes")
+    assert content["points"]["folders"] == content["boxes"]["folders"] != {}
+    assert read.count(Path("data/benchmarks/perception_test")) == 1
+
+
 def test_a_benchmark_that_is_not_there_is_a_problem_of_who_reads_it() -> None:
     content = hashed("actions")["actions"]
     assert content["folders"] == {} and "no folder data/benchmarks/ssv2" in content["problem"]

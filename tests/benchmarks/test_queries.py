@@ -80,7 +80,7 @@ def test_queries_are_those_of_a_slow_version_that_you_can_read():
         strided = {(frame, q) for frame in range(0, 17, 5) for q in range(6) if visible[q, frame]}
         for queries, wanted in (("first", first), ("strided", strided)):
             queried = set()
-            for clip in query_clips("v", points, visible, offsets, queries):
+            for clip in query_clips("v", points, visible, offsets, replace(FOUR, queries=queries), ()):
                 assert clip.visible[:, 0].all()
                 for query in clip.points[:, 0]:
                     (q,) = np.nonzero((points[:, clip.frame_numbers[0]].astype(np.float32) == query).all(-1))[0]

@@ -223,8 +223,10 @@ def drive(root: Path, present: np.ndarray) -> None:
 @pytest.mark.parametrize(("missing", "fits"), [
     ((), True),
     ((3, 4, 5, 12, 13, 14), True),  # 14 of 20 frames
-    (range(3, 7), True),
-    (range(3, 8), False),  # five in a row
+    (range(3, 7), True),  # a gap of five frames, from frame 2 to frame 7
+    (range(3, 8), False),  # of six
+    (range(16, 20), True),  # of five, to the end
+    (range(15, 20), False),  # of six
     ((3, 5, 7, 9, 11, 13, 15), False),  # 13 of 20 frames
     ((0,), False),  # not given
 ])  # fmt: skip

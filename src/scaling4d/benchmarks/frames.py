@@ -108,7 +108,7 @@ def frames_by_seeking(path: Path, times_s: np.ndarray) -> np.ndarray:
     Raises UserError: it cannot be decoded, or ends early.
     """
     with _video_named(path), video.open_video(path) as opened:
-        end_s = opened.duration_s or _counted_s(path)
+        end_s = opened.duration_s or video.duration_of(video.frame_times(path))
         if times_s[-1] > end_s + TOLERANCE_S:
             raise UserError(f"{path} ends at {end_s:.2f} s, needed {times_s[-1]:.2f} s; lower frames or raise rate_hz")
         return opened.frames_at(opened.first_s() + times_s)
@@ -139,7 +139,7 @@ def read_views(path: Path, request: ClipRequest, positions: Sequence[float]) -> 
     crops, starts_s = request.views[1], np.zeros(len(positions))
     if request.anywhere:
         with _video_named(path):
-            duration_s = video.probe(path, sha256="").duration_s or _counted_s(path)
+            duration_s = video.probe(path, sha256="").duration_s or video.duration_of(video.frame_times(path))
         starts_s = np.asarray(positions) * max(duration_s - request.frames / request.rate_hz, 0.0)
     clips_s = [start_s + request.times_s for start_s in starts_s]
     unique_s = np.unique(np.concatenate(clips_s))
@@ -178,12 +178,6 @@ def _video_named(path: Path) -> Iterator[None]:
         yield
     except video.VideoError as error:
         raise UserError(f"{path}: {error}") from error
-
-
-def _counted_s(path: Path) -> float:
-    """Duration of a video whose header has none, by counting frames: the last one is shown as long as the others."""
-    times_s = [time_s for time_s, _ in video.decode_frames(path)]
-    return (times_s[-1] - times_s[0]) * len(times_s) / max(len(times_s) - 1, 1)
 
 
 def _resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -22,7 +22,7 @@ from scaling4d import seeds
 from scaling4d.benchmarks import tfrecord
 from scaling4d.benchmarks.frames import Crop, missing_files, open_picture, require_path
 from scaling4d.benchmarks.queries import query_clips
-from scaling4d.benchmarks.samples import ClipRequest, ExcludedItem, Samples, at_positions, content_of
+from scaling4d.benchmarks.samples import ClipRequest, ExcludedItem, Samples, content_of
 from scaling4d.records import Sample, UserError
 
 OFFICIAL = {"train": "9749 in MOVi-E 1.0.0"}
@@ -63,9 +63,7 @@ def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
         width, height = picture(bytes(stored[0])).size
         crop = Crop(height, width, request.side_px)
         inside = crop.points(points.transpose(1, 0, 2).astype(float))  # Q F 2
-        visible &= ((inside >= 0) & (inside < 1)).all(-1)
-        starts = [frame for frame in request.start_frames(offsets, len(stored)) if visible[:, frame].any()]
-        clips = query_clips(name, inside, visible, offsets, request.queries, at_positions(starts, positions))
+        clips = query_clips(name, inside, visible, offsets, request, positions)
         if not clips:
             raise ExcludedItem(f"{path}, record {number}: no track is visible in the square in a window's first frame")
         samples = []

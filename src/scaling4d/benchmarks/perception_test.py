@@ -17,7 +17,7 @@ import numpy as np
 from scaling4d import video
 from scaling4d.benchmarks.frames import Crop, load_json, missing_files, require_path, squares_by_number
 from scaling4d.benchmarks.queries import query_clips
-from scaling4d.benchmarks.samples import ClipRequest, ExcludedItem, MissingFiles, Samples, at_positions
+from scaling4d.benchmarks.samples import ClipRequest, ExcludedItem, MissingFiles, Samples
 from scaling4d.records import Sample, UserError
 
 OFFICIAL = {"train": "145 in all splits", "val": "145 in all splits"}
@@ -39,10 +39,7 @@ def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
         total = max(entry["metadata"]["num_frames"], offsets[-1] + 1)
         tracks = [_track(path, name, track, total) for track in entry[KIND]]
         points, visible = (np.stack(arrays) for arrays in zip(*tracks, strict=True))
-        points = crop.points(points)
-        visible &= ((points >= 0) & (points < 1)).all(-1)
-        starts = [frame for frame in request.start_frames(offsets, total) if visible[:, frame].any()]
-        clips = query_clips(name, points, visible, offsets, request.queries, at_positions(starts, positions))
+        clips = query_clips(name, crop.points(points), visible, offsets, request, positions)
         if not clips:
             raise ExcludedItem(f"{path}: {name} has no visible track in the square at queries = {request.queries!r}")
         numbers = np.unique([clip.frame_numbers for clip in clips])

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-QUERIES = ("frame_0", "first", "strided")
+from scaling4d.benchmarks.samples import ClipRequest, at_positions
+
 STRIDE = 5  # frames; tapnet's sample_queries_strided
 
 
@@ -26,16 +27,19 @@ QueryClip = namedtuple("QueryClip", "id frame_numbers points visible")
 
 
 def query_clips(
-    video: str, points: np.ndarray, visible: np.ndarray, offsets: np.ndarray, queries: str, starts: Sequence[int] = (0,)
+    video: str, points: np.ndarray, visible: np.ndarray, offsets: np.ndarray, request: ClipRequest, positions: Sequence[float]
 ) -> list[QueryClip]:
     """The clips of a video, by query frame.
 
-    points: `Q F 2` in all F frames of the video. visible: bool `Q F`. offsets: `T`, a clip's frames counted from its
-    first. queries: one of QUERIES. starts: of frame_0 alone, the first frames of the windows.
+    points: `Q F 2`, in 0..1 of the square, in all F frames of the video; those outside do not count as visible.
+    visible: bool `Q F`. offsets: `T`, a clip's frames counted from its first. positions: of the windows, of frame_0
+    alone; a window starts where a track is visible.
     """
-    assert queries in QUERIES
-    total, clips = visible.shape[1], []
-    for frame in starts if queries == "frame_0" else range(0, total, STRIDE if queries == "strided" else 1):
+    visible = visible & ((points >= 0) & (points < 1)).all(-1)
+    queries, total, clips = request.queries, visible.shape[1], []
+    starts = [frame for frame in request.start_frames(offsets, total) if visible[:, frame].any()]
+    every = range(0, total, STRIDE if queries == "strided" else 1)
+    for frame in at_positions(starts, positions) if queries == "frame_0" else every:
         tracks = visible[:, frame]
         if queries == "first":
             tracks = tracks & ~visible[:, :frame].any(1)

@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from scaling4d.benchmarks.queries import QUERIES
 from scaling4d.records import Sample, UserError
 
 # What the content of a file makes readers and libraries raise. Other errors are the program's own.
@@ -25,6 +24,7 @@ CONTENT = (ValueError, TypeError, LookupError, ArithmeticError, EOFError, struct
 # Numbers of errors that are a file's own. Others are the machine's: its disk, its memory, too many open files.
 OF_A_FILE = {None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.EACCES}
 WINDOWS = ("first", "random")
+QUERIES = ("frame_0", "first", "strided")
 T = TypeVar("T")
 PLAIN = (type(None), bool, int, float, str, bytes, list, dict, np.ndarray, np.generic)  # what files are parsed to
 
@@ -34,8 +34,8 @@ class ClipRequest:
     """The clips that a reader cuts: `frames` frames at `rate_hz`, shorter side resized to `side_px`, then a square.
 
     views: clips over the time of a video, and squares along its longer side, of actions alone. Their samples follow one
-    another. queries: query frames of a video, one of `queries.QUERIES`; of points alone. windows: "first", a single
-    clip starts with its video; "random", it may lie anywhere. Raises UserError: unknown queries or windows.
+    another. queries: query frames of a video, one of QUERIES, see `queries`; of points alone. windows: "first", a
+    single clip starts with its video; "random", it may lie anywhere. Raises UserError: unknown queries or windows.
     """
 
     frames: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def hash_benchmarks(settings: Mapping[str, Any]) -> Path:
     """
     root, tasks = check_settings(settings)
     probe_tasks, probed = list(config.section(settings, PROBE_KEY)), {}
+    sha256 = cache(artifacts.sha256)  # tasks may share a folder
     with provenance.atomic_folder(artifacts.BENCHMARKS) as out:
         for task in tasks:
             folders, problem = set(), ""
@@ -41,7 +43,7 @@ def hash_benchmarks(settings: Mapping[str, Any]) -> Path:
                 folders = {benchmarks.find_benchmark(task, Path(root), split).folder for split in benchmarks.SPLITS}
             except UserError as error:
                 problem = str(error)
-            hashes = {folder.as_posix(): artifacts.sha256(folder) for folder in folders}
+            hashes = {folder.as_posix(): sha256(folder) for folder in folders}
             write_json(out / f"{task}.json", {"task": task, "folders": hashes, "problem": problem})
             probed |= hashes if task in probe_tasks else {}
         code = artifacts.code_hash("probes") if probe_tasks else None

@@ -25,7 +25,7 @@ import numpy as np
 
 from scaling4d.benchmarks.frames import Crop, open_picture
 from scaling4d.benchmarks.queries import query_clips
-from scaling4d.benchmarks.samples import ClipRequest, ExcludedItem, Samples, at_positions, content_of
+from scaling4d.benchmarks.samples import ClipRequest, ExcludedItem, Samples, content_of
 from scaling4d.records import Sample, UserError
 
 OFFICIAL = {"val": "30 in DAVIS"}
@@ -158,9 +158,7 @@ def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
         crop = Crop(height, width, request.side_px)
         centre = 0.5 / np.array([width, height])  # elsewhere, pixel centres lie at halves
         inside = crop.points(points.astype(float) + centre)  # Q F 2
-        visible &= ((inside >= 0) & (inside < 1)).all(-1)
-        starts = [frame for frame in request.start_frames(offsets, len(stored)) if visible[:, frame].any()]
-        clips = query_clips(name, inside, visible, offsets, request.queries, at_positions(starts, positions))
+        clips = query_clips(name, inside, visible, offsets, request, positions)
         if not clips:
             raise ExcludedItem(f"{where}: no track is visible in the square at queries = {request.queries!r}")
         samples = []

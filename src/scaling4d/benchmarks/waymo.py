@@ -26,8 +26,9 @@ FOLDERS = {"train": "training", "val": "validation"}
 FRONT = (1, "FRONT")
 VEHICLE = 1
 # InternVideo-Next's account of the protocol: of an object, the smallest area in frame 0 as a share of the square, the
-# smallest share of a window's frames, and the number of frames in a row without it that is too many.
-MIN_AREA, MIN_PRESENCE, GAP = 0.005, 0.7, 5
+# smallest share of a window's frames, and the largest gap in frames. Our reading: a gap is counted from one frame with
+# the object to the next, or to the window's end, so that at most 4 in a row are without it.
+MIN_AREA, MIN_PRESENCE, MAX_GAP = 0.005, 0.7, 5
 WINDOW_STEP = 3  # stored frames from a window's start to the next one's (ours)
 KEYS = ("key.segment_context_name", "key.frame_timestamp_micros", "key.camera_name")
 OBJECT = "key.camera_object_id"
@@ -48,8 +49,8 @@ Segment = tuple[Path, dict[int, bytes], dict[str, dict[int, BoxPx]]]  # jpegs, a
 def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
     """Label boxes `Q T 4` with valid (labelled in that frame): the objects of frame 0. No such object: excluded.
 
-    A window that may lie anywhere has the objects of its own first frame that meet MIN_PRESENCE and GAP, too. It starts
-    in one of every WINDOW_STEP frames, where it has such an object.
+    A window that may lie anywhere has the objects of its own first frame that meet MIN_PRESENCE and MAX_GAP, too.
+    It starts in one of every WINDOW_STEP frames, where it has such an object.
     """
     folder, (prefix, suffix) = root / FOLDERS[split], RECORD
     v2 = sorted(path.stem for path in (folder / "camera_image").glob("[!.]*.parquet"))
@@ -201,8 +202,8 @@ def _is_tracked(boxes: np.ndarray, valid: np.ndarray, rows: np.ndarray, request:
     given = valid[rows[0]] and (x2 - x1) * (y2 - y1) >= MIN_AREA
     if not given or not request.anywhere:
         return given
-    gaps = np.diff(np.append(np.nonzero(valid[rows])[0], len(rows))) - 1  # frames without it, behind each with it
-    return valid[rows].mean() >= MIN_PRESENCE and gaps.max() < GAP
+    gaps = np.diff(np.append(np.nonzero(valid[rows])[0], len(rows)))  # from each frame with it to the next, or to the end
+    return valid[rows].mean() >= MIN_PRESENCE and gaps.max() <= MAX_GAP
 
 
 def _track(box_of: dict[int, BoxPx], stamps: np.ndarray, crop: Crop) -> tuple[np.ndarray, np.ndarray]:

@@ -19,7 +19,6 @@ from scaling4d.records import json_text
 
 PACKAGE = "scaling4d"
 SOURCE = Path(__file__).parents[1]
-FOLDER = Path("artifacts/code")
 APART = {"probes": f"{PACKAGE}.pretrain.probes"}  # hashed by itself, and not with the modules that import it
 DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -172,7 +172,7 @@ def fill_clips(
     frames = torch.linspace(0, model.encoder.clip[0] - 1, FRAMES).round().long()
     results: list[FilledClip] = []
     batches = loader.eval_batches(clips, split="val", frames=model.encoder.clip[0], batch=BATCH, rank=rank, ranks=ranks)
-    for _ in range(0, len(loader.ClipTable(clips, "val")), BATCH * ranks):
+    for _ in range(0, loader.count_clips(clips, "val"), BATCH * ranks):
         batch = next(batches, None)
         predicted, hidden = fill(model, batch or _black_clip(model), seed)
         if batch is None:

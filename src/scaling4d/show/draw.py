@@ -164,18 +164,15 @@ def points(sample: Sample, predicted: Mapping[str, tuple[np.ndarray, np.ndarray]
     return panels
 
 
-def pose(sample: Sample, predicted: Mapping[str, np.ndarray], *, true: np.ndarray) -> list[Panel]:
+def pose(sample: Sample, predicted: Mapping[str, np.ndarray]) -> list[Panel]:
     """predicted: `3 4`, the last camera seen from the first. The true path and the end, from above and from the side.
 
-    true: `3 4`, the target; the path is drawn at its scale, which may differ from the sample's.
     Both views have the first camera at the start of the path, looking along z: from above x is right and z up, from the
     side z is right and y down, as in the picture.
     """
     frames, tracked = enlarge(sample.pixels), sample.valid["camera_to_world"]
     cameras = sample.labels["camera_to_world"]
     path = np.stack([metrics.relative_pose(cameras, source=0, target=t) for t in range(len(cameras))])
-    length = float(np.linalg.norm(path[-1, :, 3]))
-    path[:, :, 3] *= float(np.linalg.norm(true[:, 3])) / length if length else 1.0
     ends = [metrics.nearest_rotation(end.astype(np.float64)) for end in predicted.values()]
     side, panels = frames.shape[1], [Panel("clip", frames)]
     for name, axes, signs in (("from above", [0, 2], [1, -1]), ("from the side", [2, 1], [1, 1])):

@@ -158,4 +158,4 @@ def draw_panels(
     if name == "points":
         tracks = [{encoder: (raw[..., :2], task.visible(raw)) for encoder, raw in predicted.items()} for _, predicted in pairs]
         return [draw.points(sample, each) for sample, each in zip(samples, tracks, strict=True)], []
-    return [draw.pose(sample, predicted, true=task.target(sample)["pose"]) for sample, predicted in pairs], []
+    return [draw.pose(sample, predicted) for sample, predicted in pairs], []

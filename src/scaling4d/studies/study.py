@@ -270,12 +270,7 @@ def study_table(rows: Sequence[Mapping[str, Any]], base: str) -> list[dict[str, 
     and ignores the number of comparisons.
     """
     table = []
-    for task in dict.fromkeys(row["task"] for row in rows):
-        values: dict[str, dict[int, float]] = {}  # arm -> seed -> value
-        for row in (row for row in rows if row["task"] == task):
-            values.setdefault(row["arm"], {})[int(row["seed"])] = float(row["value"])
-        metric = next(row["metric"] for row in rows if row["task"] == task)
-        seeds = sorted(set.intersection(*(set(by_seed) for by_seed in values.values())))
+    for task, metric, values, seeds in _values(rows):
         compared = seeds and base in values
         limit = noise_limit([[by_seed[seed] for seed in seeds] for by_seed in values.values()]) if compared else None
         for arm, by_seed in values.items():
@@ -289,6 +284,15 @@ def study_table(rows: Sequence[Mapping[str, Any]], base: str) -> list[dict[str, 
             table.append(row)
     order = list(dict.fromkeys(row["arm"] for row in rows))
     return sorted(table, key=lambda row: order.index(row["arm"]))
+
+
+def _values(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, dict[str, dict[int, float]], list[int]]]:
+    """Of each task of runs.csv: its name, its metric, the values by arm and seed, and the seeds that all arms have."""
+    for task in dict.fromkeys(row["task"] for row in rows):
+        some, values = [row for row in rows if row["task"] == task], {}
+        for row in some:
+            values.setdefault(row["arm"], {})[int(row["seed"])] = float(row["value"])
+        yield task, some[0]["metric"], values, sorted(set.intersection(*map(set, values.values())))
 
 
 def noise_limit(values: Sequence[Sequence[float]]) -> float | None:
@@ -317,16 +321,11 @@ def signal_rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     rows: of runs.csv. signal: standard deviation of the arms' means. noise: `seed_deviation`, not that of table.csv.
     Tasks without two arms that share two seeds have none.
     """
-    for task in dict.fromkeys(row["task"] for row in rows):
-        some = [row for row in rows if row["task"] == task]
-        values: dict[str, dict[int, float]] = {}
-        for row in some:
-            values.setdefault(row["arm"], {})[int(row["seed"])] = float(row["value"])
-        seeds = sorted(set.intersection(*map(set, values.values())))
+    for task, metric, values, seeds in _values(rows):
         deviation, _ = seed_deviation([[by_seed[seed] for seed in seeds] for by_seed in values.values()])
         if deviation:
             signal = stdev(fmean(by_seed[seed] for seed in seeds) for by_seed in values.values())
-            row = {"task": task, "metric": some[0]["metric"], "arms": len(values), "seeds": len(seeds)}
+            row = {"task": task, "metric": metric, "arms": len(values), "seeds": len(seeds)}
             yield row | {"signal": signal, "noise": deviation, "ratio": signal / deviation}
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from scaling4d.benchmarks.queries import QUERIES
+from scaling4d.benchmarks.samples import QUERIES
 from scaling4d.config import require_sizes, require_words
 from scaling4d.readout import metrics
 from scaling4d.readout.heads import Head, Queries
