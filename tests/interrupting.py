@@ -65,6 +65,13 @@ def ask_to_stop_as_slurm_does() -> None:
     ask_to_stop(signal.SIGUSR1)
 
 
+def press_ctrl_c_twice() -> None:
+    """As in a terminal, which sends the signal to the command and to all processes below it."""
+    for _ in range(2):
+        os.killpg(0, signal.SIGINT)
+        time.sleep(0.05)
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -15,7 +15,7 @@ from typing import Any
 
 from scaling4d import config, provenance
 from scaling4d.config import StageConfig
-from scaling4d.records import UserError, is_of_finder, json_text, write_json
+from scaling4d.records import UserError, files_below, is_of_finder, json_text, write_json
 
 CODE = Path("artifacts/code")
 BENCHMARKS = Path("artifacts/benchmarks")  # of stage `benchmarks`
@@ -33,7 +33,8 @@ def home(settings: Mapping[str, Any]) -> Path:
 def sha256(path: Path) -> str:
     """Hash of a file's bytes; of a folder, over the relative names and hashes of its files in sorted order.
 
-    Files that macOS leaves in folders do not count (records.is_of_finder), as for DVC (.dvcignore).
+    Linked folders count as the folders themselves. Files that macOS leaves in folders do not count
+    (records.is_of_finder), as for DVC (.dvcignore).
     """
     if path.is_file():
         with path.open("rb") as file:
@@ -41,7 +42,7 @@ def sha256(path: Path) -> str:
     if not path.is_dir():
         raise UserError(f"no such file or folder: {path}")
     digest = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file() and not is_of_finder(p.name)):
+    for file in (file for file in files_below(path) if not is_of_finder(file.name)):
         digest.update(f"{file.relative_to(path).as_posix()}\0{sha256(file)}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 

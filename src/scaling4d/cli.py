@@ -552,7 +552,9 @@ def doctor() -> None:
 def use(path: Path) -> None:
     """Make PATH the data of this project: any folder of videos, or one with videos/, benchmarks/ or both.
 
-    data/ links to the files; nothing is copied, except a plain folder of the project, which DVC imports.
+    data/ links to the files, which are only read.
+
+    `dvc repro` copies a plain folder of the project instead: one with videos/, benchmarks/ or both, and without links.
     """
     from scaling4d.clips.data_import import use_data
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -48,6 +49,22 @@ def remedy(kind: type[UserError], text: str) -> Iterator[None]:
 def is_of_finder(name: str) -> bool:
     """Whether a file is one that macOS leaves in a folder: .DS_Store, or ._NAME beside NAME on other file systems."""
     return name == ".DS_Store" or name.startswith("._")
+
+
+def files_below(folder: Path, *, linked: bool = True) -> list[Path]:
+    """The files below a folder, ascending. linked: those in linked folders, too, which DVC passes over.
+
+    Raises UserError: a link to a folder around it.
+    """
+    files: list[Path] = []
+    for here, folders, names in os.walk(folder, followlinks=linked):
+        below = Path(here).relative_to(folder)
+        around = [folder / above for above in (below, *below.parents)]
+        for link in (Path(here, name) for name in folders if linked and os.path.islink(Path(here, name))):
+            if any(above.resolve().is_relative_to(link.resolve()) for above in around):
+                raise UserError(f"{link} is a link to a folder around it; remove it")
+        files += [path for path in (Path(here, name) for name in names) if path.is_file()]
+    return sorted(files)
 
 
 def did_you_mean(word: object, known: Iterable[object], count: int = 1) -> str:

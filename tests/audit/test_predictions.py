@@ -188,7 +188,9 @@ def test_a_folder_of_artifacts_has_a_law_where_one_method_made_them(tmp_path: Pa
         folder = tmp_path / "pretrain" / f"p{number}"
         folder.mkdir(parents=True)
         (folder / "summary.json").write_text(json.dumps(summary))
-    assert len(law.law_of(tmp_path).flops) == 9
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/runs").symlink_to(tmp_path / "pretrain")
+    assert len(law.law_of(tmp_path / "pretrain").flops) == len(law.law_of(tmp_path / "linked").flops) == 9
     (tmp_path / "summary.json").write_text(json.dumps(summary | {"method": "MAEST"}))
     with pytest.raises(UserError, match="results of MAEST and SimpleMAE, whose losses do not compare"):
         law.law_of(tmp_path)

@@ -58,6 +58,8 @@ def test_kinetics_in_a_folder_a_class_under_the_other_names_of_lists_and_splits(
     for n, path in enumerate(sorted((root / "validation").glob("*.mp4"))):
         (root / f"validation/class_{n}").mkdir()
         path.rename(root / f"validation/class_{n}" / path.name)
+    (root / "validation/class_0").rename(root / "elsewhere")
+    (root / "validation/class_0").symlink_to(root / "elsewhere")
     assert kinetics.open_split(root, "val", CLIP).layout == "annotations/validate.csv, videos in a folder a class"
     assert shades(root, "val") == [0, 5, 10, 15]
 

@@ -161,17 +161,18 @@ def test_files_that_dvc_cannot_read_are_listed_with_their_reasons_and_left_out(p
     assert contents(Path("data")) == before
 
 
-@pytest.mark.parametrize("odd", ["pipe", "link"])
+@pytest.mark.parametrize("odd", ["pipe", "link", "bare"])
 def test_a_folder_of_the_project_that_dvc_would_not_import_as_it_is_becomes_links(project, odd):
     videos, before = Path("experiments/pocket/videos"), contents(Path("experiments/pocket"))
     if odd == "pipe":
         os.mkfifo(videos / "pipe.mp4")
-    else:
+    elif odd == "link":
         (videos / "more").symlink_to(project.parent / "own/videos")
         before["videos/more/deep er/ü.mp4"] = (project.parent / "own/videos/deep er/ü.mp4").read_bytes()
-    data_import.use_data(Path("experiments/pocket"))
+    data_import.use_data(videos if odd == "bare" else videos.parent)
     sh("dvc", "repro", "data.dvc")
     assert contents(Path("data")) == before
+    assert all(path.is_dir() or path.is_symlink() for path in Path("data").rglob("*"))
 
 
 def test_a_folder_without_a_usable_file_is_refused_and_a_check_says_why(project):

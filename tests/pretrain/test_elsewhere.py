@@ -1,6 +1,7 @@
 """The command `pretrain` by torchrun, on several nodes and as a Slurm job gives the bytes of forked ranks."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -92,6 +93,23 @@ def test_a_lost_rank_is_started_again_and_a_request_to_stop_is_answered(short: C
     assert list(Path(".resume").glob("pretrain-*/step-*"))
     assert subprocess.run(COMMAND, stderr=subprocess.DEVNULL, check=False).returncode == 0
     assert written() == forked
+
+
+@pytest.mark.slow
+def test_ctrl_c_twice_ends_torchrun_after_the_state_is_saved(short: Callable) -> None:
+    unsaved = {"Runtime.save_every": 1000, "Runtime.workers": 1, "Runtime.cached_clips": 0}
+    short(60, **unsaved, **{"points.nano.Launch.where": "torchrun"})
+    process = subprocess.Popen(COMMAND, stderr=subprocess.PIPE, text=True, process_group=0)
+    wait_for_steps(process, 8)
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.05)
+    errors = process.communicate()[1]
+    assert process.returncode == AGAIN and "KeyboardInterrupt" not in errors
+    done = re.search(r"^stopped after step (\d+) of 60, on request; the same command goes on from there$", errors, re.MULTILINE)
+    assert [path.name for path in Path(".resume").glob("pretrain-*/step-*")] == [f"step-{int(done[1]):08d}"]
+    assert subprocess.run(COMMAND, stderr=subprocess.DEVNULL, check=False).returncode == 0
+    assert steps_shown() == list(range(1, 61))
 
 
 @pytest.mark.slow

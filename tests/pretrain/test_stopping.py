@@ -10,7 +10,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from interrupting import ask_to_stop, kill_a_rank, kill_all, kill_the_parent, send_to_the_parent
+from interrupting import ask_to_stop, kill_a_rank, kill_all, kill_the_parent, press_ctrl_c_twice, send_to_the_parent
 from nano import NANO, attempt, steps_shown, written
 
 from scaling4d.pretrain import stage
@@ -35,6 +35,13 @@ def test_killed_and_asked_to_stop_while_processes_decode_it_ends_with_the_same_b
     assert attempt(settings) == 0 and written() == undisturbed
     assert steps_shown() == [1, 2, 3, 3, 4, 5, 6]
     assert not states_left()  # success removes the state
+
+
+def test_ctrl_c_while_processes_decode_saves_the_state_and_a_second_one_changes_nothing(short: Callable) -> None:
+    settings = short(6, **{"Runtime.workers": 1, "Runtime.cached_clips": 0, "Runtime.save_every": 1000})
+    assert attempt(settings, at=2, interrupt=press_ctrl_c_twice) == AGAIN
+    assert attempt(settings) == 0
+    assert steps_shown() == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.slow

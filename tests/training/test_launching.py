@@ -6,6 +6,7 @@ import pickle
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
@@ -13,7 +14,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from interrupting import free_port
+from interrupting import exit_code, free_port
 
 from scaling4d.pipeline.code_hashes import hashes, running
 from scaling4d.records import AGAIN, UserError
@@ -65,6 +66,34 @@ def test_asked_to_stop_while_torchrun_is_being_started_it_stops(tmp_path: Path, 
 
     monkeypatch.setattr(launch, "_start", start_and_ask)
     assert launch._run(["sleep", "60"], tmp_path) == AGAIN
+
+
+STAND_IN = """
+import signal, time
+from pathlib import Path
+received = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, _: received.append(signal.Signals(number).name))
+Path("ready").touch()
+while not Path("over").exists():
+    time.sleep(0.01)
+Path("received").write_text(" ".join(received))
+raise SystemExit(1)
+"""
+
+
+@pytest.mark.integration
+def test_ctrl_c_twice_is_one_request_to_torchrun() -> None:
+    """torchrun leaves its ranks at a third signal."""
+    pressing = "trap '' INT; until [ -e ready ]; do sleep 0.01; done; "
+    pressing += "kill -INT 0; sleep 0.2; kill -INT 0; sleep 0.2; touch over"
+
+    def press() -> None:
+        with subprocess.Popen(["sh", "-c", pressing]):
+            os._exit(launch._run([sys.executable, "-c", STAND_IN], Path()))
+
+    assert exit_code(press) == AGAIN
+    assert Path("received").read_text() == "SIGTERM"
 
 
 def test_a_launcher_keeps_settings_and_code_for_its_ranks() -> None:

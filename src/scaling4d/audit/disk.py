@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from scaling4d.provenance import folder_md5
-from scaling4d.records import UserError
+from scaling4d.records import UserError, files_below
 
 TEXT = (".json", ".jsonl", ".gin", ".csv", ".html", ".py", ".md", ".yaml")  # suffixes of text files
 BLOCK_BYTES = 1 << 20
@@ -61,12 +61,12 @@ class Disk:
         """Path of git's copy of an imported file or folder; None: git has none."""
         return _moved(path, self._git_copies)
 
-    def _paths(self, path: str) -> dict[str, str]:
-        """Name inside a folder ('' for a file itself) -> the file to read; empty: not here."""
+    def _paths(self, path: str, *, linked: bool = False) -> dict[str, str]:
+        """Name inside a folder ('' for a file itself) -> the file to read; empty: not here. linked: see files_below."""
         place = Path(_moved(path, self._absent) or path)
         if place.is_file():
             return {"": place.as_posix()}
-        names = sorted(file.relative_to(place).as_posix() for file in place.rglob("*") if file.is_file())
+        names = sorted(file.relative_to(place).as_posix() for file in files_below(place, linked=linked))
         ignored = {name for name in names if any(fnmatch(part, word) for part in name.split("/") for word in self._ignored)}
         return {name: f"{place.as_posix()}/{name}" for name in names if name not in ignored}
 
@@ -77,7 +77,7 @@ class Disk:
 
     def _sha256(self, path: str) -> str | None:
         """The hash of `artifacts.sha256`; None: not here."""
-        shas = {name: digest.sha256 for name, digest in self.files(path).items()}
+        shas = {name: self._digest(file).sha256 for name, file in self.paths(path, linked=True).items()}
         if "" in shas or not shas:
             return shas.get("")
         lines = [f"{name}\0{shas[name]}\n" for name in sorted(shas, key=lambda name: name.split("/"))]

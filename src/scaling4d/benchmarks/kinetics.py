@@ -19,7 +19,7 @@ import numpy as np
 
 from scaling4d.benchmarks.frames import read_views, require_path
 from scaling4d.benchmarks.samples import ClipRequest, MissingFiles, Samples
-from scaling4d.records import Sample, UserError
+from scaling4d.records import Sample, UserError, files_below
 
 OFFICIAL = {"train": "246,534 in Kinetics-400", "val": "19,906 in Kinetics-400"}
 NAMES = {"train": ("train",), "val": ("val", "validate", "validation")}  # of lists and of folders
@@ -41,7 +41,7 @@ def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
     indices = {name: index for index, name in enumerate(class_names(root))}
     files: dict[str, Path] = {}  # videos by name
     for place in (root / REPLACEMENT, folder):
-        for path in sorted(place.rglob("*")):
+        for path in files_below(place):
             if path.suffix in SUFFIXES and (place != folder or len(path.stem) > ID_LENGTH):
                 files.setdefault(path.stem, path)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from scaling4d import artifacts, config
 from scaling4d.provenance import life_of, parse_csv, text_with_sha256
-from scaling4d.records import UserError, write_json
+from scaling4d.records import UserError, files_below, write_json
 from scaling4d.studies.loss_law import MIN_RUNS, NAMES, LossLaw, fit_loss_law
 from scaling4d.studies.markup import cell_text
 from scaling4d.studies.plotting import draw_intervals, legend, log_x, style, subplots, to_svg
@@ -61,7 +61,7 @@ def read_trained_runs(folder: Path) -> list[TrainedRun]:
     """
     if (folder / RUNS).is_file():
         return trained_runs(read_runs(folder))
-    paths = sorted(folder.glob("**/summary.json"))
+    paths = [path for path in files_below(folder) if path.name == "summary.json"]
     if not paths:
         raise UserError(f"{folder} has no {RUNS} and no summary.json; needed a folder of reports/studies or of artifacts")
     summaries = [json.loads(path.read_text()) for path in paths]

@@ -36,7 +36,7 @@ from scaling4d.records import Preempted, UserError, on_one_line
 T = TypeVar("T")
 
 STATES = "training states"  # description of the group of resume.CheckpointManager
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # requests to save the state and stop
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # requests to save the state and stop
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 HEARTBEATS = 10  # of a rank, within the time after which it counts as hanging
 GROUP_TIMEOUT = 3  # of process groups, in that time: later than the watchdog, which knows more

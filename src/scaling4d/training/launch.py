@@ -199,7 +199,7 @@ def _command(job: Job, config: LaunchConfig, snapshot: Path) -> list[str]:
         where += ["--rdzv-id", job.name, "--rdzv-conf", f"join_timeout={config.wait_s}"]
     return [
         *(sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", str(job.ranks // config.nodes)),
-        *("--max-restarts", str(config.restarts), "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"),
+        *("--max-restarts", str(config.restarts), "--signals-to-handle", "SIGTERM,SIGUSR1"),
         *("--shutdown-timeout", str(config.wait_s), "-m", "scaling4d", *job.arguments, "--snapshot", str(snapshot)),
     ]
 
@@ -207,9 +207,12 @@ def _command(job: Job, config: LaunchConfig, snapshot: Path) -> list[str]:
 def _run(command: list[str], snapshot: Path) -> int:
     """Exit code of torchrun on this machine: 1 after a refusal, AGAIN after a request to stop."""
     torchrun: subprocess.Popen | None = None
+    forwarded = False
 
     def stop(_: int) -> None:
-        if torchrun:
+        nonlocal forwarded
+        if torchrun and not forwarded:  # at a third signal torchrun leaves its ranks
+            forwarded = True
             torchrun.send_signal(signal.SIGTERM)
 
     with stop_requests(stop) as requests:
@@ -223,8 +226,10 @@ def _run(command: list[str], snapshot: Path) -> int:
 
 
 def _start(command: list[str], snapshot: Path) -> subprocess.Popen:
-    """Start torchrun with the snapshot's code. Slurm's signal for submitit is blocked in it and its ranks."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+    """Start torchrun with the snapshot's code. In it and its ranks, Slurm's signal for submitit is blocked, and Ctrl-C,
+    which this process forwards as SIGTERM.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2, signal.SIGINT})
     try:
         code = os.pathsep.join(path for path in (str((snapshot / CODE).resolve()), os.environ.get("PYTHONPATH")) if path)
         added = {"PYTHONPATH": code}
@@ -345,13 +350,13 @@ def _slurm(job: Job, config: LaunchConfig) -> int:
 
     if config.cluster == "slurm" and shutil.which("sbatch") is None:
         raise UserError(f"no sbatch here, so no Slurm; set {job.setting}.where to here, torchrun or nodes")
-    local, more, record, submitted = config.cluster == "local", (signal.SIGINT, signal.SIGHUP), job.state / SLURM_JOB, None
+    local, record, submitted = config.cluster == "local", job.state / SLURM_JOB, None
 
     def stop(_: int) -> None:
         if local and submitted:
             submitted.cancel()
 
-    with stop_requests(stop, more=more) as requests:
+    with stop_requests(stop, more=(signal.SIGHUP,)) as requests:
         submitted, snapshot = (None if local else _recorded_job(job, record)) or _submit(job, config, parameters, record)
         print(f"job {submitted.job_id}, log {submitted.paths.stdout}", file=sys.stderr)
         with Progress() as bar:
