@@ -40,20 +40,18 @@ CLIPS = torch.randint(0, 256, (2, *CLIP, 3), dtype=torch.uint8, generator=seeds.
 
 
 def trained(folder: Path, name: str = "SimpleMAE", rate_hz: float = 5.0) -> Path:
-    """A checkpoint as stage pretrain leaves it in artifacts/, beside its clips."""
+    """A checkpoint as stage pretrain leaves it in artifacts/."""
     model = METHODS[name](config_of(METHODS[name], SETTINGS[name]))
     model.initialise(0)
     with torch.no_grad():
         for key, weight in model.named_parameters():
             weight.add_(0.1 * torch.randn(weight.shape, generator=seeds.torch_rng(0, key)))
-    checkpoint, clips = folder / "artifacts/smoke/pretrain/nano", folder / "artifacts/smoke/clips"
+    checkpoint = folder / "artifacts/smoke/pretrain/nano"
     checkpoint.mkdir(parents=True)
-    clips.mkdir()
     count = sum(weight.numel() for weight in model.encoder.parameters())
-    Checkpoint("nano", name, SETTINGS[name], count, step=7, clips_seen=112).write(checkpoint, model.state_dict())
-    write_json(clips / "croissant.json", {"clips": 1})
-    write_json(clips / "provenance.json", {"settings": {"clips.Curation": {"rate_hz": rate_hz}}})
-    inputs = {"clips": artifacts.sha256(clips / "croissant.json")}
+    saved = Checkpoint("nano", name, SETTINGS[name], count, step=7, clips_seen=112, rate_hz=rate_hz)
+    saved.write(checkpoint, model.state_dict())
+    inputs = {"clips": "c11b5"}
     settings = {"seed": 0, "pretrain.Training": {"steps": 7}}
     provenance = {"stage": "pretrain", "settings": settings, "inputs": inputs, "code": {"sha256": "c0de"}}
     write_json(checkpoint / "provenance.json", provenance)
@@ -196,24 +194,11 @@ def test_raw_pixels_are_an_encoder_of_any_size_that_patches_divide(tmp_path: Pat
 # ---- the rate of the clips ----
 
 
-def test_the_rate_is_that_of_the_clips_beside_a_trained_checkpoint_and_stays_with_its_copy(tmp_path: Path) -> None:
-    folder = trained(tmp_path, rate_hz=12.5)
-    before = (folder / "config.json").read_bytes()
-    encoder = Encoder.from_pretrained(folder)
-    copy = encoder.save_pretrained(tmp_path / "copy")
-    assert encoder.rate_hz == Encoder.from_pretrained(copy).rate_hz == 12.5
-    assert (folder / "config.json").read_bytes() == before and "rate_hz" not in before.decode()
-
-
-def test_a_rate_is_not_known_without_the_clips_of_the_training(tmp_path: Path) -> None:
-    folder, clips = trained(tmp_path), tmp_path / "artifacts/smoke/clips"
-    assert Encoder.from_pretrained(shutil.copytree(folder, tmp_path / "alone")).rate_hz is None
-    (clips / "croissant.json").write_text("{}")
-    assert Encoder.from_pretrained(folder).rate_hz is None
-    (folder / "provenance.json").unlink()
-    encoder = Encoder.from_pretrained(folder)
+def test_the_rate_is_that_of_the_training_until_it_is_set_and_stays_with_its_copy(tmp_path: Path) -> None:
+    encoder = Encoder.from_pretrained(trained(tmp_path, rate_hz=12.5))
+    assert encoder.rate_hz == Encoder.from_pretrained(encoder.save_pretrained(tmp_path / "copy")).rate_hz == 12.5
     encoder.rate_hz = 3.0
-    assert Encoder.from_pretrained(encoder.save_pretrained(tmp_path / "copy")).rate_hz == 3.0
+    assert Encoder.from_pretrained(encoder.save_pretrained(tmp_path / "slower")).rate_hz == 3.0
 
 
 def test_a_rate_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -283,11 +268,6 @@ def test_what_cannot_be_saved_is_refused_and_leaves_nothing(tmp_path: Path) -> N
         encoder.provenance = provenance
         assert refused(encoder.save_pretrained, tmp_path / "bad").startswith("provenance.json of nano is not one of scaling4d: ")
         assert not (tmp_path / "bad").exists()
-
-
-def test_a_rate_of_0_beside_a_checkpoint_is_refused(tmp_path: Path) -> None:
-    folder = trained(tmp_path, rate_hz=0.0)
-    assert refused(Encoder.from_pretrained, folder) == f"{folder}: rate_hz = 0.0; needed more than 0, or none"
 
 
 # ---- refusals ----

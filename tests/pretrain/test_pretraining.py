@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from nearness import near
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scaling4d import artifacts, checkpoint, config
 from scaling4d.checkpoint import Checkpoint
@@ -49,6 +50,7 @@ def test_training_lowers_the_loss_and_writes_what_made_it(short: Callable) -> No
     assert losses[-1] < 0.7 * losses[0]
     assert json.loads(lines[-1])["clips_seen"] == 60 * settings["pretrain"]["Training"]["batch"]
     saved, summary = Checkpoint.read(folder), json.loads((folder / "summary.json").read_text())
+    assert saved.rate_hz == settings["clip"]["rate_hz"] and "60 steps" in (folder / "README.md").read_text()
     assert saved.step == 60 and saved.parameters == sum(p.numel() for p in encoder_of(load_model(folder)).parameters())
     assert summary["val_loss"] < losses[0] and summary["ranks"] == [[0, 2]]
     provenance = json.loads((folder / "provenance.json").read_text())
@@ -67,12 +69,25 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(short: Callable
 
 @pytest.mark.parametrize("compute", DTYPES)
 def test_it_validates_under_way_and_draws_a_picture(short: Callable, compute: str) -> None:
-    folder = pretrain("nano", short(3, **{"Training.validate_every": 1, "Training.compute": compute}))
+    watched = {"Training.validate_every": 1, "Runtime.tensorboard": True}
+    folder = pretrain("nano", short(3, **watched, **{"Training.compute": compute}))
     assert Checkpoint.read(folder).model == "SimpleMAE"
     lines = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]  # the last step's is the summary's
-    assert all(Path(f".runs/pretrain-nano/filled-0000000{step}.png").is_file() for step in (1, 2))
-    assert lines[0]["val_loss"] > json.loads((folder / "summary.json").read_text())["val_loss"]
+    assert all(Path(f".runs/pretrain-nano/filled-0000000{step}.png").is_file() for step in (1, 2, 3))
+    last = json.loads((folder / "summary.json").read_text())["val_loss"]
+    assert lines[0]["val_loss"] > last
+    events = EventAccumulator(".runs/pretrain-nano").Reload()
+    shown = {event.step: event.value for event in events.Scalars("val_loss")}
+    assert shown == pytest.approx({line["step"]: line["val_loss"] for line in lines} | {3: last})
+    assert {"loss", "lr", "grad", "rankme"} <= {*events.Tags()["scalars"]}
+
+
+def test_events_without_their_package_are_refused_before_the_training(short: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = short(3, **{"Runtime.tensorboard": True})
+    monkeypatch.setattr("scaling4d.pretrain.settings.find_spec", lambda _: None)
+    with pytest.raises(UserError, match=r"^pretrain.Runtime.tensorboard = true, and tensorboard is not installed; needed"):
+        pretrain("nano", settings)
 
 
 def test_a_student_learns_its_teachers_features_and_keeps_no_teacher(changed: Callable) -> None:

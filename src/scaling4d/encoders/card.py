@@ -1,15 +1,17 @@
-"""The model card: README.md of a folder that `Encoder.save_pretrained` writes."""
+"""The model card: README.md in a Checkpoint folder."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.provenance import flatten
 
-CARD = """---
+CARD = "README.md"
+TEXT = """---
 library_name: scaling4d
 tags:
 - video
@@ -38,12 +40,23 @@ output = encoder(encoder.preprocess(video))  # last_hidden_state B N D, hidden_s
 UNKNOWN = "not known"
 
 
-def model_card(
-    checkpoint: Checkpoint, provenance: Mapping[str, Any], *, mean: float | tuple[float, ...], scale: float | tuple[float, ...]
+def write_model_card(
+    folder: Path,
+    checkpoint: Checkpoint,
+    provenance: Mapping[str, Any],
+    *,
+    mean: float | tuple[float, ...],
+    scale: float | tuple[float, ...],
+) -> None:
+    """Write README.md: a checkpoint, and the facts in its provenance.json; if empty: that its origin is not known."""
+    (folder / CARD).write_text(_model_card(checkpoint, provenance, mean, scale))
+
+
+def _model_card(
+    checkpoint: Checkpoint, provenance: Mapping[str, Any], mean: float | tuple[float, ...], scale: float | tuple[float, ...]
 ) -> str:
-    """Markdown of a checkpoint and of the facts in its provenance.json; without those: that its origin is not known."""
     trained = f"{checkpoint.step:,} steps, {checkpoint.clips_seen:,} clips" if checkpoint.step else "none by scaling4d"
-    text = CARD.format(
+    text = TEXT.format(
         name=checkpoint.name,
         model=checkpoint.model,
         parameters=checkpoint.parameters,

@@ -105,11 +105,8 @@ class Encoder(nn.Module):
         if (folder / CONFIG).is_file() and "model_type" in read_json(folder / CONFIG):
             config, model = import_published(folder, clip)
             return cls(model, _description(name, model, asdict(config)))
-        checkpoint, path = Checkpoint.read(folder), folder / artifacts.PROVENANCE
-        provenance = read_json(path) if path.is_file() else {}
-        with as_user_error(folder):
-            checkpoint = replace(checkpoint, rate_hz=checkpoint.rate_hz or _trained_rate_hz(folder, provenance))
-        return cls(load_encoder(folder), checkpoint, provenance)
+        path = folder / artifacts.PROVENANCE
+        return cls(load_encoder(folder), Checkpoint.read(folder), read_json(path) if path.is_file() else {})
 
     @property
     def clip(self) -> tuple[int, int, int]:
@@ -208,8 +205,7 @@ class Encoder(nn.Module):
             with as_user_error(f"{artifacts.PROVENANCE} of {checkpoint.name} is not one of scaling4d"):
                 if self.provenance:
                     write_json(out / artifacts.PROVENANCE, self.provenance)
-                text = card.model_card(checkpoint, self.provenance, mean=self.mean, scale=self.scale)
-            (out / "README.md").write_text(text)
+                card.write_model_card(out, checkpoint, self.provenance, mean=self.mean, scale=self.scale)
         return Path(folder)
 
     def push_to_hub(self, target: str, *, private: bool | None = None, message: str = "Upload encoder") -> str:
@@ -230,18 +226,6 @@ class Encoder(nn.Module):
 def _description(name: str, model: nn.Module, settings: Mapping[str, Any]) -> Checkpoint:
     parameters = sum(weight.numel() for weight in model.parameters())
     return Checkpoint(name, type(model).__name__, settings, parameters, step=0, clips_seen=0)
-
-
-def _trained_rate_hz(folder: Path, provenance: Mapping[str, Any]) -> float | None:
-    """Rate of the clips beside a trained checkpoint of artifacts/, if they are those that it was trained on."""
-    clips = folder.resolve().parent.parent / "clips"
-    inputs, listing, path = provenance.get("inputs"), clips / "croissant.json", clips / artifacts.PROVENANCE
-    if not isinstance(inputs, dict) or "clips" not in inputs or not listing.is_file() or not path.is_file():
-        return None
-    if inputs["clips"] != artifacts.sha256(listing):
-        return None
-    with as_user_error(f"{path} is not that of clips"):
-        return float(read_json(path)["settings"]["clips.Curation"]["rate_hz"])
 
 
 def _released_file(source: Path) -> tuple[nn.Module, Checkpoint, dict[str, Any]]:

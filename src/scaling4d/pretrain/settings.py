@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -196,11 +197,14 @@ def bind_pretrain(point: str, settings: Mapping[str, Any]) -> PretrainConfig:
     """Bind and check the settings of one point, before a rank starts or a clip is read.
 
     Raises:
-        UserError: as bind_point; no teacher, no checkpoint to start from, no clips.
+        UserError: as bind_point; no teacher, no checkpoint to start from, no clips, no TensorBoard.
     """
     pretraining = bind_point(point, settings)
     for folder in filter(None, (pretraining.teacher, pretraining.start_from)):
         Checkpoint.read(folder)
+    if pretraining.runtime.tensorboard and find_spec("tensorboard") is None:
+        needed = "needed the package, as in the extra `cluster`, or set it to false"
+        raise UserError(f"pretrain.Runtime.tensorboard = true, and tensorboard is not installed; {needed}")
     with clips_remedies():
         loader.count_clips(pretraining.clips, "train")
     return pretraining

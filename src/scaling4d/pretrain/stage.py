@@ -17,6 +17,7 @@ from torch import nn
 from scaling4d import artifacts, provenance, seeds
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.clips import loader
+from scaling4d.encoders.card import write_model_card
 from scaling4d.pipeline import code_hashes
 from scaling4d.pretrain.plan.closed_form import flops_per_clip
 from scaling4d.pretrain.plan.memory import check_memory
@@ -244,11 +245,12 @@ def _write(
     counts = {"parameters": sum(p.numel() for p in model.encoder.parameters()), "clips_seen": training.steps * training.batch}
     step = summary.get("best_step", training.steps)
     saved = counts | {"clips_seen": step * training.batch}  # of the weights; the summary's are the whole training's
-    checkpoint = Checkpoint(pretraining.point, method, asdict(pretraining.model), step=step, **saved)
+    checkpoint = Checkpoint(pretraining.point, method, asdict(pretraining.model), step=step, **saved, rate_hz=pretraining.rate_hz)
     content = {"point": pretraining.point, "method": method, "seed": pretraining.seed, **counts, **summary}
     content["parameters_total"] = sum(p.numel() for p in model.parameters())
     content |= {"flops_per_clip": flops, "flops": flops * counts["clips_seen"]}
     checkpoint.write_config(out)
+    write_model_card(out, checkpoint, evidence, mean=pretraining.model.pixel_mean, scale=pretraining.model.pixel_scale)
     for name, content_lines in lines.items():
         if content_lines:
             (out / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in content_lines))

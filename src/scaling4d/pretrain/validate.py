@@ -55,7 +55,9 @@ class Validation(Callback):
 
         Returns the measures of the model's weights, and their step.
         """
-        last = {"step": self.pretraining.training.steps, **measure(self.model, self.pretraining)}
+        step, measures = self.pretraining.training.steps, measure(self.model, self.pretraining)
+        self.log.validation(step, measures, picture(self.model, self.pretraining))
+        last = {"step": step, **measures}
         best = self._best(last) if self.best_weights else last
         if best is not last:
             for name, weight in self.model.state_dict().items():

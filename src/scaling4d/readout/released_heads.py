@@ -23,6 +23,7 @@ from scaling4d.checkpoint import WEIGHTS, Checkpoint
 from scaling4d.config import check_types, require_sizes, require_words
 from scaling4d.encoders import released
 from scaling4d.encoders.arrays import Npz, Shape, write_npz, write_safetensors
+from scaling4d.encoders.card import write_model_card
 from scaling4d.encoders.features import DEPTH_FRACTION, layer_index, split_time
 from scaling4d.encoders.load import build_model
 from scaling4d.encoders.released import MAESTOptions, TensorMap, WeightMap, flax_dense, flax_norm, reshaped, shape_of, transposed
@@ -310,11 +311,14 @@ def _write_folder(
         for file, tensors in files.items():
             converted = (entry.to_ours(*(read(key) for key in entry.arrays)) for entry in tensors.values())
             write_safetensors(folder / file, {name: entry.shape for name, entry in tensors.items()}, converted)
-        Checkpoint(out.name, model, asdict(config), parameters, 0, 0).write_config(folder)
+        saved = Checkpoint(out.name, model, asdict(config), parameters, 0, 0)
+        saved.write_config(folder)
         if readout:
             write_json(folder / READOUT, asdict(readout))
-        evidence = {"stage": "convert", "settings": {}, "overrides": {}, "code": None}
-        write_json(folder / artifacts.PROVENANCE, evidence | {"inputs": {source.name: artifacts.sha256(source)}})
+        inputs = {source.name: artifacts.sha256(source)}
+        evidence = {"stage": "convert", "settings": {}, "overrides": {}, "code": None, "inputs": inputs}
+        write_json(folder / artifacts.PROVENANCE, evidence)
+        write_model_card(folder, saved, evidence, mean=config.pixel_mean, scale=config.pixel_scale)
     return out
 
 
