@@ -1,6 +1,7 @@
 # make repro          set everything up and run the pipeline
 # make test           set everything up and run the tests; make quick: those that start no process; make slow: the long ones
 # make install-cuda   the environment of a machine with an NVIDIA GPU, instead of that of `make install`
+# make weights        the pocket's trained encoders, before anything is trained (`make publish-weights` keeps new ones)
 # make release-check  whether lock, reports, README and guide belong to this code
 # make gpu            one hour on a GPU, where torch, numpy and wheels/ are (`make wheels`, on a machine with a network)
 PYTHON ?= python3
@@ -12,7 +13,7 @@ PARALLEL = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 LOCK = requirements.lock
 
-.PHONY: install install-cuda repro ahead test quick slow release-check lint wheels gpu measured-on-gpu
+.PHONY: install install-cuda repro ahead weights publish-weights test quick slow release-check lint wheels gpu measured-on-gpu
 
 install: .venv/installed
 
@@ -30,6 +31,13 @@ install-cuda:
 repro: install
 	dvc status --quiet || { $(MAKE) --no-print-directory ahead && dvc repro; }
 	scaling4d table
+
+# From and to the DVC remote `weights`, a folder of the repository: encoders alone, a few MB.
+weights: install
+	dvc pull -r weights pretrain
+
+publish-weights: install
+	rm -rf reports/weights && dvc push -r weights pretrain
 
 JOBS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 

@@ -1,5 +1,6 @@
 """Conditions of published results; `make release-check` runs these tests, `make test` does not."""
 
+import os
 import re
 import subprocess
 import sys
@@ -8,13 +9,18 @@ from pathlib import Path
 import pytest
 from published_numbers import README, statements
 
+import scaling4d
+from scaling4d.provenance import load_yaml
+
 pytestmark = [pytest.mark.release, pytest.mark.timeout(1200)]
 ROOT = Path(__file__).parents[1]
 
 
-def printed(*words: str) -> str:
-    """Output of a command in the project."""
-    done = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+def printed(*words: str, folder: Path = ROOT) -> str:
+    """Output of a command in the project, or in a clone of it."""
+    environment = os.environ | {"PYTHONPATH": str(folder / "src")}
+    command = [sys.executable, "-m", *words]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     return done.stdout + done.stderr
 
 
@@ -52,3 +58,20 @@ def test_the_numbers_of_readme_and_guide_are_those_of_the_tables() -> None:
 
 def test_the_readme_has_two_screens() -> None:
     assert len((ROOT / README).read_text().split()) <= 700
+
+
+def test_a_fresh_clone_has_the_trained_encoders_before_anything_is_trained(tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
+    files = [path for path in (clone / "reports/weights").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 12e6
+    pulled = printed("dvc", "pull", "-r", "weights", "pretrain", folder=clone)
+    encoders = sorted(path.parent.name for path in clone.glob("artifacts/pocket/pretrain/*/model.safetensors"))
+    assert encoders == sorted(load_yaml((ROOT / "params.yaml").read_text())["points"]), pulled
+    checkpoint, video = "artifacts/pocket/pretrain/mini", "experiments/pocket/videos/phone/IMG_0000.mp4"
+    assert scaling4d.Encoder.from_pretrained(clone / checkpoint).rate_hz
+    printed("scaling4d", "features", checkpoint, video, "--out", "features", folder=clone)
+    assert [*(clone / "features").glob("*.safetensors")]
+    assert "mini" in printed("scaling4d", "table", folder=clone)
+    audit = printed("scaling4d", "audit", folder=clone)
+    assert audit.splitlines()[-1].startswith("0 wrong"), audit[-3000:]
