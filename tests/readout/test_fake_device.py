@@ -10,14 +10,15 @@ import pytest
 import small_tasks
 import torch
 from fake_gpu import DEVICE, exit_code, on_fake_gpu, train
-from small_tasks import CLIP, HEAD, TASK, WIDTH, sample
+from small_tasks import TASK, sample
 
 from scaling4d import config
+from scaling4d.encoders.features import MemoryFeatures
 from scaling4d.mae.device import to_device
-from scaling4d.mae.encoder import Backbone, BackboneConfig
 from scaling4d.pretrain.plan.plan import build
+from scaling4d.pretrain.settings import points_of
 from scaling4d.readout.classifier import MeanPoolClassifier
-from scaling4d.readout.heads import Head, HeadConfig
+from scaling4d.readout.heads import HeadConfig
 from scaling4d.readout.protocols import PROTOCOLS, Frozen, ReadoutConfig, ReadoutModel, ReadoutProtocol
 from scaling4d.readout.stage import bind_task
 from scaling4d.readout.tasks import TASKS
@@ -27,7 +28,6 @@ from scaling4d.training.fit import Batch
 from scaling4d.training.parallelize import DTYPES, ShardingConfig, parallelize
 
 ROOT, CLIPS = Path(__file__).parents[2], 3
-ENCODER = {"clip": CLIP, "patch": (2, 8, 8), "pixel_mean": 0.45, "pixel_scale": 4.0, "width": WIDTH, "depth": 4, "heads": 2}
 
 pytestmark = pytest.mark.integration
 
@@ -37,45 +37,68 @@ def device_of(tensor: torch.Tensor) -> str:
 
 
 def moved(module: torch.nn.Module, device: str) -> torch.nn.Module:
-    """A module in place of `module.to`, which fake weights refuse: they lie on the device from the start."""
+    """In place of `module.to`: fake weights come to the device without values."""
     assert device == DEVICE
-    return module
+    return module.to_empty(device=device)
 
 
-def encode_and_train(name: str) -> None:
-    """Features of clips in two passes, steps of the head, and predictions for new clips, each on the device."""
-    torch.nn.Module.to = moved
-    task, samples = TASK[name], [sample(seed) for seed in range(CLIPS)]
-    layout = {"compute": SimpleNamespace(device=DEVICE, compute="float32")}
-    layout["sharding"] = ShardingConfig(shards=1, recompute="none", compile=False, packed=False, accumulate=1)
-    protocol = Frozen(
-        ReadoutConfig(None, name, task, 0, SimpleNamespace(ranks=1, feature_batch=2, feature_store=""), None, **layout)
-    )
-    with on_fake_gpu() as operations:
-        with torch.device(DEVICE):  # weights alone
-            encoder = Backbone(BackboneConfig(**ENCODER, mlp=32))
-            head = Head(HEAD, task.queries(CLIP), features_width=WIDTH, frames=CLIP[0])
-            model = ReadoutModel(None, Whitening.identity(WIDTH), head, task)
-        source = protocol.features_of(encoder)
+def encode_and_train(profile: str, point: str, task: str, **changes: object) -> None:
+    """Features of clips in two passes, steps of the head, and predictions for new clips, each on the device.
+
+    The encoder computes in bfloat16, in shards as the profile's settings say, the head in float32.
+    """
+    os.chdir(ROOT)
+    torch.nn.Module.to, MemoryFeatures._any_rank_has_clips = moved, lambda _, answer: answer
+    settings = config.compose([f"profile={profile}"])
+    bound, encoder = bind_task(task, Frozen, settings), build(point, settings).encoder
+    small_tasks.CLIP = encoder.clip
+    sharding = replace(bound[ShardingConfig], compile=False, **changes)
+    evaluation = SimpleNamespace(ranks=max(sharding.shards, 2), feature_batch=2, feature_store="")
+    layout = {"compute": SimpleNamespace(device=DEVICE, compute="bfloat16"), "sharding": sharding}
+    recipe = bound[Frozen.recipe_class]
+    protocol = Frozen(ReadoutConfig(None, task, bound[TASKS[task]], 0, evaluation, recipe, bound[HeadConfig], **layout))
+    samples = [sample(seed) for seed in range(CLIPS)]
+    with on_fake_gpu(evaluation.ranks) as operations:
+        source = protocol.features_of(encoder.requires_grad_(False))
         pixels = [torch.from_numpy(one.pixels) for one in samples]
         keys = [source.add(clip) for clip in pixels]
         source.flush()
-        features, target = source.stack(keys), collate([task.train_target(one) for one in samples])
-        assert device_of(features) == "cpu" and len(features) == CLIPS
+        features, target = source.stack(keys), collate([protocol.config.task.train_target(one) for one in samples])
+        assert device_of(features) == "cpu" and features.dtype == torch.float32 and len(features) == CLIPS
+        assert operations.linear_dtypes == {torch.bfloat16}
+        operations.linear_dtypes.clear()
+        with torch.device(DEVICE):  # weights alone
+            model = ReadoutModel(None, Whitening.identity(encoder.width), protocol.config.new_head(encoder), protocol.config.task)
         with pytest.raises(RuntimeError):  # features of the CPU, weights of the device
             model(features, target)
         operations.waits.clear()  # for features
-        train(model, Batch((features, target)), {"head": (list(head.named_parameters()), 1e-3)})
+        train(model, Batch((features, target)), protocol.param_groups(model))
         assert operations.waits == []
-        on_device = {key: to_device(value, DEVICE) for key, value in collate([task.target(one) for one in samples]).items()}
+        assert operations.linear_dtypes == {torch.float32}
+        targets = collate([protocol.config.task.target(one) for one in samples])
+        on_device = {key: to_device(value, DEVICE) for key, value in targets.items()}
         encode, predict = protocol.evaluator(model, SimpleNamespace(source=source))
         assert device_of(predict(encode(pixels), on_device)) == DEVICE
         assert operations.waits == []
 
 
-@pytest.mark.parametrize("name", list(TASK))
-def test_encoder_and_head_compute_on_the_device_alone(name: str) -> None:
-    assert exit_code(partial(encode_and_train, name)) == 0
+@pytest.mark.parametrize("task", list(TASK))
+def test_encoder_and_head_compute_on_the_device_alone(task: str) -> None:
+    assert exit_code(partial(encode_and_train, "pocket", "nano", task, shards=2)) == 0
+
+
+def test_a_point_of_the_paper_computes_features_in_shards() -> None:
+    assert exit_code(partial(encode_and_train, "paper", "S", "actions")) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_every_frozen_point_computes_on_the_device_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    settings = config.compose(["profile=paper"])
+    for point in points_of(settings):
+        for task in TASK if point in ("S", "j") else ["actions"]:
+            assert exit_code(partial(encode_and_train, "paper", point, task)) == 0, (point, task)
 
 
 class Clips(list):
