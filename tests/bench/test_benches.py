@@ -114,7 +114,7 @@ def test_the_rates_of_curation_come_from_the_difference_of_two_sizes(tmp_path, m
     monkeypatch.setattr(curate, "ProcessPoolExecutor", lambda count, context: ThreadPoolExecutor(count))
     monkeypatch.setattr(videos, "write", lambda path, seed, *, seconds, size_px: path)
     monkeypatch.setattr(curate, "run_curation", made_up)
-    monkeypatch.setattr(curate, "measure_scheduler", lambda curation: 400.0)
+    monkeypatch.setattr(curate, "measure_scheduler", lambda: 400.0)
     content, shown = json.loads(curate.bench(tmp_path).read_text()), capsys.readouterr().out
     assert content["raw"]["seconds"] == {"2 files": [12.0], "3 files": [13.0], "1 files added": [3.0]}
     assert [row["files"] for row in content["results"]["rows"]] == [2, 3, 4]
