@@ -1,6 +1,7 @@
 """The attention kernel that xformers chooses on a GPU of a given compute capability, asked on a machine without one.
 
-`python -m scaling4d_bench.cuda_kernels` prints the choice for every head size and compute type of the profiles' points.
+`python -m scaling4d_bench.cuda_kernels` prints the choice for every head size and compute type of the profiles' points
+and attention readouts.
 xformers itself chooses, for the inputs that `attention` gives it. Assumed is only what a CPU build of torch lacks and
 tests/fixtures/cuda_wheels.json shows of the locked wheels: flash attention is in torch, and xformers' library loads.
 """
@@ -18,6 +19,9 @@ from torch import Tensor
 from scaling4d import config
 from scaling4d.mae.attention import attention
 from scaling4d.pretrain.settings import points_of
+from scaling4d.readout.heads import HeadConfig
+from scaling4d.readout.protocols import Frozen
+from scaling4d.readout.stage import bind_task
 from scaling4d.training.parallelize import DTYPES
 
 PROFILES = Path("experiments/profile")
@@ -33,13 +37,17 @@ class _OnGPU(Tensor):
 
 
 def head_sizes(profiles: Path = PROFILES) -> dict[int, list[str]]:
-    """Head size -> points of all profiles that have it, in the encoder or in MAE-ST's decoder."""
+    """Head size -> points of all profiles that have it, in the encoder or in MAE-ST's decoder, and `profile/task`."""
     models: dict[str, dict[str, Any]] = {}
+    sizes: dict[int, set[str]] = {}
     for path in profiles.glob("*.yaml"):
         settings = config.compose([f"profile={path.stem}"])
         models |= {name: next(iter(point["model"].values())) for name, point in points_of(settings).items()}
-    sizes: dict[int, set[str]] = {}
-    for point, model in sorted(models.items()):
+        for task in settings["readout"]["tasks"]:
+            head = bind_task(task, Frozen, settings)[HeadConfig]
+            for added in (0, 3, 4) if head.distance_bias else (0,):  # see CrossAttention._distance_terms
+                sizes.setdefault(head.width // head.heads + added, set()).add(f"{path.stem}/{task}")
+    for point, model in models.items():
         for part in ("", "decoder_"):
             if f"{part}heads" in model:
                 sizes.setdefault(model[f"{part}width"] // model[f"{part}heads"], set()).add(point)
@@ -64,7 +72,7 @@ def chosen_kernels(size: int, dtype: torch.dtype, capability: tuple[int, int], *
         from xformers.ops import fmha
     assumed = {"torch.version.cuda": "12.8", "xformers.ops.fmha.common._built_with_cuda": True}
     assumed |= {"torch.cuda.get_device_capability": lambda *_: capability}
-    assumed |= {"xformers.ops.memory_efficient_attention": choose}
+    assumed |= {"xformers.ops.memory_efficient_attention": choose, "scaling4d.mae.attention.loads_xformers": lambda: True}
     inputs = [torch.empty(*SHAPE, size, dtype=dtype, device="meta").as_subclass(_OnGPU) for _ in range(3)]
     with ExitStack() as patches:
         for name, value in assumed.items():
@@ -73,11 +81,11 @@ def chosen_kernels(size: int, dtype: torch.dtype, capability: tuple[int, int], *
     return chosen
 
 
-def table(sizes: Mapping[int, Any]) -> list[dict[str, Any]]:
+def table(sizes: Mapping[int, list[str]]) -> list[dict[str, Any]]:
     return [
-        {"size": size, "compute": name, "device": device, "packed": packed}
+        {"size": size, "of": names, "compute": name, "device": device, "packed": packed}
         | chosen_kernels(size, dtype, capability, packed=packed)
-        for size in sizes
+        for size, names in sizes.items()
         for name, dtype in DTYPES.items()
         for device, capability in CAPABILITIES.items()
         for packed in (False, True)

@@ -85,11 +85,14 @@ def test_the_reader_finds_in_the_installed_library_what_the_table_has() -> None:
 
 
 @pytest.mark.integration
-def test_every_point_has_attention_kernels_on_a100_and_h100() -> None:
+def test_every_point_and_readout_has_attention_kernels_on_a100_and_h100() -> None:
     command = [sys.executable, "-m", "scaling4d_bench.cuda_kernels"]
     rows = json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
     torch = wheels(CUDA_LOCK)["torch"]
-    assert {row["size"] for row in rows} >= {64, 80, 104, 112, 128}
+    of = {row["size"]: row["of"] for row in rows}
+    assert {64, 80, 104, 112, 128} <= of.keys()
+    readouts = {"paper/boxes": {256}, "paper/depth": {64}, "paper/points": {128}, "mae_st/actions": {8, 11, 12}}
+    assert {name: {size for size in of if name in of[size]} for name in readouts} == readouts
     assert {"sm_80", "sm_90"} <= set(torch["architectures"])
     for row in rows:
         chosen, size = (row["forward"], row["backward"]), row["padded"]
@@ -100,4 +103,5 @@ def test_every_point_has_attention_kernels_on_a100_and_h100() -> None:
             assert chosen == ("cutlassF-pt", "cutlassB-pt"), row
             backward = [re.search(r"B_f32_aligned_\w+_k(\d+)_sm80", name) for name in torch["kernels"]["efficient"]]
             assert any(size <= int(match[1]) for match in backward if match), row
-            assert "fmha_cutlassF_f32_aligned_64x128_rf_sm80" in torch["kernels"]["efficient"] and size <= 128
+            forward = "64x128_rf" if size <= 128 else "32x128_gmem"
+            assert f"fmha_cutlassF_f32_aligned_{forward}_sm80" in torch["kernels"]["efficient"], row

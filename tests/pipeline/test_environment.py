@@ -1,5 +1,8 @@
 """Command `doctor`: versions, the device, and the attention that a model would run."""
 
+import re
+import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -7,10 +10,18 @@ import torch
 from typer.testing import CliRunner
 
 from scaling4d import cli
+from scaling4d.mae.attention import xformers_problem
 from scaling4d.pipeline import environment
 
 _cpp_lib = pytest.importorskip("xformers._cpp_lib", reason="xformers is installed on Linux alone")
-WARNING = "warning: the library of xformers does not load, so a GPU has no attention; run `make install-cuda` there: "
+TORCH = "torch's scaled_dot_product_attention"
+
+
+@pytest.fixture(autouse=True)
+def asked_anew() -> Iterator[None]:
+    xformers_problem.cache_clear()
+    yield
+    xformers_problem.cache_clear()
 
 
 @pytest.fixture
@@ -21,11 +32,23 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", lambda *shape, dtype, device: zeros)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
-def test_doctor_names_the_attention_of_the_cpu() -> None:
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An xformers that was built for another torch."""
+    built = "xFormers was built for:\n    PyTorch 2.10.0 (you have 2.13.0)\n"
+    error = f"xFormers can't load C++/CUDA extensions. {built}  Please reinstall xformers\n"
+    monkeypatch.setattr(_cpp_lib, "_cpp_library_load_exception", RuntimeError(error))
+
+
+def test_doctor_names_the_attention_of_the_cpu(no_gpu: None) -> None:
     shown = CliRunner().invoke(cli.app, ["doctor"]).output.splitlines()
     assert shown[0].startswith("python ") and any(line.startswith("torch ") for line in shown)
-    assert "attention: torch's scaled_dot_product_attention" in shown
+    assert f"attention: {TORCH}" in shown
 
 
 def test_the_attention_of_a_gpu_is_what_xformers_chooses_for_each_type(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,16 +60,24 @@ def test_the_attention_of_a_gpu_is_what_xformers_chooses_for_each_type(gpu: None
     assert [*environment.describe_attention()] == kernels
 
 
-def test_a_library_of_xformers_that_does_not_load_is_a_warning(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from xformers.ops import fmha
+def test_a_gpu_beside_a_broken_xformers_has_torchs_attention(gpu: None, broken: None) -> None:
+    problem = "the library of xformers does not load: xFormers was built for: PyTorch 2.10.0 (you have 2.13.0)"
+    shown = f"attention: {TORCH}; {problem}; for xformers run `make install-cuda`"
+    assert [*environment.describe_attention()] == [shown]
 
-    def refuse(inputs: object, gradient: bool) -> None:
-        raise NotImplementedError
 
-    built = "xFormers was built for:\n    PyTorch 2.10.0 (you have 2.13.0)\n"
-    error = f"xFormers can't load C++/CUDA extensions. {built}  Please reinstall xformers\n"
-    monkeypatch.setattr(_cpp_lib, "_cpp_library_load_exception", RuntimeError(error))
-    monkeypatch.setattr(fmha, "_dispatch_fw", refuse)
-    *kernels, warning = environment.describe_attention()
-    assert kernels == ["attention in bfloat16: none of xformers", "attention in float32: none of xformers"]
-    assert warning == f"{WARNING}xFormers was built for: PyTorch 2.10.0 (you have 2.13.0)"
+def test_a_gpu_without_xformers_has_torchs_attention(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "xformers", None)
+    (shown,) = environment.describe_attention()
+    assert re.fullmatch(f"attention: {TORCH}; xformers does not import: .+; for xformers run `make install-cuda`", shown)
+
+
+def test_a_machine_without_a_gpu_names_the_attention_of_one(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cpp_lib, "_cpp_library_load_exception", None)
+    assert [*environment.describe_attention()][1:] == ["attention on a GPU: xformers, whose library loads"]
+
+
+def test_a_machine_without_a_gpu_says_why_one_would_not_use_xformers(no_gpu: None, broken: None) -> None:
+    problem = "the library of xformers does not load: xFormers was built for: PyTorch 2.10.0 (you have 2.13.0)"
+    shown = f"attention on a GPU: {TORCH}; {problem}; for xformers run `make install-cuda` there"
+    assert [*environment.describe_attention()][1:] == [shown]

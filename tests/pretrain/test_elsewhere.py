@@ -70,7 +70,7 @@ def test_a_refused_run_is_not_started_again_and_tells_why_once(short: Callable, 
     changed("pretrain.Training.rate_times_width", 1e9)
     done = subprocess.run(COMMAND, capture_output=True, text=True, check=False)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 1 and len(errors) == 1 and "the gradient is" in errors[0]
+    assert done.returncode == 1 and len(errors) == 1 and "the gradients are not finite" in errors[0]
     assert done.stdout == ""
     assert steps_shown() == list(range(1, len(steps_shown()) + 1))  # it was not started again
 

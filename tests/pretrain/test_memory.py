@@ -36,11 +36,24 @@ def test_a_rank_with_all_weights_gathers_none_and_no_teacher_is_read(changed: Ca
     pretrain("nano", changed("pretrain.Training.steps", 2))
     monkeypatch.setattr(pretrain_settings, "load_model", lambda _: pytest.fail("weights were read"))
     pretraining = bind_pretrain("nano_distilled", config.read())
-    layout = StepLayout(shards=1, recompute=False, sizes=PLAIN)
+    layout = StepLayout(shards=1, recompute=False, sizes=PLAIN, keep_best=bool(pretraining.training.keep_best))
     needed = memory(work_of(pretraining.build(teacher_weights=False)), layout, clips=8)["total"] / USABLE
     check_memory(pretraining, int(needed) + 1)
     with pytest.raises(UserError, match="^a step of nano_distilled with 8 clips a GPU needs "):
         check_memory(pretraining, int(needed) - 1)
+
+
+def test_the_best_weights_count(changed: Callable) -> None:
+    changed("pretrain.Training.validate_every", 1)
+    work, limits = work_of(bind_pretrain("nano", config.read()).build(teacher_weights=False)), []
+    for keep_best in ("", "val_loss"):
+        pretraining = bind_pretrain("nano", changed("pretrain.Training.keep_best", keep_best))
+        layout = StepLayout(shards=1, recompute=False, sizes=PLAIN, keep_best=bool(keep_best))
+        limits.append(memory(work, layout, clips=pretraining.training.batch // pretraining.training.ranks)["total"])
+        check_memory(pretraining, int(limits[-1] / USABLE) + 1)
+        with pytest.raises(UserError, match="^a step of nano with "):
+            check_memory(pretraining, int(limits[-1] / USABLE) - 1)
+    assert limits[1] - limits[0] == 4 * work.parameters
 
 
 @pytest.mark.usefixtures("in_the_project")

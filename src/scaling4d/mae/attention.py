@@ -1,14 +1,13 @@
-"""Scaled dot-product attention: xformers on CUDA where it is installed, torch elsewhere; one function, one answer."""
+"""Scaled dot-product attention: xformers on CUDA where it loads, torch elsewhere; one function, one answer."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-HAS_XFORMERS = find_spec("xformers") is not None  # encoders alone do without
 ALIGNMENT = 8  # values of the last axis; xformers' kernels need a multiple
 
 
@@ -17,25 +16,40 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, pa
 
     Args:
         scale: factor of the scores; default 1/sqrt(d).
-        packed: compute all clips as one sequence with a block-diagonal mask; the same answer.
+        packed: xformers computes all clips as one sequence with a block-diagonal mask; the same answer. torch computes
+            clips in a batch, packed or not: they are equally long, so a batch is the block-diagonal answer.
     """
     B, Q, N, mask = *q.shape[:2], k.shape[1], None
-    if packed:
-        q, k, v = (x.flatten(0, 1)[None] for x in (q, k, v))  # 1 B*N heads d
-    if q.is_cuda and HAS_XFORMERS:
+    if q.is_cuda and loads_xformers():
         from xformers.ops import memory_efficient_attention
         from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
         if packed:
+            q, k, v = (x.flatten(0, 1)[None] for x in (q, k, v))  # 1 B*N heads d
             mask = BlockDiagonalMask.from_seqlens([Q] * B, [N] * B)
         scale = scale or q.shape[-1] ** -0.5
         out = memory_efficient_attention(*align(q, k, v), attn_bias=mask, scale=scale)[..., : v.shape[-1]]
-    else:
-        if packed:
-            mask = torch.eye(B, dtype=torch.bool, device=q.device).repeat_interleave(Q, 0).repeat_interleave(N, 1)  # B*Q B*N
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # B heads N d
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
-    return out.reshape(B, Q, *out.shape[2:])
+        return out.reshape(B, Q, *out.shape[2:])
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # B heads N d
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+
+
+@torch.compiler.assume_constant_result  # torch.compile breaks its graph at an import that fails
+def loads_xformers() -> bool:
+    return not xformers_problem()
+
+
+@cache
+def xformers_problem() -> str:
+    """Why attention on a GPU is torch's, not xformers'; empty where xformers loads. Its import takes seconds."""
+    try:
+        from xformers import _cpp_lib, ops  # noqa: F401
+    except ImportError as error:
+        return f"xformers does not import: {error}"
+    if (error := _cpp_lib._cpp_library_load_exception) is None:
+        return ""
+    reason = " ".join(str(error).partition("Please")[0].rpartition("extensions. ")[2].split())
+    return f"the library of xformers does not load: {reason}"
 
 
 def rotary(x: Tensor, angles: Tensor) -> Tensor:

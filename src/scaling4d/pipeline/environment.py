@@ -11,6 +11,8 @@ from packaging.requirements import Requirement
 
 from scaling4d.records import UserError
 
+TORCH_ATTENTION = "torch's scaled_dot_product_attention"
+
 
 def describe_environment() -> Iterator[str]:
     """Lines for people. Raises UserError after the last one where a package is missing."""
@@ -32,28 +34,33 @@ def describe_environment() -> Iterator[str]:
 
 
 def describe_attention() -> Iterator[str]:
-    """The kernel of mae.attention on this device, and a warning where xformers, its choice on a GPU, does not load."""
+    """What mae.attention runs on this device, and on a GPU, with the reason where that is not xformers."""
     import torch
 
-    on_gpu = torch.cuda.is_available()
+    from scaling4d.mae.attention import xformers_problem
+
     logging.getLogger("xformers").setLevel(logging.ERROR)  # its own warnings repeat ours
-    try:
-        from xformers import _cpp_lib
-        from xformers.ops import fmha
-    except ImportError:
-        yield "attention: torch's scaled_dot_product_attention"
-        return
-    error = _cpp_lib._cpp_library_load_exception
-    for dtype in (torch.bfloat16, torch.float32) if on_gpu else ():
+    on_gpu, problem = torch.cuda.is_available(), xformers_problem()
+    if not on_gpu:
+        yield f"attention: {TORCH_ATTENTION}"
+    if problem:
+        remedy = "for xformers run `make install-cuda`" + ("" if on_gpu else " there")
+        yield f"attention{'' if on_gpu else ' on a GPU'}: {TORCH_ATTENTION}; {problem}; {remedy}"
+    elif on_gpu:
+        yield from _kernels()
+    else:
+        yield "attention on a GPU: xformers, whose library loads"
+
+
+def _kernels() -> Iterator[str]:
+    """Of xformers on this GPU, by type."""
+    import torch
+    from xformers.ops import fmha
+
+    for dtype in (torch.bfloat16, torch.float32):
         x = torch.empty(1, 64, 4, 64, dtype=dtype, device="cuda")  # B N heads d
         try:
             kernel = fmha._dispatch_fw(fmha.Inputs(query=x, key=x, value=x), True).NAME
         except NotImplementedError:
             kernel = "none"
         yield f"attention in {str(dtype).removeprefix('torch.')}: {kernel} of xformers"
-    if not on_gpu:
-        yield "attention: torch's scaled_dot_product_attention"
-    if error is not None:
-        reason = " ".join(str(error).partition("Please")[0].rpartition("extensions. ")[2].split())
-        remedy = "run `make install-cuda` there"
-        yield f"warning: the library of xformers does not load, so a GPU has no attention; {remedy}: {reason}"

@@ -27,7 +27,7 @@ BATCH = 16
 class Validation(Callback):
     """Validates every `validate_every` steps, but not after the last one. With `keep_best` it holds the best weights.
 
-    They are one more copy of the weights, sharded as the model is, on its device. `scaling4d plan` does not count it.
+    They are one more copy of the weights, sharded as the model is, on its device.
     Attributes:
         lines: so far, each {"step"} and the measures.
         best_weights: of the step of the best line, by name; empty without `keep_best`.

@@ -10,7 +10,7 @@ FLOPs of a clip (a multiply and an add are two)
   recompute          a block's forward pass again, without its last linear layer, whose output nobody needs
 
 Memory of a GPU, in bytes
-  parameters         m pad(W) / S
+  parameters         m pad(W) / S; twice that where the best weights of the validations are kept
   gradients          r pad(W) / S of the finished blocks, or, with several microbatches, of all blocks since the
                      first microbatch; c W, not yet reduced, of the current block and of the layers after the blocks
   optimizer          2 m pad(W) / S: AdamW's two moments
@@ -52,12 +52,16 @@ MIXED, FLOAT32, PLAIN = Sizes(2, True), Sizes(4, True), Sizes(4, False)  # PLAIN
 
 @dataclass(frozen=True)
 class StepLayout:
-    """How a step lies on the GPUs. shards: of a copy. recompute: of every block. microbatches: of a batch, in turn."""
+    """How a step lies on the GPUs.
+
+    shards: of a copy. recompute: of every block. microbatches: of a batch, in turn. keep_best: hold the best weights.
+    """
 
     shards: int
     recompute: bool
     microbatches: int = 1
     sizes: Sizes = MIXED
+    keep_best: bool = False
 
 
 def flops(work: Work, *, recompute: bool) -> dict[str, int]:
@@ -110,7 +114,7 @@ def memory_timeline(work: Work, layout: StepLayout, *, clips: int) -> list[dict[
     outside = clips * c * work.saved_values + clips * 8 * work.visible_tokens
     block_shards, root_shard = [shard_values(block.shapes, shards) for block in blocks], shard_values(work.shapes, shards)
     all_shards = root_shard + sum(block_shards)
-    parameters = STORED * all_shards + (c * work.teacher.parameters if work.teacher else 0)
+    parameters = (1 + layout.keep_best) * STORED * all_shards + (c * work.teacher.parameters if work.teacher else 0)
     weights = [c * gathered_shards * shard for shard in block_shards]
     reduced = [REDUCED * gathered_shards * shard for shard in block_shards]
     root, head = c * gathered_shards * root_shard, c * work.head_parameters

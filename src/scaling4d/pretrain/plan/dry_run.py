@@ -50,11 +50,21 @@ def count_flops(step: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def dry_run(model: Method, *, shards: int, replicas: int, clips: int, recompute: str, microbatches: int = 1) -> dict[str, Any]:
+def dry_run(
+    model: Method,
+    *,
+    shards: int,
+    replicas: int,
+    clips: int,
+    recompute: str,
+    microbatches: int = 1,
+    keep_best: bool = False,
+) -> dict[str, Any]:
     """`{"memory_bytes", "flops", "wall_s", "rss_bytes"}` of one GPU's step in the steady state.
 
     Args:
         model: on meta; it is used up. clips: at once on each GPU. recompute: none or block. microbatches: of a batch.
+        keep_best: hold the best weights too, as pretrain.validate.
     """
     started, ranks = time.time(), shards * replicas
     teachers = [teacher.to(torch.bfloat16) for teacher in getattr(model, "teacher_encoder", ())]
@@ -65,7 +75,9 @@ def dry_run(model: Method, *, shards: int, replicas: int, clips: int, recompute:
         with FakeTensorMode(allow_non_fake_inputs=True):
             for module in (model, *teachers):
                 module.to_empty(device="cpu")
-            teacher_parameters = [p for teacher in teachers for p in teacher.parameters()]  # whole on every GPU
+            held = [p for teacher in teachers for p in teacher.parameters()]  # whole on every GPU
+            if keep_best:
+                held += [torch.zeros_like(p.to_local()) for p in model.parameters()]  # shards
             adamw = build_adamw({"all": (list(model.named_parameters()), 0.0)}, betas=BETAS, weight_decay=0.05)
             grid, clip = model.encoder.grid, model.encoder.clip
 
@@ -85,7 +97,7 @@ def dry_run(model: Method, *, shards: int, replicas: int, clips: int, recompute:
 
             step()
             tracker = FSDPMemTracker(model, adamw)
-            tracker.track_inputs(teacher_parameters)
+            tracker.track_inputs(held)
             with tracker:
                 step(tracker)
             executed = count_flops(step)
@@ -94,9 +106,9 @@ def dry_run(model: Method, *, shards: int, replicas: int, clips: int, recompute:
     (snapshot,) = tracker.get_tracker_snapshot("peak").values()
     sizes = {getattr(word, "value", word): size for word, size in snapshot.items()}
     kinds = {kind: sum(sizes.get(word, 0) for word in words) for kind, words in TRACKED.items()}
-    teacher_bytes = sum(p.numel() * p.element_size() for p in teacher_parameters)  # inputs to the tracker, parameters to us
-    kinds["parameters"] += teacher_bytes
-    kinds["activations"] -= teacher_bytes
+    held_bytes = sum(p.numel() * p.element_size() for p in held)  # inputs to the tracker, parameters to us
+    kinds["parameters"] += held_bytes
+    kinds["activations"] -= held_bytes
     memory_bytes, wall_s = kinds | {"total": sum(kinds.values())}, time.time() - started
     return {"memory_bytes": memory_bytes, "flops": executed, "wall_s": wall_s, "rss_bytes": _peak_rss()}
 

@@ -20,7 +20,8 @@ def check_memory(pretraining: PretrainConfig, gpu_bytes: int | None) -> None:
     at_once = clips // sharding.accumulate
 
     def needed(microbatches: int, clips: int) -> int:
-        return memory(work, StepLayout(sharding.shards, recompute, microbatches, sizes), clips=clips)["total"]
+        layout = StepLayout(sharding.shards, recompute, microbatches, sizes, keep_best=bool(training.keep_best))
+        return memory(work, layout, clips=clips)["total"]
 
     if (held := needed(sharding.accumulate, at_once)) > usable:
         fitting = [n for n in range(1, at_once) if at_once % n == 0 and needed(2, n) <= usable]

@@ -73,6 +73,7 @@ def plan(
         batch=batch,
         microbatches=microbatches,
         recompute=recompute == "block",
+        keep_best=bool(training["keep_best"]),
         gpu=GPUS[gpu],
         workers=config.section(settings, "pretrain.Runtime")["workers"],
         worker_clips_per_s=worker_clips_per_s * CLIP_VALUES / work.pixels,
@@ -111,9 +112,8 @@ def plan(
         from scaling4d.pretrain.plan.dry_run import dry_run
 
         clips, held = content["mesh"]["clips_per_gpu"], content["mesh"]["memory_bytes"]["total"]
-        run = dry_run(
-            model, shards=shards, replicas=replicas, clips=clips // microbatches, recompute=recompute, microbatches=microbatches
-        )
+        mesh = {"shards": shards, "replicas": replicas, "clips": clips // microbatches}
+        run = dry_run(model, **mesh, recompute=recompute, microbatches=microbatches, keep_best=request.keep_best)
         ratios = {"memory": held / run["memory_bytes"]["total"], "flops": clips * clip["total"] / run["flops"]}
         content["dry_run"] = run | {"closed_form_to_dry_run": ratios}
     return content
@@ -151,8 +151,8 @@ def build(point: str, settings: Mapping[str, Any]) -> Method:
 class PlanRequest:
     """A model's training, for which meshes of GPUs are compared.
 
-    batch: clips a step, over all GPUs. microbatches: of a GPU's clips. workers: decoding processes of a GPU, 0: the
-    rank itself. worker_clips_per_s: of each.
+    batch: clips a step, over all GPUs. microbatches: of a GPU's clips. keep_best: whether a GPU holds the best weights
+    too. workers: decoding processes of a GPU, 0: the rank itself. worker_clips_per_s: of each.
     """
 
     work: Work
@@ -160,6 +160,7 @@ class PlanRequest:
     batch: int
     microbatches: int
     recompute: bool
+    keep_best: bool
     gpu: Gpu
     workers: int
     worker_clips_per_s: float
@@ -173,14 +174,17 @@ class PlanRequest:
         problem = f"a batch of {self.batch} clips {verb} the {gpus} GPUs of the mesh{each}"
         return f"{problem}; set --batch to a multiple of {divisor}, or --mesh"
 
+    def layout(self, shards: int) -> StepLayout:
+        return StepLayout(shards, self.recompute, self.microbatches, keep_best=self.keep_best)
+
     def max_clips(self, shards: int) -> int:
         """Clips of a batch that a GPU can hold, in `microbatches` microbatches."""
-        layout, usable = StepLayout(shards, self.recompute, self.microbatches), USABLE * self.gpu.memory_bytes
-        return self.microbatches * closed_form.clips_that_fit(self.work, layout, usable_bytes=usable)
+        usable = USABLE * self.gpu.memory_bytes
+        return self.microbatches * closed_form.clips_that_fit(self.work, self.layout(shards), usable_bytes=usable)
 
     def on_mesh(self, shards: int, replicas: int) -> dict[str, Any]:
         """The plan on one mesh. Pairs are of plan.performance's fast and slow case."""
-        gpus, gpu, layout = shards * replicas, self.gpu, StepLayout(shards, self.recompute, self.microbatches)
+        gpus, gpu, layout = shards * replicas, self.gpu, self.layout(shards)
         clips, usable = self.batch // gpus, USABLE * gpu.memory_bytes
         at_once = clips // self.microbatches
         held = memory(self.work, layout, clips=at_once)
