@@ -9,13 +9,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from scaling4d import config
 from scaling4d.pretrain.plan.closed_form import GIB
 from scaling4d.pretrain.plan.plan import plan
+from scaling4d.pretrain.plan.readouts import plan_readouts
 from scaling4d.pretrain.plan.table import digits
 from scaling4d.provenance import flatten, load_yaml
 from scaling4d.report.seeds import SeedStudy, noise_of_seeds, read_seed_study
 from scaling4d.report.verdict import TRIVIAL, better, beyond_noise, falls, falls_beyond_noise
 from scaling4d.studies.study import RECONSTRUCT_METRICS, loss_task
+from scaling4d.training.gpus import WORKER_CLIPS_PER_S
 
 ROOT = Path(__file__).parents[1]
 README, GUIDE = "README.md", "experiments/GUIDE.md"
@@ -218,9 +221,17 @@ def _masking() -> Iterator[str]:
 
 
 def _scale() -> Iterator[str]:
-    """Rows of the guide's table of plans: 256 H100, 8x32."""
+    """Rows of the guide's table of plans: 256 H100, 8x32; the sum of the frozen readouts of j."""
     with contextlib.chdir(ROOT):
         plans = {point: plan(point, mesh="8x32") for point in "SBLHGej"}
+        settings = config.compose(["profile=paper", "readout.Evaluation.data=absent"])
+        readouts = plan_readouts("j", settings, gpu="h100", worker_clips_per_s=WORKER_CLIPS_PER_S)
+    total, actions = readouts["total"], readouts["tasks"][0]
+    low, high = total["gpu_hours"]
+    yield (
+        f"for the five tasks of j on {readouts['gpus']} H100: {total['windows']:,} windows, {low:.0f} to {high:.0f} GPU-hours, "
+        f"{total['stored_bytes'] / 1e12:.0f} TB of features, {actions['stored_bytes'] / 1e12:.0f} TB of them of actions."
+    )
     for point, content in plans.items():
         mesh, loading, clip = content["mesh"], content["loading"], content["flops_per_clip"]["total"] / 1e12
         ideal_s = mesh["mfu"][0] * mesh["step_s"][0]

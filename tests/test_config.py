@@ -133,6 +133,37 @@ def test_dvc_trains_nothing_anew_for_where_a_run_is_launched_and_how_it_is_watch
     assert untrained["points"]["mini"].keys() == {"model"}
 
 
+@pytest.mark.integration
+@pytest.mark.parametrize("profile", ["paper", "mae_st"])
+def test_dvc_resolves_the_stages_of_every_point_of_a_large_profile(
+    profile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dvc.repo import Repo
+
+    monkeypatch.chdir(tmp_path)
+    Path("experiments").symlink_to(ROOT / "experiments")
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    config.write([f"profile={profile}"])
+    settings = config.read()
+    with Repo.init(no_scm=True) as repo:
+        stages, graph = {stage.addressing: stage for stage in repo.index.stages}, repo.index.graph
+        before = {name: {needed.addressing for needed in graph.successors(stage)} for name, stage in stages.items()}
+    trained = {point: f"pretrain@{point}" for point in settings["points"]}
+    trained |= {point: f"distill@{point}" for point in settings["distilled"]}
+    encoders, tasks = settings["encoders"], settings["benchmarks"]["tasks"]
+    readouts = {
+        (point, f"readout_{kind}@{point}-{task}") for kind in ("frozen", "finetune") for point in encoders[kind] for task in tasks
+    }
+    readouts |= {(point, f"readout_classifier@{point}") for point in encoders["classifier"]}
+    named = {*trained.values(), *(name for _, name in readouts), *(f"reconstruct@{point}" for point in settings["points"])}
+    assert named <= {*stages}
+    assert {point for point, _ in readouts} >= {*trained}
+    assert all({trained[point], "code"} <= before[name] for point, name in readouts if point in trained)
+    assert all({"clips", "benchmarks", "code"} <= before[name] for name in trained.values())
+    for point, values in settings["distilled"].items():
+        assert trained[values["model"]["Distilled"]["teacher"]] in before[f"distill@{point}"]
+
+
 @pytest.mark.parametrize(("key", "value", "message"), [
     ("pretrain.Training.stepps", 7, "params.yaml has pretrain.Training.stepps = 7, which no group in experiments/ knows; .+"),
     ("pretrain.Training.steps", "many", r"pretrain.Training.steps = 'many' is a str; needed a whole number such as \d+"),

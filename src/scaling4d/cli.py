@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -576,10 +577,21 @@ def check(path: Path) -> None:
         official = f"; official: {split.official}" if split.official else ""
         print(f"{name}: {split.samples:,} samples{official}{f' ({split.layout})' if split.layout else ''}")
         problems += [f"{name}: {problem}" for problem in split.problems]
+    for line in _benchmark_uses(path):
+        print(line)
     for problem in problems:
         print(f"problem: {on_one_line(problem)}")
     if unusable:
         raise typer.Exit(1)
+
+
+def _benchmark_uses(path: Path) -> Iterator[str]:
+    """Of each task whose benchmark lies below PATH, a line."""
+    from scaling4d import benchmarks
+
+    for task in benchmarks.TASKS:
+        with suppress(UserError):  # none, or one of the problems
+            yield benchmarks.describe_use(task, path / "benchmarks")
 
 
 def _benchmark_checks(path: Path) -> list:

@@ -143,6 +143,7 @@ def test_data_check_fails_only_for_what_cannot_be_used(tmp_path, capsys, monkeyp
         "benchmarks/kinetics700: passed over, since no reader has this name",
         "kinetics train: 2 samples; official: 246,534 in Kinetics-400 (train.csv, videos in one folder)",
         "kinetics val: 2 samples; official: 19,906 in Kinetics-400 (val.csv, videos in one folder)",
+        "actions: trained on kinetics, measured on kinetics",
     ]
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos/broken.mp4").write_bytes(b"no video")

@@ -1,5 +1,6 @@
 """MOVi-E as scivid distributes it: its tracks, its shards, and what lies beside it."""
 
+import shutil
 import struct
 import sys
 from dataclasses import replace
@@ -114,11 +115,12 @@ def test_points_are_trained_on_movi_and_measured_on_the_benchmark_beside_it(tmp_
     write_movi(tmp_path / "movi", [tracked()])
     with pytest.raises(UserError, match="MOVi-E has no split 'val'"):
         list(benchmarks.read_samples("points", tmp_path, "val", FOUR))
+    assert benchmarks.describe_use("points", tmp_path) == "points: trained on movi, measured on nothing"
     for split in ("train", "val"):
         perception_test.write(tmp_path / "perception_test", split, [tracked()], **H264)
-    folders = [benchmarks.find_benchmark("points", tmp_path, split).folder.name for split in benchmarks.SPLITS]
-    assert folders == ["movi", "perception_test"]
+    assert benchmarks.describe_use("points", tmp_path) == "points: trained on movi, measured on perception_test"
     assert all(check.usable for check in benchmarks.check_benchmarks(tmp_path, max_bad_share=0.0))
     write_tapvid(tmp_path / "tapvid", [tracked()])
-    folders = [benchmarks.find_benchmark("points", tmp_path, split).folder.name for split in benchmarks.SPLITS]
-    assert folders == ["movi", "tapvid"]
+    assert benchmarks.describe_use("points", tmp_path) == "points: trained on movi, measured on tapvid"
+    shutil.rmtree(tmp_path / "movi")
+    assert benchmarks.describe_use("points", tmp_path) == "points: trained on perception_test, measured on tapvid"

@@ -23,6 +23,7 @@ from scaling4d.benchmarks import (
     waymo,
 )
 from scaling4d.benchmarks.samples import ClipRequest, at_positions
+from scaling4d.readout.data import RankSplit
 from scaling4d.records import Sample, UserError
 
 FRAMES = 24
@@ -178,6 +179,18 @@ def test_random_windows_cover_a_video_and_their_labels_are_of_the_frames_that_th
         covered.update(shown)
     assert firsts == set(written.starts) and covered == set(range(FRAMES))
     assert numbers(samples[0].pixels)[0] == 0 and numbers(samples[-1].pixels)[-1] == FRAMES - 1
+
+
+def test_windows_of_an_epoch_are_drawn_by_seed_and_epoch_alone(written: Written, tmp_path: Path) -> None:
+    def drawn(seed: int, epochs: Sequence[int]) -> list[int]:
+        samples = written.module.open_split(tmp_path, written.split, written.random)
+        split = RankSplit("", written.split, 0, None, tmp_path, 0.0, (T, 32, 32), 0, 1, windows_seed=seed)
+        ((_, video),) = replace(samples, positions=lambda item: [split.position(item, e) for e in epochs]).by_index()
+        return [numbers(sample.pixels)[0] for sample in video]
+
+    windows = drawn(0, range(150))
+    assert {*written.starts[:-1]} <= {*windows} <= {*written.starts}  # a last one of webm is at position 1 alone
+    assert drawn(0, [5, 4, 3]) == windows[5:2:-1] and drawn(0, range(12)) == windows[:12] != drawn(1, range(12))
 
 
 def test_a_test_takes_the_middle_window_or_even_ones_from_the_start_to_the_end(written: Written, tmp_path: Path) -> None:

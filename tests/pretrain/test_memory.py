@@ -1,20 +1,24 @@
 """Whether a step fits the GPUs, before a rank starts."""
 
 from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
 from scaling4d import config
+from scaling4d.checkpoint import WEIGHTS, Checkpoint
 from scaling4d.pretrain import settings as pretrain_settings
 from scaling4d.pretrain import stage
 from scaling4d.pretrain.plan.closed_form import PLAIN, USABLE, StepLayout, memory
 from scaling4d.pretrain.plan.memory import check_memory
 from scaling4d.pretrain.plan.work import work_of
-from scaling4d.pretrain.settings import bind_pretrain
+from scaling4d.pretrain.settings import bind_point, bind_pretrain
 from scaling4d.pretrain.stage import pretrain
 from scaling4d.records import UserError
 
 pytestmark = pytest.mark.integration
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_batch_that_does_not_fit_is_refused_with_one_that_does(changed: Callable) -> None:
@@ -56,17 +60,24 @@ def test_the_best_weights_count(changed: Callable) -> None:
     assert limits[1] - limits[0] == 4 * work.parameters
 
 
-@pytest.mark.usefixtures("in_the_project")
 @pytest.mark.parametrize(("profile", "nodes"), [("h100", 0), ("paper", 32), ("mae_st", 16)])
 def test_every_point_of_the_large_profiles_fits_its_mesh_and_has_a_script(
-    profile: str, nodes: int, monkeypatch: pytest.MonkeyPatch
+    profile: str, nodes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("experiments").symlink_to(ROOT / "experiments")
     monkeypatch.setattr(pretrain_settings.loader, "count_clips", lambda folder, split: 1)  # there are no clips here
     monkeypatch.setattr(stage, "check_benchmarks", lambda _: None)  # nor labelled videos
     monkeypatch.setattr(stage, "first_gpu_bytes", lambda: 80 * 10**9)
     declared = {"profile": profile, "pretrain.Training": {}}
     monkeypatch.setattr(stage, "evidence_of", lambda _: {"settings": declared, "inputs": {}, "code": {"sha256": "0" * 64}})
     settings = config.compose([f"profile={profile}"])
-    for point in settings["points"]:
+    for student in settings["distilled"]:
+        teacher = bind_point(bind_point(student, settings).model.teacher, settings)
+        teacher.folder.mkdir(parents=True)
+        Checkpoint(teacher.point, teacher.method.__name__, asdict(teacher.model), 0, 0, 0).write_config(teacher.folder)
+        (teacher.folder / WEIGHTS).touch()  # nobody reads them
+    for point in (point for group in config.POINTS for point in settings[group]):
+        check_memory(bind_pretrain(point, settings), 80 * 10**9)
         start = stage.describe_start(point, settings)
         assert ("#SBATCH --gpus-per-node=8" in start and f"#SBATCH --nodes={nodes}" in start) == bool(nodes), point

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from scaling4d import cli, config
+from scaling4d import cli, config, seeds
 from scaling4d.encoders.features import features_at_depth, layer_index
 from scaling4d.pretrain.plan.closed_form import features_flops
 from scaling4d.pretrain.plan.dry_run import count_flops
@@ -36,7 +37,6 @@ def test_the_five_tasks_of_j_have_windows_passes_bytes_and_days() -> None:
     rows = {row["task"]: row for row in content["tasks"]}
     assert list(rows) == ["actions", "boxes", "depth", "points", "pose"]
     actions = rows["actions"]  # 168,913 videos in 2 windows, 24,777 in 3 squares
-    assert rows["points"]["train"]["source"] == "perception_test, 145 in all splits, authors' count"
     assert actions["windows"] == 2 * 168_913 + 3 * 24_777 == 412_157
     assert actions["passes"] == 8 * math.ceil(412_157 / 8 / 32)
     assert actions["stored_bytes"] == 412_157 * 1568 * 4096 * 4
@@ -48,6 +48,31 @@ def test_the_five_tasks_of_j_have_windows_passes_bytes_and_days() -> None:
         assert row["gpu_hours"] == pytest.approx([24 * 8 * days for days in row["days"]])
         least_s = row["flops"] / 8 / GPUS["h100"].bf16_flop_per_s
         assert least_s < fast * 86400 < slow * 86400 < 4 * least_s
+
+
+@pytest.mark.usefixtures("in_the_project")
+def test_points_are_planned_on_movi_e_and_measured_on_perception_test_as_the_profile_says() -> None:
+    points = next(row for row in planned("j")["tasks"] if row["task"] == "points")
+    train, val = points["train"], points["val"]
+    assert train == {"videos": 9749, "windows": 9, "source": "movi, 9,749 in MOVi-E 1.0.0, authors' count"}
+    assert val == {"videos": 145, "windows": 4, "source": "perception_test, 145 in all splits, authors' count"}
+    assert points["windows"] == 9 * 9749 + 4 * 145
+    assert points["stored_bytes"] == points["windows"] * 1568 * 4096 * 4
+    assert points["reused_share"] == 1 - 9 * 9749 / (40_000 * 32)
+    read = 64 * 9749 + 4 * 145  # the reader reads every window that is drawn
+    assert planned("j", worker_clips_per_s=40.0)["tasks"][3]["read_s"] == pytest.approx(read / 8 / 40)
+
+
+@pytest.mark.usefixtures("in_the_project")
+def test_windows_drawn_twice_are_encoded_once_if_the_store_keeps_them() -> None:
+    stored, in_memory = (
+        next(row for row in planned("S", *override)["tasks"] if row["task"] == "boxes")
+        for override in ((), ("readout.Evaluation.feature_store=''",))
+    )
+    starts = len(range(0, 199 - 30, 3))  # 199 frames at 10 Hz, clips of 16 at 5 Hz
+    draws = seeds.numpy_rng(0, "windows").integers(starts, size=(10_000, 64))
+    assert stored["train"]["windows"] == round(np.mean([len({*row}) for row in draws.tolist()])) < starts
+    assert in_memory["train"]["windows"] == 64
 
 
 @pytest.mark.usefixtures("in_the_project")
@@ -68,7 +93,7 @@ def test_the_lists_of_benchmarks_that_are_here_are_counted(tmp_path: Path) -> No
     content = planned("nano", f"readout.Evaluation.data={root}", "benchmarks.tasks=[depth]", profile="pocket")
     (row,) = content["tasks"]
     lists = {split: (root / f"scannet/scannetv2_{split}.txt").read_text().split() for split in ("train", "val")}
-    assert row["train"] == {"videos": len(lists["train"]), "source": "scannet, the list here"}
+    assert row["train"] == {"videos": len(lists["train"]), "windows": 1, "source": "scannet, the list here"}
     assert row["windows"] == 2 * len(lists["train"]) + len(lists["val"])
     assert row["stored_bytes"] == 2 * len(lists["train"]) * 512 * 16 * 4  # in memory: of training clips alone
 

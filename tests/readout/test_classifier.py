@@ -159,6 +159,26 @@ def test_a_readout_that_cannot_be_is_refused(project: object, task: str, protoco
         readout("pixels", task, protocol, config.read())
 
 
+def test_a_step_of_the_recipe_of_profile_mae_st_fine_tunes_a_tiny_mae_st(project: object, actions: None) -> None:
+    sizes = {"width": 24, "depth": 2, "heads": 2, "mlp": 48, "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
+    few = {"steps": 1, "warmup_steps": 0, "batch": 4, "learning_rate": 4.8e-3 * 4 / 512}
+    changes = [f"points.mae_st_L.model.MAEST.{name}={size}" for name, size in sizes.items()]
+    changes += [f"readout.classifier.Classifier.{name}={value}" for name, value in few.items()]
+    changes += [
+        "clip.side_px=32",
+        "readout.tasks.actions.Actions.classes=8",
+        "readout.Evaluation.ranks=1",
+        "readout.Evaluation.val_items=2",
+    ]
+    changes += ["launch@readout.Launch=here", "readout.Launch.nodes=1", "readout.Compute.device=cpu", "readout.Sharding.shards=1"]
+    settings = config.compose(["profile=mae_st", *changes])
+    recipe = settings["readout"]["classifier"]["Classifier"]
+    assert (recipe["repeats"], recipe["randaugment"], recipe["erasing"], recipe["dropout"]) == (2, 7.0, 0.25, 0.3)
+    baseline("untrained_mae_st_L", settings)
+    result = readout("untrained_mae_st_L", "actions", "classifier", settings)
+    assert (result.examples, result.metric) == (2, "top1")  # videos, of 7 x 3 views each
+
+
 def test_a_classifier_learns_a_few_clips_by_heart() -> None:
     model, x = small_model(), clips()
     learn(model, lambda: model(x / 255, torch.nn.functional.one_hot(ACTIONS, 5).float()), steps=60)

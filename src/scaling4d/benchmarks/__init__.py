@@ -5,6 +5,7 @@ a position from 0 (its start) to 1 (its end). Clips of points start in the query
   OFFICIAL                          number of items per split, by the authors' count
   open_split(root, split, request)  Samples of a split; raises UserError where the layout is another one
   class_names(root)                 of actions: names of the classes
+  RATE_HZ, FRAMES, WINDOW_STEP      where videos are about equally long: their frames, and those from start to start
 """
 
 from __future__ import annotations
@@ -110,6 +111,13 @@ def find_benchmark(task: str, root: Path, split: str = "train") -> Benchmark:
         folders = " and ".join(str(benchmark.folder) for benchmark in fitting)
         raise UserError(f"{folders} are both there for task {task}; keep one of them")
     return fitting[0]
+
+
+def describe_use(task: str, root: Path) -> str:
+    """`points: trained on movi, measured on perception_test`. Raises as find_benchmark."""
+    by_split = {split: find_benchmark(task, root, split) for split in SPLITS}
+    train, val = (one.name if split in one.module.OFFICIAL else "nothing" for split, one in by_split.items())
+    return f"{task}: trained on {train}, measured on {val}"
 
 
 def class_names(root: Path) -> list[str]:

@@ -1,9 +1,9 @@
 """MOVi-E of Kubric, with the point tracks that scivid distributes (training alone): `train.array_record-<n>-of-<N>`.
 
-A record is a SequenceExample. Its lists hold a value a frame, of 24 frames at RATE_HZ: `image/encoded`, PNG or JPEG;
-`tracks/2d`, a TensorProto of float32 `Q 2`, x y in 0..1 of the picture; `tracks/visibility`, one of float32 `Q`. Tracks
-begin in any frame: of some 2,048, those that are hidden in a window's first frame are no queries. The position of a
-pixel's centre is not stated; 0 is taken as the picture's edge (ours).
+A record is a SequenceExample. Its lists hold a value a frame, FRAMES in all: `image/encoded`, PNG or JPEG; `tracks/2d`,
+a TensorProto of float32 `Q 2`, x y in 0..1 of the picture; `tracks/visibility`, one of float32 `Q`. Tracks begin in any
+frame: of some 2,048, those that are hidden in a window's first frame are no queries. The position of a pixel's centre
+is not stated; 0 is taken as the picture's edge (ours).
 
 Facts: scivid's readers, its datasets.md and its configuration of STIR; tensor.proto and example.proto of TensorFlow.
 """
@@ -25,8 +25,8 @@ from scaling4d.benchmarks.queries import query_clips
 from scaling4d.benchmarks.samples import ClipRequest, ExcludedItem, Samples, content_of
 from scaling4d.records import Sample, UserError
 
-OFFICIAL = {"train": "9749 in MOVi-E 1.0.0"}
-RATE_HZ = 12.0
+OFFICIAL = {"train": "9,749 in MOVi-E 1.0.0"}
+RATE_HZ, FRAMES, WINDOW_STEP = 12.0, 24, 1
 PICTURES, TRACKS, VISIBLE = "image/encoded", "tracks/2d", "tracks/visibility"
 LISTS = 2  # field of a SequenceExample
 FLOAT = 1  # a TensorProto's dtype

@@ -29,6 +29,7 @@ VEHICLE = 1
 # smallest share of a window's frames, and the largest gap in frames. Our reading: a gap is counted from one frame with
 # the object to the next, or to the window's end, so that at most 4 in a row are without it.
 MIN_AREA, MIN_PRESENCE, MAX_GAP = 0.005, 0.7, 5
+RATE_HZ, FRAMES = 10.0, 199  # of the authors' sample segment, 20 s
 WINDOW_STEP = 3  # stored frames from a window's start to the next one's (ours)
 KEYS = ("key.segment_context_name", "key.frame_timestamp_micros", "key.camera_name")
 OBJECT = "key.camera_object_id"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -204,6 +205,8 @@ def _train_and_evaluate(
     evaluation, recipe, saving = readout_config.evaluation, readout_config.recipe, readout_config.saving
     root, task, sharding = Path(evaluation.data), readout_config.task, readout_config.sharding
     task.check_benchmark(root)
+    if rank == 0:
+        print(benchmarks.describe_use(readout_config.task_name, root), file=sys.stderr, flush=True)
     encoder = readout_config.load_encoder().requires_grad_(protocol.trains_encoder)
     task.check_clip(encoder.clip)
     windows_seed = readout_config.seed if evaluation.windows == "random" else None

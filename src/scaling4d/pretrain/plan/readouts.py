@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from scaling4d import benchmarks
@@ -28,6 +29,8 @@ from scaling4d.readout.tasks.task import Task
 from scaling4d.records import UserError
 from scaling4d.training.gpus import GPUS, Gpu
 from scaling4d.training.parallelize import ShardingConfig
+
+PLANNED = {("points", "train"): "movi"}  # as the profiles of the papers say; of the rest the first of benchmarks.TASKS
 
 
 def plan_readouts(point: str, settings: Mapping[str, Any], *, gpu: str, worker_clips_per_s: float) -> dict[str, Any] | None:
@@ -57,13 +60,13 @@ def _task_row(point: str, name: str, settings: Mapping[str, Any], gpu: Gpu, work
     task.check_clip(encoder.clip)
     frozen = frozen_work(encoder, layer_index(depth=encoder.depth))
     train, val = (_videos(name, split, task, evaluation, encoder.clip) for split in benchmarks.SPLITS)
-    clips, val_windows = train["videos"] * len(task.views), val["videos"] * math.prod(task.test_views)
-    stored_bytes, reused = stored_features(encoder, clips, task.train_windows, draws=recipe.steps * recipe.batch)
+    clips, val_windows = train["videos"] * len(task.views), val["videos"] * val["windows"]
+    stored_bytes, reused = stored_features(encoder, clips, train["windows"], draws=recipe.steps * recipe.batch)
     if evaluation.feature_store:
         stored_bytes += stored_features(encoder, val_windows, 1, draws=1)[0]
-    windows = clips * task.train_windows + val_windows
+    windows, windows_read = (clips * number + val_windows for number in (train["windows"], task.train_windows))
     passes, pixels = math.ceil(windows / evaluation.ranks / evaluation.feature_batch), 3 * math.prod(encoder.clip)
-    read_s = windows / evaluation.ranks * pixels / CLIP_VALUES / worker_clips_per_s
+    read_s = windows_read / evaluation.ranks * pixels / CLIP_VALUES / worker_clips_per_s
     sizes = {"shards": sharding.shards, "clips": evaluation.feature_batch, "pixels": pixels}
     gpu_s = [passes * sum(features_seconds(frozen, gpu, share, **sizes).values()) for share in CASES.values()]
     seconds = [max(value, read_s) for value in gpu_s]
@@ -91,12 +94,14 @@ def _task_row(point: str, name: str, settings: Mapping[str, Any], gpu: Gpu, work
 
 
 def _videos(name: str, split: str, task: Task, evaluation: EvaluationConfig, clip: tuple[int, int, int]) -> dict[str, Any]:
-    """Items of a split that are read, and where their number comes from: the list here, else the authors' count."""
+    """Items of a split, windows of each to encode, and where both come from: the list here, or the authors' count."""
     root, items = Path(evaluation.data), evaluation.train_items if split == "train" else evaluation.val_items
+    request = ClipRequest(clip[0], task.rate_hz, clip[1], windows=evaluation.windows)
     try:
         benchmark = benchmarks.find_benchmark(name, root, split)
     except UserError:  # none, or two of them
-        benchmark = benchmarks.Benchmark(benchmarks.TASKS[name][0], root / benchmarks.TASKS[name][0])
+        planned = PLANNED.get((name, split), benchmarks.TASKS[name][0])
+        benchmark = benchmarks.Benchmark(planned, root / planned)
         official = benchmark.module.OFFICIAL[split]
         number = re.search(r"[\d,]+", official)[0]
         count, source = (
@@ -104,7 +109,17 @@ def _videos(name: str, split: str, task: Task, evaluation: EvaluationConfig, cli
             f"{benchmark.name}, {official}".removesuffix(f", {number}") + ", authors' count",
         )
     else:
-        request = ClipRequest(clip[0], task.rate_hz, clip[1], windows=evaluation.windows)
         samples = benchmarks.read_samples(name, root, split, request, skipped=[], max_bad_share=1.0)
         count, source = samples.count, f"{benchmark.name}, the list here"
-    return {"videos": min(items, count) if items else count, "source": source}
+    windows = math.prod(task.test_views) if split == "val" else task.train_windows
+    if split == "train" and evaluation.feature_store:  # it keeps one copy of equal windows
+        windows = _different_windows(benchmark.module, request, draws=windows)
+    return {"videos": min(items, count) if items else count, "windows": windows, "source": source}
+
+
+def _different_windows(module: ModuleType, request: ClipRequest, *, draws: int) -> int:
+    """Expected number of different windows among a video's draws. All of them, where videos differ in length."""
+    if not hasattr(module, "FRAMES"):
+        return draws
+    starts = len(request.start_frames(request.frame_numbers(module.RATE_HZ), module.FRAMES)[:: module.WINDOW_STEP])
+    return round(starts * (1 - (1 - 1 / starts) ** draws))
