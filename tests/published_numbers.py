@@ -10,12 +10,14 @@ from types import SimpleNamespace
 from typing import Any
 
 from scaling4d.pretrain.plan.closed_form import GIB
-from scaling4d.pretrain.plan.plan import plan
+from scaling4d.pretrain.plan.plan import plan, settings_of
+from scaling4d.pretrain.plan.readouts import plan_readouts
 from scaling4d.pretrain.plan.table import digits
 from scaling4d.provenance import flatten, load_yaml
 from scaling4d.report.seeds import SeedStudy, noise_of_seeds, read_seed_study
 from scaling4d.report.verdict import TRIVIAL, better, beyond_noise, falls, falls_beyond_noise
 from scaling4d.studies.study import RECONSTRUCT_METRICS, loss_task
+from scaling4d.training.gpus import WORKER_CLIPS_PER_S
 
 ROOT = Path(__file__).parents[1]
 README, GUIDE = "README.md", "experiments/GUIDE.md"
@@ -38,7 +40,7 @@ def statements() -> Iterator[tuple[str, str]]:
     """(file, sentence)."""
     yield from ((README, sentence) for sentence in _results())
     yield from ((GUIDE, sentence) for sentence in _curation())
-    yield from ((GUIDE, sentence) for sentence in (*_decoding(), *_loading(), *_training(), *_masking(), *_scale()))
+    yield from ((GUIDE, sentence) for sentence in (*_decoding(), *_loading(), *_training(), *_masking(), *_scale(), *_readouts()))
 
 
 MEASURES = {  # task -> name of its row
@@ -236,6 +238,20 @@ def _scale() -> Iterator[str]:
         cells += [digits(mfu, 100), digits(days), digits(mesh["clips_per_s_needed"]), digits([math.ceil(n) for n in workers])]
         cells += [digits(mesh["days"]), digits([content["storage"]["training_state_bytes"] / 1e9])]
         yield f"| {' | '.join(cells)} |"
+
+
+def _readouts() -> Iterator[str]:
+    """Of no lists of videos: by their authors' counts."""
+    with contextlib.chdir(ROOT):
+        settings = settings_of("j")
+        settings["readout"]["Evaluation"]["data"] = "absent"
+        content = plan_readouts("j", settings, gpu="h100", worker_clips_per_s=WORKER_CLIPS_PER_S)
+    total, (actions, *_) = content["total"], content["tasks"]
+    fast, slow = total["gpu_hours"]
+    yield (
+        f"{total['windows']:,} windows, {fast:.0f} to {slow:.0f} GPU-hours, {total['stored_bytes'] / 1e12:.0f} TB of features, "
+        f"{actions['stored_bytes'] / 1e12:.0f} TB of them of actions."
+    )
 
 
 if __name__ == "__main__":

@@ -131,7 +131,8 @@ def bind_readout(
     home: folder of the profile's artifacts.
     """
     bound = bind_task(task, protocol, settings)
-    _check_batch(task, protocol, bound)
+    recipe = protocol.recipe_of(bound[protocol.recipe_class], encoder)
+    _check_batch(task, protocol, bound, recipe)
     folder = home / "pretrain" / encoder
     if not protocol.supports(model := Checkpoint.read(folder).model):
         problem = f"{encoder} is a {model}, which this protocol cannot fine-tune"
@@ -142,7 +143,7 @@ def bind_readout(
         task=bound[TASKS[task]],
         seed=bound.declared["seed"],
         evaluation=bound[EvaluationConfig],
-        recipe=bound[protocol.recipe_class],
+        recipe=recipe,
         head=bound.configs.get(HeadConfig),
         compute=bound[ComputeConfig],
         sharding=bound[ShardingConfig],
@@ -157,8 +158,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         for task in settings["benchmarks"]["tasks"]:
             if task in protocol.tasks:
                 bound = bind_task(task, protocol, settings)
-                if settings["encoders"][protocol.name]:
-                    _check_batch(task, protocol, bound)
+                for encoder in settings["encoders"][protocol.name]:
+                    _check_batch(task, protocol, bound, protocol.recipe_of(bound[protocol.recipe_class], encoder))
 
 
 def bind_task(task: str, protocol: type[ReadoutProtocol], settings: Mapping[str, Any]) -> StageConfig:
@@ -174,8 +175,8 @@ def bind_task(task: str, protocol: type[ReadoutProtocol], settings: Mapping[str,
     return bound
 
 
-def _check_batch(task: str, protocol: type[ReadoutProtocol], bound: StageConfig) -> None:
-    ranks, recipe, sharding = bound[EvaluationConfig].ranks, bound[protocol.recipe_class], bound[ShardingConfig]
+def _check_batch(task: str, protocol: type[ReadoutProtocol], bound: StageConfig, recipe: Any) -> None:
+    ranks, sharding = bound[EvaluationConfig].ranks, bound[ShardingConfig]
     try:
         protocol.check_batch(recipe, ranks)
         sharding.check(ranks=ranks, batch=recipe.batch)
