@@ -235,6 +235,8 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, list | tuple) and all(_fits(item, parts[0]) for item in value)
     if origin is tuple:
         return isinstance(value, list | tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
+    if origin is Mapping:
+        return isinstance(value, Mapping) and all(all(map(_fits, item, parts)) for item in value.items())
     if isinstance(value, bool):
         return kind is bool
     if kind is float:
@@ -250,7 +252,10 @@ def _words(kind: Any) -> str:
         return " or ".join(map(_words, parts))
     if origin is tuple:
         return f"a list of {_words(parts[0])} each" if parts[1:] == (...,) else f"[{', '.join(map(_words, parts))}]"
+    if origin is Mapping:
+        return f"{_words(parts[1])} by name"
     words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a word", NoneType: "nothing"}
+    words |= {Mapping: "a mapping"}
     return words.get(kind, f"a {getattr(kind, '__name__', kind)}")
 
 

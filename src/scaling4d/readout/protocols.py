@@ -169,7 +169,7 @@ class ClassifierConfig:
     dropout: float
     layer_decay: float
     drop_path: float
-    per_encoder: Mapping[str, Mapping[str, Any]]
+    per_encoder: Mapping[str, Mapping]
 
     weight_decay: ClassVar[float] = 0.05  # mae_st
 

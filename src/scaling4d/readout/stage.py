@@ -22,10 +22,19 @@ from scaling4d.pipeline import code_hashes
 from scaling4d.readout import metrics
 from scaling4d.readout.data import RankSplit, evaluate
 from scaling4d.readout.heads import HeadConfig
-from scaling4d.readout.protocols import HEAD, PROTOCOLS, EvaluationConfig, ReadoutConfig, ReadoutProtocol, SavingConfig
+from scaling4d.readout.protocols import (
+    HEAD,
+    PROTOCOLS,
+    Classifier,
+    ClassifierConfig,
+    EvaluationConfig,
+    ReadoutConfig,
+    ReadoutProtocol,
+    SavingConfig,
+)
 from scaling4d.readout.tasks import TASKS
 from scaling4d.readout.tasks.task import MetricSums
-from scaling4d.records import Result, UserError, file_system_errors, write_json
+from scaling4d.records import Result, UserError, did_you_mean, file_system_errors, write_json
 from scaling4d.training import distributed
 from scaling4d.training.distributed import WatchdogConfig
 from scaling4d.training.fit import FitConfig, fit
@@ -160,6 +169,16 @@ def check_settings(settings: Mapping[str, Any]) -> None:
                 bound = bind_task(task, protocol, settings)
                 for encoder in settings["encoders"][protocol.name]:
                     _check_batch(task, protocol, bound, protocol.recipe_of(bound[protocol.recipe_class], encoder))
+                if protocol is Classifier:
+                    _check_names(bound[ClassifierConfig], settings)
+
+
+def _check_names(recipe: ClassifierConfig, settings: Mapping[str, Any]) -> None:
+    points = {name for group in config.POINTS for name in settings[group]}
+    for name in recipe.per_encoder:
+        if name.removeprefix("untrained_") not in points:
+            hint = did_you_mean(name, points) or f"; points: {', '.join(sorted(points))}"
+            raise UserError(f"readout.classifier.Classifier.per_encoder has {name!r}, which is no point{hint}")
 
 
 def bind_task(task: str, protocol: type[ReadoutProtocol], settings: Mapping[str, Any]) -> StageConfig:
