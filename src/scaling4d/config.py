@@ -229,6 +229,8 @@ _kinds = cache(get_type_hints)
 
 def _fits(value: Any, kind: Any) -> bool:
     origin, parts = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return True
     if origin in (Union, UnionType):
         return any(_fits(value, part) for part in parts)
     if origin is tuple and parts[1:] == (...,):
@@ -236,7 +238,7 @@ def _fits(value: Any, kind: Any) -> bool:
     if origin is tuple:
         return isinstance(value, list | tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
     if origin is Mapping:
-        return isinstance(value, Mapping) and all(all(map(_fits, item, parts)) for item in value.items())
+        return isinstance(value, Mapping) and all(_fits(item, parts[1]) for item in value.values())
     if isinstance(value, bool):
         return kind is bool
     if kind is float:
