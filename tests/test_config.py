@@ -257,6 +257,24 @@ def test_two_wrong_overrides_and_a_task_that_is_a_list_are_one_line(project: Pat
         _check_settings(config.compose(["benchmarks.tasks=[[depth]]"]))
 
 
+@pytest.mark.parametrize(
+    ("per_encoder", "message"),
+    [
+        ("{mae_st_b: {steps: 9}}", "readout.classifier.Classifier.per_encoder has 'mae_st_b', which is no point; .+"),
+        ("{nano: 9}", "readout.classifier.Classifier.per_encoder = {'nano': 9} is a dict; needed a mapping by name"),
+        ("{nano: {batch: 7, repeats: 2}}", "readout.classifier: batch 7 does not divide among 1 ranks, each video 2 times; .+"),
+    ],
+)
+@pytest.mark.usefixtures("in_the_project")
+def test_a_recipe_of_one_encoder_that_does_not_fit_is_refused(
+    monkeypatch: pytest.MonkeyPatch, per_encoder: str, message: str
+) -> None:
+    monkeypatch.setattr(config, "overrides", lambda settings, keys=(): {})  # as if a profile had it
+    overrides = ["encoders.classifier=[nano]", f"+readout.classifier.Classifier.per_encoder={per_encoder}"]
+    with pytest.raises(UserError, match=f"^{message}$"):
+        _check_settings(config.compose(["profile=pocket", *overrides]))
+
+
 @pytest.mark.parametrize(("change", "message"), [
     ({"radius": True}, "point.Ball.radius = True is a bool; needed a whole number"),
     ({"radius": "wide"}, "point.Ball.radius = 'wide' is a str; needed a whole number"),

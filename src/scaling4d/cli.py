@@ -357,6 +357,7 @@ def plan(
     from scaling4d.pretrain.plan.plan import plan as make_plan
     from scaling4d.pretrain.plan.plan import settings_of
     from scaling4d.pretrain.plan.readouts import plan_readouts
+    from scaling4d.report.protocol import SHAPE_OF_J, row_of
 
     costs = {"gpu": gpu, "worker_clips_per_s": worker_clips_per_s, "write_gb_per_s": write_gb_per_s}
     content = make_plan(point, mesh=mesh, batch=batch, recompute=recompute, dry=dry_run, **costs)
@@ -367,6 +368,8 @@ def plan(
         table.show(content)
         if content["readouts"]:
             table.show_readouts(content)
+        if point == "j":
+            print(f"{SHAPE_OF_J}: {row_of(SHAPE_OF_J)['reason']}")
     from scaling4d.studies.law import FITTED, law_of, prediction_text
 
     if not as_json and content["method"] == "SimpleMAE" and FITTED.is_dir():

@@ -229,12 +229,16 @@ _kinds = cache(get_type_hints)
 
 def _fits(value: Any, kind: Any) -> bool:
     origin, parts = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return True
     if origin in (Union, UnionType):
         return any(_fits(value, part) for part in parts)
     if origin is tuple and parts[1:] == (...,):
         return isinstance(value, list | tuple) and all(_fits(item, parts[0]) for item in value)
     if origin is tuple:
         return isinstance(value, list | tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
+    if origin is Mapping:
+        return isinstance(value, Mapping) and all(_fits(item, parts[1]) for item in value.values())
     if isinstance(value, bool):
         return kind is bool
     if kind is float:
@@ -250,7 +254,10 @@ def _words(kind: Any) -> str:
         return " or ".join(map(_words, parts))
     if origin is tuple:
         return f"a list of {_words(parts[0])} each" if parts[1:] == (...,) else f"[{', '.join(map(_words, parts))}]"
+    if origin is Mapping:
+        return f"{_words(parts[1])} by name"
     words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a word", NoneType: "nothing"}
+    words |= {Mapping: "a mapping"}
     return words.get(kind, f"a {getattr(kind, '__name__', kind)}")
 
 

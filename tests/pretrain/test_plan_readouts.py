@@ -36,10 +36,10 @@ def test_the_five_tasks_of_j_have_windows_passes_bytes_and_days() -> None:
     content = planned("j")
     rows = {row["task"]: row for row in content["tasks"]}
     assert list(rows) == ["actions", "boxes", "depth", "points", "pose"]
-    actions = rows["actions"]  # 168,913 videos in 2 windows, 24,777 in 3 squares
-    assert actions["windows"] == 2 * 168_913 + 3 * 24_777 == 412_157
-    assert actions["passes"] == 8 * math.ceil(412_157 / 8 / 32)
-    assert actions["stored_bytes"] == 412_157 * 1568 * 4096 * 4
+    actions = rows["actions"]  # 168,913 videos in 2 windows, 24,777 in 2 windows of 3 squares
+    assert actions["windows"] == 2 * 168_913 + 6 * 24_777 == 486_488
+    assert actions["passes"] == 8 * math.ceil(486_488 / 8 / 32)
+    assert actions["stored_bytes"] == 486_488 * 1568 * 4096 * 4
     assert actions["reused_share"] == 1 - 2 * 168_913 / (40_000 * 32)
     assert (actions["clip"], content["total"]["windows"]) == ([16, 224, 224], sum(row["windows"] for row in rows.values()))
     for row in rows.values():
@@ -138,6 +138,7 @@ def command(in_the_project: None, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 def test_the_command_shows_a_row_a_task_and_prints_the_same_as_json(command: Callable) -> None:
     text, readouts = command("j"), json.loads(command("j", "--json"))["readouts"]
+    assert "shape of the encoder of 4DS-j: The shape is inferred from the count alone and unconfirmed" in text
     assert "frozen readouts of j, encoder on 8 GPUs (H100 SXM 80 GB), clips of 16 x 224 x 224" in text
     for row in readouts["tasks"]:
         assert f"{row['windows']:,}" in text and row["task"] in text

@@ -1,5 +1,6 @@
 """MAE-ST's fine-tuning classifier."""
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -32,6 +33,9 @@ RECIPE = ClassifierConfig(
     aspect=(1.0, 1.0),
     erasing=0.0,
     dropout=0.5,
+    layer_decay=0.75,
+    drop_path=0.2,
+    per_encoder={},
 )
 SHAPE = {"width": 24, "heads": 2, "mlp": 48, "clip": (4, 16, 16), "patch": (2, 8, 8), "pixel_mean": 0.0, "pixel_scale": 1.0}
 
@@ -121,10 +125,32 @@ def test_a_rectangle_lies_in_the_picture_and_has_about_its_share_when_inside() -
 
 def test_learning_rates_fall_from_the_head_to_the_patches_and_no_parameter_is_left_out() -> None:
     model = small_model()
-    groups = layer_decay_groups(model, 1e-3)
+    groups = layer_decay_groups(model, 1e-3, 0.75)
     assert list(groups) == ["head", "block_2", "block_1", "block_0", "embedding"]
     assert np.allclose([rate / 1e-3 for _, rate in groups.values()], [0.75**n for n in range(5)])
     assert sum(p.numel() for named, _ in groups.values() for _, p in named) == sum(p.numel() for p in model.parameters())
+
+
+def test_an_encoder_has_its_own_layer_decay_and_drop_path() -> None:
+    recipe = replace(RECIPE, per_encoder={"small": {"layer_decay": 0.5, "drop_path": 0.1}})
+    assert Classifier.recipe_of(recipe, "other") == replace(RECIPE, layer_decay=0.75, drop_path=0.2)
+    protocol = protocol_of(**vars(Classifier.recipe_of(recipe, "small")))
+    model = protocol.build(small_model().encoder, [])
+    assert [block.drop_path for block in model.encoder.blocks] == [0.0, 0.05, 0.1]
+    rates = [rate for _, rate in protocol.param_groups(model).values()]
+    assert np.allclose(rates, [1e-3 * 0.5**n for n in range(5)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_decay": 1.5}, "per_encoder.small: layer_decay is 1.5; needed 0 to 1"),
+        ({"drop_paths": 0.1}, "unknown setting per_encoder.small.drop_paths = 0.1; did you mean drop_path?"),
+    ],
+)
+def test_a_recipe_of_an_encoder_that_does_not_fit_is_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        replace(RECIPE, per_encoder={"small": changes})
 
 
 def test_a_dropped_branch_is_left_out_for_some_clips_in_training_only_and_the_others_make_up_for_it() -> None:

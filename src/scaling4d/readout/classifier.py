@@ -14,8 +14,7 @@ from torch.nn import functional as F
 from scaling4d import seeds
 from scaling4d.mae.encoder import LAYER_NORM_EPS, initialise
 
-LAYER_DECAY, DROP_PATH = 0.75, 0.2  # of mae_st's fine-tuning of ViT-L, here and below
-MIXUP, CUTMIX, LABEL_SMOOTHING = 0.8, 1.0, 0.1
+MIXUP, CUTMIX, LABEL_SMOOTHING = 0.8, 1.0, 0.1  # of mae_st's fine-tuning
 
 
 class MeanPoolClassifier(nn.Module):
@@ -56,16 +55,18 @@ class ClassifierModel(nn.Module):
         return self.head(self.encoder.last_tokens(pixels)[:, self.encoder.prefix_tokens :].float())
 
 
-def layer_decay_groups(model: ClassifierModel, learning_rate: float) -> dict[str, tuple[list[tuple[str, nn.Parameter]], float]]:
-    """For training.optimizer: the head's rate, then LAYER_DECAY times it for each block from the last to the first."""
+def layer_decay_groups(
+    model: ClassifierModel, learning_rate: float, layer_decay: float
+) -> dict[str, tuple[list[tuple[str, nn.Parameter]], float]]:
+    """For training.optimizer: the head's rate, then `layer_decay` times it for each block, from the last one on."""
     blocks = model.encoder.blocks
     depth = len(blocks)
     groups = {"head": (list(model.head.named_parameters()), learning_rate)}
     for number in reversed(range(depth)):
         named = [(f"blocks.{number}.{name}", p) for name, p in blocks[number].named_parameters()]
-        groups[f"block_{number}"] = (named, learning_rate * LAYER_DECAY ** (depth - number))
+        groups[f"block_{number}"] = (named, learning_rate * layer_decay ** (depth - number))
     embedding = [(name, p) for name, p in model.encoder.named_parameters() if not name.startswith("blocks.")]
-    groups["embedding"] = (embedding, learning_rate * LAYER_DECAY ** (depth + 1))
+    groups["embedding"] = (embedding, learning_rate * layer_decay ** (depth + 1))
     return groups
 
 

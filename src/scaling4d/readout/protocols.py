@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from scaling4d import checkpoint, seeds
 from scaling4d.benchmarks.samples import WINDOWS
 from scaling4d.clips.crop import check_crop
-from scaling4d.config import require_minima, require_positive, require_sizes, require_words
+from scaling4d.config import check_types, require_minima, require_positive, require_sizes, require_words
 from scaling4d.encoders.features import FeatureEncoder, FeatureStore, MemoryFeatures, features_at_depth, stored_features
 from scaling4d.encoders.pretrained import load_encoder
 from scaling4d.mae.device import to_device
 from scaling4d.mae.models import MODELS
 from scaling4d.readout.augment import LARGEST_MAGNITUDE, augment_clip
-from scaling4d.readout.classifier import DROP_PATH, ClassifierModel, MeanPoolClassifier, layer_decay_groups, mix_clips
+from scaling4d.readout.classifier import ClassifierModel, MeanPoolClassifier, layer_decay_groups, mix_clips
 from scaling4d.readout.data import ClipDataset, Encode, FeatureDataset, Predict, RankSplit, epochs_of, shuffled_batch
 from scaling4d.readout.heads import Head, HeadConfig
 from scaling4d.readout.linear import RegressionBatch, fit_probes
@@ -152,7 +152,9 @@ class ClassifierConfig:
 
     batch: clips a step, copies counted. learning_rate: of the classifier; blocks decay from it. repeats: copies of a
     video in a batch, each in a window of its own where windows are random (repeated augmentation). randaugment, crop,
-    aspect, erasing: see readout.augment. dropout: of the pooled tokens.
+    aspect, erasing: see readout.augment. dropout: of the pooled tokens. layer_decay: rate of a block by that of the
+    next one. drop_path: share of clips that skip a branch of the last block; it rises from 0 at the first. per_encoder:
+    name -> fields that are other ones for this encoder.
     """
 
     steps: int
@@ -165,6 +167,9 @@ class ClassifierConfig:
     aspect: tuple[float, float]
     erasing: float
     dropout: float
+    layer_decay: float
+    drop_path: float
+    per_encoder: Mapping[str, Mapping]
 
     weight_decay: ClassVar[float] = 0.05  # mae_st
 
@@ -172,9 +177,20 @@ class ClassifierConfig:
         _check_recipe(self)
         require_minima(self, {"repeats": 1})
         check_crop(self.crop, self.aspect)
-        for name, largest in (("randaugment", LARGEST_MAGNITUDE), ("erasing", 1.0), ("dropout", 1.0)):
+        limits = dict.fromkeys(("erasing", "dropout", "layer_decay", "drop_path"), 1.0) | {"randaugment": LARGEST_MAGNITUDE}
+        for name, largest in limits.items():
             if not 0 <= getattr(self, name) <= largest:
                 raise ValueError(f"{name} is {getattr(self, name)}; needed 0 to {largest:g}")
+        for encoder, changes in self.per_encoder.items():
+            check_types(ClassifierConfig, changes, f"per_encoder.{encoder}.")
+            try:
+                self.of(encoder)
+            except ValueError as error:
+                raise ValueError(f"per_encoder.{encoder}: {error}") from error
+
+    def of(self, encoder: str) -> ClassifierConfig:
+        """The recipe of an encoder."""
+        return replace(self, **{"per_encoder": {}, **self.per_encoder.get(encoder, {})})
 
 
 @dataclass(frozen=True)
@@ -305,6 +321,11 @@ class ReadoutProtocol(ABC):
         keys = {HeadConfig: "readout.Head", EvaluationConfig: "readout.Evaluation", TASKS[task]: f"readout.tasks.{task}"}
         keys[cls.recipe_class] = cls.recipe_key(task)
         return keys | {ComputeConfig: "readout.Compute", ShardingConfig: "readout.Sharding"}
+
+    @classmethod
+    def recipe_of(cls, recipe: Any, encoder: str) -> Any:
+        """The recipe of an encoder, by the recipe of all."""
+        return recipe
 
     @classmethod
     def check_batch(cls, recipe: Any, ranks: int) -> None:
@@ -499,6 +520,10 @@ class Classifier(ReadoutProtocol):
         return {kind: key for kind, key in super().config_keys(task).items() if kind is not HeadConfig}
 
     @classmethod
+    def recipe_of(cls, recipe: ClassifierConfig, encoder: str) -> ClassifierConfig:
+        return recipe.of(encoder)
+
+    @classmethod
     def check_batch(cls, recipe: ClassifierConfig, ranks: int) -> None:
         super().check_batch(recipe, ranks)
         batch, repeats = recipe.batch, recipe.repeats
@@ -513,7 +538,7 @@ class Classifier(ReadoutProtocol):
 
     def build(self, encoder: nn.Module, train_set: ClipDataset) -> ClassifierModel:
         for number, block in enumerate(encoder.blocks):
-            block.drop_path = DROP_PATH * number / max(len(encoder.blocks) - 1, 1)  # rises from 0 at the first
+            block.drop_path = self.config.recipe.drop_path * number / max(len(encoder.blocks) - 1, 1)
         head = MeanPoolClassifier(width=encoder.width, classes=self.config.task.classes, dropout=self.config.recipe.dropout)
         head.initialise(encoder, self.config.seed)
         return ClassifierModel(encoder, head)
@@ -530,7 +555,7 @@ class Classifier(ReadoutProtocol):
         return Batch(mix_clips(torch.stack(clips), target["action"], self.config.task.classes, rng))
 
     def param_groups(self, model: ClassifierModel) -> ParamGroups:
-        return layer_decay_groups(model, self.config.recipe.learning_rate)
+        return layer_decay_groups(model, self.config.recipe.learning_rate, self.config.recipe.layer_decay)
 
     def evaluator(self, model: ClassifierModel, train_set: ClipDataset) -> tuple[Encode, Predict]:
         return lambda clips: torch.stack(clips).to(self.config.device), lambda pixels, _: model.scores(pixels)

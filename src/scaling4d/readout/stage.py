@@ -23,10 +23,19 @@ from scaling4d.pipeline import code_hashes
 from scaling4d.readout import metrics
 from scaling4d.readout.data import RankSplit, evaluate
 from scaling4d.readout.heads import HeadConfig
-from scaling4d.readout.protocols import HEAD, PROTOCOLS, EvaluationConfig, ReadoutConfig, ReadoutProtocol, SavingConfig
+from scaling4d.readout.protocols import (
+    HEAD,
+    PROTOCOLS,
+    Classifier,
+    ClassifierConfig,
+    EvaluationConfig,
+    ReadoutConfig,
+    ReadoutProtocol,
+    SavingConfig,
+)
 from scaling4d.readout.tasks import TASKS
 from scaling4d.readout.tasks.task import MetricSums
-from scaling4d.records import Result, UserError, file_system_errors, write_json
+from scaling4d.records import Result, UserError, did_you_mean, file_system_errors, write_json
 from scaling4d.training import distributed
 from scaling4d.training.distributed import WatchdogConfig
 from scaling4d.training.fit import FitConfig, fit
@@ -132,7 +141,8 @@ def bind_readout(
     home: folder of the profile's artifacts.
     """
     bound = bind_task(task, protocol, settings)
-    _check_batch(task, protocol, bound)
+    recipe = protocol.recipe_of(bound[protocol.recipe_class], encoder)
+    _check_batch(task, protocol, bound, recipe)
     folder = home / "pretrain" / encoder
     if not protocol.supports(model := Checkpoint.read(folder).model):
         problem = f"{encoder} is a {model}, which this protocol cannot fine-tune"
@@ -143,7 +153,7 @@ def bind_readout(
         task=bound[TASKS[task]],
         seed=bound.declared["seed"],
         evaluation=bound[EvaluationConfig],
-        recipe=bound[protocol.recipe_class],
+        recipe=recipe,
         head=bound.configs.get(HeadConfig),
         compute=bound[ComputeConfig],
         sharding=bound[ShardingConfig],
@@ -158,8 +168,18 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         for task in settings["benchmarks"]["tasks"]:
             if task in protocol.tasks:
                 bound = bind_task(task, protocol, settings)
-                if settings["encoders"][protocol.name]:
-                    _check_batch(task, protocol, bound)
+                for encoder in settings["encoders"][protocol.name]:
+                    _check_batch(task, protocol, bound, protocol.recipe_of(bound[protocol.recipe_class], encoder))
+                if protocol is Classifier:
+                    _check_names(bound[ClassifierConfig], settings)
+
+
+def _check_names(recipe: ClassifierConfig, settings: Mapping[str, Any]) -> None:
+    points = {name for group in config.POINTS for name in settings[group]}
+    for name in recipe.per_encoder:
+        if name.removeprefix("untrained_") not in points:
+            hint = did_you_mean(name, points) or f"; points: {', '.join(sorted(points))}"
+            raise UserError(f"readout.classifier.Classifier.per_encoder has {name!r}, which is no point{hint}")
 
 
 def bind_task(task: str, protocol: type[ReadoutProtocol], settings: Mapping[str, Any]) -> StageConfig:
@@ -175,8 +195,8 @@ def bind_task(task: str, protocol: type[ReadoutProtocol], settings: Mapping[str,
     return bound
 
 
-def _check_batch(task: str, protocol: type[ReadoutProtocol], bound: StageConfig) -> None:
-    ranks, recipe, sharding = bound[EvaluationConfig].ranks, bound[protocol.recipe_class], bound[ShardingConfig]
+def _check_batch(task: str, protocol: type[ReadoutProtocol], bound: StageConfig, recipe: Any) -> None:
+    ranks, sharding = bound[EvaluationConfig].ranks, bound[ShardingConfig]
     try:
         protocol.check_batch(recipe, ranks)
         sharding.check(ranks=ranks, batch=recipe.batch)

@@ -126,7 +126,7 @@ SECTIONS = (
     Section("headline", "Tasks over the size of the encoder"),
     Section(sections.results, "This run alone"),
     Section(sections.further, folded="Further metrics of every readout"),
-    Section(sections.paper, folded="4DS as published, in the rows and columns of our table"),
+    Section(sections.paper, folded="4DS as published, in the rows and columns of our table, and encoders quoted beside it"),
     Section(sections.mae_st, folded="MAE-ST as published, beside the points of this run that are trained so"),
     Section("label_efficiency", "Tasks over the number of labelled clips"),
     Section(sections.sheets, "Predictions beside the truth"),

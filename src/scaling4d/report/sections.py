@@ -91,31 +91,34 @@ def paper(run: RunResults, page: Page) -> str:
     text += f"Source: {known['source']}; less sure, marked ~: "
     j = row_of(SHAPE_OF_J)
     shape = page.paragraph(f"{SHAPE_OF_J}: {j['stated']}. {j['reason']}")
-    return page.paragraph(f"{text}{', '.join(known['approximate'])}.") + page.table(head, rows) + shape
+    table = page.paragraph(f"{text}{', '.join(known['approximate'])}.") + page.table(head, rows) + shape
+    quoted = page.paragraph(f"Beside them, other encoders. Source: {published()['Gen4U']['source']}.")
+    return table + quoted + _accuracies(run, page, "Gen4U", "frozen")
 
 
 def mae_st(run: RunResults, page: Page) -> str:
     """MAE-ST as published, beside the classifiers of this run; `-` where the run has no such point."""
     if not run.results:
         return ""
-    known, rows, speedups = published()["MAE-ST"], [], []
-    for number, row in enumerate(known["accuracies"]):
-        ours = run.result(row.get("encoder", ""), known["task"], "classifier")
-        place = ("MAE-ST", "accuracies", number)
-        parameters = published_part(*place, "parameters", spec=",.0fM") if "parameters" in row else NOTHING
-        measured = interval(run, ours) if ours else NOTHING
-        rows.append([row["training"], parameters, published_part(*place, "value", spec=".4g"), row["source"], measured])
+    known, speedups = published()["MAE-ST"], []
     for number, row in enumerate(known["speedups"]):
         speedups.append([row["change"], published_part("MAE-ST", "speedups", number, "value", spec=".1f")])
-    head = [
-        "published",
-        "parameters",
-        f"{known['metric']} ↑, {known['benchmark']}",
-        "source",
-        f"ours\n{known['task']}, classifier",
-    ]
     text = page.paragraph(f"Sources: {known['source']}. Ours compares with them in profile mae_st alone: other data and sizes.")
-    return text + page.table(head, rows) + page.table(["published, of ViT-L's pretraining", "times as fast"], speedups)
+    accuracies = _accuracies(run, page, "MAE-ST", "classifier")
+    return text + accuracies + page.table(["published, of ViT-L's pretraining", "times as fast"], speedups)
+
+
+def _accuracies(run: RunResults, page: Page, paper: str, protocol: str) -> str:
+    """A paper's published accuracies beside our results with the same encoders; `-` where the run has none."""
+    known, rows = published()[paper], []
+    for number, row in enumerate(known["accuracies"]):
+        ours, place = run.result(row.get("encoder", ""), known["task"], protocol), (paper, "accuracies", number)
+        parameters = published_part(*place, "parameters", spec=",.0fM") if "parameters" in row else NOTHING
+        measured = interval(run, ours) if ours else NOTHING
+        value = published_part(*place, "value", spec=".4g")
+        rows.append([row["model"], parameters, value, row.get("source", paper), measured])
+    measure = f"{known['metric']} ↑, {known['benchmark']}"
+    return page.table(["published", "parameters", measure, "source", f"ours\n{known['task']}, {protocol}"], rows)
 
 
 def sheets(run: RunResults, page: Page) -> str:
