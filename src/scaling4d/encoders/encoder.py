@@ -33,7 +33,7 @@ RATES_HZ = {  # class of a released model, or its kind in transformers -> frames
     "MAESTEncoder": EVERY_FOURTH_HZ,
     "VideoMAE2": EVERY_FOURTH_HZ,  # OpenGVLab/VideoMAEv2, docs/PRETRAIN.md, docs/FINETUNE.md
     "VJEPA": EVERY_FOURTH_HZ,  # facebookresearch/jepa, configs/pretrain, configs/evals
-    "VJEPA21": 4.0,  # facebookresearch/vjepa2, configs/train
+    "VJEPA21": 4.0,  # as V-JEPA 2: facebookresearch/vjepa2, configs/train
     "videomae": EVERY_FOURTH_HZ,  # as VideoMAE2
     "vjepa2": 4.0,
 }  # of 4DS, RVM and VideoPrism none is published
