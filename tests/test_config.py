@@ -32,6 +32,25 @@ clips.Curation.frames,16
 readout.frozen.depth.Frozen.steps,3
 pretrain.Training.flip,false
 """
+FORMER = {  # name of a setting -> its name today
+    "points.mini.SimpleMAE.mask_ratio": "points.mini.model.SimpleMAE.mask_ratio",
+    "pretrain.Running.workers": "pretrain.Runtime.workers",
+    "pretrain.Running.keep": "pretrain.Runtime.keep_latest_k",
+    "pretrain.Running.kept_clips": "pretrain.Runtime.cached_clips",
+    "pretrain.Running.every": "pretrain.Runtime.save_every",
+    "clips.Curation.workers": "clips.Workers.processes",
+    "clips.Curation.cluster": "clips.Workers.cluster",
+    "readout.shared.Evaluation.standardise": "readout.Evaluation.whiten",
+    "readout.shared.Evaluation.place_deviation": "readout.Evaluation.position_std",
+    "readout.shared.Head.sharpness": "readout.Head.distance_bias",
+    "readout.tuning.Tuning.compute": "readout.Compute.compute",
+    "readout.tuning.Compute.compute": "readout.Compute.compute",
+    "readout.tuning.Sharding.shards": "readout.Sharding.shards",
+    "readout.frozen.depth.Recipe.steps": "readout.frozen.depth.Frozen.steps",
+    "readout.frozen.depth.Recipe.flattening": "readout.frozen.depth.Frozen.shrinkage",
+    "readout.finetune.depth.Recipe.batch": "readout.finetune.depth.Finetune.batch",
+    "readout.tasks.points.Points.queries": "readout.tasks.points.Points.queries_at",
+}
 USED = [("profile", "smoke"), ("point", "nano"), ("point", "simple_mae_pocket"), ("recipe", "frozen"), ("sharding", "plain")]
 
 
@@ -298,10 +317,11 @@ def test_a_whole_number_does_for_a_float_and_a_list_for_a_tuple() -> None:
 def test_the_former_name_of_a_setting_is_answered_with_its_name_today(project: Path) -> None:
     with pytest.raises(UserError, match=r"; points.mini.SimpleMAE.mask_ratio is points.mini.model.SimpleMAE.mask_ratio now$"):
         config.compose(["points.mini.SimpleMAE.mask_ratio=0.5"])
-    for former, today in (("Tuning.compute", "Compute.compute"), ("Compute.compute",) * 2, ("Sharding.shards",) * 2):
-        assert config.renamed(f"readout.tuning.{former}") == f"readout.{today}"
     known = dict(provenance.flatten(config.compose([])))
     assert not [key for key in known if config.renamed(key) != key]
+    assert {key: config.renamed(key) for key in FORMER} == FORMER and set(FORMER.values()) <= known.keys()
+    for pattern, _ in config.RENAMED:
+        assert any(re.search(pattern, key) for key in FORMER), pattern
     log = (ROOT / "experiments/LOG.md").read_text()
     words_of_log = ("pretrain.Running", "readout.shared", "Recipe", "flattening", "kept_clips", "standardise", "sharpness")
     for words in (*words_of_log, "readout.tuning.Sharding"):

@@ -437,30 +437,28 @@ def features(
     With --frames or --side-px the encoder sees clips of another size than it was trained on: learned positions are
     interpolated.
 
-    With --out FILE.npz: of one clip, a video's first frames or a .npy B T H W C (float in 0..1, or uint8), every layer
-    as the encoder lists them. CHECKPOINT is then a Checkpoint folder, or the folder of a frozen readout, whose output
-    is written too.
+    With --out FILE.npz: of one clip, a video's first window or a .npy B T H W C (float in 0..1, or uint8), every layer
+    as the encoder lists them. CHECKPOINT may then also be the folder of a frozen readout, whose output is written too.
     """
     from scaling4d.encoders import video_features
 
     given = {name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"}
     of_clip, single = {"queries"}, out.suffix == ".npz"
-    wrong = sorted(given - of_clip - {"checkpoint", "paths", "out", "frames", "side_px"} if single else given & of_clip)
+    both = {"checkpoint", "paths", "out", "frames", "side_px", "rate_hz", "pad"}
+    wrong = sorted(given - of_clip - both if single else given & of_clip)
     if wrong or (single and len(paths) != 1):
         fix = f"leave out --{' and --'.join(wrong)}".replace("_", "-") if wrong else "give one video"
         raise UserError(f"--out {out} {'is for one clip' if single else 'is a folder of whole videos'}; {fix}")
+    options = {"frames": frames, "side_px": side_px, "rate_hz": rate_hz, "fit": "pad" if pad else "crop"}
     if single:
         from scaling4d.show.predict import write_features
 
-        names = write_features(Path(checkpoint), paths[0], out, frames=frames, side_px=side_px, queries=queries)
+        names = write_features(checkpoint, paths[0], out, queries=queries, **options)
         print(f"wrote {out}: {', '.join(names)}")
         return
 
-    options = {"layers": layer or (), "tokens": tokens, "dtype": dtype, "rate_hz": rate_hz, "stride_s": stride}
-    options |= {"frames": frames, "side_px": side_px}
-    result = video_features.run(
-        checkpoint, paths, out, batch=batch, device=device, pca=pca, fit="pad" if pad else "crop", **options
-    )
+    options |= {"layers": layer or (), "tokens": tokens, "dtype": dtype, "stride_s": stride}
+    result = video_features.run(checkpoint, paths, out, batch=batch, device=device, pca=pca, **options)
     print(f"wrote {out}: {result.written} videos; {result.present} were there, {len(result.problems)} have problems")
     if result.problems:
         raise typer.Exit(1)

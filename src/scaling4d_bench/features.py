@@ -82,7 +82,8 @@ def measured(
 
 
 def ours(folder: Path, rate_hz: float, device: str) -> Tensor:
-    options = {"layers": (), "tokens": False, "dtype": "float32", "frames": None, "stride_s": None, "fit": "crop"}
+    options = {"layers": (), "tokens": False, "dtype": "float32", "fit": "crop"}
+    options |= dict.fromkeys(("frames", "side_px", "stride_s"))  # the encoder's own
     out = folder / f"features-{time.time_ns()}"
     paths = [folder / "long.mp4"]
     video_features.run(str(folder / "model"), paths, out, batch=8, device=device, pca=None, rate_hz=rate_hz, **options)

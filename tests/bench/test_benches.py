@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from scaling4d import cli
 from scaling4d.scenes.scene import KINDS
-from scaling4d_bench import curate, decode, loader, measure, render, videos
+from scaling4d_bench import curate, decode, features, loader, measure, render, videos
 from scaling4d_bench.loader import ALONE
 from scaling4d_bench.measure import Measurements
 
@@ -28,6 +28,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, values in {
         decode: {"SECONDS": 3, "FILES": 1, "SIZES": [SMALL], "GOPS": [12]},
         loader: sizes | {"FILES": 3, "STEPS": 1, "WORKERS": (0, 1), "MAX_FRAMES": 30},
+        features: {"SECONDS": 3, "SIZE_PX": (224, 320)},
         curate: sizes | {"FILES": 2, "MORE": 3, "EXTRA": 1, "HASHES": 64, "TASKS": 4},
     }.items():
         for name, value in values.items():
@@ -103,6 +104,17 @@ def test_the_loader_is_measured_with_every_number_of_workers(tmp_path, capsys) -
     assert all(shown.count(f"│ {name} ") == 2 for name in names)
     copies, windows, alone = content["results"]["repeated sampling"]["rows"]
     assert copies["over_ours"] == 1.0 and windows["per_s"] > 0 and alone["per_s"] > 0
+
+
+def test_features_are_those_of_a_loop_over_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(features, "ProcessPoolExecutor", lambda count, context: ThreadPoolExecutor(count))
+    path = features.bench(tmp_path, source=None, minutes=0.1, rate_hz=8.0, size="small", repeats=2)
+    content, shown = json.loads(path.read_text()), capsys.readouterr().out
+    rows = {row["name"]: row for row in content["results"]["rows"]}
+    assert content["results"]["windows"] == 3 and rows.keys() == {features.OURS, features.LOOP}  # 6 s, of 16 frames each
+    assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in content["raw"]["seconds"].values())
+    assert all(row["peak_mib"] > 0 for row in rows.values()) and rows[features.LOOP]["difference"] < 0.02
+    assert "0.1 minutes of video, 48 frames at 8 Hz, VideoMAE small" in shown
 
 
 def test_the_rates_of_curation_come_from_the_difference_of_two_sizes(tmp_path, monkeypatch, capsys) -> None:

@@ -15,7 +15,8 @@ from scaling4d.clips.loader import eval_batches
 from scaling4d.clips.settings import CurationConfig, WorkersConfig
 from scaling4d.clips.shards import read_previous
 from scaling4d.clips.sources import SourceFile, list_sources
-from scaling4d.encoders.extract import read_clips
+from scaling4d.encoders.extract import first_clip
+from scaling4d.encoders.windows import WindowSettings
 from scaling4d.records import UserError
 from scaling4d.video import VideoError
 
@@ -34,7 +35,7 @@ def test_a_codec_that_nobody_knows_is_a_reason_wherever_videos_are_read(tmp_path
     (rejected,) = inspect(tmp_path / "videos", SourceFile(name), CONFIG).rejected
     assert rejected.reason == "no decoder for its codec"
     with pytest.raises(UserError, match=f"^{path}: {NO_DECODER}$"):
-        read_clips(path, (4, 32, 32))
+        first_clip(path, WindowSettings((4, 32, 32), 8.0, 0.5, "crop"))
 
 
 @pytest.fixture(scope="module")

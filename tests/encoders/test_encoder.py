@@ -39,7 +39,7 @@ SETTINGS = {
 CLIPS = torch.randint(0, 256, (2, *CLIP, 3), dtype=torch.uint8, generator=seeds.torch_rng(0, "clips"))
 
 
-def trained(folder: Path, name: str = "SimpleMAE", rate_hz: float = 5.0) -> Path:
+def trained(folder: Path, name: str = "SimpleMAE", rate_hz: float | None = 5.0) -> Path:
     """A checkpoint as stage pretrain leaves it in artifacts/."""
     model = METHODS[name](config_of(METHODS[name], SETTINGS[name]))
     model.initialise(0)
@@ -145,6 +145,8 @@ def test_an_official_mae_st_file_gives_what_its_converted_folder_gives(tmp_path:
     converted = Encoder.from_pretrained(from_mae_st(source, tmp_path / "folder", MAESTOptions(heads=3, decoder_heads=4)))
     clips = torch.rand(1, *direct.clip, 3)
     assert equal(output_of(direct, clips), output_of(converted, clips))
+    assert direct.rate_hz == converted.rate_hz == Checkpoint.read(tmp_path / "folder").rate_hz == 7.5
+    assert "| frames per second | 7.5 |" in (tmp_path / "folder/README.md").read_text()
 
 
 @pytest.mark.integration
@@ -166,7 +168,8 @@ def test_models_of_transformers_load_from_their_own_folders_and_the_hub(
     model.save_pretrained(tmp_path / "theirs")
     processor.save_pretrained(tmp_path / "theirs")
     encoder = Encoder.from_pretrained(tmp_path / "theirs")
-    assert encoder.clip == clip and encoder.rate_hz is None
+    assert encoder.clip == clip and encoder.rate_hz == {"dinov2": None, "videomae": 7.5}[kind]
+    assert encoder.resample == {"dinov2": "bicubic", "videomae": "bilinear"}[kind]  # of its preprocessor
     assert np.allclose(encoder.mean, processor.image_mean) and np.allclose(encoder.scale, 1 / np.array(processor.image_std))
     clips = encoder.preprocess(np.zeros((16, 50, 40, 3), np.uint8)[: clip[0]])
     output = encoder(clips)
@@ -199,6 +202,13 @@ def test_the_rate_is_that_of_the_training_until_it_is_set_and_stays_with_its_cop
     assert encoder.rate_hz == Encoder.from_pretrained(encoder.save_pretrained(tmp_path / "copy")).rate_hz == 12.5
     encoder.rate_hz = 3.0
     assert Encoder.from_pretrained(encoder.save_pretrained(tmp_path / "slower")).rate_hz == 3.0
+
+
+def test_a_training_of_mae_st_has_no_rate_of_the_released_one(tmp_path: Path) -> None:
+    folder = trained(tmp_path, "MAEST", rate_hz=None)
+    assert Encoder.from_pretrained(folder).rate_hz is None
+    write_json(folder / "provenance.json", {"stage": "convert"})  # as of a folder that was converted without a rate
+    assert Encoder.from_pretrained(folder).rate_hz == 7.5
 
 
 def test_a_rate_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders.encoder import Encoder
 from scaling4d.mae.encoder import Backbone, PixelTokens
 from scaling4d.mae.mae_st import MAESTEncoder
+from scaling4d.mae.vit import VJEPA21, VideoMAE2
 from scaling4d.records import UserError
 
 CLIP = (4, 32, 48)
@@ -26,16 +27,19 @@ MODELS = {
     "mae_st, one table": (MAESTEncoder, SHAPE | {"separable_positions": False, "class_token": False}),
     "pixels": (PixelTokens, PIXELS),
 }
+WIDE = {key: value for key, value in SHAPE.items() if key not in ("pixel_mean", "pixel_scale")}
+PUBLISHED = {cls.__name__: (cls, WIDE | {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}) for cls in (VideoMAE2, VJEPA21)}
+ANY = ("--any-length",)
 NEEDS_ONNX = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("onnxruntime", "onnxscript"))), reason="needs the extra `export`"
 )
 
 
 def saved(folder: Path, name: str) -> Path:
-    model_class, settings = MODELS[name]
+    model_class, settings = (MODELS | PUBLISHED)[name]
     model: nn.Module = model_class(model_class.config_class(**settings))
     with torch.no_grad():
-        for key, weight in model.named_parameters():
+        for key, weight in model.state_dict().items():
             weight.copy_(0.2 * torch.randn(weight.shape, generator=seeds.torch_rng(0, key)))
     folder.mkdir()
     Checkpoint("x", model_class.__name__, settings, 1, 0, 0).write(folder, model.state_dict())
@@ -90,11 +94,13 @@ def test_a_program_of_any_length_gives_what_a_resized_encoder_gives(tmp_path: Pa
 
 
 @NEEDS_ONNX
-@pytest.mark.parametrize("words", [(), ("--any-length",)])
-def test_onnxruntime_gives_the_encoders_output(tmp_path: Path, words: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("name", "words"), [("mae_st", ()), ("mae_st", ANY), ("4ds", ()), ("4ds", ANY), ("VideoMAE2", ()), ("VJEPA21", ())]
+)
+def test_onnxruntime_gives_the_encoders_output(tmp_path: Path, name: str, words: tuple[str, ...]) -> None:
     import onnxruntime
 
-    folder, out = saved(tmp_path / "checkpoint", "mae_st"), tmp_path / "encoder.onnx"
+    folder, out = saved(tmp_path / "checkpoint", name), tmp_path / "encoder.onnx"
     assert export(folder, "--onnx", out, *words).exit_code == 0
     session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
     for batch, frames in ((1, 4), (3, 8 if words else 4)):

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from scaling4d import config
+from scaling4d import config, video
 from scaling4d.checkpoint import Checkpoint
-from scaling4d.encoders.extract import all_features, read_clips
+from scaling4d.encoders.extract import all_features, first_clip, read_clips
 from scaling4d.encoders.load import load_model
 from scaling4d.encoders.pretrained import load_encoder
 from scaling4d.encoders.stage import baseline
+from scaling4d.encoders.windows import WindowSettings
 from scaling4d.mae.encoder import Backbone, BackboneConfig, PixelTokens, PixelTokensConfig, initialise
 from scaling4d.pretrain.settings import bind_pretrain
 from scaling4d.records import UserError
@@ -43,19 +44,27 @@ def test_clips_of_another_size_resize_the_positions_and_of_the_same_size_leave_t
     assert all_features(pixels, torch.zeros(1, 6, 48, 64, 3))[0].shape == (1, 3 * 3 * 4, 1536) and pixels.grid == (3, 3, 4)
 
 
-def test_a_video_file_gives_its_first_frames(tmp_path: Path) -> None:
-    path = sorted((Path(__file__).parents[2] / "experiments/pocket/videos/phone").glob("*.mp4"))[0]
-    pixels = read_clips(path, CLIP)
-    assert pixels.shape == (1, *CLIP, 3) and pixels.dtype == torch.uint8 and pixels.float().std() > 10
-    assert read_clips(path, (CLIP[0], 64, 64)).shape == (1, 6, 64, 64, 3)
-    with pytest.raises(UserError, match=r" has \d+ frames; needed 9999 for a clip$"):
-        read_clips(path, (9999, 8, 8))
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+def test_the_first_clip_of_a_video_has_the_rate_and_keeps_the_aspect_ratio(tmp_path: Path, fit: str) -> None:
+    pixels = np.zeros((20, 32, 96, 3), np.uint8)
+    pixels += (10 * np.arange(20, dtype=np.uint8))[:, None, None, None]  # a grey that tells the frame's number
+    pixels[:, :, 32:64] = pixels[:, :, 32:64] + 60  # a square in the middle
+    video.encode(tmp_path / "a.mp4", pixels, rate_hz=10, crf=1, gop=3)
+    clip = first_clip(tmp_path / "a.mp4", WindowSettings((3, 32, 32), 5.0, 0.6, fit))
+    shown = {"crop": [60, 60, 60], "pad": [0, 60, 0]}[fit]
+    assert clip.shape == (1, 3, 32, 32, 3) and clip.dtype == torch.uint8
+    assert (clip[0, 0, (4, 16, 28), 16, 0] - torch.tensor(shown)).abs().max() < 6
+    assert (clip[0, :, 16, 16, 0] - torch.tensor([60, 80, 100])).abs().max() < 6
+    with pytest.raises(UserError, match="a.mp4 is too short; needed 99 frames at 5 Hz$"):
+        first_clip(tmp_path / "a.mp4", WindowSettings((99, 8, 8), 5.0, 1.0, fit))
+    with pytest.raises(UserError, match="^no file "):
+        first_clip(tmp_path / "b.mp4", WindowSettings(CLIP, 5.0, 1.0, fit))
 
 
 def test_clips_of_bytes_and_of_floats_are_taken_as_they_are(tmp_path: Path) -> None:
     for dtype, expected in ((np.uint8, torch.uint8), (np.float64, torch.float32)):
         np.save(tmp_path / "clip.npy", np.ones((2, 6, 30, 50, 3), dtype))
-        assert torch.equal(read_clips(tmp_path / "clip.npy", CLIP), torch.ones(2, 6, 30, 50, 3, dtype=expected))
+        assert torch.equal(read_clips(tmp_path / "clip.npy"), torch.ones(2, 6, 30, 50, 3, dtype=expected))
 
 
 @pytest.mark.parametrize(("array", "message"), [
@@ -70,7 +79,7 @@ def test_clips_of_bytes_and_of_floats_are_taken_as_they_are(tmp_path: Path) -> N
 def test_arrays_that_are_no_clips_are_refused(array: np.ndarray, message: str, tmp_path: Path) -> None:
     np.save(tmp_path / "clip.npy", array, allow_pickle=True)
     with pytest.raises(UserError, match=re.escape(message)):
-        read_clips(tmp_path / "clip.npy", CLIP)
+        read_clips(tmp_path / "clip.npy")
 
 
 @pytest.mark.integration

@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch.nn import functional as F
 
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders.encoder import Encoder
+from scaling4d.encoders.preprocess import resize_and_crop
 from scaling4d.mae.encoder import PixelTokens, PixelTokensConfig
 from scaling4d.records import UserError
 
@@ -50,6 +53,21 @@ def test_pictures_are_cut_around_their_centre_and_resized(encoder: Encoder) -> N
     plain = np.full((FRAMES, 7, 5, 3), 77, np.uint8)
     assert (encoder.preprocess(plain) == 77).all()
     assert encoder.preprocess(np.zeros((FRAMES, 1, 9999, 3), np.uint8)).shape == (1, *CLIP, 3)
+
+
+@pytest.mark.parametrize(("name", "mode", "antialias"), [("bicubic", "bicubic", True), ("bilinear", "bilinear", True),
+                                                         ("bilinear, aliased", "bilinear", False)])  # fmt: skip
+def test_a_filter_is_that_of_resizing_the_whole_picture_and_cutting_out_its_centre(name: str, mode: str, antialias: bool) -> None:
+    wide = torch.from_numpy(RNG.random((2, 3, 48, 144), np.float32))  # B C H W
+    expected = F.interpolate(wide, (16, 48), mode=mode, antialias=antialias)[..., 12:36].clamp(0, 1)
+    cut = resize_and_crop(wide.movedim(1, -1)[:, None], 16, 24, name)[:, 0].movedim(-1, 1)
+    inner = slice(2, -2) if antialias else slice(None)  # an antialiased filter sees beyond the cut
+    assert torch.allclose(cut[..., inner], expected[..., inner], atol=1e-5)
+    pictures = [Image.fromarray((255 * one.movedim(0, -1)).byte().numpy()) for one in wide]
+    if antialias:  # as Pillow
+        shown = resize_and_crop(torch.from_numpy(np.stack(pictures))[:, None], 16, 48, name)[:, 0]
+        resized = np.stack([picture.resize((48, 16), Image.Resampling[mode.upper()]) for picture in pictures])
+        assert (shown.int() - torch.from_numpy(resized).int()).abs().max() <= 1
 
 
 def test_frames_are_picked_at_the_rate_of_the_clips(encoder: Encoder) -> None:

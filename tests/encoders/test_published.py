@@ -176,6 +176,7 @@ def test_a_published_vit_is_saved_loaded_exported_and_computes_in_bfloat16(kind:
     encoder = Encoder.from_pretrained(official(kind, tmp_path), clip=CLIPS[kind])
     again = Encoder.from_pretrained(encoder.save_pretrained(tmp_path / "saved"))
     assert again.checkpoint.name == FILES[kind].split(".")[0] and again.clip == CLIPS[kind]
+    assert again.rate_hz == encoder.rate_hz == {"VideoMAE2": 7.5, "VJEPA": 7.5, "VJEPA21": 4.0}[kind]
     assert relative_error(again, kind, "") < TOLERANCE[kind]
     pixels = torch.from_numpy(arrays(kind)["pixels"])
     with torch.no_grad():
@@ -183,6 +184,18 @@ def test_a_published_vit_is_saved_loaded_exported_and_computes_in_bfloat16(kind:
         assert torch.allclose(got, expected, atol=1e-5)
         rough = again.to(torch.bfloat16)(pixels / 255).last_hidden_state
     assert rough.dtype == torch.bfloat16 and (rough - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+@every_vit
+def test_pictures_are_shown_as_the_official_code_shows_them(kind: str, tmp_path: Path) -> None:
+    """Source: `resize_clip` and `CenterCrop` of VideoMAEv2 and jepa: OpenCV's bilinear filter, then the centre."""
+    cv2 = pytest.importorskip("cv2")
+    encoder = Encoder.from_pretrained(official(kind, tmp_path), clip=CLIPS[kind])
+    frames, height, width = encoder.clip
+    pictures = np.random.default_rng(0).integers(0, 256, (frames, 5 * height, 10 * width, 3), np.uint8)
+    resized = np.stack([cv2.resize(picture, (2 * width, height), interpolation=cv2.INTER_LINEAR) for picture in pictures])
+    difference = encoder.preprocess(pictures)[0].int() - torch.from_numpy(resized[:, :, width // 2 : -width // 2]).int()
+    assert difference.abs().max() <= 1  # OpenCV rounds its weights
 
 
 @pytest.mark.integration

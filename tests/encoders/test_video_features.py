@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 from scaling4d import cli, read_video, video
 from scaling4d.checkpoint import Checkpoint
-from scaling4d.encoders import pca, video_features
+from scaling4d.encoders import pca, video_features, windows
 from scaling4d.encoders.encoder import Encoder
 from scaling4d.encoders.video_features import GrowingTensor, join_tensors
 from scaling4d.encoders.windows import WindowSettings, read_windows
@@ -52,6 +52,12 @@ def save(path: Path, frames: int = 50, rate_hz: float = 16.0, **more: object) ->
     path.parent.mkdir(parents=True, exist_ok=True)
     video.encode(path, more.pop("pixels", world(frames)), rate_hz=rate_hz, crf=10, gop=12, **more)
     return path
+
+
+def forget_rate(checkpoint: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    del config["rate_hz"]
+    (checkpoint / "config.json").write_text(json.dumps(config))
 
 
 def settings_of(**changes: object) -> WindowSettings:
@@ -102,7 +108,7 @@ def test_windows_of_a_variable_frame_rate_have_the_frames_shown_at_their_times(t
 
 
 class FakeEncoder:
-    clip, rate_hz, _device = CLIP, RATE_HZ, torch.device("cpu")
+    clip, rate_hz, resample, _device = CLIP, RATE_HZ, "bicubic", torch.device("cpu")
 
 
 def test_the_picture_is_upright_with_square_pixels_cut_or_between_bars(tmp_path: Path) -> None:
@@ -179,7 +185,8 @@ def test_stored_features_are_those_of_each_window(checkpoint: Path, tmp_path: Pa
     index = json.loads((out / "index.json").read_text())
     assert index["videos"].keys() == {"sub/a.mp4"} and index["videos"]["sub/a.mp4"]["windows"] == len(tensors["start_s"])
     assert index["settings"]["windows"] == {
-        "clip": list(CLIP), "rate_hz": 8.0, "stride_s": 0.3 if words else 0.5, "fit": "pad" if words else "crop"
+        "clip": list(CLIP), "rate_hz": 8.0, "stride_s": 0.3 if words else 0.5, "fit": "pad" if words else "crop",
+        "resample": "bicubic",
     }  # fmt: skip
 
 
@@ -272,16 +279,27 @@ def test_a_tensor_that_grows_in_a_file_is_read_as_any_other(tmp_path: Path) -> N
     assert all(torch.equal(tensors[f"x{n}"], x) and tensors[f"x{n}"].dtype == x.dtype for n, x in enumerate(rows))
 
 
-def test_a_npz_is_one_clip_with_every_layer(checkpoint: Path, tmp_path: Path) -> None:
-    for frames in (4, 6):
-        options = ("--out", tmp_path / f"{frames}.npz", "--side-px", 64, "--frames", frames)
-        assert run(checkpoint, save(tmp_path / "a.mp4"), *options).exit_code == 0
-        arrays = np.load(tmp_path / f"{frames}.npz")
-        assert arrays.files == [f"layer_{n:02d}" for n in range(4)]
-        assert arrays["layer_03"].shape == (1, frames // 2 * 4 * 4, 24)
+@pytest.mark.parametrize("words", [(), ("--frames", 6, "--side-px", 64, "--rate-hz", 5, "--pad")])
+def test_a_npz_has_every_layer_of_the_first_window(checkpoint: Path, tmp_path: Path, words: tuple) -> None:
+    path, encoder = save(tmp_path / "a.mp4"), Encoder.from_pretrained(checkpoint)
+    assert run(checkpoint, path, "--out", tmp_path / "x.npz", *words).exit_code == 0
+    if words:
+        encoder.resize((6, 64, 64))
+    pixels = read_video(path, rate_hz=5 if words else RATE_HZ, frames=6 if words else 4)
+    with torch.no_grad():
+        output = encoder(encoder.preprocess(pixels, fit="pad" if words else "crop"))
+    arrays = np.load(tmp_path / "x.npz")
+    assert arrays.files == [f"layer_{n:02d}" for n in range(4)]
+    assert all(np.allclose(arrays[f"layer_{n:02d}"], state, atol=1e-6) for n, state in enumerate(output.hidden_states))
+
+
+def test_a_npz_of_an_array_takes_it_as_it_is_and_one_of_a_video_needs_a_rate(checkpoint: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.zeros((1, 4, 32, 48, 3), np.uint8))
     refusal = refused(checkpoint, tmp_path / "a.npy", "--out", tmp_path / "y.npz", "--side-px", 64)
-    assert refusal == f"{tmp_path / 'a.npy'} is taken as it is; leave out --frames and --side-px"
+    assert refusal == f"{tmp_path / 'a.npy'} is taken as it is; leave out --frames, --side-px and --rate-hz"
+    forget_rate(checkpoint)
+    assert run(checkpoint, tmp_path / "a.npy", "--out", tmp_path / "z.npz").exit_code == 0
+    assert refused(checkpoint, save(tmp_path / "a.mp4"), "--out", tmp_path / "y.npz") == windows.NO_RATE
 
 
 def test_what_cannot_be_done_is_one_line(checkpoint: Path, tmp_path: Path) -> None:
@@ -310,11 +328,9 @@ def test_what_cannot_be_done_is_one_line(checkpoint: Path, tmp_path: Path) -> No
     assert run(checkpoint, path, "--out", out).exit_code == 0
     changed = f"{out} holds features of other settings (windows.stride_s: 0.5 there, 1.0 now); choose another --out"
     assert refused(checkpoint, path, "--out", out, "--stride", 1) == changed
-    config = json.loads((checkpoint / "config.json").read_text())
-    del config["rate_hz"]
-    (checkpoint / "config.json").write_text(json.dumps(config))
+    forget_rate(checkpoint)
     no_rate = "the checkpoint does not tell its clips' rate; give frames per second with --rate-hz"
-    assert refused(checkpoint, path, "--out", out) == no_rate
+    assert refused(checkpoint, path, "--out", out) == windows.NO_RATE == no_rate
 
 
 # ---- components in colours ----

@@ -1,5 +1,6 @@
 """`scaling4d evaluate`: encoders of any source on the profile's benchmarks, and the audit of such a folder."""
 
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from scaling4d import artifacts, config
+from scaling4d import artifacts, config, seeds
 from scaling4d.audit import check_evaluation
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.cli import app
@@ -25,33 +26,24 @@ from scaling4d.readout import protocols
 from scaling4d.records import Result, UserError, read_json_object, write_json
 from scaling4d.report.tables import RESULTS
 
-COLOURS = """
-import torch
-
-
-class Colours(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.patches = torch.nn.Conv3d(3, 12, kernel_size=(2, 16, 16), stride=(2, 16, 16))
-
-    def forward(self, video):  # uint8 B T H W 3
-        x = self.patches(video.movedim(-1, 1) / 255)  # B D t h w
-        return x.flatten(3).movedim(1, -1)  # B t n D
-"""
+GUIDE = (Path(__file__).parents[2] / "experiments/GUIDE.md").read_text()
+COLOURS = next(code for code in re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL) if "class Colours" in code)
 EVALUATION = pytest.mark.usefixtures("actions")
 CLIP = (8, 64, 64)
 
 
 @pytest.fixture
 def colours(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A callable in a module of the current folder, and no trace of it afterwards."""
+    """The guide's callable in a module of the current folder, with weights, and no trace of it afterwards."""
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(function, "BUILT", {})
     monkeypatch.setattr(published, "MODELS", published.MODELS)
     (project / "colours.py").write_text(COLOURS)
+    weight = 0.05 * torch.randn(48, 3, 2, 16, 16, generator=seeds.torch_rng(0, "colours"))
+    torch.save({"patches.weight": weight, "patches.bias": torch.zeros(48)}, project / "colours.pt")
     yield "colours:Colours"
     (project / "colours.py").unlink()
+    (project / "colours.pt").unlink()
     sys.modules.pop("colours", None)
     published.MODELS.pop(function.FunctionEncoder.__name__, None)
     shutil.rmtree(project / "evaluated", ignore_errors=True)
@@ -111,7 +103,7 @@ def test_a_linear_probe_is_that_of_the_frozen_readout(colours: str, tmp_path: Pa
     linear = evaluate([colours], ["actions"], "linear", **where).results[0]
     frozen = evaluate([colours], ["actions"], "frozen", **where)
     assert linear.value == frozen.results[0].others["top1_linear"]
-    assert linear.parameters == 12 * (3 * 2 * 16 * 16 + 1) and "Colours" in table_text(frozen)
+    assert linear.parameters == 48 * (3 * 2 * 16 * 16 + 1) and "Colours" in table_text(frozen)
     path = tmp_path / "out/readout/Colours/actions/frozen/result.json"
     before = path.stat().st_mtime_ns
     evaluate([colours], ["actions"], "frozen", **where)
@@ -176,7 +168,7 @@ def test_another_folder_is_no_evaluation(tmp_path: Path) -> None:
 def test_a_folder_never_starts_the_code_of_a_callable(colours: str, tmp_path: Path) -> None:
     folder = models.write_encoder(colours, CLIP, tmp_path)
     pixels = torch.zeros(1, *CLIP, 3, dtype=torch.uint8)
-    assert load_encoder(folder).features(pixels)[0].shape == (1, 4 * 4 * 4, 12)
+    assert load_encoder(folder).features(pixels)[0].shape == (1, 4 * 4 * 4, 48)
     function.BUILT.clear()
     with pytest.raises(UserError, match="colours:Colours is code, which no folder may start"):
         load_encoder(folder)
@@ -253,10 +245,11 @@ def test_a_callable_that_is_not_there_is_refused(colours: str) -> None:
 
 
 def test_a_callable_says_its_clip_or_is_told(colours: str) -> None:
-    Path("colours.py").write_text(f"{COLOURS}\n\nclass Small(Colours):\n    clip = (4, 32, 32)\n")
-    assert function.build_function(colours, CLIP)[0].clip == CLIP
-    config, features, *_ = function.build_function("colours:Small", CLIP)
-    assert config.clip == (4, 32, 32) and config.grid == (2, 2, 2) and features.shape == (2, 2, 4, 12)
+    told = re.sub("    clip = .*\n\n", "", COLOURS).replace("Colours", "Told")
+    Path("colours.py").write_text(f"{COLOURS}\n\n{told}")
+    assert "clip" not in told and function.build_function(colours, (4, 32, 32))[0].clip == CLIP
+    config, features, *_ = function.build_function("colours:Told", (4, 32, 32))
+    assert config.clip == (4, 32, 32) and config.grid == (2, 2, 2) and features.shape == (2, 2, 4, 48)
 
 
 def test_a_checkpoint_of_another_clip_is_resized_and_its_folder_stays_as_it_is(colours: str, tmp_path: Path) -> None:
@@ -295,7 +288,7 @@ def test_an_entry_point_names_a_callable(colours: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(
         function.metadata, "entry_points", lambda *, group, name: [point] if (group, name) == (function.GROUP, "rainbow") else []
     )
-    assert models.name_of("rainbow") == "rainbow" and function.build_function("rainbow", CLIP)[0].width == 12
+    assert models.name_of("rainbow") == "rainbow" and function.build_function("rainbow", CLIP)[0].width == 48
 
 
 def test_a_result_of_an_evaluation_is_a_result(evaluated: Path) -> None:

@@ -12,10 +12,9 @@ from PIL import Image
 from readout.official import BACKBONE, DEPTH, HERE, arrays_of
 
 from scaling4d import cli, video
-from scaling4d.encoders.extract import read_clips
 from scaling4d.records import UserError
 from scaling4d.reproduce import depth_demo
-from scaling4d.reproduce.depth_demo import checks_of, deviations_of, load_released, predict_depth
+from scaling4d.reproduce.depth_demo import checks_of, deviations_of, load_released, predict_depth, read_demo_clip
 
 CLIP = (6, 32, 48)  # of the fixture
 
@@ -30,14 +29,14 @@ def test_depth_is_that_of_the_official_code(agree: Callable[[str, float, float],
 def test_frames_are_the_first_ones_by_lanczos(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (9, 64, 64, 3)).astype(np.uint8)
     video.encode(tmp_path / "a.mp4", pixels, rate_hz=10, crf=1, gop=3)
-    frames = read_clips(tmp_path / "a.mp4", CLIP, resample=Image.Resampling.LANCZOS)[0].numpy()
+    frames = read_demo_clip(tmp_path / "a.mp4", CLIP)[0].numpy()
     _, third = list(video.decode_frames(tmp_path / "a.mp4"))[2]
     assert frames.shape == (*CLIP, 3)
     assert np.array_equal(frames[2], np.asarray(Image.fromarray(third).resize((48, 32), Image.Resampling.LANCZOS)))
-    with pytest.raises(UserError, match="a.mp4 has 9 frames; needed 16 for a clip$"):
-        read_clips(tmp_path / "a.mp4", (16, 32, 32))
+    with pytest.raises(UserError, match="a.mp4: too short: 9 frames, 0.90 s; needed 16 frames from start_s = 0; "):
+        read_demo_clip(tmp_path / "a.mp4", (16, 32, 32))
     with pytest.raises(UserError, match="^no file "):
-        read_clips(tmp_path / "b.mp4", CLIP)
+        read_demo_clip(tmp_path / "b.mp4", CLIP)
 
 
 def test_checks_fail_for_another_shape_for_no_numbers_and_out_of_range() -> None:

@@ -324,6 +324,18 @@ def test_features_of_a_trained_readout_come_with_its_predictions(project: Path, 
     assert near(output, predicted[: len(output)])
 
 
+def test_a_trained_readout_sees_a_video_at_the_rate_of_its_task(project: Path) -> None:
+    loaded = load_trained_readout(readout("depth"))
+    frames, height, width = loaded.encoder.clip
+    pixels = np.zeros((4 * frames, height, width, 3), np.uint8) + (5 * np.arange(4 * frames, dtype=np.uint8))[:, None, None, None]
+    stage.video.encode(Path("a.mp4"), pixels, rate_hz=4 * loaded.model.task.rate_hz, crf=1, gop=4)
+    assert write_features(readout("depth"), Path("a.mp4"), Path("of_video.npz")) == ["layer_00", "output"]
+    np.save("shown.npy", pixels[None, ::4])
+    write_features(readout("depth"), Path("shown.npy"), Path("of_array.npz"))
+    of_video, of_array = (np.load(name)["layer_00"] for name in ("of_video.npz", "of_array.npz"))
+    assert np.abs(of_video - of_array).max() < 3 / 255 * loaded.encoder.pixel_scale
+
+
 def test_a_readout_below_another_name_of_its_encoder_is_loaded(project: Path) -> None:
     (HOME / "pretrain/best").symlink_to((HOME / "pretrain/pixels").resolve())
     shutil.copytree(readout("depth"), readout("depth", "best"))

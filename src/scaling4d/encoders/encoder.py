@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from scaling4d import artifacts
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders import card, hub
-from scaling4d.encoders.preprocess import FITS, check_video, pick_frames
+from scaling4d.encoders.preprocess import ALIASED, BICUBIC, FITS, check_video, pick_frames
 from scaling4d.encoders.pretrained import load_encoder
+from scaling4d.encoders.published import MODELS as PUBLISHED
 from scaling4d.encoders.published import import_published
 from scaling4d.encoders.transformers import CONFIG, FILES, PretrainedEncoder, read_json
 from scaling4d.mae.encoder import Backbone
@@ -26,6 +27,17 @@ from scaling4d.records import UserError, as_user_error, write_json
 
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
 HUB_FILES = (*FILES, artifacts.PROVENANCE)
+EVERY_FOURTH_HZ = 7.5  # of about 30 frames a second, as Kinetics has them
+RATES_HZ = {  # class of a released model, or its kind in transformers -> frames per second of its authors' clips
+    "MAEST": EVERY_FOURTH_HZ,  # facebookresearch/mae_st, PRETRAIN.md, FINETUNE.md, util/kinetics.py
+    "MAESTEncoder": EVERY_FOURTH_HZ,
+    "VideoMAE2": EVERY_FOURTH_HZ,  # OpenGVLab/VideoMAEv2, docs/PRETRAIN.md, docs/FINETUNE.md
+    "VJEPA": EVERY_FOURTH_HZ,  # facebookresearch/jepa, configs/pretrain, configs/evals
+    "VJEPA21": 4.0,  # as V-JEPA 2: facebookresearch/vjepa2, configs/train
+    "videomae": EVERY_FOURTH_HZ,  # as VideoMAE2
+    "vjepa2": 4.0,
+}  # of 4DS, RVM and VideoPrism none is published
+RESAMPLE = dict.fromkeys(("VideoMAE2", "VJEPA", "VJEPA21"), ALIASED)  # their code resizes by OpenCV, INTER_LINEAR
 
 
 @dataclass(frozen=True)
@@ -58,7 +70,9 @@ class Encoder(nn.Module):
         model: the network, of this project (4DS, MAE-ST, raw pixels, RVM, VideoMAE v2, V-JEPA 1 and 2.1) or of
             transformers.
         checkpoint: its description, as in config.json. provenance: how it was made; empty: not known.
-        rate_hz: frames per second of the clips that it was trained on; None: not known. It may be set.
+        rate_hz: frames per second of the clips that it was trained on, or evaluated at by its authors; None: not known.
+            It may be set.
+        resample: filter with which `preprocess` resizes pictures, as the code or the preprocessor of a published model.
         clip: T H W of its clips. grid: t h w of its tokens. width: D. depth: number of blocks.
         mean, scale: the encoder computes with (x - mean) * scale of pixels x in 0..1; a number, or one per channel.
     """
@@ -66,7 +80,7 @@ class Encoder(nn.Module):
     def __init__(self, model: nn.Module, checkpoint: Checkpoint, provenance: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.model, self.checkpoint, self.provenance = model, checkpoint, dict(provenance or {})
-        self.rate_hz = checkpoint.rate_hz
+        self.rate_hz = rate_hz_of(checkpoint, self.provenance)
         self.eval()
 
     @classmethod
@@ -133,6 +147,12 @@ class Encoder(nn.Module):
         return tuple((1 / self.model.std).flatten().tolist()) if self._is_transformers else self.model.pixel_scale
 
     @property
+    def resample(self) -> str:
+        if self._is_transformers:
+            return self.model.resample
+        return RESAMPLE.get(type(self.model).__name__, BICUBIC)
+
+    @property
     def _is_transformers(self) -> bool:
         return isinstance(self.model, PretrainedEncoder)
 
@@ -158,7 +178,7 @@ class Encoder(nn.Module):
             raise UserError("videos of a list are some uint8, some float; needed one type" if videos else "no video in the list")
         frames, height, width = self.clip
         rates = {"rate_hz": rate_hz, "encoder_rate_hz": self.rate_hz}
-        clips = [FITS[fit](pick_frames(one, frames, **rates), height, width) for one in videos]
+        clips = [FITS[fit](pick_frames(one, frames, **rates), height, width, self.resample) for one in videos]
         return torch.cat(clips).to(self._device)
 
     @property
@@ -221,6 +241,13 @@ class Encoder(nn.Module):
         names = [field.name for field in fields(type(self.model).config_class)]
         settings = {name: value for name, value in self.checkpoint.settings.items() if name in names} | {"clip": self.clip}
         return replace(self.checkpoint, model=type(self.model).__name__, settings=settings, rate_hz=self.rate_hz)
+
+
+def rate_hz_of(checkpoint: Checkpoint, provenance: Mapping[str, Any]) -> float | None:
+    """A checkpoint's rate. Of a released model whose folder tells none: that of RATES_HZ."""
+    if checkpoint.rate_hz is None and (checkpoint.model in PUBLISHED or provenance.get("stage") == "convert"):
+        return RATES_HZ.get(checkpoint.settings.get("kind", checkpoint.model))
+    return checkpoint.rate_hz
 
 
 def _description(name: str, model: nn.Module, settings: Mapping[str, Any]) -> Checkpoint:

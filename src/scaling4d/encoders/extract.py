@@ -1,4 +1,4 @@
-"""VIDEO -> CLIPS -> FEATURES: the clips of a file, and every layer of an encoder for them."""
+"""FILE -> CLIPS -> FEATURES: a video's first clip or an array of clips, and every layer of an encoder for them."""
 
 from __future__ import annotations
 
@@ -7,44 +7,39 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from scaling4d import video
 from scaling4d.encoders.arrays import DAMAGE, read_header
+from scaling4d.encoders.windows import WindowSettings, read_windows
 from scaling4d.records import UserError
+from scaling4d.video import VideoError
 
 
-def read_clips(source: Path, clip: tuple[int, int, int], *, resample: Image.Resampling = Image.Resampling.BICUBIC) -> Tensor:
-    """Clips `B T H W 3`, uint8 or float32 in 0..1.
+def read_clips(path: Path) -> Tensor:
+    """A `.npy` of clips `B T H W 3`, uint8 or float in 0..1 -> the same, uint8 or float32.
 
-    A `.npy` of clips (uint8, or float in 0..1) is taken as it is. Of a video file the first T frames are taken; each is
-    resized to H W, whatever its aspect ratio (antialiased).
-
-    clip: T H W for a video file. resample: of its frames.
-    Raises UserError: not clips, values outside 0..1, or a video that is damaged or too short.
+    Raises UserError: not clips, or values outside 0..1.
     """
+    pixels = read_array(path, axes=5)
+    if pixels.shape[-1] != 3 or not pixels.size or pixels.dtype not in (np.uint8, np.float16, np.float32, np.float64):
+        raise UserError(f"{path} is {pixels.dtype} {pixels.shape}; needed B T H W 3, float in 0..1 or uint8")
+    if pixels.dtype != np.uint8:
+        pixels = pixels.astype(np.float32)
+        if not (pixels.min() >= 0 and pixels.max() <= 1):  # also refuses nan
+            raise UserError(f"{path}: values from {pixels.min()} to {pixels.max()}; needed floats in 0..1, or uint8")
+    return torch.from_numpy(pixels)
+
+
+def first_clip(source: Path, settings: WindowSettings) -> Tensor:
+    """The first window of a video, uint8 `1 T H W 3`. Raises UserError: a video that is damaged or too short."""
     if not source.is_file():
         raise UserError(f"no file {source}")
-    if source.suffix == ".npy":
-        pixels = read_array(source, axes=5)
-        if pixels.shape[-1] != 3 or not pixels.size or pixels.dtype not in (np.uint8, np.float16, np.float32, np.float64):
-            raise UserError(f"{source} is {pixels.dtype} {pixels.shape}; needed B T H W 3, float in 0..1 or uint8")
-        if pixels.dtype != np.uint8:
-            pixels = pixels.astype(np.float32)
-            if not (pixels.min() >= 0 and pixels.max() <= 1):  # also refuses nan
-                raise UserError(f"{source}: values from {pixels.min()} to {pixels.max()}; needed floats in 0..1, or uint8")
-        return torch.from_numpy(pixels)
-    T, height, width = clip
-    frames = []
     try:
-        for _, frame in video.decode_frames(source):
-            frames.append(np.asarray(Image.fromarray(frame).resize((width, height), resample)))
-            if len(frames) == T:
-                return torch.from_numpy(np.stack(frames))[None]
-    except video.VideoError as error:
+        for window in read_windows(source, settings):
+            return window.pixels[None]
+    except VideoError as error:
         raise UserError(f"{source}: {error}") from error
-    raise UserError(f"{source} has {len(frames)} frames; needed {T} for a clip")
+    raise UserError(f"{source} is too short; needed {settings.clip[0]} frames at {settings.rate_hz:g} Hz")
 
 
 def read_array(path: Path, *, axes: int) -> np.ndarray:

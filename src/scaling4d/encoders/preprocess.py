@@ -13,6 +13,8 @@ from scaling4d.records import UserError
 
 TOLERANCE_S = 1e-3  # a frame that starts this much after a wanted time counts as shown then, as in video.py
 NEEDED = "floats in 0..1, or uint8"
+BICUBIC, ALIASED = "bicubic", "bilinear, aliased"
+FILTERS = {BICUBIC: ("bicubic", True), "bilinear": ("bilinear", True), ALIASED: ("bilinear", False)}  # mode, antialias
 
 
 def check_video(video: object) -> Tensor:
@@ -99,8 +101,8 @@ def pick_frames(pixels: Tensor, frames: int, *, rate_hz: float | None, encoder_r
     return pixels[:, indices]
 
 
-def resize_and_crop(pixels: Tensor, height: int, width: int) -> Tensor:
-    """`B T H W C` -> `B T height width C`: the largest centred part of that shape, resized (bicubic, antialiased)."""
+def resize_and_crop(pixels: Tensor, height: int, width: int, resample: str = BICUBIC) -> Tensor:
+    """`B T H W C` -> `B T height width C`: the largest centred part of that shape, resized. resample: of FILTERS."""
     B, T, H, W, C = pixels.shape
     if (height, width) == (H, W):
         return pixels
@@ -108,18 +110,19 @@ def resize_and_crop(pixels: Tensor, height: int, width: int) -> Tensor:
     top, left = (H - h) // 2, (W - w) // 2
     x = pixels[:, :, top : top + h, left : left + w].flatten(0, 1).movedim(-1, 1).float()  # B*T C h w
     if (h, w) != (height, width):
-        x = F.interpolate(x, (height, width), mode="bicubic", antialias=True, align_corners=False)
+        mode, antialias = FILTERS[resample]
+        x = F.interpolate(x, (height, width), mode=mode, antialias=antialias, align_corners=False)
     x = x.clamp(0, 255).round().to(torch.uint8) if pixels.dtype == torch.uint8 else x.clamp(0, 1)
     return x.movedim(1, -1).reshape(B, T, height, width, C)
 
 
-def resize_and_pad(pixels: Tensor, height: int, width: int) -> Tensor:
+def resize_and_pad(pixels: Tensor, height: int, width: int, resample: str = BICUBIC) -> Tensor:
     """`B T H W C` -> `B T height width C`: the whole picture, resized, in the middle of black (0)."""
     H, W = pixels.shape[2:4]
     scale = min(height / H, width / W)
     h, w = min(height, max(1, round(H * scale))), min(width, max(1, round(W * scale)))
     top, left = (height - h) // 2, (width - w) // 2
-    return F.pad(resize_and_crop(pixels, h, w), (0, 0, left, width - w - left, top, height - h - top))
+    return F.pad(resize_and_crop(pixels, h, w, resample), (0, 0, left, width - w - left, top, height - h - top))
 
 
 FITS = {"crop": resize_and_crop, "pad": resize_and_pad}  # ways to bring a picture to a clip's shape; both keep its aspect ratio

@@ -13,7 +13,7 @@ import shutil
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -27,7 +27,7 @@ from scaling4d.clips.sources import SourceFile, list_sources
 from scaling4d.encoders.encoder import Encoder
 from scaling4d.encoders.pca import write_pca_video
 from scaling4d.encoders.pretrained import set_clip
-from scaling4d.encoders.windows import WindowSettings, batches, frame_times, read_windows
+from scaling4d.encoders.windows import NO_RATE, WindowSettings, batches, frame_times, read_windows
 from scaling4d.provenance import differences, work_folder, write_text
 from scaling4d.records import UserError, file_system_errors, json_text, on_one_line, read_json_object, shortened
 from scaling4d.video import VideoError, VideoInput
@@ -104,7 +104,7 @@ def bind_features(
     """
     rate_hz = encoder.rate_hz if rate_hz is None else rate_hz
     if rate_hz is None:
-        raise UserError("the checkpoint does not tell its clips' rate; give frames per second with --rate-hz")
+        raise UserError(NO_RATE)
     set_clip(encoder.model, frames=frames or 0, side_px=side_px or 0)
     stride_s = encoder.clip[0] / rate_hz if stride_s is None else stride_s
     for option, value in (("--rate-hz", rate_hz), ("--stride", stride_s)):
@@ -115,7 +115,7 @@ def bind_features(
     layers = tuple(sorted(set(layers))) or (encoder.depth,)
     if not 0 <= layers[0] <= layers[-1] <= encoder.depth:
         raise UserError(f"--layer = {', '.join(map(str, layers))}; needed 0 (embedded tokens) to {encoder.depth} (last block)")
-    return FeatureSettings(WindowSettings(encoder.clip, rate_hz, stride_s, fit), layers, tokens, dtype)
+    return FeatureSettings(WindowSettings(encoder.clip, rate_hz, stride_s, fit, encoder.resample), layers, tokens, dtype)
 
 
 def videos_at(paths: Sequence[Path], out: Path) -> list[tuple[str, VideoInput | str]]:
@@ -287,7 +287,7 @@ def _description(encoder: Encoder, settings: FeatureSettings) -> dict[str, Any]:
     return {
         "encoder": {"name": checkpoint.name, "model": checkpoint.model, "weights_sha256": weights.hexdigest()}
         | {"settings": checkpoint.settings, "grid": encoder.grid, "width": encoder.width, "depth": encoder.depth},
-        "windows": {"clip": windows.clip, "rate_hz": windows.rate_hz, "stride_s": windows.stride_s, "fit": windows.fit},
+        "windows": asdict(windows),
         "versions": {"scaling4d": __version__, "torch": torch.__version__},
         "features": {"layers": settings.layers, "pooling": "none" if settings.tokens else "mean", "dtype": settings.dtype},
     }

@@ -13,18 +13,24 @@ import torch
 from torch import Tensor
 
 from scaling4d import video
-from scaling4d.encoders.preprocess import FITS
+from scaling4d.encoders.preprocess import BICUBIC, FITS
 from scaling4d.video import VideoInput
+
+NO_RATE = "the checkpoint does not tell its clips' rate; give frames per second with --rate-hz"
 
 
 @dataclass(frozen=True)
 class WindowSettings:
-    """clip: T H W. rate_hz: frames per second. stride_s: from a window's start to the next one's. fit: of FITS."""
+    """clip: T H W. rate_hz: frames per second. stride_s: from a window's start to the next one's.
+
+    fit, resample: of FITS and FILTERS.
+    """
 
     clip: tuple[int, int, int]
     rate_hz: float
     stride_s: float
     fit: str
+    resample: str = BICUBIC
 
     @property
     def length_s(self) -> float:
@@ -53,7 +59,8 @@ def read_windows(source: VideoInput, settings: WindowSettings) -> Iterator[Windo
     decoded = video.decode_frames_at(source, (time_s for time_s, _ in times))
     for (frame_s, rgb), (_, number) in zip(decoded, numbers, strict=False):
         if rgb is not previous:
-            previous, fitted = rgb, FITS[settings.fit](torch.from_numpy(rgb)[None, None], height, width)[0, 0]
+            picture = torch.from_numpy(rgb)[None, None]
+            previous, fitted = rgb, FITS[settings.fit](picture, height, width, settings.resample)[0, 0]
         window = unfinished.setdefault(number, [])
         window.append((frame_s, fitted))
         if len(window) == frames:

@@ -24,6 +24,7 @@ from scaling4d.config import check_types, require_sizes, require_words
 from scaling4d.encoders import released
 from scaling4d.encoders.arrays import Npz, Shape, write_npz, write_safetensors
 from scaling4d.encoders.card import write_model_card
+from scaling4d.encoders.encoder import rate_hz_of
 from scaling4d.encoders.features import DEPTH_FRACTION, layer_index, split_time
 from scaling4d.encoders.load import build_model
 from scaling4d.encoders.released import MAESTOptions, TensorMap, WeightMap, flax_dense, flax_norm, reshaped, shape_of, transposed
@@ -311,12 +312,13 @@ def _write_folder(
         for file, tensors in files.items():
             converted = (entry.to_ours(*(read(key) for key in entry.arrays)) for entry in tensors.values())
             write_safetensors(folder / file, {name: entry.shape for name, entry in tensors.items()}, converted)
+        evidence = {"stage": "convert", "settings": {}, "overrides": {}, "code": None}
         saved = Checkpoint(out.name, model, asdict(config), parameters, 0, 0)
+        saved = replace(saved, rate_hz=rate_hz_of(saved, evidence))
         saved.write_config(folder)
         if readout:
             write_json(folder / READOUT, asdict(readout))
-        inputs = {source.name: artifacts.sha256(source)}
-        evidence = {"stage": "convert", "settings": {}, "overrides": {}, "code": None, "inputs": inputs}
+        evidence["inputs"] = {source.name: artifacts.sha256(source)}
         write_json(folder / artifacts.PROVENANCE, evidence)
         write_model_card(folder, saved, evidence, mean=config.pixel_mean, scale=config.pixel_scale)
     return out

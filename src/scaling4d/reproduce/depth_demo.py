@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from scaling4d import artifacts, video
 from scaling4d.encoders.arrays import write_npz
-from scaling4d.encoders.extract import all_features, read_clips
+from scaling4d.encoders.extract import all_features
 from scaling4d.encoders.pretrained import load_encoder
 from scaling4d.provenance import atomic_new, work_folder
 from scaling4d.readout import released_heads
@@ -79,7 +79,7 @@ def run(*, weights: Path | None, video_file: Path | None, out: Path | None) -> t
     DEPTH_DEMO.require({"--weights": weights, "--video": video_file})
     out = new_folder(out, DEPTH_DEMO.name)
     encoder, readout, head = load_released(weights)
-    clips = read_clips(video_file, encoder.clip, resample=Image.Resampling.LANCZOS)
+    clips = read_demo_clip(video_file, encoder.clip)
     depth = predict_depth(encoder, readout, head, clips)[0]  # T H W
     if not (known := depth[np.isfinite(depth)]).size:
         raise UserError(f"{weights}: its readout predicts no numbers; download the file again")
@@ -95,6 +95,14 @@ def run(*, weights: Path | None, video_file: Path | None, out: Path | None) -> t
         draw(folder, clips[0].numpy(), depth)
         write_json(folder / RESULT, content)
     return out, content
+
+
+def read_demo_clip(source: Path, clip: tuple[int, int, int]) -> Tensor:
+    """The first frames of a video as the demo takes them, uint8 `1 T H W 3`. Raises UserError: as read_video."""
+    T, height, width = clip
+    pictures = map(Image.fromarray, video.read_video(source, frames=T))
+    frames = [np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS)) for picture in pictures]
+    return torch.from_numpy(np.stack(frames))[None]
 
 
 def load_released(weights: Path) -> tuple[nn.Module, ReleasedReadout, nn.Module]:

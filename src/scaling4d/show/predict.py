@@ -8,10 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders.arrays import write_npz
-from scaling4d.encoders.extract import all_features, read_array, read_clips
+from scaling4d.encoders.encoder import Encoder
+from scaling4d.encoders.extract import all_features, first_clip, read_array, read_clips
 from scaling4d.encoders.features import layer_index, split_time
-from scaling4d.encoders.pretrained import load_encoder, set_clip
+from scaling4d.encoders.video_features import bind_features
 from scaling4d.provenance import atomic_new
 from scaling4d.readout import released_heads
 from scaling4d.records import UserError
@@ -20,7 +22,15 @@ from scaling4d.show.trained import TrainedReadout, load_trained_readout
 
 @torch.no_grad()
 def write_features(
-    checkpoint: Path, video: Path, out: Path, *, frames: int | None = None, side_px: int | None = None, queries: Path | None
+    checkpoint: str | Path,
+    video: Path,
+    out: Path,
+    *,
+    frames: int | None = None,
+    side_px: int | None = None,
+    rate_hz: float | None = None,
+    fit: str = "crop",
+    queries: Path | None = None,
 ) -> list[str]:
     """Write `layer_00` ... `layer_LL`, each `B N D`, and `output` where the folder has a readout. Returns their names.
 
@@ -28,19 +38,25 @@ def write_features(
     clips.
 
     Args:
-        checkpoint: a Checkpoint folder, or the folder of a frozen readout in artifacts/ (its encoder is used then).
-        video: a video file or a `.npy` of clips, see encoders.extract.read_clips.
-        frames, side_px: of the clip of a video file; None: the checkpoint's.
+        checkpoint: as of Encoder.from_pretrained, or the folder of a frozen readout in artifacts/ (its encoder is used
+            then, at the rate of its task).
+        video: a video file, of which the first window is taken, or a `.npy` of clips, see encoders.extract.read_clips.
+        frames, side_px, rate_hz, fit: of the window, see bind_features.
         queries: `.npy`, `Q 2` or `Q 4` in 0..1, for a readout that tracks.
     Raises:
-        UserError: `out` exists, not a checkpoint, not clips, values outside 0..1, a video that is too short, or queries
-            that do not fit.
+        UserError: `out` exists, not a checkpoint, not clips, values outside 0..1, a video that is too short, no rate,
+            or queries that do not fit.
     """
     with atomic_new(out) as partial:
-        trained = load_trained_readout(checkpoint) if (checkpoint / "result.json").is_file() else None
-        released = None if trained else released_heads.read_readout(checkpoint)
-        head = released_heads.load_readout(checkpoint, released) if released else None
-        encoder = trained.encoder if trained else load_encoder(checkpoint).eval()
+        folder = Path(checkpoint)
+        trained = load_trained_readout(folder) if (folder / "result.json").is_file() else None
+        released = None if trained else released_heads.read_readout(folder)
+        head = released_heads.load_readout(folder, released) if released else None
+        if trained:
+            encoder = Encoder(trained.encoder, Checkpoint.read(trained.checkpoint))
+            encoder.rate_hz = trained.model.task.rate_hz
+        else:
+            encoder = Encoder.from_pretrained(checkpoint)
         places = None  # 1 Q n
         if queries is not None:
             places = torch.from_numpy(read_array(queries, axes=2).astype(np.float32))[None]
@@ -48,19 +64,22 @@ def write_features(
                 raise UserError(
                     f"{queries}: values from {places.min():g} to {places.max():g}; needed places in 0..1 of the picture"
                 )
-        native = encoder.clip
-        if (frames or side_px) and video.suffix == ".npy":
-            raise UserError(f"{video} is taken as it is; leave out --frames and --side-px")
-        set_clip(encoder, frames=frames or 0, side_px=side_px or 0)
-        pixels = read_clips(video, encoder.clip)
+        native, single = encoder.clip, {"layers": (), "tokens": True, "dtype": "float32", "stride_s": None}
+        if video.suffix == ".npy":
+            if frames or side_px or rate_hz:
+                raise UserError(f"{video} is taken as it is; leave out --frames, --side-px and --rate-hz")
+            pixels = read_clips(video)
+        else:
+            settings = bind_features(encoder, rate_hz=rate_hz, frames=frames, side_px=side_px, fit=fit, **single)
+            pixels = first_clip(video, settings.windows)
         if (trained or released and released.kind == "depth") and tuple(pixels.shape[1:4]) != native:
             raise UserError(f"{video}: clips T H W = {tuple(pixels.shape[1:4])}; this readout predicts for {native} only")
-        layers = all_features(encoder, pixels)
+        layers = all_features(encoder.model, pixels)
         arrays = {f"layer_{i:02d}": layer.numpy() for i, layer in enumerate(layers)}
         if trained:
             arrays["output"] = _predict(trained, layers, pixels, places).numpy()
         elif released:
-            arrays["output"] = released_heads.predict(released, head, encoder, layers, pixels, places).numpy()
+            arrays["output"] = released_heads.predict(released, head, encoder.model, layers, pixels, places).numpy()
         write_npz(partial, arrays.items())
     return list(arrays)
 
