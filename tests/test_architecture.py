@@ -13,7 +13,8 @@ HOUSE, BENCH = SOURCES / "scaling4d", SOURCES / "scaling4d_bench"
 HALLWAY = {"records", "config", "seeds", "artifacts", "provenance", "checkpoint", "video", "log", "cli"}
 ENTRANCES = {"__init__", "__main__", "cli"}  # `scaling4d.Encoder`, `python -m scaling4d`, and the commands
 LEVELS = (  # a package imports packages of earlier levels only
-    {"pipeline", "benchmarks", "clips", "mae"},
+    {"benchmarks", "clips", "mae"},
+    {"pipeline"},
     {"training"},
     {"encoders"},
     {"readout"},  # its linear probes are measured in pretraining

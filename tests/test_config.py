@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -164,7 +166,8 @@ def test_dvc_resolves_the_stages_of_every_point_of_a_large_profile(
     shutil.copy(ROOT / "dvc.yaml", tmp_path)
     config.write([f"profile={profile}"])
     settings = config.read()
-    with Repo.init(no_scm=True) as repo:
+    subprocess.run([sys.executable, "-m", "dvc", "init", "-q", "--no-scm"], check=True)
+    with Repo() as repo:
         stages, graph = {stage.addressing: stage for stage in repo.index.stages}, repo.index.graph
         before = {name: {needed.addressing for needed in graph.successors(stage)} for name, stage in stages.items()}
     trained = {point: f"pretrain@{point}" for point in settings["points"]}
