@@ -20,6 +20,7 @@ from scaling4d.training.optimizer import ParamGroups
 DEVICE = "fakegpu"
 PROCESSES = multiprocessing.get_context("forkserver")  # where no backward pass ran: autograd keeps the devices of its first
 PRODUCTS = ("mm", "addmm")  # of linear layers; attention has no kernel on this device, and falls back to float32
+LOSSES = ("mse_loss", "smooth_l1_loss", "huber_loss", "l1_loss")
 STEPS = 2  # of `train`
 
 
@@ -85,6 +86,8 @@ class Operations(TorchDispatchMode):
                 self.waits.append(f"copy of {tuple(source.shape)} from {source.device} to {out.device}")
         if name in ("index", "index_put", "index_put_") and args[0].device.type == DEVICE:
             self.waits += [f"{name} by a tensor of the CPU" for index in args[1] if index is not None and index.is_cpu]
+        if name.startswith(LOSSES):  # their backward passes of mixed types fail in torch 2.10, that of requirements-cuda.lock
+            (_,) = {value.dtype for value in args if isinstance(value, torch.Tensor)}
         if name in PRODUCTS and out.device.type == DEVICE:
             self.linear_dtypes |= {value.dtype for value in args if isinstance(value, torch.Tensor)}
         return out

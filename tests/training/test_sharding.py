@@ -46,13 +46,18 @@ def test_sharded_first_weights_are_those_of_one_rank_and_gradients_nearly(method
         assert near(sharded[name], gradient, 1e-4), name
 
 
+def fsdp_groups(state: object) -> list:
+    """Torch 2.10, of requirements-cuda.lock, has one or none."""
+    return state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else list(filter(None, [state._fsdp_param_group]))
+
+
 def sizes_between_parts(*, rank: int, ranks: int, shards: int) -> tuple[int, int, int]:
     """After a part that is not the last: numbers of full gradients, of values in a rank's shards, of parameters."""
     model = build_sharded(replace(PLAIN, shards=shards), ranks=ranks)
     set_last_microbatch(model, False)
     model(*batch_of(model, 0, rank=rank, ranks=ranks)).backward()
     states = [part._get_fsdp_state() for part in model.modules() if hasattr(part, "_get_fsdp_state")]
-    groups = [group for state in states for group in state._fsdp_param_groups]
+    groups = [group for state in states for group in fsdp_groups(state)]
     full = sum(param.unsharded_accumulated_grad is not None for group in groups for param in group.fsdp_params)
     reduced = sum(p.grad.to_local().numel() for p in model.parameters() if p.grad is not None)
     waiting = sum(group._partial_reduce_output.numel() for group in groups if group._partial_reduce_output is not None)

@@ -68,4 +68,4 @@ class Distilled(Method):
 
     def forward(self, pixels: Tensor, masked: MaskedTokens) -> Tensor:
         """Mean squared error of the predicted features (a scalar)."""
-        return F.mse_loss(self.predict(pixels, masked), self.target(pixels, masked))
+        return F.mse_loss(self.predict(pixels, masked).float(), self.target(pixels, masked))  # as in SimpleMAE.forward

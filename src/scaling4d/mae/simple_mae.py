@@ -70,7 +70,8 @@ class SimpleMAE(Method):
 
     def forward(self, pixels: Tensor, masked: MaskedTokens) -> Tensor:
         """Mean squared error of all normalised pixels, visible ones included (a scalar)."""
-        return F.mse_loss(self.predict_patches(pixels, masked), self.encoder.normalise(patchify(pixels, self.coarse_patch)))
+        predicted = self.predict_patches(pixels, masked).float()  # torch 2.10 has no backward pass of mixed types
+        return F.mse_loss(predicted, self.encoder.normalise(patchify(pixels, self.coarse_patch)))
 
     def reconstruct(self, pixels: Tensor, masked: MaskedTokens) -> Tensor:
         """float `B T H W C` in 0..1: every pixel as predicted."""
