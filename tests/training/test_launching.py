@@ -15,10 +15,11 @@ from unittest.mock import Mock
 
 import pytest
 from interrupting import exit_code, free_port
+from torch.distributed.elastic.multiprocessing import PContext
 
 from scaling4d.pipeline.code_hashes import hashes, running
 from scaling4d.records import AGAIN, UserError
-from scaling4d.training import launch
+from scaling4d.training import launch, torchrun
 from scaling4d.training.launch import CODE, REFUSED, SLURM_JOB, Job, LaunchConfig, snapshot_content
 
 HERE = LaunchConfig(where="here", nodes=1, rendezvous="", restarts=3, wait_s=0, partition="", hours=24, cluster="slurm")
@@ -94,6 +95,17 @@ def test_ctrl_c_twice_is_one_request_to_torchrun() -> None:
 
     assert exit_code(press) == AGAIN
     assert Path("received").read_text() == "SIGTERM"
+
+
+def test_torchrun_gives_ranks_the_time_of_the_settings_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list = []
+    monkeypatch.setattr(PContext, "close", lambda self, death_sig=None, timeout=30: calls.append((death_sig, timeout)))
+    monkeypatch.setattr(
+        torchrun.run, "main", lambda words: calls.append(words) or PContext.close(None, signal.SIGTERM, timeout=30)
+    )
+    monkeypatch.setattr(sys, "argv", ["torchrun", "77", "--standalone"])
+    torchrun.main()
+    assert calls == [["--standalone"], (signal.SIGTERM, 77)]
 
 
 def test_a_launcher_keeps_settings_and_code_for_its_ranks() -> None:

@@ -198,9 +198,10 @@ def _command(job: Job, config: LaunchConfig, snapshot: Path) -> list[str]:
         where = ["--nnodes", str(config.nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", address]
         where += ["--rdzv-id", job.name, "--rdzv-conf", f"join_timeout={config.wait_s}"]
     return [
-        *(sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", str(job.ranks // config.nodes)),
+        *(sys.executable, "-m", "scaling4d.training.torchrun", str(config.wait_s), *where),
+        *("--nproc-per-node", str(job.ranks // config.nodes)),
         *("--max-restarts", str(config.restarts), "--signals-to-handle", "SIGTERM,SIGUSR1"),
-        *("--shutdown-timeout", str(config.wait_s), "-m", "scaling4d", *job.arguments, "--snapshot", str(snapshot)),
+        *("-m", "scaling4d", *job.arguments, "--snapshot", str(snapshot)),
     ]
 
 
