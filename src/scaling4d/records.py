@@ -57,13 +57,22 @@ def files_below(folder: Path, *, linked: bool = True) -> list[Path]:
     Raises UserError: a link to a folder around it.
     """
     files: list[Path] = []
-    for here, folders, names in os.walk(folder, followlinks=linked):
-        below = Path(here).relative_to(folder)
-        around = [folder / above for above in (below, *below.parents)]
-        for link in (Path(here, name) for name in folders if linked and os.path.islink(Path(here, name))):
-            if any(above.resolve().is_relative_to(link.resolve()) for above in around):
-                raise UserError(f"{link} is a link to a folder around it; remove it")
-        files += [path for path in (Path(here, name) for name in names) if path.is_file()]
+    folders = [folder]
+    while folders:
+        here = folders.pop()
+        around = [path for path in (here, *here.parents) if path.is_relative_to(folder)]
+        try:
+            entries = [*os.scandir(here)]  # with their kinds: no further call for each file
+        except OSError:  # absent, or not for this user
+            continue
+        for entry in entries:
+            path = here / entry.name
+            if entry.is_dir(follow_symlinks=linked):
+                if entry.is_symlink() and any(above.resolve().is_relative_to(path.resolve()) for above in around):
+                    raise UserError(f"{path} is a link to a folder around it; remove it")
+                folders.append(path)
+            elif entry.is_file():
+                files.append(path)
     return sorted(files)
 
 

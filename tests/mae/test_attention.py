@@ -14,7 +14,7 @@ from scaling4d.mae.attention import align, attention, xformers_problem
 
 
 class OnGPU(torch.Tensor):
-    """A tensor that says that it lies on a GPU."""
+    """A tensor of the CPU whose `is_cuda` is true."""
 
     is_cuda = property(lambda self: True)
 

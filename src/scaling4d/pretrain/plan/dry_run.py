@@ -75,9 +75,9 @@ def dry_run(
         with FakeTensorMode(allow_non_fake_inputs=True):
             for module in (model, *teachers):
                 module.to_empty(device="cpu")
-            held = [p for teacher in teachers for p in teacher.parameters()]  # whole on every GPU
+            held = [p for teacher in teachers for p in teacher.parameters()]  # not sharded
             if keep_best:
-                held += [torch.zeros_like(p.to_local()) for p in model.parameters()]  # shards
+                held += [torch.zeros_like(p.to_local()) for p in model.parameters()]  # sharded
             adamw = build_adamw({"all": (list(model.named_parameters()), 0.0)}, betas=BETAS, weight_decay=0.05)
             grid, clip = model.encoder.grid, model.encoder.clip
 
