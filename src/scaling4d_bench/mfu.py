@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from scaling4d.pretrain.plan.closed_form import GIB, PLAIN, USABLE, StepLayout, clips_that_fit, flops, memory
 from scaling4d.pretrain.plan.performance import CASES, step_seconds
@@ -20,6 +22,7 @@ from scaling4d_bench.measure import Measurements
 
 POINTS = ("S", "B", "L", "H")
 BLOCKS = {"": False, ", compiled": True}  # suffix of a row's name -> whether its blocks are compiled
+COMPUTE = {"fp32": "float32", "bf16": "bfloat16"}
 LIBRARIES = ("torch", "numpy", "xformers", "triton")
 COLUMNS = {
     "": "{name}",
@@ -42,6 +45,8 @@ def bench(
     changes: Mapping[str, Any] | None = None,
 ) -> Path:
     """Measure one point after the other, print a table, write `<out>/mfu.json` (on a GPU with its name).
+
+    bf16 is that of a training: FSDP2 with one shard, whose blocks cast their weights. No autocast.
 
     MFU: FLOPs of three forward passes over the time of a step and the GPU's stated bfloat16 peak. A device that no plan
     knows is compared with an H100.
@@ -97,6 +102,17 @@ def planned(work: Work, layout: StepLayout, gpu: Gpu, *, clips: int) -> dict[str
     return row | {"planned_mfu": [ideal_s / value for value in seconds]}
 
 
+@contextmanager
+def one_rank(device: torch.device) -> Iterator[None]:
+    """A process group of this process alone; FSDP2 needs one."""
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 def measured_step(
     point: str,
     changes: Mapping[str, Any],
@@ -115,17 +131,13 @@ def measured_step(
         torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device) if gpu else 0
     model = steps.build(point, changes, device)
-    step = steps.our_step(
-        model,
-        steps.adamw_update(model),
-        clips=clips,
-        mask_ratio=model.config.mask_ratio,
-        precision=precision,
-        device=device,
-    )
+    flops_per_clip = flops(work_of(model), recompute=False)["model"]
     sharding = ShardingConfig(shards=1, recompute="none", compile=compiled, packed=False, accumulate=1)
-    parallelize(model, sharding, ComputeConfig(device.type, "float32"), ranks=1)  # after the FLOPs were counted
-    run = devices.timed(step.run, device)
-    seconds = measure.take_turns({point: run}, repeats=repeats).seconds[point]
-    row = {"seconds": seconds, "per_s": clips / float(np.median(seconds)), "flops_per_clip": step.flops}
+    with one_rank(device):
+        parallelize(model, sharding, ComputeConfig(device.type, COMPUTE[precision]), ranks=1)
+        given = {"clips": clips, "mask_ratio": model.config.mask_ratio, "precision": "fp32", "device": device}  # no autocast
+        loss, update = steps.our_loss(model, **given), steps.adamw_update(model)
+        run = devices.timed(lambda: update(loss()), device)
+        seconds = measure.take_turns({point: run}, repeats=repeats).seconds[point]
+    row = {"seconds": seconds, "per_s": clips / float(np.median(seconds)), "flops_per_clip": flops_per_clip}
     return row | {"bytes": torch.cuda.max_memory_allocated(device) - before if gpu else 0}

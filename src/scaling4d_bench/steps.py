@@ -91,10 +91,8 @@ def masks_at_ratio(model: Method, clips: int, mask_ratio: float, rng: torch.Gene
     return random_masking(model.config.masking, batch=clips, rng=rng, **given)
 
 
-def our_step(
-    model: Method, update: Update, *, clips: int, mask_ratio: float, precision: str, device: torch.device
-) -> TrainingStep:
-    """A step of one of METHODS. Its masks come from one stream, step after step."""
+def our_loss(model: Method, *, clips: int, mask_ratio: float, precision: str, device: torch.device) -> Callable[[], Tensor]:
+    """The loss of one of METHODS on random pixels. Its masks come from one stream, call after call."""
     pixels = torch.randint(0, 256, (clips, *model.encoder.clip, 3), dtype=torch.uint8, generator=seeds.torch_rng(SEED, "bench"))
     pixels, rng = pixels.to(device), seeds.torch_rng(SEED, "bench mask")
 
@@ -103,7 +101,15 @@ def our_step(
         with devices.autocast(precision, device):
             return model(pixels, MaskedTokens(masked.ids_keep.to(device), masked.grid))
 
-    return training_step(loss, update, clips)
+    return loss
+
+
+def our_step(
+    model: Method, update: Update, *, clips: int, mask_ratio: float, precision: str, device: torch.device
+) -> TrainingStep:
+    """A step of one of METHODS."""
+    given = {"clips": clips, "mask_ratio": mask_ratio, "precision": precision, "device": device}
+    return training_step(our_loss(model, **given), update, clips)
 
 
 def point_step(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from scaling4d import seeds
+from scaling4d.mae import encoder
 from scaling4d.pretrain.plan.closed_form import PLAIN, StepLayout, flops, memory
 from scaling4d.pretrain.plan.work import work_of
 from scaling4d.training.gpus import GPUS
@@ -192,6 +193,23 @@ def test_mfu_stands_beside_the_plans_range_and_a_step_that_does_not_compile_is_n
     assert row["planned_mfu"][0] > row["planned_mfu"][1] > 0 and len(content["raw"]["S"]) == 2
     assert row["formula_bytes"] == memory(work, StepLayout(1, False, sizes=PLAIN), clips=2)["total"]
     assert "S, compiled: not measured (no C compiler)" in shown
+
+
+def test_mfu_in_bf16_steps_as_a_training_does(tmp_path: Path, monkeypatch) -> None:
+    """FSDP2 casts a block's weights; autocast, which a training does not use, leaves its norms and sums in fp32."""
+    seen, block = {}, encoder.Block.forward
+
+    def watched(self: encoder.Block, x: torch.Tensor, *more: object) -> torch.Tensor:
+        seen.setdefault("types", set()).update({x.dtype, self.attention_norm.weight.dtype, self.qkv.weight.dtype})
+        seen["autocast"] = torch.is_autocast_enabled("cpu")
+        return block(self, x, *more)
+
+    monkeypatch.setattr(encoder.Block, "forward", watched)
+    monkeypatch.setattr(mfu, "BLOCKS", {"": False})
+    path = mfu.bench(tmp_path, clips=2, repeats=2, precision="bf16", points=("S",), changes=SIMPLE)
+    (row,) = json.loads(path.read_text())["results"]["rows"]
+    assert seen == {"types": {torch.bfloat16}, "autocast": False}
+    assert row["formula_bytes"] == memory(work_of(tiny("S")), StepLayout(1, False), clips=2)["total"]
 
 
 def test_costs_have_the_exponents_of_time_and_memory_and_mark_faster_growth(tmp_path: Path, monkeypatch, capsys) -> None:

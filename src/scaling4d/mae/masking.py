@@ -39,7 +39,7 @@ def random_masking(
     else:
         units = _units(strategy, grid)
         drawn = math.prod(units) * count // math.prod(grid)
-        ids = torch.rand(batch, math.prod(units), generator=rng).argsort(dim=1)[:, :drawn]
+        ids = torch.rand(batch, math.prod(units), generator=rng).topk(drawn, largest=False, sorted=False).indices
         visible = torch.zeros(batch, math.prod(units), dtype=torch.bool).scatter(1, ids, True)
         visible = visible.reshape(batch, *units).expand(batch, *grid).flatten(1)  # B N
     return MaskedTokens(visible.nonzero()[:, 1].reshape(batch, count), grid)
