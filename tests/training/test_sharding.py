@@ -12,13 +12,22 @@ import torch._dynamo
 import torch.distributed as dist
 import toy
 from nearness import near
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from toy import CPU, PLAIN, Toy, batch_of, build, build_sharded
 
 from scaling4d import artifacts, checkpoint
 from scaling4d.checkpoint import load_tensors, save_tensors
 from scaling4d.training.distributed import run
 from scaling4d.training.optimizer import build_adamw, named_state
-from scaling4d.training.parallelize import full_tensor, parallelize, reduce_gradients, save_weights, set_last_microbatch
+from scaling4d.training.parallelize import (
+    blocks_of,
+    full_tensor,
+    parallelize,
+    reduce_gradients,
+    save_weights,
+    set_last_microbatch,
+)
 from scaling4d.training.resume import CheckpointManager
 
 pytestmark = pytest.mark.integration
@@ -129,6 +138,50 @@ def test_bfloat16_computes_nearly_the_same_with_float32_weights() -> None:
     for name, gradient in plain.items():
         assert torch.equal(first[name], exact[name])
         assert 0 < (rounded[name] - gradient).norm() < 0.1 * gradient.norm(), name
+
+
+def fsdp2_gradients(*, rank: int, ranks: int, method: str) -> dict:
+    """A step of bfloat16 under FSDP2 with one shard, torch's own way to cast weights: gradients by name."""
+    model = build_sharded(PLAIN, ranks=ranks, method=method)
+    mesh, blocks = init_device_mesh("cpu", (1,)), blocks_of(model)
+    for part in (*blocks, model):
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=part in blocks)
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+    model(*batch_of(model, 0, rank=rank, ranks=ranks)).backward()
+    return {name: full_tensor(p.grad) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("sharding", [
+    {},
+    {"recompute": "block"},
+    {"packed": True},
+])  # fmt: skip
+@pytest.mark.parametrize("method", ["SimpleMAE", "MAEST"])
+def test_cast_weights_have_the_gradients_of_fsdp2_to_the_bit(method: str, sharding: dict) -> None:
+    _, ours = run(gradients, ranks=1, compute="bfloat16", method=method, **sharding)
+    theirs = run(fsdp2_gradients, ranks=1, method=method)
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        assert torch.equal(ours[name], gradient), name
+
+
+def test_compiled_blocks_see_their_cast_weights() -> None:
+    _, compiled = run(gradients, ranks=1, compute="bfloat16", compile=True)
+    _, plain = run(gradients, ranks=1, compute="bfloat16")
+    _, exact = run(gradients, ranks=1)
+    for name, gradient in plain.items():
+        assert not torch.equal(compiled[name], exact[name]), name
+        assert near(compiled[name], gradient, 0.02), name
+
+
+def test_after_a_pass_a_models_weights_are_its_own_again_also_where_it_failed() -> None:
+    model = build_sharded(PLAIN, ranks=1, compute=replace(CPU, compute="bfloat16"))
+    pixels, masked = batch_of(model, 0, rank=0, ranks=1)
+    model(pixels, masked)
+    with pytest.raises(RuntimeError):
+        model(pixels[..., :1], masked)
+    assert all(isinstance(module.weight, torch.nn.Parameter) for module in model.modules() if isinstance(module, torch.nn.Linear))
+    assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
 
 
 def saved(*, rank: int, ranks: int, shards: int) -> dict:

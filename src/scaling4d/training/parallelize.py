@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from scaling4d.training.distributed import heartbeat
 
 BUCKET_VALUES = 2**23  # gradients that ranks sum in one message
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+METHODS = ("reconstruct", "features")  # of a model, beside its forward pass, that use its weights
 
 
 @dataclass(frozen=True)
@@ -66,24 +68,28 @@ class ShardingConfig:
 def parallelize(
     model: nn.Module, sharding: ShardingConfig, compute: ComputeConfig, *, ranks: int, float32_modules: Sequence[nn.Module] = ()
 ) -> None:
-    """Apply packed attention, activation checkpointing, torch.compile and FSDP2 or HSDP to a model, in place.
+    """Apply packed attention, torch.compile, activation checkpointing and FSDP2 or HSDP to a model, in place.
 
-    With one shard in float32 every rank holds a plain model. Otherwise FSDP2 wraps each block, each of
-    `float32_modules`, and the rest of the model (also with one shard, for bfloat16). Weights, gradients and moments
-    stay float32; so do reductions, and the computation of `float32_modules`. Inputs keep their dtype.
+    With one shard every rank holds a plain model, whose blocks cast their weights in bfloat16. Otherwise FSDP2 wraps
+    each block, each of `float32_modules`, and the rest of the model. Weights, gradients and moments stay float32; so do
+    reductions, and the computation of `float32_modules`. Inputs keep their dtype.
 
-    With one shard FSDP2 gathers nothing: each block casts its own weights, and its gradients are summed in one float32
-    message, as DDP's. HSDP's sums over copies overlap the backward pass: torch gives them a stream of their own, for
-    which the computing stream waits at the end. Seen in torch 2.13's calls on a fake device; no GPU timed it.
+    FSDP2 with one shard has the same bits and 2.4 times the CPU's work a step: measured on an H200, where a step of S
+    waited for it (experiments/LOG.md, 2026-11-26).
     """
-    blocks = blocks_of(model)
+    blocks, dtype = blocks_of(model), DTYPES[compute.compute]
+    cast = sharding.shards == 1 and dtype != torch.float32
     for block in blocks:
         block.packed = sharding.packed
-        if sharding.recompute == "block":
+        if sharding.recompute == "block" and not cast:
             recompute_block(block)
         if sharding.compile:
             block.forward = torch.compile(block.forward, dynamic=False)  # blocks share its code, and see other shapes
-    if sharding.shards == 1 and compute.compute == "float32":
+    if cast:
+        cast_weights(model, blocks, float32_modules, dtype)
+        for block in blocks if sharding.recompute == "block" else ():
+            recompute_block(block)  # casts again
+    if sharding.shards == 1:
         return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -91,15 +97,77 @@ def parallelize(
     shape, names = (ranks // sharding.shards, sharding.shards), ("replicas", "shards")
     first = 0 if shape[0] > 1 else 1
     mesh = init_device_mesh(compute.device, shape[first:], mesh_dim_names=names[first:])
-    policy = MixedPrecisionPolicy(param_dtype=DTYPES[compute.compute], reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     for module in float32_modules:
         fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float32))
     fully_shard(model, mesh=mesh, mp_policy=replace(policy, cast_forward_inputs=False))
-    for method in ("reconstruct", "features"):
+    for method in METHODS:
         if hasattr(model, method):
             register_fsdp_forward_method(model, method)
+
+
+class CastWeights(torch.autograd.Function):
+    """Weights of a module in another dtype. Their gradients come back in float32. One call each way."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        cast = [torch.empty_like(weight, dtype=dtype) for weight in weights]
+        torch._foreach_copy_(cast, weights)
+        return tuple(cast)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        present = [gradient for gradient in gradients if gradient is not None]
+        full = [torch.empty_like(gradient, dtype=torch.float32) for gradient in present]
+        torch._foreach_copy_(full, present)
+        given = iter(full)
+        return None, *(None if gradient is None else next(given) for gradient in gradients)
+
+
+def cast_weights(model: nn.Module, blocks: Sequence[nn.Module], float32_modules: Sequence[nn.Module], dtype: torch.dtype) -> None:
+    """Let a model compute with copies of its weights: a block's in its own forward pass, the rest in the model's.
+
+    `float32_modules` compute with the weights themselves. The backward pass holds the copies.
+    """
+    for block in blocks:
+        _cast_around(block, "forward", _owned(block, ()), dtype, cast_inputs=True)
+    rest = _owned(model, (*blocks, *float32_modules))
+    for method in ("forward", *METHODS):
+        if hasattr(model, method):
+            _cast_around(model, method, rest, dtype, cast_inputs=False)
+
+
+def _owned(model: nn.Module, without: Sequence[nn.Module]) -> list[tuple[nn.Module, str]]:
+    """Modules and names of a model's floating-point weights, apart from those of `without`."""
+    left_out = {module for part in without for module in part.modules()}
+    owners = (module for module in model.modules() if module not in left_out)
+    return [(owner, name) for owner in owners for name, p in owner.named_parameters(recurse=False) if p.is_floating_point()]
+
+
+def _cast_around(
+    module: nn.Module, method: str, owned: Sequence[tuple[nn.Module, str]], dtype: torch.dtype, *, cast_inputs: bool
+) -> None:
+    """Wrap a method: within it, attributes named in `owned` are copies in `dtype`. Calls can lie in each other."""
+    inner = getattr(module, method)
+
+    def outer(*args: Any, **kwargs: Any) -> Any:
+        if cast_inputs:
+            args = tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
+        if not owned or owned[0][1] in vars(owned[0][0]):
+            return inner(*args, **kwargs)
+        weights = CastWeights.apply(dtype, *(owner._parameters[name] for owner, name in owned))
+        for (owner, name), weight in zip(owned, weights, strict=True):
+            vars(owner)[name] = weight  # found before _parameters, which state_dict and the optimizer read
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            for owner, name in owned:
+                del vars(owner)[name]
+
+    setattr(module, method, outer)
 
 
 def blocks_of(model: nn.Module) -> tuple[nn.Module, ...]:
@@ -146,11 +214,11 @@ def reduce_gradients(model: nn.Module) -> None:
 
 
 def unshard(model: nn.Module, build: Callable[[], nn.Module], compute: ComputeConfig, *, prefix: str) -> nn.Module:
-    """A model that one rank can use alone: a plain one itself, else one that `build` makes and this fills.
+    """A model that one rank can use alone: a plain one in float32 itself, else one that `build` makes and this fills.
 
     Weights whose names begin with `prefix` are then in the compute dtype. Every rank takes part.
     """
-    if not is_sharded(model):
+    if not is_sharded(model) and compute.compute == "float32":
         return model
     state = {}
     for name, value in model.state_dict().items():

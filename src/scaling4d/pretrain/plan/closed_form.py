@@ -20,7 +20,8 @@ Memory of a GPU, in bytes
                      block but the current one; the loss, in fp32, since its target is. Pixels come as uint8 and leave
                      after the forward pass, before the peak
   communication      c pad(W) of the layers outside the blocks; c pad(W) of the current block and of the prefetched one;
-                     r pad(W) of the gradients under reduction
+                     r pad(W) of the gradients under reduction. With one shard: copies of the weights, of the layers
+                     outside the blocks and of each block until its backward pass; with recompute of the current one
 The peak of a step is sought at the loss, at three places in every block's backward pass, and at the step's end.
 """
 
@@ -29,6 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from scaling4d.mae.encoder import Method
 from scaling4d.pretrain.plan.work import BlockWork, FrozenWork, Shapes, Work, values_of, work_of
@@ -118,6 +120,11 @@ def memory_timeline(work: Work, layout: StepLayout, *, clips: int) -> list[dict[
     weights = [c * gathered_shards * shard for shard in block_shards]
     reduced = [REDUCED * gathered_shards * shard for shard in block_shards]
     root, head = c * gathered_shards * root_shard, c * work.head_parameters
+    if gathered_shards == 1:
+        reduced, prefetched = [0] * len(blocks), [0] * len(blocks)
+        weights = weights if layout.recompute else list(accumulate(weights))
+    else:
+        prefetched = [0, *weights[:-1]]
     after = sum(saved) + clips * c * work.head_saved_values
     finished = all_shards if layout.microbatches > 1 else 0  # values that have a reduced gradient
     loss = [clips * LOSS * work.loss_values]
@@ -129,16 +136,17 @@ def memory_timeline(work: Work, layout: StepLayout, *, clips: int) -> list[dict[
     places = [(REDUCED * finished, after + values, root + weights[-1]) for values in loss]
     for i in reversed(range(len(blocks))):
         block, earlier, tokens = blocks[i], sum(saved[:i]), clips * c * blocks[i].tokens
-        prefetched, previous = weights[i - 1] if i else 0, reduced[i + 1] if i + 1 < len(blocks) else 0
+        previous = reduced[i + 1] if i + 1 < len(blocks) else 0
         ready, unreduced = REDUCED * finished + head, c * values_of(block.shapes)
-        sent = root + weights[i] + prefetched + previous
+        sent = root + weights[i] + prefetched[i] + previous
         # the mlp, with gradients of its output and hidden layer; the block's end, before its gradients are reduced
         mlp = earlier + activations[i] + tokens * (block.width + block.mlp)
         places.append((ready + c * block.width * block.mlp, mlp, sent))
         places.append((ready + unreduced, earlier + tokens * 3 * block.width, sent))
         finished += block_shards[i] if layout.microbatches == 1 else 0
-        # its gradients are copied for the reduction; its weights are freed
-        places.append((ready + unreduced, earlier + tokens * block.width, root + prefetched + reduced[i]))
+        # its gradients are copied for the reduction; gathered weights are freed
+        kept = weights[i] if gathered_shards == 1 else prefetched[i] + reduced[i]
+        places.append((ready + unreduced, earlier + tokens * block.width, root + kept))
     ready = REDUCED * finished + c * values_of(work.shapes)
     places.append((ready, 0, root + reduced[0]))  # the end, before the rest is reduced, and after
     places.append((ready, 0, REDUCED * gathered_shards * root_shard))

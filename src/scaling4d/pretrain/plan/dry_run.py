@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -28,11 +29,12 @@ from scaling4d.records import MaskedTokens
 from scaling4d.training.optimizer import build_adamw
 from scaling4d.training.parallelize import ComputeConfig, ShardingConfig, parallelize, set_last_microbatch
 
-TRACKED = {  # our kinds of memory: the tracker's
-    "parameters": ("Sharded Param", "Buffer"),
-    "gradients": ("Sharded Grad", "Unsharded Grad"),
-    "optimizer": ("OptState",),
-    "activations": ("Activation", "Temp", "Inputs"),  # Temp includes a block's own gradients until they are reduced
+TRACKED = {  # our kinds of memory: those of the trackers, with shards and with one
+    "parameters": ("Sharded Param", "Parameter", "Buffer"),
+    "gradients": ("Sharded Grad", "Unsharded Grad", "Gradient"),
+    "optimizer": ("OptState", "Optstate"),
+    # Temp includes a block's own gradients until they are reduced; with one shard Activation includes cast weights
+    "activations": ("Activation", "Temp", "Inputs", "Other"),
     "communication": ("Unsharded Param", "All Gather", "Reduce Scatter"),
 }
 CPU_ATTENTION = {  # torch counts attention on CUDA alone
@@ -77,7 +79,7 @@ def dry_run(
                 module.to_empty(device="cpu")
             held = [p for teacher in teachers for p in teacher.parameters()]  # not sharded
             if keep_best:
-                held += [torch.zeros_like(p.to_local()) for p in model.parameters()]  # sharded
+                held += [torch.zeros_like(p.to_local() if shards > 1 else p) for p in model.parameters()]
             adamw = build_adamw({"all": (list(model.named_parameters()), 0.0)}, betas=BETAS, weight_decay=0.05)
             grid, clip = model.encoder.grid, model.encoder.clip
 
@@ -86,7 +88,7 @@ def dry_run(
                 ids_keep = torch.zeros(clips, model.visible_tokens, dtype=torch.int64)
                 return model(torch.empty(clips, *clip, 3, dtype=torch.uint8), MaskedTokens(ids_keep, grid))
 
-            def step(tracker: FSDPMemTracker | None = None) -> None:
+            def step(tracker: MemTracker | None = None) -> None:
                 for microbatch in range(microbatches):
                     if tracker:
                         tracker.reset_mod_stats()
@@ -96,8 +98,12 @@ def dry_run(
                 adamw.zero_grad()
 
             step()
-            tracker = FSDPMemTracker(model, adamw)
-            tracker.track_inputs(held)
+            if shards > 1:
+                tracker = FSDPMemTracker(model, adamw)
+                tracker.track_inputs(held)
+            else:
+                tracker = MemTracker()
+                tracker.track_external(model, adamw, *held)
             with tracker:
                 step(tracker)
             executed = count_flops(step)
