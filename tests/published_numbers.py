@@ -221,9 +221,9 @@ def _masking() -> Iterator[str]:
 
 
 def _scale() -> Iterator[str]:
-    """Rows of the guide's table of plans: 256 H100, 8x32; the sum of the frozen readouts of j."""
+    """Rows of the guide's table of plans: 256 H100, the profile's meshes; the sum of the frozen readouts of j."""
     with contextlib.chdir(ROOT):
-        plans = {point: plan(point, mesh="8x32") for point in "SBLHGej"}
+        plans = {point: plan(point) for point in "SBLHGej"}
         settings = config.compose(["profile=paper", "readout.Evaluation.data=absent"])
         readouts = plan_readouts("j", settings, gpu="h100", worker_clips_per_s=WORKER_CLIPS_PER_S)
     total, actions = readouts["total"], readouts["tasks"][0]

@@ -133,6 +133,22 @@ def _points(rows: list[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(row["name"].split(",")[0] for row in rows))
 
 
+def measure_widest(folder: Path, rehearse: bool) -> Outcome:
+    """j: steps of 4 of its 64 blocks; then features of its whole encoder, with random weights."""
+    device, small = devices.prepare(), SMALL if rehearse else {}
+    given = {"clips": 2, "repeats": 1, "precision": "fp32"} if rehearse else {"clips": 64, "repeats": 5, "precision": "bf16"}
+    rows = json.loads(mfu.bench(folder, points=("j",), changes={"depth": 4} | small, **given).read_text())["results"]["rows"]
+    if not rows:
+        raise UserError("no step of j could be measured; see the log")
+    features = mfu.measured_features("j", small, device=device, **(given if rehearse else given | {"clips": 16}))
+    speed = features["per_s"] * features["flops_per_clip"] / mfu.gpu_of(device).bf16_flop_per_s
+    features |= {"share_of_peak": speed, **devices.settings(device)}
+    (folder / "features.json").write_text(json.dumps(features) + "\n")
+    (fast, slow), best = rows[0]["planned_mfu"], max(row["mfu"] for row in rows)
+    text = f"4 blocks of j: MFU {best:.0%}; features of {features['parameters'] / 1e9:.1f} B parameters: "
+    return Outcome(f"{text}{features['per_s']:.1f} clips/s, {speed:.0%} of the peak", f"MFU {slow:.0%}-{fast:.0%}")
+
+
 def run_profile(folder: Path, rehearse: bool) -> Outcome:
     """Profile h100 from rendered videos to its report, in a project of its own below the step's folder.
 
@@ -249,7 +265,8 @@ STEPS = (
     HourStep("attention", 6, check_attention),
     HourStep("determinism", 2, repeat_steps),
     HourStep("mfu", 8, measure_mfu),
-    HourStep("profile", 28, run_profile),
+    HourStep("widest", 3, measure_widest),
+    HourStep("profile", 25, run_profile),
     HourStep("masking", 6, measure_masking),
     HourStep("loading", 4, measure_loading),
     HourStep("videomae", 5, compare_videomae),

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from scaling4d.pretrain.plan.closed_form import GIB, PLAIN, USABLE, StepLayout, clips_that_fit, flops, memory
+from scaling4d.encoders.features import FeatureEncoder, layer_index
+from scaling4d.pretrain.plan.closed_form import GIB, PLAIN, USABLE, StepLayout, clips_that_fit, features_flops, flops, memory
 from scaling4d.pretrain.plan.performance import CASES, step_seconds
-from scaling4d.pretrain.plan.work import Work, work_of
+from scaling4d.pretrain.plan.work import Work, frozen_work, work_of
 from scaling4d.training.gpus import GPUS, Gpu
 from scaling4d.training.parallelize import ComputeConfig, ShardingConfig, parallelize
 from scaling4d_bench import devices, measure, steps
@@ -60,7 +62,7 @@ def bench(
     given = {"clips": clips, "repeats": repeats, "precision": precision, "peak_of": gpu.name}
     measurements, rows = Measurements("mfu", given | devices.settings(device), LIBRARIES), []
     for point in points:
-        work = work_of(steps.build(point, changes or {}, torch.device("cpu")))
+        work = work_of(steps.on_meta(point, changes or {}))
         layout = StepLayout(1, False) if precision == "bf16" else StepLayout(1, False, sizes=PLAIN)
         batch = min(clips, clips_that_fit(work, layout, usable_bytes=USABLE * gpu.memory_bytes))
         plan = planned(work, layout, gpu, clips=batch)
@@ -111,6 +113,23 @@ def one_rank(device: torch.device) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def measured_features(
+    point: str, changes: Mapping[str, Any], *, clips: int, precision: str, device: torch.device, repeats: int
+) -> dict[str, Any]:
+    """As measured_step, of frozen features of the point's encoder, whose weights are random, in the precision."""
+    dtype = devices.DTYPES[precision]
+    model = FeatureEncoder(steps.on_meta(point, changes).encoder).to(dtype).to_empty(device=device).eval()
+    for weight in model.parameters():
+        nn.init.normal_(weight, std=0.02)
+    pixels = torch.randint(0, 256, (clips, *model.encoder.clip, 3), dtype=torch.uint8, device=device)
+    with torch.no_grad():
+        seconds = measure.take_turns({point: devices.timed(partial(model, pixels), device)}, repeats=repeats).seconds[point]
+    flops_per_clip = features_flops(frozen_work(model.encoder, layer_index(depth=model.encoder.depth)))
+    row = {"seconds": seconds, "per_s": clips / float(np.median(seconds)), "flops_per_clip": flops_per_clip, "clips": clips}
+    parameters = sum(weight.numel() for weight in model.parameters())
+    return row | {"parameters": parameters, "bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0}
 
 
 def measured_step(

@@ -70,6 +70,13 @@ def build(point: str, changes: Mapping[str, Any], device: torch.device) -> Metho
     return model.to(device)
 
 
+def on_meta(point: str, changes: Mapping[str, Any]) -> Method:
+    """The point without weights."""
+    method, settings = settings_of(point)
+    with torch.device("meta"):
+        return METHODS[method](config_of(METHODS[method], settings | changes))
+
+
 def adamw_update(model: nn.Module, *, weight_decay: float = 0.05, clip_norm: float | None = None) -> Update:
     """The backward pass from a loss and AdamW's update. clip_norm: None: no gradient is clipped."""
     adamw = build_adamw({"all": (list(model.named_parameters()), 0.0)}, betas=BETAS, weight_decay=weight_decay)

@@ -2,8 +2,10 @@
 
 An operation takes the longer of its FLOPs at a share of the peak and its bytes at a share of the memory's speed, and a
 launch for each kernel. Products are counted in whole tiles, and tiles in whole waves over the GPU's processors. The
-communication of a block runs beside the computing of its neighbour: what takes longer there is exposed. The shares are
-guesses: nothing here was measured on a GPU, and stragglers, shared networks and other kernels are not modelled.
+communication of a block runs beside the computing of its neighbour: what takes longer there is exposed; with one shard
+gradients are summed after the backward pass. The CPU issues all work, beside the GPU: its longer time is exposed. The
+shares are guesses that measurements on one H200 lie between (experiments/LOG.md, 2026-11-26); stragglers, shared
+networks and other kernels are not modelled.
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ ENCODED_PIXEL_BYTES, ENCODED_PIXEL_KERNELS = 31, 15  # the same without loss and
 class Efficiency:
     """Shares of a GPU's figures that work reaches, and latencies.
 
-    matmul, attention: of the peak. memory, link: of their speeds. launch_s: of a kernel. node_hop_s, network_hop_s: of
-    a message from one GPU of a ring to the next.
+    matmul, attention: of the peak. memory, link: of their speeds. launch_s: of a kernel. block_cpu_s, fsdp_cpu_s: of
+    the CPU, to issue both passes of a block, plain and under FSDP2. node_hop_s, network_hop_s: of a message from one
+    GPU of a ring to the next.
     """
 
     matmul: float
@@ -36,15 +39,23 @@ class Efficiency:
     memory: float
     link: float
     launch_s: float
+    block_cpu_s: float
+    fsdp_cpu_s: float
     node_hop_s: float
     network_hop_s: float
 
 
-# All ours, unmeasured, but the hops: Ring LL and Ring Simple of NCCL's src/graph/tuning.cc (hwLat, NVLink and network)
-CASES = {
-    "fast": Efficiency(0.75, 0.4, 0.9, 0.9, launch_s=2e-6, node_hop_s=0.6e-6, network_hop_s=2.7e-6),
-    "slow": Efficiency(0.5, 0.1, 0.7, 0.6, launch_s=6e-6, node_hop_s=3.4e-6, network_hop_s=14e-6),
+# Ours, but: hops are Ring LL and Ring Simple of NCCL's src/graph/tuning.cc (hwLat, NVLink and network); the CPU's slow
+# case was measured beside an H200 (26 ms for 12 blocks; 62, 62, 165, 183 ms for 12, 12, 24, 32 blocks under FSDP2)
+HOPS = {
+    "fast": {"node_hop_s": 0.6e-6, "network_hop_s": 2.7e-6},
+    "slow": {"node_hop_s": 3.4e-6, "network_hop_s": 14e-6},
 }
+CASES = {
+    "fast": Efficiency(0.75, 0.4, 0.9, 0.9, launch_s=2e-6, block_cpu_s=1e-3, fsdp_cpu_s=2e-3, **HOPS["fast"]),
+    "slow": Efficiency(0.5, 0.1, 0.7, 0.6, launch_s=6e-6, block_cpu_s=2.2e-3, fsdp_cpu_s=6e-3, **HOPS["slow"]),
+}
+FORWARD_SHARE = 1 / 3  # of a block's CPU time, in its forward pass; ours
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,7 @@ class Operation:
 
 
 class Seconds(dict[str, float]):
-    """Seconds of a step by what bounds them: compute, memory, launches, communication, host (pixels to the GPU)."""
+    """Seconds of a step by kind: compute, memory, launches, communication, host (pixels to the GPU), cpu."""
 
     def add(self, operations: Iterable[Operation], gpu: Gpu, share: Efficiency) -> float:
         """Add operations, one after the other. Returns their seconds."""
@@ -70,6 +81,10 @@ class Seconds(dict[str, float]):
                 self[name] = self.get(name, 0.0) + value
             total += max(flops_s, bytes_s) + launch_s
         return total
+
+    def add_cpu(self, seconds: float) -> None:
+        """The CPU's seconds beside all others: the part that is longer."""
+        self["cpu"] = max(0.0, seconds - sum(self.values()))
 
 
 def step_seconds(work: Work, layout: StepLayout, gpu: Gpu, share: Efficiency, *, clips: int, replicas: int) -> Seconds:
@@ -91,7 +106,7 @@ def step_seconds(work: Work, layout: StepLayout, gpu: Gpu, share: Efficiency, *,
 
     outside = [op for tokens, weights in (work.embedding, *work.linears) for op in _outside(clips * tokens, weights, c, gpu)]
     outside.append(Operation(0, PIXEL_BYTES * work.pixels * clips, PIXEL_KERNELS))
-    outside += _gather_copies(work.shapes, root, c) + _reduce_copies(work.shapes, c)
+    outside += _gather_copies(work.shapes, root, c, shards) + _reduce_copies(work.shapes, c, shards)
     if work.teacher:
         outside += [op for block in work.teacher.blocks for op in forward(block, clips, c, gpu)]
     exposed = 0.0
@@ -99,21 +114,26 @@ def step_seconds(work: Work, layout: StepLayout, gpu: Gpu, share: Efficiency, *,
         seconds.add(outside, gpu, share)
         exposed += gather(root) + gather(shard[0])
         for i, block in enumerate(blocks):
-            computing = seconds.add(forward(block, clips, c, gpu) + _gather_copies(block.shapes, shard[i], c), gpu, share)
+            computing = seconds.add(forward(block, clips, c, gpu) + _gather_copies(block.shapes, shard[i], c, shards), gpu, share)
             exposed += max(0.0, (gather(shard[i + 1]) if i + 1 < len(blocks) else 0.0) - computing)
         last = microbatch + 1 == layout.microbatches
         for i in reversed(range(len(blocks))):
-            copies = _gather_copies(blocks[i].shapes, shard[i], c) + _reduce_copies(blocks[i].shapes, c)
+            copies = _reduce_copies(blocks[i].shapes, c, shards)
+            if shards > 1 or layout.recompute:
+                copies += _gather_copies(blocks[i].shapes, shard[i], c, shards)
             computing = seconds.add(backward(blocks[i], clips, c, gpu, layout.recompute) + copies, gpu, share)
             within, between = gather(shard[i - 1]) if i else 0.0, 0.0
             if i + 1 < len(blocks):
-                within, between = within + scatter(shard[i + 1]), sum_copies(shard[i + 1]) if last else 0.0
+                within, between = within + scatter(shard[i + 1]), sum_copies(shard[i + 1]) if last and shards > 1 else 0.0
             exposed += max(0.0, max(within, between) - computing)
-        exposed += sum(scatter(values) + (sum_copies(values) if last else 0.0) for values in (shard[0], root))
+        after = [shard[0], root] if shards > 1 else [sum(shard) + root]
+        exposed += sum(scatter(values) + (sum_copies(values) if last else 0.0) for values in after)
     tensors = len(work.shapes) + sum(len(block.shapes) for block in blocks)
     seconds.add([Operation(0, OPTIMIZER_BYTES * (root + sum(shard)), 2 * tensors)], gpu, share)
     host_s = layout.microbatches * clips * work.pixels / (gpu.host_bytes_per_s * share.link)  # in the stream of the kernels
     seconds |= {"communication": exposed, "host": host_s}
+    passes = layout.microbatches * (1 + FORWARD_SHARE * layout.recompute)
+    seconds.add_cpu(len(blocks) * passes * (share.fsdp_cpu_s if shards > 1 else share.block_cpu_s))
     return seconds
 
 
@@ -132,12 +152,13 @@ def features_seconds(frozen: FrozenWork, gpu: Gpu, share: Efficiency, *, shards:
     seconds.add([Operation(0, ENCODED_PIXEL_BYTES * pixels * clips, ENCODED_PIXEL_KERNELS), *embedding], gpu, share)
     exposed = gather(shard[0]) if shard else 0.0
     for i, block in enumerate(frozen.blocks):
-        copies = _gather_copies(block.shapes, shard[i], c) if shards > 1 else []
+        copies = _gather_copies(block.shapes, shard[i], c, shards) if shards > 1 else []
         computing = seconds.add(forward(block, clips, c, gpu) + copies, gpu, share)
         exposed += max(0.0, (gather(shard[i + 1]) if i + 1 < len(shard) else 0.0) - computing)
     width = frozen.blocks[0].width if frozen.blocks else 0
     host_s = clips * (pixels + STORED * tokens * width) / (gpu.host_bytes_per_s * share.link)
     seconds |= {"communication": exposed, "host": host_s}
+    seconds.add_cpu(len(frozen.blocks) * FORWARD_SHARE * (share.fsdp_cpu_s if shards > 1 else share.block_cpu_s))
     return seconds
 
 
@@ -192,11 +213,12 @@ def _outside(tokens: int, weights: int, c: int, gpu: Gpu) -> list[Operation]:
     return [_product(tokens, side, side, c, gpu)] * 2 + [_product(side, side, tokens, c, gpu)]
 
 
-def _gather_copies(shapes: Shapes, shard: int, c: int) -> list[Operation]:
-    """A shard from fp32, and gathered weights into their tensors."""
-    return [Operation(0, (STORED + c) * shard + 2 * c * values_of(shapes), 3)]
+def _gather_copies(shapes: Shapes, shard: int, c: int, shards: int) -> list[Operation]:
+    """A shard from fp32, and gathered weights into their tensors. One shard is cast alone."""
+    cast, values = (STORED + c) * shard, values_of(shapes)
+    return [Operation(0, cast + 2 * c * values, 3) if shards > 1 else Operation(0, cast, 1)]
 
 
-def _reduce_copies(shapes: Shapes, c: int) -> list[Operation]:
-    """Gradients into one fp32 buffer."""
-    return [Operation(0, (c + LOSS) * values_of(shapes), 3)]
+def _reduce_copies(shapes: Shapes, c: int, shards: int) -> list[Operation]:
+    """Gradients into one fp32 buffer; of one shard, into tensors."""
+    return [Operation(0, (c + LOSS) * values_of(shapes), 3 if shards > 1 else 1)]

@@ -258,10 +258,10 @@ class PlanRequest:
         return changes
 
     def fastest(self, gpus: int) -> dict[str, Any]:
-        """The fastest mesh of so many GPUs that fits, of COUNTS shards. None fits: all as shards, with the reason."""
+        """The fastest mesh that fits, of 1 or COUNTS shards. None fits: all GPUs as shards, with the reason."""
         if problem := self.division_problem(gpus):
             divisor = gpus * self.microbatches
             return {"gpus": gpus, "fits": False, "why": problem, "changes": [f"--batch {-(-self.batch // divisor) * divisor}"]}
-        rows = [self.on_mesh(shards, gpus // shards) for shards in COUNTS if gpus % shards == 0]
+        rows = [self.on_mesh(shards, gpus // shards) for shards in (1, *COUNTS) if gpus % shards == 0]
         fastest = min((row for row in rows if row["fits"]), key=lambda row: math.prod(row["gpu_step_s"]), default=None)
         return fastest or self.with_changes(gpus, 1)
