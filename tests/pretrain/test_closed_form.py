@@ -28,7 +28,8 @@ WORK = Work(
     pixels=756,
     saved_values=0,
     head_saved_values=24,
-    loss_values=75,
+    loss_values=60,
+    loss_kernel_values=15,
     teacher=None,
 )
 REAL_STEPS = """

@@ -17,8 +17,8 @@ Memory of a GPU, in bytes
   activations        B times: of a block c K (8 D + 2 M) + 4 K (4 + h): its input, two normed inputs, queries, keys,
                      values, attention's output, the sum after it, the mlp before and after its GELU, and fp32
                      statistics; with norms of queries and keys c K 2 D + 16 K h more; with recompute c K D of every
-                     block but the current one; the loss, in fp32, since its target is. Pixels come as uint8 and leave
-                     after the forward pass, before the peak
+                     block but the current one; the loss, in fp32, since its target is, with what its kernel holds.
+                     Pixels come as uint8 and leave after the forward pass, before the peak
   communication      c pad(W) of the layers outside the blocks; c pad(W) of the current block and of the prefetched one;
                      r pad(W) of the gradients under reduction. With one shard: copies of the weights, of the layers
                      outside the blocks and of each block until its backward pass; with recompute of the current one
@@ -127,7 +127,7 @@ def memory_timeline(work: Work, layout: StepLayout, *, clips: int) -> list[dict[
         prefetched = [0, *weights[:-1]]
     after = sum(saved) + clips * c * work.head_saved_values
     finished = all_shards if layout.microbatches > 1 else 0  # values that have a reduced gradient
-    loss = [clips * LOSS * work.loss_values]
+    loss = [clips * LOSS * (work.loss_values + work.loss_kernel_values)]
     if teacher := work.teacher:  # every block's input, and of the last one queries, keys, values, the sum, the mlp
         inputs = sum(block.tokens * block.width for block in teacher.blocks)
         last = max((block.tokens * (4 * block.width + 2 * block.mlp) for block in teacher.blocks), default=0)

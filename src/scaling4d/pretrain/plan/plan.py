@@ -111,7 +111,8 @@ def plan(
     if dry:
         from scaling4d.pretrain.plan.dry_run import dry_run
 
-        clips, held = content["mesh"]["clips_per_gpu"], content["mesh"]["memory_bytes"]["total"]
+        clips, seen = content["mesh"]["clips_per_gpu"], replace(work, loss_kernel_values=0)
+        held = memory(seen, request.layout(shards), clips=clips // microbatches)["total"]
         mesh = {"shards": shards, "replicas": replicas, "clips": clips // microbatches}
         run = dry_run(model, **mesh, recompute=recompute, microbatches=microbatches, keep_best=request.keep_best)
         ratios = {"memory": held / run["memory_bytes"]["total"], "flops": clips * clip["total"] / run["flops"]}

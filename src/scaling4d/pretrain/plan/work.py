@@ -45,7 +45,8 @@ class Work:
     blocks: in the order of the forward pass. shapes: of all parameters outside the blocks; head_parameters: number of
     those after the blocks. pixels: values of a clip. saved_values: activations that layers before and between the
     blocks save for the backward pass; head_saved_values: those of the layers after the blocks; loss_values: fp32 values
-    in the loss's backward pass.
+    in the loss's backward pass; loss_kernel_values: those that a kernel of the loss holds besides, unseen by a dry run
+    (measured on an H200, experiments/LOG.md, 2026-11-26).
     """
 
     visible_tokens: int
@@ -60,6 +61,7 @@ class Work:
     saved_values: int
     head_saved_values: int
     loss_values: int
+    loss_kernel_values: int
     teacher: FrozenWork | None
 
     @property
@@ -83,6 +85,7 @@ def work_of(model: Method) -> Work:
         saved += (2 * visible + prefix) * encoder.width
         head_saved = 2 * (tokens + prefix) * width
         loss = 5 * tokens * model.decoder.out_features  # the difference, and four on the way to its gradient
+        in_kernel = 0
     else:
         alone, decoded = len(encoder.blocks), visible
         if isinstance(model, SimpleMAE):
@@ -93,7 +96,8 @@ def work_of(model: Method) -> Work:
         blocks = _blocks(encoder.blocks[:alone], visible) + _blocks(encoder.blocks[alone:], visible + coarse)
         linears, head = (_linear(model.decoder, decoded),), (model.decoder,)
         head_saved = decoded * encoder.width
-        loss = 3 * decoded * model.decoder.out_features  # target, gradient; prediction and gradient in bf16 are one more
+        in_kernel = decoded * model.decoder.out_features
+        loss = 3 * in_kernel  # target, gradient; prediction and gradient in bf16 are one more
     in_blocks = {id(p) for block in blocks_of(model) for p in block.parameters()}
     return Work(
         visible_tokens=visible,
@@ -108,6 +112,7 @@ def work_of(model: Method) -> Work:
         saved_values=saved,
         head_saved_values=head_saved,
         loss_values=loss,
+        loss_kernel_values=in_kernel,
         teacher=teacher,
     )
 
