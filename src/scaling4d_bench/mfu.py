@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import gc
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from scaling4d.encoders.features import FeatureEncoder, layer_index
@@ -48,7 +47,7 @@ def bench(
 ) -> Path:
     """Measure one point after the other, print a table, write `<out>/mfu.json` (on a GPU with its name).
 
-    bf16 is that of a training: FSDP2 with one shard, whose blocks cast their weights. No autocast.
+    bf16 is that of a training with one shard, whose blocks cast their weights. No autocast.
 
     MFU: FLOPs of three forward passes over the time of a step and the GPU's stated bfloat16 peak. A device that no plan
     knows is compared with an H100.
@@ -104,22 +103,11 @@ def planned(work: Work, layout: StepLayout, gpu: Gpu, *, clips: int) -> dict[str
     return row | {"planned_mfu": [ideal_s / value for value in seconds]}
 
 
-@contextmanager
-def one_rank(device: torch.device) -> Iterator[None]:
-    """A process group of this process alone; FSDP2 needs one."""
-    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
 def measured_features(
     point: str, changes: Mapping[str, Any], *, clips: int, precision: str, device: torch.device, repeats: int
 ) -> dict[str, Any]:
     """As measured_step, of frozen features of the point's encoder, whose weights are random, in the precision."""
-    dtype = devices.DTYPES[precision]
+    dtype, before = devices.DTYPES[precision], _allocated_before(device)
     model = FeatureEncoder(steps.on_meta(point, changes).encoder).to(dtype).to_empty(device=device).eval()
     for weight in model.parameters():
         nn.init.normal_(weight, std=0.02)
@@ -129,7 +117,7 @@ def measured_features(
     flops_per_clip = features_flops(frozen_work(model.encoder, layer_index(depth=model.encoder.depth)))
     row = {"seconds": seconds, "per_s": clips / float(np.median(seconds)), "flops_per_clip": flops_per_clip, "clips": clips}
     parameters = sum(weight.numel() for weight in model.parameters())
-    return row | {"parameters": parameters, "bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0}
+    return row | {"parameters": parameters, "bytes": _peak(device) - before}
 
 
 def measured_step(
@@ -143,20 +131,29 @@ def measured_step(
     repeats: int,
 ) -> dict[str, Any]:
     """Seconds of each turn, clips a second at their median, FLOPs of a clip, and the allocator's peak (0 on a CPU)."""
-    gpu = device.type == "cuda"
     torch.compiler.reset()  # torch compiles a function for 8 shapes at most, and all blocks share theirs
-    if gpu:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device) if gpu else 0
+    before = _allocated_before(device)
     model = steps.build(point, changes, device)
     flops_per_clip = flops(work_of(model), recompute=False)["model"]
     sharding = ShardingConfig(shards=1, recompute="none", compile=compiled, packed=False, accumulate=1)
-    with one_rank(device):
-        parallelize(model, sharding, ComputeConfig(device.type, COMPUTE[precision]), ranks=1)
-        given = {"clips": clips, "mask_ratio": model.config.mask_ratio, "precision": "fp32", "device": device}  # no autocast
-        loss, update = steps.our_loss(model, **given), steps.adamw_update(model)
-        run = devices.timed(lambda: update(loss()), device)
-        seconds = measure.take_turns({point: run}, repeats=repeats).seconds[point]
+    parallelize(model, sharding, ComputeConfig(device.type, COMPUTE[precision]), ranks=1)
+    given = {"clips": clips, "mask_ratio": model.config.mask_ratio, "precision": "fp32", "device": device}  # no autocast
+    loss, update = steps.our_loss(model, **given), steps.adamw_update(model)
+    run = devices.timed(lambda: update(loss()), device)
+    seconds = measure.take_turns({point: run}, repeats=repeats).seconds[point]
     row = {"seconds": seconds, "per_s": clips / float(np.median(seconds)), "flops_per_clip": flops_per_clip}
-    return row | {"bytes": torch.cuda.max_memory_allocated(device) - before if gpu else 0}
+    return row | {"bytes": _peak(device) - before}
+
+
+def _allocated_before(device: torch.device) -> int:
+    """Bytes of tensors on a GPU (0 on a CPU) before the peak is counted. A wrapped model leaves by the collector."""
+    gc.collect()
+    if device.type == "cpu":
+        return 0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0

@@ -196,7 +196,7 @@ def test_mfu_stands_beside_the_plans_range_and_a_step_that_does_not_compile_is_n
 
 
 def test_mfu_in_bf16_steps_as_a_training_does(tmp_path: Path, monkeypatch) -> None:
-    """FSDP2 casts a block's weights; autocast, which a training does not use, leaves its norms and sums in fp32."""
+    """Blocks cast all their weights; autocast, which a training does not use, leaves norms and sums in fp32."""
     seen, block = {}, encoder.Block.forward
 
     def watched(self: encoder.Block, x: torch.Tensor, *more: object) -> torch.Tensor:

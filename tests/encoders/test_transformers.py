@@ -258,11 +258,13 @@ def test_a_sharded_published_encoder_has_the_gradients_of_a_plain_one(published,
     plain = run(gradients, ranks=1, folder=folder, compute="float32")
     sharded = run(gradients, ranks=2, folder=folder, compute="float32", shards=2, recompute="block")
     rough = run(gradients, ranks=2, folder=folder, compute="bfloat16", shards=2)
-    assert sharded.keys() == plain.keys() == rough.keys() and len(plain) > 30
+    cast = run(gradients, ranks=1, folder=folder, compute="bfloat16", recompute="block")
+    assert sharded.keys() == plain.keys() == rough.keys() == cast.keys() and len(plain) > 30
     largest = max(gradient.norm() for gradient in plain.values())
     for name, gradient in plain.items():
         assert (sharded[name] - gradient).norm() < 1e-4 * gradient.norm() + 1e-6 * largest, name
         assert (rough[name] - gradient).norm() < 0.2 * gradient.norm() + 0.02 * largest, name
+        assert (cast[name] - gradient).norm() < 0.2 * gradient.norm() + 0.02 * largest, name
 
 
 def test_features_are_the_same_at_every_call_and_for_bytes_and_floats(published):

@@ -38,6 +38,7 @@ def run_apart(model: Method, **given: Any) -> dict[str, Any]:
     ("S", 1, 8, 2, "none", 1),
     ("S", 1, 1, 2, "block", 1),
     ("S", 1, 2, 2, "none", 2),
+    ("L", 1, 1, 1, "block", 2),
     ("mae_st_tiny", 1, 1, 2, "none", 1),
     ("B", 8, 1, 2, "block", 1),
     ("nano", 4, 2, 2, "block", 1),

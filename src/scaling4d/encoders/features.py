@@ -60,7 +60,7 @@ def stored_features(encoder: nn.Module, clips: int, windows: int, *, draws: int)
 
 
 class FeatureEncoder(nn.Module):
-    """An encoder with a forward pass that ends at DEPTH_FRACTION, for FSDP.
+    """An encoder with a forward pass that ends at DEPTH_FRACTION, for training.parallelize.
 
     Takes uint8 `B T H W C`, returns float32 `B t n D`.
     """

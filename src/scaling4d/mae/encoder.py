@@ -242,7 +242,7 @@ class Method(nn.Module):
             self.encoder.init_sincos_positions()
 
     def features(self, pixels: Tensor, layers: int | None = None) -> list[Tensor]:
-        """The encoder's features, as a method of the model: FSDP gathers weights for it."""
+        """The encoder's features, as a method of the model: training.parallelize gathers or casts weights for it."""
         return self.encoder.features(pixels, layers)
 
     @property

@@ -14,7 +14,7 @@ from scaling4d.encoders.features import layer_index, split_time
 
 
 class TrainedFeatures:
-    """encoders.features.FeatureEncoder for an encoder inside a model that FSDP wraps, which gathers the weights."""
+    """encoders.features.FeatureEncoder for an encoder inside a wrapped model, which gathers or casts the weights."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.encoder = model, model.encoder

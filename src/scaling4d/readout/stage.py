@@ -265,12 +265,10 @@ def _train_and_evaluate(
     fit(model, partial(protocol.batches, train_set, rank), fit_config, param_groups=groups, callbacks=callbacks, manager=manager)
     if early_stopping:
         early_stopping.restore()
-    plain = unshard(
-        model,
-        lambda: protocol.build(readout_config.load_encoder(), train_set),
-        readout_config.compute,
-        prefix="encoder.",
-    ).eval()
+    plain = model.eval()
+    if protocol.trains_encoder:
+        build = lambda: protocol.build(readout_config.load_encoder(), train_set)  # noqa: E731
+        plain = unshard(model, build, readout_config.compute, prefix="encoder.").eval()
     weights = plain.state_dict().items()
     head = {name.removeprefix("head."): value.cpu() for name, value in weights if not name.startswith("encoder.")}
     encode, predict = protocol.evaluator(plain, train_set)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from scaling4d import checkpoint
 from scaling4d.config import require_minima, require_words
@@ -74,8 +75,8 @@ def parallelize(
     each block, each of `float32_modules`, and the rest of the model. Weights, gradients and moments stay float32; so do
     reductions, and the computation of `float32_modules`. Inputs keep their dtype.
 
-    FSDP2 with one shard has the same bits and 2.4 times the CPU's work a step: measured on an H200, where a step of S
-    waited for it (experiments/LOG.md, 2026-11-26).
+    FSDP2 with one shard has the same bits, where a block is called once a pass, and more work for the CPU: on an H200 a
+    step of S took 2.4 times as long as under autocast, since it waited for that (experiments/LOG.md, 2026-11-26).
     """
     blocks, dtype = blocks_of(model), DTYPES[compute.compute]
     cast = sharding.shards == 1 and dtype != torch.float32
@@ -150,22 +151,25 @@ def _owned(model: nn.Module, without: Sequence[nn.Module]) -> list[tuple[nn.Modu
 def _cast_around(
     module: nn.Module, method: str, owned: Sequence[tuple[nn.Module, str]], dtype: torch.dtype, *, cast_inputs: bool
 ) -> None:
-    """Wrap a method: within it, attributes named in `owned` are copies in `dtype`. Calls can lie in each other."""
+    """Wrap a method: within it, parameters named in `owned` are copies in `dtype`. Calls can lie in each other."""
     inner = getattr(module, method)
 
     def outer(*args: Any, **kwargs: Any) -> Any:
         if cast_inputs:
-            args = tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
-        if not owned or owned[0][1] in vars(owned[0][0]):
+            args, kwargs = tree_map(to_dtype, (args, kwargs))
+        weights = [owner._parameters[name] for owner, name in owned]
+        if not weights or not isinstance(weights[0], nn.Parameter):  # a call within another one
             return inner(*args, **kwargs)
-        weights = CastWeights.apply(dtype, *(owner._parameters[name] for owner, name in owned))
-        for (owner, name), weight in zip(owned, weights, strict=True):
-            vars(owner)[name] = weight  # found before _parameters, which state_dict and the optimizer read
+        for (owner, name), weight in zip(owned, CastWeights.apply(dtype, *weights), strict=True):
+            owner._parameters[name] = weight
         try:
             return inner(*args, **kwargs)
         finally:
-            for owner, name in owned:
-                del vars(owner)[name]
+            for (owner, name), weight in zip(owned, weights, strict=True):
+                owner._parameters[name] = weight
+
+    def to_dtype(x: Any) -> Any:
+        return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
     setattr(module, method, outer)
 

@@ -42,7 +42,7 @@ KINDS = ("parameters", "gradients", "optimizer", "activations", "communication")
 
 @dataclass(frozen=True)
 class Sizes:
-    """compute: bytes of a number computed with. gathered: whether weights are shards that FSDP2 gathers."""
+    """compute: bytes of a number computed with. gathered: whether FSDP2 gathers weights, or one shard casts them."""
 
     compute: int
     gathered: bool
@@ -120,11 +120,10 @@ def memory_timeline(work: Work, layout: StepLayout, *, clips: int) -> list[dict[
     weights = [c * gathered_shards * shard for shard in block_shards]
     reduced = [REDUCED * gathered_shards * shard for shard in block_shards]
     root, head = c * gathered_shards * root_shard, c * work.head_parameters
-    if gathered_shards == 1:
-        reduced, prefetched = [0] * len(blocks), [0] * len(blocks)
-        weights = weights if layout.recompute else list(accumulate(weights))
-    else:
-        prefetched = [0, *weights[:-1]]
+    cast = gathered_shards == 1
+    beside = [0, *(accumulate(weights) if cast else weights)][: len(blocks)]  # of the block before, or copies of all before
+    if cast and layout.recompute:
+        beside = [0] * len(blocks)
     after = sum(saved) + clips * c * work.head_saved_values
     finished = all_shards if layout.microbatches > 1 else 0  # values that have a reduced gradient
     loss = [clips * LOSS * (work.loss_values + work.loss_kernel_values)]
@@ -133,22 +132,22 @@ def memory_timeline(work: Work, layout: StepLayout, *, clips: int) -> list[dict[
         last = max((block.tokens * (4 * block.width + 2 * block.mlp) for block in teacher.blocks), default=0)
         patches = (1 + LOSS + c * (c != LOSS)) * work.pixels  # uint8, normalised, and in the teacher's dtype
         loss.append(clips * (work.pixels + max(c * (inputs + last), patches)))
-    places = [(REDUCED * finished, after + values, root + weights[-1]) for values in loss]
+    at_loss = weights[-1] * (not (cast and layout.recompute)) + cast * beside[-1]
+    places = [(REDUCED * finished, after + values, root + at_loss) for values in loss]
     for i in reversed(range(len(blocks))):
         block, earlier, tokens = blocks[i], sum(saved[:i]), clips * c * blocks[i].tokens
-        previous = reduced[i + 1] if i + 1 < len(blocks) else 0
+        previous = reduced[i + 1] if i + 1 < len(blocks) and not cast else 0
         ready, unreduced = REDUCED * finished + head, c * values_of(block.shapes)
-        sent = root + weights[i] + prefetched[i] + previous
+        sent = root + weights[i] + beside[i] + previous
         # the mlp, with gradients of its output and hidden layer; the block's end, before its gradients are reduced
         mlp = earlier + activations[i] + tokens * (block.width + block.mlp)
         places.append((ready + c * block.width * block.mlp, mlp, sent))
         places.append((ready + unreduced, earlier + tokens * 3 * block.width, sent))
         finished += block_shards[i] if layout.microbatches == 1 else 0
-        # its gradients are copied for the reduction; gathered weights are freed
-        kept = weights[i] if gathered_shards == 1 else prefetched[i] + reduced[i]
-        places.append((ready + unreduced, earlier + tokens * block.width, root + kept))
+        # its gradients are copied for the reduction; its weights are freed
+        places.append((ready + unreduced, earlier + tokens * block.width, root + beside[i] + reduced[i]))
     ready = REDUCED * finished + c * values_of(work.shapes)
-    places.append((ready, 0, root + reduced[0]))  # the end, before the rest is reduced, and after
+    places.append((ready, 0, root + reduced[0] * (not cast)))  # the end, before the rest is reduced, and after
     places.append((ready, 0, REDUCED * gathered_shards * root_shard))
     timeline = []
     for gradients, values, communication in places:

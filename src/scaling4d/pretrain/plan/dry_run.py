@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -43,6 +44,15 @@ CPU_ATTENTION = {  # torch counts attention on CUDA alone
         sdpa_backward_flop_count(gradient, q, k, v)
     ),
 }
+
+
+class OneCopyTracker(MemTracker):
+    """Of a model with one shard: the copies of weights that its modules hold within a pass are no weights."""
+
+    def _track_module_params_and_buffers(self, module: nn.Module, install_grad_hooks: bool = True) -> tuple[int, int]:
+        if all(isinstance(weight, nn.Parameter) for weight in module.parameters()):
+            return super()._track_module_params_and_buffers(module, install_grad_hooks)
+        return 0, 0
 
 
 def count_flops(step: Callable[[], object]) -> int:
@@ -102,7 +112,7 @@ def dry_run(
                 tracker = FSDPMemTracker(model, adamw)
                 tracker.track_inputs(held)
             else:
-                tracker = MemTracker()
+                tracker = OneCopyTracker()
                 tracker.track_external(model, adamw, *held)
             with tracker:
                 step(tracker)

@@ -120,6 +120,11 @@ def plan(
     return content
 
 
+def _bound(part: Mapping[str, float]) -> str:
+    """Of a step's seconds by kind: loading and the CPU count where they are longer than all others together."""
+    return next((kind for kind in ("loading", "cpu") if part[kind]), max(part, key=part.__getitem__))
+
+
 def settings_of(point: str) -> dict[str, Any]:
     """params.yaml, or the first profile that has the point, profile paper first. Raises UserError: none has it."""
     profiles = sorted(path.stem for path in (config.EXPERIMENTS / "profile").glob("*.yaml"))
@@ -203,7 +208,7 @@ class PlanRequest:
         row["step_s"] = [max(seconds, clips / given) for seconds in row["gpu_step_s"]]
         for part, gpu_s, seconds in zip(parts, row["gpu_step_s"], row["step_s"], strict=True):
             part["loading"] = seconds - gpu_s  # a GPU waits
-        row["bound"] = ["loading" if part["loading"] else max(part, key=part.__getitem__) for part in parts]
+        row["bound"] = [_bound(part) for part in parts]
         days = [self.steps * seconds / 86400 for seconds in row["step_s"]]
         row |= {"seconds": parts, "mfu": [ideal_s / seconds for seconds in row["step_s"]], "days": days}
         return row | {"gpu_hours": [value * 24 * gpus for value in days], "why": "", "changes": []}

@@ -76,7 +76,7 @@ def show(content: dict[str, Any]) -> None:
         console.print(f"All figures are of bfloat16; {other}.")
     console.print(
         "The first row is the mesh of this command, each other one the fastest that fits, of those tried. Ranges follow from "
-        "shares of the maker's figures that are ours; one H200 lay between them (plan/performance.py). Loading gives a "
+        "shares of the maker's figures that are ours (plan/performance.py). Loading gives a "
         f"GPU {mesh['clips_per_s_given']:,.0f} clips/s: {loading['workers']} workers, {loading['worker_clips_per_s']:,.0f} each."
     )
 
