@@ -18,6 +18,7 @@ from scaling4d.benchmarks.samples import Samples, SkippedItem
 from scaling4d.encoders.features import MemoryFeatures
 from scaling4d.encoders.stage import baseline
 from scaling4d.readout.data import ClipDataset, FeatureDataset, RankSplit, evaluate, held_out_videos, shuffled_batch
+from scaling4d.readout.protocols import Frozen
 from scaling4d.readout.stage import readout
 from scaling4d.readout.tasks.actions import Actions
 from scaling4d.readout.tasks.points import Points
@@ -195,6 +196,22 @@ def test_a_frozen_readout_says_where_its_held_out_loss_was_lowest(changed: Calla
     assert [line["step"] for line in lines] == list(range(1, lines[-1]["step"] + 1)) and lines[-1]["step"] <= 40
     losses = [line["held_out_loss"] for line in lines]
     assert len(losses) == 40 or losses.index(min(losses)) == len(losses) - 9  # eight steps without a lower one
+
+
+def test_a_frozen_readout_in_bfloat16_is_built_once(changed: Callable, actions: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """j's encoder is 86 GB in float32."""
+    build, built = Frozen.build, Path("built.txt")
+
+    def noted(self: Frozen, *given: object) -> torch.nn.Module:
+        with built.open("a") as file:
+            file.write("once\n")
+        return build(self, *given)
+
+    baseline("untrained_nano", config.read())
+    monkeypatch.setattr(Frozen, "build", noted)
+    settings = changed("readout.Compute.compute", "bfloat16")
+    readout("untrained_nano", "actions", "frozen", settings)
+    assert built.read_text() == "once\n" * settings["readout"]["Evaluation"]["ranks"]
 
 
 def evaluated_actions(*, rank: int, ranks: int, data: Path) -> tuple[list[int], list[int], list[str], list[dict]]:
