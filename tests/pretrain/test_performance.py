@@ -10,7 +10,7 @@ from scaling4d.pretrain.plan.plan import build, settings_of
 from scaling4d.pretrain.plan.work import Work, work_of
 from scaling4d.training.gpus import GPUS
 
-IDEAL = Efficiency(1.0, 1.0, 1.0, 1.0, launch_s=0.0, node_hop_s=0.0, network_hop_s=0.0)
+IDEAL = Efficiency(1.0, 1.0, 1.0, 1.0, launch_s=0.0, block_cpu_s=0.0, fsdp_cpu_s=0.0, node_hop_s=0.0, network_hop_s=0.0)
 H100 = GPUS["h100"]
 PLAIN = StepLayout(1, False)
 

