@@ -134,7 +134,7 @@ def _points(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def measure_widest(folder: Path, rehearse: bool) -> Outcome:
-    """j: steps of 4 of its 64 blocks; then features of its whole encoder, with random weights."""
+    """j: steps of 4 of its 64 blocks; then features of all its encoder, with random weights."""
     device, small = devices.prepare(), SMALL if rehearse else {}
     given = {"clips": 2, "repeats": 1, "precision": "fp32"} if rehearse else {"clips": 64, "repeats": 5, "precision": "bf16"}
     rows = json.loads(mfu.bench(folder, points=("j",), changes={"depth": 4} | small, **given).read_text())["results"]["rows"]

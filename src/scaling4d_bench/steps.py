@@ -64,17 +64,20 @@ def settings_of(point: str) -> tuple[str, dict[str, Any]]:
 
 def build(point: str, changes: Mapping[str, Any], device: torch.device) -> Method:
     """The point with its initial weights. changes: of its settings, by name."""
-    method, settings = settings_of(point)
-    model = METHODS[method](config_of(METHODS[method], settings | changes))
+    model = _model(point, changes)
     model.initialise(SEED)
     return model.to(device)
 
 
 def on_meta(point: str, changes: Mapping[str, Any]) -> Method:
     """The point without weights."""
-    method, settings = settings_of(point)
     with torch.device("meta"):
-        return METHODS[method](config_of(METHODS[method], settings | changes))
+        return _model(point, changes)
+
+
+def _model(point: str, changes: Mapping[str, Any]) -> Method:
+    method, settings = settings_of(point)
+    return METHODS[method](config_of(METHODS[method], settings | changes))
 
 
 def adamw_update(model: nn.Module, *, weight_decay: float = 0.05, clip_norm: float | None = None) -> Update:

@@ -119,6 +119,7 @@ def test_shards_gather_and_a_larger_batch_is_no_slower_a_clip() -> None:
         )
         assert alone["communication"] == 0 < sharded["communication"]
         assert sum(sharded.values()) > sum(large.values()) / 32
+        assert alone["compute"] == sharded["compute"] and alone["memory"] > sharded["memory"]  # it casts eight times as much
         slow_links = replace(gpu, node_bytes_per_s=gpu.node_bytes_per_s / 10)
         slower = features_seconds(work, slow_links, share, shards=8, clips=1, **sizes)
         assert slower["communication"] > 5 * sharded["communication"] and slower["compute"] == sharded["compute"]

@@ -267,8 +267,12 @@ def _train_and_evaluate(
         early_stopping.restore()
     plain = model.eval()
     if protocol.trains_encoder:
-        build = lambda: protocol.build(readout_config.load_encoder(), train_set)  # noqa: E731
-        plain = unshard(model, build, readout_config.compute, prefix="encoder.").eval()
+        plain = unshard(
+            model,
+            lambda: protocol.build(readout_config.load_encoder(), train_set),
+            readout_config.compute,
+            prefix="encoder.",
+        ).eval()
     weights = plain.state_dict().items()
     head = {name.removeprefix("head."): value.cpu() for name, value in weights if not name.startswith("encoder.")}
     encode, predict = protocol.evaluator(plain, train_set)

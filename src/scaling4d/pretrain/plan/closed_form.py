@@ -121,9 +121,9 @@ def memory_timeline(work: Work, layout: StepLayout, *, clips: int) -> list[dict[
     reduced = [REDUCED * gathered_shards * shard for shard in block_shards]
     root, head = c * gathered_shards * root_shard, c * work.head_parameters
     cast = gathered_shards == 1
-    beside = [0, *(accumulate(weights) if cast else weights)][: len(blocks)]  # of the block before, or copies of all before
-    if cast and layout.recompute:
-        beside = [0] * len(blocks)
+    beside, at_loss = [0, *weights[:-1]], weights[-1]  # of the block before, gathered ahead
+    if cast:
+        *beside, at_loss = [0] * (len(blocks) + 1) if layout.recompute else [0, *accumulate(weights)]  # of all before
     after = sum(saved) + clips * c * work.head_saved_values
     finished = all_shards if layout.microbatches > 1 else 0  # values that have a reduced gradient
     loss = [clips * LOSS * (work.loss_values + work.loss_kernel_values)]
@@ -132,7 +132,6 @@ def memory_timeline(work: Work, layout: StepLayout, *, clips: int) -> list[dict[
         last = max((block.tokens * (4 * block.width + 2 * block.mlp) for block in teacher.blocks), default=0)
         patches = (1 + LOSS + c * (c != LOSS)) * work.pixels  # uint8, normalised, and in the teacher's dtype
         loss.append(clips * (work.pixels + max(c * (inputs + last), patches)))
-    at_loss = weights[-1] * (not (cast and layout.recompute)) + cast * beside[-1]
     places = [(REDUCED * finished, after + values, root + at_loss) for values in loss]
     for i in reversed(range(len(blocks))):
         block, earlier, tokens = blocks[i], sum(saved[:i]), clips * c * blocks[i].tokens
