@@ -17,7 +17,7 @@ LEVELS = (  # a package imports packages of earlier levels only
     {"pipeline"},
     {"training"},
     {"encoders"},
-    {"readout"},  # its linear probes are measured in pretraining
+    {"readout", "features"},  # linear probes of a readout are measured in pretraining
     {"pretrain"},
     {"scenes", "reconstruct"},
     {"studies"},

@@ -40,9 +40,9 @@ def plain(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def distributions_of_the_core() -> Iterator[metadata.Distribution]:
-    """Installed distributions of the core, and those that they require."""
-    names, waiting = set(), sorted(CORE)
+def distributions_of(wanted: set[str]) -> Iterator[metadata.Distribution]:
+    """Installed distributions, and those that they require."""
+    names, waiting = set(), sorted(wanted)
     while waiting:
         if (name := plain(waiting.pop())) not in names:
             names.add(name)
@@ -51,11 +51,11 @@ def distributions_of_the_core() -> Iterator[metadata.Distribution]:
             waiting += [one.name for one in required if not one.marker or one.marker.evaluate({"extra": ""})]
 
 
-def absent_modules() -> set[str]:
+def absent_modules(wanted: set[str] = CORE) -> set[str]:
     """Top modules of everything else that is installed."""
-    core = {plain(distribution.name) for distribution in distributions_of_the_core()}
+    present = {plain(distribution.name) for distribution in distributions_of(wanted)}
     modules = metadata.packages_distributions().items()
-    return {name for name, owners in modules if not core & set(map(plain, owners)) and not name.startswith("scaling4d")}
+    return {name for name, owners in modules if not present & set(map(plain, owners)) and not name.startswith("scaling4d")}
 
 
 @pytest.fixture
@@ -106,7 +106,32 @@ def test_the_commands_of_a_light_installation_name_the_extra_that_they_need(tmp_
     code = LIGHT.format(absent=absent_modules()) + "from scaling4d.__main__ import main; main()"
     done = output_of(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT / "src"))
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "error: no package typer; the commands need: pip install 'scaling4d[pipeline]'\n"
+    assert (
+        done.stderr
+        == "error: no package typer; the commands need: pip install '.[pipeline]', or '.[commands]' for features and export\n"
+    )
+
+
+@pytest.mark.integration
+def test_features_and_export_need_the_extra_of_commands_alone(folder: Path) -> None:
+    absent = absent_modules(CORE | {Requirement(one).name for one in EXTRAS["commands"]})
+    assert {"gin", "dvc", "hydra", "xformers", "torchvision", "scipy"} <= absent
+    code = LIGHT.format(absent=absent) + "from scaling4d.__main__ import main; main()"
+    checkpoint, video = "artifacts/pocket/pretrain/mini", "data/videos/phone/IMG_0000.mp4"
+    for words, last in (
+        (("features", checkpoint, video, "--out", "out"), "wrote out: 1 videos; 0 were there, 0 have problems"),
+        (("export", checkpoint, "--torch", "mini.pt2"), "wrote mini.pt2"),
+    ):
+        done = output_of(sys.executable, "-c", code, *words, cwd=folder, PYTHONPATH=str(ROOT / "src"))
+        assert done.returncode == 0 and done.stdout.splitlines()[-1] == last, done.stderr
+
+
+def test_the_range_of_av_holds_the_pinned_version_and_none_that_cannot_read() -> None:
+    (av,) = (one for one in map(Requirement, PROJECT["dependencies"]) if one.name == "av")
+    for lock in ("requirements.lock", "requirements-cuda.lock"):
+        (pinned,) = re.findall(r"^av==(\S+)", (ROOT / lock).read_text(), re.M)
+        assert pinned in av.specifier
+    assert "17.1.0" not in av.specifier and "19.0.2" not in av.specifier
 
 
 def test_the_core_is_four_packages_and_dev_is_every_extra() -> None:
@@ -158,7 +183,7 @@ def test_the_wheel_alone_runs_the_readmes_lines_beside_core_packages(folder: Pat
     done = output_of(*pip, "--python", python, "install", "-q", "--no-deps", "--no-index", wheel, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (site,) = place.glob("lib/python*/site-packages")
-    for distribution in distributions_of_the_core():
+    for distribution in distributions_of(CORE):
         for top in {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}:
             if not (site / top).exists():
                 (site / top).symlink_to(distribution.locate_file(top))
@@ -168,7 +193,7 @@ def test_the_wheel_alone_runs_the_readmes_lines_beside_core_packages(folder: Pat
     done = output_of(place / "bin/scaling4d", "--help", cwd=folder)
     assert (done.returncode, done.stderr) == (
         1,
-        "error: no package typer; the commands need: pip install 'scaling4d[pipeline]'\n",
+        "error: no package typer; the commands need: pip install '.[pipeline]', or '.[commands]' for features and export\n",
     )
     done = output_of(
         python,

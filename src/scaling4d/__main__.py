@@ -10,7 +10,8 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "scaling4d").startswith("scaling4d"):
             raise
-        sys.exit(f"error: no package {error.name}; the commands need: pip install 'scaling4d[pipeline]'")
+        extras = "pip install '.[pipeline]', or '.[commands]' for features and export"
+        sys.exit(f"error: no package {error.name}; the commands need: {extras}")
     commands()
 
 

@@ -438,9 +438,10 @@ def features(
     interpolated.
 
     With --out FILE.npz: of one clip, a video's first window or a .npy B T H W C (float in 0..1, or uint8), every layer
-    as the encoder lists them. CHECKPOINT may then also be the folder of a frozen readout, whose output is written too.
+    as the encoder lists them: of 4DS and MAE-ST layer_01 is then the INPUT of block 1, in a folder its output.
+    CHECKPOINT may then also be the folder of a frozen readout, whose output is written too.
     """
-    from scaling4d.encoders import video_features
+    from scaling4d.features import video_features
 
     given = {name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"}
     of_clip, single = {"queries"}, out.suffix == ".npz"
@@ -477,13 +478,8 @@ def export(
     if not (torch_file or onnx_file):
         raise UserError("nothing to write; give --torch FILE.pt2, --onnx FILE.onnx or both")
     from scaling4d.encoders import export as exporting
-    from scaling4d.encoders.encoder import Encoder
 
-    program = exporting.export_program(Encoder.from_pretrained(checkpoint), any_length=any_length)
-    for write, path in ((exporting.write_torch, torch_file), (exporting.write_onnx, onnx_file)):
-        if path:
-            write(program, path)
-            print(f"wrote {path}")
+    exporting.run(checkpoint, torch_file=torch_file, onnx_file=onnx_file, any_length=any_length)
 
 
 @app.command()

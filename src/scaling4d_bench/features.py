@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from scaling4d.encoders import video_features
+from scaling4d.features import video_features
 from scaling4d.video import TOLERANCE_S
 from scaling4d_bench import devices, measure, videos
 from scaling4d_bench.measure import Measurements, Timings

@@ -15,7 +15,7 @@ from small_encoder import SMALL
 from torch import Tensor
 
 import scaling4d
-from scaling4d import artifacts, checkpoint, seeds
+from scaling4d import artifacts, checkpoint, seeds, video
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders import hub, released, torchvision_shim
 from scaling4d.encoders.encoder import Encoder
@@ -119,6 +119,22 @@ def test_another_size_is_refused_until_the_encoder_is_resized(tmp_path: Path) ->
     assert equal(output_of(encoder, large), output_of(Encoder.from_pretrained(folder, clip=(12, 64, 64)), large))
     assert equal(output_of(encoder, large), output_of(Encoder.from_pretrained(encoder.save_pretrained(tmp_path / "new")), large))
     assert refused(encoder.resize, (12, 60, 64)).startswith("clip T H W = (12, 60, 64) does not divide into patches")
+    for clip in ((64, 64), (6, 0, 64), (6.0, 32, 32)):
+        assert refused(encoder.resize, clip) == f"clip = {clip}; needed three whole numbers T H W, each 1 or more"
+    other = "side_px = 64 is for models of transformers; this encoder takes a clip's own H W"
+    assert refused(encoder.resize, (6, 64, 64), side_px=64) == other
+
+
+def test_a_clip_of_a_file_is_read_at_the_encoders_rate_or_not_at_all(tmp_path: Path) -> None:
+    encoder, path = Encoder.from_pretrained(trained(tmp_path)), tmp_path / "a.mp4"
+    video.encode(
+        path, np.arange(60, dtype=np.uint8)[:, None, None, None] * np.full((48, 64, 3), 4, np.uint8), rate_hz=10, crf=10, gop=8
+    )
+    expected = scaling4d.read_video(path, start_s=1.0, rate_hz=5.0, frames=6)
+    assert np.array_equal(encoder.read_video(path, start_s=1.0), expected) and encoder.preprocess(expected).shape == (1, *CLIP, 3)
+    encoder.rate_hz = None
+    needed = "needed encoder.rate_hz, the frames per second that you choose"
+    assert refused(encoder.read_video, path) == f"the checkpoint nano does not tell its clips' rate; {needed}"
 
 
 # ---- kinds of checkpoints ----
@@ -179,8 +195,17 @@ def test_models_of_transformers_load_from_their_own_folders_and_the_hub(
     monkeypatch.setattr(hub, "download", lambda *_: shutil.copytree(tmp_path / "theirs", tmp_path / "snapshots/0123abc"))
     of_hub = Encoder.from_pretrained("owner/small")
     assert of_hub.checkpoint.name == "small" and equal(output_of(of_hub, clips), output_of(encoder, clips))
+    assert of_hub.provenance["settings"] == {"source": "owner/small", "revision": "0123abc"}
+    assert encoder.provenance["settings"] == {"source": "theirs"} and "model.safetensors" in encoder.provenance["inputs"]
+    assert (
+        "`import`" not in (tmp_path / "ours/README.md").read_text()
+        and '| stage | `"import"` |' in (tmp_path / "ours/README.md").read_text()
+    )
     if kind == "dinov2":
-        assert Encoder.from_pretrained(tmp_path / "theirs", clip=(2, 56, 56)).clip == (2, 56, 56)
+        large = Encoder.from_pretrained(tmp_path / "theirs", clip=(2, 56, 56))
+        assert (large.clip, large.grid) == ((2, 56, 56), (2, 2, 2))  # it resizes pictures to its own 28 px
+        large.resize((2, 56, 56), side_px=56)
+        assert large.grid == (2, 4, 4) and large(torch.zeros(1, 2, 56, 56, 3)).last_hidden_state.shape == (1, 32, 24)
 
 
 def test_raw_pixels_are_an_encoder_of_any_size_that_patches_divide(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from typer.testing import CliRunner, Result
 
 from scaling4d import cli, seeds
 from scaling4d.checkpoint import Checkpoint
+from scaling4d.encoders import export as exporting
+from scaling4d.encoders import torchvision_shim
 from scaling4d.encoders.encoder import Encoder
 from scaling4d.mae.encoder import Backbone, PixelTokens
 from scaling4d.mae.mae_st import MAESTEncoder
@@ -110,12 +112,51 @@ def test_onnxruntime_gives_the_encoders_output(tmp_path: Path, name: str, words:
             assert np.allclose(ours, expected.numpy(), atol=1e-4)
 
 
+@pytest.mark.integration
+@pytest.mark.parametrize("kind", ["dinov2", "videomae"])
+def test_a_model_of_transformers_is_exported_for_any_batch(tmp_path: Path, kind: str) -> None:
+    torchvision_shim.declare_operators()
+    import transformers as tf
+
+    shape = {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2, "image_size": 32, "patch_size": 16}
+    if kind == "dinov2":
+        model, processor = tf.Dinov2Model(tf.Dinov2Config(**shape)), tf.BitImageProcessor(crop_size={"height": 32, "width": 32})
+    else:
+        square = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+        model = tf.VideoMAEModel(tf.VideoMAEConfig(**shape, intermediate_size=48, num_frames=4))
+        processor = tf.VideoMAEImageProcessor(**square)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "theirs")
+    encoder, out = Encoder.from_pretrained(tmp_path / "theirs"), tmp_path / "encoder.pt2"
+    assert export(tmp_path / "theirs", "--torch", out).output == f"wrote {out}\n"
+    program = torch.export.load(out).module()
+    for batch in (1, 3):
+        clips = torch.randint(0, 256, (batch, *encoder.clip, 3), dtype=torch.uint8, generator=seeds.torch_rng(0, "clips", batch))
+        with torch.no_grad():
+            expected = encoder(clips)
+        ours = program(clips)
+        assert torch.allclose(ours[0], expected.last_hidden_state, atol=1e-5) and torch.allclose(
+            ours[1], expected.pooled, atol=1e-5
+        )
+
+
+@NEEDS_ONNX
+def test_an_encoder_that_is_too_large_for_one_onnx_file_is_refused_before_the_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out = saved(tmp_path / "checkpoint", "4ds"), tmp_path / "a.onnx"
+    monkeypatch.setattr(exporting, "MOST_ONNX_BYTES", 1000)
+    monkeypatch.setattr(exporting, "export_program", None)
+    message = f"--onnx {out}: the weights have 0.0 GB, one .onnx file holds 0.0 GB; --torch writes the same program"
+    assert refused(folder, "--onnx", out) == message and not out.exists()
+
+
 def test_what_cannot_be_exported_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     folder = saved(tmp_path / "checkpoint", "pixels")
     onnx, wrong = tmp_path / "a.onnx", tmp_path / "a.pth"
     assert refused(folder) == "nothing to write; give --torch FILE.pt2, --onnx FILE.onnx or both"
-    assert refused(folder, "--onnx", onnx) == f"--onnx {onnx}: needed onnxscript; pip install 'scaling4d[export]'"
+    assert refused(folder, "--onnx", onnx) == f"--onnx {onnx}: needed onnxscript; pip install '.[export]'"
     assert refused(folder, "--torch", wrong) == f"--torch {wrong}; needed a new file that ends with .pt2"
     assert refused(folder, "--onnx", wrong) == f"--onnx {wrong}; needed a new file that ends with .onnx"
     one = "a PixelTokens is exported for clips of 4 frames only; leave out --any-length"

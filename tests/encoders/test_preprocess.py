@@ -99,7 +99,19 @@ REFUSED = {  # what arrives -> message
     "int64": (BYTES.astype(np.int64), f"video is int64; {NEEDED}; values in 0..255: video.astype(np.uint8)"),
     "torch int32": (torch.from_numpy(BYTES).int(), f"video is int32; {NEEDED}; values in 0..255: video.to(torch.uint8)"),
     "bool": (BYTES > 9, f"video is bool; {NEEDED}; values in 0..255: video.astype(np.uint8)"),
-    "one picture": (BYTES[0], "video has 3 axes (16, 24, 3); needed T H W 3 or B T H W 3"),
+    "a list of frames": (
+        list(BYTES),
+        "video has 3 axes (16, 24, 3); needed T H W 3 or B T H W 3; a list of frames: np.stack(frames)",
+    ),
+    "grey T H W": (
+        torch.from_numpy(BYTES[..., 0]),
+        "video has 3 axes (4, 16, 24); needed T H W 3 or B T H W 3; grey frames: video[..., None].repeat_interleave(3, -1)",
+    ),
+    "three grey frames": (BYTES[:3, ..., :1], f"video (3, 16, 24, 1): 1 channel; {RGB}: np.repeat(video, 3, -1)"),
+    "three frames with alpha": (
+        np.concatenate([BYTES, BYTES[..., :1]], -1)[:3],
+        f"video (3, 16, 24, 4): 4 channels; {RGB}: video[..., :3], without the alpha channel",
+    ),
     "six axes": (BYTES[None, None], "video has 6 axes (1, 1, 4, 16, 24, 3); needed T H W 3 or B T H W 3"),
     "T C H W": (
         np.moveaxis(BYTES, -1, -3),
@@ -148,8 +160,9 @@ def test_what_is_no_video_is_refused_with_its_remedy(encoder: Encoder, name: str
 
 @pytest.mark.parametrize(("rate_hz", "message"), [
     (16, "video has 4 frames, 0.25 s at 16 Hz; needed 4 frames at 4 Hz, from 13 of the video's; give a longer video"),
-    (0, "rate_hz = 0; needed the video's frames per second, more than 0"),
-    (float("nan"), "rate_hz = nan; needed the video's frames per second, more than 0"),
+    (0, "rate_hz = 0; needed frames per second, a finite number above 0"),
+    (float("nan"), "rate_hz = nan; needed frames per second, a finite number above 0"),
+    ([8, 8], "rate_hz = [8, 8]; needed frames per second, a finite number above 0"),
 ])  # fmt: skip
 def test_rates_that_do_not_fit_are_refused(encoder: Encoder, rate_hz: float, message: str) -> None:
     with pytest.raises(UserError) as refused:
@@ -166,6 +179,14 @@ def test_an_encoder_without_a_rate_says_how_to_give_one(encoder: Encoder) -> Non
         encoder.preprocess(BYTES, rate_hz=8)
     encoder.rate_hz = 8.0
     assert encoder.preprocess(BYTES, rate_hz=8).shape == (1, *CLIP, 3)
+
+
+@pytest.mark.parametrize("rate_hz", [-1, 0, "4", float("inf")])
+def test_an_encoder_takes_no_rate_that_is_none(encoder: Encoder, rate_hz: object) -> None:
+    with pytest.raises(UserError) as refused:
+        encoder.rate_hz = rate_hz
+    assert str(refused.value) == f"rate_hz = {rate_hz!r}; needed frames per second, a finite number above 0"
+    assert encoder.rate_hz == 4.0
 
 
 def test_the_encoder_itself_refuses_what_preprocessing_refuses(encoder: Encoder) -> None:

@@ -66,10 +66,24 @@ def test_a_stream_of_frames_has_the_states_of_the_official_code_and_the_features
     encoder = Encoder.from_pretrained(released_file(official, tmp_path), clip=CLIP)
     pixels, state, steps = torch.from_numpy(official["pixels"]), None, []
     for t in range(3):
-        features, state = encoder.model.step(pixels[:, t], state)
+        features, state = encoder.step(pixels[:, t], state)
         assert error(state, official["state"][:, t]) < TOLERANCE
         steps.append(features)
     assert torch.allclose(torch.cat(steps, 1), encoder(pixels).last_hidden_state, atol=1e-5)
+    assert torch.allclose(encoder.step(pixels[0, 0].numpy())[0], steps[0][:1], atol=1e-5)  # one picture H W 3
+
+
+def test_frames_that_a_stream_does_not_take_are_one_line(official: dict, tmp_path: Path) -> None:
+    encoder = Encoder.from_pretrained(released_file(official, tmp_path), clip=CLIP)
+    frame, (T, H, W) = torch.from_numpy(official["pixels"])[0, 0], CLIP
+    for wrong, message in {
+        "floats": (frame.float(), "video has floats from "),
+        "size": (frame[: H // 2], f"frame H W = ({H // 2}, {W}); this encoder takes ({H}, {W}); encoder.resize(({T}, H, W))"),
+        "a batch of clips": (frame[None, None], "frame has 5 axes; needed H W 3 or B H W 3"),
+    }.values():
+        with pytest.raises(UserError) as refused:
+            encoder.step(wrong)
+        assert str(refused.value).startswith(message)
 
 
 @torch.no_grad()

@@ -185,6 +185,8 @@ def test_a_folder_never_starts_the_code_of_a_callable(colours: str, tmp_path: Pa
         (lambda B, t: torch.zeros(B, 3, 4, 8), "t = 3; needed a divisor of the 8 frames"),
         (lambda B, t: torch.full((B, t, 4, 8), torch.nan), "infinite or NaN; needed finite floats"),
         (lambda B, t: np.zeros((B, t, 4, 8), dtype="int64"), "torch.int64 with 0 infinite or NaN"),
+        (lambda B, t: (torch.zeros(B, t, 4, 8), None), "the encoder returned a tuple; needed one tensor B t n D"),
+        (lambda B, t: {"x": torch.zeros(B, t, 4, 8)}, "the encoder returned a dict; needed one tensor B t n D"),
     ],
 )
 def test_a_callable_without_such_features_is_refused(colours: str, result: Callable, message: str) -> None:

@@ -11,8 +11,8 @@ from encoders.test_encoder import CLIPS, trained
 from official import BACKBONE, DEPTH, official_state, with_head
 
 import scaling4d
-from scaling4d.encoders.extract import read_array, read_clips
 from scaling4d.encoders.released import MAESTOptions
+from scaling4d.features.extract import read_array, read_clips
 from scaling4d.readout.released_heads import from_4ds, from_mae_st, load_readout, read_readout, to_4ds
 
 OPTIONS = MAESTOptions(heads=3, decoder_heads=4)  # of the fixture

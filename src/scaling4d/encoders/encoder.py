@@ -6,6 +6,7 @@ import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,15 @@ from torch import Tensor, nn
 from scaling4d import artifacts
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders import card, hub
-from scaling4d.encoders.preprocess import ALIASED, BICUBIC, FITS, check_video, pick_frames
+from scaling4d.encoders.preprocess import ALIASED, BICUBIC, FITS, check_rate, check_video, pick_frames
 from scaling4d.encoders.pretrained import load_encoder
 from scaling4d.encoders.published import MODELS as PUBLISHED
 from scaling4d.encoders.published import import_published
-from scaling4d.encoders.transformers import CONFIG, FILES, PretrainedEncoder, read_json
+from scaling4d.encoders.transformers import CONFIG, FILES, PretrainedEncoder, read_json, source_files
 from scaling4d.mae.encoder import Backbone
 from scaling4d.provenance import atomic_new
 from scaling4d.records import UserError, as_user_error, write_json
+from scaling4d.video import read_video
 
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
 HUB_FILES = (*FILES, artifacts.PROVENANCE)
@@ -70,8 +72,8 @@ class Encoder(nn.Module):
         model: the network, of this project (4DS, MAE-ST, raw pixels, RVM, VideoMAE v2, V-JEPA 1 and 2.1) or of
             transformers.
         checkpoint: its description, as in config.json. provenance: how it was made; empty: not known.
-        rate_hz: frames per second of the clips that it was trained on, or evaluated at by its authors; None: not known.
-            It may be set.
+        rate_hz: frames per second of the clips that it was trained on, or evaluated at by its authors; None: not known,
+            as of 4DS, RVM and models of pictures. It may be set.
         resample: filter with which `preprocess` resizes pictures, as the code or the preprocessor of a published model.
         clip: T H W of its clips. grid: t h w of its tokens. width: D. depth: number of blocks.
         mean, scale: the encoder computes with (x - mean) * scale of pixels x in 0..1; a number, or one per channel.
@@ -110,6 +112,11 @@ class Encoder(nn.Module):
         elif revision is not None:
             raise UserError(f"revision = {revision!r} is of a model on the hub; {source} is on this disk: leave out revision")
         encoder = cls._from_folder(path, name, clip) if path.is_dir() else cls(*_released_file(path))
+        if not encoder.provenance:
+            origin = {"source": name if Path(source).exists() else str(source)}
+            origin |= {} if Path(source).exists() else {"revision": path.name}  # the cache names it by its commit
+            inputs = {file.name: artifacts.sha256(file) for file in source_files(path)}
+            encoder.provenance = {"stage": "import", "settings": origin, "inputs": inputs}
         if clip is not None and tuple(clip) != encoder.clip:
             encoder.resize(clip)
         return encoder
@@ -121,6 +128,14 @@ class Encoder(nn.Module):
             return cls(model, _description(name, model, asdict(config)))
         path = folder / artifacts.PROVENANCE
         return cls(load_encoder(folder), Checkpoint.read(folder), read_json(path) if path.is_file() else {})
+
+    @property
+    def rate_hz(self) -> float | None:
+        return self._rate_hz
+
+    @rate_hz.setter
+    def rate_hz(self, rate_hz: float | None) -> None:
+        self._rate_hz = None if rate_hz is None else check_rate(rate_hz)
 
     @property
     def clip(self) -> tuple[int, int, int]:
@@ -156,6 +171,16 @@ class Encoder(nn.Module):
     def _is_transformers(self) -> bool:
         return isinstance(self.model, PretrainedEncoder)
 
+    def read_video(self, path: str | Path, *, start_s: float = 0.0) -> np.ndarray:
+        """The frames of one clip of a video file, at the encoder's rate: uint8 `T H W 3`, for `preprocess`.
+
+        Raises UserError: rate_hz is not known, and as scaling4d.read_video.
+        """
+        if self.rate_hz is None:
+            needed = "needed encoder.rate_hz, the frames per second that you choose"
+            raise UserError(f"the checkpoint {self.checkpoint.name} does not tell its clips' rate; {needed}")
+        return read_video(path, start_s=start_s, rate_hz=self.rate_hz, frames=self.clip[0])
+
     def preprocess(
         self, video: np.ndarray | Tensor | Sequence[np.ndarray | Tensor], *, rate_hz: float | None = None, fit: str = "crop"
     ) -> Tensor:
@@ -164,7 +189,8 @@ class Encoder(nn.Module):
         Of a longer video the clip at its start is taken. The encoder itself normalises pixels.
 
         Args:
-            video: `T H W 3` or `B T H W 3`, uint8 or float in 0..1, numpy or torch; or a list of those.
+            video: `T H W 3` or `B T H W 3`, red, green and blue, uint8 or float in 0..1, numpy or torch; or a list of
+                those.
             rate_hz: frames per second of the video; frames are then picked at the encoder's `rate_hz`. None: the video
                 has as many frames as a clip.
             fit: "crop" cuts pictures to the clip's shape around their centre, "pad" adds black bars; both then resize.
@@ -203,12 +229,36 @@ class Encoder(nn.Module):
             last = hidden[-1]
         return EncoderOutput(last, tuple(hidden), last.mean(1))
 
-    def resize(self, clip: tuple[int, int, int]) -> None:
+    def step(self, frame: np.ndarray | Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """One frame of a stream, of a recurrent encoder (RVM): features `B n D`, and the state for the next frame.
+
+        Args:
+            frame: `H W 3` or `B H W 3` of the clip's height and width, uint8 or float in 0..1.
+            state: that after the frame before; None: the frame is the first.
+        Raises:
+            UserError: another encoder or size, or what `preprocess` refuses.
+        """
+        if not hasattr(self.model, "step"):
+            raise UserError(f"a {type(self.model).__name__} takes clips, not single frames: encoder(clips)")
+        if (axes := getattr(frame, "ndim", 4)) not in (3, 4):
+            raise UserError(f"frame has {axes} axes; needed H W 3 or B H W 3")
+        pixels = check_video(frame[None] if axes == 3 else frame)[0]
+        if (size := tuple(pixels.shape[1:3])) != self.clip[1:]:
+            raise UserError(f"frame H W = {size}; this encoder takes {self.clip[1:]}; encoder.resize(({self.clip[0]}, H, W))")
+        return self.model.step(pixels.to(self._device), state)
+
+    def resize(self, clip: tuple[int, int, int], *, side_px: int | None = None) -> None:
         """Take clips of another T H W from now on; learned positions are interpolated.
 
-        Raises UserError: the model does not take such clips.
+        side_px: of a model of transformers, which resizes every picture of a clip to a side of its own: another side.
+        Raises UserError: the model does not take such clips, or such a side.
         """
-        self.model.resize(tuple(clip))
+        clip = tuple(clip)
+        if len(clip) != 3 or not all(isinstance(size, Integral) and size > 0 for size in clip):
+            raise UserError(f"clip = {clip}; needed three whole numbers T H W, each 1 or more")
+        if side_px is not None and not self._is_transformers:
+            raise UserError(f"side_px = {side_px} is for models of transformers; this encoder takes a clip's own H W")
+        self.model.resize(tuple(map(int, clip)), *(() if side_px is None else (side_px,)))
 
     # ---- to disk and to the hub ----
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ def check_video(video: object) -> Tensor:
         to_bytes = "video.astype(np.uint8)" if numpy else "video.to(torch.uint8)"
         raise UserError(f"video is {kind}; needed {NEEDED}; values in 0..255: {to_bytes}")
     if len(shape) not in (4, 5):
-        raise UserError(f"video has {len(shape)} axes {shape}; needed T H W 3 or B T H W 3")
+        raise UserError(f"video has {len(shape)} axes {shape}; needed T H W 3 or B T H W 3{_axes(shape, numpy)}")
     if shape[-1] != 3:
         raise UserError(f"video {shape}: {_channels(shape, numpy)}")
     if not math.prod(shape):
@@ -44,10 +45,19 @@ def check_video(video: object) -> Tensor:
     return pixels if pixels.ndim == 5 else pixels[None]
 
 
+def _axes(shape: tuple[int, ...], numpy: bool) -> str:
+    """How to add the axis that is missing."""
+    if len(shape) != 3:
+        return ""
+    if shape[-1] == 3:
+        return f"; a list of frames: {'np' if numpy else 'torch'}.stack(frames)"
+    return f"; grey frames: {'np.repeat(video[..., None], 3, -1)' if numpy else 'video[..., None].repeat_interleave(3, -1)'}"
+
+
 def _channels(shape: tuple[int, ...], numpy: bool) -> str:
     """What is wrong with the last axis, and how to change it."""
     move, times = ("np.moveaxis(video, {}, -1)", "np.repeat(video, 3, -1)") if numpy else ("video.movedim({}, -1)", "")
-    for axis in (-3, -4):
+    for axis in (-3, -4) if shape[-1] not in (1, 4) else ():
         if shape[axis] == 3:
             return f"axis {axis} has the 3 channels; needed them last, T H W 3 or B T H W 3: {move.format(axis)}"
     channels = f"{shape[-1]} channel{'s' * (shape[-1] != 1)}; needed 3 (red, green, blue) on the last axis"
@@ -71,6 +81,13 @@ def _check_values(pixels: Tensor) -> None:
     raise UserError(f"video has floats from {low:g} to {high:g}; needed {NEEDED}; {fix}")
 
 
+def check_rate(rate_hz: object) -> float:
+    """Frames per second. Raises UserError: no finite number above 0."""
+    if not (isinstance(rate_hz, Real) and math.isfinite(rate_hz) and rate_hz > 0):
+        raise UserError(f"rate_hz = {rate_hz!r}; needed frames per second, a finite number above 0")
+    return float(rate_hz)
+
+
 def pick_frames(pixels: Tensor, frames: int, *, rate_hz: float | None, encoder_rate_hz: float | None) -> Tensor:
     """`B T H W C` -> the frames of a clip, `B frames H W C`.
 
@@ -87,8 +104,7 @@ def pick_frames(pixels: Tensor, frames: int, *, rate_hz: float | None, encoder_r
             fix = f"{picked or f'pick {frames}'}, or call encoder.resize to take clips of {T}"
             raise UserError(f"video has {T} frames; needed {frames}, those of a clip; {fix}")
         return pixels
-    if not (math.isfinite(rate_hz) and rate_hz > 0):
-        raise UserError(f"rate_hz = {rate_hz}; needed the video's frames per second, more than 0")
+    check_rate(rate_hz)
     if encoder_rate_hz is None:
         raise UserError(
             f"rate_hz = {rate_hz:g}, but the checkpoint does not tell its clips' rate; "

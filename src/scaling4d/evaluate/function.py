@@ -107,7 +107,11 @@ def build_function(model: str, clip: tuple[int, int, int]) -> tuple[FunctionEnco
         raise UserError(f"{model} has clip = {clip}; needed whole numbers T H W, with H = W")
     pixels = torch.from_numpy(seeds.numpy_rng(0, "fixed clips").integers(0, 256, (FIXED_CLIPS, *clip, 3), dtype="uint8"))
     with torch.no_grad():
-        features = torch.as_tensor(encoder(pixels))
+        returned = encoder(pixels)
+    try:
+        features = torch.as_tensor(returned)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{model}: the encoder returned a {type(returned).__name__}; needed one tensor B t n D") from error
     _check_features(model, features, clip)
     BUILT[model] = encoder
     published.MODELS[FunctionEncoder.__name__] = FunctionEncoder

@@ -9,9 +9,8 @@ from pathlib import Path
 
 from scaling4d import artifacts, provenance
 from scaling4d.checkpoint import Checkpoint
-from scaling4d.encoders import hub
-from scaling4d.encoders.encoder import HUB_FILES, HUB_ID, Encoder
-from scaling4d.encoders.transformers import CONFIG, source_files
+from scaling4d.encoders.encoder import HUB_ID, Encoder
+from scaling4d.encoders.transformers import CONFIG
 from scaling4d.evaluate.function import FunctionEncoder, build_function, names_function
 from scaling4d.records import UserError, as_user_error, read_json_object, write_json
 
@@ -83,15 +82,9 @@ def _write_function(model: str, clip: tuple[int, int, int], final: Path) -> None
 
 
 def _import(model: str, clip: tuple[int, int, int], final: Path) -> None:
-    path, source = Path(model), Path(model).name
-    if not path.exists():
-        source, (name, _, revision) = model, model.partition("@")
-        path = hub.download(name, revision or None, HUB_FILES)
-    encoder = Encoder.from_pretrained(path, clip=clip)
+    name, _, revision = (model, "", "") if Path(model).exists() else model.partition("@")
+    encoder = Encoder.from_pretrained(name, revision=revision or None, clip=clip)
     encoder.checkpoint = replace(encoder.checkpoint, name=final.name)
-    if not encoder.provenance:
-        inputs = {file.name: artifacts.sha256(file) for file in source_files(path)}
-        encoder.provenance = {"stage": STAGE, "settings": {"model": source}, "inputs": inputs}
     with provenance.atomic_folder(final) as out:
         out.rmdir()
         encoder.save_pretrained(out)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from scaling4d import artifacts, video
 from scaling4d.encoders.arrays import write_npz
-from scaling4d.encoders.extract import all_features
 from scaling4d.encoders.pretrained import load_encoder
+from scaling4d.features.extract import all_features
 from scaling4d.provenance import atomic_new, work_folder
 from scaling4d.readout import released_heads
 from scaling4d.readout.released_heads import ReleasedReadout

@@ -11,9 +11,9 @@ from torch import Tensor
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders.arrays import write_npz
 from scaling4d.encoders.encoder import Encoder
-from scaling4d.encoders.extract import all_features, first_clip, read_array, read_clips
 from scaling4d.encoders.features import layer_index, split_time
-from scaling4d.encoders.video_features import bind_features
+from scaling4d.features.extract import all_features, first_clip, read_array, read_clips
+from scaling4d.features.video_features import bind_features
 from scaling4d.provenance import atomic_new
 from scaling4d.readout import released_heads
 from scaling4d.records import UserError

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from scaling4d import video
-from scaling4d.encoders.windows import WindowSettings, read_windows
+from scaling4d.features.windows import WindowSettings, read_windows
 from scaling4d.provenance import atomic_new
 from scaling4d.video import VideoInput
 
@@ -28,7 +28,7 @@ def write_pca_video(
     """An mp4 of each frame as the encoder sees it and, at its right, the first three components of its tokens.
 
     All tokens of the video are centred and share one basis. Where windows overlap, each shows the frames before the
-    next one's start.
+    next one's start, and the last all of its frames.
 
     Args:
         store: a file of `write_video` with all tokens. layer: its tensor, `W N D`. grid: t h w.
@@ -37,8 +37,10 @@ def write_pca_video(
     """
     mean, basis = principal_components(store, layer)
     colours = (window for chunk in _chunks(store, layer) for window in to_colours(chunk, mean, basis))  # N 3 each
+    with safe_open(store, "pt") as file:
+        count = file.get_slice(layer).get_shape()[0]
     with atomic_new(out) as partial:
-        frames = _frames(colours, source, windows, grid)
+        frames = _frames(colours, source, windows, grid, count)
         video.encode(partial, frames, rate_hz=windows.rate_hz, crf=CRF, gop=GOP)
     return out
 
@@ -73,18 +75,18 @@ def _chunks(store: Path, layer: str) -> Iterator[Tensor]:
 
 
 def _frames(
-    colours: Iterator[Tensor], source: VideoInput, settings: WindowSettings, grid: tuple[int, int, int]
+    colours: Iterator[Tensor], source: VideoInput, settings: WindowSettings, grid: tuple[int, int, int], count: int
 ) -> Iterator[np.ndarray]:
-    """uint8 `H 2*W 3`, enlarged."""
+    """uint8 `H 2*W 3`, enlarged. colours: `N 3` of each of `count` windows."""
     T, height, width = settings.clip
     t, h, w = grid
     enlarged = max(1, -(-SIDE_PX // min(height, width)))
     enlarged += enlarged * height % 2  # H.264 needs even sides
     shown = max(1, min(T, round(settings.stride_s * settings.rate_hz)))
-    for window, rgb in zip(read_windows(source, settings), colours, strict=True):
+    for number, (window, rgb) in enumerate(zip(read_windows(source, settings), colours, strict=True), start=1):
         picture = rgb.reshape(t, h, w, 3).movedim(-1, 1)  # t 3 h w
         picture = F.interpolate(picture, (height, width), mode="bilinear", align_corners=False).repeat_interleave(T // t, 0)
         picture = (255 * picture.movedim(1, -1)).round().to(torch.uint8)
-        pair = torch.cat([window.pixels, picture], dim=2)[:shown]  # T H 2*W 3
-        for frame in pair.numpy():
+        pair = torch.cat([window.pixels, picture], dim=2)  # T H 2*W 3
+        for frame in pair[: None if number == count else shown].numpy():
             yield frame.repeat(enlarged, 0).repeat(enlarged, 1)

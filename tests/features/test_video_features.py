@@ -18,10 +18,10 @@ from typer.testing import CliRunner, Result
 
 from scaling4d import cli, read_video, video
 from scaling4d.checkpoint import Checkpoint
-from scaling4d.encoders import pca, video_features, windows
 from scaling4d.encoders.encoder import Encoder
-from scaling4d.encoders.video_features import GrowingTensor, join_tensors
-from scaling4d.encoders.windows import WindowSettings, read_windows
+from scaling4d.features import pca, video_features, windows
+from scaling4d.features.video_features import GrowingTensor, join_tensors
+from scaling4d.features.windows import WindowSettings, read_windows
 from scaling4d.mae import encoder as backbone
 from scaling4d.records import UserError
 from scaling4d.video import VideoError
@@ -267,6 +267,50 @@ def test_a_stopped_command_continues_and_done_videos_are_left_alone(checkpoint: 
     )
 
 
+def test_the_index_has_the_videos_that_were_done_before_a_stop_and_none_that_is_a_problem_now(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    videos, out, write_video = tmp_path / "videos", tmp_path / "out", video_features.write_video
+    for name in ("a.mp4", "b.mp4"):
+        save(videos / name)
+
+    def stopped(*arguments: object, **options: object) -> object:
+        if "b.mp4" in str(arguments[1]):
+            raise KeyboardInterrupt
+        return write_video(*arguments, **options)
+
+    monkeypatch.setattr(video_features, "write_video", stopped)
+    run(checkpoint, videos, "--out", out)
+    indexed = lambda: set(json.loads((out / "index.json").read_text())["videos"])  # noqa: E731
+    assert indexed() == {"a.mp4"}
+    monkeypatch.undo()
+    assert run(checkpoint, videos, "--out", out).exit_code == 0 and indexed() == {"a.mp4", "b.mp4"}
+    (videos / "a.mp4").write_bytes(b"no video")
+    assert run(checkpoint, videos, "--out", out).exit_code == 1 and indexed() == {"b.mp4"}
+
+
+def test_features_beyond_a_type_or_the_memory_are_one_line(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out, forward = save(tmp_path / "a.mp4"), tmp_path / "out", Encoder.forward
+
+    def large(self: Encoder, clips: Tensor) -> object:
+        output = forward(self, clips)
+        output.hidden_states[2].fill_(1e5)
+        return output
+
+    monkeypatch.setattr(Encoder, "forward", large)
+    words = (checkpoint, path, "--out", out, "--layer", 1, "--dtype", "float16")
+    assert refused(*words) == "layer 1 has values that are NaN or beyond float16; choose another --dtype"
+    assert not (out / "a.mp4.safetensors").exists()
+
+    def exhausted(self: Encoder, clips: Tensor) -> object:
+        raise torch.OutOfMemoryError("Tried to allocate 34.00 GiB")
+
+    monkeypatch.setattr(Encoder, "forward", exhausted)
+    assert refused(*words) == "no memory for 6 windows at once (Tried to allocate 34.00 GiB); lower --batch"
+
+
 def test_a_tensor_that_grows_in_a_file_is_read_as_any_other(tmp_path: Path) -> None:
     rows = [torch.randn(3, 5, 7, dtype=torch.float64).to(dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64)]
     with contextlib.ExitStack() as stack:
@@ -353,7 +397,7 @@ def test_components_are_those_of_a_decomposition_of_all_tokens(tmp_path: Path) -
     assert (basis.gather(0, basis.abs().argmax(0, keepdim=True)) > 0).all()
 
 
-@pytest.mark.parametrize(("stride", "frames"), [(0.5, 6 * 4), (0.25, 11 * 2), (0.7, 4 * 4)])
+@pytest.mark.parametrize(("stride", "frames"), [(0.5, 6 * 4), (0.25, 10 * 2 + 4), (0.7, 4 * 4)])
 def test_a_video_of_components_shows_each_frame_beside_its_colours(
     checkpoint: Path, tmp_path: Path, stride: float, frames: int
 ) -> None:
@@ -365,9 +409,8 @@ def test_a_video_of_components_shows_each_frame_beside_its_colours(
     assert pixels.shape == (frames, 192, 2 * 288, 3) and times_s[1] == pytest.approx(1 / RATE_HZ, abs=1e-3)
     assert video.probe(picture, sha256="").codec == "h264"
     windows = list(read_windows(path, settings_of(stride_s=stride)))
-    shown = frames // len(windows)
-    for index in (0, len(pixels) - 1):
-        expected = windows[index // shown].pixels[index % shown].numpy().repeat(6, 0).repeat(6, 1)
+    for index, shown in ((0, windows[0].pixels[0]), (len(pixels) - 1, windows[-1].pixels[-1])):
+        expected = shown.numpy().repeat(6, 0).repeat(6, 1)
         assert np.abs(pixels[index, :, :288].astype(int) - expected).mean() < 4
     assert pixels[:, :, 288:].std() > 10
     assert re.search("exists; choose another name or remove it$", refused(*words))

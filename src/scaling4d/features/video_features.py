@@ -25,9 +25,9 @@ from torch import Tensor
 from scaling4d import __version__, video
 from scaling4d.clips.sources import SourceFile, list_sources
 from scaling4d.encoders.encoder import Encoder
-from scaling4d.encoders.pca import write_pca_video
 from scaling4d.encoders.pretrained import set_clip
-from scaling4d.encoders.windows import NO_RATE, WindowSettings, batches, frame_times, read_windows
+from scaling4d.features.pca import write_pca_video
+from scaling4d.features.windows import NO_RATE, WindowSettings, batches, frame_times, read_windows
 from scaling4d.provenance import differences, work_folder, write_text
 from scaling4d.records import UserError, file_system_errors, json_text, on_one_line, read_json_object, shortened
 from scaling4d.video import VideoError, VideoInput
@@ -63,7 +63,7 @@ class StoredVideos:
 def run(
     checkpoint: str, paths: Sequence[Path], out: Path, *, batch: int, device: str, pca: Path | None, **options: Any
 ) -> StoredVideos:
-    """Command `features`. device: empty: the GPU, if there is one. pca: see encoders.pca. options: of bind_features."""
+    """Command `features`. device: empty: the GPU, if there is one. pca: see features.pca. options: of bind_features."""
     videos = videos_at(paths, out)
     if pca is not None and not (options["tokens"] and len(videos) == 1 and pca.suffix == ".mp4"):
         raise UserError(f"--pca {pca} with {len(videos)} videos; needed an .mp4 to write, --tokens, and one video")
@@ -168,32 +168,35 @@ def write_features_of_videos(
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / INDEX, json_text({"settings": description, "videos": entries}))
         files, seconds = bar.add_task("videos", total=len(videos)), bar.add_task("seconds")
-        for name, source in videos:
-            path = out / f"{name}.safetensors"
-            try:
-                if isinstance(source, str):
-                    raise VideoError(source)
-                made_by = {"settings_sha256": digest, "video_sha256": video.sha256(source)}
-                entry = _read_entry(path, made_by)
-                if entry is None:
-                    with video.open_video(source) as opened:
-                        duration_s = opened.duration_s
-                    bar.reset(seconds, total=duration_s or None, description=on_one_line(name).replace("[", r"\["))
-                    show = partial(bar.update, seconds)
-                    entry = write_video(encoder, source, path, settings, made_by=made_by, batch=batch, report=show)
-                    result.written += 1
-                    end_s = min(entry["end_s"], duration_s or entry["end_s"])
-                    print(on_one_line(f"{name}: {entry['windows']} windows, 0 to {end_s:.2f} s of {duration_s:.2f} s"))
-                else:
-                    result.present += 1
-                entries[name] = entry
-            except (VideoError, OSError) as error:
-                if isinstance(error, OSError) and not _is_of_video(error, path):
-                    raise
-                result.problems[name] = str(error)
-                print(f"problem: {on_one_line(f'{name}: {error}')}")
-            bar.advance(files)
-        write_text(out / INDEX, json_text({"settings": description, "videos": entries}))
+        try:
+            for name, source in videos:
+                path = out / f"{name}.safetensors"
+                try:
+                    if isinstance(source, str):
+                        raise VideoError(source)
+                    made_by = {"settings_sha256": digest, "video_sha256": video.sha256(source)}
+                    entry = _read_entry(path, made_by)
+                    if entry is None:
+                        with video.open_video(source) as opened:
+                            duration_s = opened.duration_s
+                        bar.reset(seconds, total=duration_s or None, description=on_one_line(name).replace("[", r"\["))
+                        show = partial(bar.update, seconds)
+                        entry = write_video(encoder, source, path, settings, made_by=made_by, batch=batch, report=show)
+                        result.written += 1
+                        end_s = min(entry["end_s"], duration_s or entry["end_s"])
+                        print(on_one_line(f"{name}: {entry['windows']} windows, 0 to {end_s:.2f} s of {duration_s:.2f} s"))
+                    else:
+                        result.present += 1
+                    entries[name] = entry
+                except (VideoError, OSError) as error:
+                    if isinstance(error, OSError) and not _is_of_video(error, path):
+                        raise
+                    entries.pop(name, None)
+                    result.problems[name] = str(error)
+                    print(f"problem: {on_one_line(f'{name}: {error}')}")
+                bar.advance(files)
+        finally:
+            write_text(out / INDEX, json_text({"settings": description, "videos": entries}))
     return result
 
 
@@ -219,17 +222,15 @@ def write_video(
     Raises VideoError: as read_windows, or the video is shorter than a window; no file is written then.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    windows, dtype = settings.windows, DTYPES[settings.dtype]
+    windows = settings.windows
     device = next((weight.device for weight in encoder.parameters()), torch.device("cpu"))
     with work_folder(".features", path.parent) as folder, ExitStack() as stack:
         growing = [GrowingTensor(stack.enter_context((folder / f"layer_{n:02d}").open("w+b"))) for n in settings.layers]
         frame_s, start_s = [], []
         for clips in batches(read_windows(source, windows), batch):
-            pixels = torch.stack([window.pixels for window in clips]).to(device)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                states = encoder(pixels).block_outputs
-            for tensor, layer in zip(growing, settings.layers, strict=True):
-                tensor.append((states[layer] if settings.tokens else states[layer].float().mean(1)).to(dtype).cpu())
+            pixels = torch.stack([window.pixels for window in clips])
+            for tensor, rows in zip(growing, _features_of(encoder, pixels.to(device), settings), strict=True):
+                tensor.append(rows)
             start_s += [window.start_s for window in clips]
             frame_s.append(frame_times(clips))
             report(completed=start_s[-1] + windows.length_s)
@@ -245,6 +246,21 @@ def write_video(
         join_tensors(folder / "joined", growing, metadata)
         (folder / "joined").replace(path)
     return _entry(metadata)
+
+
+def _features_of(encoder: Encoder, pixels: Tensor, settings: FeatureSettings) -> list[Tensor]:
+    """Features of a batch of windows, a tensor a layer. Raises UserError: no memory, or not finite."""
+    dtype, features = DTYPES[settings.dtype], []
+    try:
+        with torch.autocast(pixels.device.type, dtype, enabled=dtype != torch.float32):
+            states = encoder(pixels).block_outputs
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"no memory for {len(pixels)} windows at once ({shortened(error)}); lower --batch") from error
+    for layer in settings.layers:
+        features.append((states[layer] if settings.tokens else states[layer].float().mean(1)).to(dtype).cpu())
+        if not features[-1].isfinite().all():
+            raise UserError(f"layer {layer} has values that are NaN or beyond {settings.dtype}; choose another --dtype")
+    return features
 
 
 class GrowingTensor:

@@ -9,11 +9,11 @@ import torch
 
 from scaling4d import config, video
 from scaling4d.checkpoint import Checkpoint
-from scaling4d.encoders.extract import all_features, first_clip, read_clips
 from scaling4d.encoders.load import load_model
 from scaling4d.encoders.pretrained import load_encoder
 from scaling4d.encoders.stage import baseline
-from scaling4d.encoders.windows import WindowSettings
+from scaling4d.features.extract import all_features, first_clip, read_clips
+from scaling4d.features.windows import WindowSettings
 from scaling4d.mae.encoder import Backbone, BackboneConfig, PixelTokens, PixelTokensConfig, initialise
 from scaling4d.pretrain.settings import bind_pretrain
 from scaling4d.records import UserError

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from scaling4d.encoders.arrays import DAMAGE, read_header
-from scaling4d.encoders.windows import WindowSettings, read_windows
+from scaling4d.features.windows import WindowSettings, read_windows
 from scaling4d.records import UserError
 from scaling4d.video import VideoError
 

@@ -1,0 +1,1 @@
+"""VIDEOS -> FEATURES: an encoder over whole videos, window by window."""
