@@ -3,7 +3,7 @@
 # make install-cuda   the environment of a machine with an NVIDIA GPU, instead of that of `make install`
 # make weights        the pocket's trained encoders, before anything is trained (`make publish-weights` keeps new ones)
 # make release-check  whether lock, reports, README and guide belong to this code
-# make gpu            one hour on a GPU, where torch, numpy and wheels/ are (`make wheels`, on a machine with a network)
+# make gpu            one hour on a GPU, after `make install-cuda`; without a network, where torch, numpy and wheels/ are (`make wheels`)
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -11,7 +11,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 PARALLEL = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-LOCK = requirements.lock
+# The environment keeps the lock that it was made with: a later `make test` does not put torch for CPUs over that for GPUs.
+LOCK = $(shell cat .venv/lock 2> /dev/null || echo requirements.lock)
 
 .PHONY: install install-cuda repro ahead weights publish-weights test quick slow release-check lint wheels gpu measured-on-gpu
 
@@ -22,6 +23,7 @@ install: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --no-compile -c $(LOCK) -e '.[dev]'
 	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true  # on every core, pip has one; some packages bring files of a later Python
+	echo $(LOCK) > .venv/lock
 	touch .venv/installed
 
 install-cuda:
@@ -75,11 +77,12 @@ wheels: install
 		$(foreach glibc,$(GLIBC),--platform manylinux$(if $(findstring _,$(glibc)),_)$(glibc)_x86_64)
 
 gpu:
+	@$(PYTHON) -c 'import torch' 2> /dev/null || { echo "$(PYTHON) has no torch; run make install-cuda" >&2; exit 1; }
 	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(MAKE) measured-on-gpu; \
 	else echo "no CUDA device: GPU tests and benches are skipped, and nothing is claimed of any GPU"; fi
 
 measured-on-gpu: export PYTHONPATH := src:.gpu
-measured-on-gpu: .gpu/installed
+measured-on-gpu: $(if $(wildcard .venv/installed),,.gpu/installed)
 	$(PYTHON) -m scaling4d bench gpu
 
 .gpu/installed: wheels/list.txt

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed import device_mesh
@@ -16,6 +17,9 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 from scaling4d.training.fit import Batch, Callback, FitConfig, StepResult, fit
 from scaling4d.training.observe import TrainingLog
 from scaling4d.training.optimizer import ParamGroups
+
+if torch.__version__ < "2.13":  # "2.10.0+cu128": that of requirements-cuda.lock
+    pytest.skip("fake tensors of this torch know no all-reduce; requirements.lock has 2.13", allow_module_level=True)
 
 DEVICE = "fakegpu"
 PROCESSES = multiprocessing.get_context("forkserver")  # where no backward pass ran: autograd keeps the devices of its first

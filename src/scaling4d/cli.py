@@ -337,6 +337,9 @@ def render(
 @app.command()
 def plan(
     point: str,
+    profile: Annotated[
+        str | None, typer.Option(help="Whose POINT; default: that of params.yaml, else of paper, else of the first that has it.")
+    ] = None,
     mesh: Annotated[str | None, typer.Option(help="SHARDSxREPLICAS, such as 256x1; default: the profile's.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Clips a step over all GPUs; default: the profile's.")] = None,
     recompute: Annotated[str, typer.Option(help="none, or block: recompute activations in the backward pass.")] = "none",
@@ -360,8 +363,8 @@ def plan(
     from scaling4d.report.protocol import SHAPE_OF_J, row_of
 
     costs = {"gpu": gpu, "worker_clips_per_s": worker_clips_per_s, "write_gb_per_s": write_gb_per_s}
-    content = make_plan(point, mesh=mesh, batch=batch, recompute=recompute, dry=dry_run, **costs)
-    content["readouts"] = plan_readouts(point, settings_of(point), gpu=gpu, worker_clips_per_s=worker_clips_per_s)
+    content = make_plan(point, profile=profile, mesh=mesh, batch=batch, recompute=recompute, dry=dry_run, **costs)
+    content["readouts"] = plan_readouts(point, settings_of(point, profile), gpu=gpu, worker_clips_per_s=worker_clips_per_s)
     if as_json:
         print(json.dumps(content))
     else:

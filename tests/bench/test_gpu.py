@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from scaling4d import seeds
+from scaling4d.mae.attention import xformers_problem
 from scaling4d.pretrain.plan.closed_form import PLAIN, StepLayout, memory
 from scaling4d.pretrain.plan.work import work_of
 from scaling4d.records import MaskedTokens
@@ -65,6 +66,7 @@ def test_a_bf16_step_has_nearly_the_loss_of_an_fp32_one() -> None:
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=2e-2)
 
 
+@pytest.mark.skipif(bool(xformers_problem()), reason="xformers does not load here; torch's attention runs instead")
 def test_xformers_packs_clips_in_one_sequence(tmp_path: Path) -> None:
     path = attention.bench(tmp_path, total=1024, repeats=1, precision="bf16", tokens=(78,))
     content = json.loads(path.read_text())

@@ -11,6 +11,7 @@ import pytest
 from scaling4d import cli, config
 from scaling4d.pretrain.plan.closed_form import KINDS
 from scaling4d.pretrain.plan.plan import plan
+from scaling4d.records import UserError
 
 ROOT = Path(__file__).parents[2]
 # width, depth, mlp, heads of the released code's variants, and the backbone's parameters, counted by running its
@@ -91,16 +92,26 @@ def test_a_plan_without_options_is_that_of_the_pinned_profile() -> None:
 
 
 def test_a_plan_that_loading_bounds_is_refused_with_the_workers_that_would_do(command: Callable) -> None:
-    code, out, error = command("L", "--worker-clips-per-s", "30")
+    code, out, error = command("L", "--worker-clips-per-s", "24")
     assert code == 1 and "clips/s needed" in out and error.count("\n") == 1
-    assert re.search(r"^error: the plan of L is bound by loading: a GPU takes .+ clips/s and gets 240, by 8 workers; ", error)
+    assert re.search(r"^error: the plan of L is bound by loading: a GPU takes .+ clips/s and gets 288, by 12 workers; ", error)
     workers = int(re.search(r"set pretrain.Runtime.workers=(\d+) at least$", error.strip())[1])
-    assert 8 < workers <= 14
-    assert command("L", "--worker-clips-per-s", str(30 * workers / 8))[0] == 0
+    assert 12 < workers <= 14
+    assert command("L", "--worker-clips-per-s", str(24 * workers / 12))[0] == 0
     code, out, error = command("S", "--json")
     assert code == 1 and json.loads(out)["refused"] in error
     assert re.search(r"\d+ would do, but a machine has 14 CPU cores a GPU: store clips that load .+ times as fast\n$", error)
     assert command("j", "--json")[0] == 0
+
+
+@pytest.mark.usefixtures("in_the_project")
+def test_a_point_of_two_profiles_is_planned_as_the_profile_that_is_named_has_it() -> None:
+    paper, itself = plan("mae_st_H"), plan("mae_st_H", profile="mae_st")
+    assert (paper["profile"], paper["schedule"]["batch"]) == ("paper", 4096)
+    assert (itself["profile"], itself["schedule"]["batch"]) == ("mae_st", 2048)
+    assert paper["tokens"]["all"] > itself["tokens"]["all"]  # patches of 14 px, and of 16
+    with pytest.raises(UserError, match="^profile mae_st has no point 'j'; points: mae_st_B, "):
+        plan("j", profile="mae_st")
 
 
 @pytest.mark.integration

@@ -38,7 +38,7 @@ def test_the_five_tasks_of_j_have_windows_passes_bytes_and_days() -> None:
     assert list(rows) == ["actions", "boxes", "depth", "points", "pose"]
     actions = rows["actions"]  # 168,913 videos in 2 windows, 24,777 in 2 windows of 3 squares
     assert actions["windows"] == 2 * 168_913 + 6 * 24_777 == 486_488
-    assert actions["passes"] == 8 * math.ceil(486_488 / 8 / 32)
+    assert actions["passes"] == 8 * math.ceil(486_488 / 8 / 16)
     assert actions["stored_bytes"] == 486_488 * 1568 * 4096 * 4
     assert actions["reused_share"] == 1 - 2 * 168_913 / (40_000 * 32)
     assert (actions["clip"], content["total"]["windows"]) == ([16, 224, 224], sum(row["windows"] for row in rows.values()))

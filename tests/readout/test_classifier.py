@@ -191,6 +191,7 @@ def test_a_step_of_the_recipe_of_profile_mae_st_fine_tunes_a_tiny_mae_st(project
     changes = [f"points.mae_st_L.model.MAEST.{name}={size}" for name, size in sizes.items()]
     changes += [f"readout.classifier.Classifier.{name}={value}" for name, value in few.items()]
     changes += [
+        "readout.classifier.Classifier.per_encoder.untrained_mae_st_L.steps=1",
         "clip.side_px=32",
         "readout.tasks.actions.Actions.classes=8",
         "readout.Evaluation.ranks=1",

@@ -26,10 +26,11 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from scaling4d.mae.encoder import Method
 from scaling4d.pretrain.settings import BETAS
-from scaling4d.records import MaskedTokens
+from scaling4d.records import MaskedTokens, UserError
 from scaling4d.training.optimizer import build_adamw
 from scaling4d.training.parallelize import ComputeConfig, ShardingConfig, parallelize, set_last_microbatch
 
+OLDEST = "2.13"
 TRACKED = {  # our kinds of memory: those of the trackers, with shards and with one
     "parameters": ("Sharded Param", "Parameter", "Buffer"),
     "gradients": ("Sharded Grad", "Unsharded Grad", "Gradient"),
@@ -77,7 +78,13 @@ def dry_run(
     Args:
         model: on meta; it is used up. clips: at once on each GPU. recompute: none or block. microbatches: of a batch.
         keep_best: hold the best weights too, as pretrain.validate.
+    Raises:
+        UserError: a torch whose tracker counts the optimizer of all shards.
     """
+    if torch.__version__ < OLDEST:  # compared as versions
+        raise UserError(
+            f"a dry run with torch {torch.__version__} counts too much memory; needed {OLDEST}, as in requirements.lock"
+        )
     started, ranks = time.time(), shards * replicas
     teachers = [teacher.to(torch.bfloat16) for teacher in getattr(model, "teacher_encoder", ())]
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)

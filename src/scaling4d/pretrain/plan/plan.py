@@ -26,6 +26,7 @@ MAX_GPUS = 16384  # where the search for more shards ends
 def plan(
     point: str,
     *,
+    profile: str | None = None,
     mesh: str | None = None,
     batch: int | None = None,
     recompute: str = "none",
@@ -38,7 +39,7 @@ def plan(
 
     Args:
         point: of params.yaml, else of profile paper, else of another profile, which then sets steps, microbatches,
-            and the defaults of batch and mesh.
+            and the defaults of batch and mesh. profile: of this one instead.
         mesh: SHARDSxREPLICAS. batch: clips a step, over all GPUs. recompute: none, or block (activations of every block
             are computed again in the backward pass). worker_clips_per_s: clips of CLIP_VALUES that one of the profile's
             decoding processes gives a second; others by their number of pixels.
@@ -56,7 +57,7 @@ def plan(
     for option, speed in (("--worker-clips-per-s", worker_clips_per_s), ("--write-gb-per-s", write_gb_per_s)):
         if speed <= 0:
             raise UserError(f"{option} {speed}; needed more than 0")
-    settings = settings_of(point)
+    settings = settings_of(point, profile)
     training = config.section(settings, "pretrain.Training")
     sharding = config.section(settings, f"{find_point(point, settings)[0]}.Sharding")
     shards, replicas = map(int, match.groups()) if match else (sharding["shards"], training["ranks"] // sharding["shards"])
@@ -125,17 +126,21 @@ def _bound(part: Mapping[str, float]) -> str:
     return next((kind for kind in ("loading", "cpu") if part[kind]), max(part, key=part.__getitem__))
 
 
-def settings_of(point: str) -> dict[str, Any]:
-    """params.yaml, or the first profile that has the point, profile paper first. Raises UserError: none has it."""
+def settings_of(point: str, profile: str | None = None) -> dict[str, Any]:
+    """params.yaml, or the first profile that has the point, profile paper first; or the given profile.
+
+    Raises UserError: none has it.
+    """
     profiles = sorted(path.stem for path in (config.EXPERIMENTS / "profile").glob("*.yaml"))
     known: set[str] = set()
-    for profile in (None, *sorted(profiles, key=lambda name: name != "paper")):
-        settings = config.read() if profile is None else config.compose([f"profile={profile}"])
+    for name in [profile] if profile else (None, *sorted(profiles, key=lambda name: name != "paper")):
+        settings = config.read() if name is None else config.compose([f"profile={name}"])
         points = points_of(settings)
         if point in points:
             return settings
         known |= set(points)
-    raise UserError(f"no profile has a point {point!r}; points: {', '.join(sorted(known))}")
+    where = f"profile {profile} has no" if profile else "no profile has a"
+    raise UserError(f"{where} point {point!r}; points: {', '.join(sorted(known))}")
 
 
 def build(point: str, settings: Mapping[str, Any]) -> Method:
