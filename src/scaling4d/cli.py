@@ -279,7 +279,12 @@ def study(
 
 @app.command()
 def law(
-    folder: Annotated[Path, typer.Argument(help="Of a study; without --predict also with artifacts of one method.")],
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FOLDER", help="Of studies, fitted together; without --predict also with artifacts of one method."
+        ),
+    ],
     parameters: Annotated[int | None, typer.Option(min=1, help="Predict the loss of an encoder of this size,")] = None,
     clips: Annotated[int | None, typer.Option(min=1, help="after so many clips,")] = None,
     flops: Annotated[float | None, typer.Option(min=1, help="or so many training FLOPs; alone: of the best size.")] = None,
@@ -289,13 +294,15 @@ def law(
     from scaling4d.studies import law as laws
     from scaling4d.studies.study import read_study
 
+    if predict and len(folders) > 1:
+        raise UserError(f"--predict with {len(folders)} folders; needed one, the study that predicts")
     if predict:
-        path = laws.write_prediction(read_study(predict), folder)
+        path = laws.write_prediction(read_study(predict), folders[0])
         print(f"wrote {path}; commit it, then run `scaling4d study {predict}`")
     elif (clips and flops) or (parameters and not (clips or flops)) or (clips and not parameters):
         raise UserError("needed --parameters with --clips or --flops, --flops alone, or none of them")
     else:
-        print(laws.law_text(laws.law_of(folder), parameters=parameters, clips=clips, flops=flops))
+        print(laws.law_text(laws.law_of(*folders), parameters=parameters, clips=clips, flops=flops))
 
 
 @app.command()

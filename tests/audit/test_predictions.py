@@ -13,7 +13,7 @@ from commands import git
 
 from scaling4d.audit import predictions
 from scaling4d.audit.run import NOTE, WRONG
-from scaling4d.provenance import to_csv
+from scaling4d.provenance import parse_csv, to_csv
 from scaling4d.records import UserError
 from scaling4d.studies import law, page
 from scaling4d.studies.study import REPORTS, RUN_COLUMNS, Arm, Study, read_runs
@@ -62,9 +62,16 @@ def test_a_prediction_before_its_results_is_right_and_stands_beside_them(project
     rows = [*law.outcome_rows(law.read_prediction("larger"), law.read_trained_runs(REPORTS / "larger"))]
     assert [row["measured"] for row in rows] == pytest.approx([row["predicted"] for row in rows], rel=5e-3)
     files = page.tables(project, read_runs(REPORTS / "larger"))
-    assert [*files] == ["table.csv", "law.csv", "optimum.csv", "predicted.csv"]
+    laws = ("law", "optimum", "sensitivity")
+    assert [*files] == ["table.csv", *(f"{name}.csv" for name in laws), "predicted.csv", *(f"{name}_after.csv" for name in laws)]
+    assert files["optimum.csv"].count("\n") == 4 and files["optimum_after.csv"].count("\n") == 5  # the budget of the outcome too
+    rows = parse_csv(files["predicted.csv"])
+    assert all(abs(float(row["miss_percent"])) < 0.5 < abs(float(row["unchanged_percent"])) for row in rows)
+    assert all(abs(float(row["by_a_line_percent"])) < 3 for row in rows)
     svg = law.law_figure(*page.fitted_law(project, read_runs(REPORTS / "larger")))
-    assert all(words in svg for words in (">predicted before the run, 90 %<", ">its outcome<", ">8e+12 FLOPs<"))
+    assert all(
+        words in svg for words in (">predicted before the run, 90 %<", ">its outcome<", ">8e+12 FLOPs<", ">the same, beyond the")
+    )
 
 
 def test_what_is_measured_already_is_not_predicted(project: Study, commit: Callable) -> None:
@@ -100,7 +107,41 @@ def test_results_of_a_former_study_of_the_name_and_a_withdrawn_prediction_do_not
     write_runs("small", (1e12, 2e12, 3e12))
     law.write_prediction(project, REPORTS / "small")
     commit("another prediction")
+    (finding,) = predictions.findings()
+    assert finding.kind == NOTE and finding.message.startswith("an earlier prediction, of commit ")
+
+
+def test_an_arm_that_did_not_run_stays_in_the_table(project: Study, commit: Callable) -> None:
+    law.write_prediction(project, REPORTS / "small")
+    runs = law.read_trained_runs(REPORTS / "small")
+    assert [row.get("measured") for row in law.outcome_rows(law.read_prediction("larger"), runs)] == [None] * 3
+
+
+def test_a_result_that_a_commit_had_before_the_prediction_is_found_though_it_was_removed(
+    project: Study, commit: Callable
+) -> None:
+    facts = json.dumps({"runs": {f"{SIZES[0]}_8e+12-0": {"experiment": "0123456789abcdef"}}})
+    write_runs("larger", (8e12,))
+    (REPORTS / "larger/study.json").write_text(facts)
+    commit("results")
+    for name in ("runs.csv", "study.json"):
+        (REPORTS / "larger" / name).unlink()
+    commit("hidden")
+    law.write_prediction(project, REPORTS / "small")
+    commit("prediction")
     assert [*predictions.findings()] == []
+    write_runs("larger", (8e12,))
+    (REPORTS / "larger/study.json").write_text(facts)
+    commit("results again")
+    (finding,) = predictions.findings()
+    assert finding.kind == WRONG and f" predicts {SIZES[0]}_8e+12-0, whose result commit " in finding.message
+
+
+def test_folders_are_fitted_together(project: Study) -> None:
+    write_runs("larger", (8e12,))
+    assert len(law.law_of(REPORTS / "small", REPORTS / "larger").flops) == 12
+    with pytest.raises(UserError, match="^reports/studies/larger, reports/studies/larger have 6 runs of 3 sizes with 3 numbers"):
+        law.law_of(REPORTS / "larger", REPORTS / "larger")
 
 
 def test_a_run_of_another_size_than_predicted_is_refused(project: Study, commit: Callable) -> None:
@@ -162,7 +203,8 @@ def test_the_runs_of_the_prediction_are_found_in_the_commits_and_others_are_wron
     content = json.loads(PREDICTION.read_text())
     PREDICTION.write_text(json.dumps(content | {"source_sha256": "0" * 64}))
     commit("of no runs")
-    (finding,) = predictions.findings()
+    note, finding = predictions.findings()
+    assert note.kind == NOTE
     assert finding.kind == WRONG and "no reports/studies/small/runs.csv of sha256 000000000000" in finding.message
 
 

@@ -72,7 +72,32 @@ def test_nine_of_ten_intervals_hold_the_truth() -> None:
 def test_an_exponent_without_a_visible_trend_is_not_identified() -> None:
     flat = fit_loss_law(N, D, FLOPS, 0.05 * np.exp(0.01 * seeds.numpy_rng(0, "flat").standard_normal(len(N))), draws=40)
     assert not flat.identified("size_exponent")
-    assert noisy_law("seen", 0.002, 40).identified("size_exponent")
+    seen = noisy_law("seen", 0.0005, 40)
+    assert seen.identified("size_exponent") and seen.identified("floor")
+
+
+def test_an_interval_wider_than_a_factor_of_four_identifies_nothing() -> None:
+    fitted = noisy_law("wide", 0.01, 100)
+    _, low, high = fitted.interval("size_exponent")
+    assert low > 0.01 and 4 * low < high < 4 and not fitted.identified("size_exponent")
+
+
+def test_fits_to_other_draws_of_the_runs_lie_about_the_truth_and_some_runs_can_be_left_out() -> None:
+    fitted = noisy_law("runs", 0.002, 5)
+    low, high = fitted.interval_of_runs("data_exponent")
+    assert low < TRUTH[4] < high and fitted.draws_of_runs is fitted.draws_of_runs
+    none, shortest, lowest, highest = law.left_out_rows(fitted)
+    assert (none["runs"], shortest["runs"], shortest["left_out"], lowest["runs"]) == (20, 18, "the 2 shortest", 19)
+    assert lowest["data_exponent"] < none["data_exponent"] < highest["data_exponent"]
+    assert lowest["best_size"] <= none["best_size"] <= highest["best_size"]
+
+
+def test_a_size_and_clips_are_outside_where_their_flops_are() -> None:
+    fitted = noisy_law("none", 1e-7, 5)
+    assert fitted.inside(146_928, 50_000) and fitted.inside(SIZES[0], 8e12 / FLOPS_PER_CLIP[0])
+    assert not fitted.inside(738_720, 50_000)  # 2.7e13 FLOPs
+    assert not fitted.inside(24_400, 10_000)  # 2.9e11
+    assert law.law_text(fitted, parameters=None, clips=None, flops=2e13).endswith("; outside the fitted range")
 
 
 def test_few_runs_or_one_budget_give_no_law() -> None:

@@ -149,7 +149,9 @@ def test_the_signal_is_the_distance_of_arms_in_deviations_of_a_seed() -> None:
     values = np.array([[1.0, 1.2], [2.0, 2.2], [3.0, 3.3]])
     (row,) = study.signal_rows(rows(dict(zip("abc", values.tolist(), strict=True))))
     residuals = values - values.mean(1, keepdims=True) - values.mean(0) + values.mean()
-    assert (row["arms"], row["seeds"]) == (3, 2) and row["signal"] == pytest.approx(values.mean(1).std(ddof=1))
+    of_noise = (residuals**2).sum() / 2 / 2  # of a mean over two seeds
+    assert (row["arms"], row["seeds"]) == (3, 2)
+    assert row["signal"] == pytest.approx(np.sqrt(values.mean(1).var(ddof=1) - of_noise))
     assert row["noise"] == pytest.approx(np.sqrt((residuals**2).sum() / 2))
     assert row["ratio"] == pytest.approx(row["signal"] / row["noise"])
     assert not [*study.signal_rows(rows({"a": [1.0], "b": [2.0]}))]

@@ -182,6 +182,14 @@ def test_a_task_that_does_not_rise_says_so_and_has_no_better_predictor(scaling: 
     assert one_seed["better_with_size"] is None
 
 
+def test_no_predictor_is_better_where_seeds_disagree_or_the_mean_of_other_arms_is_as_good() -> None:
+    means = [0.5, 0.4, 0.35, 0.3]
+    assert page._better_predictor([0.02, 0.02, 0.03], [0.01, 0.01, 0.01], means) == "loss"
+    assert page._better_predictor([0.01, 0.01, 0.01], [0.02, 0.02, 0.03], means) == "size"
+    assert page._better_predictor([0.02, 0.02, 0.01], [0.01, 0.01, 0.03], means) == "not told"
+    assert page._better_predictor([0.3, 0.3, 0.3], [0.2, 0.2, 0.2], means) == "not told"
+
+
 def test_an_arm_without_the_size_of_its_ladder_is_named(scaling: Study) -> None:
     page.write_study(replace(scaling, ladders={}), DVC_CACHE, {})
     rows = [row | {"flops": ""} if row["arm"] == "tiny" else row for row in study.read_runs(scaling.folder)]

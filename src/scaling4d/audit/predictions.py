@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from scaling4d.audit.run import NOTE, UNCHECKED, WRONG, AuditFinding
-from scaling4d.provenance import file_at, git, life_of, parse_csv
+from scaling4d.provenance import commits_of, file_at, git, life_of, parse_csv
 from scaling4d.records import UserError
-from scaling4d.studies.study import REPORTS, RUNS
+from scaling4d.studies.study import FACTS, REPORTS, RUNS
 
 TOLERANCE = 1e-3  # relative, of a fit that is made again on another machine; ours
 
@@ -35,12 +35,22 @@ def _order(path: Path) -> Iterator[AuditFinding]:
         kind = UNCHECKED if git("rev-parse", "HEAD") is None else WRONG if Path(results).is_file() else NOTE
         yield AuditFinding(kind, path.as_posix(), f"no commit has it; commit it before `scaling4d study {path.stem}`")
         return
-    first, shallow = made[-1], git("rev-parse", "--is-shallow-repository") == b"true\n"
+    first, late = made[-1], UNCHECKED if _is_shallow() else WRONG
+    if withdrawn := [commit for commit in commits_of(path.as_posix()) if commit not in made and file_at(commit, path.as_posix())]:
+        message = f"an earlier prediction, of commit {withdrawn[-1][:7]}, was withdrawn before commit {first[:7]}"
+        yield AuditFinding(NOTE, path.as_posix(), message)
     if file_at(first, path.as_posix()) != path.read_text():
         yield AuditFinding(WRONG, path.as_posix(), f"it was changed after commit {first[:7]}, which predicts first")
     if measured and (first == measured[-1] or git("merge-base", "--is-ancestor", first, measured[-1]) is None):
         message = f"commit {first[:7]} predicts {results}, which commit {measured[-1][:7]} measures already"
-        yield AuditFinding(UNCHECKED if shallow else WRONG, path.as_posix(), message)
+        yield AuditFinding(late, path.as_posix(), message)
+    facts, arms = REPORTS / path.stem / FACTS, {row["arm"] for row in json.loads(path.read_text())["arms"]}
+    runs = json.loads(facts.read_text())["runs"] if facts.is_file() else {}
+    for run, known in runs.items():  # a run has the name of its settings, code and data
+        name = known["experiment"] if run.rpartition("-")[0] in arms else ""
+        if name and (commits := (git("log", "--format=%H", f"-S{name}", first, "--", f"{REPORTS}/") or b"").decode().split()):
+            message = f"commit {first[:7]} predicts {run}, whose result commit {commits[-1][:7]} has already"
+            yield AuditFinding(WRONG, path.as_posix(), message)
     from scaling4d.studies.law import trained_runs
 
     predicted = {(row["parameters"], row["clips_seen"]): row["arm"] for row in json.loads(path.read_text())["arms"]}
@@ -49,15 +59,23 @@ def _order(path: Path) -> Iterator[AuditFinding]:
         for run in trained_runs(parse_csv(file_at(first, name) or "")):
             if arm := predicted.pop((run.parameters, run.clips_seen), None):
                 message = f"{arm} is predicted by commit {first[:7]}, in which {name} has a run of its size and clips already"
-                yield AuditFinding(WRONG, path.as_posix(), message)
+                yield AuditFinding(late, path.as_posix(), message)
+
+
+def _is_shallow() -> bool:
+    return git("rev-parse", "--is-shallow-repository") == b"true\n"
 
 
 def _numbers(path: Path) -> Iterator[AuditFinding]:
     """The predicted losses follow from the runs that the prediction names."""
-    from scaling4d.studies.law import predicting_law
+    from scaling4d.studies.law import law_of_text, predicting_runs
 
     prediction = json.loads(path.read_text())
-    law = predicting_law(prediction)
+    try:
+        law = law_of_text(predicting_runs(prediction))
+    except UserError as error:
+        yield AuditFinding(UNCHECKED if _is_shallow() else WRONG, path.as_posix(), f"{error}; take it from git again")
+        return
     for row in prediction["arms"]:
         again = law.prediction(row["parameters"], row["clips_seen"])
         given = (row["predicted"], row["low"], row["high"])

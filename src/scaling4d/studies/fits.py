@@ -14,6 +14,7 @@ GRID, ROUNDS = 32, 5  # exponents tried at a time; every round searches between 
 DRAWS = 1000
 NUMBERS = 3  # of a law over one size: floor, scale, exponent
 QUANTILES = (0.025, 0.975)
+WIDEST = 4.0  # high over low of the interval of a number that counts as identified; ours
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,12 @@ class Trend:
     def interval(self, name: str) -> tuple[float, float]:
         """95 % interval of `floor`, `scale` or `exponent`."""
         return tuple(np.quantile(self.draws[:, ("floor", "scale", "exponent").index(name)], QUANTILES).tolist())
+
+    @property
+    def identified(self) -> bool:
+        """Whether the interval fixes the exponent: to a factor of WIDEST, and not at an end of EXPONENTS."""
+        low, high = self.interval("exponent")
+        return 1.1 * EXPONENTS[0] < low and high < 0.99 * EXPONENTS[1] and high <= WIDEST * low
 
     def band(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Low and high of the curve at every x, pointwise 95 %."""

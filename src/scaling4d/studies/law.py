@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 
 from scaling4d import artifacts, config
 from scaling4d.provenance import life_of, parse_csv, text_with_sha256
-from scaling4d.records import UserError, files_below, write_json
+from scaling4d.records import UserError, as_user_error, files_below, write_json
 from scaling4d.studies.loss_law import MIN_RUNS, NAMES, LossLaw, fit_loss_law
 from scaling4d.studies.markup import cell_text
 from scaling4d.studies.plotting import draw_intervals, legend, log_x, style, subplots, to_svg
@@ -29,9 +30,14 @@ WORDS = {
     "data_scale": "scale of data B",
     "data_exponent": "exponent of data beta",
 }
-LAW_COLUMNS = ("number", "value", "low", "high", "identified")
+LAW_COLUMNS = ("number", "value", "low", "high", "low_of_runs", "high_of_runs", "identified")
 OPTIMUM_COLUMNS = ("flops", "parameters", "parameters_low", "parameters_high", "loss")
-PREDICTION_COLUMNS = ("arm", "parameters", "clips_seen", "predicted", "low", "high", "measured", "inside")
+PREDICTION_COLUMNS = (
+    *("arm", "parameters", "clips_seen", "predicted", "low", "high", "measured", "inside"),
+    *("miss_percent", "by_a_line_percent", "unchanged_percent"),
+)
+LEFT_OUT_COLUMNS = ("left_out", "runs", "floor", "size_exponent", "data_exponent", "best_size")
+SHORTEST = 0.1  # of the runs, those with the fewest clips, which a row of the sensitivity leaves out; ours
 BUDGETS = 24  # of a drawn frontier
 
 
@@ -64,11 +70,14 @@ def read_trained_runs(folder: Path) -> list[TrainedRun]:
     paths = [path for path in files_below(folder) if path.name == "summary.json"]
     if not paths:
         raise UserError(f"{folder} has no {RUNS} and no summary.json; needed a folder of reports/studies or of artifacts")
-    summaries = [json.loads(path.read_text()) for path in paths]
-    if len(methods := sorted({summary["method"] for summary in summaries})) > 1:
+    with as_user_error(f"a summary.json below {folder} is not one of a pretraining"):
+        summaries = [json.loads(path.read_text()) for path in paths]
+        methods = sorted({summary["method"] for summary in summaries})
+    if len(methods) > 1:
         raise UserError(f"{folder} has results of {' and '.join(methods)}, whose losses do not compare; give one method's folder")
     keys = ("point", "seed", "parameters", "clips_seen", "flops", "val_loss")
-    return [TrainedRun(*(summary[key] for key in keys)) for summary in summaries]
+    with as_user_error(f"a summary.json below {folder} is not one of a pretraining"):
+        return [TrainedRun(*(summary[key] for key in keys)) for summary in summaries]
 
 
 @cache
@@ -77,31 +86,32 @@ def law_of_text(runs_csv: str) -> LossLaw | None:
     return fit_runs(trained_runs(parse_csv(runs_csv)))
 
 
-def predicting_law(prediction: Mapping[str, Any]) -> LossLaw:
-    """The law of the runs that a prediction names, as they were then.
+def predicting_runs(prediction: Mapping[str, Any]) -> str:
+    """Text of the runs.csv that a prediction names, as it was then.
 
-    Raises UserError: neither the disk nor a commit has these runs.
+    Raises UserError: neither the disk nor a commit has it.
     """
     path = f"{prediction['source']}/{RUNS}"
     text = text_with_sha256(path, prediction["source_sha256"])
-    law = None if text is None else law_of_text(text)
-    if law is None:
+    if text is None or law_of_text(text) is None:
         raise UserError(f"no {path} of sha256 {prediction['source_sha256'][:12]} with runs for a law, on disk or in a commit")
-    return law
+    return text
 
 
-def law_of(folder: Path) -> LossLaw:
-    """The law of a folder's runs.
+def law_of(*folders: Path) -> LossLaw:
+    """The law of the runs of one folder or several.
 
     Raises:
         UserError: as `read_trained_runs`, or too few runs, sizes or numbers of clips.
     """
-    runs = read_trained_runs(folder)
-    if law := law_of_text((folder / RUNS).read_text()) if (folder / RUNS).is_file() else fit_runs(runs):
+    runs = [run for folder in folders for run in read_trained_runs(folder)]
+    alone = folders[0] / RUNS
+    if law := law_of_text(alone.read_text()) if len(folders) == 1 and alone.is_file() else fit_runs(runs):
         return law
     sizes, clips = ({getattr(run, key) for run in runs} for key in ("parameters", "clips_seen"))
+    names = f"{', '.join(map(str, folders))} {'have' if folders[1:] else 'has'}"
     raise UserError(
-        f"{folder} has {len(runs)} runs of {len(sizes)} sizes with {len(clips)} numbers of clips; a law of size and data "
+        f"{names} {len(runs)} runs of {len(sizes)} sizes with {len(clips)} numbers of clips; a law of size and data "
         f"needs {MIN_RUNS} runs of 3 sizes with 3 numbers of clips, such as those of `scaling4d study isoflop`"
     )
 
@@ -112,10 +122,27 @@ def fit_runs(runs: Sequence[TrainedRun]) -> LossLaw | None:
 
 
 def law_rows(law: LossLaw) -> Iterator[dict[str, Any]]:
-    """Rows of law.csv: each number of the law with its 90 % interval, and whether an exponent is identified."""
+    """Rows of law.csv: each number with its two 90 % intervals; of floor and exponents, whether they are identified."""
     for name in NAMES:
-        row = dict(zip(LAW_COLUMNS, (WORDS[name], *law.interval(name), None), strict=True))
-        yield row | ({"identified": law.identified(name)} if name.endswith("exponent") else {})
+        told = None if name.endswith("scale") else law.identified(name)
+        yield dict(zip(LAW_COLUMNS, (WORDS[name], *law.interval(name), *law.interval_of_runs(name), told), strict=True))
+
+
+def left_out_rows(law: LossLaw) -> Iterator[dict[str, Any]]:
+    """Rows of sensitivity.csv: the law without some runs. best_size: parameters, of the largest fitted budget."""
+    every, largest = np.arange(len(law.losses)), np.array([law.flops.max()])
+
+    def row(name: str, runs: int, fits: np.ndarray, reduce: Callable[..., Any]) -> dict[str, Any]:
+        sizes = [law.optimum(largest, values)[0][0] for values in fits]
+        numbers = [reduce(fits[:, NAMES.index(column)]) for column in LEFT_OUT_COLUMNS[2:-1]]
+        return dict(zip(LEFT_OUT_COLUMNS, (name, runs, *map(float, numbers), round(reduce(sizes))), strict=True))
+
+    yield row("no run", len(every), law.values[None], np.min)
+    shortest = np.argsort(law.clips, kind="stable")[: math.ceil(SHORTEST * len(every))]
+    yield row(f"the {len(shortest)} shortest", len(every) - len(shortest), law.fit_to(np.delete(every, shortest))[None], np.min)
+    fits = np.array([law.fit_to(np.delete(every, left)) for left in every])
+    yield row("any one, lowest", len(every) - 1, fits, np.min)
+    yield row("any one, highest", len(every) - 1, fits, np.max)
 
 
 def optimum_rows(law: LossLaw) -> Iterator[dict[str, Any]]:
@@ -129,10 +156,11 @@ def optimum_rows(law: LossLaw) -> Iterator[dict[str, Any]]:
 
 def law_text(law: LossLaw, *, parameters: float | None, clips: float | None, flops: float | None) -> str:
     """The law's numbers and, for a size with clips or FLOPs, the predicted loss; for FLOPs alone the best size."""
-    lines = [f"loss = E + A (N / n)^-alpha + B (D / d)^-beta, over {len(law.flops)} runs; in brackets 90 %"]
+    lines = [f"loss = E + A (N / n)^-alpha + B (D / d)^-beta, over {len(law.flops)} runs; in brackets 90 %, of noise and of runs"]
     for row in law_rows(law):
         unclear = "  not identified" if row["identified"] is False else ""
-        lines.append(f"  {row['number']}: {cell_text(row['value'])} [{cell_text(row['low'])}, {cell_text(row['high'])}]{unclear}")
+        value, *ends = (cell_text(row[column]) for column in LAW_COLUMNS[1:-1])
+        lines.append(f"  {row['number']}: {value} [{', '.join(ends[:2])}] [{', '.join(ends[2:])}]{unclear}")
     if flops and not parameters:
         (size,), (loss,) = law.optimum(np.array([flops]))
         (low,), (high,) = law.optimum_interval(np.array([flops]))
@@ -206,18 +234,34 @@ def read_prediction(name: str) -> dict[str, Any] | None:
 
 
 def outcome_rows(prediction: Mapping[str, Any], runs: Sequence[TrainedRun]) -> Iterator[dict[str, Any]]:
-    """Rows of predicted.csv: the predicted arms that ran, with the mean of their losses.
+    """Rows of predicted.csv: every predicted arm; of those that ran the mean of their losses, and misses in percent.
 
+    by_a_line_percent, unchanged_percent: the miss of a straight line, in logarithms, through the two longest earlier
+    runs of the size, and of the longest one's loss.
     Raises UserError: an arm ran with another size or number of clips than it was predicted for.
     """
+    earlier = sorted(trained_runs(parse_csv(predicting_runs(prediction))), key=lambda run: run.clips_seen)
     for row in prediction["arms"]:
         measured = [run for run in runs if run.arm == row["arm"]]
         if other := [run for run in measured if (run.parameters, run.clips_seen) != (row["parameters"], row["clips_seen"])]:
             ran = f"{other[0].parameters} parameters with {other[0].clips_seen} clips"
             raise UserError(f"{row['arm']} was predicted for {row['parameters']} with {row['clips_seen']}, and ran as {ran}")
-        if measured:
-            mean = fmean(run.loss for run in measured)
-            yield row | {"measured": mean, "inside": row["low"] <= mean <= row["high"]}
+        if not measured:
+            yield row
+            continue
+        mean = fmean(run.loss for run in measured)
+        row |= {"measured": mean, "inside": row["low"] <= mean <= row["high"]}
+        row["miss_percent"] = 100 * (mean / row["predicted"] - 1)
+        if len(same := [run for run in earlier if run.parameters == row["parameters"]][-2:]) == 2:
+            (x, y), at = (np.log([[run.clips_seen for run in same], [run.loss for run in same]]), math.log(row["clips_seen"]))
+            line = math.exp(y[1] + (y[1] - y[0]) / (x[1] - x[0]) * (at - x[1]))
+            row |= {"by_a_line_percent": 100 * (mean / line - 1), "unchanged_percent": 100 * (mean / same[1].loss - 1)}
+        yield row
+
+
+def law_with_outcome(prediction: Mapping[str, Any], runs: Sequence[TrainedRun]) -> LossLaw | None:
+    """The law of the predicting runs and of those that were predicted."""
+    return fit_runs([*trained_runs(parse_csv(predicting_runs(prediction))), *runs])
 
 
 # ---- figure ----
@@ -242,14 +286,22 @@ def law_figure(runs: Sequence[TrainedRun], law: LossLaw, predicted: Sequence[Map
     for row in predicted:
         look = {"fmt": "_", "color": "0.3", "capsize": 3, "label": "predicted before the run, 90 %"}
         draw_intervals(curves, [row["parameters"]], [(row["predicted"], row["low"], row["high"])], **look)
-        curves.plot(row["parameters"], row["measured"], "kx", ms=5, label="its outcome")
-    grid = np.geomspace(min(budgets), 2 * max(budgets), BUDGETS)
+        if "measured" in row:
+            curves.plot(row["parameters"], row["measured"], "kx", ms=5, label="its outcome")
+    fitted = np.geomspace(law.flops.min(), law.flops.max(), BUDGETS)
+    beyond = np.geomspace(law.flops.max(), 2 * max(*budgets, law.flops.max()), BUDGETS)
+    grid = np.concatenate([fitted, beyond])
     best, losses = law.optimum(grid)
     low, high = law.optimum_interval(grid)
-    curves.plot(best, losses, "k--", lw=1, label="best size of a budget")
+    parts = {
+        "best size of a budget": (slice(BUDGETS), "k--"),
+        "the same, beyond the fitted budgets": (slice(BUDGETS, None), "k:"),
+    }
+    for label, (part, look) in parts.items():
+        curves.plot(best[part], losses[part], look, lw=1, label=label)
+        frontier.plot(grid[part], best[part], look, lw=1)
     log_x(curves, shown, "encoder parameters")
     curves.set_title("validation loss of pretraining\n↓ lower is better")
-    frontier.plot(grid, best, "k--", lw=1)
     frontier.fill_between(grid, low, high, color="0.5", alpha=0.2, lw=0, label="its 90 % interval")
     frontier.set_yscale("log")
     log_x(frontier, [*grid], "training FLOPs")

@@ -8,27 +8,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from scipy.optimize import OptimizeResult, least_squares, nnls
 
-from scaling4d.studies.fits import bootstrap_errors
+from scaling4d import seeds
+from scaling4d.studies.fits import WIDEST, bootstrap_errors
 
 HUBER = 1e-3  # of log losses; arXiv:2203.15556
 LIMITS = (1e-2, 4.0)  # smallest and largest exponent
 STARTS = (0.2, 0.6, 1.5)  # first exponents of a search; ours
 DRAWS = 500
+RUN_DRAWS, RUN_START = 100, 0.6  # of runs with replacement; first exponents of their second search
 QUANTILES = (0.05, 0.95)
 NAMES = ("floor", "size_scale", "size_exponent", "data_scale", "data_exponent")
 MIN_RUNS = 8  # for five numbers; ours
 SIZES = 512  # that are tried for an optimum
+SLACK = 0.01  # relative, of FLOPs that count as a fitted budget: whole steps make runs of one budget differ
 
 
 @dataclass(frozen=True)
 class LossLaw:
     """A fitted law. values: in the order of NAMES. draws: `draws 5`, of a parametric bootstrap, see `bootstrap_errors`.
 
-    errors: `draws`, of a new run's log loss. parameters, clips, flops: of the fitted runs, `runs`.
+    errors: `draws`, of a new run's log loss. parameters, clips, flops, losses: of the fitted runs, `runs`.
     """
 
     values: np.ndarray
@@ -37,6 +41,7 @@ class LossLaw:
     parameters: np.ndarray
     clips: np.ndarray
     flops: np.ndarray
+    losses: np.ndarray
 
     def loss(self, parameters: np.ndarray, clips: np.ndarray, values: np.ndarray | None = None) -> np.ndarray:
         """values: of a draw; default: the fit's."""
@@ -54,15 +59,39 @@ class LossLaw:
         column = NAMES.index(name)
         return (float(self.values[column]), *np.quantile(self.draws[:, column], QUANTILES).tolist())
 
+    @cached_property
+    def draws_of_runs(self) -> np.ndarray:
+        """`RUN_DRAWS 5`: fits to as many runs, drawn from them with replacement. Equal in every call.
+
+        Draws with fewer than three sizes or numbers of clips are drawn again.
+        """
+        rng, fits = seeds.numpy_rng(0, "drawn runs"), []
+        while len(fits) < RUN_DRAWS:
+            rows = rng.integers(0, len(self.losses), len(self.losses))
+            if min(len(set(values[rows])) for values in (self.parameters, self.clips)) >= 3:
+                fits.append(self.fit_to(rows))
+        return np.array(fits)
+
+    def fit_to(self, rows: np.ndarray) -> np.ndarray:
+        """The numbers of a fit to some of the runs, with n and d of all."""
+        n, d = ((values / _middle(values))[rows] for values in (self.parameters, self.clips))
+        return _values(_best(n, d, self.losses[rows], (RUN_START,), (_searched(self.values),)))
+
+    def interval_of_runs(self, name: str) -> tuple[float, float]:
+        """The 90 % interval of a number of NAMES by `draws_of_runs`."""
+        return tuple(np.quantile(self.draws_of_runs[:, NAMES.index(name)], QUANTILES).tolist())
+
     def identified(self, name: str) -> bool:
-        """Whether the interval of an exponent stays within LIMITS."""
-        _, low, high = self.interval(name)
-        return 1.01 * LIMITS[0] < low and high < 0.99 * LIMITS[1]
+        """Whether both intervals fix the floor or an exponent: to a factor of WIDEST, an exponent within LIMITS."""
+        intervals = (self.interval(name)[1:], self.interval_of_runs(name))
+        narrow = all(high <= WIDEST * low for low, high in intervals)
+        return narrow and (name == "floor" or all(1.01 * LIMITS[0] < low and high < 0.99 * LIMITS[1] for low, high in intervals))
 
     def inside(self, parameters: float, clips: float) -> bool:
-        """Whether a size and a number of clips lie within those of the fitted runs."""
-        ranges = ((parameters, self.parameters), (clips, self.clips))
-        return all(fitted.min() <= value <= fitted.max() for value, fitted in ranges)
+        """Whether a size, a number of clips and their training FLOPs lie within those of the fitted runs."""
+        flops = clips * float(self.flops_per_clip(np.array([parameters]))[0])
+        ranges = ((parameters, self.parameters), (clips, self.clips), (flops, self.flops))
+        return all(fitted.min() * (1 - SLACK) <= value <= fitted.max() * (1 + SLACK) for value, fitted in ranges)
 
     def flops_per_clip(self, parameters: np.ndarray) -> np.ndarray:
         """Between the fitted sizes: interpolated in the logarithms of both; beyond them: along the last pieces."""
@@ -106,12 +135,19 @@ def fit_loss_law(
     if len(loss) < MIN_RUNS or min(len(np.unique(size)), len(np.unique(seen))) < 3:
         return None
     n, d, y = size / _middle(size), seen / _middle(seen), np.log(loss)
-    starts = [_start(n, d, loss, alpha, beta) for alpha in STARTS for beta in STARTS]
-    best = min((_search(n, d, y, start) for start in starts), key=lambda search: search.cost).x
+    best = _best(n, d, loss, STARTS)
     curve = _log_loss(_values(best), n, d)
     *errors, of_a_new_run = bootstrap_errors(y - curve, len(NAMES), draws).T
     fits = [_values(_search(n, d, curve + drawn, best).x) for drawn in np.transpose(errors)]
-    return LossLaw(_values(best), np.array(fits), of_a_new_run, size, seen, work)
+    return LossLaw(_values(best), np.array(fits), of_a_new_run, size, seen, work, loss)
+
+
+def _best(
+    n: np.ndarray, d: np.ndarray, losses: np.ndarray, exponents: Sequence[float], starts: Sequence[np.ndarray] = ()
+) -> np.ndarray:
+    """The best of the searches from every pair of exponents, and from more starts."""
+    starts = [*starts, *(_start(n, d, losses, alpha, beta) for alpha in exponents for beta in exponents)]
+    return min((_search(n, d, np.log(losses), start) for start in starts), key=lambda search: search.cost).x
 
 
 def _search(n: np.ndarray, d: np.ndarray, log_losses: np.ndarray, start: np.ndarray) -> OptimizeResult:
@@ -136,6 +172,12 @@ def _start(n: np.ndarray, d: np.ndarray, losses: np.ndarray, alpha: float, beta:
     basis = np.stack([np.ones_like(n), n**-alpha, d**-beta], 1) / losses[:, None]
     floor, size, data = np.log(np.maximum(nnls(basis, np.ones_like(n))[0], 1e-4 * losses.min()))
     return np.array([floor, size, alpha, data, beta])
+
+
+def _searched(values: np.ndarray) -> np.ndarray:
+    """The inverse of `_values`."""
+    floor, size, alpha, data, beta = values
+    return np.array([*np.log(np.maximum([floor, size], 1e-12)), alpha, np.log(max(data, 1e-12)), beta])
 
 
 def _values(x: np.ndarray) -> np.ndarray:

@@ -30,12 +30,13 @@ from scaling4d.studies.words import WORDS, measure_head, metric_words
 
 PANELS = 4  # of a row of a figure
 SIGNAL = "signal.csv"
-LAW, OPTIMUM, PREDICTED = "law.csv", "optimum.csv", "predicted.csv"
+LAW, OPTIMUM, LEFT_OUT, PREDICTED = "law.csv", "optimum.csv", "sensitivity.csv", "predicted.csv"
+LAW_AFTER, OPTIMUM_AFTER, LEFT_OUT_AFTER = "law_after.csv", "optimum_after.csv", "sensitivity_after.csv"
 FITS, TASKS, INDEX, PAGE = "fits.csv", "tasks.csv", "index.html", "study.html"
 REFERENCES = re.compile(r" \[[a-z_.]+: [^]]*\]")  # of a sentence of findings.md: the rows of table.csv, or the figure
 FIT_COLUMNS = (
     *("task", "ladder", "metric", "points", "floor", "floor_low", "floor_high", "exponent", "exponent_low", "exponent_high"),
-    *("largest", "measured", "predicted", "predicted_low", "predicted_high", "inside"),
+    *("identified", "largest", "measured", "predicted", "predicted_low", "predicted_high", "inside"),
 )
 TASK_COLUMNS = (
     *("task", "ladder", "arms", "better_with_size", "spearman_of_loss", "lowest_of_a_seed", "highest_of_a_seed"),
@@ -46,14 +47,25 @@ Row = Mapping[str, Any]
 PREDICTORS_EXPLAINED = (
     "spearman of loss: rank correlation of validation loss and task error over the arms, of the means and of single seeds. error "
     "by size, error by loss: root mean square over the arms of the error of a straight line through the other arms, over the "
-    "logarithm of the ladder's size or over the loss. A task that does not rise has no better predictor."
+    "logarithm of the ladder's size or over the loss. A predictor is better where its error is lower for the means and for every "
+    "single seed, and lower than that of the mean of the other arms. A task that does not rise has none."
 )
 LAW_EXPLAINED = (
-    "N: encoder parameters. D: clips seen. n, d: their geometric means over the fitted runs. The intervals are of a parametric "
-    "bootstrap. An exponent is not identified where its interval reaches a limit of the search. Where losses were predicted, the "
-    "law is that of the predicting study."
+    "N: encoder parameters. D: clips seen. n, d: their geometric means over the fitted runs. low, high: of a parametric "
+    "bootstrap. low of runs, high of runs: of fits to as many runs, drawn with replacement. An exponent is identified where in "
+    "both intervals the ends differ by a factor of four at most and none is a limit of the search; the floor likewise. Where "
+    "losses were predicted, the law is that of the predicting study."
 )
-PREDICTED_EXPLAINED = "low, high: 90 % interval of one run. measured: the mean over the seeds."
+PREDICTED_EXPLAINED = (
+    "low, high: 90 % interval of one run. measured: the mean over the seeds, empty where an arm did not run. miss: measured over "
+    "predicted. by a line, unchanged: the same for a straight line through the two longest earlier runs of the size, in "
+    "logarithms, and for the loss of the longest."
+)
+LEFT_OUT_EXPLAINED = "Fits without some of the runs. best size: parameters, of the largest fitted budget."
+SIGNAL_EXPLAINED = (
+    "signal: the standard deviation of the arms' means, less the part that noise has in it. noise: the deviation of a seed, "
+    "without the seed's effect on all arms."
+)
 RUNS_CAPTION = (
     "A dot for each seed, a line at the mean of each arm. The baseline is the arm {base}; the band around it is the seed noise "
     "of a difference at 95 %."
@@ -65,16 +77,21 @@ LAWS_CAPTION = (
 CSV_TABLES = {  # file -> heading of its table on the page
     FITS: "Power laws over all seeds, and the prediction of the largest size by the others",
     TASKS: "Each task: whether it rises beyond the noise of seeds, and whether size or loss predicts it better",
-    SIGNAL: "Signal to noise: standard deviation of the arms' means over that of a single seed",
+    SIGNAL: "Signal to noise of each task over {arms}",
     PREDICTED: "Losses that were predicted before these runs",
     LAW: "Loss over size N and clips seen D: E + A (N / n)^-alpha + B (D / d)^-beta, with 90 % intervals",
     OPTIMUM: "Best size of a budget, with its 90 % interval",
+    LEFT_OUT: "What the law owes to single runs",
+    LAW_AFTER: "The law of the predicting runs and of these together",
+    OPTIMUM_AFTER: "Best size of a budget by both together",
+    LEFT_OUT_AFTER: "What that law owes to single runs",
 }
-CSV_EXPLAINED = {TASKS: PREDICTORS_EXPLAINED, LAW: LAW_EXPLAINED, PREDICTED: PREDICTED_EXPLAINED}
+CSV_EXPLAINED = {SIGNAL: SIGNAL_EXPLAINED, TASKS: PREDICTORS_EXPLAINED, LAW: LAW_EXPLAINED, PREDICTED: PREDICTED_EXPLAINED}
+CSV_EXPLAINED |= dict.fromkeys((LEFT_OUT, LEFT_OUT_AFTER), LEFT_OUT_EXPLAINED)
 LAW_CAPTION = (
     "Left: validation loss over the encoder's size; a colour is a budget of training FLOPs, its curve the fitted law. Right: the "
-    "size with the lowest loss for every budget, with its 90 % interval. There is no baseline: sizes and budgets are compared "
-    "with each other."
+    "size with the lowest loss for every budget, with its 90 % interval; dotted: beyond the fitted budgets. There is no "
+    "baseline: sizes and budgets are compared with each other."
 )
 ONE_SEED = "One seed: no spread, no noise. Losses compare only between arms that predict the same target."
 EXPLAINED = (
@@ -136,17 +153,33 @@ def write_study(study: Study, cache: Path, run_facts: Mapping[str, Mapping[str, 
 def tables(study: Study, rows: Sequence[Row]) -> dict[str, str]:
     """All csv files that follow from the rows of runs.csv, by name."""
     files = {studies.TABLE: to_csv(studies.TABLE_COLUMNS, studies.study_table(rows, study.base))}
-    if signals := [*studies.signal_rows(rows)]:
+    arms = _signal_arms(study)
+    if signals := [*studies.signal_rows([row for row in rows if row["arm"] in arms])]:
         files[SIGNAL] = to_csv(studies.SIGNAL_COLUMNS, signals)
     if study.ladders:
         files |= {FITS: to_csv(FIT_COLUMNS, fit_rows(study, rows)), TASKS: to_csv(TASK_COLUMNS, task_rows(study, rows))}
-    _, law, outcome = fitted_law(study, rows)
+    runs, law, outcome = fitted_law(study, rows)
     if law:
-        files[LAW] = to_csv(laws.LAW_COLUMNS, laws.law_rows(law))
-        files[OPTIMUM] = to_csv(laws.OPTIMUM_COLUMNS, laws.optimum_rows(law))
+        files |= _law_files(law, (LAW, OPTIMUM, LEFT_OUT))
     if outcome:
         files[PREDICTED] = to_csv(laws.PREDICTION_COLUMNS, outcome)
+        if after := laws.law_with_outcome(laws.read_prediction(study.name), runs):
+            files |= _law_files(after, (LAW_AFTER, OPTIMUM_AFTER, LEFT_OUT_AFTER))
     return files
+
+
+def _law_files(law: LossLaw, names: tuple[str, str, str]) -> dict[str, str]:
+    tables = (
+        (laws.LAW_COLUMNS, laws.law_rows),
+        (laws.OPTIMUM_COLUMNS, laws.optimum_rows),
+        (laws.LEFT_OUT_COLUMNS, laws.left_out_rows),
+    )
+    return {name: to_csv(columns, rows_of(law)) for name, (columns, rows_of) in zip(names, tables, strict=True)}
+
+
+def _signal_arms(study: Study) -> tuple[str, ...]:
+    """Arms of the first ladder, or all of a study without one: baselines far from the ladder would count as signal."""
+    return next((tuple(arms) for _, arms in study.ladders.values()), tuple(arm.name for arm in study.arms))
 
 
 def fitted_law(study: Study, rows: Sequence[Row]) -> tuple[list[TrainedRun], LossLaw | None, list[dict[str, Any]]]:
@@ -158,7 +191,8 @@ def fitted_law(study: Study, rows: Sequence[Row]) -> tuple[list[TrainedRun], Los
         return [], None, []
     runs, prediction = laws.trained_runs(rows), laws.read_prediction(study.name)
     if prediction:
-        return runs, laws.predicting_law(prediction), [*laws.outcome_rows(prediction, runs)]
+        law = laws.law_of_text(laws.predicting_runs(prediction))
+        return runs, law, [*laws.outcome_rows(prediction, runs)]
     return runs, laws.law_of_text(to_csv(studies.RUN_COLUMNS, rows)), []
 
 
@@ -179,6 +213,7 @@ def fit_rows(study: Study, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
                 for name in ("floor", "exponent"):
                     low, high = fit.interval(name)
                     row |= {name: getattr(fit, name), f"{name}_low": low, f"{name}_high": high}
+                row["identified"] = fit.identified
             if test := held_out(sizes, errors):
                 row |= {"largest": test.x, "measured": test.measured, "predicted": test.predicted}
                 row |= {"predicted_low": test.low, "predicted_high": test.high, "inside": test.inside}
@@ -189,6 +224,7 @@ def task_rows(study: Study, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
     """Rows of tasks.csv: for each task and ladder whether it rises, and whether size or loss predicts it better.
 
     better_with_size: the last arm beside the first, by the noise of seeds (`noise_limit`); None with one seed.
+    better_predictor: of a task that rises; "not told" where seeds disagree, or the mean of other arms predicts as well.
     spearman_of_loss: of validation loss and error, +1 where a lower loss is a better task. error_by_size,
     error_by_loss: `left_out_error` of a line over the logarithm of the ladder's size, and over the loss. All are of
     means over seeds.
@@ -209,10 +245,19 @@ def task_rows(study: Study, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
             row = {"task": task, "ladder": ladder, "arms": len(arms), "better_with_size": rises}
             row |= {"spearman_of_loss": spearman(mean_losses, means)}
             row |= {"lowest_of_a_seed": min(known, default=None), "highest_of_a_seed": max(known, default=None)}
-            by_size = left_out_error([math.log(sizes[arm]) for arm in arms], means)
-            by_loss = left_out_error(mean_losses, means)
-            row |= {"error_by_size": by_size, "error_by_loss": by_loss}
-            yield row | {"better_predictor": ("size" if by_size < by_loss else "loss") if rises == "yes" else None}
+            logs = [math.log(sizes[arm]) for arm in arms]
+            pairs = [([losses[arm][s] for arm in arms], [by_arm[arm][s] for arm in arms]) for s in study.seeds]
+            pairs = [(mean_losses, means), *pairs]
+            by_size, by_loss = ([left_out_error(x, y) for x, y in some] for some in ([(logs, y) for _, y in pairs], pairs))
+            row |= {"error_by_size": by_size[0], "error_by_loss": by_loss[0]}
+            yield row | {"better_predictor": _better_predictor(by_size, by_loss, means) if rises == "yes" else None}
+
+
+def _better_predictor(by_size: Sequence[float], by_loss: Sequence[float], means: Sequence[float]) -> str:
+    """by_size, by_loss: errors for the means, then for every seed. means: of the arms."""
+    winners = {"size" if size < loss else "loss" for size, loss in zip(by_size, by_loss, strict=True)}
+    of_the_others = math.sqrt(fmean((fmean([*means[:at], *means[at + 1 :]]) - mean) ** 2 for at, mean in enumerate(means)))
+    return winners.pop() if len(winners) == 1 and min(by_size[0], by_loss[0]) < of_the_others else "not told"
 
 
 def _ladder(study: Study, rows: Sequence[Row], name: str) -> dict[str, list[dict[str, Any]]]:
@@ -277,6 +322,7 @@ def laws_figure(study: Study, rows: Sequence[Row], name: str) -> str:
         if fit := trend(sizes, errors):
             draw_law(axes, sizes, fit, of_share=higher)
             law = "exponent {:.2f} [{:.2f}, {:.2f}]".format(fit.exponent, *fit.interval("exponent"))
+            law += "" if fit.identified else ",\nnot identified"
         rho = spearman(sizes, values)
         title = _task_title(points[0], higher_is_better=higher)
         axes.set_title(f"{title}\n{law}" + ("" if rho is None else f"\nSpearman {rho:+.2f}"))
@@ -321,13 +367,14 @@ def study_page(study: Study, rows: Sequence[Row], files: Mapping[str, str], find
         parts.append(f"<h2>Findings</h2><ul>{''.join(items)}</ul>")
     several = EXPLAINED.format(base=study.base, seeds=len(study.seeds))
     parts.append(f"<h2>Table</h2>{html_table(head, body)}<p>{several if study.seeds[1:] else ONE_SEED}</p>")
+    over = f"the arms of ladder {next(iter(study.ladders))}" if study.ladders else "all arms"
     for name, heading in CSV_TABLES.items():
         if name in files:
             head, *lines = csv.reader(files[name].splitlines())
             named = WORDS if name == SIGNAL else ()  # the others keep the metric's key
             cells = [[metric_words(text) if text in named else csv_cell_text(text) for text in line] for line in lines]
             table_html = html_table([column.replace("_", " ") for column in head], cells)
-            parts.append(f"<h2>{heading}</h2>{table_html}<p>{CSV_EXPLAINED.get(name, '')}</p>")
+            parts.append(f"<h2>{heading.format(arms=over)}</h2>{table_html}<p>{CSV_EXPLAINED.get(name, '')}</p>")
     captions = {"law": LAW_CAPTION} if LAW in files else {}
     captions |= {"runs": RUNS_CAPTION.format(base=study.base) if study.seeds[1:] else "A line for each arm, of one seed."}
     captions |= {f"laws_{ladder}": LAWS_CAPTION.format(size=AXES[x]) for ladder, (x, _) in study.ladders.items()}

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, stdev, variance
 from typing import Any
 
 from scaling4d import artifacts, config
@@ -316,15 +316,16 @@ def seed_deviation(values: Sequence[Sequence[float]]) -> tuple[float | None, int
 
 
 def signal_rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """One row for each task: how far the arms lie apart, in deviations of a single seed.
+    """One row for each task: how far the arms lie apart, in deviations of a seed.
 
-    rows: of runs.csv. signal: standard deviation of the arms' means. noise: `seed_deviation`, not that of table.csv.
-    Tasks without two arms that share two seeds have none.
+    rows: of runs.csv. signal: standard deviation of the arms' means, without the part of noise in it. noise:
+    `seed_deviation`, not that of table.csv. Tasks without two arms that share two seeds have none.
     """
     for task, metric, values, seeds in _values(rows):
         deviation, _ = seed_deviation([[by_seed[seed] for seed in seeds] for by_seed in values.values()])
         if deviation:
-            signal = stdev(fmean(by_seed[seed] for seed in seeds) for by_seed in values.values())
+            means = variance(fmean(by_seed[seed] for seed in seeds) for by_seed in values.values())
+            signal = math.sqrt(max(0.0, means - deviation**2 / len(seeds)))
             row = {"task": task, "metric": metric, "arms": len(values), "seeds": len(seeds)}
             yield row | {"signal": signal, "noise": deviation, "ratio": signal / deviation}
 
