@@ -18,6 +18,7 @@ from scaling4d.studies.fits import Trend
 from scaling4d.studies.words import metric_words
 
 TITLE_WIDTH = 31  # letters that fit above a panel
+LEGEND_LETTERS = 15  # of a legend that fit into an inch
 STYLE = {
     "svg.hashsalt": "scaling4d",
     "svg.fonttype": "none",  # text stays text: a tenth of the bytes of outlines
@@ -90,9 +91,10 @@ def draw_intervals(axes: Axes, x: Sequence[float], values: Iterable[tuple[float,
 
 
 def legend(figure: Figure) -> None:
-    """One legend for all panels, below them."""
+    """One legend for all panels, below them, in as many columns as the figure's width holds."""
     handles = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=6)
+    columns = int(LEGEND_LETTERS * figure.get_figwidth() / (max(map(len, handles), default=0) + 8))  # 8: a sample, and space
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=min(max(columns, 1), 6))
 
 
 def _short(value: float) -> str:
