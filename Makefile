@@ -85,6 +85,9 @@ measured-on-gpu: export PYTHONPATH := src:.gpu
 measured-on-gpu: $(if $(wildcard .venv/installed),,.gpu/installed)
 	$(PYTHON) -m scaling4d bench gpu
 
+wheels/list.txt:
+	@echo "no wheels/list.txt; run make install-cuda or, where there is no network, make wheels on a machine that has one" >&2; exit 1
+
 .gpu/installed: wheels/list.txt
 	rm -rf .gpu
 	$(PYTHON) -m pip install -q --no-index --no-deps --target .gpu wheels/*.whl
