@@ -1,7 +1,7 @@
 # make repro          set everything up and run the pipeline
 # make test           set everything up and run the tests; make quick: those that start no process; make slow: the long ones
 # make install-cuda   the environment of a machine with an NVIDIA GPU, instead of that of `make install`
-# make weights        the pocket's trained encoders, before anything is trained (`make publish-weights` keeps new ones)
+# make weights        the pocket's trained encoders, mini's readouts and data/, before anything is trained (`make publish-weights` keeps new ones)
 # make release-check  whether lock, reports, README and guide belong to this code
 # make gpu            one hour on a GPU, after `make install-cuda`; without a network, where torch, numpy and wheels/ are (`make wheels`)
 PYTHON ?= python3
@@ -34,12 +34,15 @@ repro: install
 	dvc status --quiet || { $(MAKE) --no-print-directory ahead && dvc repro; }
 	scaling4d table
 
-# From and to the DVC remote `weights`, a folder of the repository: encoders alone, a few MB.
+# From and to the DVC remote `weights`, a folder of the repository: encoders and mini's readouts, at most 12 MB.
+WEIGHTS := pretrain $(foreach task,actions boxes depth points pose,readout_frozen@mini-$(task))
+
 weights: install
-	dvc pull -r weights pretrain
+	dvc pull -r weights $(WEIGHTS)
+	dvc repro -q data.dvc
 
 publish-weights: install
-	rm -rf reports/weights && dvc push -r weights pretrain
+	rm -rf reports/weights && dvc push -r weights $(WEIGHTS)
 
 JOBS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 

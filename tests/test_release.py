@@ -65,13 +65,18 @@ def test_a_fresh_clone_has_the_trained_encoders_before_anything_is_trained(tmp_p
     subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
     files = [path for path in (clone / "reports/weights").rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 12e6
-    pulled = printed("dvc", "pull", "-r", "weights", "pretrain", folder=clone)
+    readouts = [f"readout_frozen@mini-{task}" for task in ("actions", "boxes", "depth", "points", "pose")]
+    pulled = printed("dvc", "pull", "-r", "weights", "pretrain", *readouts, folder=clone)
     encoders = sorted(path.parent.name for path in clone.glob("artifacts/pocket/pretrain/*/model.safetensors"))
     assert encoders == sorted(load_yaml((ROOT / "params.yaml").read_text())["points"]), pulled
     checkpoint, video = "artifacts/pocket/pretrain/mini", "experiments/pocket/videos/phone/IMG_0000.mp4"
     assert scaling4d.Encoder.from_pretrained(clone / checkpoint).rate_hz
     printed("scaling4d", "features", checkpoint, video, "--out", "features", folder=clone)
     assert [*(clone / "features").glob("*.safetensors")]
-    assert "mini" in printed("scaling4d", "table", folder=clone)
+    printed("dvc", "repro", "-q", "data.dvc", folder=clone)
+    printed("scaling4d", "show", "artifacts/pocket/readout/mini/depth/frozen", "--out", "shown", folder=clone)
+    assert (clone / "shown/sheet.png").is_file()
+    table = printed("scaling4d", "table", folder=clone)
+    assert re.search(r"^.*mini.*0\.\d+", table, re.M), table
     audit = printed("scaling4d", "audit", folder=clone)
     assert audit.splitlines()[-1].startswith("0 wrong"), audit[-3000:]

@@ -203,11 +203,19 @@ def report() -> None:
 
 @app.command()
 def table() -> None:
-    """Print the results as one table: point x task x protocol."""
+    """Print the results as one table: point x task x protocol. Where some are missing: the committed report's."""
     from scaling4d.report.run_results import read_run_results
-    from scaling4d.report.tables import table_text
+    from scaling4d.report.tables import RESULTS_CSV, table_text, text_of_csv
 
-    print(table_text(read_run_results(_settings())))
+    settings = _settings()
+    try:
+        print(table_text(read_run_results(settings)))
+    except UserError as error:
+        committed = Path(config.section(settings, "report.folder"), RESULTS_CSV)
+        if not committed.is_file():
+            raise
+        print(f"{on_one_line(error)}; the table is of the committed report", file=sys.stderr)
+        print(text_of_csv(committed))
 
 
 @app.command()

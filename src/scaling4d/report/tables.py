@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import cache, reduce
 from importlib import resources
@@ -15,10 +16,11 @@ from scaling4d.provenance import to_csv
 from scaling4d.records import Result
 from scaling4d.report.page import Part, part_of, text_of
 from scaling4d.report.run_results import HELD_OUT_FILE, SUMMARY, RunResults
-from scaling4d.studies.markup import NOTHING
+from scaling4d.studies.markup import NOTHING, cell_text
 from scaling4d.studies.study import RECONSTRUCT_METRICS
 from scaling4d.studies.words import FIDELITY, measure
 
+RESULTS_CSV = "results.csv"
 RESULTS = (
     *("encoder", "parameters", "task", "protocol", "metric", "value", "low", "high"),
     *("unit", "higher_is_better", "examples", "seed", "checkpoint_sha256"),
@@ -181,17 +183,35 @@ def overview(run: RunResults, *, intervals: bool) -> list[list[Part]]:
 
 def table_text(run: RunResults) -> str:
     """Point x protocol x task as text of at most 120 columns, with the keys that commands take."""
+    first = [next((r for r in run.results if r.task == task), None) for task in run.tasks]
+    tasks = [f"{r.task}\n{r.metric} {arrow(r)}" for r in first if r]
+    head = ("encoder", "parameters", "protocol", f"val loss ↓\n{run.methods[0]}", *tasks)
+    rows = [[text_of(part) for part in row] for row in overview(run, intervals=False)]
+    return _text_table(f"profile {run.profile}, seed {run.seed}", head, rows)
+
+
+def text_of_csv(path: Path) -> str:
+    """The same of a report's results.csv alone, without losses: the first metric of every readout."""
+    head, cells = {}, {}
+    for row in csv.DictReader(path.read_text().splitlines()):
+        line = cells.setdefault((row["encoder"], f"{int(row['parameters']):,d}", row["protocol"]), {})
+        if row["task"] not in line:
+            line[row["task"]] = cell_text(float(row["value"]))
+            head.setdefault(row["task"], f"{row['task']}\n{row['metric']} {'↑' if row['higher_is_better'] == 'True' else '↓'}")
+    rows = [[*key, *(line.get(task, NOTHING) for task in head)] for key, line in cells.items()]
+    return _text_table(str(path), ("encoder", "parameters", "protocol", *head.values()), rows)
+
+
+def _text_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE, title=f"profile {run.profile}, seed {run.seed}", title_justify="left")
-    first = [next((r for r in run.results if r.task == task), None) for task in run.tasks]
-    tasks = [f"{r.task}\n{r.metric} {arrow(r)}" for r in first if r]
-    for index, name in enumerate(("encoder", "parameters", "protocol", f"val loss ↓\n{run.methods[0]}", *tasks)):
+    table = Table(box=box.SIMPLE, title=title, title_justify="left")
+    for index, name in enumerate(head):
         table.add_column(name, justify="left" if index in (0, 2) else "right", no_wrap=True)
-    for row in overview(run, intervals=False):
-        table.add_row(*map(text_of, row))
+    for row in rows:
+        table.add_row(*row)
     console = Console(file=io.StringIO(), width=120)
     console.print(table)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip()
