@@ -1,7 +1,7 @@
 # make repro          set everything up and run the pipeline
 # make test           set everything up and run the tests; make quick: those that start no process; make slow: the long ones
 # make install-cuda   the environment of a machine with an NVIDIA GPU, instead of that of `make install`
-# make weights        the pocket's trained encoders, mini's readouts and data/, before anything is trained (`make publish-weights` keeps new ones)
+# make weights        trained encoders of the pocket, mini's readouts and data/; make publish-weights: keeps new ones
 # make release-check  whether lock, reports, README and guide belong to this code
 # make gpu            one hour on a GPU, after `make install-cuda`; without a network, where torch, numpy and wheels/ are (`make wheels`)
 PYTHON ?= python3

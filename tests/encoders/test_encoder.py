@@ -120,7 +120,7 @@ def test_another_size_is_refused_until_the_encoder_is_resized(tmp_path: Path) ->
     assert equal(output_of(encoder, large), output_of(Encoder.from_pretrained(encoder.save_pretrained(tmp_path / "new")), large))
     assert refused(encoder.resize, (12, 60, 64)).startswith("clip T H W = (12, 60, 64) does not divide into patches")
     for clip in ((64, 64), (6, 0, 64), (6.0, 32, 32)):
-        assert refused(encoder.resize, clip) == f"clip = {clip}; needed three whole numbers T H W, each 1 or more"
+        assert refused(encoder.resize, clip) == f"clip = {clip}; needed three integers T H W, each 1 or more"
     other = "side_px = 64 is for models of transformers; this encoder takes a clip's own H W"
     assert refused(encoder.resize, (6, 64, 64), side_px=64) == other
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from scaling4d import config
 from scaling4d.audit.run import SOURCE, UNCHECKED, WRONG
-from scaling4d.provenance import LockedStage, commits_of, differences, file_at, md5_at, read_lock, write_yaml_files_at
+from scaling4d.provenance import LockedStage, commits_of, differences, file_at, git, md5_at, read_lock, write_yaml_files_at
 from scaling4d.records import UserError
 
 SETTINGS = (f":(glob){config.EXPERIMENTS}/**/*.yaml", "data.dvc", ":(exclude)experiments/study")
@@ -82,3 +82,8 @@ def _compose(commit: str, overrides: tuple[str, ...]) -> dict[str, Any]:
         write_yaml_files_at(commit, config.EXPERIMENTS.as_posix(), Path(folder))
         with chdir(folder):
             return config.compose(list(overrides))
+
+
+def is_shallow() -> bool:
+    """Whether the clone lacks older commits."""
+    return git("rev-parse", "--is-shallow-repository") == b"true\n"

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+from scaling4d.audit.commit import is_shallow
 from scaling4d.audit.run import NOTE, UNCHECKED, WRONG, AuditFinding
 from scaling4d.provenance import commits_of, file_at, git, life_of, parse_csv
 from scaling4d.records import UserError
@@ -35,7 +36,7 @@ def _order(path: Path) -> Iterator[AuditFinding]:
         kind = UNCHECKED if git("rev-parse", "HEAD") is None else WRONG if Path(results).is_file() else NOTE
         yield AuditFinding(kind, path.as_posix(), f"no commit has it; commit it before `scaling4d study {path.stem}`")
         return
-    first, late = made[-1], UNCHECKED if _is_shallow() else WRONG
+    first, late = made[-1], UNCHECKED if is_shallow() else WRONG
     if withdrawn := [commit for commit in commits_of(path.as_posix()) if commit not in made and file_at(commit, path.as_posix())]:
         message = f"an earlier prediction, of commit {withdrawn[-1][:7]}, was withdrawn before commit {first[:7]}"
         yield AuditFinding(NOTE, path.as_posix(), message)
@@ -62,10 +63,6 @@ def _order(path: Path) -> Iterator[AuditFinding]:
                 yield AuditFinding(late, path.as_posix(), message)
 
 
-def _is_shallow() -> bool:
-    return git("rev-parse", "--is-shallow-repository") == b"true\n"
-
-
 def _numbers(path: Path) -> Iterator[AuditFinding]:
     """The predicted losses follow from the runs that the prediction names."""
     from scaling4d.studies.law import law_of_text, predicting_runs
@@ -74,7 +71,7 @@ def _numbers(path: Path) -> Iterator[AuditFinding]:
     try:
         law = law_of_text(predicting_runs(prediction))
     except UserError as error:
-        yield AuditFinding(UNCHECKED if _is_shallow() else WRONG, path.as_posix(), f"{error}; take it from git again")
+        yield AuditFinding(UNCHECKED if is_shallow() else WRONG, path.as_posix(), f"{error}; take it from git again")
         return
     for row in prediction["arms"]:
         again = law.prediction(row["parameters"], row["clips_seen"])

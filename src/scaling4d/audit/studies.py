@@ -10,17 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from scaling4d import artifacts
-from scaling4d.audit.commit import closest_commit
+from scaling4d.audit.commit import closest_commit, is_shallow
 from scaling4d.audit.run import NOTE, UNCHECKED, WRONG, AuditFinding
-from scaling4d.provenance import DVC_CACHE, LOCK, commits_of, file_at, git, load_yaml, parse_csv, read_lock, to_csv
+from scaling4d.provenance import DVC_CACHE, LOCK, commits_of, file_at, load_yaml, parse_csv, read_lock, to_csv
 from scaling4d.records import UserError
 from scaling4d.studies import study as studies
 
 TOLERANCE, ABSOLUTE = 1e-2, 1e-4  # of a fit and its intervals that are made again on another machine; ours
 EXACT = 1e-6  # relative, of numbers that follow from runs.csv without a search
-SEARCHED = {"fits.csv", "law.csv", "optimum.csv", "sensitivity.csv", "predicted.csv"}
-SEARCHED |= {"law_after.csv", "optimum_after.csv", "sensitivity_after.csv"}
-MEASURED = {"measured", "by_a_line_percent", "unchanged_percent"}
+MEASURED = {"measured", "by_a_line_percent", "unchanged_percent"}  # columns without a search, beside those of one
 
 
 def findings() -> Iterator[AuditFinding]:
@@ -46,7 +44,9 @@ def _verify_tables(study: studies.Study, rows: list[dict[str, str]], code: Mappi
     folder, expected = study.folder, page.tables(study, rows)
     texts = {path.name: path.read_text() for path in (*folder.glob("*.csv"), *folder.glob("*.md"), folder / page.PAGE)}
     for name in sorted(expected.keys() | {*page.CSV_TABLES} & texts.keys()):
-        if not _same_table(texts.get(name, ""), expected.get(name, ""), searched=name in SEARCHED):
+        text, other = texts.get(name, ""), expected.get(name, "")
+        exact = name in (studies.TABLE, page.SIGNAL)
+        if text != other and (exact or not _same_table(text, other, searched=name != page.TASKS)):
             yield AuditFinding(WRONG, f"{folder}/{name}", f"it does not follow from {studies.RUNS}")
     if page.study_page(study, rows, texts, texts.get(studies.FINDINGS, ""), code) != texts[page.PAGE]:
         yield AuditFinding(WRONG, f"{folder}/{page.PAGE}", "it does not follow from the tables and findings.md")
@@ -55,8 +55,8 @@ def _verify_tables(study: studies.Study, rows: list[dict[str, str]], code: Mappi
 def _same_table(text: str, expected: str, *, searched: bool) -> bool:
     """searched: its numbers are of a search, whose end differs a little between machines, but those of MEASURED."""
     rows, others = (list(csv.reader(table.splitlines())) for table in (text, expected))
-    if text == expected or not (rows and others and rows[0] == others[0] and len(rows) == len(others)):
-        return text == expected
+    if not rows or len(rows) != len(others) or rows[0] != others[0]:
+        return False
 
     def same(column: str, cell: str, other: str) -> bool:
         tolerance = {"rel_tol": TOLERANCE, "abs_tol": ABSOLUTE} if searched and column not in MEASURED else {"rel_tol": EXACT}
@@ -91,10 +91,9 @@ def _verify_study(path: Path) -> Iterator[AuditFinding]:
         yield AuditFinding(NOTE, str(path), f"{studies.DEFINITIONS} no longer has this study")
     elif (defined := replace(studies.read_study(folder.name), seeds=study.seeds)) != study:
         if defined.question != study.question and defined.arms == study.arms and study.question not in _questions(folder.name):
-            shallow = git("rev-parse", "--is-shallow-repository") == b"true\n"
             message = f"its 'question' is not that of {studies.DEFINITIONS}, nor of a commit of it: "
             message += f"take it from git again, or run `{study.command}`"
-            yield AuditFinding(UNCHECKED if shallow else WRONG, str(path), message)
+            yield AuditFinding(UNCHECKED if is_shallow() else WRONG, str(path), message)
         else:
             message = f"{studies.DEFINITIONS} now defines it otherwise; `{study.command}` makes it anew"
             yield AuditFinding(NOTE, str(path), message)

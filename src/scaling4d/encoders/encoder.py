@@ -113,8 +113,8 @@ class Encoder(nn.Module):
             raise UserError(f"revision = {revision!r} is of a model on the hub; {source} is on this disk: leave out revision")
         encoder = cls._from_folder(path, name, clip) if path.is_dir() else cls(*_released_file(path))
         if not encoder.provenance:
-            origin = {"source": name if Path(source).exists() else str(source)}
-            origin |= {} if Path(source).exists() else {"revision": path.name}  # the cache names it by its commit
+            local = path == Path(source)  # else of the hub's cache, which names a folder by its commit
+            origin = {"source": name} if local else {"source": str(source), "revision": path.name}
             inputs = {file.name: artifacts.sha256(file) for file in source_files(path)}
             encoder.provenance = {"stage": "import", "settings": origin, "inputs": inputs}
         if clip is not None and tuple(clip) != encoder.clip:
@@ -255,7 +255,7 @@ class Encoder(nn.Module):
         """
         clip = tuple(clip)
         if len(clip) != 3 or not all(isinstance(size, Integral) and size > 0 for size in clip):
-            raise UserError(f"clip = {clip}; needed three whole numbers T H W, each 1 or more")
+            raise UserError(f"clip = {clip}; needed three integers T H W, each 1 or more")
         if side_px is not None and not self._is_transformers:
             raise UserError(f"side_px = {side_px} is for models of transformers; this encoder takes a clip's own H W")
         self.model.resize(tuple(map(int, clip)), *(() if side_px is None else (side_px,)))

@@ -19,7 +19,7 @@ from scaling4d.records import UserError, shortened
 
 INPUT, OUTPUTS = "clips", ["last_hidden_state", "pooled"]
 MOST_PATCHES = 4096  # of a clip in time
-MOST_ONNX_BYTES = 1536 * 2**20  # above, torch writes weights to a second file, whatever it is asked
+MOST_ONNX_BYTES = 1536 * 2**20  # above, torch writes weights to a second file in any case
 
 
 class ClipProgram(nn.Module):

@@ -1,1 +1,1 @@
-"""VIDEOS -> FEATURES: an encoder over whole videos, window by window."""
+"""VIDEOS -> FEATURES: an encoder over long videos, window by window."""

@@ -25,7 +25,7 @@ QUANTILES = (0.05, 0.95)
 NAMES = ("floor", "size_scale", "size_exponent", "data_scale", "data_exponent")
 MIN_RUNS = 8  # for five numbers; ours
 SIZES = 512  # that are tried for an optimum
-SLACK = 0.01  # relative, of FLOPs that count as a fitted budget: whole steps make runs of one budget differ
+SLACK = 0.01  # relative, of FLOPs that count as a fitted budget: runs of one differ, since steps are integers
 
 
 @dataclass(frozen=True)
