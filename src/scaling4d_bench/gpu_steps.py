@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Mapping
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -36,6 +38,11 @@ SMALL = {"clip": [8, 64, 64], "width": 32, "depth": 2, "heads": 2, "mlp": 64}
 SMALL_MAE_ST = SMALL | {"decoder_width": 16, "decoder_heads": 2, "decoder_depth": 1, "predicted_frames": 4}
 SMALL_PROFILE = ["profile=smoke", "benchmarks.tasks=[actions]", "show.tasks=[]", "encoders.frozen=[nano]"]
 SMALL_PROFILE += ["encoders.untrained=[]", "encoders.finetune=[]", "encoders.classifier=[]"]
+# Profile smoke with a rank a stage; states are written behind the computing, as in profile paper
+SMOKE = ["profile=smoke", "pretrain.Training.ranks=1", "readout.Evaluation.ranks=1", "show.tasks=[]"]
+SMOKE += ["pretrain.Runtime.asynchronous=true", "pretrain.Runtime.save_every=2", "readout.saving.Saving.save_every=1"]
+COMPUTE = ("pretrain.Training", "readout.Compute", "reconstruct.Filling")
+ON_A_GPU = [f"{name}.{setting}" for name in COMPUTE for setting in ("device=cuda", "compute=bfloat16")]
 PROJECT = ("src", "experiments", "dvc.yaml", "reports/bench/costs.json", "reports/studies", "reports/scaling.ipynb")
 
 
@@ -149,23 +156,43 @@ def measure_widest(folder: Path, rehearse: bool) -> Outcome:
     return Outcome(f"{text}{features['per_s']:.1f} clips/s, {speed:.0%} of the peak", f"MFU {slow:.0%}-{fast:.0%}")
 
 
+def run_smoke(folder: Path, rehearse: bool) -> Outcome:
+    """Every kind of stage of profile smoke in bfloat16, with states and probes; numbers mean nothing."""
+    overrides = SMOKE if rehearse else SMOKE + ON_A_GPU
+    project, settings = run_stages(folder, overrides, render=False)
+    return Outcome(f"{len(_readouts(project, settings))} readouts and the report", "every stage ends")
+
+
 def run_profile(folder: Path, rehearse: bool) -> Outcome:
-    """Profile h100 from rendered videos to its report, in a project of its own below the step's folder.
+    """Profile h100 from rendered videos to its report."""
+    overrides = SMALL_PROFILE if rehearse else ["profile=h100"]
+    project, settings = run_stages(folder, overrides, render=not rehearse)
+    speeds = [f"{name} {value:.0%}" for name, value in _training_mfu(project, settings).items()]
+    text = f"{len(_readouts(project, settings))} frozen readouts and the report; MFU with loading {', '.join(speeds)}"
+    return Outcome(text, "under 25 minutes")
+
+
+def run_stages(folder: Path, overrides: list[str], *, render: bool) -> tuple[Path, dict[str, Any]]:
+    """Run a profile's stages in a project of its own below the step's folder, and copy its report to the folder.
 
     A stage whose output is there is not run again, so that a step which was late continues.
+
+    Args:
+        render: labelled videos of the profile's size; else those of the pocket.
+    Returns:
+        The project and its settings.
     """
     project = (folder / "project").resolve()
     project.mkdir(exist_ok=True)
-    overrides = SMALL_PROFILE if rehearse else ["profile=h100"]
     for name in PROJECT:
         link = project / name
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.is_symlink():
             link.symlink_to(Path(name).resolve())
-    if rehearse and not (project / "data").is_dir():
+    if not render and not (project / "data").is_dir():
         shutil.copytree("experiments/pocket", project / "data")
     settings = config.compose(overrides)
-    for command, output in stage_commands(settings, overrides, render=not rehearse):
+    for command, output in stage_commands(settings, overrides, render=render):
         if output and (project / output).exists():
             continue
         print(f"scaling4d {' '.join(command)}")
@@ -173,13 +200,12 @@ def run_profile(folder: Path, rehearse: bool) -> Outcome:
         done = subprocess.run([sys.executable, "-m", "scaling4d", *command], cwd=project, env=environment, check=False)
         if done.returncode:
             raise UserError(f"`scaling4d {' '.join(command[:4])}` ended with exit code {done.returncode}; the log has its reason")
-    home = project / artifacts.home(settings)
-    results = [Result.read(path) for path in sorted((home / "readout").rglob("frozen/result.json"))]
-    (folder / "report").mkdir(exist_ok=True)
-    report = Path(config.section(settings, "report.folder"))
-    shutil.copytree(project / report, folder / "report", dirs_exist_ok=True)
-    speeds = [f"{name} {value:.0%}" for name, value in _training_mfu(project, settings).items()]
-    return Outcome(f"{len(results)} frozen readouts and the report; MFU with loading {', '.join(speeds)}", "under 25 minutes")
+    shutil.copytree(project / config.section(settings, "report.folder"), folder / "report", dirs_exist_ok=True)
+    return project, settings
+
+
+def _readouts(project: Path, settings: Mapping[str, Any]) -> list[Result]:
+    return [Result.read(path) for path in sorted((project / artifacts.home(settings) / "readout").rglob("result.json"))]
 
 
 def _absolute(path: str) -> list[str]:
@@ -188,7 +214,7 @@ def _absolute(path: str) -> list[str]:
 
 def stage_commands(settings: Mapping[str, Any], overrides: list[str], *, render: bool) -> Iterator[tuple[list[str], Path | None]]:
     """Commands of the stages, each with the file or folder that it makes; None: it runs every time."""
-    home = artifacts.home(settings)
+    home, listed = artifacts.home(settings), partial(config.section, settings)
     if render:
         yield ["render", "data", *overrides], Path("data")
     yield ["compose", *overrides], None
@@ -197,9 +223,12 @@ def stage_commands(settings: Mapping[str, Any], overrides: list[str], *, render:
     yield ["benchmarks"], None
     for point in points_of(settings):
         yield ["pretrain", point], home / "pretrain" / point
-    for encoder in config.section(settings, "encoders.frozen"):
-        for task in config.section(settings, "benchmarks.tasks"):
-            yield ["readout", encoder, task, "frozen"], home / "readout" / encoder / task / "frozen"
+    for encoder in [f"untrained_{point}" for point in listed("encoders.untrained")]:
+        yield ["baseline", encoder], home / "pretrain" / encoder
+    protocols = {"frozen": listed("benchmarks.tasks"), "finetune": listed("benchmarks.tasks"), "classifier": ["actions"]}
+    for protocol, tasks in protocols.items():
+        for encoder, task in itertools.product(listed(f"encoders.{protocol}"), tasks):
+            yield ["readout", encoder, task, protocol], home / "readout" / encoder / task / protocol
     for point in settings["points"]:
         yield ["reconstruct", point], home / "reconstruct" / point
     yield ["report"], None
@@ -264,9 +293,10 @@ def _set(module: ModuleType, **sizes: object) -> None:
 
 STEPS = (
     HourStep("lock", 1, check_lock),
-    HourStep("attention", 6, check_attention),
-    HourStep("determinism", 2, repeat_steps),
-    HourStep("mfu", 8, measure_mfu),
+    HourStep("attention", 4, check_attention),
+    HourStep("determinism", 1, repeat_steps),
+    HourStep("smoke", 5, run_smoke),
+    HourStep("mfu", 5, measure_mfu),
     HourStep("widest", 3, measure_widest),
     HourStep("profile", 25, run_profile),
     HourStep("masking", 6, measure_masking),

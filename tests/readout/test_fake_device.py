@@ -19,6 +19,7 @@ from scaling4d.pretrain.plan.plan import build
 from scaling4d.pretrain.settings import points_of
 from scaling4d.readout.classifier import MeanPoolClassifier
 from scaling4d.readout.heads import HeadConfig
+from scaling4d.readout.linear import RegressionSums, solve_dual
 from scaling4d.readout.protocols import PROTOCOLS, Frozen, ReadoutConfig, ReadoutModel, ReadoutProtocol
 from scaling4d.readout.stage import bind_task
 from scaling4d.readout.tasks import TASKS
@@ -80,6 +81,24 @@ def encode_and_train(profile: str, point: str, task: str, **changes: object) -> 
         encode, predict = protocol.evaluator(model, SimpleNamespace(source=source))
         assert device_of(predict(encode(pixels), on_device)) == DEVICE
         assert operations.waits == []
+
+
+def solve_linear_probes() -> None:
+    with on_fake_gpu(1):
+        x, y, counts = torch.randn(4, 3, 6), torch.randn(4, 3, 2), torch.ones(4, 3, dtype=torch.bool)
+        sums = RegressionSums(3, 6, 2, DEVICE)
+        sums.add(x, y, counts)
+        for probe in [
+            sums.means(),
+            *sums.over_ranks().solve(),
+            *solve_dual(to_device(x[:, 0], DEVICE), to_device(y[:, 0], DEVICE)),
+        ]:
+            assert device_of(probe.weight) == device_of(probe.offset) == DEVICE
+            assert device_of(probe(to_device(x, DEVICE))) == DEVICE
+
+
+def test_linear_probes_are_solved_on_the_device() -> None:
+    assert exit_code(solve_linear_probes) == 0
 
 
 @pytest.mark.parametrize("task", list(TASK))

@@ -26,7 +26,7 @@ def probes(*groups: tuple[list[RegressionBatch], list[RegressionBatch]]) -> list
     """The trivial answer, and a probe after each group of batches to fit and to choose the penalty."""
 
     def fit(*, rank: int, ranks: int) -> list[LinearProbe]:
-        mean, fitted = fit_probes(groups)
+        mean, fitted = fit_probes(groups, "cpu")
         return [mean, *fitted]
 
     return run(fit, ranks=1)
@@ -78,7 +78,7 @@ def test_one_probe_is_the_same_in_its_dual_form_and_where_a_rank_has_no_samples(
     fitted, held_out = (tuple(value[part] for value in batch) for part in (slice(count), slice(count, None)))
 
     def fit(*, rank: int, ranks: int) -> LinearProbe:
-        return fit_probe([fitted] if rank == 0 else [], [held_out] if rank == 0 else [])
+        return fit_probe([fitted] if rank == 0 else [], [held_out] if rank == 0 else [], "cpu")
 
     expected = probes(([fitted], [held_out]))[1](batch[0])
     for ranks in (1, 2):

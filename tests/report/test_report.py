@@ -379,6 +379,14 @@ def test_a_notebook_has_no_temporary_file_outside_its_own_folder() -> None:
     assert not folder.parent.exists() and Path(tempfile.gettempdir()) != folder
 
 
+def test_the_kernel_imports_this_package_and_what_its_parent_imports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"libraries{os.pathsep}{tmp_path}/more")
+    with notebook._private_jupyter():
+        folders = os.environ["PYTHONPATH"].split(os.pathsep)
+    assert folders == [str(ROOT / "src"), str(tmp_path / "libraries"), str(tmp_path / "more")]
+
+
 def test_a_failing_notebook_is_refused_with_its_cell(pocket: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "draw_figures", lambda run: {})
     source = notebook.NOTEBOOK.read_text()

@@ -15,7 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from interrupting import ask_to_stop, ask_to_stop_as_slurm_does, kill_a_rank, kill_all, kill_the_parent
-from torch.distributed.checkpoint import filesystem, staging
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.tensor import Shard, distribute_tensor
 from toy import PLAIN, RESULT, Toy, attempt, steps_computed, train, written
 
 from scaling4d import artifacts
@@ -235,31 +236,28 @@ def test_a_state_is_on_the_disk_before_it_has_its_name() -> None:
     assert len(files) == 4 and {*files, "partial-00000001"} <= set(synced)
 
 
-def staged_steps(*, rank: int, ranks: int) -> tuple[list, list[float]]:
-    """Options of the stagers of three asynchronous states, as if they lay on a GPU, and the last state."""
-    options, default, weight = [], staging.DefaultStager, torch.zeros(2)
-
-    def note(config: staging.StagingOptions) -> staging.DefaultStager:
-        options.append(config)
-        return default(replace(config, use_pinned_memory=False, use_non_blocking_copy=False))  # there is no GPU
-
+def staged_steps(*, rank: int, ranks: int) -> tuple[list[int], list[float]]:
+    """Sizes of tensors that a rank pins in three states, as if they lay on a GPU, and its part of the last state."""
+    pinned, mesh = [], dist.init_device_mesh("cpu", (ranks,))
+    weight, bias = distribute_tensor(torch.zeros(4, 2), mesh, [Shard(0)]), torch.zeros(3)
     manager = CheckpointManager("pinned", {"run": "pinned", "profile": "y"}, keep_latest_k=1, asynchronous=True)
+    manager.stager = resume.pinned_stager()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(staging, "DefaultStager", note)
-        manager.stager = resume.pinned_stager()
-    for step in (1, 2, 3):
-        manager.save(step, {}, {"weight": weight.fill_(step)})
-        weight.zero_()  # the training goes on
+        patch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.numel()) or tensor)  # there is no GPU
+        for step in (1, 2, 3):
+            weight.to_local().fill_(step + rank)
+            manager.save(step, {}, {"weight": weight, "bias": bias.fill_(10 * step)})
+            weight.to_local().zero_()  # the training goes on
+            bias.zero_()
     manager.wait()
-    manager.load({"weight": weight})
+    manager.load({"weight": weight, "bias": bias})
     manager.close()
-    return options, weight.tolist()
+    return pinned, [*weight.to_local().flatten().tolist(), *bias.tolist()]
 
 
 def test_states_of_gpus_are_copied_to_the_same_pinned_memory() -> None:
-    (options,), weight = run(staged_steps, ranks=1)
-    assert (options.use_pinned_memory, options.use_non_blocking_copy) == (True, True) and weight == [3.0, 3.0]
-    assert (options.use_shared_memory, options.use_async_staging) == (False, False)
+    pinned, state = run(staged_steps, ranks=2)
+    assert pinned == [4, 3] and state == [3.0] * 4 + [30.0] * 3
 
 
 @pytest.mark.parametrize("at", [pytest.param(at, marks=[pytest.mark.slow] if at % 3 else []) for at in range(8)])

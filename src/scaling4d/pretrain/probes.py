@@ -55,7 +55,7 @@ def linear_probe(model: nn.Module, pretraining: PretrainConfig, name: str) -> fl
     heartbeat(f"linear probe of {name}")
     if not any(gather_round_robin([bool(fitted)])):
         raise UserError(f"{name}: no clip of the train split is left to fit; raise pretrain.Training.probe_items")
-    probe = fit_probe(fitted, batches(train_set.held_out)).to(training.device)
+    probe = fit_probe(fitted, batches(train_set.held_out), training.device)
     source = train_set.source
     _, sums, _ = evaluate(val, source.encode, partial(task.predict_linear, probe), size=BATCH, flush=source.flush)
     pairs = gather_round_robin([clip[task.metric.name] for clip in sums])

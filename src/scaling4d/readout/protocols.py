@@ -468,9 +468,9 @@ class Frozen(ReadoutProtocol):
 
         fitted, held_out = train_set.trained_on, train_set.held_out
         groups = ((batches(fitted, *span), batches(held_out, 0, span[1])) for span in pairwise([0, *ends.values()]))
-        mean, probes = fit_probes(groups)  # on the CPU
+        mean, probes = fit_probes(groups, self.config.device)
         named = zip(["mean", *ends], [mean, *probes], strict=True)
-        return {name: partial(task.predict_linear, probe.to(self.config.device)) for name, probe in named}
+        return {name: partial(task.predict_linear, probe) for name, probe in named}
 
 
 class Finetune(ReadoutProtocol):

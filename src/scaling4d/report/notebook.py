@@ -74,10 +74,12 @@ def execute(folder: Path) -> None:
 def _private_jupyter() -> Iterator[None]:
     """Jupyter's and IPython's folders in an empty place, so that nothing of the user's home changes the result.
 
-    The kernel imports this copy of the package, from any folder.
+    The kernel imports this copy of the package, from any folder; PYTHONPATH goes on behind it.
     """
     with work_folder("scaling4d-jupyter", Path(tempfile.gettempdir())) as empty:
-        variables = dict.fromkeys(JUPYTER_FOLDERS, str(empty)) | {"PYTHONPATH": str(Path(config.__file__).absolute().parents[1])}
+        given = [Path(folder) for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+        folders = [str(folder.absolute()) for folder in (Path(config.__file__).parents[1], *given)]
+        variables = dict.fromkeys(JUPYTER_FOLDERS, str(empty)) | {"PYTHONPATH": os.pathsep.join(folders)}
         with patch.dict(os.environ, variables), patch.object(tempfile, "tempdir", str(empty)):  # the kernel's connection file
             quiet = empty / "profile_default/ipython_kernel_config.json"
             quiet.parent.mkdir()

@@ -140,8 +140,7 @@ class CheckpointManager:
 
     def close(self) -> None:
         """Release the lock and the pinned memory."""
-        if self.stager:
-            self.stager.close()
+        self.stager = None
         if self.lock:
             self.lock.close()
 
@@ -259,10 +258,13 @@ class CheckpointManager:
 
 
 def pinned_stager() -> Any:
-    """torch's copies of a state in pinned memory. A step waits for the copy, not for the files. Untested on a GPU."""
-    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+    """torch's copies of a state in pinned memory. A step waits for the copy, not for the files.
 
-    return DefaultStager(StagingOptions(use_pinned_memory=True, use_shared_memory=False, use_async_staging=False))
+    Not torch's DefaultStager: that of torch 2.11 copies one state and refuses the next.
+    """
+    from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+    return BlockingAsyncStager(cache_staged_state_dict=True, type_check=True)
 
 
 def _sync(path: Path) -> None:
