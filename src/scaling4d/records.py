@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -148,6 +148,10 @@ class ClipBatch:
     ids: tuple[str, ...]
     start_s: tuple[float, ...]
     augmentations: tuple[Augmentation, ...] = ()
+
+    def pin_memory(self) -> ClipBatch:
+        """The batch in memory from which a GPU copies; torch's loaders call this, in a thread."""
+        return replace(self, pixels=self.pixels.pin_memory())
 
     def __post_init__(self) -> None:
         shape = tuple(self.pixels.shape)

@@ -129,6 +129,15 @@ def test_crops_and_flips_that_are_left_to_the_device_are_those_of_a_worker(made)
         assert torch.equal(torch.stack(pixels), batch.pixels)
 
 
+def test_batches_for_a_gpu_come_in_pinned_memory(made, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)  # there is no GPU
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda pixels: pinned.append(pixels.clone()) or pinned[-1])
+    assert same(run(made), run(made)) and not pinned
+    batches = run(made, on_device=True)
+    assert [batch.pixels.data_ptr() for batch in batches] == [pixels.data_ptr() for pixels in pinned]
+
+
 @pytest.mark.parametrize("window_shards", [0, 7, 100])
 def test_one_window_shuffles_all_clips_together(made, window_shards):
     names = [clip.id for clip in loader.ClipTable(made, "train")]

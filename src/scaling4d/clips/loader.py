@@ -41,6 +41,7 @@ ARROW_TYPES = {  # of columns, by the types of a ClipRecord's fields
     "bool": ("bool",),
 }
 PREFETCH = 2  # batches that a worker is ahead
+OF_A_LOADER = ("DataLoader worker (pid", "Pin memory thread exited")  # torch's errors where a worker ended
 SampledClip = tuple[int, int, int, "ClipRecord"]  # epoch, index in the table, number of the copy, record
 LoadedClip = tuple[str, float, Tensor]  # id, start in seconds of the source, uint8 `T H W C`
 
@@ -393,6 +394,7 @@ def _load(dataset: AugmentedBatches, sampler: Iterable[list[SampledClip]], *, st
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13
         options = {"batch_size": None, "num_workers": workers, "worker_init_fn": _init_worker, "snapshot_every_n_steps": 0}
         options |= {"prefetch_factor": PREFETCH, "multiprocessing_context": "spawn"} if workers else {}
+        options |= {"pin_memory": True} if dataset.on_device else {}  # by a thread, where workers decode
         loader = StatefulDataLoader(dataset, sampler=sampler, generator=seeds.torch_rng(dataset.seed, "loader"), **options)
     step = start
     try:
@@ -404,7 +406,7 @@ def _load(dataset: AugmentedBatches, sampler: Iterable[list[SampledClip]], *, st
             yield batch
             step += 1
     except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:  # torch's, where a worker ended
-        if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
+        if isinstance(error, RuntimeError) and not any(text in str(error) for text in OF_A_LOADER):
             raise
         why = f"{type(error).__name__}: {error}".strip(": ")
         raise UserError(f"step {step}: a process that decodes clips ended ({why}); lower `workers` if memory ran out") from error
