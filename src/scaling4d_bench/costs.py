@@ -102,7 +102,7 @@ def exponent(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def training(model: Method, case: TrainingCase, device: torch.device) -> Callable[[], None]:
-    given = {"clips": case.batch, "mask_ratio": model.config.mask_ratio, "precision": "fp32", "device": device}
+    given = {"clips": case.batch, "mask_ratio": model.config.mask_ratio, "device": device}
     step = steps.our_step(model, steps.adamw_update(model), **given)
 
     def run() -> None:

@@ -105,7 +105,7 @@ def repeat_steps(folder: Path, rehearse: bool) -> Outcome:
 
 def _train(changes: Mapping[str, Any], *, clips: int, precision: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Losses of the steps, and all weights in one row."""
-    model, losses = steps.build("S", changes, device), []
+    model, losses = steps.as_trained(steps.build("S", changes, device), precision, device), []
     adamw = build_adamw({"all": (list(model.named_parameters()), RATE)}, betas=BETAS, weight_decay=0.05)
 
     def update(loss: Tensor) -> None:
@@ -114,8 +114,7 @@ def _train(changes: Mapping[str, Any], *, clips: int, precision: str, device: to
         adamw.step()
         adamw.zero_grad()
 
-    given = {"mask_ratio": model.config.mask_ratio, "precision": precision, "device": device}
-    step = steps.our_step(model, update, clips=clips, **given)
+    step = steps.our_step(model, update, clips=clips, mask_ratio=model.config.mask_ratio, device=device)
     for _ in range(REPEATED_STEPS):
         step.run()
     return torch.stack(losses).cpu(), nn.utils.parameters_to_vector(model.parameters()).detach().cpu()

@@ -69,6 +69,6 @@ def point_step(given: Mapping[str, Any], training: Mapping[str, Any]) -> tuple[C
     model.initialise(measure.SEED)
     update = steps.adamw_update(model, weight_decay=training["weight_decay"], clip_norm=training["clip_norm"])
     shares = {"clips": training["batch"], "mask_ratio": given["mask_ratio"]}
-    step = steps.our_step(model, update, **shares, precision="fp32", device=CPU)
+    step = steps.our_step(model, update, **shares, device=CPU)
     counts = {"parameters": sum(p.numel() for p in model.encoder.parameters()), "flops_per_clip": flops_per_clip(model)}
     return step.run, {name: given[name] for name in FACTS} | {"batch": training["batch"]} | counts

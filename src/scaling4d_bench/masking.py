@@ -46,10 +46,10 @@ def bench(out: Path, *, clips: int, repeats: int, precision: str, changes: Mappi
         for size, methods in POINTS.items():
             hidden = {}
             for method, point in methods.items():
-                model = steps.build(point, (changes or {}).get(method, {}), device)
+                model = steps.as_trained(steps.build(point, (changes or {}).get(method, {}), device), precision, device)
                 update = steps.adamw_update(model)
                 for ratio in RATIOS:
-                    given = {"clips": clips, "mask_ratio": ratio, "precision": precision, "device": device}
+                    given = {"clips": clips, "mask_ratio": ratio, "device": device}
                     hidden[f"{method}, {ratio:.0%}"] = (method, ratio, steps.our_step(model, update, **given))
             workloads = {name: step.workload(device) for name, (_, _, step) in hidden.items()}
             workloads[LOADING] = (partial(loader.load, folder, BATCHES, WORKERS), BATCHES * loader.BATCH, 0)

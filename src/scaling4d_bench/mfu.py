@@ -17,13 +17,11 @@ from scaling4d.pretrain.plan.closed_form import GIB, PLAIN, USABLE, StepLayout, 
 from scaling4d.pretrain.plan.performance import CASES, step_seconds
 from scaling4d.pretrain.plan.work import Work, frozen_work, work_of
 from scaling4d.training.gpus import GPUS, Gpu
-from scaling4d.training.parallelize import ComputeConfig, ShardingConfig, parallelize
 from scaling4d_bench import devices, measure, steps
 from scaling4d_bench.measure import Measurements
 
 POINTS = ("S", "B", "L", "H")
 BLOCKS = {"": False, ", compiled": True}  # suffix of a row's name -> whether its blocks are compiled
-COMPUTE = {"fp32": "float32", "bf16": "bfloat16"}
 LIBRARIES = ("torch", "numpy", "xformers", "triton")
 COLUMNS = {
     "": "{name}",
@@ -47,7 +45,7 @@ def bench(
 ) -> Path:
     """Measure one point after the other, print a table, write `<out>/mfu.json` (on a GPU with its name).
 
-    bf16 is that of a training with one shard, whose blocks cast their weights. No autocast.
+    The steps compute as `steps.as_trained`.
 
     MFU: FLOPs of three forward passes over the time of a step and the GPU's stated bfloat16 peak. A device that no plan
     knows is compared with an H100.
@@ -135,10 +133,9 @@ def measured_step(
     before = _allocated_before(device)
     model = steps.build(point, changes, device)
     flops_per_clip = flops(work_of(model), recompute=False)["model"]
-    sharding = ShardingConfig(shards=1, recompute="none", compile=compiled, packed=False, accumulate=1)
-    parallelize(model, sharding, ComputeConfig(device.type, COMPUTE[precision]), ranks=1)
-    given = {"clips": clips, "mask_ratio": model.config.mask_ratio, "precision": "fp32", "device": device}  # no autocast
-    loss, update = steps.our_loss(model, **given), steps.adamw_update(model)
+    steps.as_trained(model, precision, device, compiled=compiled)
+    loss = steps.our_loss(model, clips=clips, mask_ratio=model.config.mask_ratio, device=device)
+    update = steps.adamw_update(model)
     run = devices.timed(lambda: update(loss()), device)
     seconds = measure.take_turns({point: run}, repeats=repeats).seconds[point]
     row = {"seconds": seconds, "per_s": clips / float(np.median(seconds)), "flops_per_clip": flops_per_clip}

@@ -2,6 +2,7 @@
 
 The same fused AdamW at a learning rate of 0 steps all models, so every step is the same work. Ours start from
 uint8 pixels and draw their masks; a peer receives the output of its own loader: normalised fp32 pixels, and its mask.
+In bf16 ours compute `as_trained`, and peers under autocast.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ from scaling4d.pretrain.plan.dry_run import count_flops
 from scaling4d.pretrain.settings import BETAS
 from scaling4d.records import MaskedTokens
 from scaling4d.training.optimizer import build_adamw
+from scaling4d.training.parallelize import ComputeConfig, ShardingConfig, parallelize
 from scaling4d_bench import devices
 from scaling4d_bench.measure import SEED
 
+COMPUTE = {"fp32": "float32", "bf16": "bfloat16"}
 SAME_LOSS = 1e-4  # largest relative difference of ours to the official MAE-ST; one model, so the difference is rounding
 OFFICIAL_NAMES = {"pred_t_dim": "predicted_frames", "embed_dim": "width", "depth": "depth", "num_heads": "heads"}
 OFFICIAL_NAMES |= {"decoder_embed_dim": "decoder_width", "decoder_depth": "decoder_depth", "decoder_num_heads": "decoder_heads"}
@@ -101,34 +104,36 @@ def masks_at_ratio(model: Method, clips: int, mask_ratio: float, rng: torch.Gene
     return random_masking(model.config.masking, batch=clips, rng=rng, **given)
 
 
-def our_loss(model: Method, *, clips: int, mask_ratio: float, precision: str, device: torch.device) -> Callable[[], Tensor]:
+def as_trained(model: Method, precision: str, device: torch.device, *, compiled: bool = False) -> Method:
+    """The model, computing as in a training with one shard: in bf16 its blocks cast their weights, without autocast."""
+    sharding = ShardingConfig(shards=1, recompute="none", compile=compiled, packed=False, accumulate=1)
+    parallelize(model, sharding, ComputeConfig(device.type, COMPUTE[precision]), ranks=1)
+    return model
+
+
+def our_loss(model: Method, *, clips: int, mask_ratio: float, device: torch.device) -> Callable[[], Tensor]:
     """The loss of one of METHODS on random pixels. Its masks come from one stream, call after call."""
     pixels = torch.randint(0, 256, (clips, *model.encoder.clip, 3), dtype=torch.uint8, generator=seeds.torch_rng(SEED, "bench"))
     pixels, rng = pixels.to(device), seeds.torch_rng(SEED, "bench mask")
 
     def loss() -> Tensor:
         masked = masks_at_ratio(model, clips, mask_ratio, rng)
-        with devices.autocast(precision, device):
-            return model(pixels, MaskedTokens(masked.ids_keep.to(device), masked.grid))
+        return model(pixels, MaskedTokens(masked.ids_keep.to(device), masked.grid))
 
     return loss
 
 
-def our_step(
-    model: Method, update: Update, *, clips: int, mask_ratio: float, precision: str, device: torch.device
-) -> TrainingStep:
+def our_step(model: Method, update: Update, *, clips: int, mask_ratio: float, device: torch.device) -> TrainingStep:
     """A step of one of METHODS."""
-    given = {"clips": clips, "mask_ratio": mask_ratio, "precision": precision, "device": device}
-    return training_step(our_loss(model, **given), update, clips)
+    return training_step(our_loss(model, clips=clips, mask_ratio=mask_ratio, device=device), update, clips)
 
 
 def point_step(
     point: str, mask_ratio: float, changes: Mapping[str, Any], *, clips: int, precision: str, device: torch.device
 ) -> TrainingStep:
     """A step of a file of experiments/point at another share of hidden tokens, with changed settings."""
-    model = build(point, changes, device)
-    given = {"clips": clips, "precision": precision, "device": device}
-    return our_step(model, adamw_update(model), mask_ratio=mask_ratio, **given)
+    model = as_trained(build(point, changes, device), precision, device)
+    return our_step(model, adamw_update(model), clips=clips, mask_ratio=mask_ratio, device=device)
 
 
 def training_step(loss: Callable[[], Tensor], update: Update, clips: int) -> TrainingStep:

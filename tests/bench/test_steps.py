@@ -25,7 +25,7 @@ MAE_ST = SIMPLE | {"decoder_width": 24, "decoder_heads": 2, "decoder_depth": 1, 
 VIDEOMAE = {"image_size": 64, "num_frames": 8, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
 VIDEOMAE |= {"intermediate_size": 96, "decoder_hidden_size": 24, "decoder_num_hidden_layers": 1}
 VIDEOMAE |= {"decoder_num_attention_heads": 3, "decoder_intermediate_size": 48}
-GIVEN = {"clips": 2, "precision": "fp32", "device": CPU}
+GIVEN = {"clips": 2, "device": CPU}
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +108,7 @@ def test_videomae_has_its_own_base_size_and_hides_as_many_tokens_as_ours(monkeyp
         return forward(self, pixels, bool_masked_pos=bool_masked_pos)
 
     monkeypatch.setattr(VideoMAEForPreTraining, "forward", spy)
-    steps.videomae(mask_ratio=0.9, config=VIDEOMAE, **GIVEN)
+    steps.videomae(mask_ratio=0.9, config=VIDEOMAE, precision="fp32", **GIVEN)
     (used, pixels, hidden), loss = seen
     assert pixels.shape == (2, 8, 3, 64, 64) and (~hidden).sum(1).tolist() == [6, 6] and loss.isfinite()
     default = VideoMAEConfig()
@@ -122,7 +122,7 @@ def test_the_official_mae_st_is_measured_only_from_a_checkout(tmp_path: Path) ->
         (None, "no checkout of facebookresearch/mae_st was given: --mae-st FOLDER"),
     ):
         with pytest.raises(ImportError, match=message):
-            steps.official_step(folder, **GIVEN)
+            steps.official_step(folder, precision="fp32", **GIVEN)
 
 
 def test_a_checkout_in_a_folder_of_any_name_is_built_with_the_points_settings(tmp_path: Path, monkeypatch) -> None:
