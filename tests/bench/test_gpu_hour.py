@@ -50,7 +50,7 @@ def test_the_steps_fit_in_an_hour_and_the_tests_of_attention_come_before_the_pro
 
     names = [step.name for step in gpu_steps.STEPS]
     assert sum(step.minutes for step in gpu_steps.STEPS) <= 60
-    assert names[:6] == ["lock", "attention", "determinism", "mfu", "widest", "profile"]
+    assert names[:7] == ["lock", "attention", "determinism", "smoke", "mfu", "widest", "profile"]
     assert (ROOT / gpu_steps.TESTS).is_file() and (ROOT / gpu_steps.LOCK).is_file()
 
 
