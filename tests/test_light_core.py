@@ -15,6 +15,7 @@ import typer.testing
 from packaging.requirements import Requirement
 
 from scaling4d import cli
+from scaling4d.__main__ import main
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.mae.simple_mae import SimpleMAE, SimpleMAEConfig
 
@@ -151,7 +152,7 @@ def test_every_package_of_the_core_and_the_extras_is_pinned() -> None:
         assert not needed - {"scaling4d"} - pinned
 
 
-def test_doctor_misses_packages_of_the_core_and_none_of_the_extras(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_fails_without_a_package_of_the_core_and_names_those_of_extras(monkeypatch: pytest.MonkeyPatch) -> None:
     def version(name: str) -> str:
         if name in ("absent", "submitit"):
             raise metadata.PackageNotFoundError(name)
@@ -162,9 +163,19 @@ def test_doctor_misses_packages_of_the_core_and_none_of_the_extras(monkeypatch: 
         monkeypatch.setattr(metadata, "requires", lambda _, requirements=requirements: requirements)
         done = typer.testing.CliRunner().invoke(cli.app, ["doctor"])
         assert "torch 1.0" in done.output
-        assert (str(done.exception) if missing else done.output.splitlines()[-1]) == (
-            "not installed: absent; run `make install`" if missing else "nothing is missing"
-        )
+        if missing:
+            assert str(done.exception) == "not installed: absent; run `make install`"
+        else:
+            assert "extra cluster lacks submitit; where you need it, run `pip install" in done.output
+            assert done.output.endswith("the core is complete\n")
+
+
+def test_a_package_that_a_command_lacks_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "packaging.requirements", None)  # of extra pipeline; an import fails
+    monkeypatch.delitem(sys.modules, "scaling4d.pipeline.environment", raising=False)
+    monkeypatch.setattr(sys, "argv", ["scaling4d", "doctor"])
+    with pytest.raises(SystemExit, match=r"error: no package packaging; the commands need: pip install '.\[pipeline\]'"):
+        main()
 
 
 @pytest.mark.slow

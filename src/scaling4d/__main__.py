@@ -4,15 +4,16 @@ import sys
 
 
 def main() -> None:
-    """As cli.main; a light installation without the commands' packages is told so in one line, with exit code 1."""
+    """As cli.main. One line names a package that a command lacks in a light installation, with exit code 1."""
     try:
         from scaling4d.cli import main as commands
+
+        commands()
     except ModuleNotFoundError as error:
         if (error.name or "scaling4d").startswith("scaling4d"):
             raise
         extras = "pip install '.[pipeline]', or '.[commands]' for features and export"
-        sys.exit(f"error: no package {error.name}; the commands need: {extras}")
-    commands()
+        sys.exit(f"error: no package {error.name.partition('.')[0]}; the commands need: {extras}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ provenance.json.
 
 Weights of more than SHARD_BYTES are several files, `model-00001-of-00018.safetensors` ..., in transformers' layout:
 model.safetensors.index.json names the file of every tensor. It has the sha256 of every file, so its own stands for all.
+`training.resume` has the states from which a killed run continues.
 """
 
 from __future__ import annotations

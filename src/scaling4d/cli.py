@@ -557,7 +557,7 @@ def audit(
 
 @app.command()
 def doctor() -> None:
-    """Print versions, the device, its attention, and missing packages."""
+    """Print versions, the device, its attention, and absent packages of the core and of extras."""
     from scaling4d.pipeline.environment import describe_environment
 
     for line in describe_environment():

@@ -120,7 +120,7 @@ def lock_folder(folder: Path, *, wait_s: float) -> IO[bytes] | None:
 
 @contextmanager
 def work_folder(name: str, root: Path = WORK_FOLDER) -> Iterator[Path]:
-    """Give an empty folder to write into, which is removed in the end; first, those of this name whose run was killed.
+    """Give an empty folder to write into, which is removed in the end. Folders of killed runs of this name go first.
 
     It is `root/<name>.partial-<8 hex digits>/out`, beside the lock of its process.
     """

@@ -1,8 +1,8 @@
 """Records that packages exchange, frozen and checked at construction; errors, exit code 75, and JSON files.
 
-Axis letters, the same in the whole project:
+Axis letters of models and training; other letters are told where they are used:
   B clips   T frames   H W pixels   C channels   t h w token grid   N = t*h*w tokens
-  K visible tokens   D width   P values per patch   Q queries   L blocks
+  K visible tokens   M coarse tokens   D width   P values per patch   Q queries   L blocks
 Pixels are uint8 `B T H W C` until the model; times are seconds (`_s`), rates hertz (`_hz`), sides pixels (`_px`).
 """
 
@@ -163,7 +163,7 @@ class ClipBatch:
 
 @dataclass(frozen=True)
 class MaskedTokens:
-    """The visible tokens: `ids_keep` B K int64, ascending indices into the N tokens of the grid t h w."""
+    """A mask by its visible tokens: `ids_keep` B K int64, ascending indices into the N tokens of the grid t h w."""
 
     ids_keep: Tensor
     grid: tuple[int, int, int]

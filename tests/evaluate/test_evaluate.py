@@ -4,6 +4,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 
@@ -19,11 +20,12 @@ from scaling4d.cli import app
 from scaling4d.encoders import published, torchvision_shim
 from scaling4d.encoders.pretrained import load_encoder
 from scaling4d.encoders.stage import baseline
-from scaling4d.evaluate import function, models
+from scaling4d.evaluate import function, models, stage
 from scaling4d.evaluate.table import evaluate, table_text
 from scaling4d.provenance import parse_csv
 from scaling4d.readout import protocols
-from scaling4d.records import Result, UserError, read_json_object, write_json
+from scaling4d.readout.stage import readout
+from scaling4d.records import AGAIN, Preempted, Result, UserError, read_json_object, write_json
 from scaling4d.report.tables import RESULTS
 
 GUIDE = (Path(__file__).parents[2] / "experiments/GUIDE.md").read_text()
@@ -234,6 +236,26 @@ def test_both_protocols_show_the_frames_and_the_side_of_the_evaluation(
     assert linear.value == frozen.others["top1_linear"]
     with pytest.raises(UserError, match=r"colours:Colours is shown clips of T H W = \(8, 64, 64\), and readout.Evaluation asks"):
         evaluate([colours], ["actions"], "linear", out=tmp_path / "callable", **where)
+
+
+@pytest.mark.integration
+@EVALUATION
+@pytest.mark.parametrize(("exit_code", "error"), [(0, None), (1, UserError), (AGAIN, Preempted)])
+def test_a_readout_whose_ranks_run_elsewhere_is_read_when_it_succeeded(
+    exit_code: int, error: type[Exception] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def elsewhere(*names: object, **options: object) -> int:
+        assert stage.config.section(names[3], "readout.Launch.where") == "slurm"
+        if exit_code == 0:
+            readout(*names[:3], {**names[3], "readout": {**names[3]["readout"], "Launch": here}}, **options)
+        return exit_code
+
+    here = config.read()["readout"]["Launch"]
+    monkeypatch.setattr(stage, "readout", elsewhere)
+    where = {"profile": "smoke", "report": str, "changes": ["readout.Launch.where=slurm"], "out": tmp_path / "out"}
+    with pytest.raises(error, match="the readout of untrained_nano for actions") if error else nullcontext():
+        (result,) = evaluate([str(untrained())], ["actions"], "frozen", **where).results
+        assert result.metric == "top1" and result.protocol == "frozen"
 
 
 def test_a_callable_that_is_not_there_is_refused(colours: str) -> None:

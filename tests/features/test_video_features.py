@@ -270,16 +270,16 @@ def test_a_stopped_command_continues_and_done_videos_are_left_alone(checkpoint: 
 def test_the_index_has_the_videos_that_were_done_before_a_stop_and_none_that_is_a_problem_now(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    videos, out, write_video = tmp_path / "videos", tmp_path / "out", video_features.write_video
+    videos, out, write_video_features = tmp_path / "videos", tmp_path / "out", video_features.write_video_features
     for name in ("a.mp4", "b.mp4"):
         save(videos / name)
 
     def stopped(*arguments: object, **options: object) -> object:
         if "b.mp4" in str(arguments[1]):
             raise KeyboardInterrupt
-        return write_video(*arguments, **options)
+        return write_video_features(*arguments, **options)
 
-    monkeypatch.setattr(video_features, "write_video", stopped)
+    monkeypatch.setattr(video_features, "write_video_features", stopped)
     run(checkpoint, videos, "--out", out)
     indexed = lambda: set(json.loads((out / "index.json").read_text())["videos"])  # noqa: E731
     assert indexed() == {"a.mp4"}

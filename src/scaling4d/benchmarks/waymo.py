@@ -208,7 +208,7 @@ def _is_tracked(boxes: np.ndarray, valid: np.ndarray, rows: np.ndarray, request:
 
 
 def _track(box_of: dict[int, BoxPx], stamps: np.ndarray, crop: Crop) -> tuple[np.ndarray, np.ndarray]:
-    """boxes `T 4` float64 of the square and valid `T` of an object. A box outside the square is not valid."""
+    """boxes `F 4` of the square and valid `F` of an object, of F stored frames. A box outside it is not valid."""
     labelled = np.array([stamp in box_of for stamp in stamps])
     x, y, width, height = np.array([box_of.get(stamp, np.zeros(4)) for stamp in stamps], float).T
     corners = np.stack([x - width / 2, y - height / 2, x + width / 2, y + height / 2], -1)  # T 4

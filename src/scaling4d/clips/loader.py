@@ -152,8 +152,9 @@ def _read_table(folder: Path, columns: list[str]) -> Iterator[Any]:
 class WindowedShuffle:
     """The clip at each place of an epoch: each clip once, a pure function of (seed, epoch, place).
 
-    Shards are shuffled and taken in windows of `window_shards`, and the clips of a window are shuffled together. A
-    reader opens that many files at a time and holds the order of one window. 0, or more than there are: one window.
+    Shards are shuffled and taken in windows of `window_shards` (a shuffle buffer, no window of frames), and the clips
+    of a window are shuffled together. A reader opens that many files at a time and holds the order of one window. 0,
+    or more than there are: one window.
     """
 
     def __init__(self, clips: ClipTable, *, seed: int, window_shards: int) -> None:
@@ -367,8 +368,8 @@ def train_batches(
           the caller, as `ClipBatch.augmentations`. window_shards: of `WindowedShuffle`. cached_clips: decoded clips in
           memory of each process that decodes. workers: processes that decode for this rank; 0: itself. The batches
           depend on neither of the last two.
-    Raises ValueError, as `check`; ClipsError: no clips; from the iterator ClipsError: a clip cannot be decoded, and
-    UserError: a worker ended.
+    Raises ValueError, as `check_batching`; ClipsError: no clips; from the iterator ClipsError: a clip cannot be
+    decoded, and UserError: a worker ended.
     """
     check_batching(batch=batch, ranks=ranks, repeats=repeats, crop=crop, aspect=aspect, window_shards=window_shards)
     clips = ClipTable(folder, "train")

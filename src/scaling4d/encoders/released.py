@@ -166,7 +166,7 @@ def four_ds_prefix(shapes: Mapping[str, Shape]) -> str:
 
 
 def four_ds_config(shapes: Mapping[str, Shape], source: object, prefix: str) -> BackboneConfig:
-    """Config of the `Encoder` whose arrays lie below `prefix`, read off their shapes.
+    """Config of the `Backbone` whose arrays lie below `prefix`, read off their shapes.
 
     Raises UserError: an array is missing or has another number of axes, or the sizes do not fit together.
     """
@@ -190,7 +190,7 @@ def four_ds_config(shapes: Mapping[str, Shape], source: object, prefix: str) -> 
 
 
 def four_ds_weight_map(config: BackboneConfig, prefix: str) -> WeightMap:
-    """Every tensor of the `Encoder`."""
+    """Every tensor of the `Backbone`."""
     width, mlp, patch, grid = config.width, config.mlp, config.patch, grid_of(config.clip, config.patch)
     weights = {"positions": reshaped(prefix + POSITIONS, (*grid, width), (math.prod(grid), width))}
     weights |= flax_dense("patch_embedding", prefix + PATCH_KERNEL.removesuffix("/kernel"), (*patch, 3), (width,))

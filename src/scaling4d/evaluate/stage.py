@@ -22,7 +22,7 @@ from scaling4d.readout.protocols import Frozen
 from scaling4d.readout.stage import bind_readout, input_hashes, readout, result_of
 from scaling4d.readout.tasks import TASKS
 from scaling4d.readout.tasks.task import MetricSums
-from scaling4d.records import Result, UserError, did_you_mean, file_system_errors, write_json
+from scaling4d.records import AGAIN, Preempted, Result, UserError, did_you_mean, file_system_errors, write_json
 from scaling4d.training import distributed
 from scaling4d.training.distributed import WatchdogConfig, gather_round_robin
 
@@ -52,7 +52,8 @@ def evaluate_encoder(encoder: str, task: str, protocol: str, settings: Mapping[s
     """Measure `home/pretrain/<encoder>` and write `home/readout/<encoder>/<task>/<protocol>`.
 
     A result with the same provenance (settings, code, weights, benchmark) is kept.
-    Raises UserError: as `readout`, or an encoder whose tokens do not suit the task.
+    Raises UserError: as `readout`, ranks elsewhere that failed, or an encoder whose tokens do not suit the task.
+    Raises Preempted: as `readout`.
     """
     evaluation = config.section(settings, "readout.Evaluation")
     _check_tokens(home / "pretrain" / encoder, task, frames=evaluation["frames"], side_px=evaluation["side_px"])
@@ -62,9 +63,11 @@ def evaluate_encoder(encoder: str, task: str, protocol: str, settings: Mapping[s
             problem = f"{encoder} is a callable, which runs in ranks of this process alone"
             raise UserError(f"{problem}, and readout.Launch.where is {where}; -S readout.Launch.where=here")
         result = readout(encoder, task, protocol, settings, home=home)
-        if not isinstance(result, Result):
+        if result == AGAIN:
+            raise Preempted(f"the readout of {encoder} for {task} was asked to stop; the same command goes on from there")
+        if isinstance(result, int) and result:
             raise UserError(f"the readout of {encoder} for {task} ended with exit code {result}; its messages are above")
-        return result
+        return Result.read(home / "readout" / encoder / task / protocol / "result.json")
     return _linear(encoder, task, settings, home)
 
 

@@ -31,7 +31,7 @@ def write_pca_video(
     next one's start, and the last all of its frames.
 
     Args:
-        store: a file of `write_video` with all tokens. layer: its tensor, `W N D`. grid: t h w.
+        store: a file of `write_video_features` with all tokens. layer: its tensor, `W N D`. grid: t h w.
     Raises:
         UserError: `out` exists. VideoError: as read_windows.
     """

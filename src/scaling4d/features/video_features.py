@@ -181,7 +181,7 @@ def write_features_of_videos(
                             duration_s = opened.duration_s
                         bar.reset(seconds, total=duration_s or None, description=on_one_line(name).replace("[", r"\["))
                         show = partial(bar.update, seconds)
-                        entry = write_video(encoder, source, path, settings, made_by=made_by, batch=batch, report=show)
+                        entry = write_video_features(encoder, source, path, settings, made_by=made_by, batch=batch, report=show)
                         result.written += 1
                         end_s = min(entry["end_s"], duration_s or entry["end_s"])
                         print(on_one_line(f"{name}: {entry['windows']} windows, 0 to {end_s:.2f} s of {duration_s:.2f} s"))
@@ -206,7 +206,7 @@ def _is_of_video(error: OSError, path: Path) -> bool:
 
 
 @torch.no_grad()
-def write_video(
+def write_video_features(
     encoder: Encoder,
     source: VideoInput,
     path: Path,

@@ -40,7 +40,7 @@ class WindowSettings:
 
 @dataclass(frozen=True)
 class Window:
-    """start_s: after the video's first frame; frame_s: `T`, the frames' own times, also. pixels: uint8 `T H W 3`."""
+    """start_s, and frame_s of every frame (`T`): seconds after the video's first frame. pixels: uint8 `T H W 3`."""
 
     start_s: float
     frame_s: tuple[float, ...]

@@ -33,7 +33,9 @@ TARGET_EPS = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class MAESTEncoderConfig(BackboneConfig):
-    """separable_positions: of time plus space; false: one table for space-time. Released: both settings true."""
+    """separable_positions (mae_st's sep_pos_embed): of time plus space; false: one table for space-time. class_token:
+    cls_embed. Released: both true.
+    """
 
     separable_positions: bool
     class_token: bool
@@ -43,8 +45,9 @@ class MAESTEncoderConfig(BackboneConfig):
 class MAESTConfig(MAESTEncoderConfig, MethodConfig):
     """MAE-ST's method.
 
-    decoder_width, decoder_depth, decoder_heads: its mlp is 4x as wide. predicted_frames: mae_st's `pred_t_dim`, evenly
-    spaced. normalise_target: predict pixels normalised per patch (mean, unbiased variance).
+    decoder_width, decoder_depth, decoder_heads: the decoder's mlp has 4 decoder_width. predicted_frames (mae_st's
+    pred_t_dim): evenly spaced. normalise_target (norm_pix_loss): predict pixels normalised per patch (mean, unbiased
+    variance).
     """
 
     decoder_width: int

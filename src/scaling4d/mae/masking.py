@@ -18,7 +18,7 @@ BLOCK_SHARE = (0.02, 0.08)  # of all tokens, in one block; ours
 def random_masking(
     strategy: str, *, batch: int, grid: Grid, mask_ratio: float, rng: torch.Generator, round_down: bool = False
 ) -> MaskedTokens:
-    """Draw the visible tokens, independently for every clip.
+    """Draw the visible tokens, independently for every clip. `Method.draw_mask` calls it, with the model's settings.
 
     Args:
         strategy: random (blind to space and time), tube (the same places in every frame), frame (whole frames) or block

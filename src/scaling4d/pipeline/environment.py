@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import re
 from collections.abc import Iterator
 from importlib import metadata
 
@@ -11,26 +12,32 @@ from packaging.requirements import Requirement
 
 from scaling4d.records import UserError
 
+EXTRA = re.compile(r"extra == .(\w+)")
 TORCH_ATTENTION = "torch's scaled_dot_product_attention"
 
 
 def describe_environment() -> Iterator[str]:
-    """Lines for people. Raises UserError after the last one where a package is missing."""
+    """Lines for people. Raises UserError after the last one where a package of the core is missing."""
     yield f"python {platform.python_version()} on {platform.system()} {platform.machine()}"
-    missing = []
+    versions, missing = {}, {}
     for requirement in map(Requirement, metadata.requires("scaling4d") or []):
-        core = not requirement.marker or requirement.marker.evaluate({"extra": ""})  # else of an extra, which may be absent
+        extra = found[1] if (found := EXTRA.search(str(requirement.marker))) else ""  # "": the core
+        if requirement.name == "scaling4d" or requirement.marker and not requirement.marker.evaluate({"extra": extra}):
+            continue
         try:
-            yield f"{requirement.name} {metadata.version(requirement.name)}"
+            versions[requirement.name] = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
-            missing += [requirement.name] if core else []
+            missing.setdefault(extra, []).append(requirement.name)
+    yield from map(" ".join, versions.items())
     import torch
 
     yield f"device: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'}, {torch.get_num_threads()} threads"
     yield from describe_attention()
-    if missing:
-        raise UserError(f"not installed: {', '.join(missing)}; run `make install`")
-    yield "nothing is missing"
+    if core := missing.pop("", []):
+        raise UserError(f"not installed: {', '.join(core)}; run `make install`")
+    for extra, names in missing.items():
+        yield f"extra {extra} lacks {', '.join(names)}; where you need it, run `pip install -c requirements.lock -e '.[{extra}]'`"
+    yield "the core is complete" if missing else "nothing is missing"
 
 
 def describe_attention() -> Iterator[str]:

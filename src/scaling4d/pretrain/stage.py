@@ -226,7 +226,7 @@ def _batches(pretraining: PretrainConfig, model: nn.Module, rank: int, ranks: in
 
 
 def draw_masks(model: nn.Module, seed: int, step: int, *, first: int, count: int) -> MaskedTokens:
-    """Masks of the clips `first` ... `first + count - 1` of a step's batch. A mask depends on its clip's place."""
+    """Masks of the clips `first` ... `first + count - 1` of a step's batch, each of seed, step and place alone."""
     groups = range(first // MASK_GROUP, -(-(first + count) // MASK_GROUP))
     drawn = [model.draw_mask(MASK_GROUP, seeds.torch_rng(seed, "mask", step, group)) for group in groups]
     skipped = first - groups[0] * MASK_GROUP

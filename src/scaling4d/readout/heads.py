@@ -21,7 +21,7 @@ from scaling4d.mae.resize import cubic_weights
 
 
 class CrossAttention(nn.Module):
-    """The attention that both readouts share: queries read features `B t n C`.
+    """The attention that both readouts share: queries read features `B t n C`, C wide.
 
     Args:
         features_norm: of the features. bias: whether keys and values have biases.
@@ -111,7 +111,7 @@ class AttentionReadout(CrossAttention):
         places: of the queries, with a distance bias: `B Q 2` (x y in 0..1) or `B Q 3` (and time).
         """
         x, q = self._inputs(features, queries)
-        few = q.shape[1] * self.heads < q.shape[2]
+        few = q.shape[1] * self.heads < q.shape[2]  # fewer scores a token than keys have values
         y = q + self.project((self._attend_few if few else self._attend)(x, q, places))
         y = y + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(y)), approximate="tanh"))
         return self.out(y)

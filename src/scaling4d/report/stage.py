@@ -37,8 +37,8 @@ def build(settings: Mapping[str, Any]) -> None:
     if not NOTEBOOK.is_file():
         raise UserError(f"no {NOTEBOOK} in {Path.cwd()}; run inside the project")
     with file_system_errors(run.folder), work_folder("report") as out:
-        for name in ("results", "pretrain", "reconstruct", "curves"):
-            (out / f"{name}.csv").write_text(getattr(tables, f"{name}_csv")(run))
+        for write_csv in (tables.results_csv, tables.pretrain_csv, tables.reconstruct_csv, tables.curves_csv):
+            (out / f"{write_csv.__name__.removesuffix('_csv')}.csv").write_text(write_csv(run))
         write_json(out / "metrics.json", tables.metrics(run))
         write_json(out / "stages.json", tables.stages(run))
         for name, svg in draw_figures(run).items():

@@ -133,7 +133,7 @@ def _easing(rng: np.random.Generator) -> Segment:
 
 
 def line(rng: np.random.Generator, delta: np.ndarray, bend: np.ndarray) -> Segment:
-    """A move by delta `d` on a path that bends sideways by up to bend `d`."""
+    """A move by delta (of each axis) on a path that bends sideways by up to `bend` (of each axis)."""
     ease, detour = _easing(rng), rng.uniform(-1, 1, len(bend)) * bend
     return lambda u: np.outer(ease(u), delta) + np.outer(np.sin(np.pi * u), detour)
 

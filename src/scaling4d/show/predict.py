@@ -40,7 +40,7 @@ def write_features(
     Args:
         checkpoint: as of Encoder.from_pretrained, or the folder of a frozen readout in artifacts/ (its encoder is used
             then, at the rate of its task).
-        video: a video file, of which the first window is taken, or a `.npy` of clips, see encoders.extract.read_clips.
+        video: a video file, of which the first window is taken, or a `.npy` of clips, see features.extract.read_clips.
         frames, side_px, rate_hz, fit: of the window, see bind_features.
         queries: `.npy`, `Q 2` or `Q 4` in 0..1, for a readout that tracks.
     Raises:

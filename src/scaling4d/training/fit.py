@@ -119,8 +119,8 @@ class Progress:
     """State of a training beside its tensors, saved with them.
 
     step: steps done. ranks: `[from_step, ranks]` for every number of ranks so far. skipped: steps without an update,
-    since their gradient was not finite. rewinds: `[step, batches]` for every return to a saved state: the training went
-    on from `step` with the batch of number step + batches.
+    since their gradient was not finite. rewinds: `[step, offset]` for every return to a saved state: the training went
+    on from `step` with the batch of number step + offset.
     """
 
     step: int
@@ -280,7 +280,7 @@ def _load(
     progress, ranks = Progress(**saved), dist.get_world_size()
     if progress.ranks[-1][1] != ranks:
         progress.ranks.append([progress.step, ranks])
-    for state in adamw.state.values():
+    for state in adamw.state.values():  # AdamW's own count, for its bias correction
         state["step"].fill_(progress.step - progress.skipped)
     return progress
 
@@ -293,7 +293,7 @@ def _rewind(
     callbacks: Sequence[Callback],
     skipped: SkippedSteps,
 ) -> Progress:
-    """Go back to the last saved state, and on with the batches behind the present one. Raises UserError: as `fit`."""
+    """Go back to the last saved state, and on with the batches after the present one. Raises UserError: as `fit`."""
     if manager is None or len(progress.rewinds) == MOST_REWINDS:
         raise skipped.error()
     manager.wait()

@@ -32,7 +32,8 @@ class TrainingLog(Callback):
             FLOPs take at the peak of all devices together; 0: unknown.
     Attributes:
         lines: so far, each {"step", "clips_seen", "loss", "lr", "grad"}; the loss is the mean over ranks and over the
-            steps since the line before whose loss is finite. A step without a finite gradient gets no line.
+            steps since the line before whose loss is finite; grad: norm of the gradient before clipping. A step
+            without a finite gradient gets no line.
     """
 
     def __init__(

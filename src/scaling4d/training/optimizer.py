@@ -35,7 +35,7 @@ def is_matrix(name: str, p: nn.Parameter) -> bool:
 
 
 def named_state(model: nn.Module, adamw: torch.optim.AdamW) -> dict[str, Tensor]:
-    """Weights and moments of the trained parameters by name, in place."""
+    """Weights and moments (exp_avg, exp_avg_sq) of the trained parameters by name: themselves, no copies."""
     tensors = {}
     for name, p in model.named_parameters():
         if p.requires_grad:

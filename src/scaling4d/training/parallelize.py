@@ -42,9 +42,9 @@ class ShardingConfig:
     """How a model lies on the ranks. Results depend on it only through the order of summation.
 
     shards: ranks that share one copy of weights, gradients and moments. 1: plain data parallel; all ranks: FSDP;
-    between: HSDP. recompute: activations in the backward pass: none, or those of each block. compile: torch.compile of
+    between: HSDP. recompute: activation checkpointing: none, or block. compile: torch.compile of
     each block. packed: one attention call for all clips of a rank, see mae.attention. accumulate: microbatches of a
-    rank's batch.
+    rank's batch (gradient accumulation).
     """
 
     shards: int

@@ -5,7 +5,8 @@
 
 A step's folder gets its name when every rank's files are there with their sha256. Files without a matching sha256 are
 not read. DCP's metadata is a pickle: a run reads its own folder only. The last step's state stays until the result is
-written. `training.fit` decides when to save and to load; this module only stores.
+written. `training.fit` decides when to save and to load; this module only stores. No state of a
+loader is stored: every batch is a function of the seed and its number.
 """
 
 from __future__ import annotations
