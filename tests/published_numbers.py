@@ -63,8 +63,8 @@ ONE_RUN = (
     "larger encoder is better). Differences between seeds are not measured yet."
 )
 SEEDS = (
-    "Results of the pocket: means ± standard deviations over {seeds} seeds. Yes: better by more than the noise, the 95 % limit "
-    "of the difference of two equal encoders (losses: and at every step of size)."
+    "Results of the pocket: means ± standard deviations over {seeds} seeds. Yes: the difference exceeds the noise, within which "
+    "two equal encoders differ in 95 % of cases. A loss must also fall from each size to the next."
 )
 
 EARLIER = " The run is of earlier settings; that of today's comes next."
@@ -105,7 +105,9 @@ def _results() -> Iterator[str]:
             scales = "yes" if falls([measured[point, task, metric][1] for point in points]) else "no"
             if fresh:
                 by_point = [fresh.of(point, task, metric) for point in points]
-                scales = falls_beyond_noise([statistics.mean for statistics in by_point], noise_of_seeds(by_point))
+                scales = falls_beyond_noise(
+                    [statistics.mean for statistics in by_point], noise_of_seeds(by_point, by_point[0], by_point[-1])
+                )
             ends = [_shown(fresh, measured, (point, task, metric)) for point in (points[0], points[-1])]
             yield f"| {name} | {' | - | '.join(ends)} | - | - | - | {scales} | - |"
     for task, name in MEASURES.items():
@@ -120,7 +122,8 @@ def _results() -> Iterator[str]:
             answer = better(_interval(best), _interval(rows[other]))
             if fresh:
                 first, last = (fresh.of(encoder, *key) for encoder in (other, large))
-                answer = beyond_noise(last.mean, first.mean, last.noise, best["higher_is_better"] == "True")
+                noise = noise_of_seeds(fresh.of_task(task), last, first)
+                answer = beyond_noise(last.mean, first.mean, noise, best["higher_is_better"] == "True")
             cells.append(answer)
         yield f"| {name} | {' | '.join(cells)} |"
 

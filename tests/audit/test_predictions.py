@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from commands import git
 
+from scaling4d import artifacts
 from scaling4d.audit import predictions
 from scaling4d.audit.run import NOTE, WRONG
 from scaling4d.provenance import parse_csv, to_csv
@@ -44,12 +45,14 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commit: Callable) -
     law.PREDICTIONS.mkdir(parents=True)
     write_runs("small", (1e12, 2e12, 4e12))
     commit("fitted runs")
-    arms = tuple(Arm(f"{size}_8e+12", "pocket", (), f"{size}", ()) for size in SIZES) + (Arm("untrained", "pocket", (), "u", ()),)
+    arms = tuple(Arm(f"{size}_8e+12", "pocket", (), f"{size}", ()) for size in SIZES)
+    others = (Arm("untrained", "pocket", (), "u", ()), Arm("mae_st", "pocket", (), "m", ()))
+    models = {arm.encoder: {"model": {"SimpleMAE": {}}} for arm in arms} | {"m": {"model": {"MAEST": {}}}}
     clips = {str(size): round(8e12 / flops) for size, flops in zip(SIZES, FLOPS_PER_CLIP, strict=True)}
     monkeypatch.setattr(law, "_sizes", lambda point, settings: (int(point), clips[point]))
-    monkeypatch.setattr(law.config, "compose", lambda overrides: {"points": {arm.encoder: {} for arm in arms[:-1]}})
+    monkeypatch.setattr(law.config, "compose", lambda overrides: {"points": models})
     monkeypatch.setattr(law, "fit_loss_law", partial(law.fit_loss_law, draws=40))  # a tenth of the time
-    return Study("larger", "?", arms[0].name, (0,), arms, {}, law=True)
+    return Study("larger", "?", arms[0].name, (0,), (*arms, *others), {}, law=True)
 
 
 def test_a_prediction_before_its_results_is_right_and_stands_beside_them(project: Study, commit: Callable) -> None:
@@ -137,11 +140,27 @@ def test_a_result_that_a_commit_had_before_the_prediction_is_found_though_it_was
     assert finding.kind == WRONG and f" predicts {SIZES[0]}_8e+12-0, whose result commit " in finding.message
 
 
-def test_folders_are_fitted_together(project: Study) -> None:
+def test_folders_are_fitted_together_and_a_training_counts_once(project: Study) -> None:
     write_runs("larger", (8e12,))
+    write_runs("again", (4e12, 8e12))
     assert len(law.law_of(REPORTS / "small", REPORTS / "larger").flops) == 12
-    with pytest.raises(UserError, match="^reports/studies/larger, reports/studies/larger have 6 runs of 3 sizes with 3 numbers"):
-        law.law_of(REPORTS / "larger", REPORTS / "larger")
+    assert len(law.law_of(REPORTS / "small", REPORTS / "again", REPORTS / "larger").flops) == 12
+    with pytest.raises(UserError, match="^reports/studies/larger has 3 runs of 3 sizes with 3 numbers"):
+        law.law_of(REPORTS / "larger")
+
+
+def test_two_seeds_of_a_predicting_run_are_one_point_of_the_line(project: Study) -> None:
+    path = REPORTS / "small/runs.csv"
+    law.write_prediction(project, REPORTS / "small")
+    one_seed = parse_csv(path.read_text())
+    write_runs("larger", (8e12,))
+    runs = law.read_trained_runs(REPORTS / "larger")
+    before = [*law.outcome_rows(json.loads(PREDICTION.read_text()), runs)]
+    path.write_text(to_csv(RUN_COLUMNS, [row | {"seed": seed} for row in one_seed for seed in (0, 1)]))
+    prediction = json.loads(PREDICTION.read_text()) | {"source_sha256": artifacts.sha256(path)}
+    assert [row["by_a_line_percent"] for row in law.outcome_rows(prediction, runs)] == pytest.approx(
+        [row["by_a_line_percent"] for row in before]
+    )
 
 
 def test_a_run_of_another_size_than_predicted_is_refused(project: Study, commit: Callable) -> None:

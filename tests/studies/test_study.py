@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from damage import ACCEPTED, REFUSED, SIZES
-from scipy.stats import t
+from scipy.stats import t, ttest_ind
 from typer.testing import CliRunner
 
 from scaling4d import cli, config
@@ -19,6 +19,7 @@ from scaling4d.studies import study
 
 ROOT = Path(__file__).parents[2]
 TASKS = ("actions", "boxes", "depth", "points", "pose")
+ONE_ARM = "question: a\nbase: x\ntargets: [x]\narms: {x: []}\n"
 
 
 def rows(values: dict[str, list[float]]) -> list[dict]:
@@ -63,32 +64,45 @@ def test_every_list_names_videos_that_are_there_and_is_named_after_its_content()
 
 
 def test_an_arm_is_compared_with_the_base_seed_by_seed() -> None:
-    """Against the textbook: an experiment in blocks, here seeds; with two arms it is the paired t interval."""
+    """Against the textbook: an experiment in blocks, here seeds, or Welch's limit of two arms where that is larger."""
     base, one, two = [1.0, 1.3, 0.9], [1.2, 1.4, 1.2], [3.0, 3.4, 3.1]
     by_arm = {row["arm"]: row for row in study.study_table(rows({"base": base, "one": one, "two": two}), "base")}
     differences = np.array([np.subtract(one, base), np.subtract(two, base)])
     values = np.array([base, one, two])
     residuals = values - values.mean(1, keepdims=True) - values.mean(0) + values.mean()
-    noise = t.ppf(0.975, 4) * np.sqrt((residuals**2).sum() / 4) * np.sqrt(2 / 3)
-    assert by_arm["one"]["difference"] == pytest.approx(differences[0].mean())
-    assert by_arm["one"]["noise"] == pytest.approx(noise) == by_arm["two"]["noise"]
-    assert (by_arm["one"]["beyond_noise"], by_arm["two"]["beyond_noise"]) == (differences[0].mean() > noise, True)
-    pair = study.study_table(rows({"base": base, "one": one}), "base")[1]
-    assert pair["noise"] == pytest.approx(t.ppf(0.975, 2) * differences[0].std(ddof=1) / np.sqrt(3))
+    pooled = t.ppf(0.975, 4) * np.sqrt((residuals**2).sum() / 4) * np.sqrt(2 / 3)
+    welch = [_welch(base, arm) for arm in (one, two)]
+    assert min(welch) > pooled and by_arm["one"]["difference"] == pytest.approx(differences[0].mean())
+    assert [by_arm[arm]["noise"] for arm in ("one", "two")] == pytest.approx(welch)
+    assert (by_arm["one"]["beyond_noise"], by_arm["two"]["beyond_noise"]) == (differences[0].mean() > welch[0], True)
+    noisy = study.noise_limit([base, one, [9.0, -9.0, 0.0]], base, one)
+    assert noisy > 10 * welch[0]  # of the deviation of all arms
+    assert study.noise_limit([base, one, two], one) == pytest.approx(
+        max(pooled, t.ppf(0.975, 2) * np.std(one, ddof=1) / np.sqrt(3))
+    )
+    assert study.noise_limit([[1.0, 1.0], [2.0, 2.0]], [1.0, 1.0], [2.0, 2.0]) == 0
     assert by_arm["base"]["difference"] is None and by_arm["base"]["deviation"] == pytest.approx(np.std(base, ddof=1))
     alone = study.study_table(rows({"base": [1.0], "one": [2.0]}), "base")
     assert [row["beyond_noise"] for row in alone] == [None, None]
 
 
-def test_equal_arms_differ_beyond_noise_in_five_of_a_hundred_cases() -> None:
-    """Though all are compared with one base, whose noise they share."""
+def _welch(one: list[float], other: list[float]) -> float:
+    """Limit of a difference at 95 %, from the interval of scipy's test."""
+    interval = ttest_ind(one, other, equal_var=False).confidence_interval(0.95)
+    return (interval.high - interval.low) / 2
+
+
+@pytest.mark.parametrize("noise_of_one", [1.0, 10.0])
+def test_equal_arms_differ_beyond_noise_in_at_most_five_of_a_hundred_cases(noise_of_one: float) -> None:
+    """Though all are compared with one base, whose noise they share, and though one arm is noisier than the others."""
     rng = np.random.default_rng(0)
     beyond = []
     for _ in range(1500):
         seeds = rng.normal(size=3)
-        drawn = rows({arm: list(seeds + rng.normal(size=3)) for arm in ("base", "one", "two", "three", "four")})
+        noise = {"base": 1.0, "one": noise_of_one, "two": 1.0, "three": 1.0, "four": 1.0}
+        drawn = rows({arm: list(seeds + deviation * rng.normal(size=3)) for arm, deviation in noise.items()})
         beyond += [row["beyond_noise"] for row in study.study_table(drawn, "base") if row["arm"] == "one"]
-    assert 0.035 < np.mean(beyond) < 0.06
+    assert 0.005 < np.mean(beyond) < 0.06
 
 
 def test_an_arm_without_a_task_does_not_keep_the_others_from_being_compared_at_it() -> None:
@@ -123,6 +137,12 @@ def test_packages_of_other_code_are_those_that_make_numbers() -> None:
     ("question: a\nbase: y\ntargets: [x]\narms: {x: []}\n", "experiments/study/bad.yaml is no study: no arm 'y'; "),
     ("question: a\nbase: x\narms: {x: []}\n", "experiments/study/bad.yaml is no study: arm x has no targets; "),
     ("question: [a\n", "experiments/study/bad.yaml is not YAML: "),
+    (f"{ONE_ARM}seeds: [0, 0]\n", "experiments/study/bad.yaml is no study: seeds are [0, 0]; needed different whole numbers"),
+    (f"{ONE_ARM}seeds: '01'\n", "experiments/study/bad.yaml is no study: seeds are '01'; needed different whole numbers"),
+    (f"{ONE_ARM}ladders: {{size: {{x: parameters, arms: [x]}}}}\n",
+     "experiments/study/bad.yaml is no study: ladder size has 1 arms; a trend needs three or more"),
+    ("question: a\nbase: x\ntargets: [readout_frozen@nano-depth, readout_finetune@nano-depth]\narms: {x: []}\n",
+     "experiments/study/bad.yaml is no study: arm x measures depth by two protocols; needed one, or two studies"),
 ])  # fmt: skip
 def test_a_bad_definition_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, message: str) -> None:
     monkeypatch.chdir(tmp_path)

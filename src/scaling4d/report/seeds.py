@@ -19,7 +19,7 @@ Key = tuple[str, str, str]  # encoder, task, metric, as in runs.csv
 
 @dataclass(frozen=True)
 class SeedStatistics:
-    """One measure of one encoder. values: by seed. noise: limit of a difference, as in `studies.study.study_table`."""
+    """One measure of one encoder. values: by seed."""
 
     arm: str
     task: str
@@ -27,10 +27,9 @@ class SeedStatistics:
     values: Mapping[int, float]
     mean: float
     deviation: float
-    noise: float | None
 
     def part(self, column: str) -> Number:
-        """A number of table.csv: mean, deviation, noise or seeds."""
+        """A number of table.csv: mean, deviation or seeds."""
         value = getattr(self, column)
         place = ({"arm": self.arm, "task": self.task}, column)
         return Number(value, number_format(value), (FOLDER / studies.TABLE).as_posix(), place)
@@ -57,11 +56,16 @@ class SeedStudy:
     def of(self, encoder: str, task: str, metric: str) -> SeedStatistics | None:
         return self.numbers.get((encoder, task, metric))
 
+    def of_task(self, task: str) -> list[SeedStatistics]:
+        """Every encoder's measure of a task."""
+        return [statistics for key, statistics in self.numbers.items() if key[1] == task]
 
-def noise_of_seeds(measured: Sequence[SeedStatistics]) -> float | None:
-    """The `noise_limit` of some encoders alone, over the seeds that all of them have."""
+
+def noise_of_seeds(measured: Sequence[SeedStatistics], one: SeedStatistics, other: SeedStatistics | None = None) -> float | None:
+    """`noise_limit` of two encoders among some, over the seeds that all of them have; without other, of one alone."""
     seeds = sorted(set.intersection(*({*statistics.values} for statistics in measured)))
-    return studies.noise_limit([[statistics.values[seed] for seed in seeds] for statistics in measured])
+    values_of = lambda statistics: [statistics.values[seed] for seed in seeds]  # noqa: E731
+    return studies.noise_limit([*map(values_of, measured)], values_of(one), values_of(other) if other else ())
 
 
 def read_seed_study(profile: str, codes: Mapping[str, Any], results: Mapping[Key, tuple[int, float, str]]) -> SeedStudy | None:
@@ -91,8 +95,8 @@ def read_seed_study(profile: str, codes: Mapping[str, Any], results: Mapping[Key
     numbers = {}
     for row in parse_csv((FOLDER / studies.TABLE).read_text()):
         encoder, place = facts["arms"][row["arm"]]["encoder"], (row["arm"], row["task"])
-        mean, deviation, noise = (float(row[name]) if row[name] else None for name in ("mean", "deviation", "noise"))
-        statistics = SeedStatistics(*place, int(row["seeds"]), values[place], mean, deviation, noise)
+        mean, deviation = (float(row[name]) if row[name] else None for name in ("mean", "deviation"))
+        statistics = SeedStatistics(*place, int(row["seeds"]), values[place], mean, deviation)
         numbers[encoder, row["task"], row["metric"]] = statistics
     reason = _stale(facts, codes, recorded, results)
     return SeedStudy(numbers, f"The study of seeds {reason}: {again}." if reason else "")

@@ -12,7 +12,7 @@ from typing import Any
 
 from scaling4d import artifacts
 from scaling4d.provenance import commit_and_edits, move_folder, work_folder, write_text
-from scaling4d.records import UserError, file_system_errors, write_json
+from scaling4d.records import UserError, file_system_errors, json_text, write_json
 from scaling4d.report import site, tables
 from scaling4d.report.built import read_built_report
 from scaling4d.report.figures import draw_figures
@@ -83,4 +83,4 @@ def write_runs(run: RunResults, *, also: set[str]) -> None:
     by_out = {(one["stage"], one["out_sha256"]): one for one in [*former, *(json.loads(file.read_text()) for file in files)]}
     runs = [one for key, one in sorted(by_out.items()) if key[1] in current]
     content = {"runs": runs, "seconds": round(sum(one["seconds"] for one in runs), 1)}
-    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+    write_text(path, json_text(content))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from scaling4d.config import PROTOCOLS
-from scaling4d.provenance import to_csv
+from scaling4d.provenance import parse_csv, to_csv
 from scaling4d.records import Result
 from scaling4d.report.page import Part, part_of, text_of
 from scaling4d.report.run_results import HELD_OUT_FILE, SUMMARY, RunResults
@@ -193,7 +192,7 @@ def table_text(run: RunResults) -> str:
 def text_of_csv(path: Path) -> str:
     """The same of a report's results.csv alone, without losses: the first metric of every readout."""
     head, cells = {}, {}
-    for row in csv.DictReader(path.read_text().splitlines()):
+    for row in parse_csv(path.read_text()):
         line = cells.setdefault((row["encoder"], f"{int(row['parameters']):,d}", row["protocol"]), {})
         if row["task"] not in line:
             line[row["task"]] = cell_text(float(row["value"]))

@@ -10,7 +10,7 @@ from itertools import pairwise
 from scaling4d.records import Result
 from scaling4d.report.page import Number, Page, Part, joined, part_of
 from scaling4d.report.run_results import UNTRAINED, RunResults
-from scaling4d.report.seeds import noise_of_seeds
+from scaling4d.report.seeds import SeedStatistics, noise_of_seeds
 from scaling4d.report.tables import interval, result_part, summary_part
 from scaling4d.studies.fits import spearman
 from scaling4d.studies.markup import NOTHING
@@ -36,13 +36,14 @@ ONE_RUN_IN_FULL = (
 )
 SEEDS = (
     " seeds, ± their standard deviation. Better: by more than the noise of seeds. The trivial answer has no noise of its "
-    "own; the noise of two encoders is taken for it too. A loss also has to fall at every step of size."
+    "own. A loss also has to fall at every step of size."
 )
 SEEDS_IN_FULL = (
     "Better with size compares the largest and the smallest point. Within noise: the change does not exceed the noise, the "
-    "95 % limit of the difference of two equal encoders. For a task it is pooled over all encoders of the study. For a loss "
-    "it is pooled over the points that differ in size alone, because other methods predict other targets; change and noise "
-    "of a loss are shares of the smallest point's mean. A seed changes weights, masks, crops and the order of clips; worlds "
+    "95 % limit of the difference of two equal encoders. The noise is the larger one of two limits. One is of the deviation of "
+    "all encoders of the study together, for a loss of the points that differ in size alone, because other methods predict "
+    "other targets. The other is Welch's, of the two encoders alone. Change and noise of a loss are shares of the smallest "
+    "point's mean. A seed changes weights, masks, crops and the order of clips; worlds "
     "and validation videos stay, so their choice is not in this noise."
 )
 
@@ -110,7 +111,7 @@ def encoder_better(run: RunResults, task: str, a: str, b: str) -> str | None:
     if not run.fresh_seed_study:
         return better(first, second)
     one, other = (run.fresh_seed_study.of(r.encoder, task, r.metric) for r in (first, second))
-    noise = other.noise if one.noise is None else one.noise  # the study's base arm has none
+    noise = noise_of_seeds(run.fresh_seed_study.of_task(task), one, other)
     return beyond_noise(one.mean, other.mean, noise, first.higher_is_better)
 
 
@@ -163,7 +164,7 @@ def _losses(run: RunResults, page: Page) -> Iterator[Verdict]:
         losses = [part.value for part in parts]
         scales, ends = YES if falls(losses) else NO, (parts[0], parts[-1])
         if measured:
-            noise = noise_of_seeds(measured)
+            noise = noise_of_seeds(measured, measured[0], measured[-1])
             scales, ends = falls_beyond_noise(losses, noise), (measured[0].with_deviation, measured[-1].with_deviation)
             change = {"noise": None if noise is None else noise / losses[0]}
             inputs = [statistics.value_part(seed) for statistics in measured for seed in statistics.values]
@@ -188,21 +189,24 @@ def _tasks(run: RunResults, page: Page) -> Iterator[Verdict]:
 def _task_over_seeds(run: RunResults, page: Page, first: Result, last: Result, others: Mapping[str, Result]) -> Verdict:
     """others: the largest point is compared with them too."""
     small, large = (run.fresh_seed_study.of(r.encoder, r.task, r.metric) for r in (first, last))
-    compared: dict[str, tuple[float, Part]] = {}
+    every = run.fresh_seed_study.of_task(last.task)
+
+    def answer(value: float, other: SeedStatistics | None = None) -> str:
+        return beyond_noise(large.mean, value, noise_of_seeds(every, large, other), last.higher_is_better)
+
+    beats: dict[str, tuple[str, Part]] = {}
     for words, r in others.items():
         other = run.fresh_seed_study.of(r.encoder, r.task, r.metric)
-        compared[words] = other.mean, other.with_deviation
+        beats[words] = answer(other.mean, other), other.with_deviation
     if trivial := trivial_answer(run, last):
-        compared[TRIVIAL_ANSWER] = trivial.value, trivial
-
-    def answer(value: float) -> str:
-        return beyond_noise(large.mean, value, large.noise, last.higher_is_better)
-
+        beats[TRIVIAL_ANSWER] = answer(trivial.value), trivial
     name = f"change of {last.task} with size"
-    page.derive(name, large.mean - small.mean, [large.part("mean"), small.part("mean")])
-    change = [page.derived_number(name, spec="+.4f"), "\nnoise ", large.part("noise")]
-    beats = {words: (answer(value), shown) for words, (value, shown) in compared.items()}
-    return Verdict(_measure(last), (small.with_deviation, large.with_deviation), answer(small.mean), change, beats, last.task)
+    change = {"difference": large.mean - small.mean, "noise": noise_of_seeds(every, large, small)}
+    values = [statistics.value_part(seed) for statistics in every for seed in statistics.values]
+    page.derive(name, change, [large.part("mean"), small.part("mean"), *values])
+    shown = [page.derived_number(name, "difference", spec="+.4f"), "\nnoise ", page.derived_number(name, "noise", spec=".4f")]
+    ends = small.with_deviation, large.with_deviation
+    return Verdict(_measure(last), ends, answer(small.mean, small), shown, beats, last.task)
 
 
 def _task_of_one_run(run: RunResults, page: Page, first: Result, last: Result, others: Mapping[str, Result]) -> Verdict:

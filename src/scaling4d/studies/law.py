@@ -117,8 +117,10 @@ def law_of(*folders: Path) -> LossLaw:
 
 
 def fit_runs(runs: Sequence[TrainedRun]) -> LossLaw | None:
-    """None as `fit_loss_law`."""
-    return fit_loss_law(*([getattr(run, key) for run in runs] for key in ("parameters", "clips_seen", "flops", "loss")))
+    """None as `fit_loss_law`. The same training in two studies counts once."""
+    keys = ("parameters", "clips_seen", "flops", "loss")
+    trainings = dict.fromkeys((run.seed, *(getattr(run, key) for key in keys)) for run in runs)
+    return fit_loss_law(*([training[at] for training in trainings] for at in range(1, 1 + len(keys))))
 
 
 def law_rows(law: LossLaw) -> Iterator[dict[str, Any]]:
@@ -188,7 +190,8 @@ def prediction_text(law: LossLaw, parameters: float, clips: float) -> str:
 def write_prediction(study: Study, source: Path) -> Path:
     """Predict losses of a study by the law of another study's folder; commit the file before the runs.
 
-    Arms of a size and a number of clips that some study has measured are left out, and baselines.
+    Arms are left out whose size some study has measured with as many clips, and those to which the law does not apply:
+    baselines, encoders of another method, and trainings that do not begin with random weights.
     Raises:
         UserError: as `law_of`, the study already has results or a committed prediction, or nothing is left to predict.
     """
@@ -203,7 +206,7 @@ def write_prediction(study: Study, source: Path) -> Path:
     law, rows = law_of(source), []
     for arm in study.arms:
         settings = config.compose(arm.settings(study.seeds[0]))
-        if any(arm.encoder in settings.get(group, ()) for group in config.POINTS):
+        if "SimpleMAE" in settings["points"].get(arm.encoder, {}).get("model", {}):
             sizes = _sizes(arm.encoder, settings)
             row = {"arm": arm.name, **dict(zip(("parameters", "clips_seen"), sizes, strict=True)), **_predicted(law, *sizes)}
             rows += [row] if sizes not in measured else []
@@ -237,11 +240,13 @@ def outcome_rows(prediction: Mapping[str, Any], runs: Sequence[TrainedRun]) -> I
     """Rows of predicted.csv: every predicted arm; of those that ran the mean of their losses, and misses in percent.
 
     by_a_line_percent, unchanged_percent: the miss of a straight line, in logarithms, through the two longest earlier
-    runs of the size, and of the longest one's loss.
+    runs of the size, and of the longest one's loss; losses of several seeds are averaged.
     Raises UserError: an arm ran with another size or number of clips than it was predicted for.
     """
-    earlier = sorted(trained_runs(parse_csv(predicting_runs(prediction))), key=lambda run: run.clips_seen)
-    for row in prediction["arms"]:
+    losses: dict[int, dict[int, list[float]]] = {}  # parameters -> clips -> of the predicting runs
+    for run in sorted(trained_runs(parse_csv(predicting_runs(prediction))), key=lambda run: run.clips_seen):
+        losses.setdefault(run.parameters, {}).setdefault(run.clips_seen, []).append(run.loss)
+    for row in map(dict, prediction["arms"]):
         measured = [run for run in runs if run.arm == row["arm"]]
         if other := [run for run in measured if (run.parameters, run.clips_seen) != (row["parameters"], row["clips_seen"])]:
             ran = f"{other[0].parameters} parameters with {other[0].clips_seen} clips"
@@ -252,10 +257,10 @@ def outcome_rows(prediction: Mapping[str, Any], runs: Sequence[TrainedRun]) -> I
         mean = fmean(run.loss for run in measured)
         row |= {"measured": mean, "inside": row["low"] <= mean <= row["high"]}
         row["miss_percent"] = 100 * (mean / row["predicted"] - 1)
-        if len(same := [run for run in earlier if run.parameters == row["parameters"]][-2:]) == 2:
-            (x, y), at = (np.log([[run.clips_seen for run in same], [run.loss for run in same]]), math.log(row["clips_seen"]))
+        if len(same := [*losses.get(row["parameters"], {}).items()][-2:]) == 2:
+            (x, y), at = np.log([[clips for clips, _ in same], [fmean(each) for _, each in same]]), math.log(row["clips_seen"])
             line = math.exp(y[1] + (y[1] - y[0]) / (x[1] - x[0]) * (at - x[1]))
-            row |= {"by_a_line_percent": 100 * (mean / line - 1), "unchanged_percent": 100 * (mean / same[1].loss - 1)}
+            row |= {"by_a_line_percent": 100 * (mean / line - 1), "unchanged_percent": 100 * (mean / math.exp(y[1]) - 1)}
         yield row
 
 

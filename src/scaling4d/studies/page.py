@@ -16,8 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from scaling4d import artifacts
-from scaling4d.provenance import parse_csv, read_lock, to_csv
-from scaling4d.records import UserError, write_json
+from scaling4d.provenance import parse_csv, read_lock, to_csv, write_text
+from scaling4d.records import UserError, is_of_finder, json_text
 from scaling4d.studies import law as laws
 from scaling4d.studies import study as studies
 from scaling4d.studies.fits import held_out, left_out_error, spearman, trend
@@ -67,8 +67,8 @@ SIGNAL_EXPLAINED = (
     "without the seed's effect on all arms."
 )
 RUNS_CAPTION = (
-    "A dot for each seed, a line at the mean of each arm. The baseline is the arm {base}; the band around it is the seed noise "
-    "of a difference at 95 %."
+    "A dot for each seed, a line at the mean of each arm. The baseline is the arm {base}; each band around its mean is the seed "
+    "noise of the arm's difference at 95 %."
 )
 LAWS_CAPTION = (
     "Every seed over the {size}, with a power law and its 95 % band where one fits. There is no baseline: sizes are compared "
@@ -96,8 +96,9 @@ LAW_CAPTION = (
 ONE_SEED = "One seed: no spread, no noise. Losses compare only between arms that predict the same target."
 EXPLAINED = (
     "Mean over {seeds} seeds ± their standard deviation. In brackets: the difference to {base}, seed by seed, and the seed noise "
-    "of such a difference at 95 %. * marks a difference larger than the noise. The noise is of training and readout seeds alone. "
-    "Losses compare only between arms that predict the same target."
+    "of such a difference at 95 %: the larger one of two limits, by the deviation of all arms together and by those of the two "
+    "arms alone (Welch). * marks a difference larger than the noise. The noise is of training and readout seeds alone. Losses "
+    "compare only between arms that predict the same target."
 )
 
 
@@ -140,14 +141,14 @@ def write_study(study: Study, cache: Path, run_facts: Mapping[str, Mapping[str, 
     text = findings.read_text() if findings.is_file() else ""
     files[PAGE] = study_page(study, rows, files, text, content["code"])
     for name, text in files.items():
-        (folder / name).write_text(text)
+        write_text(folder / name, text)
     current = {*map(study.lock, study.runs), *(folder / name for name in files)}
     for path in {*(folder / studies.LOCKS).glob("*.lock"), *folder.glob("*.svg")} - current:
         path.unlink()  # of an arm, seed or ladder that the study no longer has
-    written = sorted(path for path in folder.rglob("*") if path.is_file() and path != facts_json)
+    written = sorted(path for path in folder.rglob("*") if path.is_file() and path != facts_json and not is_of_finder(path.name))
     content["files"] = {path.relative_to(folder).as_posix(): artifacts.sha256(path) for path in written}
-    write_json(facts_json, content)
-    (REPORTS / INDEX).write_text(index_page())
+    write_text(facts_json, json_text(content))
+    write_text(REPORTS / INDEX, index_page())
 
 
 def tables(study: Study, rows: Sequence[Row]) -> dict[str, str]:
@@ -227,19 +228,22 @@ def task_rows(study: Study, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
     better_predictor: of a task that rises; "not told" where seeds disagree, or the mean of other arms predicts as well.
     spearman_of_loss: of validation loss and error, +1 where a lower loss is a better task. error_by_size,
     error_by_loss: `left_out_error` of a line over the logarithm of the ladder's size, and over the loss. All are of
-    means over seeds.
+    means over seeds. A task that some run of the ladder lacks has no row.
     """
     for ladder, (_, arms) in study.ladders.items():
         tasks, errors, sizes = _ladder(study, rows, ladder), {}, {}
         for task, points in tasks.items():
             sizes |= {point["arm"]: point["x"] for point in points}
             errors[task] = {arm: {point["seed"]: point["error"] for point in points if point["arm"] == arm} for arm in arms}
+        every = {(arm, seed) for arm in arms for seed in study.seeds}
+        errors = {task: by_arm for task, by_arm in errors.items() if {(a, s) for a in by_arm for s in by_arm[a]} >= every}
         losses = errors.pop("pretrain", None)
         for task, by_arm in errors.items() if losses else ():
             mean_losses, means = ([fmean(values[arm].values()) for arm in arms] for values in (losses, by_arm))
             single = [spearman([losses[arm][s] for arm in arms], [by_arm[arm][s] for arm in arms]) for s in study.seeds]
             known = [rho for rho in single if rho is not None]
-            limit = studies.noise_limit([[by_arm[arm][s] for s in study.seeds] for arm in arms])
+            values = [[by_arm[arm][s] for s in study.seeds] for arm in arms]
+            limit = studies.noise_limit(values, values[0], values[-1])
             rises = None if limit is None else "yes" if means[0] - means[-1] > limit else "no"
             rises = "within noise" if rises == "no" and abs(means[0] - means[-1]) <= limit else rises
             row = {"task": task, "ladder": ladder, "arms": len(arms), "better_with_size": rises}
@@ -296,11 +300,11 @@ def runs_figure(study: Study, rows: Sequence[Row], table: Sequence[Row]) -> str:
         for row in means:
             place = arms.index(row["arm"])
             axes.plot([place - 0.3, place + 0.3], [row["mean"]] * 2, color="tab:blue", lw=1.6, label="mean of the seeds")
-        limit = next((row["noise"] for row in means if row["noise"] is not None), None)
         middle = next((row["mean"] for row in means if row["arm"] == study.base), None)
-        if limit is not None and middle is not None:
+        for row in (row for row in means if row["noise"] is not None):
+            place, ends = arms.index(row["arm"]), (middle - row["noise"], middle + row["noise"])
             label = f"{study.base} ± seed noise of a difference, 95 %"
-            axes.axhspan(middle - limit, middle + limit, color="0.5", alpha=0.15, lw=0, label=label)
+            axes.fill_between((place - 0.45, place + 0.45), *ends, color="0.5", alpha=0.15, lw=0, label=label)
         axes.set_xticks(range(len(arms)), [arm.replace("_", " ") for arm in arms], rotation=35, ha="right", fontsize=8)
         axes.set_xlim(-0.6, len(arms) - 0.4)
         axes.set_title(_task_title(runs[0], higher_is_better=runs[0]["higher_is_better"] == "True"))

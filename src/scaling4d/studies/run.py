@@ -31,7 +31,17 @@ from typing import Any
 from scaling4d import artifacts, config
 from scaling4d.clips.data_import import restore_links
 from scaling4d.pipeline import code_hashes
-from scaling4d.provenance import EXPERIMENT_REFS, LOCK, experiments, file_at, git_or_error, load_yaml, read_lock, required
+from scaling4d.provenance import (
+    EXPERIMENT_REFS,
+    LOCK,
+    experiments,
+    file_at,
+    git_or_error,
+    load_yaml,
+    read_lock,
+    required,
+    write_text,
+)
 from scaling4d.records import UserError, write_json
 from scaling4d.studies.page import write_study
 from scaling4d.studies.study import (
@@ -134,19 +144,20 @@ def _composed(profile: str, overrides: tuple[str, ...]) -> dict[str, Any]:
 
 def save_locks(study: Study, runs: Sequence[StudyRun]) -> dict[str, dict[str, Any]]:
     """Copy the lock of every run to the study's folder. Returns the `run_facts` of `write_study`."""
-    refs, facts = experiments(), {}
+    refs, facts, locks = experiments(), {}, {}
     for run in runs:
         key = f"{run.arm.name}-{run.seed}"
         facts[key] = {"experiment": run.name}
         if run.name in refs:
-            text, times = file_at(refs[run.name], str(LOCK)), TIMES / f"{run.name}.json"
+            locks[key], times = file_at(refs[run.name], str(LOCK)), TIMES / f"{run.name}.json"
             if times.is_file():  # of the whole `dvc exp run`; none if it ran elsewhere
                 facts[key] |= json.loads(times.read_text())
         else:
             path, _ = recorded_run(run.name)
-            text = path.read_text()
+            locks[key] = path.read_text()
+    for key, text in locks.items():  # after the last one is read: it may lie under the name of another run
         study.lock(key).parent.mkdir(parents=True, exist_ok=True)
-        study.lock(key).write_text(text)
+        write_text(study.lock(key), text)
     return facts
 
 

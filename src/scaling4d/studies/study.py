@@ -19,7 +19,7 @@ from typing import Any
 
 from scaling4d import artifacts, config
 from scaling4d.provenance import LockedFile, LockedStage, cached, cached_listing, flatten, parse_csv
-from scaling4d.records import UserError
+from scaling4d.records import UserError, json_text
 
 DEFINITIONS = config.EXPERIMENTS / "study"
 REPORTS = Path("reports/studies")
@@ -164,9 +164,9 @@ def with_seeds(study: Study, seeds: str) -> Study:
         UserError: not numbers.
     """
     try:
-        return replace(study, seeds=tuple(dict.fromkeys(int(seed) for seed in seeds.split(","))))
-    except ValueError:
-        raise UserError(f"--seeds {seeds!r}; needed numbers such as 0,1,2") from None
+        return replace(study, seeds=_distinct([int(seed) for seed in seeds.split(",")]))
+    except ValueError as error:
+        raise UserError(f"--seeds {seeds!r}; needed different numbers such as 0,1,2") from error
 
 
 def parse_study(name: str, content: Mapping[str, Any]) -> Study:
@@ -178,14 +178,23 @@ def parse_study(name: str, content: Mapping[str, Any]) -> Study:
         raise ValueError(f"it has {', '.join(sorted(unknown))}, which no study has")
     arms = tuple(parse_arm(arm, given, content) for arm, given in content["arms"].items())
     ladders = {ladder: (given["x"], tuple(given["arms"])) for ladder, given in content.get("ladders", {}).items()}
-    for ladder, (x, _) in ladders.items():
+    for ladder, (x, names) in ladders.items():
         if x not in SIZES:
             raise ValueError(f"ladder {ladder} is over {x!r}; needed one of {', '.join(SIZES)}")
+        if len(names) < 3:
+            raise ValueError(f"ladder {ladder} has {len(names)} arms; a trend needs three or more")
     for arm in (content["base"], *(arm for _, names in ladders.values() for arm in names)):
         if arm not in content["arms"]:
             raise ValueError(f"no arm {arm!r}")
-    seeds, law = tuple(content.get("seeds", (0, 1, 2))), content.get("law", False)
+    seeds, law = _distinct(content.get("seeds", (0, 1, 2))), content.get("law", False)
     return Study(name, content["question"].strip(), content["base"], seeds, arms, ladders, law)
+
+
+def _distinct(seeds: Sequence[int]) -> tuple[int, ...]:
+    """Raises ValueError: no seeds, one that is no whole number, or the same seed twice, which would hide its noise."""
+    if not seeds or any(type(seed) is not int for seed in seeds) or len({*seeds}) < len(seeds):
+        raise ValueError(f"seeds are {seeds!r}; needed different whole numbers")
+    return tuple(seeds)
 
 
 def parse_arm(name: str, given: Mapping[str, Any] | list[str], shared: Mapping[str, Any]) -> Arm:
@@ -199,6 +208,9 @@ def parse_arm(name: str, given: Mapping[str, Any] | list[str], shared: Mapping[s
     if not keys["targets"]:
         raise ValueError(f"arm {name} has no targets")
     targets = tuple(target.format(encoder=keys["encoder"]) for target in keys["targets"])
+    tasks = [target.rpartition("-")[2] for target in targets if target.startswith(READOUTS)]
+    if twice := {task for task in tasks if tasks.count(task) > 1}:
+        raise ValueError(f"arm {name} measures {', '.join(sorted(twice))} by two protocols; needed one, or two studies")
     return Arm(name, keys["profile"], tuple(keys["overrides"]), keys["encoder"], targets)
 
 
@@ -262,23 +274,21 @@ def _cached_json(out: LockedFile, name: str, cache: Path) -> Any:
 def study_table(rows: Sequence[Mapping[str, Any]], base: str) -> list[dict[str, Any]]:
     """One row for each arm and task: mean and standard deviation over seeds, and the difference to the base arm.
 
-    rows: of runs.csv. difference: the mean over seeds of (arm - base), over the seeds that all arms have. noise: the 95
-    % limit of the absolute difference between two equal arms, t * s * sqrt(2 / seeds), as in an experiment in blocks. s
-    is the deviation of single values after the mean of every arm and of every seed is taken away. It is pooled over all
-    arms, as if they were equally noisy, because many arms give a better estimate than two. t is Student's for its (arms
-    - 1) (seeds - 1) degrees of freedom. None with one seed. The noise counts seeds, not the draw of validation clips,
-    and ignores the number of comparisons.
+    rows: of runs.csv. difference: the mean over seeds of (arm - base), over the seeds that all arms have. noise:
+    `noise_limit` of the arm and the base; None with one seed. It counts seeds, not the draw of validation clips, and
+    ignores the number of comparisons.
     """
     table = []
     for task, metric, values, seeds in _values(rows):
+        shared = {arm: [by_seed[seed] for seed in seeds] for arm, by_seed in values.items()}
         compared = seeds and base in values
-        limit = noise_limit([[by_seed[seed] for seed in seeds] for by_seed in values.values()]) if compared else None
         for arm, by_seed in values.items():
             row = {"arm": arm, "task": task, "metric": metric, "seeds": len(by_seed), "mean": fmean(by_seed.values())}
             row |= {"deviation": stdev(by_seed.values()) if len(by_seed) > 1 else None}
             row |= {"difference": None, "noise": None, "beyond_noise": None}
             if compared and arm != base:
-                difference = fmean(by_seed[seed] - values[base][seed] for seed in seeds)
+                difference = fmean(shared[arm]) - fmean(shared[base])
+                limit = noise_limit([*shared.values()], shared[arm], shared[base])
                 beyond = None if limit is None else abs(difference) > limit
                 row |= {"difference": difference, "noise": limit, "beyond_noise": beyond}
             table.append(row)
@@ -295,22 +305,40 @@ def _values(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, dict[
         yield task, some[0]["metric"], values, sorted(set.intersection(*map(set, values.values())))
 
 
-def noise_limit(values: Sequence[Sequence[float]]) -> float | None:
-    """Column `noise` of table.csv, t * s * sqrt(2 / seeds), from arms x seeds; None with fewer than two of either."""
-    from scipy.stats import t
+def noise_limit(values: Sequence[Sequence[float]], one: Sequence[float], other: Sequence[float] = ()) -> float | None:
+    """95 % limit of the absolute difference between means of two equal arms; None with fewer than two arms or seeds.
 
+    The larger one of two limits: t * s * sqrt(2 / seeds) with `seed_deviation` s of all arms, which many arms estimate
+    well, and Welch's of the two arms alone, since one arm may be noisier than the others. t: Student's.
+
+    Args:
+        values: arms x seeds. one, other: the two arms; without `other`, one arm is compared with a constant.
+    """
     deviation, freedom = seed_deviation(values)
     if deviation is None:
         return None
-    return float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * deviation * math.sqrt(2 / len(values[0]))
+    pooled = _student(freedom) * deviation * math.sqrt(2 / len(values[0]))
+    squares = [(variance(arm) / len(arm), len(arm) - 1) for arm in (one, other) if arm]  # of each mean, and its freedom
+    total, spread = sum(square for square, _ in squares), sum(square**2 / freedom for square, freedom in squares)
+    return max(pooled, _student(total**2 / spread) * math.sqrt(total) if spread else 0.0)
+
+
+def _student(freedom: float) -> float:
+    from scipy.stats import t
+
+    return float(t.ppf((1 + CONFIDENCE) / 2, freedom))
 
 
 def seed_deviation(values: Sequence[Sequence[float]]) -> tuple[float | None, int]:
-    """s of `study_table`, from arms x seeds, and its degrees of freedom; None with fewer than two of either."""
+    """Deviation of single values after the mean of every arm and of every seed is taken away, pooled over arms x seeds.
+
+    Returns it with its degrees of freedom, (arms - 1) (seeds - 1), as in an experiment in blocks; None, 0 with fewer
+    than two arms or seeds.
+    """
+    if len(values) < 2 or len(values[0]) < 2:
+        return None, 0
     arms, seeds = [fmean(arm) for arm in values], [fmean(seed) for seed in zip(*values, strict=True)]
     freedom = (len(arms) - 1) * (len(seeds) - 1)
-    if not freedom:
-        return None, 0
     residuals = [value - arms[a] - seeds[s] + fmean(arms) for a, row in enumerate(values) for s, value in enumerate(row)]
     return math.sqrt(sum(residual**2 for residual in residuals) / freedom), freedom
 
@@ -332,7 +360,7 @@ def signal_rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
 
 def json_md5(content: Any) -> str:
     """md5 of a file that `records.write_json` writes."""
-    return hashlib.md5((json.dumps(content, indent=2, sort_keys=True) + "\n").encode()).hexdigest()
+    return hashlib.md5(json_text(content).encode()).hexdigest()
 
 
 def changed_packages(code: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
