@@ -433,15 +433,6 @@ def test_every_file_is_opened_once_however_many_stages_name_it(project: Path) ->
     assert set(times.values()) == {1} and len(times) > 30
 
 
-def test_folders_are_hashed_the_way_dvc_and_the_stages_do(project: Path) -> None:
-    disk = locked_runs()[0].disk
-    for stage in provenance.read_lock(Path("dvc.lock")).values():
-        for file in (*stage.deps, *stage.outs):
-            size = sum(digest.size for digest in disk.files(file.path).values())
-            assert (disk.md5(file.path), size) == (file.md5, file.size)
-            assert disk.sha256(file.path) == artifacts.sha256(Path(file.path))
-
-
 @SIZES
 def test_damaged_records_are_findings_or_refused(
     project: Path, endures: Callable, copies: int, capfd: pytest.CaptureFixture

@@ -145,9 +145,7 @@ def test_a_file_of_videomae_2_takes_clips_of_16_frames_and_224_px_unless_told_ot
 
 @pytest.mark.parametrize("section", ["module", "model", ""])
 @pytest.mark.parametrize("prefix", ["", "encoder.", "backbone."])
-def test_files_of_pretraining_distillation_and_finetuning_are_the_same_encoder(
-    section: str, prefix: str, tmp_path: Path, agree: Callable
-) -> None:
+def test_files_of_pretraining_distillation_and_finetuning_are_the_same_encoder(section: str, prefix: str, tmp_path: Path) -> None:
     state = {f"{prefix}{key}": value for key, value in weights("VideoMAE2").items()}
     if prefix == "encoder.":
         state |= {"decoder.blocks.0.norm1.weight": torch.zeros(4), "mask_token": torch.zeros(1, 1, 4)}

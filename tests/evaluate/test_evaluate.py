@@ -102,6 +102,9 @@ def test_a_linear_probe_is_that_of_the_frozen_readout(colours: str, tmp_path: Pa
     where = {"profile": "smoke", "out": tmp_path / "out", "report": str}
     linear = evaluate([colours], ["actions"], "linear", **where).results[0]
     frozen = evaluate([colours], ["actions"], "frozen", **where)
+    assert Result.read(tmp_path / "out/readout/Colours/actions/linear/result.json") == linear
+    assert (linear.protocol, linear.metric, linear.examples) == ("linear", "top1", 8)
+    assert linear.low <= linear.value <= linear.high and "top1_mean" in linear.others
     assert linear.value == frozen.results[0].others["top1_linear"]
     assert linear.parameters == 48 * (3 * 2 * 16 * 16 + 1) and "Colours" in table_text(frozen)
     path = tmp_path / "out/readout/Colours/actions/frozen/result.json"
@@ -291,9 +294,3 @@ def test_an_entry_point_names_a_callable(colours: str, monkeypatch: pytest.Monke
         function.metadata, "entry_points", lambda *, group, name: [point] if (group, name) == (function.GROUP, "rainbow") else []
     )
     assert models.name_of("rainbow") == "rainbow" and function.build_function("rainbow", CLIP)[0].width == 48
-
-
-def test_a_result_of_an_evaluation_is_a_result(evaluated: Path) -> None:
-    result = Result.read(evaluated / "readout/Colours/actions/linear/result.json")
-    assert (result.protocol, result.metric, result.examples) == ("linear", "top1", 8)
-    assert result.low <= result.value <= result.high and "top1_mean" in result.others
