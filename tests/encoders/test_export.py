@@ -6,31 +6,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_encoder
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from scaling4d import cli, seeds
-from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders import export as exporting
 from scaling4d.encoders import torchvision_shim
 from scaling4d.encoders.encoder import Encoder
-from scaling4d.mae.encoder import Backbone, PixelTokens
-from scaling4d.mae.mae_st import MAESTEncoder
-from scaling4d.mae.vit import VJEPA21, VideoMAE2
 from scaling4d.records import UserError
 
 CLIP = (4, 32, 48)
-PIXELS = {"clip": CLIP, "patch": (2, 16, 16), "pixel_mean": 0.4, "pixel_scale": 2.0}
-SHAPE = PIXELS | {"width": 24, "depth": 3, "heads": 2, "mlp": 48}
+ONE_TABLE = {"separable_positions": False, "class_token": False}
 MODELS = {
-    "4ds": (Backbone, SHAPE),
-    "mae_st": (MAESTEncoder, SHAPE | {"separable_positions": True, "class_token": True}),
-    "mae_st, one table": (MAESTEncoder, SHAPE | {"separable_positions": False, "class_token": False}),
-    "pixels": (PixelTokens, PIXELS),
+    "4ds": ("Backbone", {}),
+    "mae_st": ("MAESTEncoder", {}),
+    "mae_st, one table": ("MAESTEncoder", ONE_TABLE),
+    "pixels": ("PixelTokens", {}),
 }
-WIDE = {key: value for key, value in SHAPE.items() if key not in ("pixel_mean", "pixel_scale")}
-PUBLISHED = {cls.__name__: (cls, WIDE | {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}) for cls in (VideoMAE2, VJEPA21)}
 ANY = ("--any-length",)
 NEEDS_ONNX = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("onnxruntime", "onnxscript"))), reason="needs the extra `export`"
@@ -38,14 +32,8 @@ NEEDS_ONNX = pytest.mark.skipif(
 
 
 def saved(folder: Path, name: str) -> Path:
-    model_class, settings = (MODELS | PUBLISHED)[name]
-    model: nn.Module = model_class(model_class.config_class(**settings))
-    with torch.no_grad():
-        for key, weight in model.state_dict().items():
-            weight.copy_(0.2 * torch.randn(weight.shape, generator=seeds.torch_rng(0, key)))
-    folder.mkdir()
-    Checkpoint("x", model_class.__name__, settings, 1, 0, 0).write(folder, model.state_dict())
-    return folder
+    model, changes = MODELS.get(name, (name, {}))
+    return small_encoder.checkpoint(folder, model, noise=0.2, clip=CLIP, **changes)
 
 
 def export(*words: object) -> Result:

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_encoder
 import torch
 import typer.testing
-from reproduce.fly_records import SMALL, bright_flies, fly_record, write_shards, write_weights
+from reproduce.fly_records import SHAPE, bright_flies, fly_record, write_shards, write_weights
 
 import scaling4d
 from scaling4d import cli, seeds
-from scaling4d.mae.encoder import Backbone, initialise
+from scaling4d.mae.encoder import BackboneConfig
 from scaling4d.records import UserError
 from scaling4d.reproduce import fly_vs_fly
 from scaling4d.reproduce.fly_clips import CLASSES, FlyClips, one_hot, read_labels
@@ -112,9 +113,7 @@ def test_a_jitter_enlarges_both_axes_alike_and_crops_the_shape() -> None:
 
 
 def small_readouts() -> FlyReadouts:
-    encoder = Backbone(SMALL)
-    initialise(encoder, seed=0)
-    model = FlyReadouts(encoder, PROTOCOL)
+    model = FlyReadouts(small_encoder.model("Backbone", **SHAPE), PROTOCOL)
     model.initialise(0)
     return model
 
@@ -146,7 +145,7 @@ def test_all_matrices_start_lecun_normal() -> None:
 def test_the_protocol_is_scivids_and_a_run_tells_where_it_differs() -> None:
     assert (PROTOCOL.steps * PROTOCOL.batch, TRAIN_CLIPS % PROTOCOL.batch) == (1_280_000, 0)
     assert deviations_of(PROTOCOL, RELEASED_ENCODER, TRAIN_CLIPS + 31) == []
-    assert deviations_of(replace(PROTOCOL, steps=7), SMALL, 64) == [
+    assert deviations_of(replace(PROTOCOL, steps=7), BackboneConfig(**small_encoder.SETTINGS["Backbone"] | SHAPE), 64) == [
         "7 steps, the protocol has 40,000",
         "an encoder of another shape than 4DS-B-dist-e",
         "64 clips to train on in whole batches, scivid has 1,067,008",
