@@ -2,20 +2,20 @@
 
 import importlib.util
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import small_encoder
 import torch
+from commands import invoke, refused_command
 from torch import Tensor
-from typer.testing import CliRunner, Result
 
-from scaling4d import cli, seeds
+from scaling4d import seeds
 from scaling4d.encoders import export as exporting
 from scaling4d.encoders import torchvision_shim
 from scaling4d.encoders.encoder import Encoder
-from scaling4d.records import UserError
 
 CLIP = (4, 32, 48)
 ONE_TABLE = {"separable_positions": False, "class_token": False}
@@ -36,14 +36,7 @@ def saved(folder: Path, name: str) -> Path:
     return small_encoder.checkpoint(folder, model, noise=0.2, clip=CLIP, **changes)
 
 
-def export(*words: object) -> Result:
-    return CliRunner().invoke(cli.app, ["export", *map(str, words)])
-
-
-def refused(*words: object) -> str:
-    result = export(*words)
-    assert isinstance(result.exception, UserError), result.output
-    return str(result.exception)
+export, refused = partial(invoke, "export"), partial(refused_command, "export")
 
 
 def clips_of(batch: int, frames: int) -> Tensor:

@@ -6,17 +6,18 @@ import re
 import shutil
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import small_encoder
 import torch
+from commands import invoke, refused_command
 from safetensors.torch import load_file
 from torch import Tensor
-from typer.testing import CliRunner, Result
 
-from scaling4d import cli, read_video, video
+from scaling4d import read_video, video
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders.encoder import Encoder
 from scaling4d.features import pca, video_features, windows
@@ -58,14 +59,7 @@ def settings_of(**changes: object) -> WindowSettings:
     return WindowSettings(**{"clip": CLIP, "rate_hz": RATE_HZ, "stride_s": 0.5, "fit": "crop"} | changes)
 
 
-def run(*words: object) -> Result:
-    return CliRunner().invoke(cli.app, ["features", *map(str, words)])
-
-
-def refused(*words: object) -> str:
-    result = run(*words)
-    assert isinstance(result.exception, UserError), result.output
-    return str(result.exception)
+run, refused = partial(invoke, "features"), partial(refused_command, "features")
 
 
 # ---- windows ----

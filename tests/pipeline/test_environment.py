@@ -7,9 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from commands import invoke
 
-from scaling4d import cli
 from scaling4d.mae.attention import xformers_problem
 from scaling4d.pipeline import environment
 
@@ -46,7 +45,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_doctor_names_the_attention_of_the_cpu(no_gpu: None) -> None:
-    shown = CliRunner().invoke(cli.app, ["doctor"]).output.splitlines()
+    shown = invoke("doctor").output.splitlines()
     assert shown[0].startswith("python ") and any(line.startswith("torch ") for line in shown)
     assert f"attention: {TORCH}" in shown
 

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import small_encoder
 import torch
-import typer.testing
+from commands import invoke, refused_command
 from official import BACKBONE, DEPTH, arrays_of, official_state, with_head
 from payload import Payload
 
 import scaling4d
-from scaling4d import checkpoint, cli
+from scaling4d import checkpoint
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders.released import MAESTOptions, four_ds_weight_map
 from scaling4d.mae.encoder import BackboneConfig
@@ -66,16 +66,15 @@ def test_the_encoder_of_a_pretrained_point_goes_into_the_released_layout(
 
 
 def test_the_commands_convert_both_ways_and_refuse_unknown_kinds(tmp_path: Path) -> None:
-    run = lambda *words: typer.testing.CliRunner().invoke(cli.app, [str(word) for word in words])  # noqa: E731
-    assert run("convert", "4ds", BACKBONE, tmp_path / "folder").output == f"wrote {tmp_path / 'folder'}\n"
-    assert run("convert", "4ds", tmp_path / "folder", tmp_path / "back.npz").exit_code == 0
+    assert invoke("convert", "4ds", BACKBONE, tmp_path / "folder").output == f"wrote {tmp_path / 'folder'}\n"
+    assert invoke("convert", "4ds", tmp_path / "folder", tmp_path / "back.npz").exit_code == 0
     assert np.array_equal(arrays_of(tmp_path / "back.npz")[KEY], arrays_of(BACKBONE)[KEY])
     torch.save({"model": official_state()}, tmp_path / "official.pth")
     options = ("--heads", 3, "--decoder-heads", 4, "--mask-ratio", 0.8)
-    assert run("convert", "mae_st", tmp_path / "official.pth", tmp_path / "mae", *options).exit_code == 0
+    assert invoke("convert", "mae_st", tmp_path / "official.pth", tmp_path / "mae", *options).exit_code == 0
     assert Checkpoint.read(tmp_path / "mae").settings["mask_ratio"] == 0.8
-    assert str(run("convert", "5ds", BACKBONE, tmp_path / "new").exception) == "unknown kind '5ds'; needed 4ds or mae_st"
-    assert str(run("convert", "mae_st", tmp_path / "none.pth", tmp_path / "new").exception) == f"no file {tmp_path / 'none.pth'}"
+    assert refused_command("convert", "5ds", BACKBONE, tmp_path / "new") == "unknown kind '5ds'; needed 4ds or mae_st"
+    assert refused_command("convert", "mae_st", tmp_path / "none.pth", tmp_path / "new") == f"no file {tmp_path / 'none.pth'}"
     assert not (tmp_path / "new").exists()
 
 

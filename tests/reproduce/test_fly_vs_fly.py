@@ -5,17 +5,18 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import small_encoder
 import torch
-import typer.testing
+from commands import invoke, refused_command
 from reproduce.fly_records import SHAPE, bright_flies, fly_record, write_shards, write_weights
 
 import scaling4d
-from scaling4d import cli, seeds
+from scaling4d import seeds
 from scaling4d.mae.encoder import BackboneConfig
 from scaling4d.records import UserError
 from scaling4d.reproduce import fly_vs_fly
@@ -204,14 +205,10 @@ def test_batches_are_the_same_with_one_thread_and_with_several_and_an_error_surf
 # ---- the command ----
 
 
-def run(*words: object) -> tuple[int, str, str]:
-    done = typer.testing.CliRunner().invoke(cli.app, ["reproduce", *map(str, words)])
-    return done.exit_code, done.stdout, str(done.exception)
-
-
 def test_the_plan_names_downloads_settings_sources_and_differences() -> None:
-    code, text, _ = run("fly_vs_fly", "--dry")
-    assert code == 0
+    done = invoke("reproduce", "fly_vs_fly", "--dry")
+    text = done.stdout
+    assert done.exit_code == 0
     for words in (
         "expected: mAP 84.3 %; source: README.md",
         "wget https://storage",
@@ -223,12 +220,13 @@ def test_the_plan_names_downloads_settings_sources_and_differences() -> None:
 
 
 def test_missing_files_and_wrong_options_are_one_line_each(tmp_path: Path) -> None:
-    _, _, error = run("fly_vs_fly", "--weights", tmp_path / "absent.npz")
+    refused = partial(refused_command, "reproduce")
+    error = refused("fly_vs_fly", "--weights", tmp_path / "absent.npz")
     assert error.startswith(f"fly_vs_fly needs files that are not there: --weights ({tmp_path}/absent.npz), --data (not given)")
     assert "wget https://storage.googleapis.com" in error and "gcloud storage rsync" in error
-    assert run("fly_vs_fly", "--video", "a.mp4")[2] == "fly_vs_fly takes --data and --weights; leave out --video"
-    assert run("fly")[2].startswith("unknown target 'fly'; needed fly_vs_fly or depth_demo")
-    assert run("fly_vs_fly", "--device", "tpu")[2] == "--device tpu; needed cpu or cuda"
+    assert refused("fly_vs_fly", "--video", "a.mp4") == "fly_vs_fly takes --data and --weights; leave out --video"
+    assert refused("fly").startswith("unknown target 'fly'; needed fly_vs_fly or depth_demo")
+    assert refused("fly_vs_fly", "--device", "tpu") == "--device tpu; needed cpu or cuda"
 
 
 def python(*words: object, cwd: Path) -> subprocess.CompletedProcess:

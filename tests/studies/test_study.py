@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import invoke
 from damage import ACCEPTED, REFUSED, SIZES
 from scipy.stats import t
-from typer.testing import CliRunner
 
-from scaling4d import cli, config
+from scaling4d import config
 from scaling4d.provenance import flatten
 from scaling4d.records import UserError
 from scaling4d.studies import study
@@ -105,7 +105,7 @@ def test_an_arm_without_a_task_does_not_keep_the_others_from_being_compared_at_i
     (["--seeds", "0,1"], "--seeds"), (["--dry"], "--dry"), (["--jobs", "4", "--dry"], "--jobs and --dry")
 ])  # fmt: skip
 def test_collecting_refuses_the_options_of_a_run(options: list[str], named: str) -> None:
-    done = CliRunner().invoke(cli.app, ["study", "none", "--collect", *options])
+    done = invoke("study", "none", "--collect", *options)
     message = f"--collect runs nothing and takes the seeds of each study.json; leave out {named}"
     assert isinstance(done.exception, UserError) and str(done.exception) == message
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import git
+from commands import commit_here
 from nearness import contents
 
 from scaling4d import seeds
@@ -393,9 +393,7 @@ def test_an_edited_question_is_of_other_arms_or_that_of_a_commit(scaling: Study,
     path.write_text(edited.replace("arms:\n", "arms:\n  giant: {encoder: mini}\n", 1))
     assert wrong() == []
     path.write_text(text)
-    git("init", "-q")
-    git("add", str(study.DEFINITIONS))
-    git("commit", "-qm", "definition")
+    commit_here("definition", str(study.DEFINITIONS))
     path.write_text(edited)
     assert wrong() == []
 
