@@ -14,6 +14,7 @@ import pytest
 import small_encoder
 import typer.testing
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name as plain
 
 from scaling4d import cli
 
@@ -33,10 +34,6 @@ class Light:
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = Light
 """
-
-
-def plain(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def distributions_of(wanted: set[str]) -> Iterator[metadata.Distribution]:

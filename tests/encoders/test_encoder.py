@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -12,17 +11,18 @@ import numpy as np
 import pytest
 import small_encoder
 import torch
+from refusals import refused
 from torch import Tensor
 
 import scaling4d
 from scaling4d import artifacts, checkpoint, seeds, video
 from scaling4d.checkpoint import Checkpoint
-from scaling4d.encoders import hub, released, torchvision_shim
+from scaling4d.encoders import hub, released
 from scaling4d.encoders.encoder import Encoder
 from scaling4d.encoders.load import load_model
 from scaling4d.encoders.released import MAESTOptions
 from scaling4d.readout.released_heads import from_4ds, from_mae_st
-from scaling4d.records import UserError, write_json
+from scaling4d.records import write_json
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 CLIP = (6, 32, 48)
@@ -47,13 +47,6 @@ def output_of(encoder: Encoder, clips: Tensor = CLIPS) -> list[Tensor]:
 
 def equal(some: list[Tensor], others: list[Tensor]) -> bool:
     return len(some) == len(others) and all(map(torch.equal, some, others))
-
-
-def refused(work: Callable, *arguments: object, **options: object) -> str:
-    with pytest.raises(UserError) as caught:
-        work(*arguments, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # ---- the output ----
@@ -151,19 +144,10 @@ def test_an_official_mae_st_file_gives_what_its_converted_folder_gives(tmp_path:
 def test_models_of_transformers_load_from_their_own_folders_and_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    torchvision_shim.declare_operators()
-    import transformers as tf
+    from encoders.small_models import save_model
 
-    shape = {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 3}
-    if kind == "dinov2":
-        model, processor = tf.Dinov2Model(tf.Dinov2Config(**shape, image_size=28, patch_size=14)), tf.BitImageProcessor
-        processor, clip = processor(crop_size={"height": 28, "width": 28}), (16, 28, 28)
-    else:
-        config = tf.VideoMAEConfig(**shape, intermediate_size=48, image_size=32, patch_size=8, num_frames=4)
-        square = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-        model, processor, clip = tf.VideoMAEModel(config), tf.VideoMAEImageProcessor(**square), (4, 32, 32)
-    model.save_pretrained(tmp_path / "theirs")
-    processor.save_pretrained(tmp_path / "theirs")
+    _, processor, _ = save_model(tmp_path / "theirs", kind)
+    clip = {"dinov2": (16, 28, 28), "videomae": (4, 32, 32)}[kind]
     encoder = Encoder.from_pretrained(tmp_path / "theirs")
     assert encoder.clip == clip and encoder.rate_hz == {"dinov2": None, "videomae": 7.5}[kind]
     assert encoder.resample == {"dinov2": "bicubic", "videomae": "bilinear"}[kind]  # of its preprocessor

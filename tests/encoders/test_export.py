@@ -14,7 +14,6 @@ from torch import Tensor
 
 from scaling4d import seeds
 from scaling4d.encoders import export as exporting
-from scaling4d.encoders import torchvision_shim
 from scaling4d.encoders.encoder import Encoder
 
 CLIP = (4, 32, 48)
@@ -96,18 +95,9 @@ def test_onnxruntime_gives_the_encoders_output(tmp_path: Path, name: str, words:
 @pytest.mark.integration
 @pytest.mark.parametrize("kind", ["dinov2", "videomae"])
 def test_a_model_of_transformers_is_exported_for_any_batch(tmp_path: Path, kind: str) -> None:
-    torchvision_shim.declare_operators()
-    import transformers as tf
+    from encoders.small_models import save_model
 
-    shape = {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2, "image_size": 32, "patch_size": 16}
-    if kind == "dinov2":
-        model, processor = tf.Dinov2Model(tf.Dinov2Config(**shape)), tf.BitImageProcessor(crop_size={"height": 32, "width": 32})
-    else:
-        square = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-        model = tf.VideoMAEModel(tf.VideoMAEConfig(**shape, intermediate_size=48, num_frames=4))
-        processor = tf.VideoMAEImageProcessor(**square)
-    for part in (model, processor):
-        part.save_pretrained(tmp_path / "theirs")
+    save_model(tmp_path / "theirs", kind)
     encoder, out = Encoder.from_pretrained(tmp_path / "theirs"), tmp_path / "encoder.pt2"
     assert export(tmp_path / "theirs", "--torch", out).output == f"wrote {out}\n"
     program = torch.export.load(out).module()

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-import scaling4d
 from scaling4d import artifacts, config
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders import published
@@ -219,13 +219,6 @@ def test_the_stage_imports_a_released_file_and_a_readout_is_trained_on_it(
 # ---- refusals ----
 
 
-def refused(source: Path) -> str:
-    with pytest.raises(UserError) as caught:
-        scaling4d.Encoder.from_pretrained(source)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 SCALE, GAMMA, QKV = "blocks.0.attn.scale", "blocks.1.gamma_1", "blocks.0.attn.qkv.weight"
 
 
@@ -244,7 +237,7 @@ SCALE, GAMMA, QKV = "blocks.0.attn.scale", "blocks.1.gamma_1", "blocks.0.attn.qk
     ("VJEPA", lambda s: s.update(cls_token=torch.zeros(1, 1, 22)), "has cls_token (1, 1, 22), which this model does not have"),
 ])  # fmt: skip
 def test_a_file_of_another_model_is_refused(kind: str, change: Callable, message: str, tmp_path: Path) -> None:
-    text = refused(official(kind, tmp_path, change))
+    text = refused(Encoder.from_pretrained, official(kind, tmp_path, change))
     assert text.startswith(str(tmp_path)) and message in text
 
 
@@ -253,14 +246,15 @@ def test_a_width_without_known_heads_a_damaged_file_and_a_foreign_folder_are_ref
 ) -> None:
     monkeypatch.delitem(published.VIT_HEADS, 22)
     file = official("VJEPA", tmp_path)
-    assert refused(file) == f"{file}: width 22 is none of the official ones (384, 768, 1024, 1280, 1408)"
+    assert refused(Encoder.from_pretrained, file) == f"{file}: width 22 is none of the official ones (384, 768, 1024, 1280, 1408)"
     file.write_bytes(file.read_bytes()[:4000])
-    assert refused(file).startswith(f"{file} is not a")
+    assert refused(Encoder.from_pretrained, file).startswith(f"{file} is not a")
     hub_folder(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "VideoMAEv2_Base"}))
-    assert "has no model_config with num_heads, num_frames and img_size; needed VideoMAE v2's" in refused(tmp_path)
+    message = refused(Encoder.from_pretrained, tmp_path)
+    assert "has no model_config with num_heads, num_frames and img_size; needed VideoMAE v2's" in message
     (tmp_path / "model.safetensors").unlink()
-    assert refused(tmp_path) == f"{tmp_path} has no model*.safetensors; needed the encoder's weights"
+    assert refused(Encoder.from_pretrained, tmp_path) == f"{tmp_path} has no model*.safetensors; needed the encoder's weights"
 
 
 def test_an_impossible_config_is_refused_before_the_model_is_built() -> None:

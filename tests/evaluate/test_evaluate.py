@@ -16,7 +16,7 @@ from scaling4d import artifacts, config, seeds
 from scaling4d.audit import check_evaluation
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.cli import app
-from scaling4d.encoders import published, torchvision_shim
+from scaling4d.encoders import published
 from scaling4d.encoders.pretrained import load_encoder
 from scaling4d.encoders.stage import baseline
 from scaling4d.evaluate import function, models
@@ -60,21 +60,13 @@ def untrained() -> Path:
     return baseline("untrained_nano", config.read())
 
 
-def dinov2(folder: Path) -> Path:
-    """A folder as transformers saves it."""
-    torchvision_shim.declare_operators()
-    import transformers as tf
-
-    shape = {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2, "image_size": 32, "patch_size": 8}
-    tf.Dinov2Model(tf.Dinov2Config(**shape)).save_pretrained(folder)
-    tf.BitImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.integration
 @EVALUATION
 def test_encoders_of_three_sources_stand_in_one_table_and_a_second_call_goes_on(colours: str, tmp_path: Path) -> None:
-    given, out = [str(untrained()), str(dinov2(tmp_path / "dinov2")), colours], tmp_path / "out"
+    from encoders.small_models import save_model
+
+    save_model(tmp_path / "dinov2", "dinov2")
+    given, out = [str(untrained()), str(tmp_path / "dinov2"), colours], tmp_path / "out"
     before = {*Path("artifacts/smoke/readout").glob("*/*")}
     arguments = ["evaluate", *given, "--tasks", "actions", "--profile", "smoke", "-S", "seed=3", "--out", str(out)]
     answer = CliRunner().invoke(app, arguments, catch_exceptions=False)
