@@ -76,11 +76,6 @@ class BallConfig:
 
 
 @pytest.fixture
-def in_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-
-
-@pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the project's experiments/ and params.yaml."""
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")

@@ -109,10 +109,9 @@ def test_the_lock_is_compared_with_what_is_installed() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_every_step_rehearses_on_a_cpu(tmp_path: Path, monkeypatch) -> None:
+def test_every_step_rehearses_on_a_cpu(tmp_path: Path, in_the_project: None) -> None:
     from scaling4d_bench import gpu_steps
 
-    monkeypatch.chdir(ROOT)
     done = run_hour(gpu_steps.STEPS, tmp_path, rehearse=True)
     records = {step.name: read_record(tmp_path / step.name) for step in gpu_steps.STEPS}
     assert done, {name: record.result for name, record in records.items()}

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,20 +9,15 @@ from nearness import near
 from torch.nn import functional as F
 
 from scaling4d import seeds
-from scaling4d.mae.attention import align, attention, xformers_problem
+from scaling4d.mae.attention import align, attention
+
+pytestmark = pytest.mark.usefixtures("asked_anew")
 
 
 class OnGPU(torch.Tensor):
     """A tensor of the CPU whose `is_cuda` is true."""
 
     is_cuda = property(lambda self: True)
-
-
-@pytest.fixture(autouse=True)
-def asked_anew() -> Iterator[None]:
-    xformers_problem.cache_clear()
-    yield
-    xformers_problem.cache_clear()
 
 
 def queries_keys_values(*, batch: int, heads: int, width: int) -> list[torch.Tensor]:

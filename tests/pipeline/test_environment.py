@@ -2,25 +2,17 @@
 
 import re
 import sys
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
 import torch
 from commands import invoke
 
-from scaling4d.mae.attention import xformers_problem
 from scaling4d.pipeline import environment
 
+pytestmark = pytest.mark.usefixtures("asked_anew")
 _cpp_lib = pytest.importorskip("xformers._cpp_lib", reason="xformers is installed on Linux alone")
 TORCH = "torch's scaled_dot_product_attention"
-
-
-@pytest.fixture(autouse=True)
-def asked_anew() -> Iterator[None]:
-    xformers_problem.cache_clear()
-    yield
-    xformers_problem.cache_clear()
 
 
 @pytest.fixture

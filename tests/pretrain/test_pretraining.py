@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from nano import losses_of
 from nearness import near
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -33,10 +34,6 @@ def start(pretraining: PretrainConfig) -> Method:
     model.to_empty(device="cpu")
     model.initialise(pretraining.seed)
     return model
-
-
-def losses_of(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "losses.jsonl").read_text().splitlines()]
 
 
 def val_loss(*, rank: int, ranks: int, pretraining: PretrainConfig) -> float:

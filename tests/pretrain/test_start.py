@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from nano import losses_of
 
 from scaling4d import artifacts
 from scaling4d.checkpoint import Checkpoint
@@ -32,10 +33,6 @@ def continued(changed: Callable) -> Callable[..., dict]:
         return changed(f"continued.{NAME}.start_from", str(start_from))
 
     return make
-
-
-def losses_of(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "losses.jsonl").read_text().splitlines()]
 
 
 def test_it_goes_on_where_the_checkpoint_is_and_says_from_which_one(short: Callable, continued: Callable, capfd) -> None:

@@ -107,8 +107,8 @@ def test_few_runs_or_one_budget_give_no_law() -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.usefixtures("in_the_project")
 def test_the_plan_of_a_point_quotes_the_law_and_says_where_it_is_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(Path(__file__).parents[2])
     keys, columns = (
         ("parameters", "clips_seen", "flops", "value"),
         zip(N.astype(int), D.astype(int), FLOPS, true_loss(N, D), strict=True),

@@ -31,9 +31,8 @@ def rows(values: dict[str, list[float]]) -> list[dict]:
 
 @pytest.mark.integration
 @pytest.mark.parametrize("step", [pytest.param(15, id="some"), pytest.param(1, id="every", marks=pytest.mark.slow)])
-def test_an_arm_composes_and_names_stages_that_its_profile_has(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+def test_an_arm_composes_and_names_stages_that_its_profile_has(in_the_project: None, step: int) -> None:
     """Each kind of arm once: one profile and some overrides, whatever studies have it."""
-    monkeypatch.chdir(ROOT)
     arms = [arm for name in study.study_names() for arm in study.read_study(name).arms]
     assert len(study.study_names()) >= 7
     used = {override for arm in arms for override in arm.overrides if override.startswith("ablation=")}
@@ -133,9 +132,8 @@ def test_a_bad_definition_is_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "\n" not in str(caught.value)
 
 
-def test_the_study_of_seeds_measures_every_frozen_readout_of_the_pocket(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_study_of_seeds_measures_every_frozen_readout_of_the_pocket(in_the_project: None) -> None:
     """Else the report leaves it out."""
-    monkeypatch.chdir(ROOT)
     seeds, settings = study.read_study("seeds"), config.compose(["profile=pocket"])
     readouts = {f"readout_frozen@{encoder}-{task}" for encoder in settings["encoders"]["frozen"] for task in TASKS}
     targets = {target for arm in seeds.arms for target in arm.targets}
