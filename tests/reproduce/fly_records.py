@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import small_encoder
-from benchmarks.writers import _feature, _png, message
+from benchmarks.writers import _feature, _png, message, write_array_records
 
 from scaling4d import seeds
 from scaling4d.benchmarks import movi
@@ -27,15 +27,7 @@ def fly_record(pixels: np.ndarray, labels: Sequence[int], *, packed: bool = True
 
 
 def write_shards(root: Path, split: str, records: Sequence[bytes], *, shards: int = 2) -> None:
-    from array_record.python.array_record_module import ArrayRecordWriter
-
-    root.mkdir(parents=True, exist_ok=True)
-    for shard in range(shards):
-        name = f"{split}_fly_split_ids_shuffle.array_record-{shard:05d}-of-{shards:05d}"
-        writer = ArrayRecordWriter(str(root / name), "group_size:1")
-        for record in records[shard::shards]:
-            writer.write(record)
-        writer.close()
+    write_array_records(root / f"{split}_fly_split_ids_shuffle", records, shards=shards)
 
 
 def bright_flies(count: int, name: str) -> list[bytes]:
