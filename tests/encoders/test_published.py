@@ -127,20 +127,18 @@ def test_vjepa_21_of_either_section_with_its_own_norms_gives_the_outputs_of_the_
     agree("V-JEPA 2.1, outputs of four layers against the official code", error, 3e-5)
 
 
-def test_a_file_of_vjepa_21_takes_clips_of_64_frames_and_384_px_unless_told_otherwise(tmp_path: Path) -> None:
-    encoder = Encoder.from_pretrained(official("VJEPA21", tmp_path))
-    assert encoder.clip == (64, 384, 384) and encoder.grid == (32, 24, 24)
+@pytest.mark.parametrize(("kind", "clip", "grid"), [
+    ("VJEPA21", (64, 384, 384), (32, 24, 24)), ("VideoMAE2", (16, 224, 224), (8, 28, 28))
+])  # fmt: skip
+def test_a_file_takes_the_clips_of_its_training_unless_told(kind: str, clip: tuple, grid: tuple, tmp_path: Path) -> None:
+    encoder = Encoder.from_pretrained(official(kind, tmp_path))
+    assert encoder.clip == clip and encoder.grid == grid
 
 
 def test_a_side_of_one_patch_is_at_place_0_for_vjepa_21(tmp_path: Path) -> None:
     encoder = Encoder.from_pretrained(official("VJEPA21", tmp_path), clip=(4, 16, 32))
     with torch.no_grad():
         assert encoder(torch.zeros(1, 4, 16, 32, 3)).last_hidden_state.isfinite().all()
-
-
-def test_a_file_of_videomae_2_takes_clips_of_16_frames_and_224_px_unless_told_otherwise(tmp_path: Path) -> None:
-    encoder = Encoder.from_pretrained(official("VideoMAE2", tmp_path))
-    assert encoder.clip == (16, 224, 224) and encoder.grid == (8, 28, 28)
 
 
 @pytest.mark.parametrize("section", ["module", "model", ""])
