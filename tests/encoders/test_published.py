@@ -24,11 +24,7 @@ from scaling4d.records import UserError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 CLIPS = {"VideoMAE2": (4, 16, 16), "VJEPA": (16, 16, 16), "VJEPA21": (4, 48, 32)}
-FILES = {
-    "VideoMAE2": "vit_b_k710_dl_from_giant.pth",
-    "VJEPA": "vitl16.pth.tar",
-    "VJEPA21": "vjepa2_1_vitb_dist_vitG_384.pt",
-}
+FILES = {"VideoMAE2": "vit_b_k710_dl_from_giant.pth", "VJEPA": "vitl16.pth.tar", "VJEPA21": "vjepa2_1_vitb_dist_vitG_384.pt"}
 TOLERANCE = {"VideoMAE2": 2e-6, "VJEPA": 2e-6, "VJEPA21": 5e-6}  # of 2, 2 and 12 blocks
 every_vit = pytest.mark.parametrize("kind", CLIPS)
 

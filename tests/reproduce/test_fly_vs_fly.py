@@ -154,11 +154,7 @@ def test_the_protocol_is_scivids_and_a_run_tells_where_it_differs() -> None:
 
 
 def test_a_verdict_needs_the_protocol_and_the_tolerance() -> None:
-    for value, deviations, verdict in (
-        (84.0, [], "reproduced"),
-        (85.4, [], "not reproduced"),
-        (84.3, ["7 steps"], "no verdict"),
-    ):
+    for value, deviations, verdict in ((84.0, [], "reproduced"), (85.4, [], "not reproduced"), (84.3, ["7 steps"], "no verdict")):
         content = FLY_VS_FLY.result(value, deviations, {})
         assert content["verdict"] == verdict and content["difference"] == pytest.approx(value - 84.3)
     assert FLY_VS_FLY.verdict_text(FLY_VS_FLY.result(84.0, [], {})) == (
