@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -146,14 +147,19 @@ def test_curation_is_measured_at_two_sizes_and_again(tmp_path) -> None:
     assert min(row["peak_main"] for row in content["results"]["rows"]) > 0 and second["peak_worker"] > 0
 
 
-def test_drawing_is_measured_for_every_kind(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.chdir(Path(__file__).parents[2])
-    monkeypatch.setattr(render, "draw_sample", lambda spec: None)
-    monkeypatch.setattr(render, "draw_video", lambda spec: None)
+def test_drawing_is_measured_for_every_kind(tmp_path, in_the_project, monkeypatch, capsys) -> None:
+    drawn = {"draw_sample": Counter(), "draw_video": Counter()}
+    for name, specs in drawn.items():
+        monkeypatch.setattr(render, name, lambda spec, specs=specs: specs.update([(spec.kind, spec.index)]))
     content, shown = json.loads(render.bench(tmp_path, repeats=3).read_text()), capsys.readouterr().out
-    assert [row["name"] for row in content["results"]["rows"]] == [*KINDS, "video"] and content["settings"]["frames"] > 1
-    assert all(len(seconds) == 3 for seconds in content["raw"]["seconds"]["seconds"].values())
-    assert all(f"│ {kind} " in shown for kind in KINDS)
+    clips = {kind: [(kind, index) for index in range(render.CLIPS)] for kind in (*KINDS, "corpus")}
+    assert drawn["draw_video"] == dict.fromkeys(clips.pop("corpus"), 4)  # once without counting
+    assert drawn["draw_sample"] == dict.fromkeys(sum(clips.values(), []), 4)
+    assert content["settings"]["frames"] > 1
+    rows, seconds = content["results"]["rows"], content["raw"]["seconds"]["seconds"]
+    assert [row["name"] for row in rows] == [*KINDS, "video"] and {len(several) for several in seconds.values()} == {3}
+    for row in rows:
+        assert row["per_s"] == pytest.approx(render.CLIPS / np.median(seconds[row["name"]])) and f"│ {row['name']} " in shown
 
 
 def test_the_paper_calculation_multiplies_rates_up() -> None:

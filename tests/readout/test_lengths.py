@@ -94,6 +94,7 @@ def test_a_frozen_readout_of_longer_and_larger_clips_is_trained_measured_and_sho
     baseline("untrained_nano", config.read())
     result = readout("untrained_nano", task, "frozen", settings)
     assert result.examples > 0 and np.isfinite(result.value)
+    assert ("mean_iou_propagated" in result.others) == (task == "boxes")
     head = checkpoint.load_tensors(folder / "head.safetensors")
     assert head["readout.temporal_positions"].shape[0] == 16
     trained = load_trained_readout(folder)
