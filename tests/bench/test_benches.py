@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
+from commands import invoke
 
-from scaling4d import cli
 from scaling4d.scenes.scene import KINDS
 from scaling4d_bench import curate, decode, features, loader, measure, render, videos
 from scaling4d_bench.loader import ALONE
@@ -189,5 +188,5 @@ def test_every_benchmark_has_a_command_whose_help_needs_no_torch() -> None:
     shown = subprocess.run([sys.executable, "-c", code, "bench", "--help"], capture_output=True, text=True, check=True).stdout
     names = ("attention", "costs", "curate", "decode", "loader", "masking", "pretrain", "readout", "render")
     assert all(f" {name} " in shown for name in names)
-    refused = CliRunner().invoke(cli.app, ["bench", "masking", "--precision", "fp16"])
+    refused = invoke("bench", "masking", "--precision", "fp16")
     assert refused.exit_code == 2 and "'fp16' is not one of 'fp32'" in refused.output
