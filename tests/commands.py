@@ -1,4 +1,4 @@
-"""The project in a temporary clone, and commands as a user types them there."""
+"""Commands as a user types them: in a temporary clone of the project, or in this process."""
 
 import os
 import resource
@@ -12,10 +12,26 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
+from typer.testing import CliRunner, Result
+
+from scaling4d import cli
+from scaling4d.records import UserError
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": "src"}
 ENVIRONMENT.pop("OMP_NUM_THREADS", None)  # which the tests set: a user has as many as there are cores, and stages pin theirs
+
+
+def invoke(*words: object) -> Result:
+    """`scaling4d WORDS` in this process."""
+    return CliRunner().invoke(cli.app, [*map(str, words)])
+
+
+def refused_command(*words: object) -> str:
+    """The error of `scaling4d WORDS` in this process."""
+    result = invoke(*words)
+    assert isinstance(result.exception, UserError), result.output
+    return str(result.exception)
 
 
 def cloned(folder: Path, wanted: Callable[[str], bool] = lambda _: True) -> Path:
@@ -35,6 +51,14 @@ def git(*words: str) -> str:
     """In the current folder, as an author that its configuration need not name."""
     identity = ("-c", "user.name=a", "-c", "user.email=a@example.org")
     return subprocess.run(["git", *identity, *words], check=True, capture_output=True, text=True).stdout
+
+
+def commit_here(message: str = "state", *paths: str) -> str:
+    """Commit everything, or these paths, of the current folder, a repository from now on. Returns the hash."""
+    git("init", "-q")
+    git("add", "-A", *paths)
+    git("commit", "-qm", message)
+    return git("rev-parse", "HEAD").strip()
 
 
 def commit(clone: Path) -> None:

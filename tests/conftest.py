@@ -41,6 +41,22 @@ def no_processes(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def in_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The project itself as the current folder."""
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def asked_anew() -> Iterator[None]:
+    """Whether xformers works is asked again, in the test and after it."""
+    from scaling4d.mae.attention import xformers_problem
+
+    xformers_problem.cache_clear()
+    yield
+    xformers_problem.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def curated_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with experiments/, params.yaml of profile smoke, and artifacts/smoke/clips of two dozen videos."""

@@ -1,3 +1,49 @@
-"""Settings of an encoder that computes in milliseconds, without its clip."""
+"""Models that compute in milliseconds: their settings without a clip, and their Checkpoint folders."""
 
-SMALL = {"width": 24, "depth": 3, "heads": 2, "mlp": 48, "patch": (2, 16, 16), "pixel_mean": 0.4, "pixel_scale": 2.0}
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from scaling4d import seeds
+from scaling4d.checkpoint import Checkpoint
+from scaling4d.encoders import published
+from scaling4d.mae.encoder import initialise
+from scaling4d.mae.models import METHODS, MODELS, config_of, encoder_of
+
+FRAME = {"patch": (2, 16, 16), "pixel_mean": 0.4, "pixel_scale": 2.0}
+SIZES = {"width": 24, "depth": 3, "heads": 2, "mlp": 48}
+MAE_ST = {"separable_positions": True, "class_token": True}
+METHOD = {"masking": "random", "mask_ratio": 0.5, "position_init": "normal", "branch_init": "released"}
+DECODER = {"decoder_width": 12, "decoder_depth": 1, "decoder_heads": 2, "predicted_frames": 3, "normalise_target": True}
+OFFICIAL = SIZES | {"patch": FRAME["patch"], "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
+SETTINGS = {
+    "PixelTokens": FRAME,
+    "Backbone": FRAME | SIZES,
+    "MAESTEncoder": FRAME | SIZES | MAE_ST,
+    "SimpleMAE": FRAME | SIZES | METHOD | {"coarse_patch": (2, 16, 16), "decode_blocks": 2},
+    "MAEST": FRAME | SIZES | MAE_ST | METHOD | DECODER,
+    "VideoMAE2": OFFICIAL,
+    "VJEPA21": OFFICIAL,
+}
+
+
+def model(name: str, *, noise: float = 0.0, **changes: object) -> nn.Module:
+    """With the initial weights of seed 0. noise: deviation of what is added to each."""
+    model_class = (MODELS | published.MODELS)[name]
+    made = model_class(config_of(model_class, SETTINGS[name] | changes))
+    made.initialise(0) if name in METHODS else initialise(made, seed=0)
+    with torch.no_grad():
+        for key, weight in made.named_parameters():
+            weight.add_(noise * torch.randn(weight.shape, generator=seeds.torch_rng(0, key)))
+    return made
+
+
+def checkpoint(folder: Path, name: str, rate_hz: float | None = None, *, noise: float = 0.0, **changes: object) -> Path:
+    """A new Checkpoint folder of such a model, named as the folder, after seven steps."""
+    made = model(name, noise=noise, **changes)
+    folder.mkdir(parents=True)
+    count = sum(weight.numel() for weight in encoder_of(made).parameters())
+    saved = Checkpoint(folder.name, name, SETTINGS[name] | changes, count, step=7, clips_seen=112, rate_hz=rate_hz)
+    saved.write(folder, made.state_dict())
+    return folder

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import gin
 import pytest
+from commands import refused_command
 from damage import ACCEPTED, REFUSED, SIZES
-from typer.testing import CliRunner
 
 from scaling4d import config, provenance
-from scaling4d.cli import _check_settings, app
+from scaling4d.cli import _check_settings
 from scaling4d.config import bind
 from scaling4d.records import UserError
 
@@ -76,11 +76,6 @@ class BallConfig:
 
 
 @pytest.fixture
-def in_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-
-
-@pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the project's experiments/ and params.yaml."""
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
@@ -101,42 +96,6 @@ def boxes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
 @pytest.mark.usefixtures("in_the_project")
 def test_committed_params_are_the_composition_of_their_profile() -> None:
     assert config.overrides(config.read()) == {}
-
-
-@pytest.mark.integration
-@pytest.mark.usefixtures("in_the_project")
-@pytest.mark.parametrize("profile", EVERY_PROFILE)
-def test_a_profile_shows_readouts_that_it_has_and_has_benchmarks_where_it_reads_out(profile: str) -> None:
-    composed = config.compose([f"profile={profile}"])
-    assert composed["profile"] == profile
-    show, tasks, encoders = composed["show"], set(composed["benchmarks"]["tasks"]), composed["encoders"]
-    assert set(show["tasks"]) <= tasks <= set(composed["readout"]["tasks"])
-    assert bool(tasks) == any(encoders[protocol] for protocol in ("frozen", "finetune", "classifier"))
-    if show["tasks"]:
-        assert {show["encoder"], show["beside"]} <= set(encoders["frozen"])
-    readout, ranks = composed["readout"], composed["readout"]["Evaluation"]["ranks"]
-    used = [protocol for protocol in ("frozen", "finetune") if encoders[protocol]]
-    recipes = [recipe for protocol in used for task in tasks for recipe in readout[protocol][task].values()]
-    assert all(recipe["batch"] % ranks == 0 for recipe in recipes if isinstance(recipe, dict))
-
-
-@pytest.mark.integration
-@pytest.mark.usefixtures("in_the_project")
-def test_the_paper_profile_reads_out_by_the_published_recipe_whatever_pocket_does() -> None:
-    """scivid's frozen readouts: 1.28 M samples in batches of 32, peak rate 3e-4, weight decay 1e-4."""
-    readout = config.compose(["profile=paper"])["readout"]
-    head = readout["Head"]
-    assert not readout["Evaluation"]["whiten"] and head["distance_bias"] == [] and head["stretched"]
-    heads = {name: (head | task.pop("Head", {}))["heads"] for name, task in readout["tasks"].items()}
-    assert heads == {"actions": 16, "boxes": 4, "depth": 16, "points": 8, "pose": 16}  # as released, where a head is
-    assert readout["tasks"]["depth"]["Depth"]["offset_m"] == 0
-    for task in readout["tasks"].values():
-        assert [section["views"] for section in task.values()] == [["plain"]]
-    for task in readout["frozen"].values():
-        recipe = task["Frozen"]
-        assert recipe["steps"] * recipe["batch"] == 1_280_000 and recipe["batch"] == 32
-        assert (recipe["learning_rate"], recipe["weight_decay"], recipe["warmup_steps"]) == (3e-4, 1e-4, 1000)
-        assert recipe["rate_at_width"] == recipe["clip_norm"] == 0
 
 
 @pytest.mark.integration
@@ -193,6 +152,7 @@ def test_dvc_resolves_the_stages_of_every_point_of_a_large_profile(
     ("readout.shared", {"Head": {"width": 9}}, "params.yaml has .+ = 9, which is readout.Head.width now"),
     ("distilled", {"a": 1}, "params.yaml has distilled.a = 1, which no group .+"),
     ("pixels.PixelTokens", {}, "params.yaml .+ pixels.PixelTokens.+"),
+    ("profile", ["a"], r"params.yaml has profile = \['a'\]; needed a word"),
 ])  # fmt: skip
 def test_settings_of_other_keys_are_refused(project: Path, changed: Callable, key: str, value: object, message: str) -> None:
     changed(key, value)
@@ -244,31 +204,31 @@ SIMPLE, FROZEN = "points.mini.model.SimpleMAE", "readout.frozen.depth.Frozen"
 ])  # fmt: skip
 def test_compose_refuses_what_a_stage_would_refuse_and_writes_nothing(project: Path, override: str, message: str) -> None:
     before = config.PARAMS.read_bytes()
-    done = CliRunner().invoke(app, ["compose", override])
-    assert re.fullmatch(message, str(done.exception)), done.exception
-    assert isinstance(done.exception, UserError) and config.PARAMS.read_bytes() == before
+    shown = refused_command("compose", override)
+    assert re.fullmatch(message, shown), shown
+    assert config.PARAMS.read_bytes() == before
 
 
 @pytest.mark.usefixtures("in_the_project")
 @pytest.mark.parametrize("profile", EVERY_PROFILE)
 def test_compose_takes_every_profile(tmp_path: Path, profile: str) -> None:
     config.write([f"profile={profile}"], tmp_path / "params.yaml", check=_check_settings)
+    composed = config.read(tmp_path / "params.yaml")
+    reads_out = any(composed["encoders"][protocol] for protocol in ("frozen", "finetune", "classifier"))
+    assert composed["profile"] == profile and bool(composed["benchmarks"]["tasks"]) == reads_out
 
 
-def test_a_profile_that_is_not_yaml_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "experiments").mkdir()
-    (tmp_path / "experiments/config.yaml").write_text("a: [1,\nb: }")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"^a file in experiments/ is not YAML: [^\n]+config.yaml[^\n]+; correct it$"):
-        config.compose([])
-
-
-@pytest.mark.parametrize("text", ["7", "a: " + "[" * 3_000, "a: &a {b: *a}"])
-def test_a_group_that_holds_no_settings_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+@pytest.mark.parametrize(("text", "message"), [
+    ("a: [1,\nb: }", r"a file in experiments/ is not YAML: [^\n]+config.yaml[^\n]+; correct it"),
+    *((text, r"cannot compose the defaults: [^\n]+") for text in ("7", "a: " + "[" * 3_000, "a: &a {b: *a}")),
+])  # fmt: skip
+def test_a_group_that_holds_no_settings_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str
+) -> None:
     (tmp_path / "experiments").mkdir()
     (tmp_path / "experiments/config.yaml").write_text(text)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"^cannot compose the defaults: [^\n]+$"):
+    with pytest.raises(UserError, match=f"^{message}$"):
         config.compose([])
 
 
@@ -279,14 +239,11 @@ def test_two_wrong_overrides_and_a_task_that_is_a_list_are_one_line(project: Pat
         _check_settings(config.compose(["benchmarks.tasks=[[depth]]"]))
 
 
-@pytest.mark.parametrize(
-    ("per_encoder", "message"),
-    [
-        ("{mae_st_b: {steps: 9}}", "readout.classifier.Classifier.per_encoder has 'mae_st_b', which is no point; .+"),
-        ("{nano: 9}", "readout.classifier.Classifier.per_encoder = {'nano': 9} is a dict; needed a mapping by name"),
-        ("{nano: {batch: 7, repeats: 2}}", "readout.classifier: batch 7 does not divide among 1 ranks, each video 2 times; .+"),
-    ],
-)
+@pytest.mark.parametrize(("per_encoder", "message"), [
+    ("{mae_st_b: {steps: 9}}", "readout.classifier.Classifier.per_encoder has 'mae_st_b', which is no point; .+"),
+    ("{nano: 9}", "readout.classifier.Classifier.per_encoder = {'nano': 9} is a dict; needed a mapping by name"),
+    ("{nano: {batch: 7, repeats: 2}}", "readout.classifier: batch 7 does not divide among 1 ranks, each video 2 times; .+"),
+])  # fmt: skip
 @pytest.mark.usefixtures("in_the_project")
 def test_a_recipe_of_one_encoder_that_does_not_fit_is_refused(
     monkeypatch: pytest.MonkeyPatch, per_encoder: str, message: str
@@ -343,11 +300,6 @@ def test_a_damaged_params_file_is_one_line(tmp_path: Path, text: str, message: s
     (tmp_path / "params.yaml").write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=f"^.*params.yaml {message}[^\n]+$"):
         config.read(tmp_path / "params.yaml")
-
-
-def test_a_profile_that_is_no_word_is_refused(project: Path) -> None:
-    with pytest.raises(UserError, match=r"^params.yaml has profile = \['a'\]; needed a word$"):
-        config.overrides({"profile": ["a"]})
 
 
 def test_a_stage_gets_one_config_of_each_class_and_the_text_of_all_values_in_force(boxes: dict) -> None:

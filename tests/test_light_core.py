@@ -11,13 +11,13 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import small_encoder
 import typer.testing
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name as plain
 
 from scaling4d import cli
 from scaling4d.__main__ import main
-from scaling4d.checkpoint import Checkpoint
-from scaling4d.mae.simple_mae import SimpleMAE, SimpleMAEConfig
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -35,10 +35,6 @@ class Light:
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = Light
 """
-
-
-def plain(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def distributions_of(wanted: set[str]) -> Iterator[metadata.Distribution]:
@@ -62,14 +58,7 @@ def absent_modules(wanted: set[str] = CORE) -> set[str]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A place with the checkpoint and the video of README's lines."""
-    config = {"width": 24, "depth": 2, "heads": 2, "mlp": 48, "clip": (8, 64, 64), "patch": (2, 16, 16), "pixel_mean": 0.0}
-    config |= {"pixel_scale": 1.0, "masking": "random", "mask_ratio": 0.5, "position_init": "normal", "branch_init": "released"}
-    config |= {"coarse_patch": (2, 16, 16), "decode_blocks": 1}
-    model = SimpleMAE(SimpleMAEConfig(**config))
-    model.initialise(0)
-    checkpoint = tmp_path / "artifacts/pocket/pretrain/mini"
-    checkpoint.mkdir(parents=True)
-    Checkpoint("mini", "SimpleMAE", config, 1, 1, 1, rate_hz=4.0).write(checkpoint, model.state_dict())
+    small_encoder.checkpoint(tmp_path / "artifacts/pocket/pretrain/mini", "SimpleMAE", 4.0, clip=(8, 64, 64))
     (tmp_path / "data").symlink_to(ROOT / "experiments/pocket")
     return tmp_path
 

@@ -2,13 +2,12 @@
 
 import sys
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 
 from scaling4d import cli
 from scaling4d.audit.run import WRONG, AuditFinding
-from scaling4d.records import UserError, did_you_mean, on_one_line
+from scaling4d.records import did_you_mean, on_one_line
 
 NAME = "a\x1b[2J\nerror: b\x9b\r\u2028\u202e\udcff ü"  # clears the screen, begins a line, turns text around; not UTF-8
 SHOWN = r"a\x1b[2J\nerror: b\x9b\r\u2028\u202e\xff ü"
@@ -42,10 +41,3 @@ def test_a_near_word_is_suggested_and_a_far_or_known_one_is_not() -> None:
     known = ["random", "tube", "frame"]
     assert did_you_mean("randm", known) == "; did you mean random?"
     assert did_you_mean("xyz", known) == did_you_mean("tube", known) == did_you_mean(7, known) == ""
-
-
-def test_an_error_is_shown_whole(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(cli, "app", Mock(side_effect=UserError("no a\nb; needed c")))
-    with pytest.raises(SystemExit, match="^1$"):
-        cli.main()
-    assert capsys.readouterr().err == "error: no a\\nb; needed c\n"

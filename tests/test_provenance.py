@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import git
+from commands import commit_here, git
 from damage import ACCEPTED, REFUSED, SIZES
 
 from scaling4d import provenance
@@ -34,12 +34,6 @@ stages:
   report: {cmd: report, deps: [{path: out, hash: md5, md5: e.dir, size: 9}]}
   pretrain@nano: {cmd: pretrain, outs: [{path: out/pretrain/nano, hash: md5, md5: b.dir, size: 7, nfiles: 2}]}
 """
-
-
-def commit(*paths: str) -> str:
-    git("add", "-A", *paths)
-    git("commit", "-qm", "x")
-    return git("rev-parse", "HEAD").strip()
 
 
 def write(path: str, text: str) -> None:
@@ -236,12 +230,11 @@ def test_writers_of_the_same_name_do_not_meet(file_system: str, tmp_path: Path, 
 def test_git_gives_files_hashes_and_settings_of_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert provenance.git("log") is None and provenance.commits_of("a") == []
-    git("init", "-q")
     for name, text in (("src/b", "2"), ("src/a/c", "1"), ("settings/x.yaml", "x: 1"), ("settings/y.md", "y")):
         write(name, text)
-    first = commit()
+    first = commit_here()
     write("src/b", "3")
-    second = commit()
+    second = commit_here()
     md5s = {"b": hashlib.md5(b"2").hexdigest(), "a/c": hashlib.md5(b"1").hexdigest()}
     assert provenance.md5_at(first, "src") == folder_md5(md5s) and provenance.md5_at(first, "src/b") == md5s["b"]
     assert provenance.md5_at(first, "none") is provenance.file_at(first, "none") is None

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from commands import git
+from commands import commit_here, git
 
 from scaling4d import artifacts, audit, config, provenance
 from scaling4d.audit.run import INTERVAL, locked_runs
@@ -81,11 +81,6 @@ def shell(*words: str) -> None:
     subprocess.run(words, check=True, capture_output=True)
 
 
-def _commit(message: str) -> None:
-    git("add", "-A")
-    git("commit", "-qm", message)
-
-
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
@@ -105,13 +100,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         _write_report()
         Path("dvc.yaml").write_text(DVC_YAML)
         shell(sys.executable, "-m", "dvc", "commit", "-q", "--force")
-        _commit("the run")
+        commit_here("the run")
         shutil.copytree(BUILT, "reports/kept")  # a kept run: its artifacts are absent
         lock = Path("dvc.lock").read_text().replace("artifacts/test", "artifacts/kept").replace("profile: test", "profile: kept")
         Path("reports/kept/dvc.lock").write_text(lock.replace("reports/built", "reports/kept"))
         for name in ("numbers.json", "derived.json"):
             Path("reports/kept", name).unlink()
-        _commit("a kept run")
+        commit_here("a kept run")
     return root
 
 
@@ -277,8 +272,3 @@ def messages(project: Path) -> Callable[[str], list[str]]:
 def wrong(messages: Callable[[str], list[str]]) -> Callable[[], str]:
     """Everything that is wrong now."""
     return lambda: "\n".join(messages("wrong"))
-
-
-@pytest.fixture
-def commit() -> Callable[[str], None]:
-    return _commit

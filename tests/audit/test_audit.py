@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import commit_here
 from damage import ACCEPTED, REFUSED, SIZES, files_below
 
 from scaling4d import artifacts, audit, cli, config, provenance
@@ -322,7 +323,7 @@ def test_results_without_the_checkpoints_that_they_were_read_from_are_not_called
     assert f"not checked {NANO}: {weights}" in messages("not checked")
 
 
-def test_stages_that_dvc_keeps_of_a_still_earlier_run_are_no_part_of_an_earlier_run(commit: Callable, wrong: Wrong) -> None:
+def test_stages_that_dvc_keeps_of_a_still_earlier_run_are_no_part_of_an_earlier_run(wrong: Wrong) -> None:
     lock = yaml.safe_load(Path("dvc.lock").read_text())
     leftover = json.loads(json.dumps(next(stage for name, stage in lock["stages"].items() if name.startswith("readout@"))))
     for dep in (dep for dep in leftover["deps"] if dep["path"].startswith("artifacts/")):
@@ -330,23 +331,23 @@ def test_stages_that_dvc_keeps_of_a_still_earlier_run_are_no_part_of_an_earlier_
     leftover["outs"][0] |= {"path": "artifacts/test/readout/nano/actions/finetune", "md5": "1" * 32}
     lock["stages"]["finetune@nano"] = leftover
     Path("dvc.lock").write_text(yaml.safe_dump(lock))
-    commit("a lock with a stage that dvc.yaml no longer has")
+    commit_here("a lock with a stage that dvc.yaml no longer has")
     assert not wrong()
     Path("src/scaling4d/readout/stage.py").write_text("VALUE = 22\n")
-    commit("other code")
+    commit_here("other code")
     assert not wrong()
 
 
-def test_results_of_an_earlier_commit_are_one_note(flip: Flip, commit: Callable, messages: Messages, wrong: Wrong) -> None:
+def test_results_of_an_earlier_commit_are_one_note(flip: Flip, messages: Messages, wrong: Wrong) -> None:
     made = provenance.git_or_error("rev-parse", "--short=7", "HEAD~1").strip()
     Path("src/scaling4d/readout/stage.py").write_text("VALUE = 22\n")
     assert wrong()  # no commit has this edit
-    commit("other code")
+    commit_here("other code")
     assert not wrong()
     again = "`make repro` makes the results again"
     assert messages("note") == [f"note        dvc.lock: commit {made} made the results; newer: code of readout; {again}"]
     config.PARAMS.write_text(config.PARAMS.read_text().replace("seed: 0", "seed: 33"))
-    commit("another seed")
+    commit_here("another seed")
     assert not wrong()
     newer = "newer: code of readout, settings or files of 6 stages"
     assert messages("note") == [f"note        dvc.lock: commit {made} made the results; {newer}; {again}"]
@@ -355,7 +356,7 @@ def test_results_of_an_earlier_commit_are_one_note(flip: Flip, commit: Callable,
     config.PARAMS.write_text(yaml.safe_dump(settings))
     Path("experiments/pocket/videos/c.mp4").write_text("a new video")
     subprocess.run([sys.executable, "-m", "dvc", "update", "-q", "data.dvc"], check=True, capture_output=True)
-    commit("a point less, and other data")
+    commit_here("a point less, and other data")
     assert not wrong()
     assert len(messages("note")) == 1
     flip("reports/built/results.csv", "top1,0.75,", "top1,0.95,")
@@ -364,9 +365,9 @@ def test_results_of_an_earlier_commit_are_one_note(flip: Flip, commit: Callable,
     assert "clips: dvc.lock has clips.Curation.frames = 6, params.yaml 4" in wrong()  # no commit has this lock
 
 
-def test_a_kept_run_is_proven_by_the_commit_that_holds_its_code(flip: Flip, commit: Callable, wrong: Wrong) -> None:
+def test_a_kept_run_is_proven_by_the_commit_that_holds_its_code(flip: Flip, wrong: Wrong) -> None:
     flip("src/scaling4d/readout/stage.py", "VALUE = 1", "VALUE = 2")
-    commit("the code moves on")
+    commit_here("the code moves on")
     assert "reports/kept" not in wrong()  # its commit is found in the history
     flip("reports/kept/dvc.lock", "frames: 4", "frames: 6")
     text = wrong()
@@ -431,15 +432,6 @@ def test_every_file_is_opened_once_however_many_stages_name_it(project: Path) ->
     watching[0] = False
     times = Counter(path for path in opened if path.startswith(("artifacts/", "data/", "reports/", "src/", "experiments/")))
     assert set(times.values()) == {1} and len(times) > 30
-
-
-def test_folders_are_hashed_the_way_dvc_and_the_stages_do(project: Path) -> None:
-    disk = locked_runs()[0].disk
-    for stage in provenance.read_lock(Path("dvc.lock")).values():
-        for file in (*stage.deps, *stage.outs):
-            size = sum(digest.size for digest in disk.files(file.path).values())
-            assert (disk.md5(file.path), size) == (file.md5, file.size)
-            assert disk.sha256(file.path) == artifacts.sha256(Path(file.path))
 
 
 @SIZES

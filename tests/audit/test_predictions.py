@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import git
+from commands import commit_here
 
 from scaling4d import artifacts
 from scaling4d.audit import predictions
@@ -38,13 +37,12 @@ def write_runs(name: str, budgets: tuple[float, ...]) -> None:
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commit: Callable) -> Study:
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
     """A repository with a fitted study, and a study that is to be predicted."""
     monkeypatch.chdir(tmp_path)
-    git("init", "-q")
     law.PREDICTIONS.mkdir(parents=True)
     write_runs("small", (1e12, 2e12, 4e12))
-    commit("fitted runs")
+    commit_here("fitted runs")
     arms = tuple(Arm(f"{size}_8e+12", "pocket", (), f"{size}", ()) for size in SIZES)
     others = (Arm("untrained", "pocket", (), "u", ()), Arm("mae_st", "pocket", (), "m", ()))
     models = {arm.encoder: {"model": {"SimpleMAE": {}}} for arm in arms} | {"m": {"model": {"MAEST": {}}}}
@@ -55,12 +53,12 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commit: Callable) -
     return Study("larger", "?", arms[0].name, (0,), (*arms, *others), {}, law=True)
 
 
-def test_a_prediction_before_its_results_is_right_and_stands_beside_them(project: Study, commit: Callable) -> None:
+def test_a_prediction_before_its_results_is_right_and_stands_beside_them(project: Study) -> None:
     assert law.write_prediction(project, REPORTS / "small") == PREDICTION
     assert [row["parameters"] for row in json.loads(PREDICTION.read_text())["arms"]] == [*SIZES]
-    commit("prediction")
+    commit_here("prediction")
     write_runs("larger", (8e12,))
-    commit("results")
+    commit_here("results")
     assert [*predictions.findings()] == []
     rows = [*law.outcome_rows(law.read_prediction("larger"), law.read_trained_runs(REPORTS / "larger"))]
     assert [row["measured"] for row in rows] == pytest.approx([row["predicted"] for row in rows], rel=5e-3)
@@ -77,7 +75,7 @@ def test_a_prediction_before_its_results_is_right_and_stands_beside_them(project
     )
 
 
-def test_what_is_measured_already_is_not_predicted(project: Study, commit: Callable) -> None:
+def test_what_is_measured_already_is_not_predicted(project: Study) -> None:
     law.write_prediction(project, REPORTS / "small")
     every = PREDICTION.read_text()
     write_runs("other", (8e12,))
@@ -88,54 +86,52 @@ def test_what_is_measured_already_is_not_predicted(project: Study, commit: Calla
     law.write_prediction(project, REPORTS / "small")
     assert [row["parameters"] for row in json.loads(PREDICTION.read_text())["arms"]] == [*SIZES[1:]]
     PREDICTION.write_text(every)
-    commit("other runs, and a prediction of the first of them")
+    commit_here("other runs, and a prediction of the first of them")
     (finding,) = predictions.findings()
     assert (
         finding.kind == WRONG and "24400_8e+12 is predicted by commit " in finding.message and "other/runs.csv" in finding.message
     )
 
 
-def test_results_of_a_former_study_of_the_name_and_a_withdrawn_prediction_do_not_count(project: Study, commit: Callable) -> None:
+def test_results_of_a_former_study_of_the_name_and_a_withdrawn_prediction_do_not_count(project: Study) -> None:
     write_runs("larger", (3e12,))
-    commit("results")
+    commit_here("results")
     (REPORTS / "larger/runs.csv").unlink()
-    commit("they are gone")
+    commit_here("they are gone")
     law.write_prediction(project, REPORTS / "small")
-    commit("prediction")
+    commit_here("prediction")
     assert [*predictions.findings()] == []
     with pytest.raises(UserError, match="a commit has .*larger.json; a prediction is made once"):
         law.write_prediction(project, REPORTS / "small")
     PREDICTION.unlink()
-    commit("withdrawn")
+    commit_here("withdrawn")
     write_runs("small", (1e12, 2e12, 3e12))
     law.write_prediction(project, REPORTS / "small")
-    commit("another prediction")
+    commit_here("another prediction")
     (finding,) = predictions.findings()
     assert finding.kind == NOTE and finding.message.startswith("an earlier prediction, of commit ")
 
 
-def test_an_arm_that_did_not_run_stays_in_the_table(project: Study, commit: Callable) -> None:
+def test_an_arm_that_did_not_run_stays_in_the_table(project: Study) -> None:
     law.write_prediction(project, REPORTS / "small")
     runs = law.read_trained_runs(REPORTS / "small")
     assert [row.get("measured") for row in law.outcome_rows(law.read_prediction("larger"), runs)] == [None] * 3
 
 
-def test_a_result_that_a_commit_had_before_the_prediction_is_found_though_it_was_removed(
-    project: Study, commit: Callable
-) -> None:
+def test_a_result_that_a_commit_had_before_the_prediction_is_found_though_it_was_removed(project: Study) -> None:
     facts = json.dumps({"runs": {f"{SIZES[0]}_8e+12-0": {"experiment": "0123456789abcdef"}}})
     write_runs("larger", (8e12,))
     (REPORTS / "larger/study.json").write_text(facts)
-    commit("results")
+    commit_here("results")
     for name in ("runs.csv", "study.json"):
         (REPORTS / "larger" / name).unlink()
-    commit("hidden")
+    commit_here("hidden")
     law.write_prediction(project, REPORTS / "small")
-    commit("prediction")
+    commit_here("prediction")
     assert [*predictions.findings()] == []
     write_runs("larger", (8e12,))
     (REPORTS / "larger/study.json").write_text(facts)
-    commit("results again")
+    commit_here("results again")
     (finding,) = predictions.findings()
     assert finding.kind == WRONG and f" predicts {SIZES[0]}_8e+12-0, whose result commit " in finding.message
 
@@ -163,7 +159,7 @@ def test_two_seeds_of_a_predicting_run_are_one_point_of_the_line(project: Study)
     )
 
 
-def test_a_run_of_another_size_than_predicted_is_refused(project: Study, commit: Callable) -> None:
+def test_a_run_of_another_size_than_predicted_is_refused(project: Study) -> None:
     law.write_prediction(project, REPORTS / "small")
     write_runs("larger", (9e12,))
     names = {f"{size}_9e+12": f"{size}_8e+12" for size in SIZES}
@@ -176,52 +172,52 @@ def test_a_run_of_another_size_than_predicted_is_refused(project: Study, commit:
         page.tables(project, read_runs(REPORTS / "larger"))
 
 
-def test_a_prediction_after_its_results_is_wrong(project: Study, commit: Callable) -> None:
+def test_a_prediction_after_its_results_is_wrong(project: Study) -> None:
     law.write_prediction(project, REPORTS / "small")
     late = PREDICTION.read_text()
     PREDICTION.unlink()
     write_runs("larger", (8e12,))
-    commit("results")
+    commit_here("results")
     PREDICTION.write_text(late)
-    commit("prediction")
+    commit_here("prediction")
     (finding,) = predictions.findings()
     assert finding.kind == WRONG and "measures already" in finding.message
     with pytest.raises(UserError, match="has the results already; a prediction is made before them"):
         law.write_prediction(project, REPORTS / "small")
 
 
-def test_a_prediction_in_the_commit_of_its_results_is_wrong(project: Study, commit: Callable) -> None:
+def test_a_prediction_in_the_commit_of_its_results_is_wrong(project: Study) -> None:
     law.write_prediction(project, REPORTS / "small")
     (finding,) = predictions.findings()
     assert finding.kind == NOTE and "commit it before `scaling4d study larger`" in finding.message
     write_runs("larger", (8e12,))
-    commit("both")
+    commit_here("both")
     assert [finding.kind for finding in predictions.findings()] == [WRONG]
 
 
-def test_a_prediction_that_was_changed_later_is_wrong(project: Study, commit: Callable) -> None:
+def test_a_prediction_that_was_changed_later_is_wrong(project: Study) -> None:
     law.write_prediction(project, REPORTS / "small")
-    commit("prediction")
+    commit_here("prediction")
     content = json.loads(PREDICTION.read_text())
     content["arms"][1]["predicted"] *= 1.01
     PREDICTION.write_text(json.dumps(content))
-    commit("change")
+    commit_here("change")
     changed, other = predictions.findings()
     assert changed.kind == other.kind == WRONG
     assert "was changed after commit" in changed.message and "the law of reports/studies/small/runs.csv predicts" in other.message
 
 
-def test_the_runs_of_the_prediction_are_found_in_the_commits_and_others_are_wrong(project: Study, commit: Callable) -> None:
+def test_the_runs_of_the_prediction_are_found_in_the_commits_and_others_are_wrong(project: Study) -> None:
     law.write_prediction(project, REPORTS / "small")
     write_runs("small", (1e12, 2e12, 3e12))
-    commit("prediction")
+    commit_here("prediction")
     assert [*predictions.findings()] == []
     PREDICTION.unlink()
-    commit("withdrawn")
+    commit_here("withdrawn")
     law.write_prediction(project, REPORTS / "small")
     content = json.loads(PREDICTION.read_text())
     PREDICTION.write_text(json.dumps(content | {"source_sha256": "0" * 64}))
-    commit("of no runs")
+    commit_here("of no runs")
     note, finding = predictions.findings()
     assert note.kind == NOTE
     assert finding.kind == WRONG and "no reports/studies/small/runs.csv of sha256 000000000000" in finding.message

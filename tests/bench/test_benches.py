@@ -3,14 +3,14 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
+from commands import invoke
 
-from scaling4d import cli
 from scaling4d.scenes.scene import KINDS
 from scaling4d_bench import curate, decode, features, loader, measure, render, videos
 from scaling4d_bench.loader import ALONE
@@ -146,14 +146,19 @@ def test_curation_is_measured_at_two_sizes_and_again(tmp_path) -> None:
     assert min(row["peak_main"] for row in content["results"]["rows"]) > 0 and second["peak_worker"] > 0
 
 
-def test_drawing_is_measured_for_every_kind(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.chdir(Path(__file__).parents[2])
-    monkeypatch.setattr(render, "draw_sample", lambda spec: None)
-    monkeypatch.setattr(render, "draw_video", lambda spec: None)
+def test_drawing_is_measured_for_every_kind(tmp_path, in_the_project, monkeypatch, capsys) -> None:
+    drawn = {"draw_sample": Counter(), "draw_video": Counter()}
+    for name, specs in drawn.items():
+        monkeypatch.setattr(render, name, lambda spec, specs=specs: specs.update([(spec.kind, spec.index)]))
     content, shown = json.loads(render.bench(tmp_path, repeats=3).read_text()), capsys.readouterr().out
-    assert [row["name"] for row in content["results"]["rows"]] == [*KINDS, "video"] and content["settings"]["frames"] > 1
-    assert all(len(seconds) == 3 for seconds in content["raw"]["seconds"]["seconds"].values())
-    assert all(f"│ {kind} " in shown for kind in KINDS)
+    clips = {kind: [(kind, index) for index in range(render.CLIPS)] for kind in (*KINDS, "corpus")}
+    assert drawn["draw_video"] == dict.fromkeys(clips.pop("corpus"), 4)  # once without counting
+    assert drawn["draw_sample"] == dict.fromkeys(sum(clips.values(), []), 4)
+    assert content["settings"]["frames"] > 1
+    rows, seconds = content["results"]["rows"], content["raw"]["seconds"]["seconds"]
+    assert [row["name"] for row in rows] == [*KINDS, "video"] and {len(several) for several in seconds.values()} == {3}
+    for row in rows:
+        assert row["per_s"] == pytest.approx(render.CLIPS / np.median(seconds[row["name"]])) and f"│ {row['name']} " in shown
 
 
 def test_the_paper_calculation_multiplies_rates_up() -> None:
@@ -183,5 +188,5 @@ def test_every_benchmark_has_a_command_whose_help_needs_no_torch() -> None:
     shown = subprocess.run([sys.executable, "-c", code, "bench", "--help"], capture_output=True, text=True, check=True).stdout
     names = ("attention", "costs", "curate", "decode", "loader", "masking", "pretrain", "readout", "render")
     assert all(f" {name} " in shown for name in names)
-    refused = CliRunner().invoke(cli.app, ["bench", "masking", "--precision", "fp16"])
+    refused = invoke("bench", "masking", "--precision", "fp16")
     assert refused.exit_code == 2 and "'fp16' is not one of 'fp32'" in refused.output

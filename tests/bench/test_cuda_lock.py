@@ -11,6 +11,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from packaging.utils import canonicalize_name
 
 from scaling4d_bench import cuda_wheels
 
@@ -21,16 +22,12 @@ TABLE = json.loads((ROOT / "tests/fixtures/cuda_wheels.json").read_text())
 
 def pins(lock: str) -> dict[str, str]:
     lines = (line.split("==") for line in (ROOT / lock).read_text().splitlines() if "==" in line)
-    return {plain(name): version for name, version in lines}
-
-
-def plain(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
+    return {canonicalize_name(name): version for name, version in lines}
 
 
 def wheels(lock: str) -> dict[str, dict]:
     """Name -> entry of the table."""
-    return {plain(entry["name"]): entry for entry in map(TABLE["wheels"].get, TABLE["locks"][lock]["wheels"])}
+    return {canonicalize_name(entry["name"]): entry for entry in map(TABLE["wheels"].get, TABLE["locks"][lock]["wheels"])}
 
 
 def test_the_cuda_lock_changes_only_torch_and_what_it_needs() -> None:

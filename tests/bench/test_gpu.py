@@ -14,15 +14,11 @@ from scaling4d.pretrain.plan.work import work_of
 from scaling4d.records import MaskedTokens
 from scaling4d_bench import attention, costs, devices, pretrain, steps
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing is claimed")]
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing is claimed")
+pytestmark = [pytest.mark.gpu, NO_GPU, pytest.mark.usefixtures("in_the_project")]
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SMALL = {"clip": [8, 64, 64], "depth": 4}
-
-
-@pytest.fixture(autouse=True)
-def in_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(Path(__file__).parents[2])
 
 
 @pytest.mark.parametrize("count", attention.TOKENS)

@@ -10,12 +10,11 @@ from scaling4d import config
 from scaling4d_bench import ladder, measure
 from scaling4d_bench.measure import Timings
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("in_the_project")
 
 
 @pytest.mark.integration
 def test_the_default_profiles_points_are_measured_as_it_trains_them(tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.chdir(ROOT)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     monkeypatch.setattr(ladder, "STEPS", 1)
     settings = config.compose([])
@@ -31,7 +30,6 @@ def test_the_default_profiles_points_are_measured_as_it_trains_them(tmp_path: Pa
 
 
 def test_the_share_of_the_peak_is_that_of_cpu_seconds(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(ROOT)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     facts = {
         "batch": 16,

@@ -29,8 +29,7 @@ GIVEN = {"clips": 2, "device": CPU}
 
 
 @pytest.fixture(autouse=True)
-def small_and_in_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(Path(__file__).parents[2])
+def small_and_in_the_project(in_the_project: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "cores", lambda: 1)
     monkeypatch.setattr(devices, "MATRIX_SIDE", {"cpu": 64})
     monkeypatch.setattr(devices, "COPIED_BYTES", {"cpu": 1024})

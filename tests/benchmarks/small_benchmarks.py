@@ -11,16 +11,7 @@ from damage import ACCEPTED, SKIPPED
 from numbered import CLIP, H264, INTRINSICS, T, pictures, poses, three_boxes
 
 from scaling4d import seeds
-from scaling4d.benchmarks import (
-    kinetics,
-    perception_test,
-    perception_test_objects,
-    realestate10k,
-    scannet,
-    ssv2,
-    tapvid,
-    waymo,
-)
+from scaling4d.benchmarks import kinetics, perception_test, perception_test_objects, realestate10k, scannet, ssv2, tapvid, waymo
 from scaling4d.records import Sample
 
 YOUTUBE_ID = "abcdefghijk"

@@ -20,6 +20,7 @@ from scaling4d.records import Sample, UserError, write_json
 
 CLIP = ClipRequest(frames=4, rate_hz=8.0, side_px=32)
 ENCODING = {"rate_hz": 8.0, "crf": 40, "gop": 6}
+RANDOM = {"windows": "random"}
 TEMPLATES = ("Holding [something]", "Moving [something]")
 
 
@@ -28,10 +29,14 @@ TEMPLATES = ("Holding [something]", "Moving [something]")
     ("depth", "test", {}, "unknown split 'test'; needed one of train, val"),
     ("points", "val", {"queries": "all"}, "queries = 'all'; needed one of frame_0, first, strided"),
     ("depth", "val", {"queries": "first"}, r"views = \(1, 1\) and queries = 'first' of task depth; needed \(1, 1\) except"),
+    ("depth", "val", {"windows": "second"}, "windows = 'second'; needed one of first, random"),
+    ("depth", "val", RANDOM | {"views": (1, 3)}, r"views = \(1, 3\) and queries = 'frame_0' of task depth; needed"),
+    ("points", "val", RANDOM | {"views": (2, 1), "queries": "first"}, r"views = \(2, 1\) and queries = 'first' of task"),
     ("depth", "val", {"views": (2, 1)}, r"views = \(2, 1\) and queries = 'frame_0' of task depth; needed \(1, 1\) except"),
 ])  # fmt: skip
 def test_an_unknown_request_names_what_exists(tmp_path, task, split, clip, expected):
-    (tmp_path / "scannet").mkdir()
+    for name in ("scannet", "perception_test"):
+        (tmp_path / name).mkdir()
     with pytest.raises(UserError, match=f"^{expected}"):
         benchmarks.read_samples(task, tmp_path, split, replace(CLIP, **clip))
 

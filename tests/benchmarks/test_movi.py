@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from benchmarks.writers import message, movi_record, write_movi, write_tapvid
+from benchmarks.writers import message, movi_record, write_array_records, write_movi, write_tapvid
 from numbered import CLIP, H264, in_square, left_out, numbers, pictures, read, refused
 
 from scaling4d import benchmarks, seeds
@@ -79,13 +79,6 @@ def test_damaged_shards_and_records_are_one_line(tmp_path):
     ((name, bad, why),) = left_out(movi, tmp_path, "train", FOUR)
     assert (name, bad) == ("00000-of-00001-0000", True) and "is damaged in record 0: Corrupted" in why
 
-    def write(record: bytes) -> None:
-        from array_record.python.array_record_module import ArrayRecordWriter
-
-        writer = ArrayRecordWriter(str(shard), "group_size:1")
-        writer.write(record)
-        writer.close()
-
     whole = tracked()
     fewer = SimpleNamespace(pixels=whole.pixels, labels=whole.labels, valid={"points": whole.valid["points"][:2]})
     text = message([(1, b"x"), (2, b"\x0a\x00")])
@@ -99,9 +92,9 @@ def test_damaged_shards_and_records_are_one_line(tmp_path):
         (movi_record(whole).replace(struct.pack("<f", float(whole.labels["points"][0, 3, 0])), struct.pack("<f", np.inf)),
          "points that are visible must be numbers$"),
     ):  # fmt: skip
-        write(record)
+        write_array_records(tmp_path / "train", [record])
         refused(expected, movi, tmp_path, "train", FOUR)
-    write(movi_record(whole))
+    write_array_records(tmp_path / "train", [movi_record(whole)])
     refused("24 frames, needed frame 30; lower frames or raise rate_hz$", movi, tmp_path, "train", replace(FOUR, frames=16))
 
 

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.writers import write_kinetics, write_movi, write_objects, write_scannet_export, write_tapvid, write_waymo_v1
 from numbered import CLIP, H264, INTRINSICS, T, in_square, left_out, numbers, pictures, poses, refused, three_boxes
 
-from scaling4d import benchmarks, seeds
+from scaling4d import seeds
 from scaling4d.benchmarks import (
     kinetics,
     movi,
@@ -24,7 +24,7 @@ from scaling4d.benchmarks import (
 )
 from scaling4d.benchmarks.samples import ClipRequest, at_positions
 from scaling4d.readout.data import RankSplit
-from scaling4d.records import Sample, UserError
+from scaling4d.records import Sample
 
 FRAMES = 24
 NAME = "ABCDEFGHIJ1"
@@ -297,15 +297,3 @@ def test_a_window_of_a_scene_whose_end_is_missing_is_bad_at_once(tmp_path) -> No
     assert not left_out(scannet, tmp_path, "val", CLIP)
     ((_, bad, why),) = left_out(scannet, tmp_path, "val", replace(CLIP, windows="random"))
     assert bad and "is damaged: it ends inside frame 23 of 24" in why
-
-
-@pytest.mark.parametrize(("task", "changes", "expected"), [
-    ("depth", {"windows": "second"}, "windows = 'second'; needed one of first, random"),
-    ("depth", {"views": (1, 3), "windows": "random"}, r"views = \(1, 3\) and queries = 'frame_0' of task depth; needed"),
-    ("points", {"views": (2, 1), "windows": "random", "queries": "first"}, r"views = \(2, 1\) and queries = 'first' of task"),
-])  # fmt: skip
-def test_requests_of_windows_that_no_reader_has_are_refused(tmp_path, task, changes, expected) -> None:
-    for name in ("scannet", "perception_test"):
-        (tmp_path / name).mkdir()
-    with pytest.raises(UserError, match=f"^{expected}"):
-        benchmarks.read_samples(task, tmp_path, "val", replace(CLIP, **changes))

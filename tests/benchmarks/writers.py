@@ -153,13 +153,18 @@ def _varint(value: int) -> bytes:
 
 def write_movi(root: Path, samples: Sequence[Sample], *, shards: int = 1) -> None:
     """Samples with label points `Q F 2` and valid `Q F`, as scivid distributes MOVi-E."""
+    write_array_records(root / "train", [movi_record(sample) for sample in samples], shards=shards)
+
+
+def write_array_records(path: Path, records: Sequence[bytes], *, shards: int = 1) -> None:
+    """Shards `<path>.array_record-*`. Record n is in shard n modulo their number."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    root.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     for shard in range(shards):
-        writer = ArrayRecordWriter(str(root / f"train.array_record-{shard:05d}-of-{shards:05d}"), "group_size:1")
-        for sample in samples[shard::shards]:
-            writer.write(movi_record(sample))
+        writer = ArrayRecordWriter(f"{path}.array_record-{shard:05d}-of-{shards:05d}", "group_size:1")
+        for record in records[shard::shards]:
+            writer.write(record)
         writer.close()
 
 

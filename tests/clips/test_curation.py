@@ -271,20 +271,6 @@ def test_cached_results_are_not_used_for_other_settings_or_changed_clips(quick, 
     assert contents(run(corpus, tmp_path / "again", quick, **known)) == before and jobs["cutting clips"] > 0
 
 
-def inspect_while_away(videos, source, sha256, config):
-    """One file is not there while it is inspected."""
-    return inspection.inspect_video(videos / "gone" if source.path == "good1.mp4" else videos, source, sha256, config)
-
-
-def test_a_file_that_cannot_be_read_for_the_moment_is_inspected_again(quick, videos, tmp_path, monkeypatch):
-    corpus = few(videos, tmp_path / "corpus", 3)
-    with dask_client(quick) as client:
-        for function, reasons, clips in ((inspect_while_away, ["cannot be read"], 0), (inspection.inspect_video, [], 1)):
-            monkeypatch.setattr(curate, "inspect_video", function)
-            inspections = curate._inspect_all(client, corpus, list_sources(corpus), CONFIG, tmp_path / "cache")
-            assert [why.reason for why in inspections[1].rejected] == reasons and len(inspections[1].clips) == clips
-
-
 def put_and_die(folder):
     with curate.open_cache(folder, "inspections", {"a": 1}) as known:
         known.set("one", [1])

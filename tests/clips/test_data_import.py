@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import commit_here
 from nearness import contents
 from small_videos import save, world
 
@@ -96,11 +97,6 @@ def test_a_corpus_of_links_and_a_bare_folder_of_videos_are_read_where_they_lie_a
     assert sh("dvc", "status") == "Data and pipelines are up to date.\n"
 
 
-def commit_all():
-    sh("git", "add", "-A")
-    sh("git", "-c", "user.name=a", "-c", "user.email=a@example.org", "commit", "-qm", "state")
-
-
 @pytest.mark.slow
 def test_linked_data_work_with_a_pipeline_and_with_experiments_and_a_changed_video_is_seen(project):
     own = project.parent / "own"
@@ -114,7 +110,7 @@ def test_linked_data_work_with_a_pipeline_and_with_experiments_and_a_changed_vid
         sh("dvc", "repro")
         assert int(Path("bytes.txt").read_text()) == len(content)
         assert "up to date" in sh("dvc", "status") and not [path for path in Path("data").rglob("*.mp4") if not path.is_symlink()]
-        commit_all()
+        commit_here()
     (own / "videos/deep er/ü.mp4").write_bytes(b"of an experiment")
     sh("dvc", "exp", "run")
     assert int(Path("bytes.txt").read_text()) == len(b"of an experiment")

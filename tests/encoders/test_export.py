@@ -2,35 +2,28 @@
 
 import importlib.util
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import small_encoder
 import torch
-from torch import Tensor, nn
-from typer.testing import CliRunner, Result
+from commands import invoke, refused_command
+from torch import Tensor
 
-from scaling4d import cli, seeds
-from scaling4d.checkpoint import Checkpoint
+from scaling4d import seeds
 from scaling4d.encoders import export as exporting
-from scaling4d.encoders import torchvision_shim
 from scaling4d.encoders.encoder import Encoder
-from scaling4d.mae.encoder import Backbone, PixelTokens
-from scaling4d.mae.mae_st import MAESTEncoder
-from scaling4d.mae.vit import VJEPA21, VideoMAE2
-from scaling4d.records import UserError
 
 CLIP = (4, 32, 48)
-PIXELS = {"clip": CLIP, "patch": (2, 16, 16), "pixel_mean": 0.4, "pixel_scale": 2.0}
-SHAPE = PIXELS | {"width": 24, "depth": 3, "heads": 2, "mlp": 48}
+ONE_TABLE = {"separable_positions": False, "class_token": False}
 MODELS = {
-    "4ds": (Backbone, SHAPE),
-    "mae_st": (MAESTEncoder, SHAPE | {"separable_positions": True, "class_token": True}),
-    "mae_st, one table": (MAESTEncoder, SHAPE | {"separable_positions": False, "class_token": False}),
-    "pixels": (PixelTokens, PIXELS),
+    "4ds": ("Backbone", {}),
+    "mae_st": ("MAESTEncoder", {}),
+    "mae_st, one table": ("MAESTEncoder", ONE_TABLE),
+    "pixels": ("PixelTokens", {}),
 }
-WIDE = {key: value for key, value in SHAPE.items() if key not in ("pixel_mean", "pixel_scale")}
-PUBLISHED = {cls.__name__: (cls, WIDE | {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}) for cls in (VideoMAE2, VJEPA21)}
 ANY = ("--any-length",)
 NEEDS_ONNX = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("onnxruntime", "onnxscript"))), reason="needs the extra `export`"
@@ -38,24 +31,11 @@ NEEDS_ONNX = pytest.mark.skipif(
 
 
 def saved(folder: Path, name: str) -> Path:
-    model_class, settings = (MODELS | PUBLISHED)[name]
-    model: nn.Module = model_class(model_class.config_class(**settings))
-    with torch.no_grad():
-        for key, weight in model.state_dict().items():
-            weight.copy_(0.2 * torch.randn(weight.shape, generator=seeds.torch_rng(0, key)))
-    folder.mkdir()
-    Checkpoint("x", model_class.__name__, settings, 1, 0, 0).write(folder, model.state_dict())
-    return folder
+    model, changes = MODELS.get(name, (name, {}))
+    return small_encoder.checkpoint(folder, model, noise=0.2, clip=CLIP, **changes)
 
 
-def export(*words: object) -> Result:
-    return CliRunner().invoke(cli.app, ["export", *map(str, words)])
-
-
-def refused(*words: object) -> str:
-    result = export(*words)
-    assert isinstance(result.exception, UserError), result.output
-    return str(result.exception)
+export, refused = partial(invoke, "export"), partial(refused_command, "export")
 
 
 def clips_of(batch: int, frames: int) -> Tensor:
@@ -115,18 +95,9 @@ def test_onnxruntime_gives_the_encoders_output(tmp_path: Path, name: str, words:
 @pytest.mark.integration
 @pytest.mark.parametrize("kind", ["dinov2", "videomae"])
 def test_a_model_of_transformers_is_exported_for_any_batch(tmp_path: Path, kind: str) -> None:
-    torchvision_shim.declare_operators()
-    import transformers as tf
+    from encoders.small_models import save_model
 
-    shape = {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2, "image_size": 32, "patch_size": 16}
-    if kind == "dinov2":
-        model, processor = tf.Dinov2Model(tf.Dinov2Config(**shape)), tf.BitImageProcessor(crop_size={"height": 32, "width": 32})
-    else:
-        square = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-        model = tf.VideoMAEModel(tf.VideoMAEConfig(**shape, intermediate_size=48, num_frames=4))
-        processor = tf.VideoMAEImageProcessor(**square)
-    for part in (model, processor):
-        part.save_pretrained(tmp_path / "theirs")
+    save_model(tmp_path / "theirs", kind)
     encoder, out = Encoder.from_pretrained(tmp_path / "theirs"), tmp_path / "encoder.pt2"
     assert export(tmp_path / "theirs", "--torch", out).output == f"wrote {out}\n"
     program = torch.export.load(out).module()

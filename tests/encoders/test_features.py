@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import small_encoder
 import torch
 from nearness import near
 from torch import Tensor
@@ -14,16 +15,13 @@ from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders import features
 from scaling4d.encoders.features import FeatureEncoder, FeatureStore, MemoryFeatures
 from scaling4d.encoders.stage import baseline
-from scaling4d.mae.encoder import Backbone, BackboneConfig, initialise
+from scaling4d.mae.encoder import Backbone
 from scaling4d.readout.stage import readout
 
 
 @pytest.fixture
 def encoder() -> Backbone:
-    shape = {"width": 24, "depth": 6, "heads": 2, "mlp": 48, "clip": (4, 16, 16), "patch": (2, 8, 8)}
-    encoder = Backbone(BackboneConfig(**shape, pixel_mean=0.0, pixel_scale=1.0))
-    initialise(encoder, seed=0)
-    return encoder
+    return small_encoder.model("Backbone", clip=(4, 16, 16), patch=(2, 8, 8), depth=6, pixel_mean=0.0, pixel_scale=1.0)
 
 
 @pytest.fixture

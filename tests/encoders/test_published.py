@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from refusals import refused
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-import scaling4d
 from scaling4d import artifacts, config
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders import published
@@ -24,11 +24,7 @@ from scaling4d.records import UserError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 CLIPS = {"VideoMAE2": (4, 16, 16), "VJEPA": (16, 16, 16), "VJEPA21": (4, 48, 32)}
-FILES = {
-    "VideoMAE2": "vit_b_k710_dl_from_giant.pth",
-    "VJEPA": "vitl16.pth.tar",
-    "VJEPA21": "vjepa2_1_vitb_dist_vitG_384.pt",
-}
+FILES = {"VideoMAE2": "vit_b_k710_dl_from_giant.pth", "VJEPA": "vitl16.pth.tar", "VJEPA21": "vjepa2_1_vitb_dist_vitG_384.pt"}
 TOLERANCE = {"VideoMAE2": 2e-6, "VJEPA": 2e-6, "VJEPA21": 5e-6}  # of 2, 2 and 12 blocks
 every_vit = pytest.mark.parametrize("kind", CLIPS)
 
@@ -127,9 +123,12 @@ def test_vjepa_21_of_either_section_with_its_own_norms_gives_the_outputs_of_the_
     agree("V-JEPA 2.1, outputs of four layers against the official code", error, 3e-5)
 
 
-def test_a_file_of_vjepa_21_takes_clips_of_64_frames_and_384_px_unless_told_otherwise(tmp_path: Path) -> None:
-    encoder = Encoder.from_pretrained(official("VJEPA21", tmp_path))
-    assert encoder.clip == (64, 384, 384) and encoder.grid == (32, 24, 24)
+@pytest.mark.parametrize(("kind", "clip", "grid"), [
+    ("VJEPA21", (64, 384, 384), (32, 24, 24)), ("VideoMAE2", (16, 224, 224), (8, 28, 28))
+])  # fmt: skip
+def test_a_file_takes_the_clips_of_its_training_unless_told(kind: str, clip: tuple, grid: tuple, tmp_path: Path) -> None:
+    encoder = Encoder.from_pretrained(official(kind, tmp_path))
+    assert encoder.clip == clip and encoder.grid == grid
 
 
 def test_a_side_of_one_patch_is_at_place_0_for_vjepa_21(tmp_path: Path) -> None:
@@ -138,16 +137,9 @@ def test_a_side_of_one_patch_is_at_place_0_for_vjepa_21(tmp_path: Path) -> None:
         assert encoder(torch.zeros(1, 4, 16, 32, 3)).last_hidden_state.isfinite().all()
 
 
-def test_a_file_of_videomae_2_takes_clips_of_16_frames_and_224_px_unless_told_otherwise(tmp_path: Path) -> None:
-    encoder = Encoder.from_pretrained(official("VideoMAE2", tmp_path))
-    assert encoder.clip == (16, 224, 224) and encoder.grid == (8, 28, 28)
-
-
 @pytest.mark.parametrize("section", ["module", "model", ""])
 @pytest.mark.parametrize("prefix", ["", "encoder.", "backbone."])
-def test_files_of_pretraining_distillation_and_finetuning_are_the_same_encoder(
-    section: str, prefix: str, tmp_path: Path, agree: Callable
-) -> None:
+def test_files_of_pretraining_distillation_and_finetuning_are_the_same_encoder(section: str, prefix: str, tmp_path: Path) -> None:
     state = {f"{prefix}{key}": value for key, value in weights("VideoMAE2").items()}
     if prefix == "encoder.":
         state |= {"decoder.blocks.0.norm1.weight": torch.zeros(4), "mask_token": torch.zeros(1, 1, 4)}
@@ -221,13 +213,6 @@ def test_the_stage_imports_a_released_file_and_a_readout_is_trained_on_it(
 # ---- refusals ----
 
 
-def refused(source: Path) -> str:
-    with pytest.raises(UserError) as caught:
-        scaling4d.Encoder.from_pretrained(source)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 SCALE, GAMMA, QKV = "blocks.0.attn.scale", "blocks.1.gamma_1", "blocks.0.attn.qkv.weight"
 
 
@@ -246,7 +231,7 @@ SCALE, GAMMA, QKV = "blocks.0.attn.scale", "blocks.1.gamma_1", "blocks.0.attn.qk
     ("VJEPA", lambda s: s.update(cls_token=torch.zeros(1, 1, 22)), "has cls_token (1, 1, 22), which this model does not have"),
 ])  # fmt: skip
 def test_a_file_of_another_model_is_refused(kind: str, change: Callable, message: str, tmp_path: Path) -> None:
-    text = refused(official(kind, tmp_path, change))
+    text = refused(Encoder.from_pretrained, official(kind, tmp_path, change))
     assert text.startswith(str(tmp_path)) and message in text
 
 
@@ -255,14 +240,15 @@ def test_a_width_without_known_heads_a_damaged_file_and_a_foreign_folder_are_ref
 ) -> None:
     monkeypatch.delitem(published.VIT_HEADS, 22)
     file = official("VJEPA", tmp_path)
-    assert refused(file) == f"{file}: width 22 is none of the official ones (384, 768, 1024, 1280, 1408)"
+    assert refused(Encoder.from_pretrained, file) == f"{file}: width 22 is none of the official ones (384, 768, 1024, 1280, 1408)"
     file.write_bytes(file.read_bytes()[:4000])
-    assert refused(file).startswith(f"{file} is not a")
+    assert refused(Encoder.from_pretrained, file).startswith(f"{file} is not a")
     hub_folder(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "VideoMAEv2_Base"}))
-    assert "has no model_config with num_heads, num_frames and img_size; needed VideoMAE v2's" in refused(tmp_path)
+    message = refused(Encoder.from_pretrained, tmp_path)
+    assert "has no model_config with num_heads, num_frames and img_size; needed VideoMAE v2's" in message
     (tmp_path / "model.safetensors").unlink()
-    assert refused(tmp_path) == f"{tmp_path} has no model*.safetensors; needed the encoder's weights"
+    assert refused(Encoder.from_pretrained, tmp_path) == f"{tmp_path} has no model*.safetensors; needed the encoder's weights"
 
 
 def test_an_impossible_config_is_refused_before_the_model_is_built() -> None:

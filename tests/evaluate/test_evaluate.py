@@ -17,7 +17,7 @@ from scaling4d import artifacts, config, seeds
 from scaling4d.audit import check_evaluation
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.cli import app
-from scaling4d.encoders import published, torchvision_shim
+from scaling4d.encoders import published
 from scaling4d.encoders.pretrained import load_encoder
 from scaling4d.encoders.stage import baseline
 from scaling4d.evaluate import function, models, stage
@@ -62,21 +62,13 @@ def untrained() -> Path:
     return baseline("untrained_nano", config.read())
 
 
-def dinov2(folder: Path) -> Path:
-    """A folder as transformers saves it."""
-    torchvision_shim.declare_operators()
-    import transformers as tf
-
-    shape = {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2, "image_size": 32, "patch_size": 8}
-    tf.Dinov2Model(tf.Dinov2Config(**shape)).save_pretrained(folder)
-    tf.BitImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.integration
 @EVALUATION
 def test_encoders_of_three_sources_stand_in_one_table_and_a_second_call_goes_on(colours: str, tmp_path: Path) -> None:
-    given, out = [str(untrained()), str(dinov2(tmp_path / "dinov2")), colours], tmp_path / "out"
+    from encoders.small_models import save_model
+
+    save_model(tmp_path / "dinov2", "dinov2")
+    given, out = [str(untrained()), str(tmp_path / "dinov2"), colours], tmp_path / "out"
     before = {*Path("artifacts/smoke/readout").glob("*/*")}
     arguments = ["evaluate", *given, "--tasks", "actions", "--profile", "smoke", "-S", "seed=3", "--out", str(out)]
     answer = CliRunner().invoke(app, arguments, catch_exceptions=False)
@@ -104,6 +96,9 @@ def test_a_linear_probe_is_that_of_the_frozen_readout(colours: str, tmp_path: Pa
     where = {"profile": "smoke", "out": tmp_path / "out", "report": str}
     linear = evaluate([colours], ["actions"], "linear", **where).results[0]
     frozen = evaluate([colours], ["actions"], "frozen", **where)
+    assert Result.read(tmp_path / "out/readout/Colours/actions/linear/result.json") == linear
+    assert (linear.protocol, linear.metric, linear.examples) == ("linear", "top1", 8)
+    assert linear.low <= linear.value <= linear.high and "top1_mean" in linear.others
     assert linear.value == frozen.results[0].others["top1_linear"]
     assert linear.parameters == 48 * (3 * 2 * 16 * 16 + 1) and "Colours" in table_text(frozen)
     path = tmp_path / "out/readout/Colours/actions/frozen/result.json"
@@ -313,9 +308,3 @@ def test_an_entry_point_names_a_callable(colours: str, monkeypatch: pytest.Monke
         function.metadata, "entry_points", lambda *, group, name: [point] if (group, name) == (function.GROUP, "rainbow") else []
     )
     assert models.name_of("rainbow") == "rainbow" and function.build_function("rainbow", CLIP)[0].width == 48
-
-
-def test_a_result_of_an_evaluation_is_a_result(evaluated: Path) -> None:
-    result = Result.read(evaluated / "readout/Colours/actions/linear/result.json")
-    assert (result.protocol, result.metric, result.examples) == ("linear", "top1", 8)
-    assert result.low <= result.value <= result.high and "top1_mean" in result.others

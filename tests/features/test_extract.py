@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_encoder
 import torch
 
 from scaling4d import config, video
@@ -14,33 +15,18 @@ from scaling4d.encoders.pretrained import load_encoder
 from scaling4d.encoders.stage import baseline
 from scaling4d.features.extract import all_features, first_clip, read_clips
 from scaling4d.features.windows import WindowSettings
-from scaling4d.mae.encoder import Backbone, BackboneConfig, PixelTokens, PixelTokensConfig, initialise
 from scaling4d.pretrain.settings import bind_pretrain
 from scaling4d.records import UserError
 
 CLIP = (6, 32, 48)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A Checkpoint folder with a Backbone."""
-    settings = {"width": 24, "depth": 2, "heads": 2, "mlp": 48, "clip": CLIP, "patch": (2, 16, 16)}
-    settings |= {"pixel_mean": 0.0, "pixel_scale": 1.0}
-    encoder = Backbone(BackboneConfig(**settings))
-    initialise(encoder, seed=0)
-    (tmp_path / "artifacts/smoke/pretrain/nano").mkdir(parents=True)
-    Checkpoint("nano", "Backbone", settings, 1, 0, 0).write(tmp_path / "artifacts/smoke/pretrain/nano", encoder.state_dict())
-    return tmp_path / "artifacts/smoke/pretrain/nano"
-
-
-def test_clips_of_another_size_resize_the_positions_and_of_the_same_size_leave_them(folder: Path) -> None:
-    encoder = load_encoder(folder)
+def test_clips_of_another_size_resize_the_positions_and_of_the_same_size_leave_them(tmp_path: Path) -> None:
+    encoder = load_encoder(small_encoder.checkpoint(tmp_path / "nano", "Backbone", clip=CLIP, depth=2))
     before = encoder.positions.clone()
     assert len(all_features(encoder, torch.zeros(1, *CLIP, 3))) == 3 and torch.equal(encoder.positions, before)
     assert all_features(encoder, torch.zeros(1, 12, 64, 64, 3))[0].shape == (1, 6 * 4 * 4, 24)
-    with pytest.raises(UserError, match=r"clip T H W = \(12, 60, 64\) does not divide into patches"):
-        all_features(encoder, torch.zeros(1, 12, 60, 64, 3))
-    pixels = PixelTokens(PixelTokensConfig(clip=CLIP, patch=(2, 16, 16), pixel_mean=0.0, pixel_scale=1.0))
+    pixels = small_encoder.model("PixelTokens", clip=CLIP)
     assert all_features(pixels, torch.zeros(1, 6, 48, 64, 3))[0].shape == (1, 3 * 3 * 4, 1536) and pixels.grid == (3, 3, 4)
 
 

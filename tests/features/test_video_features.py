@@ -6,37 +6,32 @@ import re
 import shutil
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import small_encoder
 import torch
+from commands import invoke, refused_command
 from safetensors.torch import load_file
-from small_encoder import SMALL
 from torch import Tensor
-from typer.testing import CliRunner, Result
 
-from scaling4d import cli, read_video, video
+from scaling4d import read_video, video
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders.encoder import Encoder
 from scaling4d.features import pca, video_features, windows
 from scaling4d.features.video_features import GrowingTensor, join_tensors
 from scaling4d.features.windows import WindowSettings, read_windows
-from scaling4d.mae import encoder as backbone
 from scaling4d.records import UserError
 from scaling4d.video import VideoError
 
 CLIP, RATE_HZ = (4, 32, 48), 8.0
-SHAPE = SMALL | {"clip": CLIP}
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    model = backbone.Backbone(backbone.BackboneConfig(**SHAPE))
-    backbone.initialise(model, seed=0)
-    (tmp_path / "nano").mkdir()
-    Checkpoint("nano", "Backbone", SHAPE, 1, 0, 0, rate_hz=RATE_HZ).write(tmp_path / "nano", model.state_dict())
-    return tmp_path / "nano"
+    return small_encoder.checkpoint(tmp_path / "nano", "Backbone", RATE_HZ, clip=CLIP)
 
 
 def world(frames: int, height: int = 48, width: int = 80) -> np.ndarray:
@@ -64,14 +59,7 @@ def settings_of(**changes: object) -> WindowSettings:
     return WindowSettings(**{"clip": CLIP, "rate_hz": RATE_HZ, "stride_s": 0.5, "fit": "crop"} | changes)
 
 
-def run(*words: object) -> Result:
-    return CliRunner().invoke(cli.app, ["features", *map(str, words)])
-
-
-def refused(*words: object) -> str:
-    result = run(*words)
-    assert isinstance(result.exception, UserError), result.output
-    return str(result.exception)
+run, refused = partial(invoke, "features"), partial(refused_command, "features")
 
 
 # ---- windows ----
@@ -84,7 +72,7 @@ def test_windows_are_the_clips_that_reading_each_part_gives(tmp_path: Path, name
     windows = list(read_windows(path, settings_of(stride_s=stride_s)))
     assert [window.start_s for window in windows] == [n * stride_s for n in range(len(windows))]
     assert len(windows) == int((50 / 16 - 3 / RATE_HZ) / stride_s - 1e-6) + 1  # the last frame is shown from 49/16 s on
-    encoder = Encoder(backbone.Backbone(backbone.BackboneConfig(**SHAPE)), Checkpoint("nano", "Backbone", SHAPE, 1, 0, 0))
+    encoder = Encoder(small_encoder.model("Backbone", clip=CLIP), Checkpoint("nano", "Backbone", {}, 1, 0, 0))
     for window in windows:
         pixels = read_video(path, start_s=window.start_s, rate_hz=RATE_HZ, frames=CLIP[0])
         assert torch.equal(window.pixels, encoder.preprocess(pixels)[0])

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,20 +9,15 @@ from nearness import near
 from torch.nn import functional as F
 
 from scaling4d import seeds
-from scaling4d.mae.attention import align, attention, xformers_problem
+from scaling4d.mae.attention import align, attention
+
+pytestmark = pytest.mark.usefixtures("asked_anew")
 
 
 class OnGPU(torch.Tensor):
     """A tensor of the CPU whose `is_cuda` is true."""
 
     is_cuda = property(lambda self: True)
-
-
-@pytest.fixture(autouse=True)
-def asked_anew() -> Iterator[None]:
-    xformers_problem.cache_clear()
-    yield
-    xformers_problem.cache_clear()
 
 
 def queries_keys_values(*, batch: int, heads: int, width: int) -> list[torch.Tensor]:
@@ -43,23 +37,21 @@ def test_packed_clips_are_a_batch_without_xformers(monkeypatch: pytest.MonkeyPat
     assert shapes == [(3, 2, 5, 4)]
 
 
+@pytest.fixture(params=["absent", "broken"])
+def no_xformers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A xformers that does not import, or whose library does not load."""
+    if request.param == "absent":
+        return monkeypatch.setitem(sys.modules, "xformers", None)
+    _cpp_lib = pytest.importorskip("xformers._cpp_lib", reason="xformers is installed on Linux alone")
+    monkeypatch.setattr(_cpp_lib, "_cpp_library_load_exception", RuntimeError("xFormers can't load C++/CUDA extensions."))
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_where_xformers_does_not_import_a_gpu_runs_torchs_attention(
-    packed: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "xformers", None)
+def test_where_xformers_does_not_work_a_gpu_runs_torchs_attention(packed: bool, compiled: bool, no_xformers: None) -> None:
     inputs = queries_keys_values(batch=3, heads=2, width=4)
     function = torch.compile(attention, backend="eager", fullgraph=True) if compiled else attention
     out = function(*(x.as_subclass(OnGPU) for x in inputs), packed=packed)
-    assert torch.equal(out.as_subclass(torch.Tensor), attention(*inputs))
-
-
-def test_where_the_library_of_xformers_does_not_load_a_gpu_runs_torchs_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    _cpp_lib = pytest.importorskip("xformers._cpp_lib", reason="xformers is installed on Linux alone")
-    monkeypatch.setattr(_cpp_lib, "_cpp_library_load_exception", RuntimeError("xFormers can't load C++/CUDA extensions."))
-    inputs = queries_keys_values(batch=3, heads=2, width=4)
-    out = attention(*(x.as_subclass(OnGPU) for x in inputs))
     assert torch.equal(out.as_subclass(torch.Tensor), attention(*inputs))
 
 

@@ -1,22 +1,19 @@
 """MAE-ST beyond what the official fixtures show."""
 
 import pytest
+import small_encoder
 import torch
 from nearness import near
 
 from scaling4d import seeds
-from scaling4d.mae.mae_st import MAEST, MAESTConfig
+from scaling4d.mae.mae_st import MAEST
 
 SHAPE = {"width": 48, "depth": 2, "heads": 3, "mlp": 96, "clip": (16, 16, 16), "patch": (2, 8, 8)}
-SHAPE |= {"separable_positions": True, "class_token": True, "pixel_mean": 0.0, "pixel_scale": 1.0}
-METHOD = {"masking": "random", "mask_ratio": 0.75, "position_init": "normal", "branch_init": "released"}
-METHOD |= {"decoder_width": 24, "decoder_depth": 1, "decoder_heads": 2, "predicted_frames": 8, "normalise_target": False}
+SHAPE |= {"pixel_mean": 0.0, "pixel_scale": 1.0, "mask_ratio": 0.75, "decoder_width": 24, "predicted_frames": 8}
 
 
 def build(**changes: object) -> MAEST:
-    model = MAEST(MAESTConfig(**SHAPE | METHOD | changes))
-    model.initialise(0)
-    return model
+    return small_encoder.model("MAEST", **SHAPE | {"normalise_target": False} | changes)
 
 
 def clips() -> torch.Tensor:

@@ -18,6 +18,10 @@ def steps_shown() -> list[int]:
     return [json.loads(line)["step"] for line in TIMINGS.read_text().splitlines()] if TIMINGS.is_file() else []
 
 
+def losses_of(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "losses.jsonl").read_text().splitlines()]
+
+
 def written() -> dict[str, bytes]:
     """What of the Checkpoint folder must be equal to the byte."""
     return {name: (NANO / name).read_bytes() for name in ("model.safetensors", "losses.jsonl")}

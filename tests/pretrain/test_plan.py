@@ -2,13 +2,12 @@
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from scaling4d import cli, config
+from scaling4d import config
 from scaling4d.pretrain.plan.closed_form import KINDS
 from scaling4d.pretrain.plan.plan import plan
 from scaling4d.records import UserError
@@ -39,21 +38,6 @@ def test_backbones_have_the_published_number_of_parameters(point: str) -> None:
     assert parameters["total"] == sum(value for part, value in parameters.items() if part != "total")
     assert parameters["coarse_tokens"] == 784 * shape[0]  # a grid of 4 x 14 x 14
     assert parameters["decoder"] == (shape[0] + 1) * 4 * 16 * 16 * 3
-
-
-@pytest.fixture
-def command(
-    in_the_project: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    """Runs `scaling4d plan ...`; gives its exit code, what it printed, and its errors."""
-
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["scaling4d", "plan", *words])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return (end.value.code or 0, *capsys.readouterr())
-
-    return run
 
 
 @pytest.mark.integration

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from scaling4d import cli, config, seeds
+from scaling4d import config, seeds
 from scaling4d.encoders.features import features_at_depth, layer_index
 from scaling4d.pretrain.plan.closed_form import features_flops
 from scaling4d.pretrain.plan.dry_run import count_flops
@@ -125,20 +124,10 @@ def test_shards_gather_and_a_larger_batch_is_no_slower_a_clip() -> None:
         assert slower["communication"] > 5 * sharded["communication"] and slower["compute"] == sharded["compute"]
 
 
-@pytest.fixture
-def command(in_the_project: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    def run(*words: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["scaling4d", "plan", *words])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        assert not end.value.code
-        return capsys.readouterr().out
-
-    return run
-
-
 def test_the_command_shows_a_row_a_task_and_prints_the_same_as_json(command: Callable) -> None:
-    text, readouts = command("j"), json.loads(command("j", "--json"))["readouts"]
+    (code, text, _), (_, content, _) = command("j"), command("j", "--json")
+    readouts = json.loads(content)["readouts"]
+    assert code == 0
     assert "shape of the encoder of 4DS-j: The shape is inferred from the count alone and unconfirmed" in text
     assert "frozen readouts of j, encoder on 8 GPUs (H100 SXM 80 GB), clips of 16 x 224 x 224" in text
     for row in readouts["tasks"]:

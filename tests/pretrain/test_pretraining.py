@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from nano import losses_of
 from nearness import near
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -33,10 +34,6 @@ def start(pretraining: PretrainConfig) -> Method:
     model.to_empty(device="cpu")
     model.initialise(pretraining.seed)
     return model
-
-
-def losses_of(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "losses.jsonl").read_text().splitlines()]
 
 
 def val_loss(*, rank: int, ranks: int, pretraining: PretrainConfig) -> float:
@@ -208,6 +205,12 @@ def test_one_rate_for_all_parameters_is_a_setting() -> None:
     ("pretrain.Training.ranks", 0, "pretrain.Training: ranks is 0; needed 1 or more"),
     ("points.nano.Launch.nodes", 0, "points.nano.Launch: nodes is 0; needed 1 or more"),
     ("pretrain.Training.val_clips", -1, "pretrain.Training: val_clips is -1; needed 0 or more"),
+    ("pretrain.Training.probe_tasks", ["boxes"], "pretrain.Training: probe_tasks has 'boxes'; needed some of actions, depth"),
+    ("pretrain.Training.probe_items", [-1, 4], r"pretrain.Training: probe_items = \[-1, 4\]; needed 0 or more each"),
+    ("pretrain.Training.keep_best", "loss", "pretrain.Training: keep_best = 'loss'; needed , val_loss or rankme.*"),
+    ("pretrain.Training.keep_best", "top1_linear", "pretrain.Training: keep_best = 'top1_linear'; needed .+"),
+    ("pretrain.Training.validate_every", 0,
+     "pretrain.Training: keep_best is set and validate_every is 0; needed validate_every of 1 .+"),
     ("pretrain.Runtime.keep_latest_k", 0, "pretrain.Runtime: keep_latest_k is 0; needed 1 or more"),
     ("pretrain.Runtime.start_s", 0.0, "pretrain.Runtime: start_s is 0.0; needed more than 0"),
     ("pretrain.Runtime.hang_s", 0.0, "pretrain.Runtime: hang_s is 0.0; needed more than 0"),

@@ -193,20 +193,6 @@ def test_the_best_weights_are_written_even_if_the_training_is_killed_after_them(
     assert written() == undisturbed and steps_shown() == [1, 2, 3, 4, 5, 5, 6]
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"probe_tasks": ["boxes"]}, "pretrain.Training: probe_tasks has 'boxes'; needed some of actions, depth"),
-    ({"probe_items": [-1, 4]}, r"pretrain.Training: probe_items = \[-1, 4\]; needed 0 or more each"),
-    ({"keep_best": "loss"}, "pretrain.Training: keep_best = 'loss'; needed , val_loss or rankme.*"),
-    ({"keep_best": "top1_linear"}, "pretrain.Training: keep_best = 'top1_linear'; needed .+"),
-    ({"validate_every": 0}, "pretrain.Training: keep_best is set and validate_every is 0; needed validate_every of 1 .+"),
-])  # fmt: skip
-def test_settings_of_validations_that_cannot_be_are_refused(changed: Callable, changes: dict, message: str) -> None:
-    for key, value in changes.items():
-        settings = changed(f"pretrain.Training.{key}", value)
-    with pytest.raises(UserError, match=f"^{message}$"):
-        bind_pretrain("nano", settings)
-
-
 def test_a_probe_needs_its_benchmark(changed: Callable) -> None:
     settings = changed("pretrain.Training.probe_tasks", ["depth"])
     with pytest.raises(UserError, match="^no folder data/benchmarks/scannet for task depth; .+$"):

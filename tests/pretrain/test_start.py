@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from nano import losses_of
 
 from scaling4d import artifacts
 from scaling4d.checkpoint import Checkpoint
@@ -32,10 +33,6 @@ def continued(changed: Callable) -> Callable[..., dict]:
         return changed(f"continued.{NAME}.start_from", str(start_from))
 
     return make
-
-
-def losses_of(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "losses.jsonl").read_text().splitlines()]
 
 
 def test_it_goes_on_where_the_checkpoint_is_and_says_from_which_one(short: Callable, continued: Callable, capfd) -> None:
@@ -79,10 +76,7 @@ def test_a_checkpoint_of_another_kind_or_size_is_refused_before_a_step(
     for changes, message in (
         ({"width": 32, "pixel_mean": 0.0}, "has width 16, here 32; pixel_mean 0.45, here 0.0; a point that starts from it needs"),
         ({"width": 16, "pixel_mean": 0.45, "heads": 2}, "has heads 1, here 2; a point"),
-        (
-            {"heads": 1, "mlp": 32},
-            "has no weights of this shape for encoder.blocks.0.mlp_in.bias, of 6 in all",
-        ),
+        ({"heads": 1, "mlp": 32}, "has no weights of this shape for encoder.blocks.0.mlp_in.bias, of 6 in all"),
     ):
         with pytest.raises(UserError, match=message):
             pretrain(NAME, continued(donor, **changes))

@@ -6,14 +6,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import small_encoder
 import torch
 from nearness import near
 from small_tasks import TASK, learn
 
 from scaling4d import config, seeds
 from scaling4d.encoders.stage import baseline
-from scaling4d.mae.encoder import Backbone, BackboneConfig, initialise
-from scaling4d.mae.mae_st import MAESTEncoder, MAESTEncoderConfig
+from scaling4d.mae.encoder import initialise
 from scaling4d.readout.classifier import ClassifierModel, MeanPoolClassifier, layer_decay_groups, mix_clips, random_rectangle
 from scaling4d.readout.protocols import Classifier, ClassifierConfig, ReadoutConfig
 from scaling4d.readout.stage import readout
@@ -37,12 +37,12 @@ RECIPE = ClassifierConfig(
     drop_path=0.2,
     per_encoder={},
 )
-SHAPE = {"width": 24, "heads": 2, "mlp": 48, "clip": (4, 16, 16), "patch": (2, 8, 8), "pixel_mean": 0.0, "pixel_scale": 1.0}
+SHAPE = {"clip": (4, 16, 16), "patch": (2, 8, 8), "pixel_mean": 0.0, "pixel_scale": 1.0}
 
 
 def small_model() -> ClassifierModel:
     head = MeanPoolClassifier(width=24, classes=5, dropout=0.0)
-    model = ClassifierModel(Backbone(BackboneConfig(depth=3, **SHAPE)), head)
+    model = ClassifierModel(small_encoder.model("Backbone", **SHAPE), head)
     initialise(model, seed=0)
     return model
 
@@ -167,7 +167,7 @@ def test_a_dropped_branch_is_left_out_for_some_clips_in_training_only_and_the_ot
 
 def test_the_classifier_starts_from_the_encoders_last_norm_and_nearly_equal_scores() -> None:
     head = MeanPoolClassifier(width=24, classes=5, dropout=0.5)
-    encoder = MAESTEncoder(MAESTEncoderConfig(depth=1, separable_positions=True, class_token=True, **SHAPE))
+    encoder = small_encoder.model("MAESTEncoder", depth=1, **SHAPE)
     torch.nn.init.normal_(encoder.norm.weight, generator=seeds.torch_rng(0, "norm"))
     head.initialise(encoder, 0)
     assert torch.equal(head.norm.weight, encoder.norm.weight)

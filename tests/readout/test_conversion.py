@@ -12,17 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_encoder
 import torch
-import typer.testing
+from commands import invoke, refused_command
 from official import BACKBONE, DEPTH, arrays_of, official_state, with_head
 from payload import Payload
 
 import scaling4d
-from scaling4d import checkpoint, cli, seeds
+from scaling4d import checkpoint
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders.released import MAESTOptions, four_ds_weight_map
 from scaling4d.mae.encoder import BackboneConfig
-from scaling4d.mae.simple_mae import SimpleMAE, SimpleMAEConfig
 from scaling4d.readout import released_heads
 from scaling4d.readout.released_heads import from_4ds, from_mae_st, to_4ds
 from scaling4d.records import UserError
@@ -57,33 +57,24 @@ def test_the_encoder_of_a_pretrained_point_goes_into_the_released_layout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_bytes: int
 ) -> None:
     monkeypatch.setattr(checkpoint, "SHARD_BYTES", shard_bytes)
-    shape = {"width": 48, "depth": 4, "heads": 3, "mlp": 96, "clip": (6, 32, 48), "patch": (2, 16, 16)}
-    method = {"decode_blocks": 2, "masking": "random", "mask_ratio": 0.5, "position_init": "normal"}
-    settings = shape | method | {"coarse_patch": (2, 16, 16), "branch_init": "released", "pixel_mean": 0.0, "pixel_scale": 1.0}
-    model = SimpleMAE(SimpleMAEConfig(**settings))
-    model.initialise(0)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(torch.randn(weight.shape, generator=seeds.torch_rng(0, "noise")))
-    (tmp_path / "point").mkdir()
-    Checkpoint("point", "SimpleMAE", settings, 150480, 1, 8).write(tmp_path / "point", model.state_dict())
-    to_4ds(tmp_path / "point", tmp_path / "point.npz")
+    sizes = {"width": 48, "depth": 4, "heads": 3, "mlp": 96, "clip": (6, 32, 48), "pixel_mean": 0.0, "pixel_scale": 1.0}
+    to_4ds(small_encoder.checkpoint(tmp_path / "point", "SimpleMAE", noise=1.0, **sizes), tmp_path / "point.npz")
     from_4ds(tmp_path / "point.npz", tmp_path / "folder")
+    expected = small_encoder.model("SimpleMAE", noise=1.0, **sizes).encoder.state_dict()
     for name, weight in scaling4d.Encoder.from_pretrained(tmp_path / "folder").model.state_dict().items():
-        assert torch.equal(weight, model.encoder.state_dict()[name]), name
+        assert torch.equal(weight, expected[name]), name
 
 
 def test_the_commands_convert_both_ways_and_refuse_unknown_kinds(tmp_path: Path) -> None:
-    run = lambda *words: typer.testing.CliRunner().invoke(cli.app, [str(word) for word in words])  # noqa: E731
-    assert run("convert", "4ds", BACKBONE, tmp_path / "folder").output == f"wrote {tmp_path / 'folder'}\n"
-    assert run("convert", "4ds", tmp_path / "folder", tmp_path / "back.npz").exit_code == 0
+    assert invoke("convert", "4ds", BACKBONE, tmp_path / "folder").output == f"wrote {tmp_path / 'folder'}\n"
+    assert invoke("convert", "4ds", tmp_path / "folder", tmp_path / "back.npz").exit_code == 0
     assert np.array_equal(arrays_of(tmp_path / "back.npz")[KEY], arrays_of(BACKBONE)[KEY])
     torch.save({"model": official_state()}, tmp_path / "official.pth")
     options = ("--heads", 3, "--decoder-heads", 4, "--mask-ratio", 0.8)
-    assert run("convert", "mae_st", tmp_path / "official.pth", tmp_path / "mae", *options).exit_code == 0
+    assert invoke("convert", "mae_st", tmp_path / "official.pth", tmp_path / "mae", *options).exit_code == 0
     assert Checkpoint.read(tmp_path / "mae").settings["mask_ratio"] == 0.8
-    assert str(run("convert", "5ds", BACKBONE, tmp_path / "new").exception) == "unknown kind '5ds'; needed 4ds or mae_st"
-    assert str(run("convert", "mae_st", tmp_path / "none.pth", tmp_path / "new").exception) == f"no file {tmp_path / 'none.pth'}"
+    assert refused_command("convert", "5ds", BACKBONE, tmp_path / "new") == "unknown kind '5ds'; needed 4ds or mae_st"
+    assert refused_command("convert", "mae_st", tmp_path / "none.pth", tmp_path / "new") == f"no file {tmp_path / 'none.pth'}"
     assert not (tmp_path / "new").exists()
 
 

@@ -90,12 +90,10 @@ def test_damaged_arrays_are_read_or_refused(tmp_path: Path, endures: Callable, c
 
 @SIZES
 def test_a_damaged_model_of_transformers_is_loaded_or_refused(tmp_path: Path, endures: Callable, copies: int) -> None:
-    from encoders.test_transformers import MODELS
+    from encoders.small_models import save_model
 
     for kind in ("dinov2", "videomae", "siglip2"):
-        model, shape, processor, _ = MODELS[kind]
-        model(shape).save_pretrained(tmp_path / kind)
-        processor.save_pretrained(tmp_path / kind)
+        save_model(tmp_path / kind, kind)
 
     def read(path: Path) -> None:
         encoder = scaling4d.Encoder.from_pretrained(path.parent, clip=(4, 28, 28) if path.parent.name == "dinov2" else None)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from official import BACKBONE, DEPTH, with_head
+from refusals import refused
 
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders.arrays import Npz
@@ -53,14 +54,6 @@ def changed(path: Path, change: Callable[[dict], object]) -> None:
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
-
-
-def refused(work: Callable, *arguments: object) -> str:
-    with pytest.raises(UserError) as caught:
-        work(*arguments)
-    message = str(caught.value)
-    assert "\n" not in message and len(message) < 1000, message
-    return message
 
 
 @pytest.mark.parametrize(("key", "value", "message"), [

@@ -112,8 +112,7 @@ def test_a_point_of_the_paper_computes_features_in_shards() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_every_frozen_point_computes_on_the_device_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+def test_every_frozen_point_computes_on_the_device_alone(in_the_project: None) -> None:
     settings = config.compose(["profile=paper"])
     for point in points_of(settings):
         for task in TASK if point in ("S", "j") else ["actions"]:
@@ -171,8 +170,7 @@ def test_steps_of_a_tuning_wait_for_nothing(task: str, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", ["finetune", "classifier"])
-def test_steps_of_every_tuned_point_wait_for_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+def test_steps_of_every_tuned_point_wait_for_nothing(name: str, in_the_project: None) -> None:
     for point in config.compose(["profile=paper"])["encoders"][name]:
         for task in TASK if name == "finetune" and point in ("S", "mae_st_B") else ["actions"]:
             assert exit_code(partial(tune, "paper", point, task, name)) == 0, (point, task)

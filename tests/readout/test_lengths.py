@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_encoder
 import small_tasks
 import torch
 from small_tasks import HEAD, TASK
@@ -13,7 +14,7 @@ from scaling4d import checkpoint, config
 from scaling4d.encoders.features import features_at_depth
 from scaling4d.encoders.pretrained import load_encoder, set_clip
 from scaling4d.encoders.stage import baseline
-from scaling4d.mae.encoder import Backbone, BackboneConfig, initialise
+from scaling4d.mae.encoder import Backbone
 from scaling4d.mae.resize import resize
 from scaling4d.readout.heads import Head
 from scaling4d.readout.stage import readout
@@ -28,10 +29,7 @@ LENGTH = {"Evaluation.frames": 16, "Evaluation.side_px": 96, "Evaluation.train_i
 
 @pytest.fixture
 def encoder() -> Backbone:
-    shape = {"width": 24, "depth": 3, "heads": 2, "mlp": 48, "patch": (2, 8, 8), "pixel_mean": 0.4, "pixel_scale": 2.0}
-    encoder = Backbone(BackboneConfig(clip=TRAINED, **shape))
-    initialise(encoder, seed=0)
-    return encoder
+    return small_encoder.model("Backbone", clip=TRAINED, patch=(2, 8, 8))
 
 
 def test_zero_leaves_an_encoder_as_it_is_and_other_numbers_interpolate_its_positions(encoder: Backbone) -> None:
@@ -96,6 +94,7 @@ def test_a_frozen_readout_of_longer_and_larger_clips_is_trained_measured_and_sho
     baseline("untrained_nano", config.read())
     result = readout("untrained_nano", task, "frozen", settings)
     assert result.examples > 0 and np.isfinite(result.value)
+    assert ("mean_iou_propagated" in result.others) == (task == "boxes")
     head = checkpoint.load_tensors(folder / "head.safetensors")
     assert head["readout.temporal_positions"].shape[0] == 16
     trained = load_trained_readout(folder)

@@ -1,7 +1,5 @@
 """Labels that follow features through a clip."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,6 @@ from torch import Tensor
 from scaling4d import seeds
 from scaling4d.encoders import propagation
 from scaling4d.encoders.propagation import box_labels, boxes_around, propagate, propagated_boxes
-from scaling4d.readout.protocols import Frozen
 
 SIDE = 8
 
@@ -49,11 +46,6 @@ def test_features_that_are_the_same_in_every_step_repeat_the_first_box() -> None
     assert predicted.shape == (1, 2, 8, 4)
     assert torch.equal(predicted, predicted[:, :, :1].expand_as(predicted))
     assert (predicted - target["boxes"]).abs().max() < 0.5 / SIDE  # half a token: labels are shares of its area
-
-
-def test_a_frozen_readout_of_boxes_propagates_their_labels_beside_its_own_predictions() -> None:
-    config = SimpleNamespace(task=TASK["boxes"], evaluation=SimpleNamespace(ranks=1))
-    assert Frozen(config).probes(None) == {"propagated": TASK["boxes"].predict_propagated}
 
 
 def test_a_lost_object_has_an_empty_box_and_a_label_is_the_share_of_a_tokens_area() -> None:

@@ -6,14 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import small_encoder
 import torch
 from nearness import near
 from torch import Tensor
 
 from scaling4d import seeds
-from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders.features import MemoryFeatures
-from scaling4d.mae.encoder import Backbone, BackboneConfig, PixelTokens, PixelTokensConfig, initialise
 from scaling4d.readout import data
 from scaling4d.readout.data import RankSplit, evaluate
 from scaling4d.readout.protocols import Frozen, ReadoutConfig
@@ -25,16 +24,13 @@ pytestmark = pytest.mark.integration
 
 CLIP = (4, 16, 16)
 FRAME = {"clip": CLIP, "patch": (2, 8, 8), "pixel_mean": 0.45, "pixel_scale": 4.0}
+CHANGES = {"PixelTokens": FRAME, "Backbone": FRAME | {"width": 16, "depth": 6, "mlp": 32}}
 WATCHDOG = WatchdogConfig(60.0, 60.0, Path(".runs"))
 PLAIN = ShardingConfig(shards=1, recompute="none", compile=False, packed=False, accumulate=1)
 
 
 def build(kind: str = "Backbone") -> torch.nn.Module:
-    if kind == "PixelTokens":
-        return PixelTokens(PixelTokensConfig(**FRAME))
-    encoder = Backbone(BackboneConfig(**FRAME, width=16, depth=6, heads=2, mlp=32))
-    initialise(encoder, seed=0)
-    return encoder.requires_grad_(False)
+    return small_encoder.model(kind, **CHANGES[kind]).requires_grad_(False)
 
 
 def source_of(
@@ -103,8 +99,7 @@ def test_bfloat16_is_near_and_stored_as_float32() -> None:
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "encoder").mkdir()
-    Checkpoint("e", "Backbone", {}, parameters=0, step=0, clips_seen=0).write(tmp_path / "encoder", build().state_dict())
+    small_encoder.checkpoint(tmp_path / "encoder", "Backbone", **CHANGES["Backbone"])
     return tmp_path / "store"
 
 

@@ -71,6 +71,8 @@ def test_a_mirrored_action_is_another() -> None:
 @pytest.mark.parametrize(("task", "settings", "message"), [
     ("depth", {"views": ("upside_down",)}, "views = ['upside_down']; needed some of plain, mirrored"),
     ("pose", {"views": ()}, "views = []; needed some of plain, mirrored"),
+    ("points", {"test_views": (1, 3)}, "test_views = [1, 3]; needed one square, since their answers are not pooled"),
+    ("points", {"test_views": (2, 1), "queries_at": "first"}, "test_views = [2, 1]; needed [1, 1] at queries_at = 'first', all"),
     *(
         ("actions", {"test_views": views}, f"test_views = {list(views)}; needed two whole numbers of at least 1: clips over")
         for views in ((1, 0), (-1, 1), (2,), (1, 1.5))

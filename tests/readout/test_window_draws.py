@@ -166,16 +166,6 @@ def test_windows_that_do_not_fit_are_refused(changed: Callable, settings: dict, 
         readout("untrained_nano", "actions", "frozen", values)
 
 
-@pytest.mark.parametrize(("task", "views", "message"), [
-    (ACTIONS, (1, 0), "needed two whole numbers of at least 1"),
-    (POINTS, (1, 3), "needed one square, since their answers are not pooled"),
-    (replace(POINTS, test_views=(1, 1), queries_at="first"), (2, 1), "needed .1, 1. at queries_at = 'first', all frames"),
-])  # fmt: skip
-def test_test_views_that_a_task_cannot_have_are_refused(task: Any, views: tuple[int, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        replace(task, test_views=views)
-
-
 def test_readouts_on_random_windows_are_equal_for_equal_seeds(
     changed: Callable, actions: None, capfd: pytest.CaptureFixture
 ) -> None:

@@ -122,11 +122,6 @@ def test_pixels_that_differ_from_their_median_over_the_clip_move() -> None:
     assert moving_pixels(still).nonzero().tolist() == [[0, 5, 1, 1, 0]]
 
 
-def test_impossible_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match="^ranks is 0; needed 1 or more"):
-        FillingConfig(device="cpu", compute="float32", ranks=0, shards=1)
-
-
 @pytest.mark.usefixtures("project")
 def test_a_model_that_predicts_no_pixels_is_refused() -> None:
     folder = Path("artifacts/smoke/pretrain/raw")

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import git
+from commands import commit_here, git
 from synthetic_run import BUILT, write_tables
 
 from scaling4d import config
@@ -29,9 +29,7 @@ def move(encoder: str, task: str, protocol: str, by: float) -> None:
 def two(pocket: dict) -> None:
     """A commit; here more steps, another default in force, other code, pose better, depth a little worse."""
     write_tables(pocket)
-    git("init", "-q")
-    git("add", "reports", "params.yaml")
-    git("commit", "-qm", "before")
+    commit_here("before", "reports", "params.yaml")
     move("mini", "pose", "frozen", -0.3)
     move("mini", "actions", "frozen", -0.3)
     move("nano", "depth", "frozen", 0.001)

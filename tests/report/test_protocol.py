@@ -74,42 +74,21 @@ def test_every_setting_of_the_profiles_has_one_row_with_its_value(profiles: dict
     assert errors(profile, profiles[profile]) == []
 
 
-@pytest.mark.parametrize(
-    ("profile", "override", "message"),
-    [
-        (
-            "pocket",
-            "pretrain.Training.weight_decay=0.1",
-            f"pretrain.Training.weight_decay = 0.1 in profile pocket; {FILE} records 0.05 at pretrain.Training.weight_decay; "
-            "write the value there, and see whether the row's status still holds",
-        ),
-        (
-            "paper",
-            "points.j.model.SimpleMAE.heads=16",
-            f"points.j.model.SimpleMAE.heads = 16 in profile paper; {FILE} records 32 at points.j.model.SimpleMAE.heads; "
-            "write the value there, and see whether the row's status still holds",
-        ),
-        (
-            "mae_st",
-            "pretrain.Training.clip_norm=1.0",
-            f"pretrain.Training.clip_norm = 1.0 in profile mae_st; {FILE} records 0.02 at pretrain.Training.clip_norm; "
-            "write the value there, and see whether the row's status still holds",
-        ),
-        (
-            "mae_st",
-            "pretrain.Training.weight_decay=0.1",
-            f"pretrain.Training.weight_decay = 0.1 in profile mae_st; {FILE} records 0.05 at pretrain.Training.weight_decay; "
-            "write the value there, and see whether the row's status still holds",
-        ),
-        (
-            "pocket",
-            "+pretrain.Training.ema=0.99",
-            f"pretrain.Training.ema = 0.99 in profile pocket has no row in {FILE}; needed one, or operation",
-        ),
-    ],
-)
-def test_a_changed_or_a_new_setting_fails_until_its_row_says_so(profile: str, override: str, message: str) -> None:
-    assert errors(profile, composed(profile, override)) == [message]
+@pytest.mark.parametrize(("profile", "key", "value", "recorded"), [
+    ("pocket", "pretrain.Training.weight_decay", 0.1, 0.05),
+    ("paper", "points.j.model.SimpleMAE.heads", 16, 32),
+    ("mae_st", "pretrain.Training.clip_norm", 1.0, 0.02),
+    ("mae_st", "pretrain.Training.weight_decay", 0.1, 0.05),
+])  # fmt: skip
+def test_a_changed_setting_fails_until_its_row_says_so(profile: str, key: str, value: float, recorded: float) -> None:
+    message = f"{key} = {value} in profile {profile}; {FILE} records {recorded} at {key}; "
+    message += "write the value there, and see whether the row's status still holds"
+    assert errors(profile, composed(profile, f"{key}={value}")) == [message]
+
+
+def test_a_new_setting_fails_until_it_has_a_row() -> None:
+    message = f"pretrain.Training.ema = 0.99 in profile pocket has no row in {FILE}; needed one, or operation"
+    assert errors("pocket", composed("pocket", "+pretrain.Training.ema=0.99")) == [message]
 
 
 def test_a_value_without_a_setting_is_named(profiles: dict) -> None:

@@ -15,11 +15,11 @@ from typing import Any
 
 import chromium
 import pytest
+from commands import invoke, refused_command
 from matplotlib.figure import Figure
 from synthetic_run import BUILT, NOTEBOOK, OTHERS, POCKET, SIZES, TASKS, rows_of, validate_under_way, write_run
-from typer.testing import CliRunner
 
-from scaling4d import artifacts, cli, config
+from scaling4d import artifacts, config
 from scaling4d.audit.report_numbers import _value_at
 from scaling4d.provenance import WORK_FOLDER, format_number, load_yaml
 from scaling4d.records import UserError, write_json
@@ -133,18 +133,18 @@ def test_the_kept_report_adds_at_most_two_megabytes_to_git() -> None:
 def test_where_artifacts_are_missing_the_table_is_that_of_the_committed_report(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    full = CliRunner().invoke(cli.app, ["table"])
+    full = invoke("table")
     clone = tmp_path / "clone"
     shutil.copytree(built, clone, symlinks=True, ignore=shutil.ignore_patterns("artifacts", ".runs"))
     monkeypatch.chdir(clone)
-    committed = CliRunner().invoke(cli.app, ["table"])
+    committed = invoke("table")
     assert committed.exit_code == 0 and "is missing: run `dvc repro`" in committed.stderr
     lines = {line.split()[0]: line.split() for line in committed.stdout.splitlines()[4:] if line.strip()}
     (line,) = (line.split() for line in full.stdout.splitlines() if line.split()[:1] == ["untrained_mini"])
     numbers, expected = (list(map(float, words[-len(TASKS) : -1])) for words in (lines["untrained_mini"], line))  # 120 columns
     assert numbers == pytest.approx(expected, abs=1e-3)
     shutil.rmtree(clone / "reports/built")
-    assert isinstance(CliRunner().invoke(cli.app, ["table"]).exception, UserError)
+    refused_command("table")
 
 
 def test_no_table_head_shows_a_raw_key(built: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import chromium
 import pytest
 from chromium import Browser
-from commands import git
+from commands import commit_here, git
 from damage import ACCEPTED, SIZES, SKIPPED
 from synthetic_run import BUILT, write_tables
 
@@ -96,9 +96,7 @@ def test_the_page_names_metrics_in_words_fits_a_telephone_and_leads_numbers_back
 @chromium.needed
 def test_experiments_stand_beside_this_report_and_their_names_are_text(pocket: dict, tmp_path: Path) -> None:
     write_site(pocket)
-    git("init", "-q")
-    git("add", "reports", "params.yaml")
-    git("commit", "-qm", "one")
+    commit_here("one", "reports", "params.yaml")
     results = BUILT / "results.csv"
     results.write_text(results.read_text().replace(",share,", ",share<img src=x onerror=alert(1)>,"))
     git("commit", "-qam", "two")
@@ -124,9 +122,7 @@ def test_equal_results_give_equal_bytes_without_a_link_to_the_network(pocket: di
 
 def test_a_damaged_experiment_is_listed_and_the_others_are_shown(pocket: dict) -> None:
     write_site(pocket)
-    git("init", "-q")
-    git("add", "reports", "params.yaml")
-    git("commit", "-qm", "whole")
+    commit_here("whole", "reports", "params.yaml")
     git("update-ref", "refs/exps/ab/cdef/whole", "HEAD")
     for name, file, content in (
         ("numbers", "results.csv", "encoder,low,value\nnano,0.1,many\n"),

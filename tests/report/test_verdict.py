@@ -13,17 +13,7 @@ from scaling4d import video
 from scaling4d.report.page import Page
 from scaling4d.report.pictures import draw_strips
 from scaling4d.report.run_results import RunResults, read_run_results
-from scaling4d.report.verdict import (
-    NO,
-    NOISE,
-    TRIVIAL,
-    YES,
-    better,
-    beyond,
-    falls_beyond_noise,
-    rules,
-    trivial_answer,
-)
+from scaling4d.report.verdict import NO, NOISE, TRIVIAL, YES, better, beyond, falls_beyond_noise, rules, trivial_answer
 
 
 @pytest.fixture

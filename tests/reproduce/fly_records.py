@@ -1,21 +1,18 @@
 """Fly vs. Fly in scivid's layout, and small weights in that of the released 4DS."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from benchmarks.writers import _feature, _png, message
+import small_encoder
+from benchmarks.writers import _feature, _png, message, write_array_records
 
 from scaling4d import seeds
 from scaling4d.benchmarks import movi
-from scaling4d.checkpoint import Checkpoint
-from scaling4d.mae.encoder import Backbone, BackboneConfig, initialise
 from scaling4d.readout.released_heads import to_4ds
 from scaling4d.reproduce.fly_clips import CLASSES, CONTEXT, INT64_LIST, LABELS
 
-SHAPE = {"clip": (4, 32, 32), "patch": (2, 16, 16), "pixel_mean": 0.0, "pixel_scale": 1.0}
-SMALL = BackboneConfig(width=24, depth=3, heads=2, mlp=48, **SHAPE)
+SHAPE = {"clip": (4, 32, 32), "pixel_mean": 0.0, "pixel_scale": 1.0}
 
 
 def fly_record(pixels: np.ndarray, labels: Sequence[int], *, packed: bool = True) -> bytes:
@@ -30,15 +27,7 @@ def fly_record(pixels: np.ndarray, labels: Sequence[int], *, packed: bool = True
 
 
 def write_shards(root: Path, split: str, records: Sequence[bytes], *, shards: int = 2) -> None:
-    from array_record.python.array_record_module import ArrayRecordWriter
-
-    root.mkdir(parents=True, exist_ok=True)
-    for shard in range(shards):
-        name = f"{split}_fly_split_ids_shuffle.array_record-{shard:05d}-of-{shards:05d}"
-        writer = ArrayRecordWriter(str(root / name), "group_size:1")
-        for record in records[shard::shards]:
-            writer.write(record)
-        writer.close()
+    write_array_records(root / f"{split}_fly_split_ids_shuffle", records, shards=shards)
 
 
 def bright_flies(count: int, name: str) -> list[bytes]:
@@ -56,8 +45,4 @@ def bright_flies(count: int, name: str) -> list[bytes]:
 
 def write_weights(folder: Path) -> Path:
     """A small 4DS encoder as a released `.npz`."""
-    model = Backbone(SMALL)
-    initialise(model, seed=0)
-    (folder / "small").mkdir(parents=True)
-    Checkpoint("small", "Backbone", asdict(SMALL), 1, 0, 0).write(folder / "small", model.state_dict())
-    return to_4ds(folder / "small", folder / "small.npz")
+    return to_4ds(small_encoder.checkpoint(folder / "small", "Backbone", **SHAPE), folder / "small.npz")

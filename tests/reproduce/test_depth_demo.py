@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import typer.testing
+from commands import invoke, refused_command
 from PIL import Image
 from readout.official import BACKBONE, DEPTH, HERE, arrays_of
 
-from scaling4d import cli, video
+from scaling4d import video
 from scaling4d.records import UserError
 from scaling4d.reproduce import depth_demo
 from scaling4d.reproduce.depth_demo import checks_of, deviations_of, load_released, predict_depth, read_demo_clip
@@ -62,10 +62,8 @@ def test_the_whole_command_on_a_file_of_the_released_layout(tmp_path: Path, monk
     ramp = np.linspace(0, 255, 8 * 64 * 64 * 3).astype(np.uint8).reshape(8, 64, 64, 3)
     video.encode(tmp_path / "a.mp4", ramp, rate_hz=10, crf=20, gop=8)
 
-    def run(*words: object) -> typer.testing.Result:
-        return typer.testing.CliRunner().invoke(cli.app, ["reproduce", "depth_demo", *map(str, words)])
-
-    done = run("--weights", DEPTH, "--video", "a.mp4")
+    words = ("reproduce", "depth_demo", "--weights", DEPTH)
+    done = invoke(*words, "--video", "a.mp4")
     assert "no number is published" in done.stdout and "not the released file: an encoder of another shape" in done.stdout
     assert "ok     shape: T H W = (6, 32, 48)" in done.stdout and done.exit_code == int("FAILED" in done.stdout)
     folder = Path("artifacts/reproduced/depth_demo")
@@ -74,8 +72,8 @@ def test_the_whole_command_on_a_file_of_the_released_layout(tmp_path: Path, monk
     assert np.load(folder / "depth.npz")["depth"].shape == CLIP
     assert Image.open(folder / "sheet.png").size == (2 * 48, depth_demo.SHEET_FRAMES * 32)
     assert len(list(video.decode_frames(folder / "depth.mp4"))) == 6
-    without = run("--weights", BACKBONE, "--video", "a.mp4", "--out", "other")
-    assert "holds no readout; needed that of depth" in str(without.exception) and not Path("other").exists()
-    assert "--video (not given)" in str(run("--weights", DEPTH).exception)
-    trained = run("--weights", DEPTH, "--video", "a.mp4", "--seed", 0, "--out", "other")
-    assert str(trained.exception) == "depth_demo takes --video and --weights; leave out --seed"
+    without = refused_command(*words[:3], BACKBONE, "--video", "a.mp4", "--out", "other")
+    assert "holds no readout; needed that of depth" in without and not Path("other").exists()
+    assert "--video (not given)" in refused_command(*words)
+    seeded = refused_command(*words, "--video", "a.mp4", "--seed", 0, "--out", "other")
+    assert seeded == "depth_demo takes --video and --weights; leave out --seed"

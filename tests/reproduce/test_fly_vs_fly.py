@@ -5,17 +5,19 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import small_encoder
 import torch
-import typer.testing
-from reproduce.fly_records import SMALL, bright_flies, fly_record, write_shards, write_weights
+from commands import invoke, refused_command
+from reproduce.fly_records import SHAPE, bright_flies, fly_record, write_shards, write_weights
 
 import scaling4d
-from scaling4d import cli, seeds
-from scaling4d.mae.encoder import Backbone, initialise
+from scaling4d import seeds
+from scaling4d.mae.encoder import BackboneConfig
 from scaling4d.records import UserError
 from scaling4d.reproduce import fly_vs_fly
 from scaling4d.reproduce.fly_clips import CLASSES, FlyClips, one_hot, read_labels
@@ -112,9 +114,7 @@ def test_a_jitter_enlarges_both_axes_alike_and_crops_the_shape() -> None:
 
 
 def small_readouts() -> FlyReadouts:
-    encoder = Backbone(SMALL)
-    initialise(encoder, seed=0)
-    model = FlyReadouts(encoder, PROTOCOL)
+    model = FlyReadouts(small_encoder.model("Backbone", **SHAPE), PROTOCOL)
     model.initialise(0)
     return model
 
@@ -146,7 +146,7 @@ def test_all_matrices_start_lecun_normal() -> None:
 def test_the_protocol_is_scivids_and_a_run_tells_where_it_differs() -> None:
     assert (PROTOCOL.steps * PROTOCOL.batch, TRAIN_CLIPS % PROTOCOL.batch) == (1_280_000, 0)
     assert deviations_of(PROTOCOL, RELEASED_ENCODER, TRAIN_CLIPS + 31) == []
-    assert deviations_of(replace(PROTOCOL, steps=7), SMALL, 64) == [
+    assert deviations_of(replace(PROTOCOL, steps=7), BackboneConfig(**small_encoder.SETTINGS["Backbone"] | SHAPE), 64) == [
         "7 steps, the protocol has 40,000",
         "an encoder of another shape than 4DS-B-dist-e",
         "64 clips to train on in whole batches, scivid has 1,067,008",
@@ -154,11 +154,7 @@ def test_the_protocol_is_scivids_and_a_run_tells_where_it_differs() -> None:
 
 
 def test_a_verdict_needs_the_protocol_and_the_tolerance() -> None:
-    for value, deviations, verdict in (
-        (84.0, [], "reproduced"),
-        (85.4, [], "not reproduced"),
-        (84.3, ["7 steps"], "no verdict"),
-    ):
+    for value, deviations, verdict in ((84.0, [], "reproduced"), (85.4, [], "not reproduced"), (84.3, ["7 steps"], "no verdict")):
         content = FLY_VS_FLY.result(value, deviations, {})
         assert content["verdict"] == verdict and content["difference"] == pytest.approx(value - 84.3)
     assert FLY_VS_FLY.verdict_text(FLY_VS_FLY.result(84.0, [], {})) == (
@@ -205,14 +201,10 @@ def test_batches_are_the_same_with_one_thread_and_with_several_and_an_error_surf
 # ---- the command ----
 
 
-def run(*words: object) -> tuple[int, str, str]:
-    done = typer.testing.CliRunner().invoke(cli.app, ["reproduce", *map(str, words)])
-    return done.exit_code, done.stdout, str(done.exception)
-
-
 def test_the_plan_names_downloads_settings_sources_and_differences() -> None:
-    code, text, _ = run("fly_vs_fly", "--dry")
-    assert code == 0
+    done = invoke("reproduce", "fly_vs_fly", "--dry")
+    text = done.stdout
+    assert done.exit_code == 0
     for words in (
         "expected: mAP 84.3 %; source: README.md",
         "wget https://storage",
@@ -224,12 +216,13 @@ def test_the_plan_names_downloads_settings_sources_and_differences() -> None:
 
 
 def test_missing_files_and_wrong_options_are_one_line_each(tmp_path: Path) -> None:
-    _, _, error = run("fly_vs_fly", "--weights", tmp_path / "absent.npz")
+    refused = partial(refused_command, "reproduce")
+    error = refused("fly_vs_fly", "--weights", tmp_path / "absent.npz")
     assert error.startswith(f"fly_vs_fly needs files that are not there: --weights ({tmp_path}/absent.npz), --data (not given)")
     assert "wget https://storage.googleapis.com" in error and "gcloud storage rsync" in error
-    assert run("fly_vs_fly", "--video", "a.mp4")[2] == "fly_vs_fly takes --data and --weights; leave out --video"
-    assert run("fly")[2].startswith("unknown target 'fly'; needed fly_vs_fly or depth_demo")
-    assert run("fly_vs_fly", "--device", "tpu")[2] == "--device tpu; needed cpu or cuda"
+    assert refused("fly_vs_fly", "--video", "a.mp4") == "fly_vs_fly takes --data and --weights; leave out --video"
+    assert refused("fly").startswith("unknown target 'fly'; needed fly_vs_fly or depth_demo")
+    assert refused("fly_vs_fly", "--device", "tpu") == "--device tpu; needed cpu or cuda"
 
 
 def python(*words: object, cwd: Path) -> subprocess.CompletedProcess:

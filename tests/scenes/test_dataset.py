@@ -17,7 +17,6 @@ from scaling4d.scenes.scene import MOTIONS
 
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).parents[2]
 COUNTS = {"action": (8, 1), "room": (1, 1), "walk": (2, 1), "track": (1, 1), "drive": (1, 1), "videos": 8}
 TINY = RenderConfig(**COUNTS, frames=4, video_frames=16, rate_hz=4.0, side_px=32, depth_side_px=16, crf=30, workers=2)
 
@@ -112,8 +111,7 @@ def test_settings_that_cannot_be_drawn_are_refused(change, message):
         replace(TINY, **change)
 
 
-def test_a_refused_command_names_the_cause_and_writes_nothing(tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_a_refused_command_names_the_cause_and_writes_nothing(tmp_path, in_the_project):
     render = partial(cli.app, standalone_mode=False)
     with pytest.raises(UserError, match="exists; render writes a new folder"):
         render(["render", str(tmp_path)])

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
+from commands import invoke
 
-from scaling4d import cli, seeds
+from scaling4d import seeds
 from scaling4d.provenance import to_csv
 from scaling4d.studies import law
 from scaling4d.studies.loss_law import NAMES, LossLaw, fit_loss_law
@@ -107,8 +107,8 @@ def test_few_runs_or_one_budget_give_no_law() -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.usefixtures("in_the_project")
 def test_the_plan_of_a_point_quotes_the_law_and_says_where_it_is_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(Path(__file__).parents[2])
     keys, columns = (
         ("parameters", "clips_seen", "flops", "value"),
         zip(N.astype(int), D.astype(int), FLOPS, true_loss(N, D), strict=True),
@@ -117,6 +117,6 @@ def test_the_plan_of_a_point_quotes_the_law_and_says_where_it_is_outside(tmp_pat
     (tmp_path / "runs.csv").write_text(to_csv(RUN_COLUMNS, runs))
     monkeypatch.setattr(law, "FITTED", tmp_path)
     monkeypatch.setattr(law, "fit_loss_law", lambda *runs: fit_loss_law(*runs, draws=10))
-    small, large = (CliRunner().invoke(cli.app, ["plan", point]).output for point in ("tiny", "j"))
+    small, large = (invoke("plan", point).output for point in ("tiny", "j"))
     assert "146,928 parameters, 50,000 clips: loss " in small and "outside the fitted range" not in small
     assert "outside the fitted range" in large

@@ -56,16 +56,14 @@ def one(name: str, *overrides: str) -> Study:
     return Study("any", "?", name, (0, 1), (arm,), {})
 
 
-def test_the_same_arm_is_the_same_experiment_in_every_study(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+def test_the_same_arm_is_the_same_experiment_in_every_study(in_the_project: None) -> None:
     first, again, other = (study_runs(one(*given)) for given in (("a",), ("b",), ("a", "ablation=mask_50")))
     assert [run.name for run in first] == [run.name for run in again]
     assert len({run.name for run in (*first, *other)}) == 4
     assert [run.name.rpartition("-")[0] for run in other] == ["pocket-nano-mask_50-0", "pocket-nano-mask_50-1"]
 
 
-def test_arms_that_train_otherwise_have_the_same_clips(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+def test_arms_that_train_otherwise_have_the_same_clips(in_the_project: None) -> None:
     overrides = ((), ("pretrain.Training.steps=7", "ablation=mask_50"), ("clips.Curation.crf=30",))
     plain, trained_otherwise, cut_otherwise = (clips_settings(one("a", *words).arms[0]) for words in overrides)
     assert plain == trained_otherwise != cut_otherwise

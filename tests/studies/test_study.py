@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import invoke
 from damage import ACCEPTED, REFUSED, SIZES
 from scipy.stats import t, ttest_ind
-from typer.testing import CliRunner
 
-from scaling4d import cli, config
+from scaling4d import config
 from scaling4d.provenance import flatten
 from scaling4d.records import UserError
 from scaling4d.studies import study
@@ -32,9 +32,8 @@ def rows(values: dict[str, list[float]]) -> list[dict]:
 
 @pytest.mark.integration
 @pytest.mark.parametrize("step", [pytest.param(15, id="some"), pytest.param(1, id="every", marks=pytest.mark.slow)])
-def test_an_arm_composes_and_names_stages_that_its_profile_has(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+def test_an_arm_composes_and_names_stages_that_its_profile_has(in_the_project: None, step: int) -> None:
     """Each kind of arm once: one profile and some overrides, whatever studies have it."""
-    monkeypatch.chdir(ROOT)
     arms = [arm for name in study.study_names() for arm in study.read_study(name).arms]
     assert len(study.study_names()) >= 7
     used = {override for arm in arms for override in arm.overrides if override.startswith("ablation=")}
@@ -119,7 +118,7 @@ def test_an_arm_without_a_task_does_not_keep_the_others_from_being_compared_at_i
     (["--seeds", "0,1"], "--seeds"), (["--dry"], "--dry"), (["--jobs", "4", "--dry"], "--jobs and --dry")
 ])  # fmt: skip
 def test_collecting_refuses_the_options_of_a_run(options: list[str], named: str) -> None:
-    done = CliRunner().invoke(cli.app, ["study", "none", "--collect", *options])
+    done = invoke("study", "none", "--collect", *options)
     message = f"--collect runs nothing and takes the seeds of each study.json; leave out {named}"
     assert isinstance(done.exception, UserError) and str(done.exception) == message
 
@@ -153,9 +152,8 @@ def test_a_bad_definition_is_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "\n" not in str(caught.value)
 
 
-def test_the_study_of_seeds_measures_every_frozen_readout_of_the_pocket(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_study_of_seeds_measures_every_frozen_readout_of_the_pocket(in_the_project: None) -> None:
     """Else the report leaves it out."""
-    monkeypatch.chdir(ROOT)
     seeds, settings = study.read_study("seeds"), config.compose(["profile=pocket"])
     readouts = {f"readout_frozen@{encoder}-{task}" for encoder in settings["encoders"]["frozen"] for task in TASKS}
     targets = {target for arm in seeds.arms for target in arm.targets}

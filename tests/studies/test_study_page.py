@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import git
+from commands import commit_here
 from nearness import contents
 
 from scaling4d import seeds
@@ -206,7 +206,7 @@ def test_the_page_shows_question_findings_and_table_and_links_its_figures(scalin
     page.write_study(scaling, DVC_CACHE, {})
     text = (scaling.folder / "study.html").read_text()
     assert "Again: <code>scaling4d study scaling --seeds 0,1,2</code>" in text
-    assert "<td>size</td><td>val_loss</td><td>15</td>" in text and re.search(r"<br>\(-0\.02\d\d ± 0\.000\d+\) \*<", text)
+    assert "<td>size</td><td>val_loss</td><td>15</td>" in text and re.search(r"<br>\(-0\.02\d\d ± 0\.00\d+\) \*<", text)
     assert re.findall(r'<img [^>]*src="([^"]+)"', text) == ["runs.svg", "laws_size.svg"]
     assert f"The baseline is the arm {scaling.base};" in text and text.count("<figcaption>") == 2
     assert "<svg" not in text and "Does it scale?" in text
@@ -393,9 +393,7 @@ def test_an_edited_question_is_of_other_arms_or_that_of_a_commit(scaling: Study,
     path.write_text(edited.replace("arms:\n", "arms:\n  giant: {encoder: mini}\n", 1))
     assert wrong() == []
     path.write_text(text)
-    git("init", "-q")
-    git("add", str(study.DEFINITIONS))
-    git("commit", "-qm", "definition")
+    commit_here("definition", str(study.DEFINITIONS))
     path.write_text(edited)
     assert wrong() == []
 
