@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -66,6 +67,16 @@ def test_the_output_is_the_input_of_each_block_and_the_output_of_the_last(tmp_pa
     assert equal([x[:, tokens] for x in (inputs[0], *inputs)], list(output.hidden_states))
     assert equal(list(output.hidden_states), backbone.features(CLIPS))
     assert torch.equal(output.last_hidden_state, x[:, tokens]) and torch.equal(output.pooled, x[:, tokens].mean(1))
+    assert equal([x[:, tokens] for x in (*inputs, x)], list(output.block_outputs))
+
+
+def test_the_outputs_of_the_blocks_are_those_of_a_copied_output_too(tmp_path: Path) -> None:
+    for folder in (trained(tmp_path), small_encoder.checkpoint(tmp_path / "pixels", "PixelTokens", clip=CLIP)):
+        with torch.no_grad():
+            output = Encoder.from_pretrained(folder)(CLIPS)
+        states = tuple(state.clone() for state in output.hidden_states)
+        copied = replace(output, last_hidden_state=output.last_hidden_state.clone(), hidden_states=states)
+        assert equal(list(copied.block_outputs), list(output.block_outputs))
 
 
 def test_an_encoder_is_in_evaluation_mode_and_can_be_trained(tmp_path: Path) -> None:
@@ -79,6 +90,12 @@ def test_an_encoder_tells_its_clip_its_tokens_and_its_normalisation(tmp_path: Pa
     encoder = Encoder.from_pretrained(trained(tmp_path))
     assert (encoder.clip, encoder.grid, encoder.width, encoder.depth) == (CLIP, (3, 2, 3), 24, 3)
     assert (encoder.mean, encoder.scale, encoder.rate_hz) == (0.4, 2.0, 5.0)
+    assert (encoder.device, encoder.dtype, encoder.half().dtype) == (torch.device("cpu"), torch.float32, torch.float16)
+
+
+def test_clips_are_taken_to_the_device_of_the_weights(tmp_path: Path) -> None:
+    encoder = Encoder.from_pretrained(trained(tmp_path)).to("meta")
+    assert encoder.device.type == encoder(CLIPS).pooled.device.type == "meta"
 
 
 def test_another_size_is_refused_until_the_encoder_is_resized(tmp_path: Path) -> None:
@@ -93,8 +110,9 @@ def test_another_size_is_refused_until_the_encoder_is_resized(tmp_path: Path) ->
     assert equal(output_of(encoder, large), output_of(Encoder.from_pretrained(folder, clip=(12, 64, 64)), large))
     assert equal(output_of(encoder, large), output_of(Encoder.from_pretrained(encoder.save_pretrained(tmp_path / "new")), large))
     assert refused(encoder.resize, (12, 60, 64)).startswith("clip T H W = (12, 60, 64) does not divide into patches")
-    for clip in ((64, 64), (6, 0, 64), (6.0, 32, 32)):
-        assert refused(encoder.resize, clip) == f"clip = {clip}; needed three integers T H W, each 1 or more"
+    for clip in ((64, 64), (6, 0, 64), (6.0, 32.0, 48.0), 16):
+        message = f"clip = {clip}; needed three integers T H W, each 1 or more"
+        assert refused(encoder.resize, clip) == refused(Encoder.from_pretrained, folder, clip=clip) == message
     other = "side_px = 64 is for models of transformers; this encoder takes a clip's own H W"
     assert refused(encoder.resize, (6, 64, 64), side_px=64) == other
 

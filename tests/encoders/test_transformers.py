@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from scaling4d import artifacts, config, seeds
 from scaling4d.checkpoint import Checkpoint
+from scaling4d.encoders.encoder import Encoder
 from scaling4d.encoders.features import features_at_depth
 from scaling4d.encoders.pretrained import load_encoder, set_clip
 from scaling4d.encoders.stage import baseline
@@ -289,6 +290,16 @@ def test_a_readout_is_trained_on_a_published_encoder_like_on_any_other(published
     head = Path("artifacts/smoke/readout/tiny/actions/frozen")
     names = write_features(head, tmp_path / "clips.npy", tmp_path / "out.npz", side_px=None, queries=None)
     assert names == ["layer_00", "layer_01", "layer_02", "layer_03", "output"]
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "vjepa2"])
+def test_a_saved_encoder_keeps_the_side_to_which_it_was_resized(published, kind, tmp_path):
+    encoder = Encoder.from_pretrained(published(kind)[0], clip=(FRAMES, 56, 56))
+    encoder.resize((FRAMES, 56, 56), side_px=56)
+    again = Encoder.from_pretrained(encoder.save_pretrained(tmp_path / "saved"))
+    assert (again.clip, again.grid) == (encoder.clip, encoder.grid) and again.grid[1] == 56 // published(kind)[3][1]
+    with torch.no_grad():
+        assert torch.equal(again(clips(56)).last_hidden_state, encoder(clips(56)).last_hidden_state)
 
 
 # ---- refusals ----

@@ -96,7 +96,7 @@ def test_windows_of_a_variable_frame_rate_have_the_frames_shown_at_their_times(t
 
 
 class FakeEncoder:
-    clip, rate_hz, resample, _device = CLIP, RATE_HZ, "bicubic", torch.device("cpu")
+    clip, rate_hz, resample, device = CLIP, RATE_HZ, "bicubic", torch.device("cpu")
 
 
 def test_the_picture_is_upright_with_square_pixels_cut_or_between_bars(tmp_path: Path) -> None:

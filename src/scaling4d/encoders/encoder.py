@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral
 from pathlib import Path
@@ -51,18 +51,20 @@ class EncoderOutput:
     tokens, then the INPUT of each block, so [0] equals [1] and last_hidden_state is not among them. Of any other
     model: the embedded tokens, then the output of each block, so [-1] is last_hidden_state.
     pooled: `B D`, the mean of last_hidden_state over the tokens.
+    lists_inputs: whether hidden_states has the input of each block, as of 4DS and MAE-ST.
     """
 
     last_hidden_state: Tensor
     hidden_states: tuple[Tensor, ...]
     pooled: Tensor
+    lists_inputs: bool
 
     @property
     def block_outputs(self) -> tuple[Tensor, ...]:
         """depth + 1 tensors `B N D` of any encoder: the embedded tokens, then the output of each block."""
-        if self.hidden_states[-1] is self.last_hidden_state:
-            return self.hidden_states
-        return (self.hidden_states[0], *self.hidden_states[2:], self.last_hidden_state)
+        if self.lists_inputs:
+            return (self.hidden_states[0], *self.hidden_states[2:], self.last_hidden_state)
+        return self.hidden_states
 
 
 class Encoder(nn.Module):
@@ -76,6 +78,7 @@ class Encoder(nn.Module):
             as of 4DS, RVM and models of pictures. It may be set.
         resample: filter with which `preprocess` resizes pictures, as the code or the preprocessor of a published model.
         clip: T H W of its clips. grid: t h w of its tokens. width: D. depth: number of blocks.
+        device, dtype: of its weights.
         mean, scale: the encoder computes with (x - mean) * scale of pixels x in 0..1; a number, or one per channel.
     """
 
@@ -101,6 +104,7 @@ class Encoder(nn.Module):
         Raises:
             UserError: no such checkpoint, one that is damaged or of another kind, a clip that does not suit it.
         """
+        clip = None if clip is None else check_clip(clip)
         path, name = Path(source), Path(source).resolve().name
         if not path.exists():
             if not re.fullmatch(HUB_ID, str(source)):
@@ -117,7 +121,7 @@ class Encoder(nn.Module):
             origin = {"source": name} if local else {"source": str(source), "revision": path.name}
             inputs = {file.name: artifacts.sha256(file) for file in source_files(path)}
             encoder.provenance = {"stage": "import", "settings": origin, "inputs": inputs}
-        if clip is not None and tuple(clip) != encoder.clip:
+        if clip is not None and clip != encoder.clip:
             encoder.resize(clip)
         return encoder
 
@@ -152,6 +156,14 @@ class Encoder(nn.Module):
     @property
     def depth(self) -> int:
         return self.model.depth
+
+    @property
+    def device(self) -> torch.device:
+        return next((weight.device for weight in self.parameters()), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next((weight.dtype for weight in self.parameters()), torch.float32)
 
     @property
     def mean(self) -> float | tuple[float, ...]:
@@ -205,18 +217,14 @@ class Encoder(nn.Module):
         frames, height, width = self.clip
         rates = {"rate_hz": rate_hz, "encoder_rate_hz": self.rate_hz}
         clips = [FITS[fit](pick_frames(one, frames, **rates), height, width, self.resample) for one in videos]
-        return torch.cat(clips).to(self._device)
-
-    @property
-    def _device(self) -> torch.device:
-        return next((weight.device for weight in self.parameters()), torch.device("cpu"))
+        return torch.cat(clips).to(self.device)
 
     def forward(self, clips: Tensor) -> EncoderOutput:
-        """Clips `B T H W 3`, as `preprocess` makes them -> features.
+        """Clips `B T H W 3`, as `preprocess` makes them, on any device -> features.
 
         Raises UserError: clips of another size, or what `preprocess` refuses.
         """
-        pixels = check_video(clips)
+        pixels = check_video(clips).to(self.device)
         if (size := tuple(pixels.shape[1:4])) != self.clip:
             fix = f"encoder.preprocess(video) makes them, or encoder.resize({size}) takes clips of this size"
             raise UserError(f"clips T H W = {size}; this encoder takes {self.clip}: {fix}")
@@ -227,7 +235,7 @@ class Encoder(nn.Module):
         else:
             hidden = self.model.features(pixels)
             last = hidden[-1]
-        return EncoderOutput(last, tuple(hidden), last.mean(1))
+        return EncoderOutput(last, tuple(hidden), last.mean(1), lists_inputs=isinstance(self.model, Backbone))
 
     def step(self, frame: np.ndarray | Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """One frame of a stream, of a recurrent encoder (RVM): features `B n D`, and the state for the next frame.
@@ -245,7 +253,7 @@ class Encoder(nn.Module):
         pixels = check_video(frame[None] if axes == 3 else frame)[0]
         if (size := tuple(pixels.shape[1:3])) != self.clip[1:]:
             raise UserError(f"frame H W = {size}; this encoder takes {self.clip[1:]}; encoder.resize(({self.clip[0]}, H, W))")
-        return self.model.step(pixels.to(self._device), state)
+        return self.model.step(pixels.to(self.device), state)
 
     def resize(self, clip: tuple[int, int, int], *, side_px: int | None = None) -> None:
         """Take clips of another T H W from now on; learned positions are interpolated.
@@ -253,12 +261,10 @@ class Encoder(nn.Module):
         side_px: of a model of transformers, which resizes every picture of a clip to a side of its own: another side.
         Raises UserError: the model does not take such clips, or such a side.
         """
-        clip = tuple(clip)
-        if len(clip) != 3 or not all(isinstance(size, Integral) and size > 0 for size in clip):
-            raise UserError(f"clip = {clip}; needed three integers T H W, each 1 or more")
+        clip = check_clip(clip)
         if side_px is not None and not self._is_transformers:
             raise UserError(f"side_px = {side_px} is for models of transformers; this encoder takes a clip's own H W")
-        self.model.resize(tuple(map(int, clip)), *(() if side_px is None else (side_px,)))
+        self.model.resize(clip, *(() if side_px is None else (side_px,)))
 
     # ---- to disk and to the hub ----
 
@@ -290,7 +296,18 @@ class Encoder(nn.Module):
     def _saved_description(self) -> Checkpoint:
         names = [field.name for field in fields(type(self.model).config_class)]
         settings = {name: value for name, value in self.checkpoint.settings.items() if name in names} | {"clip": self.clip}
+        if self._is_transformers and (side := self.model.side_px) != settings["side_px"]:
+            key = self.model.family.side_key  # of the values, where these have the side, too
+            settings |= {"side_px": side, "values": settings["values"] | ({key: side} if key else {})}
         return replace(self.checkpoint, model=type(self.model).__name__, settings=settings, rate_hz=self.rate_hz)
+
+
+def check_clip(clip: object) -> tuple[int, int, int]:
+    """T H W. Raises UserError: no three integers above 0."""
+    sizes = tuple(clip) if isinstance(clip, Iterable) else ()
+    if len(sizes) != 3 or not all(isinstance(size, Integral) and size > 0 for size in sizes):
+        raise UserError(f"clip = {sizes or clip}; needed three integers T H W, each 1 or more")
+    return tuple(map(int, sizes))
 
 
 def rate_hz_of(checkpoint: Checkpoint, provenance: Mapping[str, Any]) -> float | None:
