@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +18,7 @@ from torch import Tensor
 
 import scaling4d
 from scaling4d import artifacts, checkpoint, seeds, video
-from scaling4d.checkpoint import Checkpoint
+from scaling4d.checkpoint import Checkpoint, weights_sha256
 from scaling4d.encoders import hub, released
 from scaling4d.encoders.encoder import Encoder
 from scaling4d.encoders.load import load_model
@@ -115,6 +116,27 @@ def test_another_size_is_refused_until_the_encoder_is_resized(tmp_path: Path) ->
         assert refused(encoder.resize, clip) == refused(Encoder.from_pretrained, folder, clip=clip) == message
     other = "side_px = 64 is for models of transformers; this encoder takes a clip's own H W"
     assert refused(encoder.resize, (6, 64, 64), side_px=64) == other
+
+
+@pytest.mark.parametrize("name", ["SimpleMAE", "MAEST"])
+def test_positions_are_interpolated_from_those_of_the_checkpoint_whatever_came_between(tmp_path: Path, name: str) -> None:
+    folder = trained(tmp_path, name)
+    encoder, large = Encoder.from_pretrained(folder), torch.rand(1, 12, 64, 64, 3)
+    for clip in ((2, 16, 16), (12, 64, 64)):
+        encoder.resize(clip)
+    assert equal(output_of(encoder, large), output_of(Encoder.from_pretrained(folder, clip=(12, 64, 64)), large))
+    encoder.resize((2, 16, 16))
+    refused(encoder.resize, (12, 60, 64))
+    assert (encoder.clip, encoder.grid) == ((2, 16, 16), (1, 1, 1)) and encoder(torch.rand(1, 2, 16, 16, 3)).pooled.shape[1] == 24
+    encoder.resize(CLIP)
+    assert equal(output_of(encoder), output_of(Encoder.from_pretrained(folder)))
+    with torch.no_grad():
+        for weight in encoder.model.parameters():
+            weight.add_(1)
+    before = encoder.model.position_table().clone()
+    encoder.resize((6, 16, 16))
+    encoder.resize(CLIP)
+    assert torch.allclose(encoder.model.position_table().mean(0), before.mean(0), atol=0.5)  # of the trained ones
 
 
 def test_a_clip_of_a_file_is_read_at_the_encoders_rate_or_not_at_all(tmp_path: Path) -> None:
@@ -273,6 +295,35 @@ def test_the_model_card_says_what_provenance_says(tmp_path: Path) -> None:
     assert not (tmp_path / "bare/provenance.json").exists()
 
 
+@pytest.mark.parametrize("change", [lambda weight: weight.add_(0.01), lambda weight: weight.data.mul_(0.9)])
+def test_a_changed_encoder_is_not_saved_as_the_one_that_was_loaded(tmp_path: Path, change: Callable[[Tensor], Tensor]) -> None:
+    source = trained(tmp_path)
+    encoder = Encoder.from_pretrained(source)
+    encoder.resize((12, 64, 64))
+    assert Encoder.from_pretrained(encoder.save_pretrained(tmp_path / "resized")).provenance["stage"] == "pretrain"
+    with torch.no_grad():
+        change(encoder.model.blocks[1].mlp_out.weight)
+    folder = encoder.save_pretrained(tmp_path / "changed")
+    changed, text, sha256 = Encoder.from_pretrained(folder), (folder / "README.md").read_text(), weights_sha256(source)
+    settings, inputs = {"donor": "nano"}, {"model.safetensors": sha256}
+    assert changed.provenance == {"stage": "changed", "settings": settings, "inputs": inputs} and changed.rate_hz == 5.0
+    assert (changed.checkpoint.step, changed.checkpoint.clips_seen) == (0, 0)
+    assert '| stage | `"changed"` |' in text and sha256 in text and "112 clips" not in text and "c0de" not in text
+    assert Encoder.from_pretrained(changed.save_pretrained(tmp_path / "copy")).provenance == changed.provenance
+    encoder.provenance = {"stage": "ours"}
+    assert Encoder.from_pretrained(encoder.save_pretrained(tmp_path / "stated")).provenance == {"stage": "ours"}
+
+
+def test_a_folder_is_made_with_its_parents_and_an_empty_one_is_taken(tmp_path: Path) -> None:
+    encoder = Encoder.from_pretrained(trained(tmp_path))
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "empty", tmp_path / "new/folder/saved"):
+        assert equal(output_of(Encoder.from_pretrained(encoder.save_pretrained(folder))), output_of(encoder))
+    (tmp_path / "file").touch()
+    needed = f"no folder {tmp_path / 'file'} to write saved in; make it first"
+    assert refused(encoder.save_pretrained, tmp_path / "file/saved") == needed
+
+
 def test_what_cannot_be_saved_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     encoder = Encoder.from_pretrained(trained(tmp_path))
     encoder.save_pretrained(tmp_path / "saved")
@@ -328,8 +379,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def create_repo(target: str, *, private: bool | None, exist_ok: bool) -> str:
         if target == "nobody/here":
             raise TransportError("Connection\nrefused")
-        if "/" not in target:
-            raise ValueError(f"{target} is not owner/name")
+        target = target if "/" in target else f"owner/{target}"  # the account's, as the real client has it
         (models / target).mkdir(parents=True, exist_ok=exist_ok)
         (models / target / f"private is {private}").touch()
         return f"https://hub/{target}"
@@ -371,7 +421,8 @@ def test_what_the_hub_refuses_is_one_line(tmp_path: Path, models: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     encoder = Encoder.from_pretrained(trained(tmp_path))
     assert refused(encoder.push_to_hub, "nobody/here") == "nobody/here cannot be uploaded (Connection refused)"
-    assert refused(encoder.push_to_hub, "name") == "name cannot be uploaded (name is not owner/name)"
+    assert refused(encoder.push_to_hub, "name") == "name is no model of the Hugging Face hub; needed owner/name"
+    assert not [*models.iterdir()]
     missing = "no folder owner/nano here, and owner/nano cannot be downloaded (404: no owner/nano at None)"
     assert refused(Encoder.from_pretrained, "owner/nano") == missing
     (models / "owner/nano").mkdir(parents=True)

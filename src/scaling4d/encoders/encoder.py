@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral
 from pathlib import Path
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from scaling4d import artifacts
-from scaling4d.checkpoint import Checkpoint
+from scaling4d.checkpoint import Checkpoint, weights_identity, weights_sha256
 from scaling4d.encoders import card, hub
 from scaling4d.encoders.preprocess import ALIASED, BICUBIC, FITS, check_rate, check_video, pick_frames
 from scaling4d.encoders.pretrained import load_encoder
@@ -24,7 +26,7 @@ from scaling4d.encoders.published import import_published
 from scaling4d.encoders.transformers import CONFIG, FILES, PretrainedEncoder, read_json, source_files
 from scaling4d.mae.encoder import Backbone
 from scaling4d.provenance import atomic_new
-from scaling4d.records import UserError, as_user_error, write_json
+from scaling4d.records import UserError, as_user_error, file_system_errors, write_json
 from scaling4d.video import read_video
 
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
@@ -39,6 +41,8 @@ RATES_HZ = {  # class of a released model, or its kind in transformers -> frames
     "videomae": EVERY_FOURTH_HZ,  # as VideoMAE2
     "vjepa2": 4.0,
 }  # of 4DS, RVM and VideoPrism none is published
+CHANGED = "changed"  # stage of weights that were changed since they were loaded
+SIZED = ("clip", "grid", "positions")  # attributes of a model that a resize changes
 RESAMPLE = dict.fromkeys(("VideoMAE2", "VJEPA", "VJEPA21"), ALIASED)  # their code resizes by OpenCV, INTER_LINEAR
 
 
@@ -86,6 +90,9 @@ class Encoder(nn.Module):
         super().__init__()
         self.model, self.checkpoint, self.provenance = model, checkpoint, dict(provenance or {})
         self.rate_hz = rate_hz_of(checkpoint, self.provenance)
+        self._checksums = checksums(model.state_dict())  # of the weights that provenance describes
+        self._donor = deepcopy(self.provenance), {}  # provenance of these weights, sha256 of their files by name
+        self._native: dict[str, Any] = {}  # SIZED of the model before its first resize
         self.eval()
 
     @classmethod
@@ -116,11 +123,15 @@ class Encoder(nn.Module):
         elif revision is not None:
             raise UserError(f"revision = {revision!r} is of a model on the hub; {source} is on this disk: leave out revision")
         encoder = cls._from_folder(path, name, clip) if path.is_dir() else cls(*_released_file(path))
+        hashes = encoder.provenance.get("inputs", {})
         if not encoder.provenance:
             local = path == Path(source)  # else of the hub's cache, which names a folder by its commit
             origin = {"source": name} if local else {"source": str(source), "revision": path.name}
-            inputs = {file.name: artifacts.sha256(file) for file in source_files(path)}
-            encoder.provenance = {"stage": "import", "settings": origin, "inputs": inputs}
+            hashes = {file.name: artifacts.sha256(file) for file in source_files(path)}
+            encoder.provenance = {"stage": "import", "settings": origin, "inputs": hashes}
+        elif path.is_dir():
+            hashes = {weights_identity(path).name: weights_sha256(path)}
+        encoder._donor = deepcopy(encoder.provenance), hashes
         if clip is not None and clip != encoder.clip:
             encoder.resize(clip)
         return encoder
@@ -258,37 +269,73 @@ class Encoder(nn.Module):
     def resize(self, clip: tuple[int, int, int], *, side_px: int | None = None) -> None:
         """Take clips of another T H W from now on; learned positions are interpolated.
 
+        Each call interpolates those of the checkpoint, or, where they were trained since, the present ones.
         side_px: of a model of transformers, which resizes every picture of a clip to a side of its own: another side.
         Raises UserError: the model does not take such clips, or such a side.
         """
         clip = check_clip(clip)
         if side_px is not None and not self._is_transformers:
             raise UserError(f"side_px = {side_px} is for models of transformers; this encoder takes a clip's own H W")
-        self.model.resize(clip, *(() if side_px is None else (side_px,)))
+        device, present = self.device, {name: getattr(self.model, name) for name in SIZED if hasattr(self.model, name)}
+        untrained = checksums(self._positions()).items() <= self._checksums.items()
+        if not (untrained and self._native):
+            self._native = deepcopy(present)
+        try:
+            self._set_model(deepcopy(self._native))
+            self.model.to(device).resize(clip, *(() if side_px is None else (side_px,)))
+        except UserError:
+            self._set_model(present)
+            raise
+        if untrained:
+            self._checksums |= checksums(self._positions())
+
+    def _set_model(self, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            setattr(self.model, name, value)
+
+    def _positions(self) -> dict[str, Tensor]:
+        """Positions of the model that are interpolated, by name."""
+        return {name: tensor for name, tensor in self.model.state_dict().items() if name.split(".")[0] == "positions"}
 
     # ---- to disk and to the hub ----
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write config.json, model.safetensors, provenance.json and a model card to a new folder.
 
-        The folder holds the encoder alone, without a decoder, at its present clip and rate.
-        Raises UserError: it exists.
+        The folder holds the encoder alone, without a decoder, at its present clip and rate. Weights that were changed
+        since they were loaded (trained, cast) have no steps and no clips there, and a provenance of stage `changed`
+        with the sha256 of the files that were loaded, unless `provenance` was set anew.
+        Raises UserError: the folder has files, or cannot be made.
         """
-        with atomic_new(Path(folder)) as out:
+        folder = Path(folder)
+        with file_system_errors(folder), suppress(FileExistsError, NotADirectoryError):  # atomic_new tells these
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):
+            folder.rmdir()  # an empty one
+        with atomic_new(folder) as out:
             out.mkdir()
-            checkpoint = self._saved_description()
+            checkpoint, provenance = self._saved_description(), self.provenance
+            if checksums(self.model.state_dict()) != self._checksums:
+                checkpoint = replace(checkpoint, step=0, clips_seen=0)
+                donor, hashes = self._donor
+                if provenance == donor:
+                    provenance = {"stage": CHANGED, "settings": {"donor": checkpoint.name}, "inputs": hashes}
             checkpoint.write(out, self.model.state_dict())
             with as_user_error(f"{artifacts.PROVENANCE} of {checkpoint.name} is not one of scaling4d"):
-                if self.provenance:
-                    write_json(out / artifacts.PROVENANCE, self.provenance)
-                card.write_model_card(out, checkpoint, self.provenance, mean=self.mean, scale=self.scale)
-        return Path(folder)
+                if provenance:
+                    write_json(out / artifacts.PROVENANCE, provenance)
+                card.write_model_card(out, checkpoint, provenance, mean=self.mean, scale=self.scale)
+        return folder
 
     def push_to_hub(self, target: str, *, private: bool | None = None, message: str = "Upload encoder") -> str:
         """Upload what `save_pretrained` writes to `owner/name` on the Hugging Face hub. Returns the model's address.
 
-        private: of a new model. Raises UserError: no huggingface_hub, no network, no right to write there.
+        Files of the same names there are replaced, README.md too; other files stay.
+        private: of a new model.
+        Raises UserError: no owner/name, no huggingface_hub, no network, no right to write there.
         """
+        if not re.fullmatch(HUB_ID, target):
+            raise UserError(f"{target} is no model of the Hugging Face hub; needed owner/name")
         with tempfile.TemporaryDirectory() as temporary:
             folder = self.save_pretrained(Path(temporary, "encoder"))
             return hub.upload(folder, target, private=private, message=message)
@@ -300,6 +347,17 @@ class Encoder(nn.Module):
             key = self.model.family.side_key  # of the values, where these have the side, too
             settings |= {"side_px": side, "values": settings["values"] | ({key: side} if key else {})}
         return replace(self.checkpoint, model=type(self.model).__name__, settings=settings, rate_hz=self.rate_hz)
+
+
+def checksums(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    """Type, shape and the sum of the bits of each tensor, equal on every device."""
+    sums = {}
+    for name, tensor in tensors.items():
+        bits = tensor.detach().flatten().clone().view(torch.uint8)  # a copy, for its alignment
+        whole = len(bits) // 8 * 8
+        total = int(bits[:whole].view(torch.int64).sum()) + int(bits[whole:].sum())
+        sums[name] = (str(tensor.dtype), tuple(tensor.shape), total)
+    return sums
 
 
 def check_clip(clip: object) -> tuple[int, int, int]:
