@@ -25,7 +25,7 @@ def encoder() -> Encoder:
 
 
 def test_clips_that_fit_are_left_as_they_are_from_numpy_and_torch(encoder: Encoder) -> None:
-    for video in (BYTES, BYTES[::-1][::-1], torch.from_numpy(BYTES)):
+    for video in (BYTES, BYTES[::-1].copy()[::-1], torch.from_numpy(BYTES)):
         assert torch.equal(encoder.preprocess(video), torch.from_numpy(BYTES)[None])
     for kind in (np.float32, np.float64, ">f4"):
         clips = encoder.preprocess(FLOATS.astype(kind))
@@ -80,6 +80,9 @@ def test_frames_are_picked_at_the_rate_of_the_clips(encoder: Encoder) -> None:
         (29.97, [0, 7, 15, 22]),
     ):
         assert encoder.preprocess(video, rate_hz=rate_hz)[0, :, 0, 0, 0].tolist() == expected
+    encoder.rate_hz = 1000.0
+    for rate_hz, expected in ((1000, [0, 1, 2, 3]), (4000, [0, 4, 8, 12]), (12000, [0, 12, 24, 36])):
+        assert encoder.preprocess(video, rate_hz=rate_hz)[0, :, 0, 0, 0].tolist() == expected
 
 
 def test_clips_lie_on_the_device_of_the_weights(encoder: Encoder) -> None:
@@ -98,7 +101,7 @@ REFUSED = {  # what arrives -> message
     "mixed": ([BYTES, FLOATS], "videos of a list are some uint8, some float; needed one type"),
     "int64": (BYTES.astype(np.int64), f"video is int64; {NEEDED}; values in 0..255: video.astype(np.uint8)"),
     "torch int32": (torch.from_numpy(BYTES).int(), f"video is int32; {NEEDED}; values in 0..255: video.to(torch.uint8)"),
-    "bool": (BYTES > 9, f"video is bool; {NEEDED}; values in 0..255: video.astype(np.uint8)"),
+    "bool": (BYTES > 9, f"video is bool; {NEEDED}; False and True, black and white: 255 * video.astype(np.uint8)"),
     "a list of frames": (
         list(BYTES),
         "video has 3 axes (16, 24, 3); needed T H W 3 or B T H W 3; a list of frames: np.stack(frames)",

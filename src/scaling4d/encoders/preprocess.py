@@ -29,7 +29,8 @@ def check_video(video: object) -> Tensor:
     numpy, shape, kind = isinstance(video, np.ndarray), tuple(video.shape), str(video.dtype).removeprefix("torch.")
     if not (kind == "uint8" or (video.dtype.kind == "f" if numpy else video.is_floating_point())):
         to_bytes = "video.astype(np.uint8)" if numpy else "video.to(torch.uint8)"
-        raise UserError(f"video is {kind}; needed {NEEDED}; values in 0..255: {to_bytes}")
+        fix = f"False and True, black and white: 255 * {to_bytes}" if kind == "bool" else f"values in 0..255: {to_bytes}"
+        raise UserError(f"video is {kind}; needed {NEEDED}; {fix}")
     if len(shape) not in (4, 5):
         raise UserError(f"video has {len(shape)} axes {shape}; needed T H W 3 or B T H W 3{_axes(shape, numpy)}")
     if shape[-1] != 3:
@@ -110,7 +111,8 @@ def pick_frames(pixels: Tensor, frames: int, *, rate_hz: float | None, encoder_r
             f"rate_hz = {rate_hz:g}, but the checkpoint does not tell its clips' rate; "
             f"set encoder.rate_hz, or pick {frames} frames and leave out rate_hz"
         )
-    indices = [int((k / encoder_rate_hz + TOLERANCE_S) * rate_hz) for k in range(frames)]
+    tolerance_s = min(TOLERANCE_S, 0.5 / rate_hz)  # less than a frame of a fast camera
+    indices = [int((k / encoder_rate_hz + tolerance_s) * rate_hz) for k in range(frames)]
     if indices[-1] >= T:
         needed = f"{frames} frames at {encoder_rate_hz:g} Hz, from {indices[-1] + 1} of the video's"
         raise UserError(f"video has {T} frames, {T / rate_hz:.2f} s at {rate_hz:g} Hz; needed {needed}; give a longer video")
