@@ -64,6 +64,19 @@ def test_a_saved_program_gives_the_encoders_output_for_any_batch(tmp_path: Path,
         program(clips_of(2, 8))
 
 
+def test_a_program_of_half_precision_weights_computes_in_float32_and_leaves_the_encoder(tmp_path: Path) -> None:
+    encoder = Encoder.from_pretrained(saved(tmp_path / "checkpoint", "4ds")).half()
+    folder, out = encoder.save_pretrained(tmp_path / "half"), tmp_path / "encoder.pt2"
+    assert export(folder, "--torch", out).exit_code == 0
+    clips = clips_of(2, CLIP[0])
+    with torch.no_grad():
+        expected = Encoder.from_pretrained(folder).float()(clips)
+    ours = torch.export.load(out).module()(clips)
+    assert ours[0].dtype == torch.float32 and torch.equal(ours[0], expected.last_hidden_state)
+    exporting.export_program(encoder, any_length=False)
+    assert encoder.dtype == torch.float16
+
+
 @pytest.mark.parametrize("name", ["4ds", "mae_st", "mae_st, one table"])
 def test_a_program_of_any_length_gives_what_a_resized_encoder_gives(tmp_path: Path, name: str) -> None:
     folder, out = saved(tmp_path / "checkpoint", name), tmp_path / "encoder.pt2"
@@ -130,6 +143,11 @@ def test_what_cannot_be_exported_is_one_line(tmp_path: Path, monkeypatch: pytest
     assert refused(folder, "--onnx", onnx) == f"--onnx {onnx}: needed onnxscript; pip install '.[export]'"
     assert refused(folder, "--torch", wrong) == f"--torch {wrong}; needed a new file that ends with .pt2"
     assert refused(folder, "--onnx", wrong) == f"--onnx {wrong}; needed a new file that ends with .onnx"
+    file, absent = tmp_path / "a.pt2", tmp_path / "none/a.onnx"
+    with monkeypatch.context() as patch:
+        patch.setattr(exporting.Encoder, "from_pretrained", None)  # refused before anything is loaded
+        message = f"--onnx {absent}: no folder {tmp_path / 'none'}; make it first"
+        assert refused(folder, "--torch", file, "--onnx", absent) == message
     one = "a PixelTokens is exported for clips of 4 frames only; leave out --any-length"
     assert refused(folder, "--torch", tmp_path / "a.pt2", "--any-length") == one
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -73,6 +74,8 @@ def export_program(encoder: Encoder, *, any_length: bool) -> torch.export.Export
     Raises UserError: any_length, and the encoder takes one T only; or torch cannot trace the model.
     """
     model, shapes = encoder.model, {0: torch.export.Dim.DYNAMIC}
+    if any((weight.device.type, weight.dtype) != ("cpu", torch.float32) for weight in model.parameters()):
+        model = deepcopy(model).to("cpu", torch.float32)
     if any_length and not isinstance(model, Backbone):
         raise UserError(
             f"a {type(model).__name__} is exported for clips of {encoder.clip[0]} frames only; leave out --any-length"
@@ -93,18 +96,21 @@ def export_program(encoder: Encoder, *, any_length: bool) -> torch.export.Export
 def run(checkpoint: str, *, torch_file: Path | None, onnx_file: Path | None, any_length: bool) -> None:
     """Command `export`.
 
-    Raises UserError: no new .pt2 or .onnx, no package onnxscript, an encoder too large for it, and as export_program.
+    Raises UserError: no new .pt2 or .onnx, no folder for it, no package onnxscript, an encoder too large for it, and as
+    export_program.
     """
     for option, path, suffix in (("--torch", torch_file, ".pt2"), ("--onnx", onnx_file, ".onnx")):
         if path and (path.suffix != suffix or path.exists()):
             raise UserError(f"{option} {path}{' exists' * path.exists()}; needed a new file that ends with {suffix}")
+        if path and not path.absolute().parent.is_dir():
+            raise UserError(f"{option} {path}: no folder {path.parent}; make it first")
     if onnx_file:
         try:
             importlib.import_module("onnxscript")
         except ImportError as error:
             raise UserError(f"--onnx {onnx_file}: needed onnxscript; pip install '.[export]'") from error
     encoder = Encoder.from_pretrained(checkpoint)
-    size = sum(tensor.nbytes for tensor in encoder.state_dict().values())
+    size = sum(4 * tensor.numel() for tensor in encoder.state_dict().values())  # bytes of float32
     if onnx_file and size > MOST_ONNX_BYTES:
         most = f"one .onnx file holds {MOST_ONNX_BYTES / 1e9:.1f} GB"
         raise UserError(f"--onnx {onnx_file}: the weights have {size / 1e9:.1f} GB, {most}; --torch writes the same program")
