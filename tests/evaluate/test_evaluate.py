@@ -39,7 +39,6 @@ def colours(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The guide's callable in a module of the current folder, with weights, and no trace of it afterwards."""
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(function, "BUILT", {})
-    monkeypatch.setattr(published, "MODELS", published.MODELS)
     (project / "colours.py").write_text(COLOURS)
     weight = 0.05 * torch.randn(48, 3, 2, 16, 16, generator=seeds.torch_rng(0, "colours"))
     torch.save({"patches.weight": weight, "patches.bias": torch.zeros(48)}, project / "colours.pt")
@@ -47,7 +46,7 @@ def colours(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     (project / "colours.py").unlink()
     (project / "colours.pt").unlink()
     sys.modules.pop("colours", None)
-    published.MODELS.pop(function.FunctionEncoder.__name__, None)
+    published.MODELS.pop(function.FunctionEncoder.__name__, None)  # the dictionary that load_encoder reads
     shutil.rmtree(project / "evaluated", ignore_errors=True)
 
 
@@ -261,6 +260,13 @@ def test_a_callable_that_is_not_there_is_refused(colours: str) -> None:
     }.items():
         with pytest.raises(UserError, match=message):
             function.build_function(model, CLIP)
+
+
+@pytest.mark.parametrize("code", ["import timm_of_mine\n", "", "def make():\n    import timm_of_mine\n"])
+def test_a_package_that_a_callable_needs_is_named(colours: str, code: str) -> None:
+    Path("colours.py").write_text(code or "def make():\n    return lambda video: __import__('timm_of_mine.layers')\n")
+    with pytest.raises(UserError, match=r"^colours needs the package timm_of_mine, which is not installed$"):
+        function.build_function("colours:make", CLIP)
 
 
 def test_a_callable_says_its_clip_or_is_told(colours: str) -> None:

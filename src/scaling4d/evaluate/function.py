@@ -12,7 +12,8 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -88,10 +89,12 @@ def build_function(model: str, clip: tuple[int, int, int]) -> tuple[FunctionEnco
         config; its features of FIXED_CLIPS fixed clips, which identify it; number of its parameters, 0 if it is no
         `torch.nn.Module`; sha256 by name of the file that defines the function.
     Raises:
-        UserError: no such module or function, a clip that is not square, or what it returns are no such features.
+        UserError: no such module or function, a package that it lacks, a clip that is not square, or what it returns
+            are no such features.
     """
     function = _find(model)
-    encoder = function()
+    with _needed_packages(model):
+        encoder = function()
     if not callable(encoder):
         problem = f"{model} returned a {type(encoder).__name__}"
         raise UserError(f"{problem}; needed an encoder to call: a function that returns one, or a class")
@@ -106,7 +109,7 @@ def build_function(model: str, clip: tuple[int, int, int]) -> tuple[FunctionEnco
     if len(clip) != 3 or not all(isinstance(size, int) and size > 0 for size in clip) or clip[1] != clip[2]:
         raise UserError(f"{model} has clip = {clip}; needed whole numbers T H W, with H = W")
     pixels = torch.from_numpy(seeds.numpy_rng(0, "fixed clips").integers(0, 256, (FIXED_CLIPS, *clip, 3), dtype="uint8"))
-    with torch.no_grad():
+    with torch.no_grad(), _needed_packages(model):
         returned = encoder(pixels)
     try:
         features = torch.as_tensor(returned)
@@ -132,12 +135,14 @@ def _find(model: str) -> Callable[[], Any]:
     if not re.fullmatch(REFERENCE, model):
         model = next(iter(metadata.entry_points(group=GROUP, name=model))).value
     module, _, name = model.partition(":")
-    try:
-        value = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if not f"{module}.".startswith(f"{error.name}."):
-            raise  # one that the module imports
-        raise UserError(f"{model}: no module {error.name}; needed one that is installed, or {module}.py in {folder}") from error
+    with _needed_packages(model):
+        try:
+            value = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if not f"{module}.".startswith(f"{error.name}."):
+                raise  # one that the module imports
+            needed = f"needed one that is installed, or {module}.py in {folder}"
+            raise UserError(f"{model}: no module {error.name}; {needed}") from error
     for word in name.split("."):
         if not hasattr(value, word):
             raise UserError(f"{model}: {module} has no {name}; needed a function or class that makes the encoder")
@@ -145,6 +150,16 @@ def _find(model: str) -> Callable[[], Any]:
     if not callable(value):
         raise UserError(f"{model} is a {type(value).__name__}; needed a function or class that makes the encoder")
     return value
+
+
+@contextmanager
+def _needed_packages(model: str) -> Iterator[None]:
+    """Raises UserError: the user's code imports a package that is absent."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        absent = f"the package {error.name}, which is not installed" if error.name else f"a package: {error}"
+        raise UserError(f"{model.partition(':')[0]} needs {absent}") from error
 
 
 def _check_features(model: str, features: Tensor, clip: tuple[int, int, int]) -> None:
