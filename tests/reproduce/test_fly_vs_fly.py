@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -144,7 +144,10 @@ def test_all_matrices_start_lecun_normal() -> None:
 
 
 def test_the_protocol_is_scivids_and_a_run_tells_where_it_differs() -> None:
-    assert (PROTOCOL.steps * PROTOCOL.batch, TRAIN_CLIPS % PROTOCOL.batch) == (1_280_000, 0)
+    training = {"steps": 40_000, "batch": 32, "learning_rate": 3e-4, "warmup_steps": 1000, "weight_decay": 0.0}
+    readout = {"width": 128, "heads": 16, "dropout": 0.5}
+    assert asdict(PROTOCOL) == training | readout | {"betas": (0.9, 0.999), "scales": (1.0, 1.4)}
+    assert TRAIN_CLIPS == 1_067_008 and TRAIN_CLIPS % PROTOCOL.batch == 0
     assert deviations_of(PROTOCOL, RELEASED_ENCODER, TRAIN_CLIPS + 31) == []
     assert deviations_of(replace(PROTOCOL, steps=7), BackboneConfig(**small_encoder.SETTINGS["Backbone"] | SHAPE), 64) == [
         "7 steps, the protocol has 40,000",
@@ -212,6 +215,7 @@ def test_the_plan_names_downloads_settings_sources_and_differences() -> None:
         "not measured",
     ):
         assert words in text
+    assert invoke("reproduce", "fly_vs_fly").stdout == text  # first, where files are missing
     assert all(row.source in text for row in FLY_VS_FLY.settings) and all(d in text for d in FLY_VS_FLY.differences)
 
 
@@ -265,6 +269,30 @@ fly_vs_fly.SAVE_EVERY = 3
 {change}
 fly_vs_fly.run(weights=Path("small.npz"), data=Path("data"), device="cpu", seed=1, steps=8, workers=2, out=Path("{out}"))
 """
+
+
+def test_a_state_is_removed_as_soon_as_the_result_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    weights = write_weights(tmp_path)
+    for split in ("train", "val"):
+        write_shards(tmp_path / "data", split, bright_flies(4, split))
+    states = []
+
+    def measured(*_: object, state: dict, **__: object) -> tuple:
+        states.append(fly_vs_fly.state_folder("reproduce", state))
+        states[0].mkdir(parents=True)
+        return {"mAP": 84.0}, {"train": 4, "val": 4}, [], [], {"weight": torch.zeros(1)}
+
+    def without_git(*_: object, **__: object) -> None:
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(fly_vs_fly.distributed, "run", measured)
+    monkeypatch.setattr(fly_vs_fly.artifacts, "write_run", without_git)
+    with pytest.raises(FileNotFoundError, match="git"):
+        fly_vs_fly.run(
+            weights=tmp_path / weights, data=tmp_path / "data", out=tmp_path / "out", device="cpu", seed=0, steps=None, workers=1
+        )
+    assert (tmp_path / "out/result.json").is_file() and not states[0].exists()
 
 
 @pytest.mark.integration

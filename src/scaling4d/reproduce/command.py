@@ -28,7 +28,7 @@ def reproduce(
 ) -> bool:
     """Run a target on the given files, path by option, and print the outcome. False: it is not as published.
 
-    dry: print the plan instead. The plan is printed, too, where files are missing. device, seed, steps, workers: of
+    dry: print the plan instead. The plan is printed first where files are missing. device, seed, steps, workers: of
     `fly_vs_fly.run`; None: the GPU, if there is one, 0, all steps, and one a core.
     Raises UserError: an unknown target, missing files, an option of another target, or as the target's `run`.
     """
@@ -40,8 +40,9 @@ def reproduce(
     given = given if chosen is fly_vs_fly.FLY_VS_FLY else {**given, **training}
     if others := sorted(name for name, value in given.items() if value is not None and name not in options):
         raise UserError(f"{target} takes {' and '.join(sorted(options))}; leave out {' and '.join(others)}")
-    if dry:
+    if dry or any(given[option] is None or not given[option].exists() for option in options):
         print("\n".join(chosen.plan()))
+    if dry:
         return True
     if chosen is depth_demo.DEPTH_DEMO:
         return _depth_demo(given, out)

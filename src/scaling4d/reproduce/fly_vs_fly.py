@@ -313,8 +313,8 @@ def run(
         checkpoint.save_tensors(folder / HEAD, head)
         (folder / "losses.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         write_json(folder / RESULT, content)
-    artifacts.write_run(f"reproduce-{FLY_VS_FLY.name}", artifacts.sha256(out), started=started, device=device)
     remove_state(state_folder("reproduce", state))
+    artifacts.write_run(f"reproduce-{FLY_VS_FLY.name}", artifacts.sha256(out), started=started, device=device)
     return out, content
 
 
