@@ -456,7 +456,8 @@ def features(
     interpolated.
 
     With --out FILE.npz: of one clip, a video's first window or a .npy B T H W C (float in 0..1, or uint8), every layer
-    as the encoder lists them: of 4DS and MAE-ST layer_01 is then the INPUT of block 1, in a folder its output.
+    as hidden_states lists them, and last_hidden_state, the output of the last block. Of 4DS and MAE-ST layer_02 is then
+    the INPUT of block 2, which is the output of block 1, called layer_01 in a folder; of other models both are alike.
     CHECKPOINT may then also be the folder of a frozen readout, whose output is written too.
     """
     from scaling4d.features import video_features

@@ -289,7 +289,7 @@ def test_a_readout_is_trained_on_a_published_encoder_like_on_any_other(published
     np.save(tmp_path / "clips.npy", np.zeros((1, 16, 64, 64, 3), np.uint8))
     head = Path("artifacts/smoke/readout/tiny/actions/frozen")
     names = write_features(head, tmp_path / "clips.npy", tmp_path / "out.npz", side_px=None, queries=None)
-    assert names == ["layer_00", "layer_01", "layer_02", "layer_03", "output"]
+    assert names == ["layer_00", "layer_01", "layer_02", "layer_03", "last_hidden_state", "output"]
 
 
 @pytest.mark.parametrize("kind", ["dinov2", "vjepa2"])

@@ -1,7 +1,9 @@
 """Whole videos: windows, the store, what continues and what is refused, and components in colours."""
 
 import contextlib
+import errno
 import json
+import os
 import re
 import shutil
 import weakref
@@ -220,6 +222,30 @@ def test_a_broken_video_is_a_line_and_the_others_are_done(checkpoint: Path, tmp_
     assert json.loads((out / "index.json").read_text())["videos"].keys() == {"a.mp4", "e.mp4"}
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_stops_the_command_and_is_no_problem_of_the_video(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    out, begun = tmp_path / "out", []
+
+    def full(tensor: GrowingTensor, rows: Tensor) -> None:
+        begun.append(tensor)
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(GrowingTensor, "append", full)
+    for name in ("a.mp4", "b.mp4"):
+        save(tmp_path / "videos" / name)
+    needed = "needed room on its disk; repair that, and the same command continues"
+    assert refused(checkpoint, tmp_path / "videos", "--out", out) == f"{out}: {os.strerror(number)}; {needed}"
+    assert len(begun) == 1
+
+
+def test_a_video_that_is_given_twice_is_written_once(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(checkpoint, save(tmp_path / "a.mp4"), "a.mp4", "--out", "out")
+    assert result.exit_code == 0 and result.output.splitlines()[-1] == "wrote out: 1 videos; 0 were there, 0 have problems"
+
+
 def test_a_stopped_command_continues_and_done_videos_are_left_alone(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
     videos, out, forward = tmp_path / "videos", tmp_path / "out", Encoder.forward
     for name in ("a.mp4", "b.mp4", "c.mp4"):
@@ -321,14 +347,19 @@ def test_a_npz_has_every_layer_of_the_first_window(checkpoint: Path, tmp_path: P
     with torch.no_grad():
         output = encoder(encoder.preprocess(pixels, fit="pad" if words else "crop"))
     arrays = np.load(tmp_path / "x.npz")
-    assert arrays.files == [f"layer_{n:02d}" for n in range(4)]
+    assert arrays.files == [*(f"layer_{n:02d}" for n in range(4)), "last_hidden_state"]
+    assert np.allclose(arrays["last_hidden_state"], output.last_hidden_state, atol=1e-6)
     assert all(np.allclose(arrays[f"layer_{n:02d}"], state, atol=1e-6) for n, state in enumerate(output.hidden_states))
 
 
 def test_a_npz_of_an_array_takes_it_as_it_is_and_one_of_a_video_needs_a_rate(checkpoint: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.zeros((1, 4, 32, 48, 3), np.uint8))
     refusal = refused(checkpoint, tmp_path / "a.npy", "--out", tmp_path / "y.npz", "--side-px", 64)
-    assert refusal == f"{tmp_path / 'a.npy'} is taken as it is; leave out --frames, --side-px and --rate-hz"
+    as_it_is = f"{tmp_path / 'a.npy'} is taken as it is; leave out --frames, --side-px, --rate-hz and --pad"
+    assert refusal == refused(checkpoint, tmp_path / "a.npy", "--out", tmp_path / "y.npz", "--pad") == as_it_is
+    np.save(tmp_path / "queries.npy", np.zeros((1, 2)))
+    refusal = refused(checkpoint, tmp_path / "a.npy", "--out", tmp_path / "y.npz", "--queries", tmp_path / "queries.npy")
+    assert refusal == f"{checkpoint} has no readout that takes queries; leave out --queries"
     forget_rate(checkpoint)
     assert run(checkpoint, tmp_path / "a.npy", "--out", tmp_path / "z.npz").exit_code == 0
     assert refused(checkpoint, save(tmp_path / "a.mp4"), "--out", tmp_path / "y.npz") == windows.NO_RATE

@@ -317,8 +317,12 @@ def test_features_of_a_trained_readout_come_with_its_predictions(project: Path, 
         needed = f"^readouts of {task} need objects of the first frame, Q {numbers}; correct --queries"
         with pytest.raises(UserError, match=needed):
             write_features(readout(task), Path("clip.npy"), Path("none.npz"), side_px=None, queries=None)
+    else:
+        np.save("given.npy", np.zeros((1, 2)))
+        with pytest.raises(UserError, match="has no readout that takes queries; leave out --queries$"):
+            write_features(readout(task), Path("clip.npy"), Path("none.npz"), side_px=None, queries=Path("given.npy"))
     names = write_features(readout(task), Path("clip.npy"), Path("out.npz"), side_px=None, queries=queries)
-    assert names == ["layer_00", "output"]
+    assert names == ["layer_00", "last_hidden_state", "output"]
     predicted, _ = stage.predict(loaded, clip)
     output = np.load("out.npz")["output"][0]
     assert near(output, predicted[: len(output)])
@@ -329,7 +333,7 @@ def test_a_trained_readout_sees_a_video_at_the_rate_of_its_task(project: Path) -
     frames, height, width = loaded.encoder.clip
     pixels = np.zeros((4 * frames, height, width, 3), np.uint8) + (5 * np.arange(4 * frames, dtype=np.uint8))[:, None, None, None]
     stage.video.encode(Path("a.mp4"), pixels, rate_hz=4 * loaded.model.task.rate_hz, crf=1, gop=4)
-    assert write_features(readout("depth"), Path("a.mp4"), Path("of_video.npz")) == ["layer_00", "output"]
+    assert write_features(readout("depth"), Path("a.mp4"), Path("of_video.npz")) == ["layer_00", "last_hidden_state", "output"]
     np.save("shown.npy", pixels[None, ::4])
     write_features(readout("depth"), Path("shown.npy"), Path("of_array.npz"))
     of_video, of_array = (np.load(name)["layer_00"] for name in ("of_video.npz", "of_array.npz"))
@@ -345,6 +349,8 @@ def test_a_readout_below_another_name_of_its_encoder_is_loaded(project: Path) ->
 def test_clips_are_drawn_by_the_seed(project: Path) -> None:
     one, other = (load_trained_readout(readout("depth", encoder)) for encoder in ("pixels", "other"))
     ids = [sample.id for sample in stage.choose_samples(one, 3)]
+    reseeded = replace(one, result=replace(one.result, seed=1))
+    assert ids != [sample.id for sample in stage.choose_samples(reseeded, 3)]
     assert ids == [sample.id for sample in stage.choose_samples(other, 3)] and len(set(ids)) == 3
     for examples in (1, 5000):  # a video with queries in several frames counts as several examples, a damaged one as none
         counted = replace(one, result=replace(one.result, examples=examples))

@@ -121,11 +121,11 @@ def bind_features(
 def videos_at(paths: Sequence[Path], out: Path) -> list[tuple[str, VideoInput | str]]:
     """(name, file or the reason why there is none) of the given files and of all files below the given folders.
 
-    A name is a path below the folder, of a member of a tar too. Raises UserError: no such path, two videos of one name,
-    or `out` inside a folder of videos.
+    A name is a path below the folder, of a member of a tar too. A path that is given twice counts once.
+    Raises UserError: no such path, two videos of one name, or `out` inside a folder of videos.
     """
     videos: dict[str, VideoInput | str] = {}
-    for path in paths:
+    for path in {(path.resolve(), path.name): path for path in paths}.values():
         if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
             raise UserError(f"{out} lies in {path}, whose files are videos; write --out elsewhere")
         sources = list_sources(path) if path.is_dir() else [SourceFile(path.name)]
@@ -201,7 +201,12 @@ def write_features_of_videos(
 
 
 def _is_of_video(error: OSError, path: Path) -> bool:
-    """Whether the video is to blame, and not the folder of the features: its name is too long, or it cannot be read."""
+    """Whether the video is to blame, and not the folder of the features: its name is too long, or it cannot be read.
+
+    A failed write, of a full disk, names no file.
+    """
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return False
     return error.errno == errno.ENAMETOOLONG or not str(error.filename).startswith(str(path.parent))
 
 
@@ -223,13 +228,12 @@ def write_video_features(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     windows = settings.windows
-    device = next((weight.device for weight in encoder.parameters()), torch.device("cpu"))
     with work_folder(".features", path.parent) as folder, ExitStack() as stack:
         growing = [GrowingTensor(stack.enter_context((folder / f"layer_{n:02d}").open("w+b"))) for n in settings.layers]
         frame_s, start_s = [], []
         for clips in batches(read_windows(source, windows), batch):
             pixels = torch.stack([window.pixels for window in clips])
-            for tensor, rows in zip(growing, _features_of(encoder, pixels.to(device), settings), strict=True):
+            for tensor, rows in zip(growing, _features_of(encoder, pixels.to(encoder.device), settings), strict=True):
                 tensor.append(rows)
             start_s += [window.start_s for window in clips]
             frame_s.append(frame_times(clips))

@@ -12,10 +12,11 @@ from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders.arrays import write_npz
 from scaling4d.encoders.encoder import Encoder
 from scaling4d.encoders.features import layer_index, split_time
-from scaling4d.features.extract import all_features, first_clip, read_array, read_clips
+from scaling4d.features.extract import first_clip, read_array, read_clips
 from scaling4d.features.video_features import bind_features
 from scaling4d.provenance import atomic_new
 from scaling4d.readout import released_heads
+from scaling4d.readout.released_heads import ReleasedReadout
 from scaling4d.records import UserError
 from scaling4d.show.trained import TrainedReadout, load_trained_readout
 
@@ -32,8 +33,10 @@ def write_features(
     fit: str = "crop",
     queries: Path | None = None,
 ) -> list[str]:
-    """Write `layer_00` ... `layer_LL`, each `B N D`, and `output` where the folder has a readout. Returns their names.
+    """Write `layer_00` ... `layer_LL`, `last_hidden_state`, each `B N D`, and a readout's `output`. Returns the names.
 
+    The layers are EncoderOutput.hidden_states: of 4DS and MAE-ST `layer_02` is the input of block 2, that is the output
+    of block 1, which write_video_features calls `layer_01`.
     Positions are resized where the clips have another size than the checkpoint's. Readouts of fixed places refuse such
     clips.
 
@@ -42,10 +45,10 @@ def write_features(
             then, at the rate of its task).
         video: a video file, of which the first window is taken, or a `.npy` of clips, see features.extract.read_clips.
         frames, side_px, rate_hz, fit: of the window, see bind_features.
-        queries: `.npy`, `Q 2` or `Q 4` in 0..1, for a readout that tracks.
+        queries: `.npy`, `Q 2` or `Q 4` in 0..1, for a readout that tracks; refused for any other.
     Raises:
         UserError: `out` exists, not a checkpoint, not clips, values outside 0..1, a video that is too short, no rate,
-            or queries that do not fit.
+            or queries that do not fit or that nothing takes.
     """
     with atomic_new(out) as partial:
         folder = Path(checkpoint)
@@ -58,6 +61,8 @@ def write_features(
         else:
             encoder = Encoder.from_pretrained(checkpoint)
         places = None  # 1 Q n
+        if queries is not None and not _takes_queries(trained, released):
+            raise UserError(f"{checkpoint} has no readout that takes queries; leave out --queries")
         if queries is not None:
             places = torch.from_numpy(read_array(queries, axes=2).astype(np.float32))[None]
             if not ((places >= 0) & (places <= 1)).all():
@@ -66,22 +71,31 @@ def write_features(
                 )
         native, single = encoder.clip, {"layers": (), "tokens": True, "dtype": "float32", "stride_s": None}
         if video.suffix == ".npy":
-            if frames or side_px or rate_hz:
-                raise UserError(f"{video} is taken as it is; leave out --frames, --side-px and --rate-hz")
+            if frames or side_px or rate_hz or fit != "crop":
+                raise UserError(f"{video} is taken as it is; leave out --frames, --side-px, --rate-hz and --pad")
             pixels = read_clips(video)
         else:
             settings = bind_features(encoder, rate_hz=rate_hz, frames=frames, side_px=side_px, fit=fit, **single)
             pixels = first_clip(video, settings.windows)
         if (trained or released and released.kind == "depth") and tuple(pixels.shape[1:4]) != native:
             raise UserError(f"{video}: clips T H W = {tuple(pixels.shape[1:4])}; this readout predicts for {native} only")
-        layers = all_features(encoder.model, pixels)
+        encoder.resize(tuple(pixels.shape[1:4]))
+        features = encoder(pixels)
+        layers = list(features.hidden_states)
         arrays = {f"layer_{i:02d}": layer.numpy() for i, layer in enumerate(layers)}
+        arrays["last_hidden_state"] = features.last_hidden_state.numpy()
         if trained:
             arrays["output"] = _predict(trained, layers, pixels, places).numpy()
         elif released:
             arrays["output"] = released_heads.predict(released, head, encoder.model, layers, pixels, places).numpy()
         write_npz(partial, arrays.items())
     return list(arrays)
+
+
+def _takes_queries(trained: TrainedReadout | None, released: ReleasedReadout | None) -> bool:
+    if trained:
+        return trained.model.task.queries(trained.encoder.clip).coordinates > 0
+    return released is not None and (released.kind == "tracking" or released.settings.get("query_width", 0) > 0)
 
 
 def _predict(trained: TrainedReadout, layers: list[Tensor], pixels: Tensor, queries: Tensor | None) -> Tensor:
