@@ -322,19 +322,53 @@ def test_results_without_the_checkpoints_that_they_were_read_from_are_not_called
     assert f"not checked {NANO}: {weights}" in messages("not checked")
 
 
-def test_stages_that_dvc_keeps_of_a_still_earlier_run_are_no_part_of_an_earlier_run(commit: Callable, wrong: Wrong) -> None:
-    lock = yaml.safe_load(Path("dvc.lock").read_text())
+def add_leftover(path: str, folder: str) -> None:
+    """Add the stage of an earlier run to a lock: of other code, and with an output below artifacts/FOLDER."""
+    lock = yaml.safe_load(Path(path).read_text())
     leftover = json.loads(json.dumps(next(stage for name, stage in lock["stages"].items() if name.startswith("readout@"))))
     for dep in (dep for dep in leftover["deps"] if dep["path"].startswith("artifacts/")):
         dep["md5"] = "0" * 32
-    leftover["outs"][0] |= {"path": "artifacts/test/readout/nano/actions/finetune", "md5": "1" * 32}
+    leftover["outs"][0] |= {"path": f"artifacts/{folder}/readout/nano/actions/finetune", "md5": "1" * 32}
     lock["stages"]["finetune@nano"] = leftover
-    Path("dvc.lock").write_text(yaml.safe_dump(lock))
+    Path(path).write_text(yaml.safe_dump(lock))
+
+
+def test_stages_that_dvc_keeps_of_a_still_earlier_run_are_no_part_of_an_earlier_run(commit: Callable, wrong: Wrong) -> None:
+    add_leftover("dvc.lock", "test")
     commit("a lock with a stage that dvc.yaml no longer has")
     assert not wrong()
     Path("src/scaling4d/readout/stage.py").write_text("VALUE = 22\n")
     commit("other code")
     assert not wrong()
+
+
+def test_stages_that_dvc_keeps_of_an_earlier_run_are_no_part_of_a_kept_run(commit: Callable, wrong: Wrong) -> None:
+    add_leftover("reports/kept/dvc.lock", "kept")
+    commit("a kept lock with a stage that dvc.yaml no longer has")
+    assert not wrong()
+
+
+def test_a_lock_without_a_report_is_not_taken_for_results_of_an_earlier_commit(commit: Callable, wrong: Wrong) -> None:
+    lock = yaml.safe_load(Path("dvc.lock").read_text())
+    del lock["stages"]["report"]
+    Path("dvc.lock").write_text(yaml.safe_dump(lock))
+    Path("src/scaling4d/readout/stage.py").write_text("VALUE = 22\n")
+    commit("no report, and other code")
+    assert "report: dvc.lock does not have this stage: run `dvc repro`" in wrong()
+    assert "wrong       src/scaling4d: md5 " in wrong()
+
+
+def test_results_of_an_earlier_commit_are_counted_in_full(project: Path, commit: Callable, capsys: pytest.CaptureFixture) -> None:
+    def numbers() -> str:
+        assert audit.check() == 0
+        return re.search(r"([\d,]+) numbers", capsys.readouterr().out)[1]
+
+    before, settings = numbers(), yaml.safe_load(config.PARAMS.read_text())
+    del settings["points"]["mini"]
+    config.PARAMS.write_text(yaml.safe_dump(settings))
+    Path("src/scaling4d/readout/stage.py").write_text("VALUE = 22\n")
+    commit("a point less, and other code")
+    assert numbers() == before
 
 
 def test_results_of_an_earlier_commit_are_one_note(flip: Flip, commit: Callable, messages: Messages, wrong: Wrong) -> None:

@@ -17,6 +17,7 @@ from scaling4d.records import UserError, as_user_error, on_one_line
 
 WRONG, NOTE, UNCHECKED = "wrong", "note", "not checked"
 SOURCE, CODE, BENCHMARKS = "src/scaling4d", artifacts.CODE.as_posix(), artifacts.BENCHMARKS.as_posix()
+REPORT = "report"  # the stage
 TABLES = {"results": "result.json", "pretrain": "summary.json", "reconstruct": "result.json"}  # csv -> JSON file
 RESULT_KEY, INTERVAL = ("encoder", "task", "protocol"), ("low", "high", "unit", "higher_is_better")
 OBJECTS = ("settings", "overrides", "inputs", "folders", "others", "modules")  # keys of records that hold objects
@@ -263,8 +264,24 @@ def locked_runs() -> list[LockedRun]:
         if goal is None or "profile" not in goal.params:
             raise UserError(f"{path}: no stage in it writes {folder}/ with a profile; needed the lock of this report's run")
         home = f"artifacts/{goal.params['profile']}"
-        runs.append(LockedRun(path, required(some, [goal.name]), home, folder, None, {}, disk))
+        needed = required(without_leftovers(some, stages), [goal.name])
+        runs.append(LockedRun(path, needed, home, folder, None, {}, disk))
     return runs
+
+
+def without_leftovers(locked: Mapping[str, LockedStage], today: Mapping[str, LockedStage]) -> dict[str, LockedStage]:
+    """The stages of a lock without those of a still earlier run, which DVC never removes.
+
+    A leftover is a stage that today's settings do not have, and that read other code than stage `code` wrote. Others
+    that today's settings do not have are of the run, on their own data.
+    """
+    written = {out.path: out.md5 for out in locked["code"].outs} if "code" in locked else {}
+    stages = {}
+    for name, stage in locked.items():
+        read = {dep.path: dep.md5 for dep in stage.deps if dep.path in written}
+        if name in today or all(md5 == written[path] for path, md5 in read.items()):
+            stages[name] = stage
+    return stages
 
 
 def _pipeline() -> tuple[dict[str, LockedStage], dict[str, list[str]]]:
