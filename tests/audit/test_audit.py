@@ -276,6 +276,10 @@ def test_declared_differences_are_notes(rewrite: Rewrite, messages: Messages) ->
     pins = "note        requirements.lock: it pins torch 2.12.0; reports/built/runs.json has 2.13.0"
     assert messages("note") == [unused, pins] and messages("wrong") == []
     config.PARAMS.write_text(config.PARAMS.read_text().replace("seed: 0", "seed: 3"))
+    page = Path("reports/built/report.html")
+    page.write_text(f"<table><tr><td>seed</td></tr></table>{page.read_text()}")
+    rewrite(PRETRAINED / "provenance.json", overrides={"seed": 4})
+    assert "params.yaml: seed = 3 is not the value of profile test, and no stage names it" in "".join(messages("wrong"))
     rewrite(PRETRAINED / "provenance.json", overrides={"seed": 3})
     assert "note        params.yaml: override seed = 3 of profile test: its stages name it" in messages("note")
 
@@ -410,6 +414,20 @@ def test_a_kept_run_is_proven_by_the_commit_that_holds_its_code(flip: Flip, comm
     assert "reports/kept/dvc.lock: pretrain@mini ran with seed = 7, other stages with 0" in wrong()
     flip("reports/kept/results.csv", "top1,0.75,", "top1,0.95,")
     assert "wrong       reports/kept/results.csv: md5 " in wrong()
+
+
+def test_a_setting_of_a_kept_run_may_differ_where_its_report_names_the_override(wrong: Wrong) -> None:
+    lock, stages, derived = (Path("reports/kept", name) for name in ("dvc.lock", "stages.json", "derived.json"))
+    lock.write_text(lock.read_text().replace("seed: 0", "seed: 7"))
+    page = Path("reports/kept/report.html").read_text()
+    Path("reports/kept/report.html").write_text(f"<table><tr><td>seed</td><td>0</td></tr></table>{page}")
+    assert "reports/kept/dvc.lock: it has seed = 7; in commit " in wrong()
+    for value, differs in ((8, True), (7, False)):
+        stages.write_text(json.dumps({"stages": {"pretrain/nano": {"overrides": {"seed": value}}}}))
+        assert ("it has seed = 7; in commit " in wrong()) is differs
+    stages.unlink()
+    derived.write_text(json.dumps({"override seed": {"value": 7, "from": []}}))
+    assert "it has seed = 7; in commit " not in wrong()
 
 
 def test_data_of_today_do_not_touch_a_kept_run(wrong: Wrong, request: pytest.FixtureRequest) -> None:

@@ -139,6 +139,25 @@ class LockedRun:
                 records[f"{words[-1]}/{words[0]}"] = f"{path}/{TABLES[words[0]]}"
         return records
 
+    @cached_property
+    def declared_overrides(self) -> dict[str, list[Any]]:
+        """Setting -> its values that the artifacts and the report name as overrides.
+
+        Of the report: stages.json, and `override KEY` of derived.json, which has those of stage `report` itself.
+        """
+        stages = self.json_object(f"{self.folder}/stages.json").get("stages")
+        contents = [*stages.values()] if isinstance(stages, dict) else []
+        contents += [self.json_object(f"{path}/{artifacts.PROVENANCE}") for path in self.makers]
+        named = [content.get("overrides") for content in contents if isinstance(content, dict)]
+        items = [item for overrides in named if isinstance(overrides, dict) for item in overrides.items()]
+        derived = self.json_object(f"{self.folder}/derived.json").items()
+        own = {key: entry for key, entry in derived if key.startswith("override ") and isinstance(entry, dict)}
+        items += [(key.removeprefix("override "), entry.get("value")) for key, entry in own.items()]
+        values: dict[str, list[Any]] = {}
+        for key, value in items:
+            values.setdefault(key, []).append(value)
+        return values
+
     def owns(self, path: str) -> bool:
         """Whether a path is one of the run's artifacts or a file of its report."""
         return f"{path}/".startswith((f"{self.home}/", f"{self.folder}/"))

@@ -122,7 +122,7 @@ def _verify_study(path: Path) -> Iterator[AuditFinding]:
         if numbers is not None and parse_csv(to_csv(studies.RUN_COLUMNS, numbers)) != listed:
             yield AuditFinding(WRONG, where, f"the rows of {arm.name}, seed {seed}, are not those of {study.lock(run)}")
         overrides = (f"profile={arm.profile}", *arm.overrides)
-        for kind, _, message in closest_commit(locks[run], overrides, {"seed": seed}, "")[1]:
+        for kind, _, message in closest_commit(locks[run], overrides, {"seed": seed}, {})[1]:
             unknown += kind == UNCHECKED
             if kind == WRONG:
                 yield AuditFinding(WRONG, str(study.lock(run)), message)

@@ -104,8 +104,7 @@ def _newer_commits(run: LockedRun) -> str:
     unchanged = run.disk.md5(SOURCE) in sources and not run.contradictions
     if run.settings is None or unchanged or any(map(provenance.edited_files, INPUTS)) or REPORT not in read_lock(LOCK):
         return ""
-    page = run.disk.text(f"{run.folder}/report.html") or ""
-    commit, _ = closest_commit(run.stages, (f"profile={Path(run.home).name}",), {}, page)
+    commit, _ = closest_commit(run.stages, (f"profile={Path(run.home).name}",), {}, run.declared_overrides)
     if commit is None:
         return ""
     packages = ", ".join(Path(path).stem for path in _changed_packages(run)) or "no stage"
@@ -208,19 +207,18 @@ def _changed_packages(run: LockedRun) -> dict[str, str]:
 
 
 def _settings(run: LockedRun) -> Iterator[AuditFinding]:
-    """params.yaml is the composition of its profile, or the stages and the page name the difference."""
+    """params.yaml is the composition of its profile, or the stages and the report name the difference."""
     try:
         overrides = config.overrides(run.settings)
     except UserError as error:
         yield AuditFinding(WRONG, "params.yaml", str(error))
         return
-    page = run.disk.text(f"{run.folder}/report.html") or ""
-    provenances = [run.json_object(f"{path}/{artifacts.PROVENANCE}") for path in run.makers]
-    named, profile = {key for content in provenances for key in content.get("overrides") or ()}, run.settings["profile"]
+    profile = run.settings["profile"]
     for key, value in overrides.items():
         outs = run.outs_of_setting(key)
-        if key in named or f">{key}<" in page or not outs:
-            reason = "no stage depends on it" if not outs and key not in named else "its stages name it"
+        named = value in run.declared_overrides.get(key, ())
+        if named or not outs:
+            reason = "its stages name it" if named else "no stage depends on it"
             yield AuditFinding(NOTE, "params.yaml", f"override {key} = {value!r} of profile {profile}: {reason}")
         else:
             undo = f"undo it with `scaling4d compose profile={profile}`, or run `dvc repro`"
@@ -239,9 +237,9 @@ def _environment(run: LockedRun) -> Iterator[AuditFinding]:
 
 
 def _commit(run: LockedRun) -> Iterator[AuditFinding]:
-    """The code, settings and data of a kept run are those of one commit, or its page names the setting."""
-    page = run.disk.text(f"{run.folder}/report.html") or ""
-    for kind, subject, message in closest_commit(run.stages, (f"profile={Path(run.home).name}",), {}, page)[1]:
+    """The code, settings and data of a kept run are those of one commit, or its report names the setting."""
+    profile, overrides = (f"profile={Path(run.home).name}",), run.declared_overrides
+    for kind, subject, message in closest_commit(run.stages, profile, {}, overrides)[1]:
         starts = run.outs_of_setting(subject) or None  # not a setting: a path
         if subject in run.stages:
             starts = [(out.path, ()) for out in run.stages[subject].outs]
