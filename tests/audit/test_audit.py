@@ -457,6 +457,14 @@ def test_a_kept_run_whose_code_no_commit_holds_is_not_checked(messages: Messages
     assert any(unknown in message for message in messages("not checked"))
 
 
+def test_files_of_a_folder_that_changed_are_named_by_the_cache_where_dvc_keeps_it(flip: Flip, wrong: Wrong) -> None:
+    Path(".dvc/cache").rename("elsewhere")
+    Path(".dvc/config").write_text("[cache]\n    dir = ../elsewhere\n")
+    path = f"{PRETRAINED}/operative_config.gin"
+    flip(path, "depth = 2", "depth = 3")
+    assert f"wrong       {PRETRAINED}: md5 " in wrong() and "differing files: operative_config.gin" in wrong()
+
+
 def test_two_questions_at_once_are_refused() -> None:
     with pytest.raises(UserError, match="^FOLDER, --explain, --crate and --reproduced are four commands; needed one at a time$"):
         cli.audit(folder=None, explain="nano/actions/frozen", form="text", crate=None, reproduced=True)

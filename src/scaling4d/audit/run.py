@@ -222,6 +222,18 @@ class LockedRun:
         return None
 
 
+def dvc_cache() -> Path:
+    """DVC's cache of the project in the current folder."""
+    return _dvc_cache(Path.cwd())
+
+
+@cache
+def _dvc_cache(folder: Path) -> Path:
+    from scaling4d.studies.run import dvc_cache_folder
+
+    return dvc_cache_folder()  # starts DVC
+
+
 def has_texts(entry: Mapping[str, Any], *keys: str) -> bool:
     """Whether an entry of a record has texts under these keys."""
     return all(isinstance(entry.get(key), str) for key in keys)
