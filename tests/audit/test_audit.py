@@ -457,6 +457,11 @@ def test_a_kept_run_whose_code_no_commit_holds_is_not_checked(messages: Messages
     assert any(unknown in message for message in messages("not checked"))
 
 
+def test_an_option_of_another_command_is_refused() -> None:
+    with pytest.raises(UserError, match="^--as json is the format of --explain; give a number to explain, or leave it out$"):
+        cli.audit(folder=None, explain="", form="json", crate=None, reproduced=False)
+
+
 def test_files_of_a_folder_that_changed_are_named_by_the_cache_where_dvc_keeps_it(flip: Flip, wrong: Wrong) -> None:
     Path(".dvc/cache").rename("elsewhere")
     Path(".dvc/config").write_text("[cache]\n    dir = ../elsewhere\n")

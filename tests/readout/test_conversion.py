@@ -84,6 +84,8 @@ def test_the_commands_convert_both_ways_and_refuse_unknown_kinds(tmp_path: Path)
     assert Checkpoint.read(tmp_path / "mae").settings["mask_ratio"] == 0.8
     assert str(run("convert", "5ds", BACKBONE, tmp_path / "new").exception) == "unknown kind '5ds'; needed 4ds or mae_st"
     assert str(run("convert", "mae_st", tmp_path / "none.pth", tmp_path / "new").exception) == f"no file {tmp_path / 'none.pth'}"
+    refused = "a 4ds file states its own shape; leave out --heads and --mask-ratio, of mae_st alone"
+    assert str(run("convert", "4ds", BACKBONE, tmp_path / "new", "--heads", 3, "--mask-ratio", 0.9).exception) == refused
     assert not (tmp_path / "new").exists()
 
 
