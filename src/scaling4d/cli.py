@@ -18,7 +18,7 @@ for _library in ("OPENBLAS", "MKL"):  # numpy's BLAS reads this at import; the l
     os.environ[f"{_library}_NUM_THREADS"] = "1"
 
 from scaling4d import config  # noqa: E402
-from scaling4d.records import AGAIN, Preempted, UserError, file_system_errors, on_one_line  # noqa: E402
+from scaling4d.records import AGAIN, Preempted, UserError, as_user_error, file_system_errors, on_one_line  # noqa: E402
 from scaling4d.training.gpus import WORKER_CLIPS_PER_S, WRITE_GB_PER_S  # noqa: E402
 
 HELP = "Pretrain masked video autoencoders of growing size, evaluate them with readouts, and build the scaling report."
@@ -302,13 +302,17 @@ def law(
     from scaling4d.studies import law as laws
     from scaling4d.studies.study import read_study
 
+    options = {"--parameters": parameters, "--clips": clips, "--flops": flops}
+    given = " ".join(f"{option} {value}" for option, value in options.items() if value)
+    if predict and given:
+        raise UserError(f"--predict writes the losses of all arms of {predict}; leave out {given}")
     if predict and len(folders) > 1:
         raise UserError(f"--predict with {len(folders)} folders; needed one, the study that predicts")
     if predict:
         path = laws.write_prediction(read_study(predict), folders[0])
         print(f"wrote {path}; commit it, then run `scaling4d study {predict}`")
     elif (clips and flops) or (parameters and not (clips or flops)) or (clips and not parameters):
-        raise UserError("needed --parameters with --clips or --flops, --flops alone, or none of them")
+        raise UserError(f"{given}: needed --parameters with --clips or --flops, --flops alone, or none of them")
     else:
         print(laws.law_text(laws.law_of(*folders), parameters=parameters, clips=clips, flops=flops))
 
@@ -391,14 +395,19 @@ def plan(
     from scaling4d.studies.law import FITTED, law_of, prediction_text
 
     if not as_json and content["method"] == "SimpleMAE" and FITTED.is_dir():
-        text = prediction_text(law_of(FITTED), content["parameters"]["backbone"], content["schedule"]["clips"])
-        print(f"by the law of {FITTED}, on its data: {text}")
+        try:
+            with as_user_error(f"{FITTED} cannot be read"):
+                text = prediction_text(law_of(FITTED), content["parameters"]["backbone"], content["schedule"]["clips"])
+            print(f"by the law of {FITTED}, on its data: {text}")
+        except UserError as error:
+            print(f"no prediction of the loss: {on_one_line(error)}")
     if content["refused"]:
         raise UserError(f"the plan of {point} is {content['refused']}")
 
 
 @app.command()
 def convert(
+    context: typer.Context,
     kind: Annotated[str, typer.Argument(help="4ds or mae_st")],
     source: Path,
     out: Annotated[Path, typer.Argument(help="New Checkpoint folder; for 4ds also FOLDER -> FILE.npz.")],
@@ -414,6 +423,11 @@ def convert(
 
     if kind not in ("4ds", "mae_st"):
         raise UserError(f"unknown kind {kind!r}; needed 4ds or mae_st")
+    of_mae_st = ("heads", "decoder_heads", "frames", "mask_ratio", "normalise_target")
+    given = [name for name in of_mae_st if context.get_parameter_source(name).name == "COMMANDLINE"]
+    if kind == "4ds" and given:
+        names = " and ".join(f"--{name}" for name in given).replace("_", "-")
+        raise UserError(f"a 4ds file states its own shape; leave out {names}, of mae_st alone")
     if kind == "4ds" and out.suffix == ".npz":
         print(f"wrote {released_heads.to_4ds(source, out)}")
         return
@@ -547,6 +561,8 @@ def audit(
 
     if sum((folder is not None, bool(explain), crate is not None, reproduced)) > 1:
         raise UserError("FOLDER, --explain, --crate and --reproduced are four commands; needed one at a time")
+    if form != "text" and not explain:
+        raise UserError(f"--as {form} is the format of --explain; give a number to explain, or leave it out")
     if folder is not None:
         raise typer.Exit(audit.check_evaluation(folder))
     if explain:

@@ -277,6 +277,10 @@ def test_declared_differences_are_notes(rewrite: Rewrite, messages: Messages) ->
     pins = "note        requirements.lock: it pins torch 2.12.0; reports/built/runs.json has 2.13.0"
     assert messages("note") == [unused, pins] and messages("wrong") == []
     config.PARAMS.write_text(config.PARAMS.read_text().replace("seed: 0", "seed: 3"))
+    page = Path("reports/built/report.html")
+    page.write_text(f"<table><tr><td>seed</td></tr></table>{page.read_text()}")
+    rewrite(PRETRAINED / "provenance.json", overrides={"seed": 4})
+    assert "params.yaml: seed = 3 is not the value of profile test, and no stage names it" in "".join(messages("wrong"))
     rewrite(PRETRAINED / "provenance.json", overrides={"seed": 3})
     assert "note        params.yaml: override seed = 3 of profile test: its stages name it" in messages("note")
 
@@ -323,19 +327,53 @@ def test_results_without_the_checkpoints_that_they_were_read_from_are_not_called
     assert f"not checked {NANO}: {weights}" in messages("not checked")
 
 
-def test_stages_that_dvc_keeps_of_a_still_earlier_run_are_no_part_of_an_earlier_run(wrong: Wrong) -> None:
-    lock = yaml.safe_load(Path("dvc.lock").read_text())
+def add_leftover(path: str, folder: str) -> None:
+    """Add the stage of an earlier run to a lock: of other code, and with an output below artifacts/FOLDER."""
+    lock = yaml.safe_load(Path(path).read_text())
     leftover = json.loads(json.dumps(next(stage for name, stage in lock["stages"].items() if name.startswith("readout@"))))
     for dep in (dep for dep in leftover["deps"] if dep["path"].startswith("artifacts/")):
         dep["md5"] = "0" * 32
-    leftover["outs"][0] |= {"path": "artifacts/test/readout/nano/actions/finetune", "md5": "1" * 32}
+    leftover["outs"][0] |= {"path": f"artifacts/{folder}/readout/nano/actions/finetune", "md5": "1" * 32}
     lock["stages"]["finetune@nano"] = leftover
-    Path("dvc.lock").write_text(yaml.safe_dump(lock))
+    Path(path).write_text(yaml.safe_dump(lock))
+
+
+def test_stages_that_dvc_keeps_of_a_still_earlier_run_are_no_part_of_an_earlier_run(wrong: Wrong) -> None:
+    add_leftover("dvc.lock", "test")
     commit_here("a lock with a stage that dvc.yaml no longer has")
     assert not wrong()
     Path("src/scaling4d/readout/stage.py").write_text("VALUE = 22\n")
     commit_here("other code")
     assert not wrong()
+
+
+def test_stages_that_dvc_keeps_of_an_earlier_run_are_no_part_of_a_kept_run(wrong: Wrong) -> None:
+    add_leftover("reports/kept/dvc.lock", "kept")
+    commit_here("a kept lock with a stage that dvc.yaml no longer has")
+    assert not wrong()
+
+
+def test_a_lock_without_a_report_is_not_taken_for_results_of_an_earlier_commit(wrong: Wrong) -> None:
+    lock = yaml.safe_load(Path("dvc.lock").read_text())
+    del lock["stages"]["report"]
+    Path("dvc.lock").write_text(yaml.safe_dump(lock))
+    Path("src/scaling4d/readout/stage.py").write_text("VALUE = 22\n")
+    commit_here("no report, and other code")
+    assert "report: dvc.lock does not have this stage: run `dvc repro`" in wrong()
+    assert "wrong       src/scaling4d: md5 " in wrong()
+
+
+def test_results_of_an_earlier_commit_are_counted_in_full(project: Path, capsys: pytest.CaptureFixture) -> None:
+    def numbers() -> str:
+        assert audit.check() == 0
+        return re.search(r"([\d,]+) numbers", capsys.readouterr().out)[1]
+
+    before, settings = numbers(), yaml.safe_load(config.PARAMS.read_text())
+    del settings["points"]["mini"]
+    config.PARAMS.write_text(yaml.safe_dump(settings))
+    Path("src/scaling4d/readout/stage.py").write_text("VALUE = 22\n")
+    commit_here("a point less, and other code")
+    assert numbers() == before
 
 
 def test_results_of_an_earlier_commit_are_one_note(flip: Flip, messages: Messages, wrong: Wrong) -> None:
@@ -379,6 +417,20 @@ def test_a_kept_run_is_proven_by_the_commit_that_holds_its_code(flip: Flip, wron
     assert "wrong       reports/kept/results.csv: md5 " in wrong()
 
 
+def test_a_setting_of_a_kept_run_may_differ_where_its_report_names_the_override(wrong: Wrong) -> None:
+    lock, stages, derived = (Path("reports/kept", name) for name in ("dvc.lock", "stages.json", "derived.json"))
+    lock.write_text(lock.read_text().replace("seed: 0", "seed: 7"))
+    page = Path("reports/kept/report.html").read_text()
+    Path("reports/kept/report.html").write_text(f"<table><tr><td>seed</td><td>0</td></tr></table>{page}")
+    assert "reports/kept/dvc.lock: it has seed = 7; in commit " in wrong()
+    for value, differs in ((8, True), (7, False)):
+        stages.write_text(json.dumps({"stages": {"pretrain/nano": {"overrides": {"seed": value}}}}))
+        assert ("it has seed = 7; in commit " in wrong()) is differs
+    stages.unlink()
+    derived.write_text(json.dumps({"override seed": {"value": 7, "from": []}}))
+    assert "it has seed = 7; in commit " not in wrong()
+
+
 def test_data_of_today_do_not_touch_a_kept_run(wrong: Wrong, request: pytest.FixtureRequest) -> None:
     shutil.copytree("experiments/pocket", "elsewhere")
     text = Path("data.dvc").read_text()
@@ -404,6 +456,19 @@ def test_a_kept_run_whose_code_no_commit_holds_is_not_checked(messages: Messages
     Path("reports/kept/dvc.lock").write_text(text.replace(md5, "0" * 32 + ".dir"))
     unknown = "no commit of this clone has its src/scaling4d (000"
     assert any(unknown in message for message in messages("not checked"))
+
+
+def test_an_option_of_another_command_is_refused() -> None:
+    with pytest.raises(UserError, match="^--as json is the format of --explain; give a number to explain, or leave it out$"):
+        cli.audit(folder=None, explain="", form="json", crate=None, reproduced=False)
+
+
+def test_files_of_a_folder_that_changed_are_named_by_the_cache_where_dvc_keeps_it(flip: Flip, wrong: Wrong) -> None:
+    Path(".dvc/cache").rename("elsewhere")
+    Path(".dvc/config").write_text("[cache]\n    dir = ../elsewhere\n")
+    path = f"{PRETRAINED}/operative_config.gin"
+    flip(path, "depth = 2", "depth = 3")
+    assert f"wrong       {PRETRAINED}: md5 " in wrong() and "differing files: operative_config.gin" in wrong()
 
 
 def test_two_questions_at_once_are_refused() -> None:

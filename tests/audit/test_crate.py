@@ -78,11 +78,24 @@ def test_a_run_that_does_not_verify_is_not_exported(project: Path, flip: Callabl
     assert not Path("out").exists()
 
 
+def test_an_export_that_fails_leaves_nothing(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, before = crate.ROCrate.write, sorted(Path().iterdir())
+
+    def write_and_fail(self: crate.ROCrate, folder: Path) -> None:
+        write(self, folder)
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(crate.ROCrate, "write", write_and_fail)
+    with pytest.raises(UserError, match="^the disk is full$"):
+        audit.export(Path("out"))
+    assert sorted(Path().iterdir()) == before
+
+
 def test_an_absent_run_and_an_existing_folder_are_refused(clone: Path) -> None:
     absent = "^artifacts/code/benchmarks.json is not here, and a crate names every file: run `dvc repro` first$"
     with pytest.raises(UserError, match=absent):
         audit.export(Path("out"))
-    with pytest.raises(UserError, match="^reports exists; needed the name of a new folder$"):
+    with pytest.raises(UserError, match="^reports exists; choose another name or remove it$"):
         audit.export(Path("reports"))
 
 

@@ -209,8 +209,9 @@ def test_a_prediction_that_was_changed_later_is_wrong(project: Study) -> None:
 
 def test_the_runs_of_the_prediction_are_found_in_the_commits_and_others_are_wrong(project: Study) -> None:
     law.write_prediction(project, REPORTS / "small")
-    write_runs("small", (1e12, 2e12, 3e12))
     commit_here("prediction")
+    write_runs("small", (1e12, 2e12, 3e12))
+    commit_here("other runs")
     assert [*predictions.findings()] == []
     PREDICTION.unlink()
     commit_here("withdrawn")
@@ -218,9 +219,23 @@ def test_the_runs_of_the_prediction_are_found_in_the_commits_and_others_are_wron
     content = json.loads(PREDICTION.read_text())
     PREDICTION.write_text(json.dumps(content | {"source_sha256": "0" * 64}))
     commit_here("of no runs")
-    note, finding = predictions.findings()
+    note, *wrong = predictions.findings()
     assert note.kind == NOTE
-    assert finding.kind == WRONG and "no reports/studies/small/runs.csv of sha256 000000000000" in finding.message
+    assert [finding.kind for finding in wrong] == [WRONG, WRONG]
+    assert all("no reports/studies/small/runs.csv of sha256 000000000000" in finding.message for finding in wrong)
+
+
+def test_runs_that_came_after_the_prediction_are_wrong(project: Study) -> None:
+    before = (REPORTS / "small/runs.csv").read_text()
+    write_runs("small", (1e12, 2e12, 3e12))
+    law.write_prediction(project, REPORTS / "small")
+    later = (REPORTS / "small/runs.csv").read_text()
+    (REPORTS / "small/runs.csv").write_text(before)
+    commit_here("prediction")
+    (REPORTS / "small/runs.csv").write_text(later)
+    commit_here("its runs")
+    (finding,) = predictions.findings()
+    assert finding.kind == WRONG and "has no reports/studies/small/runs.csv of sha256 " in finding.message
 
 
 def test_an_optimum_at_a_limit_of_the_search_says_so(project: Study) -> None:

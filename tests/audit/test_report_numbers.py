@@ -39,6 +39,12 @@ def test_changed_numbers_are_named_by_file(flip: Callable, wrong: Callable, file
     assert f"wrong       {BUILT}/{file}: md5 " in text and message in text
 
 
+def test_a_result_without_a_row_is_named(wrong: Callable) -> None:
+    path = Path(BUILT, "results.csv")
+    path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if not line.startswith("nano,")))
+    assert f"wrong       {path}: it has no row of nano/actions/frozen, though {NANO} is here" in wrong()
+
+
 def test_numbers_of_a_page_are_read_as_a_browser_shows_them() -> None:
     shown = '<p><span id="n-0" class="number">1 &lt; 2</span> and <span class="number" id="n-1">3<span>4</span></span></p>'
     hidden = """<!-- <span class="number" id="n-2">5</span> --><script>'<span class="number" id="n-3">6</span>'</script>"""

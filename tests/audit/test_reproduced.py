@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from scaling4d import audit
 from scaling4d.audit import reproduced
@@ -86,6 +87,18 @@ def test_a_run_with_another_command_or_benchmark_is_another_run(
 def test_a_clone_in_which_nothing_was_run_has_reproduced_nothing(clone: Path) -> None:
     by_stage = outcomes()
     assert by_stage["readout@nano"].kind == "not made again" and by_stage["report"].kind == "same bytes"
+    assert audit.compare() == 1
+
+
+def test_a_stage_that_today_s_lock_lacks_is_not_made_again(project: Path) -> None:
+    lock = yaml.safe_load(Path("dvc.lock").read_text())
+    del lock["stages"]["readout@nano"]
+    Path("dvc.lock").write_text(yaml.safe_dump(lock))
+    absent = outcomes()["readout@nano"]
+    assert (absent.kind, audit.compare()) == ("not made again", 1)
+    assert absent.message == "dvc.lock lacks this stage of the committed report: run `dvc repro`"
+    Path("dvc.lock").unlink()
+    assert [stage for stage, outcome in outcomes().items() if outcome.kind == "same bytes"] == ["data.dvc"]
     assert audit.compare() == 1
 
 

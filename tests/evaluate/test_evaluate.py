@@ -117,6 +117,16 @@ def edit_result(folder: Path) -> None:
     write_json(path, read_json_object(path) | {"value": 0.99, "high": 1.0})
 
 
+def edit_profile(folder: Path) -> None:
+    path = folder / "evaluation.json"
+    write_json(path, read_json_object(path) | {"profile": "pocket"})
+
+
+def edit_override(folder: Path) -> None:
+    path = folder / "evaluation.json"
+    write_json(path, read_json_object(path) | {"overrides": ["seed=5", "launch=here"]})
+
+
 def edit_weights(folder: Path) -> None:
     saved, path = Checkpoint.read(folder / "pretrain/Colours"), folder / "pretrain/Colours"
     saved.write(path, {"features": torch.zeros(2)})
@@ -141,6 +151,8 @@ def remove_benchmark(folder: Path) -> None:
     [
         (edit_number, "wrong       Colours/actions/linear: top1 is 0.99 in results.csv, 0."),
         (edit_result, "wrong       Colours/actions/linear: readout_sha256 of top1 is "),
+        (edit_profile, "wrong       Colours/actions/linear: profile is smoke, pocket in evaluation.json; "),
+        (edit_override, "wrong       Colours/actions/linear: seed is 0, 5 in evaluation.json; "),
         (edit_weights, "wrong       Colours/actions/linear: it was measured on weights "),
         (edit_benchmark, "wrong       Colours/actions/linear: it was measured on data/benchmarks/ssv2 of sha256 "),
         (remove_row, "wrong       Colours/actions/linear: top1 is in one of "),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import invoke
+from commands import invoke, refused_command
 
 from scaling4d import seeds
 from scaling4d.provenance import to_csv
@@ -120,3 +120,17 @@ def test_the_plan_of_a_point_quotes_the_law_and_says_where_it_is_outside(tmp_pat
     small, large = (invoke("plan", point).output for point in ("tiny", "j"))
     assert "146,928 parameters, 50,000 clips: loss " in small and "outside the fitted range" not in small
     assert "outside the fitted range" in large
+    (tmp_path / "runs.csv").write_text("task\npretrain\n")
+    without = invoke("plan", "tiny")
+    assert without.exit_code == 0 and f"no prediction of the loss: {tmp_path} cannot be read: " in without.output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--clips 100", "--clips 100: needed --parameters with --clips or --flops, --flops alone, or none of them"),
+        ("--predict desk --parameters 5", "--predict writes the losses of all arms of desk; leave out --parameters 5"),
+    ],
+)
+def test_options_that_do_not_fit_together_are_refused(words: str, message: str) -> None:
+    assert refused_command("law", "any", *words.split()) == message

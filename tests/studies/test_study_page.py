@@ -354,6 +354,35 @@ def test_the_audit_names_a_table_that_does_not_follow_from_the_runs(scaling: Stu
     assert wrong() == []
 
 
+def test_tables_of_a_search_may_differ_a_little_and_others_in_the_last_digits_alone() -> None:
+    from scaling4d.audit.studies import _same_table
+
+    law = "number,value,low,high\nfloor,0.04,{},0.05\nexponent,0.6,0.3,0.9\n"
+    assert _same_table(law.format(3e-8), law.format(2e-5), searched=True)  # of a floor of 0.05
+    assert not _same_table(law.format(0.01), law.format(0.011), searched=True)
+    lowest = "left_out,runs,floor\nno run,20,0.03\nlowest,19,{}\n"
+    assert _same_table(lowest.format(3e-8), lowest.format(2e-5), searched=True)
+    fits = "task,points,largest,measured,predicted,predicted_low,predicted_high\npose,{},{},{},{},0.1,0.4\n"
+    expected = fits.format(15, 1e6, 0.25, 0.3)
+    assert _same_table(fits.format(15, 1e6, 0.2500000001, 0.3001), expected, searched=True)
+    for other in ((16, 1e6, 0.25, 0.3), (15, 1.001e6, 0.25, 0.3), (15, 1e6, 0.2501, 0.3), (15, 1e6, 0.25, 0.31)):
+        assert not _same_table(fits.format(*other), expected, searched=True)
+    assert not _same_table("arm,predicted\na,0.0501\n", "arm,predicted\na,0.0500\n", searched=False)
+
+
+def test_the_audit_names_an_absent_study_json_and_an_absent_index(scaling: Study, wrong: Callable[[], list[str]]) -> None:
+    (study.REPORTS / "index.html").unlink()
+    assert wrong() == ["reports/studies/index.html: absent; take it from git again, or run `scaling4d study --collect`"]
+    (scaling.folder / "study.json").unlink()
+    (line,) = wrong()
+    assert line.startswith("reports/studies/scaling/study.json: absent beside runs.csv; take it from git again, or run ")
+
+
+def test_files_that_macos_leaves_are_no_files_of_a_study(scaling: Study, wrong: Callable[[], list[str]]) -> None:
+    (scaling.folder / ".DS_Store").write_bytes(b"\0")
+    assert wrong() == []
+
+
 def test_the_audit_names_a_changed_key_of_study_json(scaling: Study, wrong: Callable[[], list[str]]) -> None:
     path = scaling.folder / "study.json"
     before = path.read_text()

@@ -12,7 +12,7 @@ from pathlib import Path
 from scaling4d.audit import evaluations, predictions, reproduced, studies
 from scaling4d.audit.explain import as_text, explain, explain_study
 from scaling4d.audit.run import NOTE, UNCHECKED, WRONG, AuditFinding, locked_runs
-from scaling4d.audit.verify import checked, verify
+from scaling4d.audit.verify import verify, verify_and_count
 from scaling4d.records import UserError, on_one_line
 
 __all__ = ["AuditFinding", "check", "check_evaluation", "compare", "explain_number", "export", "locked_runs", "verify"]
@@ -21,10 +21,9 @@ FORMATS = {"text": as_text, "json": lambda explained: json.dumps(explained, inde
 
 def check() -> int:
     """Verify every hash, setting and number; print the findings by kind, and the counts of all that was checked."""
-    runs = locked_runs()
-    findings = [*verify(runs), *studies.findings(), *predictions.findings()]
+    findings, counts = verify_and_count(locked_runs())
+    findings += [*studies.findings(), *predictions.findings()]
     _print_findings(findings)
-    counts = sum(map(checked, runs), Counter())
     kinds = ", ".join(f"{counts[kind]:,} {kind}" for kind in ("hashes", "settings", "numbers"))
     absent = f", {counts['absent']:,} files and folders not here" if counts["absent"] else ""
     wrong = sum(finding.kind == WRONG for finding in findings)

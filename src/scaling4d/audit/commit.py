@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import chdir
 from functools import cache
 from pathlib import Path
@@ -17,28 +17,31 @@ from scaling4d.records import UserError
 SETTINGS = (f":(glob){config.EXPERIMENTS}/**/*.yaml", "data.dvc", ":(exclude)experiments/study")
 STUDIES = ":(glob)reports/studies/*/study.json"  # the report reads that of the seeds
 Stages = Mapping[str, LockedStage]
+Overrides = Mapping[str, Sequence[Any]]
 Difference = tuple[str, str, str]  # kind of finding; setting, path or stage; message
 
 
 def closest_commit(
-    stages: Stages, overrides: tuple[str, ...], changes: dict[str, Any], page: str
+    stages: Stages, overrides: tuple[str, ...], changes: dict[str, Any], declared: Overrides
 ) -> tuple[str | None, list[Difference]]:
     """The commit that has the code of a run, and the closest settings and data; and how those of the run differ.
 
     overrides: Hydra overrides that compose the settings, `profile=NAME` among them. changes: settings on top of those.
-    page: HTML; a setting that it names may differ.
+    declared: settings that may differ, and the values that they may have.
     """
     md5 = next((dep.md5 for stage in stages.values() for dep in stage.deps if dep.path == SOURCE), None)
     candidates: list[tuple[str | None, list[Difference]]] = []
     for commit in _commits_with(md5):
-        candidates.append((commit, [*_compare(commit, stages, overrides, changes, page)]))
+        candidates.append((commit, [*_compare(commit, stages, overrides, changes, declared)]))
         if all(kind != WRONG for kind, *_ in candidates[-1][1]):
             return candidates[-1]
     unknown = f"no commit of this clone has its {SOURCE} ({md5}), so its settings and data are not checked"
     return min(candidates, key=lambda candidate: len(candidate[1]), default=(None, [(UNCHECKED, SOURCE, unknown)]))
 
 
-def _compare(commit: str, stages: Stages, overrides: tuple[str, ...], changes: dict[str, Any], page: str) -> Iterator[Difference]:
+def _compare(
+    commit: str, stages: Stages, overrides: tuple[str, ...], changes: dict[str, Any], declared: Overrides
+) -> Iterator[Difference]:
     where = f"in commit {commit[:7]}, which has its code,"
     settings = {key: value for stage in stages.values() for key, value in stage.params.items()}
     try:
@@ -47,7 +50,7 @@ def _compare(commit: str, stages: Stages, overrides: tuple[str, ...], changes: d
         yield WRONG, SOURCE, f"{where} its settings do not compose: {error}"
         return
     for key, value, committed in differences(settings, composed):
-        if f">{key}<" not in page:
+        if value not in declared.get(key, ()):
             yield WRONG, key, f"it has {key} = {value!r}; {where} {committed!r}"
     for stage in stages.values():
         for key, value, other in differences(stage.params, {key: settings[key] for key in stage.params}):

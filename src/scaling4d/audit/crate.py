@@ -15,7 +15,7 @@ from rocrate.model.entity import Entity
 from rocrate.rocrate import ROCrate
 
 from scaling4d.audit.run import LockedRun
-from scaling4d.provenance import LockedFile, LockedStage
+from scaling4d.provenance import LockedFile, LockedStage, atomic_new
 from scaling4d.records import UserError
 
 PROFILES = {
@@ -45,21 +45,22 @@ def write_crate(run: LockedRun, out: Path) -> Path:
     machine. The same run gives the same bytes: the date is that of its last stage. The caller has verified the run.
 
     Raises:
-        UserError: `out` exists, a file is not here, or runs.json has no stage.
+        UserError: as `atomic_new`, a file is not here, or runs.json has no stage. Then `out` is not written.
     """
-    if out.exists():
-        raise UserError(f"{out} exists; needed the name of a new folder")
-    missing = [file.path for stage in run.stages.values() for file in (*stage.deps, *stage.outs) if not run.disk.paths(file.path)]
-    if missing:
-        raise UserError(f"{missing[0]} is not here, and a crate names every file: run `dvc repro` first")
-    crate = ROCrate(version="1.1")  # on which the profiles build
-    _CrateWriter(run, crate).add_run()
-    for name in BESIDE:
-        if Path(name).is_file() and not crate.get(name):
-            crate.add_file(name, name, properties={"name": name, "encodingFormat": _format(name)})
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # rocrate warns where it writes no file for an entity
-        crate.write(out)
+    with atomic_new(out) as folder:
+        missing = [
+            file.path for stage in run.stages.values() for file in (*stage.deps, *stage.outs) if not run.disk.paths(file.path)
+        ]
+        if missing:
+            raise UserError(f"{missing[0]} is not here, and a crate names every file: run `dvc repro` first")
+        crate = ROCrate(version="1.1")  # on which the profiles build
+        _CrateWriter(run, crate).add_run()
+        for name in BESIDE:
+            if Path(name).is_file() and not crate.get(name):
+                crate.add_file(name, name, properties={"name": name, "encodingFormat": _format(name)})
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # rocrate warns where it writes no file for an entity
+            crate.write(folder)
     return out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -13,7 +14,7 @@ from scaling4d import artifacts, benchmarks
 from scaling4d.audit.run import NOTE, RESULT_KEY, UNCHECKED, WRONG, AuditFinding, recorded_row
 from scaling4d.checkpoint import weights_identity
 from scaling4d.pipeline import code_hashes
-from scaling4d.provenance import parse_csv
+from scaling4d.provenance import flatten, load_yaml, parse_csv
 from scaling4d.records import UserError, json_text, read_json_object, shortened
 
 CSV, FACTS, RESULT = "results.csv", "evaluation.json", "result.json"
@@ -38,13 +39,16 @@ def verify_evaluation(folder: Path) -> tuple[list[AuditFinding], int]:
     findings = []
     for key in dict.fromkeys([*expected, *rows]):
         try:
-            findings += _verify_result(folder, key, rows.get(key, {}))
+            findings += _verify_result(folder, key, rows.get(key, {}), facts)
         except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             findings.append(AuditFinding(WRONG, "/".join(key), f"it is damaged ({shortened(error)}); {AGAIN}"))
     return findings, len(rows)
 
 
-def _verify_result(folder: Path, key: Key, rows: Mapping[str, Mapping[str, str]]) -> Iterator[AuditFinding]:
+def _verify_result(
+    folder: Path, key: Key, rows: Mapping[str, Mapping[str, str]], facts: Mapping[str, Any]
+) -> Iterator[AuditFinding]:
+    """rows: by metric. facts: of evaluation.json."""
     where, home = "/".join(key), folder.joinpath("readout", *key)
     if not rows or not (home / RESULT).is_file():
         absent = f"{folder / CSV} has no row of it" if not rows else f"{home / RESULT} is absent"
@@ -55,6 +59,7 @@ def _verify_result(folder: Path, key: Key, rows: Mapping[str, Mapping[str, str]]
         yield AuditFinding(WRONG, where, f"{metric} is in one of {folder / CSV} and {home / RESULT} alone; {AGAIN}")
     for row in rows.values():
         yield from _verify_row(where, row, recorded_row(record, row) | _origin(home, origin))
+    yield from _settings(where, origin, facts)
     yield from _weights(where, folder / "pretrain" / key[0], record, origin["inputs"])
     yield from _benchmarks(where, key[1], origin)
     now = code_hashes.hashes(code_hashes.SOURCE, [origin["code"]["package"]])[origin["code"]["package"]]["sha256"]
@@ -73,6 +78,22 @@ def _origin(home: Path, origin: Mapping[str, Any]) -> dict[str, str]:
         "benchmark_val_sha256": origin["inputs"].get("benchmark_val", origin["inputs"]["benchmark"]),
         "readout_sha256": _folder_sha256(home),
     }
+
+
+def _settings(where: str, origin: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterator[AuditFinding]:
+    """The result has the profile of evaluation.json, and of its overrides those that are settings of the readout.
+
+    An override may also choose a group, or be a setting that no readout has.
+    """
+    expected = {"profile": facts["profile"]}
+    for key, _, text in (override.lstrip("+").partition("=") for override in facts["overrides"] if "${" not in override):
+        with suppress(ValueError):  # of Hydra's own syntax
+            expected[key] = load_yaml(text)
+    settings = {key: value for key, value in flatten(origin["settings"]) if not isinstance(value, Mapping)}
+    for key in (key for key, value in expected.items() if settings.get(key, value) != value):
+        yield AuditFinding(WRONG, where, f"{key} is {settings[key]}, {expected[key]} in {FACTS}; {AGAIN}")
+    if origin["overrides"] and not facts["overrides"]:
+        yield AuditFinding(WRONG, where, f"it has {', '.join(origin['overrides'])} as override, {FACTS} none; {AGAIN}")
 
 
 def _verify_row(where: str, row: Mapping[str, str], recorded: Mapping[str, Any]) -> Iterator[AuditFinding]:

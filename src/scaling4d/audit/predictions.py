@@ -1,7 +1,8 @@
-"""Predictions of studies: committed before the results, unchanged since, and those of the law of the named runs."""
+"""Predictions of studies: committed after the named runs and before the results, unchanged since, of the runs' law."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ def findings() -> Iterator[AuditFinding]:
 
 
 def _order(path: Path) -> Iterator[AuditFinding]:
-    """The commit of the prediction comes before that of the results, and the file is as in that commit."""
+    """The commit of the prediction has the predicting runs, comes before the results, and has the file as it is."""
     results = (REPORTS / path.stem / RUNS).as_posix()
     made, measured = life_of(path.as_posix()), life_of(results)
     if not made:
@@ -42,10 +43,15 @@ def _order(path: Path) -> Iterator[AuditFinding]:
         yield AuditFinding(NOTE, path.as_posix(), message)
     if file_at(first, path.as_posix()) != path.read_text():
         yield AuditFinding(WRONG, path.as_posix(), f"it was changed after commit {first[:7]}, which predicts first")
+    prediction = json.loads(path.read_text())
+    source = f"{prediction['source']}/{RUNS}"
+    if hashlib.sha256((file_at(first, source) or "").encode()).hexdigest() != prediction["source_sha256"]:
+        message = f"commit {first[:7]} has no {source} of sha256 {prediction['source_sha256'][:12]}, from which it predicts"
+        yield AuditFinding(late, path.as_posix(), message)
     if measured and (first == measured[-1] or git("merge-base", "--is-ancestor", first, measured[-1]) is None):
         message = f"commit {first[:7]} predicts {results}, which commit {measured[-1][:7]} measures already"
         yield AuditFinding(late, path.as_posix(), message)
-    facts, arms = REPORTS / path.stem / FACTS, {row["arm"] for row in json.loads(path.read_text())["arms"]}
+    facts, arms = REPORTS / path.stem / FACTS, {row["arm"] for row in prediction["arms"]}
     runs = json.loads(facts.read_text())["runs"] if facts.is_file() else {}
     for run, known in runs.items():  # a run has the name of its settings, code and data
         name = known["experiment"] if run.rpartition("-")[0] in arms else ""
@@ -54,7 +60,7 @@ def _order(path: Path) -> Iterator[AuditFinding]:
             yield AuditFinding(WRONG, path.as_posix(), message)
     from scaling4d.studies.law import trained_runs
 
-    predicted = {(row["parameters"], row["clips_seen"]): row["arm"] for row in json.loads(path.read_text())["arms"]}
+    predicted = {(row["parameters"], row["clips_seen"]): row["arm"] for row in prediction["arms"]}
     listed = (git("ls-tree", "-r", "--name-only", first, "--", f"{REPORTS}/") or b"").decode().splitlines()
     for name in (name for name in listed if Path(name).name == RUNS and name != results):
         for run in trained_runs(parse_csv(file_at(first, name) or "")):

@@ -89,14 +89,18 @@ def verify_numbers(run: LockedRun) -> Iterator[AuditFinding]:
 
 
 def _tables(run: LockedRun) -> Iterator[AuditFinding]:
-    """Every Result checks itself, and every row of a table has the values of its JSON file."""
+    """Every Result checks itself and has a row, and every row of a table has the values of its JSON file."""
+    table, rows = f"{run.folder}/results.csv", list(run.table_rows())
+    known = {key for key, *_ in rows}
+    for key in (key for key in _results_here(run) if key not in known and run.disk.text(table) is not None):
+        yield AuditFinding(WRONG, table, f"it has no row of {key}, though {run.records[key]} is here")
     for key, path in run.records.items():
         if key.count("/") == 2 and (content := run.json(path)) is not None:
             try:
                 Result(**content)
             except (TypeError, ValueError) as error:
                 yield AuditFinding(WRONG, path, f"it is not a result: {error}; run its stage again")
-    for key, path, line, row in run.table_rows():
+    for key, path, line, row in rows:
         if key not in run.records:
             yield AuditFinding(WRONG, path, f"line {line}: no stage of {run.lock} makes the numbers of {key}")
         elif record := run.json_object(run.records[key]):
@@ -105,6 +109,15 @@ def _tables(run: LockedRun) -> Iterator[AuditFinding]:
                     label = f"line {line}: {key} {row.get('metric', '')}".rstrip()
                     message = f"{label} {column} = {row.get(column)}, {run.records[key]} has {value!r}"
                     yield AuditFinding(WRONG, path, message)
+
+
+def _results_here(run: LockedRun) -> Iterator[str]:
+    """Keys of the results of readouts that are here; of a kept run those that stages.json of its report names."""
+    stages = run.json_object(f"{run.folder}/stages.json").get("stages")
+    for key, path in run.records.items():
+        own = run.settings is not None or not isinstance(stages, dict) or f"readout/{key}" in stages
+        if key.count("/") == 2 and own and run.disk.text(path) is not None:
+            yield key
 
 
 def _metrics(run: LockedRun) -> Iterator[AuditFinding]:

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from scaling4d.audit.run import AuditFinding, LockedRun, recorded_row, row_numbers
-from scaling4d.provenance import LockedStage, file_at, read_lock
+from scaling4d.audit.run import REPORT, AuditFinding, LockedRun, recorded_row, row_numbers, without_leftovers
+from scaling4d.provenance import LockedStage, file_at, read_lock, required
 from scaling4d.records import UserError
 
 # Kinds of findings. CLOSE: every number is inside its interval. OTHER: no number of its own, see the stages after it.
@@ -22,7 +22,7 @@ def compare_with_committed(run: LockedRun) -> list[AuditFinding]:
 
     A readout's number is the same inside the committed 95 % interval. A number without an interval (losses, masked
     pixels) is the same within TOLERANCE of its value; counts are equal. Where bytes differ, the message compares the
-    machines.
+    machines. A stage that the committed report needs and today's lock lacks is ABSENT.
 
     Raises:
         UserError: git has no dvc.lock to compare with.
@@ -31,9 +31,14 @@ def compare_with_committed(run: LockedRun) -> list[AuditFinding]:
     if text is None:
         raise UserError(f"the last commit has no {run.lock} to compare with; run inside a clone of the project")
     committed = read_lock(Path(run.lock), text)
+    needed = required(without_leftovers(committed, run.stages), [REPORT])
     for name in (name for name in run.stages if name.endswith(".dvc")):
         committed |= read_lock(Path(name), file_at("HEAD", name) or "{}")
-    return [_compare(run, stage, committed.get(stage.name)) for stage in run.stages.values()]
+    missing = f"{run.lock} lacks this stage of the committed report: run `dvc repro`"
+    return [
+        *(_compare(run, stage, committed.get(stage.name)) for stage in run.stages.values()),
+        *(AuditFinding(ABSENT, name, missing) for name in needed if name not in run.stages),
+    ]
 
 
 def _compare(run: LockedRun, stage: LockedStage, committed: LockedStage | None) -> AuditFinding:

@@ -17,6 +17,7 @@ from scaling4d.records import UserError, as_user_error, on_one_line
 
 WRONG, NOTE, UNCHECKED = "wrong", "note", "not checked"
 SOURCE, CODE, BENCHMARKS = "src/scaling4d", artifacts.CODE.as_posix(), artifacts.BENCHMARKS.as_posix()
+REPORT = "report"  # the stage
 TABLES = {"results": "result.json", "pretrain": "summary.json", "reconstruct": "result.json"}  # csv -> JSON file
 RESULT_KEY, INTERVAL = ("encoder", "task", "protocol"), ("low", "high", "unit", "higher_is_better")
 OBJECTS = ("settings", "overrides", "inputs", "folders", "others", "modules")  # keys of records that hold objects
@@ -138,6 +139,25 @@ class LockedRun:
                 records[f"{words[-1]}/{words[0]}"] = f"{path}/{TABLES[words[0]]}"
         return records
 
+    @cached_property
+    def declared_overrides(self) -> dict[str, list[Any]]:
+        """Setting -> its values that the artifacts and the report name as overrides.
+
+        Of the report: stages.json, and `override KEY` of derived.json, which has those of stage `report` itself.
+        """
+        stages = self.json_object(f"{self.folder}/stages.json").get("stages")
+        contents = [*stages.values()] if isinstance(stages, dict) else []
+        contents += [self.json_object(f"{path}/{artifacts.PROVENANCE}") for path in self.makers]
+        named = [content.get("overrides") for content in contents if isinstance(content, dict)]
+        items = [item for overrides in named if isinstance(overrides, dict) for item in overrides.items()]
+        derived = self.json_object(f"{self.folder}/derived.json").items()
+        own = {key: entry for key, entry in derived if key.startswith("override ") and isinstance(entry, dict)}
+        items += [(key.removeprefix("override "), entry.get("value")) for key, entry in own.items()]
+        values: dict[str, list[Any]] = {}
+        for key, value in items:
+            values.setdefault(key, []).append(value)
+        return values
+
     def owns(self, path: str) -> bool:
         """Whether a path is one of the run's artifacts or a file of its report."""
         return f"{path}/".startswith((f"{self.home}/", f"{self.folder}/"))
@@ -202,6 +222,18 @@ class LockedRun:
         return None
 
 
+def dvc_cache() -> Path:
+    """DVC's cache of the project in the current folder."""
+    return _dvc_cache(Path.cwd())
+
+
+@cache
+def _dvc_cache(folder: Path) -> Path:
+    from scaling4d.studies.run import dvc_cache_folder
+
+    return dvc_cache_folder()  # starts DVC
+
+
 def has_texts(entry: Mapping[str, Any], *keys: str) -> bool:
     """Whether an entry of a record has texts under these keys."""
     return all(isinstance(entry.get(key), str) for key in keys)
@@ -263,8 +295,24 @@ def locked_runs() -> list[LockedRun]:
         if goal is None or "profile" not in goal.params:
             raise UserError(f"{path}: no stage in it writes {folder}/ with a profile; needed the lock of this report's run")
         home = f"artifacts/{goal.params['profile']}"
-        runs.append(LockedRun(path, required(some, [goal.name]), home, folder, None, {}, disk))
+        needed = required(without_leftovers(some, stages), [goal.name])
+        runs.append(LockedRun(path, needed, home, folder, None, {}, disk))
     return runs
+
+
+def without_leftovers(locked: Mapping[str, LockedStage], today: Mapping[str, LockedStage]) -> dict[str, LockedStage]:
+    """The stages of a lock without those of a still earlier run, which DVC never removes.
+
+    A leftover is a stage that today's settings do not have, and that read other code than stage `code` wrote. Others
+    that today's settings do not have are of the run, on their own data.
+    """
+    written = {out.path: out.md5 for out in locked["code"].outs} if "code" in locked else {}
+    stages = {}
+    for name, stage in locked.items():
+        read = {dep.path: dep.md5 for dep in stage.deps if dep.path in written}
+        if name in today or all(md5 == written[path] for path, md5 in read.items()):
+            stages[name] = stage
+    return stages
 
 
 def _pipeline() -> tuple[dict[str, LockedStage], dict[str, list[str]]]:

@@ -11,7 +11,21 @@ from typing import Any
 from scaling4d import artifacts, config, provenance
 from scaling4d.audit.commit import closest_commit
 from scaling4d.audit.report_numbers import verify_numbers
-from scaling4d.audit.run import CODE, NOTE, SOURCE, UNCHECKED, WRONG, AuditFinding, LockedRun, has_texts, row_numbers, shorten
+from scaling4d.audit.run import (
+    CODE,
+    NOTE,
+    REPORT,
+    SOURCE,
+    UNCHECKED,
+    WRONG,
+    AuditFinding,
+    LockedRun,
+    dvc_cache,
+    has_texts,
+    row_numbers,
+    shorten,
+    without_leftovers,
+)
 from scaling4d.pipeline import code_hashes
 from scaling4d.provenance import LOCK, MISSING, LockedStage, differences, file_at, flatten, overlap, read_lock, required
 from scaling4d.records import UserError
@@ -23,8 +37,22 @@ INPUTS = (SOURCE, "params.yaml", "dvc.yaml", "data.dvc", "dvc.lock")  # of the c
 
 def verify(runs: list[LockedRun]) -> list[AuditFinding]:
     """Every disagreement, and every absent evidence. Reads each locked file. Raises UserError for a damaged one."""
+    return verify_and_count(runs)[0]
+
+
+def verify_and_count(runs: list[LockedRun]) -> tuple[list[AuditFinding], Counter[str]]:
+    """The findings of `verify`, and the counts of all that was checked, see `checked`."""
     runs[0].disk.read({path for run in runs for path in run.locked_files})
-    return [finding for run in runs for finding in _verify_run(run)]
+    findings, counts = [], Counter()
+    for run in runs:
+        verified = run
+        if newer := _newer_commits(run):
+            findings.append(AuditFinding(NOTE, run.lock, newer))
+            stages = required(without_leftovers(read_lock(LOCK), run.stages), [REPORT])
+            verified = replace(run, stages=stages, settings=None, contradictions={})
+        findings += _verify_run(verified)
+        counts += checked(verified)
+    return findings, counts
 
 
 def checked(run: LockedRun) -> Counter[str]:
@@ -43,10 +71,6 @@ def checked(run: LockedRun) -> Counter[str]:
 
 def _verify_run(run: LockedRun) -> Iterator[AuditFinding]:
     """A kept run, or results of an earlier commit, have the inputs of a commit; their artifacts may be here or not."""
-    if newer := _newer_commits(run):
-        yield AuditFinding(NOTE, run.lock, newer)
-        stages = required(_without_leftovers(read_lock(LOCK), run.stages), ["report"])
-        run = replace(run, stages=stages, settings=None, contradictions={})
     kept = run.settings is None
     paths = [path for path in run.locked_files if not kept or run.owns(path)]
     changed = _changed_files(run, paths)
@@ -72,29 +96,16 @@ def _verify_run(run: LockedRun) -> Iterator[AuditFinding]:
         yield AuditFinding(UNCHECKED, run.lock, f"{files} are not here: run `{command}`")
 
 
-def _without_leftovers(locked: Mapping[str, LockedStage], today: Mapping[str, LockedStage]) -> dict[str, LockedStage]:
-    """The stages of a lock without those of a still earlier run, which DVC never removes.
-
-    A leftover is a stage that today's settings do not have, and that read other code than stage `code` wrote. Others
-    that today's settings do not have are of the run, on their own data.
-    """
-    written = {out.path: out.md5 for out in locked["code"].outs} if "code" in locked else {}
-    stages = {}
-    for name, stage in locked.items():
-        read = {dep.path: dep.md5 for dep in stage.deps if dep.path in written}
-        if name in today or all(md5 == written[path] for path, md5 in read.items()):
-            stages[name] = stage
-    return stages
-
-
 def _newer_commits(run: LockedRun) -> str:
-    """Which commit made the results, and what later commits changed; empty: nothing, or edits that no commit has."""
+    """Which commit made the results, and what later commits changed.
+
+    Empty: nothing changed, no commit has the edits, or the lock has no report.
+    """
     sources = [dep.md5 for stage in run.stages.values() for dep in stage.deps if dep.path == SOURCE]
     unchanged = run.disk.md5(SOURCE) in sources and not run.contradictions
-    if run.settings is None or unchanged or any(map(provenance.edited_files, INPUTS)):
+    if run.settings is None or unchanged or any(map(provenance.edited_files, INPUTS)) or REPORT not in read_lock(LOCK):
         return ""
-    page = run.disk.text(f"{run.folder}/report.html") or ""
-    commit, _ = closest_commit(run.stages, (f"profile={Path(run.home).name}",), {}, page)
+    commit, _ = closest_commit(run.stages, (f"profile={Path(run.home).name}",), {}, run.declared_overrides)
     if commit is None:
         return ""
     packages = ", ".join(Path(path).stem for path in _changed_packages(run)) or "no stage"
@@ -142,7 +153,7 @@ def _changed_names(run: LockedRun, path: str, md5: str) -> list[str]:
     now = {name: digest.md5 for name, digest in run.disk.files(path).items()}
     if "" in now:
         return []
-    before = provenance.cached_listing(md5, provenance.DVC_CACHE) if md5.endswith(".dir") else None
+    before = provenance.cached_listing(md5, dvc_cache()) if md5.endswith(".dir") else None
     if before is None and (copy := run.disk.git_copy(path)) is not None:
         before = {name: digest.md5 for name, digest in run.disk.files(copy).items()}
     if before is None and (shards := run.shards(path)):
@@ -197,19 +208,18 @@ def _changed_packages(run: LockedRun) -> dict[str, str]:
 
 
 def _settings(run: LockedRun) -> Iterator[AuditFinding]:
-    """params.yaml is the composition of its profile, or the stages and the page name the difference."""
+    """params.yaml is the composition of its profile, or the stages and the report name the difference."""
     try:
         overrides = config.overrides(run.settings)
     except UserError as error:
         yield AuditFinding(WRONG, "params.yaml", str(error))
         return
-    page = run.disk.text(f"{run.folder}/report.html") or ""
-    provenances = [run.json_object(f"{path}/{artifacts.PROVENANCE}") for path in run.makers]
-    named, profile = {key for content in provenances for key in content.get("overrides") or ()}, run.settings["profile"]
+    profile = run.settings["profile"]
     for key, value in overrides.items():
         outs = run.outs_of_setting(key)
-        if key in named or f">{key}<" in page or not outs:
-            reason = "no stage depends on it" if not outs and key not in named else "its stages name it"
+        named = value in run.declared_overrides.get(key, ())
+        if named or not outs:
+            reason = "its stages name it" if named else "no stage depends on it"
             yield AuditFinding(NOTE, "params.yaml", f"override {key} = {value!r} of profile {profile}: {reason}")
         else:
             undo = f"undo it with `scaling4d compose profile={profile}`, or run `dvc repro`"
@@ -228,9 +238,9 @@ def _environment(run: LockedRun) -> Iterator[AuditFinding]:
 
 
 def _commit(run: LockedRun) -> Iterator[AuditFinding]:
-    """The code, settings and data of a kept run are those of one commit, or its page names the setting."""
-    page = run.disk.text(f"{run.folder}/report.html") or ""
-    for kind, subject, message in closest_commit(run.stages, (f"profile={Path(run.home).name}",), {}, page)[1]:
+    """The code, settings and data of a kept run are those of one commit, or its report names the setting."""
+    profile, overrides = (f"profile={Path(run.home).name}",), run.declared_overrides
+    for kind, subject, message in closest_commit(run.stages, profile, {}, overrides)[1]:
         starts = run.outs_of_setting(subject) or None  # not a setting: a path
         if subject in run.stages:
             starts = [(out.path, ()) for out in run.stages[subject].outs]

@@ -91,7 +91,7 @@ class Encoder(nn.Module):
         self.model, self.checkpoint, self.provenance = model, checkpoint, dict(provenance or {})
         self.rate_hz = rate_hz_of(checkpoint, self.provenance)
         self._checksums = checksums(model.state_dict())  # of the weights that provenance describes
-        self._donor = deepcopy(self.provenance), {}  # provenance of these weights, sha256 of their files by name
+        self._donor = deepcopy(self.provenance), None  # provenance of these weights; their Checkpoint folder, if any
         self._native: dict[str, Any] = {}  # SIZED of the model before its first resize
         self.eval()
 
@@ -123,15 +123,13 @@ class Encoder(nn.Module):
         elif revision is not None:
             raise UserError(f"revision = {revision!r} is of a model on the hub; {source} is on this disk: leave out revision")
         encoder = cls._from_folder(path, name, clip) if path.is_dir() else cls(*_released_file(path))
-        hashes = encoder.provenance.get("inputs", {})
+        folder = path if path.is_dir() and encoder.provenance else None
         if not encoder.provenance:
             local = path == Path(source)  # else of the hub's cache, which names a folder by its commit
             origin = {"source": name} if local else {"source": str(source), "revision": path.name}
-            hashes = {file.name: artifacts.sha256(file) for file in source_files(path)}
-            encoder.provenance = {"stage": "import", "settings": origin, "inputs": hashes}
-        elif path.is_dir():
-            hashes = {weights_identity(path).name: weights_sha256(path)}
-        encoder._donor = deepcopy(encoder.provenance), hashes
+            inputs = {file.name: artifacts.sha256(file) for file in source_files(path)}
+            encoder.provenance = {"stage": "import", "settings": origin, "inputs": inputs}
+        encoder._donor = deepcopy(encoder.provenance), folder
         if clip is not None and clip != encoder.clip:
             encoder.resize(clip)
         return encoder
@@ -317,9 +315,12 @@ class Encoder(nn.Module):
             checkpoint, provenance = self._saved_description(), self.provenance
             if checksums(self.model.state_dict()) != self._checksums:
                 checkpoint = replace(checkpoint, step=0, clips_seen=0)
-                donor, hashes = self._donor
+                donor, loaded = self._donor
                 if provenance == donor:
-                    provenance = {"stage": CHANGED, "settings": {"donor": checkpoint.name}, "inputs": hashes}
+                    inputs = donor.get("inputs", {})
+                    if loaded and loaded.is_dir():
+                        inputs = {weights_identity(loaded).name: weights_sha256(loaded)}
+                    provenance = {"stage": CHANGED, "settings": {"donor": checkpoint.name}, "inputs": inputs}
             checkpoint.write(out, self.model.state_dict())
             with as_user_error(f"{artifacts.PROVENANCE} of {checkpoint.name} is not one of scaling4d"):
                 if provenance:

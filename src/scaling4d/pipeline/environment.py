@@ -21,7 +21,7 @@ def describe_environment() -> Iterator[str]:
     yield f"python {platform.python_version()} on {platform.system()} {platform.machine()}"
     versions, missing = {}, {}
     for requirement in map(Requirement, metadata.requires("scaling4d") or []):
-        extra = found[1] if (found := EXTRA.search(str(requirement.marker))) else ""  # "": the core
+        extra = match[1] if (match := EXTRA.search(str(requirement.marker))) else ""  # "": the core
         if requirement.name == "scaling4d" or requirement.marker and not requirement.marker.evaluate({"extra": extra}):
             continue
         try:
