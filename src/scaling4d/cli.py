@@ -203,14 +203,14 @@ def report() -> None:
 
 @app.command()
 def table() -> None:
-    """Print the results as one table: point x task x protocol. Where some are missing: the committed report's."""
-    from scaling4d.report.run_results import read_run_results
+    """Print the results as one table: point x task x protocol. Before all stages have run: the committed report's."""
+    from scaling4d.report.run_results import MissingResult, read_run_results
     from scaling4d.report.tables import RESULTS_CSV, table_text, text_of_csv
 
     settings = _settings()
     try:
         print(table_text(read_run_results(settings)))
-    except UserError as error:
+    except MissingResult as error:
         committed = Path(config.section(settings, "report.folder"), RESULTS_CSV)
         if not committed.is_file():
             raise

@@ -144,7 +144,17 @@ def test_where_artifacts_are_missing_the_table_is_that_of_the_committed_report(
     numbers, expected = (list(map(float, words[-len(TASKS) : -1])) for words in (lines["untrained_mini"], line))  # 120 columns
     assert numbers == pytest.approx(expected, abs=1e-3)
     shutil.rmtree(clone / "reports/built")
-    refused_command("table")
+    assert "is missing: run `dvc repro`" in refused_command("table")
+
+
+def test_a_damaged_result_is_named_and_the_table_is_not_the_committed_one(built: Path) -> None:
+    (damaged,) = Path("artifacts").glob("*/readout/untrained_mini/depth/frozen/result.json")
+    text = damaged.read_text()
+    damaged.write_text(text[:-9])
+    try:
+        assert refused_command("table").startswith(f"{damaged} is damaged (")
+    finally:
+        damaged.write_text(text)
 
 
 def test_no_table_head_shows_a_raw_key(built: Path) -> None:

@@ -121,11 +121,15 @@ class RunResults:
         return sorted(methods, key=lambda method: (method in distilled, -len(self.of_method(method)), method))
 
 
+class MissingResult(UserError):
+    """A stage was not run yet."""
+
+
 def read_run_results(settings: Mapping[str, Any]) -> RunResults:
     """Read the results that the settings name.
 
     Raises:
-        UserError: a missing file (names the stage to run), or a damaged one.
+        MissingResult: a file is absent (names the stage to run). UserError: one is damaged, or of other settings.
     """
     declared = config.declared(settings, KEYS)
     home = artifacts.home(settings)
@@ -206,7 +210,7 @@ def is_baseline(encoder: str) -> bool:
 
 def _existing(path: Path, command: str) -> Path:
     if not path.is_file():
-        raise UserError(f"the report needs {path}, which is missing: run `dvc repro`, or `scaling4d {command}` alone")
+        raise MissingResult(f"the report needs {path}, which is missing: run `dvc repro`, or `scaling4d {command}` alone")
     return path
 
 
