@@ -29,11 +29,13 @@ SETTINGS = {
 
 
 def model(name: str, *, noise: float = 0.0, **changes: object) -> nn.Module:
-    """With the initial weights of seed 0. noise: deviation of what is added to each."""
+    """With initial weights of seed 0, which are 0 in published models. noise: deviation of what is added to each."""
     model_class = (MODELS | published.MODELS)[name]
     made = model_class(config_of(model_class, SETTINGS[name] | changes))
     made.initialise(0) if name in METHODS else initialise(made, seed=0)
     with torch.no_grad():
+        for tensor in made.state_dict().values() if name in published.MODELS else ():
+            tensor.zero_()
         for key, weight in made.named_parameters():
             weight.add_(noise * torch.randn(weight.shape, generator=seeds.torch_rng(0, key)))
     return made

@@ -135,7 +135,7 @@ def test_a_trained_readout_predicts_for_any_video(story: Path, tmp_path: Path) -
     cli(story, "features", f"{readouts}/nano/depth/frozen", video, "--out", str(out))
     arrays = np.load(out)
     assert arrays["output"].shape == (1, 8, 64, 64)
-    assert sorted(arrays) == [*(f"layer_{i:02d}" for i in range(3)), "output"]
+    assert sorted(arrays) == ["last_hidden_state", *(f"layer_{i:02d}" for i in range(3)), "output"]
     tuned = refused(story, "features", f"{readouts}/nano/depth/finetune", video, "--out", str(tmp_path / "no.npz"))
     assert tuned.endswith("was fine-tuned, and the tuned encoder is not kept; take the frozen readout beside it")
     assert not (tmp_path / "no.npz").exists()

@@ -293,9 +293,11 @@ def law(
             metavar="FOLDER", help="Of studies, fitted together; without --predict also with artifacts of one method."
         ),
     ],
-    parameters: Annotated[int | None, typer.Option(min=1, help="Predict the loss of an encoder of this size,")] = None,
-    clips: Annotated[int | None, typer.Option(min=1, help="after so many clips,")] = None,
-    flops: Annotated[float | None, typer.Option(min=1, help="or so many training FLOPs; alone: of the best size.")] = None,
+    parameters: Annotated[int | None, typer.Option(min=1, help="Encoder parameters of the prediction.")] = None,
+    clips: Annotated[int | None, typer.Option(min=1, help="Clips seen, with --parameters.")] = None,
+    flops: Annotated[
+        float | None, typer.Option(min=1, help="Training FLOPs; without --parameters: predict the best size.")
+    ] = None,
     predict: Annotated[str, typer.Option(help="A study: write the losses of its arms to experiments/prediction.")] = "",
 ) -> None:
     """Fit loss over size and data, with 90 % intervals, and predict the loss of a new size or budget."""
@@ -431,6 +433,8 @@ def convert(
     if kind == "4ds" and out.suffix == ".npz":
         print(f"wrote {released_heads.to_4ds(source, out)}")
         return
+    if kind == "4ds" and source.is_dir():
+        raise UserError(f"{source} is a folder; to write it as released, OUT must end with .npz")
     if not source.is_file():
         raise UserError(f"no file {source}")
     if kind == "4ds":

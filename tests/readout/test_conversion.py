@@ -75,6 +75,8 @@ def test_the_commands_convert_both_ways_and_refuse_unknown_kinds(tmp_path: Path)
     assert Checkpoint.read(tmp_path / "mae").settings["mask_ratio"] == 0.8
     assert refused_command("convert", "5ds", BACKBONE, tmp_path / "new") == "unknown kind '5ds'; needed 4ds or mae_st"
     assert refused_command("convert", "mae_st", tmp_path / "none.pth", tmp_path / "new") == f"no file {tmp_path / 'none.pth'}"
+    folder = refused_command("convert", "4ds", tmp_path / "mae", tmp_path / "new")
+    assert folder == f"{tmp_path / 'mae'} is a folder; to write it as released, OUT must end with .npz"
     refused = "a 4ds file states its own shape; leave out --heads and --mask-ratio, of mae_st alone"
     assert refused_command("convert", "4ds", BACKBONE, tmp_path / "new", "--heads", 3, "--mask-ratio", 0.9) == refused
     assert not (tmp_path / "new").exists()

@@ -65,7 +65,8 @@ def evaluate(
     for name, count in Counter(names.values()).items():
         if count > 1:
             same = " and ".join(model for model, other in names.items() if other == name)
-            raise UserError(f"{same} are both called {name}; link one by another name (ln -s), or take another --out")
+            problem = f"{same} are both called {name}"
+            raise UserError(f"{problem}; link one by another name (ln -s), or evaluate it with another --out by a second call")
     _take_folder(out)
     facts = {"models": names, "tasks": chosen, "protocol": protocol, "profile": profile, "overrides": list(changes)}
     provenance.write_text(out / FACTS, json_text(facts))
