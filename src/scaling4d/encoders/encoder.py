@@ -355,8 +355,8 @@ def checksums(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, tuple[int, 
     sums = {}
     for name, tensor in tensors.items():
         bits = tensor.detach().flatten().clone().view(torch.uint8)  # a copy, for its alignment
-        whole = len(bits) // 8 * 8
-        total = int(bits[:whole].view(torch.int64).sum()) + int(bits[whole:].sum())
+        aligned = len(bits) // 8 * 8
+        total = int(bits[:aligned].view(torch.int64).sum()) + int(bits[aligned:].sum())
         sums[name] = (str(tensor.dtype), tuple(tensor.shape), total)
     return sums
 

@@ -64,7 +64,7 @@ def evaluate_encoder(encoder: str, task: str, protocol: str, settings: Mapping[s
             raise UserError(f"{problem}, and readout.Launch.where is {where}; -S readout.Launch.where=here")
         result = readout(encoder, task, protocol, settings, home=home)
         if result == AGAIN:
-            raise Preempted(f"the readout of {encoder} for {task} was asked to stop; the same command goes on from there")
+            raise Preempted(f"the readout of {encoder} for {task} was stopped on request; the same command continues it")
         if isinstance(result, int) and result:
             raise UserError(f"the readout of {encoder} for {task} ended with exit code {result}; its messages are above")
         return Result.read(home / "readout" / encoder / task / protocol / "result.json")
