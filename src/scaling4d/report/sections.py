@@ -105,7 +105,13 @@ def mae_st(run: RunResults, page: Page) -> str:
         speedups.append([row["change"], published_part("MAE-ST", "speedups", number, "value", spec=".1f")])
     text = page.paragraph(f"Sources: {known['source']}. Ours compares with them in profile mae_st alone: other data and sizes.")
     accuracies = _accuracies(run, page, "MAE-ST", "classifier")
-    return text + accuracies + page.table(["published, of ViT-L's pretraining", "times as fast"], speedups)
+    faster = page.table(["published, of ViT-L's pretraining", "times as fast"], speedups)
+    measures, transfer = known["transfer"]["measures"], []
+    for number, row in enumerate(known["transfer"]["rows"]):
+        place = ("MAE-ST", "transfer", "rows", number)
+        cells = [published_part(*place, name, spec=".3f") if name in row else NOTHING for name in measures]
+        transfer.append([row["pretraining"], *cells])
+    return text + accuracies + faster + page.table(["published, of ViT-L\npretrained on", *measures.values()], transfer)
 
 
 def _accuracies(run: RunResults, page: Page, paper: str, protocol: str) -> str:
