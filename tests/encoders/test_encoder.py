@@ -139,6 +139,15 @@ def test_positions_are_interpolated_from_those_of_the_checkpoint_whatever_came_b
     assert torch.allclose(encoder.model.position_table().mean(0), before.mean(0), atol=0.5)  # of the trained ones
 
 
+@pytest.mark.parametrize("name", ["SimpleMAE", "MAEST"])
+def test_frozen_weights_stay_frozen_after_a_resize(tmp_path: Path, name: str) -> None:
+    encoder = Encoder.from_pretrained(trained(tmp_path, name)).requires_grad_(False)
+    encoder.resize((12, 64, 64))
+    assert not any(weight.requires_grad for weight in encoder.parameters())
+    encoder.requires_grad_(True).resize(CLIP)
+    assert all(weight.requires_grad for weight in encoder.parameters())
+
+
 def test_a_clip_of_a_file_is_read_at_the_encoders_rate_or_not_at_all(tmp_path: Path) -> None:
     encoder, path = Encoder.from_pretrained(trained(tmp_path)), tmp_path / "a.mp4"
     video.encode(
@@ -236,6 +245,11 @@ def test_a_training_of_mae_st_has_no_rate_of_the_released_one(tmp_path: Path) ->
     assert Encoder.from_pretrained(folder).rate_hz is None
     write_json(folder / "provenance.json", {"stage": "convert"})  # as of a folder that was converted without a rate
     assert Encoder.from_pretrained(folder).rate_hz == 7.5
+    write_json(folder / "provenance.json", {"stage": "baseline"})
+    assert Encoder.from_pretrained(folder).rate_hz is None  # an untrained one
+    encoder = Encoder.from_pretrained(folder)
+    copy = encoder.save_pretrained(tmp_path / "encoder")  # the encoder alone, as a released file that a stage imported
+    assert Encoder.from_pretrained(copy).rate_hz == 7.5
 
 
 def test_a_rate_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -295,7 +309,7 @@ def test_the_model_card_says_what_provenance_says(tmp_path: Path) -> None:
     assert not (tmp_path / "bare/provenance.json").exists()
 
 
-@pytest.mark.parametrize("change", [lambda weight: weight.add_(0.01), lambda weight: weight.data.mul_(0.9)])
+@pytest.mark.parametrize("change", [lambda w: w.add_(0.01), lambda w: w.data.mul_(0.9), lambda w: w.copy_(w.flip(0))])
 def test_a_changed_encoder_is_not_saved_as_the_one_that_was_loaded(tmp_path: Path, change: Callable[[Tensor], Tensor]) -> None:
     source = trained(tmp_path)
     encoder = Encoder.from_pretrained(source)
@@ -410,10 +424,12 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_an_encoder_goes_to_the_hub_and_comes_back(tmp_path: Path, models: Path) -> None:
     encoder = Encoder.from_pretrained(trained(tmp_path))
-    assert encoder.push_to_hub("owner/nano", private=True, message="first") == "https://hub/owner/nano"
+    assert encoder.push_to_hub("owner/nano", private=True, commit_message="first") == "https://hub/owner/nano"
     assert (models / "owner/nano/message").read_text() == "first" and (models / "owner/nano/private is True").exists()
     (models / "owner/nano/code.py").write_text("raise SystemExit")
     again = Encoder.from_pretrained("owner/nano", revision="v1")
+    assert equal(output_of(again), output_of(Encoder.from_pretrained("owner/nano@v1")))
+    assert "no owner/nano at v2" in refused(Encoder.from_pretrained, "owner/nano@v2")
     assert equal(output_of(again), output_of(encoder)) and again.rate_hz == 5.0 and again.provenance == encoder.provenance
     assert again.checkpoint.name == encoder.checkpoint.name
     files = sorted(path.name for path in (tmp_path / "cache/owner/nano/snapshots/0123abc").iterdir())

@@ -75,6 +75,9 @@ def test_a_program_of_half_precision_weights_computes_in_float32_and_leaves_the_
     assert ours[0].dtype == torch.float32 and torch.equal(ours[0], expected.last_hidden_state)
     exporting.export_program(encoder, any_length=False)
     assert encoder.dtype == torch.float16
+    training = Encoder.from_pretrained(saved(tmp_path / "again", "4ds")).train()
+    exporting.export_program(training, any_length=False)
+    assert training.model.training
 
 
 @pytest.mark.parametrize("name", ["4ds", "mae_st", "mae_st, one table"])

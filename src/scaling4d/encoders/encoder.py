@@ -26,7 +26,7 @@ from scaling4d.encoders.published import import_published
 from scaling4d.encoders.transformers import CONFIG, FILES, PretrainedEncoder, read_json, source_files
 from scaling4d.mae.encoder import Backbone
 from scaling4d.provenance import atomic_new
-from scaling4d.records import UserError, as_user_error, file_system_errors, write_json
+from scaling4d.records import UserError, as_user_error, file_system_errors, shortened, write_json
 from scaling4d.video import read_video
 
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
@@ -105,19 +105,23 @@ class Encoder(nn.Module):
             source: a Checkpoint folder, of this project or from `save_pretrained`; a folder of transformers
                 (DINOv2 and v3, SigLIP 1 and 2, VideoMAE, V-JEPA 2, VideoPrism: extra `baselines`) or of VideoMAE v2;
                 a released `.npz` of 4DS or RVM, `.pth` of MAE-ST or VideoMAE v2, `.pth.tar` of V-JEPA or `.pt` of
-                V-JEPA 2.1; or `owner/name` on the Hugging Face hub (extra `hub`).
+                V-JEPA 2.1; or `owner/name` or `owner/name@REVISION` on the Hugging Face hub (extra `hub`).
             revision: branch, tag or commit on the hub.
             clip: T H W of the clips that it is shown; default: the checkpoint's own.
         Raises:
-            UserError: no such checkpoint, one that is damaged or of another kind, a clip that does not suit it.
+            UserError: no such checkpoint, one that is damaged or of another kind, a missing package, a clip that does not
+                suit it.
         """
         clip = None if clip is None else check_clip(clip)
-        path, name = Path(source), Path(source).resolve().name
+        path, name, hub_id = Path(source), Path(source).resolve().name, str(source)
         if not path.exists():
-            if not re.fullmatch(HUB_ID, str(source)):
+            if revision is None and "@" in hub_id:
+                hub_id, _, revision = hub_id.partition("@")
+            if not re.fullmatch(HUB_ID, hub_id):
                 raise UserError(f"no folder or file {source}; needed one, or owner/name of a model on the Hugging Face hub")
+            name = hub_id.rpartition("/")[2]
             try:
-                path = hub.download(str(source), revision, HUB_FILES)
+                path = hub.download(hub_id, revision, HUB_FILES)
             except UserError as error:
                 raise UserError(f"no folder {source} here, and {error}") from error
         elif revision is not None:
@@ -126,7 +130,7 @@ class Encoder(nn.Module):
         folder = path if path.is_dir() and encoder.provenance else None
         if not encoder.provenance:
             local = path == Path(source)  # else of the hub's cache, which names a folder by its commit
-            origin = {"source": name} if local else {"source": str(source), "revision": path.name}
+            origin = {"source": name} if local else {"source": hub_id, "revision": path.name}
             inputs = {file.name: artifacts.sha256(file) for file in source_files(path)}
             encoder.provenance = {"stage": "import", "settings": origin, "inputs": inputs}
         encoder._donor = deepcopy(encoder.provenance), folder
@@ -137,7 +141,10 @@ class Encoder(nn.Module):
     @classmethod
     def _from_folder(cls, folder: Path, name: str, clip: tuple[int, int, int] | None) -> Encoder:
         if (folder / CONFIG).is_file() and "model_type" in read_json(folder / CONFIG):
-            config, model = import_published(folder, clip)
+            try:
+                config, model = import_published(folder, clip)
+            except ImportError as error:  # of a package that transformers needs
+                raise UserError(f"{folder} cannot be read: needed the extra `baselines` ({shortened(error)})") from error
             return cls(model, _description(name, model, asdict(config)))
         path = folder / artifacts.PROVENANCE
         return cls(load_encoder(folder), Checkpoint.read(folder), read_json(path) if path.is_file() else {})
@@ -267,7 +274,8 @@ class Encoder(nn.Module):
     def resize(self, clip: tuple[int, int, int], *, side_px: int | None = None) -> None:
         """Take clips of another T H W from now on; learned positions are interpolated.
 
-        Each call interpolates those of the checkpoint, or, where they were trained since, the present ones.
+        Each call interpolates those of the checkpoint, or, where they were trained since, the present ones. They are new
+        parameters then: an optimiser is made after it.
         side_px: of a model of transformers, which resizes every picture of a clip to a side of its own: another side.
         Raises UserError: the model does not take such clips, or such a side.
         """
@@ -275,6 +283,7 @@ class Encoder(nn.Module):
         if side_px is not None and not self._is_transformers:
             raise UserError(f"side_px = {side_px} is for models of transformers; this encoder takes a clip's own H W")
         device, present = self.device, {name: getattr(self.model, name) for name in SIZED if hasattr(self.model, name)}
+        trained = {name: weight.requires_grad for name, weight in self.model.named_parameters()}
         untrained = checksums(self._positions()).items() <= self._checksums.items()
         if not (untrained and self._native):
             self._native = deepcopy(present)
@@ -284,6 +293,8 @@ class Encoder(nn.Module):
         except UserError:
             self._set_model(present)
             raise
+        for name, weight in self.model.named_parameters():
+            weight.requires_grad_(trained[name])
         if untrained:
             self._checksums |= checksums(self._positions())
 
@@ -328,7 +339,7 @@ class Encoder(nn.Module):
                 card.write_model_card(out, checkpoint, provenance, mean=self.mean, scale=self.scale)
         return folder
 
-    def push_to_hub(self, target: str, *, private: bool | None = None, message: str = "Upload encoder") -> str:
+    def push_to_hub(self, target: str, *, private: bool | None = None, commit_message: str = "Upload encoder") -> str:
         """Upload what `save_pretrained` writes to `owner/name` on the Hugging Face hub. Returns the model's address.
 
         Weights, configuration and provenance there are replaced, and files of the same names, as README.md; other files
@@ -340,7 +351,7 @@ class Encoder(nn.Module):
             raise UserError(f"{target} is no model of the Hugging Face hub; needed owner/name")
         with tempfile.TemporaryDirectory() as temporary:
             folder = self.save_pretrained(Path(temporary, "encoder"))
-            return hub.upload(folder, target, HUB_FILES, private=private, message=message)
+            return hub.upload(folder, target, HUB_FILES, private=private, message=commit_message)
 
     def _saved_description(self) -> Checkpoint:
         names = [field.name for field in fields(type(self.model).config_class)]
@@ -352,12 +363,14 @@ class Encoder(nn.Module):
 
 
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, tuple[int, ...], int]]:
-    """Type, shape and the sum of the bits of each tensor, equal on every device."""
+    """Type, shape and a sum of the bits of each tensor, weighted by their places; equal on every device."""
     sums = {}
     for name, tensor in tensors.items():
         bits = tensor.detach().flatten().clone().view(torch.uint8)  # a copy, for its alignment
         aligned = len(bits) // 8 * 8
-        total = int(bits[:aligned].view(torch.int64).sum()) + int(bits[aligned:].sum())
+        words = bits[:aligned].view(torch.int64)
+        places = torch.arange(1, 1 + len(words), device=words.device)
+        total = int((words * places).sum()) + int(bits[aligned:].sum())
         sums[name] = (str(tensor.dtype), tuple(tensor.shape), total)
     return sums
 
@@ -372,7 +385,9 @@ def check_clip(clip: object) -> tuple[int, int, int]:
 
 def rate_hz_of(checkpoint: Checkpoint, provenance: Mapping[str, Any]) -> float | None:
     """A checkpoint's rate. Of a released model whose folder tells none: that of RATES_HZ."""
-    if checkpoint.rate_hz is None and (checkpoint.model in PUBLISHED or provenance.get("stage") == "convert"):
+    released = ("convert", "MAEST"), ("convert", "MAESTEncoder"), ("baseline", "MAESTEncoder")  # not an untrained MAEST
+    made = provenance.get("stage"), checkpoint.model
+    if checkpoint.rate_hz is None and (checkpoint.model in PUBLISHED or made in released):
         return RATES_HZ.get(checkpoint.settings.get("kind", checkpoint.model))
     return checkpoint.rate_hz
 

@@ -82,6 +82,7 @@ def export_program(encoder: Encoder, *, any_length: bool) -> torch.export.Export
         )
     if any_length:
         shapes[1] = model.patch[0] * torch.export.Dim("t", min=2, max=MOST_PATCHES)
+    training = model.training
     program = (AnyLengthProgram if any_length else ClipProgram)(model).eval()
     frames = max(encoder.clip[0], 2 * model.patch[0]) if any_length else encoder.clip[0]
     clips = torch.zeros(2, frames, *encoder.clip[1:], 3, dtype=torch.uint8)
@@ -91,6 +92,8 @@ def export_program(encoder: Encoder, *, any_length: bool) -> torch.export.Export
     except RuntimeError as error:
         kind = getattr(model, "kind", type(model).__name__)
         raise UserError(f"torch.export cannot trace a {kind}: {shortened(error)}") from error
+    finally:
+        model.train(training)
 
 
 def run(checkpoint: str, *, torch_file: Path | None, onnx_file: Path | None, any_length: bool) -> None:

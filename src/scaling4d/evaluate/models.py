@@ -82,8 +82,13 @@ def _write_function(model: str, clip: tuple[int, int, int], final: Path) -> None
 
 
 def _import(model: str, clip: tuple[int, int, int], final: Path) -> None:
-    name, _, revision = (model, "", "") if Path(model).exists() else model.partition("@")
-    encoder = Encoder.from_pretrained(name, revision=revision or None, clip=clip)
+    try:
+        encoder = Encoder.from_pretrained(model, clip=clip)
+    except UserError as error:
+        frames = Encoder.from_pretrained(model).clip[0]
+        if frames == clip[0]:
+            raise
+        raise UserError(f"{error}; -S clip.frames={frames} is its own") from error
     encoder.checkpoint = replace(encoder.checkpoint, name=final.name)
     with provenance.atomic_folder(final) as out:
         out.rmdir()
