@@ -113,6 +113,18 @@ def test_dvc_trains_nothing_anew_for_where_a_run_is_launched_and_how_it_is_watch
     assert untrained["points"]["mini"].keys() == {"model"}
 
 
+@pytest.mark.usefixtures("in_the_project")
+@pytest.mark.parametrize("frames", ["32", "64"])
+def test_longer_windows_of_profile_paper_stay_within_the_videos(frames: str) -> None:
+    header = Path("experiments/profile/paper.yaml").read_text()
+    (line,) = re.findall(rf"#   (-S readout.Evaluation.frames={frames} .*)", header)
+    settings = config.compose(["profile=paper", *line.replace("-S ", "").split()])
+    seconds = {"actions": 4.0, "points": 2.0, "pose": 3.0}  # of Something-Something, MOVi-E, and short RealEstate10K videos
+    for task, most in seconds.items():
+        (rate_hz,) = (values["rate_hz"] for values in settings["readout"]["tasks"][task].values() if "rate_hz" in values)
+        assert (int(frames) - 1) / rate_hz <= most
+
+
 @pytest.mark.integration
 @pytest.mark.parametrize("profile", ["paper", "mae_st"])
 def test_dvc_resolves_the_stages_of_every_point_of_a_large_profile(

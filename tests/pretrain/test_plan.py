@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from commands import invoke
 
 from scaling4d import config
 from scaling4d.pretrain.plan.closed_form import KINDS
@@ -147,3 +148,11 @@ def test_what_does_not_fit_is_an_answer_and_no_error(command: Callable) -> None:
     code, out, _ = command("j", "--mesh", "8x1", "--json")
     assert code == 0
     assert not json.loads(out)["mesh"]["fits"]
+
+
+@pytest.mark.usefixtures("in_the_project")
+def test_a_state_that_takes_longer_than_a_run_may_hang_names_the_setting() -> None:
+    limit = "a run that makes no step for so long is ended: raise pretrain.Runtime.hang_s = 1800"
+    words = ("plan", "j", "--worker-clips-per-s", "100")
+    assert limit in " ".join(invoke(*words, "--write-gb-per-s", "0.1").stdout.split())
+    assert "raise pretrain.Runtime.hang_s" not in invoke(*words, "--write-gb-per-s", "10").stdout

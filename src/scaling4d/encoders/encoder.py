@@ -109,8 +109,8 @@ class Encoder(nn.Module):
             revision: branch, tag or commit on the hub.
             clip: T H W of the clips that it is shown; default: the checkpoint's own.
         Raises:
-            UserError: no such checkpoint, one that is damaged or of another kind, a missing package, a clip that does not
-                suit it.
+            UserError: no such checkpoint, one that is damaged or of another kind, a missing package, or a clip that
+                does not suit it.
         """
         clip = None if clip is None else check_clip(clip)
         path, name, hub_id = Path(source), Path(source).resolve().name, str(source)
@@ -274,8 +274,8 @@ class Encoder(nn.Module):
     def resize(self, clip: tuple[int, int, int], *, side_px: int | None = None) -> None:
         """Take clips of another T H W from now on; learned positions are interpolated.
 
-        Each call interpolates those of the checkpoint, or, where they were trained since, the present ones. They are new
-        parameters then: an optimiser is made after it.
+        Each call interpolates those of the checkpoint, or, where they were trained since, the present ones. They become
+        new parameters, so an optimiser is made after it.
         side_px: of a model of transformers, which resizes every picture of a clip to a side of its own: another side.
         Raises UserError: the model does not take such clips, or such a side.
         """

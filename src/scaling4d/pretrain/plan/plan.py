@@ -58,7 +58,7 @@ def plan(
         if speed <= 0:
             raise UserError(f"{option} {speed}; needed more than 0")
     settings = settings_of(point, profile)
-    training = config.section(settings, "pretrain.Training")
+    training, runtime = (config.section(settings, f"pretrain.{kind}") for kind in ("Training", "Runtime"))
     sharding = config.section(settings, f"{find_point(point, settings)[0]}.Sharding")
     shards, replicas = map(int, match.groups()) if match else (sharding["shards"], training["ranks"] // sharding["shards"])
     model, steps, batch, microbatches = (
@@ -76,7 +76,7 @@ def plan(
         recompute=recompute == "block",
         keep_best=bool(training["keep_best"]),
         gpu=GPUS[gpu],
-        workers=config.section(settings, "pretrain.Runtime")["workers"],
+        workers=runtime["workers"],
         worker_clips_per_s=worker_clips_per_s * CLIP_VALUES / work.pixels,
     )
     if problem := request.division_problem(shards * replicas):
@@ -88,6 +88,7 @@ def plan(
     weights, bytes_per_s = STORED * parameters["total"], write_gb_per_s * 1e9  # a state holds two moments as well
     storage = {"checkpoint_bytes": weights, "training_state_bytes": 3 * weights, "write_bytes_per_s": bytes_per_s}
     storage |= {f"{name}_s": storage[f"{name}_bytes"] / bytes_per_s for name in ("checkpoint", "training_state")}
+    storage["hang_s"] = runtime["hang_s"]
     content = {
         "point": point,
         "profile": settings["profile"],
@@ -105,7 +106,6 @@ def plan(
         "mesh": request.with_changes(shards, replicas),
         "meshes": [request.fastest(gpus) for gpus in COUNTS],
     }
-    training = config.section(settings, "pretrain.Training")
     on_gpus = training["device"] == "cuda"  # a point of a CPU profile is a what-if
     content["other_compute"] = training["compute"] if on_gpus and training["compute"] != "bfloat16" else ""
     content["refused"] = request.loading_problem(content["mesh"]) if on_gpus else ""

@@ -29,7 +29,10 @@ def show(content: dict[str, Any]) -> None:
     facts.add_row("schedule", f"{schedule['steps']:,} steps, {sums}")
     for name in ("checkpoint", "training_state"):
         size, speed = _short(storage[f"{name}_bytes"], "B"), _short(storage["write_bytes_per_s"], "B/s")
-        facts.add_row(name.replace("_", " "), f"{size}, {storage[f'{name}_s']:,.3g} s to write at {speed}")
+        text = f"{size}, {storage[f'{name}_s']:,.3g} s to write at {speed}"
+        if (hang_s := storage["hang_s"]) < storage[f"{name}_s"]:
+            text += f"; a run that makes no step for so long is ended: raise pretrain.Runtime.hang_s = {hang_s:g}"
+        facts.add_row(name.replace("_", " "), text)
     console.print(facts)
     title = f"one of {mesh['gpus']} GPUs ({gpu['name']}), {_name(mesh)}, {mesh['clips_per_gpu']} clips each: GiB at the peak"
     memory = Table("", title=title, title_justify="left")
