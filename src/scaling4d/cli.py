@@ -149,7 +149,10 @@ def evaluate(
         ),
     ],
     tasks: Annotated[str, typer.Option(help="Such as actions,depth; default: all of the profile that the protocol has.")] = "",
-    protocol: Annotated[str, typer.Option(help="linear: probes in closed form; frozen: attention readouts.")] = "linear",
+    protocol: Annotated[
+        str,
+        typer.Option(help="linear: closed-form probes; frozen: attention readouts; propagated: boxes, without training."),
+    ] = "linear",
     profile: Annotated[str, typer.Option(help="Of experiments/profile: benchmarks, clips, heads; default: pocket.")] = "",
     out: Annotated[Path, typer.Option(help="Folder of the evaluation, where the same command continues.")] = Path("evaluated"),
     changes: Annotated[list[str] | None, typer.Option("--set", "-S", help="key=value of a setting; may be repeated.")] = None,

@@ -28,7 +28,9 @@ from scaling4d.readout.stage import readout
 from scaling4d.records import AGAIN, Preempted, Result, UserError, read_json_object, write_json
 from scaling4d.report.tables import RESULTS
 
-GUIDE = (Path(__file__).parents[2] / "experiments/GUIDE.md").read_text()
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+POCKET = EXPERIMENTS / "pocket/benchmarks"
+GUIDE = (EXPERIMENTS / "GUIDE.md").read_text()
 COLOURS = next(code for code in re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL) if "class Colours" in code)
 EVALUATION = pytest.mark.usefixtures("actions")
 CLIP = (8, 64, 64)
@@ -104,6 +106,30 @@ def test_a_linear_probe_is_that_of_the_frozen_readout(colours: str, tmp_path: Pa
     before = path.stat().st_mtime_ns
     evaluate([colours], ["actions"], "frozen", **where)
     assert path.stat().st_mtime_ns == before and check_evaluation(tmp_path / "out") == 0
+
+
+@pytest.mark.integration
+@EVALUATION
+def test_propagated_boxes_are_those_of_the_frozen_readout_and_need_no_training(tmp_path: Path) -> None:
+    changes = [f"readout.Evaluation.{key}" for key in (f"data={POCKET}", "train_items=16", "val_items=8")]
+    where = {"profile": "smoke", "report": str, "changes": [*changes, "readout.frozen.boxes.Frozen.steps=2"]}
+    with pytest.raises(UserError, match="profile smoke has no task for protocol propagated; name some: --tasks boxes$"):
+        evaluate([str(untrained())], [], "propagated", out=tmp_path / "none", **where)
+    propagated = evaluate([str(untrained())], ["boxes"], "propagated", out=tmp_path / "propagated", **where).results
+    frozen = evaluate([str(untrained())], ["boxes"], "frozen", out=tmp_path / "frozen", **where).results[0]
+    assert [(result.task, result.protocol, result.metric) for result in propagated] == [("boxes", "propagated", "mean_iou")]
+    assert propagated[0].value == frozen.others["mean_iou_propagated"]
+    assert propagated[0].low < propagated[0].value < propagated[0].high and check_evaluation(tmp_path / "propagated") == 0
+
+
+@pytest.mark.integration
+@EVALUATION
+def test_an_encoder_of_a_fixed_number_of_frames_names_the_setting_that_suits_it(tmp_path: Path) -> None:
+    from encoders.small_models import save_model
+
+    save_model(tmp_path / "videomae", "videomae")
+    with pytest.raises(UserError, match=r"does not suit a videomae; needed (\d+) frames, .*; -S clip.frames=\1 is its own"):
+        evaluate([str(tmp_path / "videomae")], ["actions"], "linear", profile="smoke", out=tmp_path / "out")
 
 
 def edit_number(folder: Path) -> None:
@@ -303,9 +329,10 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_computed(colours
     for given, tasks, protocol, out, message in (
         (["nothing"], ["actions"], "linear", "new", "no model 'nothing'; needed a Checkpoint folder"),
         ([colours, "other:Colours"], ["actions"], "linear", "new", "are both called Colours"),
-        ([colours], ["pose"], "linear", "new", "pose has no linear probe; tasks that have one: actions, depth"),
+        ([colours], ["pose"], "linear", "new", "pose has no protocol linear; tasks that have it: actions, depth; needed"),
+        ([colours], ["depth"], "propagated", "new", "depth has no protocol propagated; tasks that have it: boxes; needed"),
         ([colours], ["action"], "linear", "new", "unknown task 'action'.*did you mean actions"),
-        ([colours], ["actions"], "finetune", "new", "protocol = 'finetune'; needed linear or frozen"),
+        ([colours], ["actions"], "finetune", "new", "protocol = 'finetune'; needed linear or frozen or propagated"),
         ([colours], ["actions"], "linear", "", "is there, and no evaluation"),
     ):
         with pytest.raises(UserError, match=message):

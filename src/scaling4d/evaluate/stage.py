@@ -1,10 +1,12 @@
-"""CHECKPOINT FOLDER -> RESULT: a linear probe or an attention readout of one encoder on one labelled benchmark."""
+"""CHECKPOINT FOLDER -> RESULT: one encoder on one labelled benchmark, by a linear probe, by an attention readout, or by
+label propagation, which fits nothing.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,8 @@ from scaling4d.records import AGAIN, Preempted, Result, UserError, did_you_mean,
 from scaling4d.training import distributed
 from scaling4d.training.distributed import WatchdogConfig, gather_round_robin
 
-LINEAR = "linear"
-PROTOCOLS = (LINEAR, Frozen.name)
+LINEAR, PROPAGATED = "linear", "propagated"
+PROTOCOLS = (LINEAR, Frozen.name, PROPAGATED)
 HEAD_CELL_PX = 8  # of depth's attention readout, which answers for squares of this side
 
 
@@ -38,14 +40,16 @@ def check_tasks(tasks: list[str], protocol: str) -> None:
     for task in tasks:
         if task not in TASKS:
             raise UserError(f"unknown task {task!r}; needed some of {', '.join(TASKS)}{did_you_mean(task, TASKS)}")
-        if protocol == LINEAR and not TASKS[task].linear:
-            known = ", ".join(linear_tasks(TASKS))
-            raise UserError(f"{task} has no linear probe; tasks that have one: {known}; needed those, or --protocol frozen")
+        if not tasks_of(protocol, [task]):
+            known = ", ".join(tasks_of(protocol, TASKS))
+            problem = f"{task} has no protocol {protocol}; tasks that have it: {known}"
+            raise UserError(f"{problem}; needed those, or --protocol {Frozen.name}")
 
 
-def linear_tasks(tasks: Any) -> list[str]:
-    """Those of some tasks that have a linear probe."""
-    return [task for task in tasks if TASKS[task].linear]
+def tasks_of(protocol: str, tasks: Iterable[str]) -> list[str]:
+    """Those of some tasks that have the protocol."""
+    has = {LINEAR: lambda task: TASKS[task].linear, PROPAGATED: lambda task: TASKS[task].propagates}
+    return [task for task in tasks if has.get(protocol, lambda _: True)(task)]
 
 
 def evaluate_encoder(encoder: str, task: str, protocol: str, settings: Mapping[str, Any], home: Path) -> Result:
@@ -68,7 +72,7 @@ def evaluate_encoder(encoder: str, task: str, protocol: str, settings: Mapping[s
         if isinstance(result, int) and result:
             raise UserError(f"the readout of {encoder} for {task} ended with exit code {result}; its messages are above")
         return Result.read(home / "readout" / encoder / task / protocol / "result.json")
-    return _linear(encoder, task, settings, home)
+    return _headless(encoder, task, protocol, settings, home)
 
 
 def _check_tokens(folder: Path, task: str, *, frames: int, side_px: int) -> None:
@@ -81,8 +85,9 @@ def _check_tokens(folder: Path, task: str, *, frames: int, side_px: int) -> None
         raise UserError(f"{problem}; -S clip.side_px={math.lcm(h, HEAD_CELL_PX)} suits it")
 
 
-def _linear(encoder: str, task: str, settings: Mapping[str, Any], home: Path) -> Result:
-    started, names = time.time(), (encoder, task, LINEAR)
+def _headless(encoder: str, task: str, protocol: str, settings: Mapping[str, Any], home: Path) -> Result:
+    """A result of protocol linear or propagated."""
+    started, names = time.time(), (encoder, task, protocol)
     bound, readout_config = bind_readout(encoder, task, Frozen, settings, home)
     code, inputs = code_hashes.running("evaluate"), input_hashes(readout_config)
     evidence, final = artifacts.evidence("evaluate", bound, code=code, inputs=inputs), home / "readout" / Path(*names)
@@ -91,8 +96,8 @@ def _linear(encoder: str, task: str, settings: Mapping[str, Any], home: Path) ->
     evaluation, name = readout_config.evaluation, "-".join(("evaluate", *names))
     watchdog = WatchdogConfig(evaluation.start_s, evaluation.hang_s, artifacts.RUNS / name)
     where = {"ranks": evaluation.ranks, "device": readout_config.device, "watchdog": watchdog}
-    videos, sums, skipped = distributed.run(_fit_and_measure, **where, frozen=Frozen(readout_config))
-    result = result_of(Checkpoint.read(readout_config.folder), readout_config, LINEAR, videos, sums)
+    videos, sums, skipped = distributed.run(_measure, **where, frozen=Frozen(readout_config), protocol=protocol)
+    result = result_of(Checkpoint.read(readout_config.folder), readout_config, protocol, videos, sums)
     with provenance.atomic_folder(final) as out:
         if skipped:
             write_json(out / "skipped.json", skipped)
@@ -103,10 +108,10 @@ def _linear(encoder: str, task: str, settings: Mapping[str, Any], home: Path) ->
 
 
 @file_system_errors()
-def _fit_and_measure(*, rank: int, ranks: int, frozen: Frozen) -> tuple[list[str], list[MetricSums], list[dict[str, Any]]]:
-    """One rank of a linear probe, as `<metric>_linear` of a frozen readout.
+def _measure(*, rank: int, ranks: int, frozen: Frozen, protocol: str) -> tuple[list[str], list[MetricSums], list[dict[str, Any]]]:
+    """One rank of a protocol without a head, with the numbers of `<metric>_<protocol>` of a frozen readout.
 
-    Returns all ranks' videos and metric sums, and skipped items.
+    Label propagation reads no training split. Returns all ranks' videos and metric sums, and skipped items.
     """
     settings = frozen.config
     evaluation, task, root = settings.evaluation, settings.task, Path(settings.evaluation.data)
@@ -114,12 +119,15 @@ def _fit_and_measure(*, rank: int, ranks: int, frozen: Frozen) -> tuple[list[str
     encoder = settings.load_encoder().requires_grad_(False)
     windows_seed = settings.seed if evaluation.windows == "random" else None
     where = (task, root, evaluation.max_bad_share, encoder.clip, rank, ranks, windows_seed)
-    train = RankSplit(settings.task_name, "train", evaluation.train_items, *where)
     val = RankSplit(settings.task_name, "val", evaluation.val_items, *where)
-    train_set = FeatureDataset(train, frozen.features_of(encoder))
-    probes = frozen.probes(train_set)
-    predict, source = probes.pop(LINEAR), train_set.source
+    splits, source, probes = [val], frozen.features_of(encoder), {}
+    if protocol == PROPAGATED:
+        predict = task.predict_propagated
+    else:
+        splits = [RankSplit(settings.task_name, "train", evaluation.train_items, *where), val]
+        probes = frozen.probes(FeatureDataset(splits[0], source))
+        predict = probes.pop(LINEAR)
     size = max(frozen.evaluation_batch, evaluation.feature_batch)
     videos, sums, _ = evaluate(val, source.encode, predict, size=size, probes=probes, flush=source.flush)
-    skipped = [{"split": part.split, **asdict(item)} for part in (train, val) for item in gather_round_robin(part.skipped)]
+    skipped = [{"split": part.split, **asdict(item)} for part in splits for item in gather_round_robin(part.skipped)]
     return gather_round_robin(videos), gather_round_robin(sums), skipped

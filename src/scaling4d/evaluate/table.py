@@ -12,6 +12,7 @@ from typing import Any
 
 from scaling4d import artifacts, config, provenance
 from scaling4d.evaluate import models, stage
+from scaling4d.readout.tasks import TASKS
 from scaling4d.records import Result, UserError, json_text, read_json_object
 from scaling4d.report.tables import RESULTS, arrow, result_rows
 
@@ -58,9 +59,10 @@ def evaluate(
     settings = config.compose([*([f"profile={profile}"] if profile else []), *changes])
     profile, of_profile = settings["profile"], config.section(settings, "benchmarks.tasks")
     stage.check_tasks(list(tasks), protocol)
-    chosen = list(dict.fromkeys(tasks)) or (stage.linear_tasks(of_profile) if protocol == stage.LINEAR else list(of_profile))
+    chosen = list(dict.fromkeys(tasks)) or stage.tasks_of(protocol, of_profile)
     if not chosen:
-        raise UserError(f"profile {profile} has no task for protocol {protocol}; name some: --tasks actions,depth")
+        some = ",".join(stage.tasks_of(protocol, TASKS))
+        raise UserError(f"profile {profile} has no task for protocol {protocol}; name some: --tasks {some}")
     names = {model: models.name_of(model) for model in dict.fromkeys(given)}
     for name, count in Counter(names.values()).items():
         if count > 1:
