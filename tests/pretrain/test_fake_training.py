@@ -78,6 +78,9 @@ def validate_and_show(model: Method, pretraining: PretrainConfig, operations: Op
         patch.setattr(validate.loader, "eval_batches", lambda *_, **__: iter(one_clip))
         shown = validate.picture(model, pretraining)
         assert shown is None or shown.device.type == "cpu"
+        patch.setattr(validate.loader, "eval_batches", lambda *_, **__: iter(clips))
+        with pytest.raises(DataDependentOutputException):
+            validate.rankme(model, replace(pretraining, training=training))
 
 
 @pytest.mark.parametrize(("profile", "points"), [

@@ -163,11 +163,11 @@ def test_a_state_belongs_to_the_benchmarks_and_the_code_of_its_probes(probing: C
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize(("shards", "measure", "sign"), [(1, "rankme", -1), (2, "val_loss", 1)])
 def test_the_best_weights_are_written_even_if_the_training_is_killed_after_them(
-    short: Callable, monkeypatch: pytest.MonkeyPatch, shards: int
+    short: Callable, monkeypatch: pytest.MonkeyPatch, shards: int, measure: str, sign: int
 ) -> None:
-    """Made-up losses: those of step 2 are the lowest."""
+    """Made-up measures: those of step 2 are the best, the lowest loss or the highest rank."""
     after_step, now, best = Validation.after_step, [0], Path("best")
 
     def note(self: Validation, result: StepResult) -> None:
@@ -178,14 +178,14 @@ def test_the_best_weights_are_written_even_if_the_training_is_killed_after_them(
             save_weights(self.model, best)
 
     monkeypatch.setattr(Validation, "after_step", note)
-    monkeypatch.setattr(validate, "measure", lambda *_: {"val_loss": abs(now[0] - 2)})
-    changes = EVERY | {"Training.keep_best": "val_loss", "points.nano.Sharding.shards": shards}
+    monkeypatch.setattr(validate, "measure", lambda *_: {"val_loss": 1.0, measure: sign * abs(now[0] - 2)})
+    changes = EVERY | {"Training.keep_best": measure, "points.nano.Sharding.shards": shards}
     assert attempt(short(6, **changes)) == 0
     undisturbed, saved = written(), Checkpoint.read(NANO)
     assert undisturbed["model.safetensors"] == (best / "model.safetensors").read_bytes()
     assert (saved.step, saved.clips_seen) == (2, 16)
     summary = summary_of(NANO)
-    assert (summary["best_step"], summary["val_loss"], summary["clips_seen"]) == (2, 0, 48)
+    assert (summary["best_step"], summary[measure], summary["clips_seen"]) == (2, 0, 48)
     shutil.rmtree(NANO)
     settings = short(6, **changes)
     assert attempt(settings, at=5, interrupt=kill_all) == -9

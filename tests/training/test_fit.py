@@ -1,5 +1,6 @@
 """The one trainer, on a model of a few weights."""
 
+import gc
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from scaling4d import seeds
 from scaling4d.records import MaskedTokens, Preempted, UserError
+from scaling4d.training import fit as fit_module
 from scaling4d.training.distributed import run
 from scaling4d.training.fit import Batch, Callback, ChangedClips, FitConfig, Progress, StepResult, fit
 from scaling4d.training.observe import TrainingLog
@@ -263,6 +265,26 @@ def ones(step: int, *, rank: int, ranks: int) -> Batch:
     """The same batch at every step; the global random state is another each time."""
     torch.manual_seed(1000 * os.getpid() + step)
     return Batch((torch.ones(4, 5), {"y": torch.zeros(4, 1)}, MaskedTokens(torch.zeros(4, 1, dtype=torch.int64), (1, 1, 1))))
+
+
+def collections(*, rank: int, ranks: int) -> tuple[list[int], bool, bool]:
+    """Batches asked for when garbage was collected; whether Python collects by itself, in the training and after it."""
+    collected, requested, by_itself = [], [], []
+
+    def note(step: int, **where: int) -> Batch:
+        requested.append(step)
+        by_itself.append(gc.isenabled())
+        return ones(step, **where)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit_module, "GC_STEPS", 4)
+        patch.setattr(gc, "collect", lambda: collected.append(len(requested)))
+        train(rank=rank, ranks=ranks, config=replace(CONFIG, steps=10), batches=note)
+    return collected, any(by_itself), gc.isenabled()
+
+
+def test_garbage_is_collected_at_chosen_steps_alone() -> None:
+    assert run(collections, ranks=1) == ([0, 4, 8], False, True)
 
 
 def losses_of_ranks(*, rank: int, ranks: int, seed: int) -> list[list[float]]:
