@@ -40,6 +40,8 @@ def test_the_five_tasks_of_j_have_windows_passes_bytes_and_days() -> None:
     assert actions["passes"] == 8 * math.ceil(486_488 / 8 / 16)
     assert actions["stored_bytes"] == 486_488 * 1568 * 4096 * 4
     assert actions["reused_share"] == 1 - 2 * 168_913 / (40_000 * 32)
+    assert actions["head_bytes"] == 40_000 * 32 * 1568 * 4096 * 4
+    assert content["total"]["head_bytes"] == sum(row["head_bytes"] for row in rows.values())
     assert (actions["clip"], content["total"]["windows"]) == ([16, 224, 224], sum(row["windows"] for row in rows.values()))
     for row in rows.values():
         fast, slow = row["days"]

@@ -1,7 +1,8 @@
 """What the frozen readouts of a scaling point take: windows of labelled videos, passes of the encoder, stored features.
 
-Heads are left out. A GPU reads windows with one process while it computes, so it takes the longer of both. Seconds of a
-pass are those of plan.performance, whose shares are ours; j on an H200 was faster than both its cases.
+Of heads only the bytes of features that their training reads are counted. A GPU reads windows with one process while it
+computes, so it takes the longer of both. Seconds of a pass are those of plan.performance, whose shares are ours; j on
+an H200 was faster than both its cases.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def plan_readouts(point: str, settings: Mapping[str, Any], *, gpu: str, worker_c
     rows = [_task_row(point, task, settings, GPUS[gpu], worker_clips_per_s) for task in tasks]
     if not rows:
         return None
-    totals = {key: sum(row[key] for row in rows) for key in ("windows", "passes", "flops", "stored_bytes")}
+    totals = {key: sum(row[key] for row in rows) for key in ("windows", "passes", "flops", "stored_bytes", "head_bytes")}
     totals |= {key: [sum(ends) for ends in zip(*(row[key] for row in rows), strict=True)] for key in ("gpu_hours", "days")}
     shared = {key: rows[0][key] for key in ("gpus", "clip")}
     return {"tasks": rows, "total": totals, "feature_store": settings["readout"]["Evaluation"]["feature_store"], **shared}
@@ -62,8 +63,9 @@ def _task_row(point: str, name: str, settings: Mapping[str, Any], gpu: Gpu, work
     train, val = (_videos(name, split, task, evaluation, encoder.clip) for split in benchmarks.SPLITS)
     clips, val_windows = train["videos"] * len(task.views), val["videos"] * val["windows"]
     stored_bytes, reused = stored_features(encoder, clips, train["windows"], draws=recipe.steps * recipe.batch)
+    window_bytes, _ = stored_features(encoder, 1, 1, draws=1)
     if evaluation.feature_store:
-        stored_bytes += stored_features(encoder, val_windows, 1, draws=1)[0]
+        stored_bytes += val_windows * window_bytes
     windows, windows_read = (clips * number + val_windows for number in (train["windows"], task.train_windows))
     passes, pixels = math.ceil(windows / evaluation.ranks / evaluation.feature_batch), 3 * math.prod(encoder.clip)
     read_s = windows_read / evaluation.ranks * pixels / CLIP_VALUES / worker_clips_per_s
@@ -89,6 +91,7 @@ def _task_row(point: str, name: str, settings: Mapping[str, Any], gpu: Gpu, work
         "days": [value / 86400 for value in seconds],
         "stored_bytes": stored_bytes,
         "draws": recipe.steps * recipe.batch,
+        "head_bytes": recipe.steps * recipe.batch * window_bytes,
         "reused_share": reused,
     }
 

@@ -106,8 +106,9 @@ def show_readouts(content: dict[str, Any]) -> None:
     sources = dict.fromkeys(row[split]["source"] for row in readouts["tasks"] for split in ("train", "val"))
     place = f"in {readouts['feature_store']}, for all readouts" if readouts["feature_store"] else "of training windows, in memory"
     console.print(
-        f"Features stay {place}; the last column is the share of a training's draws that take a stored window again. Heads are "
-        f"not counted. A GPU's process reads while it computes, at the speed of a worker. Videos: {'; '.join(sources)}."
+        f"Features stay {place}; the last column is the share of a training's draws that take a stored window again. Trainings "
+        f"of heads read {_short(readouts['total']['head_bytes'], 'B')} of them; their computing is not counted. A GPU's "
+        f"process reads while it computes, at the speed of a worker. Videos: {'; '.join(sources)}."
     )
 
 
