@@ -398,10 +398,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (models / target / f"private is {private}").touch()
         return f"https://hub/{target}"
 
-    def upload_folder(*, repo_id: str, folder_path: Path, commit_message: str, delete_patterns: list[str]) -> None:
-        for pattern in delete_patterns:
-            for path in (models / repo_id).glob(pattern):
-                path.unlink()
+    def upload_folder(*, repo_id: str, folder_path: Path, commit_message: str) -> None:
         shutil.copytree(folder_path, models / repo_id, dirs_exist_ok=True)
         (models / repo_id / "message").write_text(commit_message)
 
@@ -434,16 +431,6 @@ def test_an_encoder_goes_to_the_hub_and_comes_back(tmp_path: Path, models: Path)
     assert again.checkpoint.name == encoder.checkpoint.name
     files = sorted(path.name for path in (tmp_path / "cache/owner/nano/snapshots/0123abc").iterdir())
     assert files == ["config.json", "model.safetensors", "provenance.json"]
-
-
-def test_an_upload_leaves_no_weights_of_the_model_before(tmp_path: Path, models: Path) -> None:
-    (models / "owner/nano").mkdir(parents=True)
-    for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "preprocessor_config.json", "notes.md"):
-        (models / "owner/nano" / name).write_text("of the model before")
-    Encoder.from_pretrained(trained(tmp_path)).push_to_hub("owner/nano")
-    files = {path.name for path in (models / "owner/nano").iterdir()}
-    assert {"model.safetensors", "notes.md"} <= files
-    assert not files & {"model-00001-of-00002.safetensors", "model.safetensors.index.json", "preprocessor_config.json"}
 
 
 def test_what_the_hub_refuses_is_one_line(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

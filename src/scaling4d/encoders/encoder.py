@@ -342,8 +342,8 @@ class Encoder(nn.Module):
     def push_to_hub(self, target: str, *, private: bool | None = None, commit_message: str = "Upload encoder") -> str:
         """Upload what `save_pretrained` writes to `owner/name` on the Hugging Face hub. Returns the model's address.
 
-        Weights, configuration and provenance there are replaced, and files of the same names, as README.md; other files
-        stay.
+        Files of the same names there are replaced, README.md too; other files stay. So a model of more than 5 GB, whose
+        weights are several files, needs a name under which no single file lies: that file would be read.
         private: of a new model.
         Raises UserError: no owner/name, no huggingface_hub, no network, no right to write there.
         """
@@ -351,7 +351,7 @@ class Encoder(nn.Module):
             raise UserError(f"{target} is no model of the Hugging Face hub; needed owner/name")
         with tempfile.TemporaryDirectory() as temporary:
             folder = self.save_pretrained(Path(temporary, "encoder"))
-            return hub.upload(folder, target, HUB_FILES, private=private, message=commit_message)
+            return hub.upload(folder, target, private=private, message=commit_message)
 
     def _saved_description(self) -> Checkpoint:
         names = [field.name for field in fields(type(self.model).config_class)]

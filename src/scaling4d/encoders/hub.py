@@ -22,17 +22,16 @@ def download(source: str, revision: str | None, patterns: Sequence[str]) -> Path
         return Path(hub.snapshot_download(source, revision=revision, allow_patterns=list(patterns)))
 
 
-def upload(folder: Path, target: str, replaced: Sequence[str], *, private: bool | None, message: str) -> str:
+def upload(folder: Path, target: str, *, private: bool | None, message: str) -> str:
     """Upload a folder as one commit to a model of the hub, which is made where it is missing. Returns its address.
 
-    replaced: patterns of files there that the commit removes, unless it has them anew.
     private: of a new model; None: as the account's settings say.
     Raises UserError: no huggingface_hub, a wrong name, no network, no right to write there.
     """
     hub = _hub(target)
     with _hub_errors(hub, f"{target} cannot be uploaded"):
         address = hub.create_repo(target, private=private, exist_ok=True)
-        hub.upload_folder(repo_id=target, folder_path=folder, commit_message=message, delete_patterns=list(replaced))
+        hub.upload_folder(repo_id=target, folder_path=folder, commit_message=message)
     return str(address)
 
 
@@ -45,8 +44,9 @@ def _hub(name: str) -> ModuleType:
 
 @contextmanager
 def _hub_errors(hub: ModuleType, problem: str) -> Iterator[None]:
-    errors = importlib.import_module(f"{hub.__name__}.errors")
-    transport = errors.HfHubHTTPError.__bases__[0]  # its client's, as without a network
+    transport = importlib.import_module(f"{hub.__name__}.errors").HfHubHTTPError.__bases__[
+        0
+    ]  # its client's, as without a network
     try:
         yield
     except (OSError, ValueError, transport) as error:
