@@ -2,13 +2,13 @@
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import invoke
 
 from scaling4d import config, seeds
 from scaling4d.encoders.features import features_at_depth, layer_index
@@ -124,10 +124,9 @@ def test_shards_gather_and_a_larger_batch_is_no_slower_a_clip() -> None:
         assert slower["communication"] > 5 * sharded["communication"] and slower["compute"] == sharded["compute"]
 
 
-def test_the_command_shows_a_row_a_task_and_prints_the_same_as_json(command: Callable) -> None:
-    (code, text, _), (_, content, _) = command("j"), command("j", "--json")
-    readouts = json.loads(content)["readouts"]
-    assert code == 0
+@pytest.mark.usefixtures("in_the_project")
+def test_the_command_shows_a_row_a_task_and_prints_the_same_as_json() -> None:
+    text, readouts = invoke("plan", "j").output, json.loads(invoke("plan", "j", "--json").output)["readouts"]
     assert "shape of the encoder of 4DS-j: The shape is inferred from the count alone and unconfirmed" in text
     assert "frozen readouts of j, encoder on 8 GPUs (H100 SXM 80 GB), clips of 16 x 224 x 224" in text
     for row in readouts["tasks"]:
