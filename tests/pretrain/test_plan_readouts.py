@@ -89,12 +89,14 @@ def test_a_longer_clip_fewer_items_and_slow_reading_are_in_the_plan() -> None:
 @pytest.mark.usefixtures("in_the_project")
 def test_the_lists_of_benchmarks_that_are_here_are_counted(tmp_path: Path) -> None:
     root = ROOT / "experiments/pocket/benchmarks"
-    content = planned("nano", f"readout.Evaluation.data={root}", "benchmarks.tasks=[depth]", profile="pocket")
+    changes = (f"readout.Evaluation.data={root}", "benchmarks.tasks=[depth]", "readout.frozen.depth.Frozen.steps=1")
+    content = planned("nano", *changes, profile="pocket")
     (row,) = content["tasks"]
     lists = {split: (root / f"scannet/scannetv2_{split}.txt").read_text().split() for split in ("train", "val")}
     assert row["train"] == {"videos": len(lists["train"]), "windows": 1, "source": "scannet, the list here"}
     assert row["windows"] == 2 * len(lists["train"]) + len(lists["val"])
     assert row["stored_bytes"] == 2 * len(lists["train"]) * 512 * 16 * 4  # in memory: of training clips alone
+    assert row["reused_share"] == 0  # a step shows fewer
 
 
 @pytest.mark.usefixtures("in_the_project")
