@@ -1,5 +1,6 @@
 """Models that compute in milliseconds: their settings without a clip, and their Checkpoint folders."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders import published
 from scaling4d.mae.encoder import initialise
 from scaling4d.mae.models import METHODS, MODELS, config_of, encoder_of
+from scaling4d.records import write_json
 
 FRAME = {"patch": (2, 16, 16), "pixel_mean": 0.4, "pixel_scale": 2.0}
 SIZES = {"width": 24, "depth": 3, "heads": 2, "mlp": 48}
@@ -26,6 +28,8 @@ SETTINGS = {
     "VideoMAE2": OFFICIAL,
     "VJEPA21": OFFICIAL,
 }
+CLIP = (6, 32, 48)
+CLIPS = torch.randint(0, 256, (2, *CLIP, 3), dtype=torch.uint8, generator=seeds.torch_rng(0, "clips"))
 
 
 def model(name: str, *, noise: float = 0.0, **changes: object) -> nn.Module:
@@ -49,3 +53,24 @@ def checkpoint(folder: Path, name: str, rate_hz: float | None = None, *, noise: 
     saved = Checkpoint(folder.name, name, SETTINGS[name] | changes, count, step=7, clips_seen=112, rate_hz=rate_hz)
     saved.write(folder, made.state_dict())
     return folder
+
+
+def trained(folder: Path, name: str = "SimpleMAE", rate_hz: float | None = 5.0) -> Path:
+    """A Checkpoint folder as stage pretrain leaves it in artifacts/."""
+    pretrained = checkpoint(folder / "artifacts/smoke/pretrain/nano", name, rate_hz, noise=0.1, clip=CLIP)
+    settings = {"seed": 0, "pretrain.Training": {"steps": 7}}
+    provenance = {"stage": "pretrain", "settings": settings, "inputs": {"clips": "c11b5"}, "code": {"sha256": "c0de"}}
+    write_json(pretrained / "provenance.json", provenance)
+    return pretrained
+
+
+def learn(model: nn.Module, loss_of: Callable[[], torch.Tensor], *, steps: int) -> list[float]:
+    """The loss of every step of Adam on one batch."""
+    adam, losses = torch.optim.Adam(model.parameters(), lr=3e-3), []
+    for _ in range(steps):
+        loss = loss_of()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        losses.append(loss.item())
+    return losses

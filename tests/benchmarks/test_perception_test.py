@@ -77,15 +77,6 @@ def test_perception_test_tracks_without_frames_or_numbers_change_no_other_track(
         assert np.array_equal(before.labels["points"], after.labels["points"])
 
 
-def test_objects_that_start_in_frame_0_are_read_back(tmp_path, objects):
-    (sample,) = read(perception_test_objects, tmp_path, "val")
-    valid = objects.valid["boxes"][:2]
-    assert np.array_equal(sample.valid["boxes"], valid)
-    expected = in_square(objects.labels["boxes"][:2]).clip(0, 1)
-    assert np.allclose(sample.labels["boxes"][valid], expected[valid], atol=2e-5)
-    assert (sample.labels["boxes"][~valid] == 0).all() and numbers(sample.pixels) == list(range(T))
-
-
 def test_objects_are_labelled_once_a_second_x_then_y_and_valid_only_there(tmp_path):
     write_objects(tmp_path, "val", [three_boxes("video_7", 17)], **H264)
     stored = [[0.3, 0.1, 0.5, 0.4], [0.4, 0.2, 0.6, 0.5], [0.5, 0.3, 0.7, 0.6]]

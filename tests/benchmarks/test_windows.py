@@ -205,6 +205,7 @@ def test_first_windows_are_those_of_position_0(written: Written, tmp_path: Path)
     (first,) = windows(written, tmp_path, None, windows="first")
     (zero,) = windows(written, tmp_path, [0.0])
     assert first.id == zero.id and np.array_equal(first.pixels, zero.pixels)
+    assert written.module is waymo or written.same(first, numbers(first.pixels))
 
 
 def test_a_video_that_is_too_short_is_padded_or_refused_as_with_first_windows(written: Written, tmp_path: Path) -> None:

@@ -132,9 +132,8 @@ def test_every_name_in_croissant_is_used_once_and_every_reference_leads_to_one(c
     assert set(ids(body, defined=False)) <= set(names)
 
 
-def test_croissant_is_the_same_twice_and_tells_no_date_and_no_place(corpus):
+def test_croissant_tells_no_date_and_no_place(corpus):
     content = metadata(corpus)
-    assert json.dumps(content) == json.dumps(metadata(corpus))
     assert content["conformsTo"] == "http://mlcommons.org/croissant/1.0"
     assert content["license"] == "that of the source videos"
     assert not {"datePublished", "dateCreated", "dateModified", "url", "creator"} & content.keys()

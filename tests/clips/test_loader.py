@@ -14,6 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from loading import ARGUMENTS, batches_of, same
+from peak_memory import grown, in_a_new_process, needs_proc
 from small_videos import save, world
 
 from scaling4d import seeds, video
@@ -25,22 +27,7 @@ from scaling4d.training.distributed import run as in_ranks
 
 pytestmark = pytest.mark.integration
 
-CLIPS = 23  # of `made`
-ARGUMENTS = {"frames": 4, "batch": 4, "repeats": 1, "seed": 0, "start": 0, "steps": 12, "flip": True, "crop": (1.0, 1.0)}
-ARGUMENTS |= {
-    "reverse": True,
-    "aspect": (1.0, 1.0),
-    "on_device": False,
-    "window_shards": 0,
-    "rank": 0,
-    "ranks": 1,
-    "cached_clips": 0,
-    "workers": 0,
-}  # over two epochs of `made`
-
-
-def batches_of(folder, **others):
-    return loader.train_batches(folder, **ARGUMENTS | others)
+CLIPS = 23  # of `made`; ARGUMENTS are of a little over two epochs
 
 
 def run(folder, **others):
@@ -49,11 +36,6 @@ def run(folder, **others):
 
 def ids(batches):
     return [name for batch in batches for name in batch.ids]
-
-
-def same(one, other):
-    pairs = zip(one, other, strict=True)
-    return all(a.ids == b.ids and a.start_s == b.start_s and torch.equal(a.pixels, b.pixels) for a, b in pairs)
 
 
 @pytest.fixture
@@ -406,7 +388,19 @@ def test_a_source_kept_whole_gives_the_clips_that_the_table_names(tmp_path):
     assert torch.equal(later.pixels[0], batch.pixels[1])
 
 
-@pytest.mark.skipif(not os.path.isfile("/proc/self/status"), reason="needs /proc")
+def bytes_of_a_look(folder: Path) -> int:
+    """Of a table that is opened, its shuffled order, and one row."""
+
+    def look() -> None:
+        clips = loader.ClipTable(folder, "train")
+        row = clips[loader.WindowedShuffle(clips, seed=0, window_shards=64)(0, 700_000)]
+        assert len(clips) == 900_000 and row.shard == f"shard-{int(row.id[:16], 16) // 1000:05d}.tar", row
+
+    loader.count_clips(folder, "train")  # loads the libraries
+    return grown(look)
+
+
+@needs_proc
 def test_a_million_clips_take_little_memory(tmp_path):
     number = np.arange(1_000_000)
     table = {name: np.full(len(number), value) for name, value in ROW.items()}
@@ -415,21 +409,7 @@ def test_a_million_clips_take_little_memory(tmp_path):
     table |= {"bytes": 9000 + number % 500, "start_s": number % 60 / 8}
     table["source"] = [f"a/rather/long/name/of/a/source/{n}.mp4" for n in number]
     pq.write_table(pa.table(table), tmp_path / "clips.parquet")
-    code = (
-        "import pathlib, sys, pyarrow.parquet\n"
-        "from scaling4d.clips import loader\n"
-        "def mb(what): return int(open('/proc/self/status').read().split(what + ':')[1].split()[0]) / 1000\n"
-        "loader.count_clips(pathlib.Path(sys.argv[1]), 'train')  # loads the libraries\n"
-        "before = mb('VmRSS')\n"
-        "clips = loader.ClipTable(pathlib.Path(sys.argv[1]), 'train')\n"
-        "order = loader.WindowedShuffle(clips, seed=0, window_shards=64)\n"
-        "row = clips[order(0, 700_000)]\n"
-        "assert len(clips) == 900_000 and row.shard == f'shard-{int(row.id[:16], 16) // 1000:05d}.tar', row\n"
-        "print(mb('VmRSS') - before, mb('VmHWM') - before)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
-    held, peak = map(float, done.stdout.split())
-    assert held < 200 and peak < 200
+    assert in_a_new_process(bytes_of_a_look, tmp_path) < 200 * 10**6
 
 
 def test_a_missing_or_damaged_table_and_an_unknown_split_are_named(made, tmp_path):

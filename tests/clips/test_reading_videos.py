@@ -9,7 +9,6 @@ from small_videos import save, world
 
 import scaling4d
 from scaling4d import video
-from scaling4d.records import UserError
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +39,6 @@ def test_frames_that_nobody_asked_for_are_not_kept(path: Path, options: dict, mo
     rgb, made = video._rgb, []
     monkeypatch.setattr(video, "_rgb", lambda *arguments: made.append(0) or rgb(*arguments))
     assert len(scaling4d.read_video(path, **options)) <= len(made) <= 5 < 32
-
-
-@pytest.mark.parametrize("suffix", [".webm", ".avi"])
-def test_other_containers_give_the_same_frames(tmp_path: Path, suffix: str) -> None:
-    path = save(tmp_path / f"a{suffix}", world(0, 16), rate_hz=16)
-    every = video.decode_all(path)[1]
-    assert np.array_equal(scaling4d.read_video(path, rate_hz=4, frames=4), every[::4])
-    with pytest.raises(UserError, match="too short: 16 frames, 1.00 s; needed 5 frames at 4 Hz from start_s = 0; "):
-        scaling4d.read_video(path, rate_hz=4, frames=5)
 
 
 SHORT = "PATH: too short: 32 frames, 2.00 s; needed {}; lower start_s or frames"

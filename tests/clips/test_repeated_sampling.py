@@ -4,10 +4,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import loading
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from loading import same
 from small_videos import SETTINGS, WORKERS, save, world
 
 from scaling4d import video
@@ -19,9 +21,7 @@ pytestmark = pytest.mark.integration
 
 FRAMES, MAX_FRAMES, RATE_HZ = 4, 20, 8.0
 SECONDS = {"a": 2.5, "b": 2.5, "c": 6.0, "d": 1.5, "e": 0.5, "f": 2.5}  # of the videos; at 16 Hz
-ARGUMENTS = {"frames": FRAMES, "batch": 4, "repeats": 4, "seed": 0, "start": 0, "steps": 40, "flip": False, "crop": (1.0, 1.0)}
-ARGUMENTS |= {"reverse": False, "aspect": (1.0, 1.0), "window_shards": 0, "rank": 0, "ranks": 1, "cached_clips": 0, "workers": 0}
-ARGUMENTS["on_device"] = False
+ARGUMENTS = {"frames": FRAMES, "repeats": 4, "steps": 40, "flip": False, "reverse": False}
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +44,8 @@ def rows_of(curated: Path) -> dict[str, dict]:
     return {row["id"]: row for row in pq.read_table(curated / "clips.parquet").to_pylist()}
 
 
-def batches_of(curated: Path, **changes) -> Iterator[ClipBatch]:
-    return loader.train_batches(curated, **ARGUMENTS | changes)
-
-
-def same(one: list[ClipBatch], other: list[ClipBatch]) -> bool:
-    pairs = zip(one, other, strict=True)
-    return all(a.ids == b.ids and a.start_s == b.start_s and torch.equal(a.pixels, b.pixels) for a, b in pairs)
+def batches_of(curated: Path, **changes: object) -> Iterator[ClipBatch]:
+    return loading.batches_of(curated, **ARGUMENTS | changes)
 
 
 def test_a_shot_gives_clips_up_to_the_longest_and_its_rest_is_one_too(curated: Path) -> None:

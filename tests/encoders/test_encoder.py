@@ -1,7 +1,6 @@
 """scaling4d.Encoder: every kind of checkpoint, what its output means, and its way to disk, to the hub and back."""
 
 import json
-import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -14,10 +13,11 @@ import pytest
 import small_encoder
 import torch
 from refusals import refused
+from small_encoder import CLIP, CLIPS, trained
 from torch import Tensor
 
 import scaling4d
-from scaling4d import artifacts, checkpoint, seeds, video
+from scaling4d import artifacts, checkpoint, video
 from scaling4d.checkpoint import Checkpoint, weights_sha256
 from scaling4d.encoders import hub, released
 from scaling4d.encoders.encoder import Encoder
@@ -27,18 +27,6 @@ from scaling4d.readout.released_heads import from_4ds, from_mae_st
 from scaling4d.records import write_json
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-CLIP = (6, 32, 48)
-CLIPS = torch.randint(0, 256, (2, *CLIP, 3), dtype=torch.uint8, generator=seeds.torch_rng(0, "clips"))
-
-
-def trained(folder: Path, name: str = "SimpleMAE", rate_hz: float | None = 5.0) -> Path:
-    """A checkpoint as stage pretrain leaves it in artifacts/."""
-    checkpoint = small_encoder.checkpoint(folder / "artifacts/smoke/pretrain/nano", name, rate_hz, noise=0.1, clip=CLIP)
-    inputs = {"clips": "c11b5"}
-    settings = {"seed": 0, "pretrain.Training": {"steps": 7}}
-    provenance = {"stage": "pretrain", "settings": settings, "inputs": inputs, "code": {"sha256": "c0de"}}
-    write_json(checkpoint / "provenance.json", provenance)
-    return checkpoint
 
 
 @torch.no_grad()
@@ -96,7 +84,7 @@ def test_an_encoder_tells_its_clip_its_tokens_and_its_normalisation(tmp_path: Pa
 
 def test_clips_are_taken_to_the_device_of_the_weights(tmp_path: Path) -> None:
     encoder = Encoder.from_pretrained(trained(tmp_path)).to("meta")
-    assert encoder.device.type == encoder(CLIPS).pooled.device.type == "meta"
+    assert encoder.device.type == encoder(CLIPS).pooled.device.type == encoder.preprocess(CLIPS).device.type == "meta"
 
 
 def test_another_size_is_refused_until_the_encoder_is_resized(tmp_path: Path) -> None:
@@ -199,7 +187,6 @@ def test_models_of_transformers_load_from_their_own_folders_and_the_hub(
     clip = {"dinov2": (16, 28, 28), "videomae": (4, 32, 32)}[kind]
     encoder = Encoder.from_pretrained(tmp_path / "theirs")
     assert encoder.clip == clip and encoder.rate_hz == {"dinov2": None, "videomae": 7.5}[kind]
-    assert encoder.resample == {"dinov2": "bicubic", "videomae": "bilinear"}[kind]  # of its preprocessor
     assert np.allclose(encoder.mean, processor.image_mean) and np.allclose(encoder.scale, 1 / np.array(processor.image_std))
     clips = encoder.preprocess(np.zeros((16, 50, 40, 3), np.uint8)[: clip[0]])
     output = encoder(clips)
@@ -215,11 +202,6 @@ def test_models_of_transformers_load_from_their_own_folders_and_the_hub(
         "`import`" not in (tmp_path / "ours/README.md").read_text()
         and '| stage | `"import"` |' in (tmp_path / "ours/README.md").read_text()
     )
-    if kind == "dinov2":
-        large = Encoder.from_pretrained(tmp_path / "theirs", clip=(2, 56, 56))
-        assert (large.clip, large.grid) == ((2, 56, 56), (2, 2, 2))  # it resizes pictures to its own 28 px
-        large.resize((2, 56, 56), side_px=56)
-        assert large.grid == (2, 4, 4) and large(torch.zeros(1, 2, 56, 56, 3)).last_hidden_state.shape == (1, 32, 24)
 
 
 def test_raw_pixels_are_an_encoder_of_any_size_that_patches_divide(tmp_path: Path) -> None:
@@ -453,9 +435,3 @@ def test_without_huggingface_hub_the_extra_is_named(tmp_path: Path, monkeypatch:
     needed = "on the Hugging Face hub: needed huggingface_hub; pip install 'scaling4d[hub]'"
     assert refused(Encoder.from_pretrained, "owner/nano") == f"no folder owner/nano here, and owner/nano {needed}"
     assert refused(Encoder.from_pretrained(trained(tmp_path)).push_to_hub, "owner/nano") == f"owner/nano {needed}"
-
-
-def test_the_interface_is_what_the_package_names(tmp_path: Path) -> None:
-    assert scaling4d.Encoder is Encoder and set(scaling4d.__all__) == {"Encoder", "EncoderOutput", "read_video"}
-    with pytest.raises(AttributeError, match=re.escape("module 'scaling4d' has no attribute 'load'")):
-        scaling4d.load  # noqa: B018

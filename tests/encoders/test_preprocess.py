@@ -85,11 +85,6 @@ def test_frames_are_picked_at_the_rate_of_the_clips(encoder: Encoder) -> None:
         assert encoder.preprocess(video, rate_hz=rate_hz)[0, :, 0, 0, 0].tolist() == expected
 
 
-def test_clips_lie_on_the_device_of_the_weights(encoder: Encoder) -> None:
-    encoder.model.weight = torch.nn.Parameter(torch.empty(1, device="meta"))
-    assert encoder.preprocess(BYTES).device.type == "meta"
-
-
 NEEDED = "needed floats in 0..1, or uint8"
 RGB = "needed 3 (red, green, blue) on the last axis"
 REFUSED = {  # what arrives -> message

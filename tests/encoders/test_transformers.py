@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import refusals
 import torch
 from encoders.small_models import FRAMES, MODELS, PREDICTOR, SHAPE, save_model, tf
 from nearness import near
@@ -284,8 +285,6 @@ def test_a_readout_is_trained_on_a_published_encoder_like_on_any_other(published
     assert frozen.parameters == Checkpoint.read(folder).parameters
     assert frozen.checkpoint_sha256 == artifacts.sha256(folder / "model.safetensors")
     assert readout("tiny", "actions", "finetune", settings).parameters == frozen.parameters
-    with pytest.raises(UserError, match="^tiny is a PretrainedEncoder, .*; take it out of encoders.classifier$"):
-        readout("tiny", "actions", "classifier", settings)
     np.save(tmp_path / "clips.npy", np.zeros((1, 16, 64, 64, 3), np.uint8))
     head = Path("artifacts/smoke/readout/tiny/actions/frozen")
     names = write_features(head, tmp_path / "clips.npy", tmp_path / "out.npz", side_px=None, queries=None)
@@ -313,9 +312,7 @@ def copy(source: Path, out: Path, *, without: str = "") -> Path:
 
 
 def refused(source: Path, message: str, clip: tuple = (FRAMES, 32, 32)) -> None:
-    with pytest.raises(UserError, match=message) as caught:
-        imported(source, clip)
-    assert "\n" not in str(caught.value)
+    assert re.search(message, refusals.refused(imported, source, clip))
 
 
 def rewritten(source: Path, out: Path, name: str, key: str, value: object) -> Path:
@@ -397,9 +394,7 @@ def test_sources_that_cannot_be_had_are_refused_in_one_line(listed, project, mon
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=message) as caught:
-        baseline("tiny", listed(source, revision))
-    assert "\n" not in str(caught.value)
+    assert re.search(message, refusals.refused(baseline, "tiny", listed(source, revision)))
     assert not list((project / ".resume").glob("*.partial-*"))
 
 

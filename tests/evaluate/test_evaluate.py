@@ -33,7 +33,7 @@ POCKET = EXPERIMENTS / "pocket/benchmarks"
 GUIDE = (EXPERIMENTS / "GUIDE.md").read_text()
 COLOURS = next(code for code in re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL) if "class Colours" in code)
 EVALUATION = pytest.mark.usefixtures("actions")
-CLIP = (8, 64, 64)
+CLIP, WRONG = (8, 64, 64), "wrong       Colours/actions/linear"
 
 
 @pytest.fixture
@@ -138,19 +138,9 @@ def edit_number(folder: Path) -> None:
     path.write_text(path.read_text().replace(f"top1,{value},", "top1,0.99,"))
 
 
-def edit_result(folder: Path) -> None:
-    path = folder / "readout/Colours/actions/linear/result.json"
-    write_json(path, read_json_object(path) | {"value": 0.99, "high": 1.0})
-
-
-def edit_profile(folder: Path) -> None:
-    path = folder / "evaluation.json"
-    write_json(path, read_json_object(path) | {"profile": "pocket"})
-
-
-def edit_override(folder: Path) -> None:
-    path = folder / "evaluation.json"
-    write_json(path, read_json_object(path) | {"overrides": ["seed=5", "launch=here"]})
+def rewrite(name: str, **values: object) -> Callable[[Path], None]:
+    """An edit that gives a JSON file of an evaluation other values."""
+    return lambda folder: write_json(folder / name, read_json_object(folder / name) | values)
 
 
 def edit_weights(folder: Path) -> None:
@@ -167,22 +157,21 @@ def remove_row(folder: Path) -> None:
     path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if ",top1," not in line))
 
 
-def remove_benchmark(folder: Path) -> None:
-    Path("data/benchmarks/ssv2").rename("data/benchmarks/elsewhere")
-
-
 @pytest.mark.integration
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (edit_number, "wrong       Colours/actions/linear: top1 is 0.99 in results.csv, 0."),
-        (edit_result, "wrong       Colours/actions/linear: readout_sha256 of top1 is "),
-        (edit_profile, "wrong       Colours/actions/linear: profile is smoke, pocket in evaluation.json; "),
-        (edit_override, "wrong       Colours/actions/linear: seed is 0, 5 in evaluation.json; "),
-        (edit_weights, "wrong       Colours/actions/linear: it was measured on weights "),
-        (edit_benchmark, "wrong       Colours/actions/linear: it was measured on data/benchmarks/ssv2 of sha256 "),
-        (remove_row, "wrong       Colours/actions/linear: top1 is in one of "),
-        (remove_benchmark, "not checked Colours/actions/linear: its benchmark is not here: no folder data/benchmarks/"),
+        (edit_number, f"{WRONG}: top1 is 0.99 in results.csv, 0."),
+        (rewrite("readout/Colours/actions/linear/result.json", value=0.99, high=1.0), f"{WRONG}: readout_sha256 of top1 is "),
+        (rewrite("evaluation.json", profile="pocket"), f"{WRONG}: profile is smoke, pocket in evaluation.json; "),
+        (rewrite("evaluation.json", overrides=["seed=5", "launch=here"]), f"{WRONG}: seed is 0, 5 in evaluation.json; "),
+        (edit_weights, f"{WRONG}: it was measured on weights "),
+        (edit_benchmark, f"{WRONG}: it was measured on data/benchmarks/ssv2 of sha256 "),
+        (remove_row, f"{WRONG}: top1 is in one of "),
+        (
+            lambda _: Path("data/benchmarks/ssv2").rename("data/benchmarks/elsewhere"),
+            "not checked Colours/actions/linear: its benchmark is not here: no folder data/benchmarks/",
+        ),
     ],
 )
 def test_the_audit_names_what_changed(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import small_encoder
 import torch
+from refusals import refused
 
 from scaling4d import config, video
 from scaling4d.checkpoint import Checkpoint
@@ -30,21 +31,11 @@ def test_clips_of_another_size_resize_the_positions_and_of_the_same_size_leave_t
     assert all_features(pixels, torch.zeros(1, 6, 48, 64, 3))[0].shape == (1, 3 * 3 * 4, 1536) and pixels.grid == (3, 3, 4)
 
 
-@pytest.mark.parametrize("fit", ["crop", "pad"])
-def test_the_first_clip_of_a_video_has_the_rate_and_keeps_the_aspect_ratio(tmp_path: Path, fit: str) -> None:
-    pixels = np.zeros((20, 32, 96, 3), np.uint8)
-    pixels += (10 * np.arange(20, dtype=np.uint8))[:, None, None, None]  # a grey that tells the frame's number
-    pixels[:, :, 32:64] = pixels[:, :, 32:64] + 60  # a square in the middle
-    video.encode(tmp_path / "a.mp4", pixels, rate_hz=10, crf=1, gop=3)
-    clip = first_clip(tmp_path / "a.mp4", WindowSettings((3, 32, 32), 5.0, 0.6, fit))
-    shown = {"crop": [60, 60, 60], "pad": [0, 60, 0]}[fit]
-    assert clip.shape == (1, 3, 32, 32, 3) and clip.dtype == torch.uint8
-    assert (clip[0, 0, (4, 16, 28), 16, 0] - torch.tensor(shown)).abs().max() < 6
-    assert (clip[0, :, 16, 16, 0] - torch.tensor([60, 80, 100])).abs().max() < 6
-    with pytest.raises(UserError, match="a.mp4 is too short; needed 99 frames at 5 Hz$"):
-        first_clip(tmp_path / "a.mp4", WindowSettings((99, 8, 8), 5.0, 1.0, fit))
-    with pytest.raises(UserError, match="^no file "):
-        first_clip(tmp_path / "b.mp4", WindowSettings(CLIP, 5.0, 1.0, fit))
+def test_a_video_without_a_clip_is_refused(tmp_path: Path) -> None:
+    video.encode(tmp_path / "a.mp4", np.zeros((20, 32, 96, 3), np.uint8), rate_hz=10, crf=1, gop=3)
+    settings = WindowSettings((99, 8, 8), 5.0, 1.0, "crop")
+    assert refused(first_clip, tmp_path / "a.mp4", settings) == f"{tmp_path / 'a.mp4'} is too short; needed 99 frames at 5 Hz"
+    assert refused(first_clip, tmp_path / "b.mp4", settings) == f"no file {tmp_path / 'b.mp4'}"
 
 
 def test_clips_of_bytes_and_of_floats_are_taken_as_they_are(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import small_encoder
 import torch
+from clips import small_videos
+from clips.small_videos import world
 from commands import invoke, refused_command
 from safetensors.torch import load_file
 from torch import Tensor
@@ -36,19 +38,8 @@ def checkpoint(tmp_path: Path) -> Path:
     return small_encoder.checkpoint(tmp_path / "nano", "Backbone", RATE_HZ, clip=CLIP)
 
 
-def world(frames: int, height: int = 48, width: int = 80) -> np.ndarray:
-    """uint8 T H W 3: a square that moves, and a grey that tells the frame's number."""
-    pixels = np.full((frames, height, width, 3), 40, np.uint8)
-    for t in range(frames):
-        pixels[t, :16] = 3 * t % 200 + 20
-        pixels[t, 20:40, t % 60 : t % 60 + 16] = (200, 60, 90)
-    return pixels
-
-
-def save(path: Path, frames: int = 50, rate_hz: float = 16.0, **more: object) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    video.encode(path, more.pop("pixels", world(frames)), rate_hz=rate_hz, crf=10, gop=12, **more)
-    return path
+def save(path: Path, frames: int = 50, **more: object) -> Path:
+    return small_videos.save(path, more.pop("pixels", world(0, frames, 48, 80)), crf=10, **more)
 
 
 def forget_rate(checkpoint: Path) -> None:
@@ -85,7 +76,7 @@ def test_windows_are_the_clips_that_reading_each_part_gives(tmp_path: Path, name
 def test_windows_of_a_variable_frame_rate_have_the_frames_shown_at_their_times(tmp_path: Path) -> None:
     gaps = np.random.default_rng(0).choice([0.02, 0.05, 0.3], 60)
     times_s = np.round(np.cumsum(gaps) - gaps[0], 3)
-    path = save(tmp_path / "a.mp4", pixels=world(60), times_s=times_s + 1.5)
+    path = save(tmp_path / "a.mp4", pixels=world(0, 60, 48, 80), times_s=times_s + 1.5)
     windows, count = list(read_windows(path, settings_of(stride_s=0.3))), 0
     for number, window in enumerate(windows):
         wanted_s = number * 0.3 + np.arange(CLIP[0]) / RATE_HZ
@@ -323,18 +314,6 @@ def test_features_beyond_a_type_or_the_memory_are_one_line(
 
     monkeypatch.setattr(Encoder, "forward", exhausted)
     assert refused(*words) == "no memory for 6 windows at once (Tried to allocate 34.00 GiB); lower --batch"
-
-
-def test_a_tensor_that_grows_in_a_file_is_read_as_any_other(tmp_path: Path) -> None:
-    rows = [torch.randn(3, 5, 7, dtype=torch.float64).to(dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64)]
-    with contextlib.ExitStack() as stack:
-        growing = [GrowingTensor(stack.enter_context((tmp_path / f"x{n}").open("w+b"))) for n in range(3)]
-        for tensor, x in zip(growing, rows, strict=True):
-            tensor.append(x[:1])
-            tensor.append(x[1:])
-        join_tensors(tmp_path / "joined", growing, {"key": "value"})
-    tensors = load_file(tmp_path / "joined")
-    assert all(torch.equal(tensors[f"x{n}"], x) and tensors[f"x{n}"].dtype == x.dtype for n, x in enumerate(rows))
 
 
 @pytest.mark.parametrize("words", [(), ("--frames", 6, "--side-px", 64, "--rate-hz", 5, "--pad")])

@@ -1,14 +1,13 @@
 """Plans of the project's points, and short runs of the small project's points."""
 
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 
 import pytest
 import torch._dynamo  # noqa: F401  AdamW imports it in its first step: here once, and not in every rank of every test
 
-from scaling4d import cli, config
+from scaling4d import config
 
 compose = config.compose
 
@@ -22,21 +21,6 @@ def _once(*overrides: str) -> dict:
 def in_the_project(in_the_project: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every profile is composed once for all these tests."""
     monkeypatch.setattr(config, "compose", lambda overrides: _once(*overrides))
-
-
-@pytest.fixture
-def command(
-    in_the_project: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    """Runs `scaling4d plan ...`; gives its exit code, what it printed, and its errors."""
-
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["scaling4d", "plan", *words])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return (end.value.code or 0, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture

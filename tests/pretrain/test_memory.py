@@ -47,19 +47,6 @@ def test_a_rank_with_all_weights_gathers_none_and_no_teacher_is_read(changed: Ca
         check_memory(pretraining, int(needed) - 1)
 
 
-def test_the_best_weights_count(changed: Callable) -> None:
-    changed("pretrain.Training.validate_every", 1)
-    work, limits = work_of(bind_pretrain("nano", config.read()).build(teacher_weights=False)), []
-    for keep_best in ("", "val_loss"):
-        pretraining = bind_pretrain("nano", changed("pretrain.Training.keep_best", keep_best))
-        layout = StepLayout(shards=1, recompute=False, sizes=PLAIN, keep_best=bool(keep_best))
-        limits.append(memory(work, layout, clips=pretraining.training.batch // pretraining.training.ranks)["total"])
-        check_memory(pretraining, int(limits[-1] / USABLE) + 1)
-        with pytest.raises(UserError, match="^a step of nano with "):
-            check_memory(pretraining, int(limits[-1] / USABLE) - 1)
-    assert limits[1] - limits[0] == 4 * work.parameters
-
-
 @pytest.mark.parametrize(("profile", "nodes"), [("h100", 0), ("paper", 32), ("mae_st", 16)])
 def test_every_point_of_the_large_profiles_fits_its_mesh_and_has_a_script(
     profile: str, nodes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

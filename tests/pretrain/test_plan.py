@@ -2,11 +2,10 @@
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import invoke
+from commands import invoke, refused_command
 
 from scaling4d import config
 from scaling4d.pretrain.plan.closed_form import KINDS
@@ -76,17 +75,19 @@ def test_a_plan_without_options_is_that_of_the_pinned_profile() -> None:
     assert content["tokens"] == {"visible": 78, "all": 1568, "coarse": 784}
 
 
-def test_a_plan_that_loading_bounds_is_refused_with_the_workers_that_would_do(command: Callable) -> None:
-    code, out, error = command("L", "--worker-clips-per-s", "24")
-    assert code == 1 and "clips/s needed" in out and error.count("\n") == 1
-    assert re.search(r"^error: the plan of L is bound by loading: a GPU takes .+ clips/s and gets 288, by 12 workers; ", error)
-    workers = int(re.search(r"set pretrain.Runtime.workers=(\d+) at least$", error.strip())[1])
+@pytest.mark.usefixtures("in_the_project")
+def test_a_plan_that_loading_bounds_is_refused_with_the_workers_that_would_do() -> None:
+    plan_of_L = invoke("plan", "L", "--worker-clips-per-s", 24)
+    assert isinstance(plan_of_L.exception, UserError) and "clips/s needed" in plan_of_L.output
+    refusal = r"the plan of L is bound by loading: a GPU takes .+ clips/s and gets 288, by 12 workers; "
+    workers = int(re.fullmatch(refusal + r"set pretrain.Runtime.workers=(\d+) at least", str(plan_of_L.exception))[1])
     assert 12 < workers <= 14
-    assert command("L", "--worker-clips-per-s", str(24 * workers / 12))[0] == 0
-    code, out, error = command("S", "--json")
-    assert code == 1 and json.loads(out)["refused"] in error
-    assert re.search(r"\d+ would do, but a machine has 14 CPU cores a GPU: store clips that load .+ times as fast\n$", error)
-    assert command("j", "--json")[0] == 0
+    assert invoke("plan", "L", "--worker-clips-per-s", 24 * workers / 12).exit_code == 0
+    plan_of_S = invoke("plan", "S", "--json")
+    assert json.loads(plan_of_S.output)["refused"] in str(plan_of_S.exception)
+    needed = r"\d+ would do, but a machine has 14 CPU cores a GPU: store clips that load .+ times as fast$"
+    assert re.search(needed, str(plan_of_S.exception))
+    assert invoke("plan", "j", "--json").exit_code == 0
 
 
 @pytest.mark.usefixtures("in_the_project")
@@ -116,6 +117,7 @@ def test_every_change_that_is_named_makes_it_fit(point: str, mesh: str) -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.usefixtures("in_the_project")
 @pytest.mark.parametrize(("words", "message"), [
     (("S", "--mesh", "8"), "--mesh '8'; needed SHARDSxREPLICAS, two numbers above 0 such as 256x1 or 8x32"),
     (("S", "--mesh", "0x4"), "--mesh '0x4'; needed SHARDSxREPLICAS, two numbers above 0 such as 256x1 or 8x32"),
@@ -127,27 +129,27 @@ def test_every_change_that_is_named_makes_it_fit(point: str, mesh: str) -> None:
     (("S", "--write-gb-per-s", "0"), "--write-gb-per-s 0.0; needed more than 0"),
     (("huge",), "no profile has a point 'huge'; points: B, B_dist_e, G, H, L, S, big, e, j, "),
 ])  # fmt: skip
-def test_bad_input_is_refused_in_one_line(words: tuple[str, ...], message: str, command: Callable) -> None:
-    code, out, error = command(*words)
-    assert (code, out, error.count("\n")) == (1, "", 1) and error.startswith(f"error: {message}")
+def test_bad_input_is_refused_in_one_line(words: tuple[str, ...], message: str) -> None:
+    refusal = refused_command("plan", *words)
+    assert refusal.startswith(message) and "\n" not in refusal
 
 
-def test_the_tables_show_every_kind_of_memory_and_the_meshes(command: Callable) -> None:
-    code, out, _ = command("j", "--gpu", "h200", "--recompute", "block")
-    assert code == 0
+@pytest.mark.usefixtures("in_the_project")
+def test_the_tables_show_every_kind_of_memory_and_the_meshes() -> None:
+    tables = invoke("plan", "j", "--gpu", "h200", "--recompute", "block")
+    assert tables.exit_code == 0
     for word in (*KINDS, "8x32", "visible", "GPU-hours", "H200 SXM 141 GB", "training state"):
-        assert word in out
+        assert word in tables.output
 
 
 @pytest.mark.integration
-def test_what_does_not_fit_is_an_answer_and_no_error(command: Callable) -> None:
-    code, out, _ = command("j", "--mesh", "8x1")
-    assert code == 0
-    assert "8x1 does not fit, because a GPU would hold" in out
-    assert "what would fit: --batch 224" in out
-    code, out, _ = command("j", "--mesh", "8x1", "--json")
-    assert code == 0
-    assert not json.loads(out)["mesh"]["fits"]
+@pytest.mark.usefixtures("in_the_project")
+def test_what_does_not_fit_is_an_answer_and_no_error() -> None:
+    tables, content = (invoke("plan", "j", "--mesh", "8x1", *words) for words in ((), ("--json",)))
+    assert tables.exit_code == content.exit_code == 0
+    assert "8x1 does not fit, because a GPU would hold" in tables.output
+    assert "what would fit: --batch 224" in tables.output
+    assert not json.loads(content.output)["mesh"]["fits"]
 
 
 @pytest.mark.usefixtures("in_the_project")

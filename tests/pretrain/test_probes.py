@@ -134,12 +134,14 @@ def test_probes_are_the_linear_probes_of_frozen_readouts_of_the_same_clips_and_w
 
 @pytest.mark.integration
 def test_measures_do_not_depend_on_the_ranks_on_shards_or_on_ranks_without_a_clip(probing: Callable) -> None:
-    pretraining = bind_pretrain("nano", probing(3))
+    pretraining = bind_pretrain("nano", probing(3, **{"Training.val_clips": 5}))
     pretrain("nano", config.read())
     one = run(measures, ranks=1, pretraining=pretraining, shards=1)
     assert one.keys() == {"val_loss", "rankme", *METRICS.values()}
     for ranks, shards in ((2, 1), (2, 2), (10, 1)):
         assert run(measures, ranks=ranks, pretraining=pretraining, shards=shards) == pytest.approx(one, rel=1e-4)
+    every_clip = replace(pretraining, training=replace(pretraining.training, val_clips=0))
+    assert run(measures, ranks=1, pretraining=every_clip, shards=1)["val_loss"] != one["val_loss"]
 
 
 @pytest.mark.integration

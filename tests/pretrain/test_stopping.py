@@ -1,9 +1,7 @@
 """A pretraining that was killed or asked to stop ends with the same bytes. What the trainer does: tests/training."""
 
-import os
 import random
 import shutil
-import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -57,15 +55,11 @@ def test_interrupted_twenty_times_at_random_it_ends_with_the_same_bytes(short: C
     assert written() == undisturbed
 
 
-def die(*_: object, **__: object) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 @pytest.mark.parametrize(("where", "interrupt", "code"), [
-    ("_write", die, 1),
-    *(pytest.param(name, die, 1, marks=pytest.mark.slow) for name in COMPUTING),
+    ("_write", kill_a_rank, 1),
+    *(pytest.param(name, kill_a_rank, 1, marks=pytest.mark.slow) for name in COMPUTING),
     *(pytest.param(name, ask_to_stop, AGAIN, marks=pytest.mark.slow) for name in (*COMPUTING, "_write")),
-    pytest.param("remove_state", die, -9, marks=pytest.mark.slow),
+    pytest.param("remove_state", kill_a_rank, -9, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_stopped_or_killed_at_its_end_it_leaves_no_part_and_then_repeats_no_step(
     short: Callable, monkeypatch: pytest.MonkeyPatch, where: str, interrupt: Callable, code: int

@@ -1,6 +1,5 @@
 """The five tasks in small, a head for each, and a sample that has the labels of all."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -65,15 +64,3 @@ def sample(seed: int = 0) -> Sample:
 
 def targets_of(task: Task, clips: int) -> dict[str, torch.Tensor]:
     return collate([task.target(sample(seed)) for seed in range(clips)])
-
-
-def learn(model: torch.nn.Module, loss_of: Callable[[], torch.Tensor], *, steps: int) -> list[float]:
-    """The loss of every step of Adam on one batch."""
-    adam, losses = torch.optim.Adam(model.parameters(), lr=3e-3), []
-    for _ in range(steps):
-        loss = loss_of()
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-        losses.append(loss.item())
-    return losses

@@ -9,7 +9,8 @@ import pytest
 import small_encoder
 import torch
 from nearness import near
-from small_tasks import TASK, learn
+from small_encoder import learn
+from small_tasks import TASK
 
 from scaling4d import config, seeds
 from scaling4d.encoders.stage import baseline

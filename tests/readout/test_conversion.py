@@ -17,10 +17,12 @@ import torch
 from commands import invoke, refused_command
 from official import BACKBONE, DEPTH, arrays_of, official_state, with_head
 from payload import Payload
+from peak_memory import grown, in_a_new_process, needs_proc
 
 import scaling4d
 from scaling4d import checkpoint
 from scaling4d.checkpoint import Checkpoint
+from scaling4d.encoders.pretrained import load_encoder
 from scaling4d.encoders.released import MAESTOptions, four_ds_weight_map
 from scaling4d.mae.encoder import BackboneConfig
 from scaling4d.readout import released_heads
@@ -154,35 +156,18 @@ def big_npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-MEASURE = """
-import sys
-from pathlib import Path
-from scaling4d.encoders.pretrained import load_encoder
-from scaling4d.readout.released_heads import from_4ds, to_4ds
-
-
-def held(field):  # VmRSS: now; VmHWM: the most since 5 was written to clear_refs
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
-
-
-def grown(work):
-    Path("/proc/self/clear_refs").write_text("5")
-    before = held("VmRSS")
-    work()
-    return held("VmHWM") - before
-
-
-npz, folder, back = map(Path, sys.argv[1:])
-print(grown(lambda: from_4ds(npz, folder)), grown(lambda: to_4ds(folder, back)))
-print(grown(lambda: sum(float(p.detach().sum()) for p in load_encoder(folder).parameters())))
-"""
+def bytes_of_conversions(npz: Path, folder: Path, back: Path) -> tuple[int, int, int]:
+    """Of converting a file there and back, and of loading its encoder."""
+    there, again = grown(lambda: from_4ds(npz, folder)), grown(lambda: to_4ds(folder, back))
+    return there, again, grown(lambda: sum(float(p.detach().sum()) for p in load_encoder(folder).parameters()))
 
 
 @pytest.mark.integration
+@needs_proc
 def test_converting_holds_a_few_tensors_and_loading_one_copy(big_npz: Path, tmp_path: Path) -> None:
-    command, size = [sys.executable, "-c", MEASURE, big_npz, tmp_path / "folder", tmp_path / "back.npz"], big_npz.stat().st_size
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
-    there, back, loaded = (int(word) / size for word in run.stdout.split())
+    sizes = in_a_new_process(bytes_of_conversions, big_npz, tmp_path / "folder", tmp_path / "back.npz")
+    size = big_npz.stat().st_size
+    there, back, loaded = (one / size for one in sizes)
     print(f"of {size / 2**20:.0f} MiB: in {there:.0%}, back {back:.0%}, loaded {loaded:.0%} more")
     assert there < 0.25
     assert back < 1.25  # pages of the mapped file, which the system may drop

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from damage import ACCEPTED, REFUSED, SIZES, files_below
-from encoders.test_encoder import CLIPS, trained
 from official import BACKBONE, DEPTH, official_state, with_head
+from small_encoder import CLIPS, trained
 
 import scaling4d
 from scaling4d.encoders.released import MAESTOptions

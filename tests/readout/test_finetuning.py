@@ -213,10 +213,8 @@ CLASSIFIER, ACTIONS = "classifier.Classifier.batch", "tasks.actions.Actions"
 
 @pytest.mark.parametrize(("protocol", "key", "value", "message"), [
     ("finetune", "Sharding.shards", 3, "readout.finetune.actions: 2 ranks do not divide into copies of 3"),
-    ("finetune", "saving.Saving.save_every", -1, "readout.saving.Saving: save_every is -1; needed 0 or more"),
     ("finetune", "saving.Saving.keep_latest_k", 0, "readout.saving.Saving: keep_latest_k is 0; needed 1 or more"),
     ("finetune", "Evaluation.ranks", 0, "readout.Evaluation: ranks is 0; needed 1 or more"),
-    ("finetune", "Evaluation.cached_clips", -1, "readout.Evaluation: cached_clips is -1; needed 0 or more"),
     ("finetune", RATE, 0.0, "readout.finetune.actions.Finetune: encoder_learning_rate is 0.0; needed more than 0, or the"),
     ("classifier", CLASSIFIER, 5, "readout.classifier: batch 5 does not divide over 2 ranks; set batch to a"),
     ("classifier", CLASSIFIER, 2, "readout.classifier: batch 2 leaves one clip to each of 2 ranks, and mixup"),

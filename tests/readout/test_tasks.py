@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from nearness import near
-from small_tasks import CLIP, TASK, features_of, head_of, learn, sample, targets_of
+from small_encoder import learn
+from small_tasks import CLIP, TASK, features_of, head_of, sample, targets_of
 
 from scaling4d import seeds
 from scaling4d.readout import metrics

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from scaling4d import artifacts, config
 from scaling4d.benchmarks import perception_test, ssv2
-from scaling4d.encoders.features import MemoryFeatures, stored_features
+from scaling4d.encoders.features import MemoryFeatures
 from scaling4d.encoders.stage import baseline
 from scaling4d.readout.data import ClipDataset, FeatureDataset, RankSplit, epochs_of, evaluate, shuffled_batch
 from scaling4d.readout.stage import readout
@@ -145,12 +144,6 @@ def test_a_video_whose_end_is_damaged_is_left_out_before_the_training(data: Path
     finally:
         path.write_bytes(content)
     assert len(windows[0]) == 2 * (VIDEOS - 1)
-
-
-def test_the_size_of_stored_features_and_the_share_of_draws_that_reuse_them_are_known() -> None:
-    encoder = SimpleNamespace(grid=(8, 14, 14), width=1024)
-    assert stored_features(encoder, 1201, 64, draws=1_280_000) == (1201 * 64 * 8 * 196 * 1024 * 4, 1 - 1201 * 64 / 1_280_000)
-    assert stored_features(encoder, 1201, 64, draws=1000)[1] == 0.0
 
 
 @pytest.mark.parametrize(("settings", "message"), [
