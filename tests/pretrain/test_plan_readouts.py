@@ -126,9 +126,10 @@ def test_shards_gather_and_a_larger_batch_is_no_slower_a_clip() -> None:
 
 def test_the_command_shows_a_row_a_task_and_prints_the_same_as_json(command: Callable) -> None:
     (code, text, _), (_, content, _) = command("j"), command("j", "--json")
-    readouts = json.loads(content)["readouts"]
+    readouts, shape = (json.loads(content)[key] for key in ("readouts", "shape"))
     assert code == 0
-    assert "shape of the encoder of 4DS-j: The shape is inferred from the count alone and unconfirmed" in text
+    assert shape.startswith("The shape is inferred from the count alone and unconfirmed")
+    assert f"shape of the encoder of 4DS-j: {shape}\n" in text
     assert "frozen readouts of j, encoder on 8 GPUs (H100 SXM 80 GB), clips of 16 x 224 x 224" in text
     for row in readouts["tasks"]:
         assert f"{row['windows']:,}" in text and row["task"] in text
