@@ -25,6 +25,8 @@ EXTRAS = PROJECT["optional-dependencies"]
 CORE = {"av", "numpy", "safetensors", "torch"}
 README = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
 PRINT = "\nprint(tuple(features.shape), encoder.rate_hz)\n"
+NEEDED = "pip install 'scaling4d[pipeline]', or 'scaling4d[commands]' for features and export"
+NO_TYPER = f"error: no package typer; the commands need: {NEEDED}\n"
 LIGHT = """
 import sys
 from importlib.machinery import PathFinder
@@ -92,10 +94,7 @@ def test_the_commands_of_a_light_installation_name_the_extra_that_they_need(tmp_
     code = LIGHT.format(absent=absent_modules()) + "from scaling4d.__main__ import main; main()"
     done = output_of(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT / "src"))
     assert (done.returncode, done.stdout) == (1, "")
-    assert (
-        done.stderr
-        == "error: no package typer; the commands need: pip install '.[pipeline]', or '.[commands]' for features and export\n"
-    )
+    assert done.stderr == NO_TYPER
 
 
 @pytest.mark.integration
@@ -159,7 +158,17 @@ def test_a_package_that_a_command_lacks_is_named_in_one_line(monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "packaging.requirements", None)  # of extra pipeline; an import fails
     monkeypatch.delitem(sys.modules, "scaling4d.pipeline.environment", raising=False)
     monkeypatch.setattr(sys, "argv", ["scaling4d", "doctor"])
-    with pytest.raises(SystemExit, match=r"error: no package packaging; the commands need: pip install '.\[pipeline\]'"):
+    with pytest.raises(SystemExit, match=r"error: no package packaging; the commands need: pip install 'scaling4d\[pipeline\]'"):
+        main()
+
+
+def test_ctrl_c_while_the_commands_are_imported_shows_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted:
+        def __getattr__(self, name: str) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "scaling4d.cli", Interrupted())
+    with pytest.raises(SystemExit, match="^130$"):
         main()
 
 
@@ -187,10 +196,7 @@ def test_the_wheel_alone_runs_the_readmes_lines_beside_core_packages(folder: Pat
     assert (done.stdout, done.stderr) == ("(1, 64, 24) 4.0\n", "")
     assert (site / "scaling4d/py.typed").is_file() and list((site / "scaling4d/report").glob("*.html"))
     done = output_of(place / "bin/scaling4d", "--help", cwd=folder)
-    assert (done.returncode, done.stderr) == (
-        1,
-        "error: no package typer; the commands need: pip install '.[pipeline]', or '.[commands]' for features and export\n",
-    )
+    assert (done.returncode, done.stderr) == (1, NO_TYPER)
     done = output_of(
         python,
         "-c",

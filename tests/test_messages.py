@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from scaling4d import cli
+from scaling4d import cli, config
 from scaling4d.audit.run import WRONG, AuditFinding
 from scaling4d.records import did_you_mean, on_one_line
 
@@ -35,6 +35,19 @@ def test_the_command_line_prints_an_error_and_problems_on_one_line_each(
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and lines[0].startswith(f"{tmp_path}/{SHOWN}: 0 files"), lines
     assert lines[2].startswith(r"problem: videos/a\x1b[2J\nerror: b"), lines
+
+
+def test_ctrl_c_ends_a_command_with_exit_code_130_and_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(config, "read", interrupted)
+    monkeypatch.setattr(sys, "argv", ["scaling4d", "table"])
+    with pytest.raises(SystemExit, match="^130$"):
+        cli.main()
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_near_word_is_suggested_and_a_far_or_known_one_is_not() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
@@ -32,7 +32,7 @@ if find_spec("scaling4d_bench"):
 
 
 def main() -> None:
-    """Exit code 0: done; 75: saved and stopped, run it again; 1: a user's error, in one line."""
+    """Exit code 0: done; 75: saved and stopped, run it again; 130: Ctrl-C; 1: a user's error, in one line."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
@@ -308,6 +308,7 @@ def law(
     from scaling4d.studies.study import read_study
 
     options = {"--parameters": parameters, "--clips": clips, "--flops": flops}
+    kinds = {option for option, value in options.items() if value}
     given = " ".join(f"{option} {value}" for option, value in options.items() if value)
     if predict and given:
         raise UserError(f"--predict writes the losses of all arms of {predict}; leave out {given}")
@@ -316,7 +317,7 @@ def law(
     if predict:
         path = laws.write_prediction(read_study(predict), folders[0])
         print(f"wrote {path}; commit it, then run `scaling4d study {predict}`")
-    elif (clips and flops) or (parameters and not (clips or flops)) or (clips and not parameters):
+    elif kinds not in (set(), {"--flops"}, {"--parameters", "--clips"}, {"--parameters", "--flops"}):
         raise UserError(f"{given}: needed --parameters with --clips or --flops, --flops alone, or none of them")
     else:
         print(laws.law_text(laws.law_of(*folders), parameters=parameters, clips=clips, flops=flops))
@@ -385,10 +386,13 @@ def plan(
     from scaling4d.pretrain.plan.plan import settings_of
     from scaling4d.pretrain.plan.readouts import plan_readouts
     from scaling4d.report.protocol import SHAPE_OF_J, row_of
+    from scaling4d.studies.law import FITTED, law_of, prediction_text
 
     costs = {"gpu": gpu, "worker_clips_per_s": worker_clips_per_s, "write_gb_per_s": write_gb_per_s}
     content = make_plan(point, profile=profile, mesh=mesh, batch=batch, recompute=recompute, dry=dry_run, **costs)
     content["readouts"] = plan_readouts(point, settings_of(point, profile), gpu=gpu, worker_clips_per_s=worker_clips_per_s)
+    if point == "j":
+        content["shape"] = row_of(SHAPE_OF_J)["reason"]
     if as_json:
         print(json.dumps(content))
     else:
@@ -396,16 +400,14 @@ def plan(
         if content["readouts"]:
             table.show_readouts(content)
         if point == "j":
-            print(f"{SHAPE_OF_J}: {row_of(SHAPE_OF_J)['reason']}")
-    from scaling4d.studies.law import FITTED, law_of, prediction_text
-
-    if not as_json and content["method"] == "SimpleMAE" and FITTED.is_dir():
-        try:
-            with as_user_error(f"{FITTED} cannot be read"):
-                text = prediction_text(law_of(FITTED), content["parameters"]["backbone"], content["schedule"]["clips"])
-            print(f"by the law of {FITTED}, on its data: {text}")
-        except UserError as error:
-            print(f"no prediction of the loss: {on_one_line(error)}")
+            print(f"{SHAPE_OF_J}: {content['shape']}")
+        if content["method"] == "SimpleMAE" and FITTED.is_dir():
+            try:
+                with as_user_error(f"{FITTED} cannot be read"):
+                    text = prediction_text(law_of(FITTED), content["parameters"]["backbone"], content["schedule"]["clips"])
+                print(f"by the law of {FITTED}, on its data: {text}")
+            except UserError as error:
+                print(f"no prediction of the loss: {on_one_line(error)}")
     if content["refused"]:
         raise UserError(f"the plan of {point} is {content['refused']}")
 
@@ -434,17 +436,17 @@ def convert(
         names = " and ".join(f"--{name}" for name in given).replace("_", "-")
         raise UserError(f"a 4ds file states its own shape; leave out {names}, of mae_st alone")
     if kind == "4ds" and out.suffix == ".npz":
-        print(f"wrote {released_heads.to_4ds(source, out)}")
-        return
-    if kind == "4ds" and source.is_dir():
+        written = released_heads.to_4ds(source, out)
+    elif kind == "4ds" and source.is_dir():
         raise UserError(f"{source} is a folder; to write it as released, OUT must end with .npz")
-    if not source.is_file():
+    elif not source.is_file():
         raise UserError(f"no file {source}")
-    if kind == "4ds":
-        print(f"wrote {released_heads.from_4ds(source, out)}")
-        return
-    options = MAESTOptions(heads, decoder_heads, frames, mask_ratio, normalise_target)
-    print(f"wrote {released_heads.from_mae_st(source, out, options)}")
+    elif kind == "4ds":
+        written = released_heads.from_4ds(source, out)
+    else:
+        options = MAESTOptions(heads, decoder_heads, frames, mask_ratio, normalise_target)
+        written = released_heads.from_mae_st(source, out, options)
+    print(f"wrote {written}")
 
 
 @app.command()
@@ -607,39 +609,26 @@ def check(path: Path) -> None:
 
     Exit code 1: a benchmark cannot be used. Videos that do not open are only listed: curation continues without them.
     """
+    from scaling4d import benchmarks
     from scaling4d.clips.data_import import check_videos
 
-    problems, unusable = list(check_videos(path)), False
-    for split in _benchmark_checks(path):
+    root = path / "benchmarks"
+    problems, unusable, checks = list(check_videos(path)), False, []
+    if root.is_dir():
+        share = config.section(config.read(), "benchmarks.max_bad_share") if config.PARAMS.is_file() else 0.0  # no project
+        for name in benchmarks.unknown_folders(root):
+            print(f"benchmarks/{on_one_line(name)}: passed over, since no reader has this name")
+        checks = benchmarks.check_benchmarks(root, max_bad_share=share)
+    for split in checks:
         unusable |= not split.usable
         name = f"{split.benchmark} {split.split}"
         official = f"; official: {split.official}" if split.official else ""
         print(f"{name}: {split.samples:,} samples{official}{f' ({split.layout})' if split.layout else ''}")
         problems += [f"{name}: {problem}" for problem in split.problems]
-    for line in _benchmark_uses(path):
-        print(line)
+    for task in benchmarks.TASKS:
+        with suppress(UserError):  # none, or one of the problems
+            print(benchmarks.describe_use(task, root))
     for problem in problems:
         print(f"problem: {on_one_line(problem)}")
     if unusable:
         raise typer.Exit(1)
-
-
-def _benchmark_uses(path: Path) -> Iterator[str]:
-    """Of each task whose benchmark lies below PATH, a line."""
-    from scaling4d import benchmarks
-
-    for task in benchmarks.TASKS:
-        with suppress(UserError):  # none, or one of the problems
-            yield benchmarks.describe_use(task, path / "benchmarks")
-
-
-def _benchmark_checks(path: Path) -> list:
-    """Checks of the benchmarks below PATH, with this project's max_bad_share, or 0 outside a project."""
-    from scaling4d import benchmarks
-
-    if not (path / "benchmarks").is_dir():
-        return []
-    share = config.section(config.read(), "benchmarks.max_bad_share") if config.PARAMS.is_file() else 0.0
-    for name in benchmarks.unknown_folders(path / "benchmarks"):
-        print(f"benchmarks/{on_one_line(name)}: passed over, since no reader has this name")
-    return benchmarks.check_benchmarks(path / "benchmarks", max_bad_share=share)

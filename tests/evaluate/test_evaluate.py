@@ -55,7 +55,7 @@ def colours(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 @pytest.fixture
 def evaluated(actions: None, colours: str) -> Path:
     """An evaluation of the callable alone."""
-    return evaluate([colours], ["actions"], "linear", profile="smoke", report=str).folder
+    return evaluate([colours], ["actions"], "linear", profile="smoke", out=Path("evaluated"), report=str).folder
 
 
 def untrained() -> Path:

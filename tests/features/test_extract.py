@@ -14,7 +14,7 @@ from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders.load import load_model
 from scaling4d.encoders.pretrained import load_encoder
 from scaling4d.encoders.stage import baseline
-from scaling4d.features.extract import all_features, first_clip, read_clips
+from scaling4d.features.extract import first_clip, read_clips
 from scaling4d.features.windows import WindowSettings
 from scaling4d.pretrain.settings import bind_pretrain
 from scaling4d.records import UserError
@@ -25,10 +25,13 @@ CLIP = (6, 32, 48)
 def test_clips_of_another_size_resize_the_positions_and_of_the_same_size_leave_them(tmp_path: Path) -> None:
     encoder = load_encoder(small_encoder.checkpoint(tmp_path / "nano", "Backbone", clip=CLIP, depth=2))
     before = encoder.positions.clone()
-    assert len(all_features(encoder, torch.zeros(1, *CLIP, 3))) == 3 and torch.equal(encoder.positions, before)
-    assert all_features(encoder, torch.zeros(1, 12, 64, 64, 3))[0].shape == (1, 6 * 4 * 4, 24)
+    encoder.resize(CLIP)
+    assert len(encoder.features(torch.zeros(1, *CLIP, 3))) == 3 and torch.equal(encoder.positions, before)
+    encoder.resize((12, 64, 64))
+    assert encoder.features(torch.zeros(1, 12, 64, 64, 3))[0].shape == (1, 6 * 4 * 4, 24)
     pixels = small_encoder.model("PixelTokens", clip=CLIP)
-    assert all_features(pixels, torch.zeros(1, 6, 48, 64, 3))[0].shape == (1, 3 * 3 * 4, 1536) and pixels.grid == (3, 3, 4)
+    pixels.resize((6, 48, 64))
+    assert pixels.features(torch.zeros(1, 6, 48, 64, 3))[0].shape == (1, 3 * 3 * 4, 1536) and pixels.grid == (3, 3, 4)
 
 
 def test_a_video_without_a_clip_is_refused(tmp_path: Path) -> None:

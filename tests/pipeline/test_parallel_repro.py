@@ -1,10 +1,12 @@
 """Stages side by side."""
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
-from commands import ENVIRONMENT
+from commands import ENVIRONMENT, ROOT
 
 from scaling4d.pipeline import parallel_repro
 
@@ -85,3 +87,15 @@ def test_a_command_that_fails_is_named_in_one_line(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)  # no DVC repository
     with pytest.raises(SystemExit, match="^error: `dvc dag --dot` failed; its output above has the reason$"):
         parallel_repro.main("2")
+
+
+@pytest.mark.integration
+def test_ctrl_c_ends_the_run_after_its_stages_without_a_traceback(tmp_path: Path) -> None:
+    dvc = tmp_path / "dvc"  # whose stage presses Ctrl-C: the signal reaches all processes of the terminal
+    dvc.write_text("#!/bin/sh\n[ $1 = dag ] && echo '\"clips\";' && exit\ntrap 'touch ended; exit 1' INT\nkill -INT 0\n")
+    dvc.chmod(0o755)
+    environment = ENVIRONMENT | {"PATH": f"{tmp_path}:{ENVIRONMENT['PATH']}", "PYTHONPATH": str(ROOT / "src")}
+    command = (sys.executable, "-m", "scaling4d.pipeline.parallel_repro", "2")
+    where = {"cwd": tmp_path, "env": environment, "start_new_session": True}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, **where)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "") and (tmp_path / "ended").is_file()

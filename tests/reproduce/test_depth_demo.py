@@ -53,8 +53,13 @@ def test_the_released_shapes_are_no_deviation() -> None:
     encoder, readout, _ = load_released(DEPTH)
     assert deviations_of(encoder, readout)[0] == "an encoder of another shape than 4DS-B-dist-e"
     encoder.clip, encoder.patch, encoder.width, encoder.depth = (16, 224, 224), (2, 16, 16), 768, 12
+    block = encoder.blocks[0]
+    block.heads, block.mlp_in = 12, torch.nn.Linear(768, 3072)
     readout.settings.update(width=1024, heads=16, queries=6272, out=128, frames=16)
     assert deviations_of(encoder, readout) == []
+    for heads, mlp in ((6, 3072), (12, 1536)):
+        block.heads, block.mlp_in = heads, torch.nn.Linear(768, mlp)
+        assert deviations_of(encoder, readout) == ["an encoder of another shape than 4DS-B-dist-e"]
 
 
 def test_the_whole_command_on_a_file_of_the_released_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,27 +23,25 @@ def check() -> int:
     """Verify every hash, setting and number; print the findings by kind, and the counts of all that was checked."""
     findings, counts = verify_and_count(locked_runs())
     findings += [*studies.findings(), *predictions.findings()]
-    _print_findings(findings)
     kinds = ", ".join(f"{counts[kind]:,} {kind}" for kind in ("hashes", "settings", "numbers"))
     absent = f", {counts['absent']:,} files and folders not here" if counts["absent"] else ""
-    wrong = sum(finding.kind == WRONG for finding in findings)
-    print(f"{wrong} wrong; checked {kinds}{absent}")
-    return 1 if wrong else 0
+    return _report(findings, f"{kinds}{absent}")
 
 
 def check_evaluation(folder: Path) -> int:
     """Verify a folder of `scaling4d evaluate`; print as `check`. Raises UserError: another folder."""
     findings, results = evaluations.verify_evaluation(folder)
-    _print_findings(findings)
-    wrong = sum(finding.kind == WRONG for finding in findings)
-    print(f"{wrong} wrong; checked {results} results of {on_one_line(folder)}")
-    return 1 if wrong else 0
+    return _report(findings, f"{results} results of {on_one_line(folder)}")
 
 
-def _print_findings(findings: list[AuditFinding]) -> None:
+def _report(findings: list[AuditFinding], checked: str) -> int:
+    """Print findings by kind, and what was checked. Returns the exit code."""
     for kind in (NOTE, UNCHECKED, WRONG):
         for finding in (finding for finding in findings if finding.kind == kind):
             print(finding)
+    wrong = sum(finding.kind == WRONG for finding in findings)
+    print(f"{wrong} wrong; checked {checked}")
+    return 1 if wrong else 0
 
 
 def explain_number(key: str, form: str) -> int:

@@ -57,8 +57,9 @@ def _verify_result(
     record, origin = read_json_object(home / RESULT), read_json_object(home / artifacts.PROVENANCE)
     for metric in sorted({record["metric"], *record["others"]} ^ rows.keys()):
         yield AuditFinding(WRONG, where, f"{metric} is in one of {folder / CSV} and {home / RESULT} alone; {AGAIN}")
+    columns = origin_columns(home, origin)
     for row in rows.values():
-        yield from _verify_row(where, row, recorded_row(record, row) | _origin(home, origin))
+        yield from _verify_row(where, row, recorded_row(record, row) | columns)
     yield from _settings(where, origin, facts)
     yield from _weights(where, folder / "pretrain" / key[0], record, origin["inputs"])
     yield from _benchmarks(where, key[1], origin)
@@ -67,8 +68,8 @@ def _verify_result(
         yield AuditFinding(NOTE, where, f"the code of {origin['code']['package']} is newer; {AGAIN} for results of it")
 
 
-def _origin(home: Path, origin: Mapping[str, Any]) -> dict[str, str]:
-    """The columns of a row that say where its number comes from."""
+def origin_columns(home: Path, origin: Mapping[str, Any]) -> dict[str, str]:
+    """The columns of a row that say where its number comes from. home: of the result. origin: its provenance.json."""
     return {
         "profile": origin["settings"]["profile"],
         "overrides": " ".join(f"{key}={value}" for key, value in origin["overrides"].items()),
@@ -76,7 +77,7 @@ def _origin(home: Path, origin: Mapping[str, Any]) -> dict[str, str]:
         "code_sha256": origin["code"]["sha256"],
         "benchmark_sha256": origin["inputs"]["benchmark"],
         "benchmark_val_sha256": origin["inputs"].get("benchmark_val", origin["inputs"]["benchmark"]),
-        "readout_sha256": _folder_sha256(home),
+        "readout_sha256": artifacts.sha256(home),
     }
 
 

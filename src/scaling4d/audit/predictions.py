@@ -6,12 +6,14 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 from scaling4d.audit.commit import is_shallow
 from scaling4d.audit.run import NOTE, UNCHECKED, WRONG, AuditFinding
 from scaling4d.provenance import commits_of, file_at, git, life_of, parse_csv
 from scaling4d.records import UserError
+from scaling4d.studies.law import PREDICTIONS, law_of_text, predicting_runs, trained_runs
 from scaling4d.studies.study import FACTS, REPORTS, RUNS
 
 TOLERANCE = 1e-3  # relative, of a fit that is made again on another machine; ours
@@ -19,69 +21,63 @@ TOLERANCE = 1e-3  # relative, of a fit that is made again on another machine; ou
 
 def findings() -> Iterator[AuditFinding]:
     """Findings about every file of experiments/prediction."""
-    from scaling4d.studies.law import PREDICTIONS  # imports numpy and scipy
-
     for path in sorted(PREDICTIONS.glob("*.json")):
         try:
-            yield from _order(path)
-            yield from _numbers(path)
+            for kind, message in chain(_order(path), _numbers(path)):
+                yield AuditFinding(kind, path.as_posix(), message)
         except (UserError, OSError, KeyError, TypeError, ValueError) as error:
             yield AuditFinding(WRONG, path.as_posix(), f"{' '.join(str(error).split())}; take it from git again")
 
 
-def _order(path: Path) -> Iterator[AuditFinding]:
+def _order(path: Path) -> Iterator[tuple[str, str]]:
     """The commit of the prediction has the predicting runs, comes before the results, and has the file as it is."""
     results = (REPORTS / path.stem / RUNS).as_posix()
     made, measured = life_of(path.as_posix()), life_of(results)
     if not made:
         kind = UNCHECKED if git("rev-parse", "HEAD") is None else WRONG if Path(results).is_file() else NOTE
-        yield AuditFinding(kind, path.as_posix(), f"no commit has it; commit it before `scaling4d study {path.stem}`")
+        yield kind, f"no commit has it; commit it before `scaling4d study {path.stem}`"
         return
     first, late = made[-1], UNCHECKED if is_shallow() else WRONG
     if withdrawn := [commit for commit in commits_of(path.as_posix()) if commit not in made and file_at(commit, path.as_posix())]:
         message = f"an earlier prediction, of commit {withdrawn[-1][:7]}, was withdrawn before commit {first[:7]}"
-        yield AuditFinding(NOTE, path.as_posix(), message)
+        yield NOTE, message
     if file_at(first, path.as_posix()) != path.read_text():
-        yield AuditFinding(WRONG, path.as_posix(), f"it was changed after commit {first[:7]}, which predicts first")
+        yield WRONG, f"it was changed after commit {first[:7]}, which predicts first"
     prediction = json.loads(path.read_text())
     source = f"{prediction['source']}/{RUNS}"
     if hashlib.sha256((file_at(first, source) or "").encode()).hexdigest() != prediction["source_sha256"]:
         message = f"commit {first[:7]} has no {source} of sha256 {prediction['source_sha256'][:12]}, from which it predicts"
-        yield AuditFinding(late, path.as_posix(), message)
+        yield late, message
     if measured and (first == measured[-1] or git("merge-base", "--is-ancestor", first, measured[-1]) is None):
         message = f"commit {first[:7]} predicts {results}, which commit {measured[-1][:7]} measures already"
-        yield AuditFinding(late, path.as_posix(), message)
+        yield late, message
     facts, arms = REPORTS / path.stem / FACTS, {row["arm"] for row in prediction["arms"]}
     runs = json.loads(facts.read_text())["runs"] if facts.is_file() else {}
     for run, known in runs.items():  # a run has the name of its settings, code and data
         name = known["experiment"] if run.rpartition("-")[0] in arms else ""
         if name and (commits := (git("log", "--format=%H", f"-S{name}", first, "--", f"{REPORTS}/") or b"").decode().split()):
             message = f"commit {first[:7]} predicts {run}, whose result commit {commits[-1][:7]} has already"
-            yield AuditFinding(WRONG, path.as_posix(), message)
-    from scaling4d.studies.law import trained_runs
-
+            yield WRONG, message
     predicted = {(row["parameters"], row["clips_seen"]): row["arm"] for row in prediction["arms"]}
     listed = (git("ls-tree", "-r", "--name-only", first, "--", f"{REPORTS}/") or b"").decode().splitlines()
     for name in (name for name in listed if Path(name).name == RUNS and name != results):
         for run in trained_runs(parse_csv(file_at(first, name) or "")):
             if arm := predicted.pop((run.parameters, run.clips_seen), None):
                 message = f"{arm} is predicted by commit {first[:7]}, in which {name} has a run of its size and clips already"
-                yield AuditFinding(late, path.as_posix(), message)
+                yield late, message
 
 
-def _numbers(path: Path) -> Iterator[AuditFinding]:
+def _numbers(path: Path) -> Iterator[tuple[str, str]]:
     """The predicted losses follow from the runs that the prediction names."""
-    from scaling4d.studies.law import law_of_text, predicting_runs
-
     prediction = json.loads(path.read_text())
     try:
         law = law_of_text(predicting_runs(prediction))
     except UserError as error:
-        yield AuditFinding(UNCHECKED if is_shallow() else WRONG, path.as_posix(), f"{error}; take it from git again")
+        yield UNCHECKED if is_shallow() else WRONG, f"{error}; take it from git again"
         return
     for row in prediction["arms"]:
         again = law.prediction(row["parameters"], row["clips_seen"])
         given = (row["predicted"], row["low"], row["high"])
         if not all(math.isclose(*pair, rel_tol=TOLERANCE) for pair in zip(given, again, strict=True)):
             message = f"{row['arm']} has {given[0]:.5f}; the law of {prediction['source']}/{RUNS} predicts {again[0]:.5f}"
-            yield AuditFinding(WRONG, path.as_posix(), message)
+            yield WRONG, message

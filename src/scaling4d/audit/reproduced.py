@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from scaling4d.audit.run import REPORT, AuditFinding, LockedRun, recorded_row, row_numbers, without_leftovers
-from scaling4d.provenance import LockedStage, file_at, read_lock, required
+from scaling4d.provenance import LockedStage, differences, file_at, read_lock, required
 from scaling4d.records import UserError
 
 # Kinds of findings. CLOSE: every number is inside its interval. OTHER: no number of its own, see the stages after it.
@@ -76,9 +76,8 @@ def _other_inputs(run: LockedRun, stage: LockedStage, committed: LockedStage) ->
     """Command, settings, code and data that differ. Files of other stages are their matter."""
     if stage.command != committed.command:
         yield f"`{stage.command}`, committed `{committed.command}`"
-    for key in sorted(stage.params.keys() | committed.params.keys()):
-        if stage.params.get(key) != committed.params.get(key):
-            yield f"{key} = {stage.params.get(key)!r}, committed {committed.params.get(key)!r}"
+    for key, value, before in differences(stage.params, committed.params):
+        yield f"{key} = {value!r}, committed {before!r}"
     md5s = {dep.path: dep.md5 for dep in committed.deps}
     for dep in (dep for dep in stage.deps if dep.path != run.home):
         maker = run.maker(dep.path)

@@ -31,14 +31,15 @@ def findings() -> Iterator[AuditFinding]:
         if not (folder / studies.FACTS).is_file():
             message = f"absent beside {studies.RUNS}; take it from git again, or run `scaling4d study {folder.name}`"
             yield AuditFinding(WRONG, f"{folder}/{studies.FACTS}", message)
-    for path in sorted(studies.REPORTS.glob(f"*/{studies.FACTS}")):
+    paths = sorted(studies.REPORTS.glob(f"*/{studies.FACTS}"))
+    for path in paths:
         try:
             yield from _verify_study(path)
         except (UserError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             damaged = True
             yield AuditFinding(WRONG, path.parent.as_posix(), f"{' '.join(str(error).split())}; take it from git again")
     again = "take it from git again, or run `scaling4d study --collect`"
-    if any(studies.REPORTS.glob(f"*/{studies.FACTS}")) and not index.is_file():
+    if paths and not index.is_file():
         yield AuditFinding(WRONG, str(index), f"absent; {again}")
     elif not damaged and index.is_file() and index.read_text() != index_page():
         yield AuditFinding(WRONG, str(index), f"it does not follow from the studies; {again}")
@@ -148,7 +149,7 @@ def _verify_study(path: Path) -> Iterator[AuditFinding]:
     yield from _verify_tables(study, rows, facts["code"])
     uncached, unknown = 0, 0
     for run, (arm, seed) in study.runs.items():
-        numbers = studies.run_numbers(arm, seed, locks[run], dvc_cache(), facts["runs"][run]["experiment"])
+        numbers = studies.run_numbers(arm, seed, locks[run], dvc_cache(Path.cwd()), facts["runs"][run]["experiment"])
         uncached += numbers is None
         listed = [row for row in rows if (row["arm"], row["seed"]) == (arm.name, str(seed))]
         if numbers is not None and parse_csv(to_csv(studies.RUN_COLUMNS, numbers)) != listed:

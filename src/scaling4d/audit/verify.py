@@ -153,7 +153,7 @@ def _changed_names(run: LockedRun, path: str, md5: str) -> list[str]:
     now = {name: digest.md5 for name, digest in run.disk.files(path).items()}
     if "" in now:
         return []
-    before = provenance.cached_listing(md5, dvc_cache()) if md5.endswith(".dir") else None
+    before = provenance.cached_listing(md5, dvc_cache(Path.cwd())) if md5.endswith(".dir") else None
     if before is None and (copy := run.disk.git_copy(path)) is not None:
         before = {name: digest.md5 for name, digest in run.disk.files(copy).items()}
     if before is None and (shards := run.shards(path)):
@@ -250,9 +250,9 @@ def _commit(run: LockedRun) -> Iterator[AuditFinding]:
 def _artifacts(run: LockedRun) -> Iterator[AuditFinding]:
     """The settings, code and inputs that an artifact names are those that the lock names for its stage."""
     for folder, stage in run.makers.items():
-        if run.disk.text(f"{folder}/{artifacts.PROVENANCE}") is None:
+        if run.disk.text(path := f"{folder}/{artifacts.PROVENANCE}") is None:
             continue
-        path, content = f"{folder}/{artifacts.PROVENANCE}", run.json_object(f"{folder}/{artifacts.PROVENANCE}")
+        content = run.json_object(path)
         encoders = [v for k, v in stage.params.items() if k.startswith("encoders.pretrained.") and isinstance(v, dict)]
         sources = [encoder.get("Pretrained") for encoder in encoders]
         published = next((one for one in sources if isinstance(one, dict) and has_texts(one, "source", "revision")), None)

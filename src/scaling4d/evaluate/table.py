@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -11,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from scaling4d import artifacts, config, provenance
+from scaling4d.audit.evaluations import CSV, FACTS, origin_columns
 from scaling4d.evaluate import models, stage
 from scaling4d.readout.tasks import TASKS
 from scaling4d.records import Result, UserError, json_text, read_json_object
 from scaling4d.report.tables import RESULTS, arrow, result_rows
 
-OUT, CSV, FACTS = Path("evaluated"), "results.csv", "evaluation.json"
 COLUMNS = (
     *RESULTS,
     *("profile", "overrides", "settings_sha256", "code_sha256", "benchmark_sha256", "benchmark_val_sha256"),
@@ -40,7 +39,7 @@ def evaluate(
     *,
     profile: str = "",
     changes: Sequence[str] = (),
-    out: Path = OUT,
+    out: Path,
     report: Callable[[str], object] = print,
 ) -> Evaluation:
     """Write `out/results.csv`, and below `out` the encoders and their readouts. Nothing else is written or changed.
@@ -94,18 +93,8 @@ def _take_folder(out: Path) -> None:
 
 def _rows(result: Result, out: Path) -> list[dict[str, Any]]:
     folder = out / "readout" / result.encoder / result.task / result.protocol
-    content = read_json_object(folder / artifacts.PROVENANCE)
-    inputs = content["inputs"]
-    origin = {
-        "profile": content["settings"]["profile"],
-        "overrides": " ".join(f"{key}={value}" for key, value in content["overrides"].items()),
-        "settings_sha256": hashlib.sha256(json_text(content["settings"]).encode()).hexdigest(),
-        "code_sha256": content["code"]["sha256"],
-        "benchmark_sha256": inputs["benchmark"],
-        "benchmark_val_sha256": inputs.get("benchmark_val", inputs["benchmark"]),
-        "readout_sha256": artifacts.sha256(folder),
-    }
-    return [row | origin for row in result_rows([result])]
+    columns = origin_columns(folder, read_json_object(folder / artifacts.PROVENANCE))
+    return [row | columns for row in result_rows([result])]
 
 
 def table_text(evaluation: Evaluation) -> str:

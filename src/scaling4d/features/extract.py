@@ -1,4 +1,4 @@
-"""FILE -> CLIPS -> FEATURES: a video's first clip or an array of clips, and every layer of an encoder for them."""
+"""FILE -> CLIPS: a video's first clip, or an array of clips or other numbers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from scaling4d.encoders.arrays import DAMAGE, read_header
 from scaling4d.features.windows import WindowSettings, read_windows
@@ -58,10 +58,3 @@ def read_array(path: Path, *, axes: int) -> np.ndarray:
     if array.ndim != axes:
         raise UserError(f"{path} holds {dtype} numbers {shape}; needed numbers in {axes} axes")
     return array
-
-
-@torch.no_grad()
-def all_features(encoder: nn.Module, pixels: Tensor) -> list[Tensor]:
-    """Every layer `B N D`. Resizes the encoder to the clips. Raises UserError: it does not take clips of this size."""
-    encoder.resize(tuple(pixels.shape[1:4]))
-    return encoder.features(pixels)

@@ -27,7 +27,7 @@ from scaling4d.clips.sources import SourceFile, list_sources
 from scaling4d.encoders.encoder import Encoder
 from scaling4d.encoders.pretrained import set_clip
 from scaling4d.features.pca import write_pca_video
-from scaling4d.features.windows import NO_RATE, WindowSettings, batches, frame_times, read_windows
+from scaling4d.features.windows import NO_RATE, WindowSettings, batches, read_windows
 from scaling4d.provenance import differences, work_folder, write_text
 from scaling4d.records import UserError, file_system_errors, json_text, on_one_line, read_json_object, shortened
 from scaling4d.video import VideoError, VideoInput
@@ -236,7 +236,7 @@ def write_video_features(
             for tensor, rows in zip(growing, _features_of(encoder, pixels.to(encoder.device), settings), strict=True):
                 tensor.append(rows)
             start_s += [window.start_s for window in clips]
-            frame_s.append(frame_times(clips))
+            frame_s.append(torch.tensor([window.frame_s for window in clips], dtype=torch.float64))  # B T
             report(completed=start_s[-1] + windows.length_s)
         if not start_s:
             needed = f"{windows.length_s:.2f} s, {windows.clip[0]} frames at {windows.rate_hz:g} Hz"

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import islice
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,8 +88,3 @@ def batches(windows: Iterator[Window], size: int) -> Iterator[list[Window]]:
         while batch := waiting.result():
             waiting = reader.submit(list, islice(windows, size))
             yield batch
-
-
-def frame_times(batch: list[Window]) -> Tensor:
-    """`B T` float64."""
-    return torch.from_numpy(np.array([window.frame_s for window in batch], dtype=np.float64))

@@ -5,6 +5,7 @@ DVC runs one stage after the other. Here a `dvc repro` of its own runs each stag
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -62,12 +63,14 @@ def repro(stage: str) -> None:
 
 
 def main(jobs: str) -> None:
-    """Run all stages of dvc.yaml. Exits with one line for a wrong JOBS or a failed command."""
+    """Run all stages of dvc.yaml. Exits with one line for a wrong JOBS or a failed command; after Ctrl-C with 130."""
     if not jobs.isdecimal() or int(jobs) < 1:
         sys.exit(f"error: JOBS is {jobs!r}; needed a whole number from 1 up")
     try:
         dot = subprocess.run(["dvc", "dag", "--dot"], check=True, stdout=subprocess.PIPE, text=True).stdout
         run_graph(parse_dag(dot), int(jobs), repro)
+    except KeyboardInterrupt:  # the running stages have it too, and have ended
+        sys.exit(128 + signal.SIGINT)
     except subprocess.CalledProcessError as error:
         sys.exit(f"error: `{' '.join(error.cmd)}` failed; its output above has the reason")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from scaling4d.records import UserError, did_you_mean
 from scaling4d.reproduce import depth_demo, fly_vs_fly
@@ -37,8 +36,8 @@ def reproduce(
     chosen = TARGETS[target]
     options = {one.option for one in chosen.downloads}
     training = {"--device": device, "--seed": seed, "--steps": steps, "--workers": workers}
-    given = given if chosen is fly_vs_fly.FLY_VS_FLY else {**given, **training}
-    if others := sorted(name for name, value in given.items() if value is not None and name not in options):
+    options_given = given if chosen is fly_vs_fly.FLY_VS_FLY else {**given, **training}
+    if others := sorted(name for name, value in options_given.items() if value is not None and name not in options):
         raise UserError(f"{target} takes {' and '.join(sorted(options))}; leave out {' and '.join(others)}")
     if dry or any(given[option] is None or not given[option].exists() for option in options):
         print("\n".join(chosen.plan()))
@@ -57,7 +56,7 @@ def reproduce(
     return content["verdict"] != NOT_REPRODUCED
 
 
-def _depth_demo(given: Mapping[str, Any], out: Path | None) -> bool:
+def _depth_demo(given: Mapping[str, Path | None], out: Path | None) -> bool:
     folder, content = depth_demo.run(weights=given["--weights"], video_file=given["--video"], out=out)
     depths = content["depth"]
     print(f"depth_demo: depths {depths['smallest']:.3g} to {depths['largest']:.3g}, median {depths['median']:.3g}")

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from scaling4d import artifacts, video
 from scaling4d.encoders.arrays import write_npz
 from scaling4d.encoders.pretrained import load_encoder
-from scaling4d.features.extract import all_features
 from scaling4d.provenance import atomic_new, work_folder
 from scaling4d.readout import released_heads
 from scaling4d.readout.released_heads import ReleasedReadout
@@ -121,9 +120,9 @@ def load_released(weights: Path) -> tuple[nn.Module, ReleasedReadout, nn.Module]
 
 @torch.no_grad()
 def predict_depth(encoder: nn.Module, readout: ReleasedReadout, head: nn.Module, pixels: Tensor) -> np.ndarray:
-    """Clips `B T H W 3`, uint8 or float in 0..1 -> depths `B T H W`, float32."""
-    layers = all_features(encoder, pixels)
-    return released_heads.predict(readout, head, encoder, layers, pixels, None)[..., 0].numpy()
+    """Clips `B T H W 3`, uint8 or float in 0..1 -> depths `B T H W`, float32. Resizes the encoder to the clips."""
+    encoder.resize(tuple(pixels.shape[1:4]))
+    return released_heads.predict(readout, head, encoder, encoder.features(pixels), pixels, None)[..., 0].numpy()
 
 
 def checks_of(depth: np.ndarray, clip: tuple[int, int, int]) -> list[tuple[str, bool, str]]:
@@ -140,10 +139,10 @@ def checks_of(depth: np.ndarray, clip: tuple[int, int, int]) -> list[tuple[str, 
 
 def deviations_of(encoder: nn.Module, readout: ReleasedReadout) -> list[str]:
     """Where the file differs in shape from the released one, in words."""
-    shape = (encoder.clip, encoder.patch, encoder.width, encoder.depth)
-    released = RELEASED_ENCODER
+    released, block = RELEASED_ENCODER, encoder.blocks[0]
+    shape = (encoder.clip, encoder.patch, encoder.width, encoder.depth, block.heads, block.mlp_in.out_features)
     deviations = []
-    if shape != (released.clip, released.patch, released.width, released.depth):
+    if shape != (released.clip, released.patch, released.width, released.depth, released.heads, released.mlp):
         deviations.append("an encoder of another shape than 4DS-B-dist-e")
     if changed := [name for name, value in RELEASED_READOUT.items() if readout.settings[name] != value]:
         words = (f"{name} {readout.settings[name]}, released {RELEASED_READOUT[name]}" for name in changed)

@@ -73,7 +73,9 @@ class Target:
             lines.append(f"tolerance: {number.tolerance:g}; {number.why}")
         else:
             lines.append(f"expected: no published number; {self.unpublished}")
-        lines += [f"download for {one.option}: {download_text(one)}" for one in self.downloads]
+        for one in self.downloads:
+            facts = f"{one.what}, {one.address} ({one.size}; {one.licence})"
+            lines.append(f"download for {one.option}: {facts}: {one.command}")
         width = max(len(row.name) for row in self.settings)
         lines += [f"setting {row.name:{width}}  {row.value}  [{row.source}]" for row in self.settings]
         lines += [f"difference: {text}" for text in self.differences]
@@ -91,14 +93,17 @@ class Target:
             raise UserError(f"{self.name} needs files that are not there: {places}; download them: {commands}")
 
     def result(self, value: float | None, deviations: Sequence[str], evidence: Mapping[str, Any]) -> dict[str, Any]:
-        """Content of result.json. value: of the expected metric. deviations: of this run from the protocol."""
+        """Content of result.json.
+
+        value: of the expected metric, if a number is expected. deviations: of this run from the protocol.
+        """
         content: dict[str, Any] = {"target": self.name, "version": __version__, "deviations": list(deviations)}
         content |= {"settings": [asdict(row) for row in self.settings], "differences": list(self.differences)}
-        if self.expected is not None and value is not None:
-            difference = value - self.expected.value
-            within = abs(difference) <= self.expected.tolerance
+        if number := self.expected:
+            difference = value - number.value
+            within = abs(difference) <= number.tolerance
             verdict = NO_VERDICT if deviations else REPRODUCED if within else NOT_REPRODUCED
-            content |= {"value": value, "difference": difference, "verdict": verdict, "expected": asdict(self.expected)}
+            content |= {"value": value, "difference": difference, "verdict": verdict, "expected": asdict(number)}
         return content | dict(evidence)
 
     def verdict_text(self, content: Mapping[str, Any]) -> str:
@@ -109,11 +114,6 @@ class Target:
         compared += f", difference {content['difference']:+.2f}, tolerance {number.tolerance:g}"
         why = f" (not the protocol: {'; '.join(content['deviations'])})" if content["deviations"] else ""
         return f"{self.name}: {compared}: {content['verdict']}{why}"
-
-
-def download_text(one: Download) -> str:
-    """A download in one line."""
-    return f"{one.what}, {one.address} ({one.size}; {one.licence}): {one.command}"
 
 
 def new_folder(out: Path | None, target: str) -> Path:

@@ -23,7 +23,7 @@ from scaling4d.studies.study import REPORTS, RUNS, Study, read_runs
 
 FITTED = REPORTS / "isoflop"  # the study whose law `scaling4d plan` quotes
 PREDICTIONS = config.EXPERIMENTS / "prediction"
-WORDS = {
+NUMBER_WORDS = {
     "floor": "floor E",
     "size_scale": "scale of size A",
     "size_exponent": "exponent of size alpha",
@@ -73,10 +73,10 @@ def read_trained_runs(folder: Path) -> list[TrainedRun]:
     with as_user_error(f"a summary.json below {folder} is not one of a pretraining"):
         summaries = [json.loads(path.read_text()) for path in paths]
         methods = sorted({summary["method"] for summary in summaries})
-    if len(methods) > 1:
-        raise UserError(f"{folder} has results of {' and '.join(methods)}, whose losses do not compare; give one method's folder")
-    keys = ("point", "seed", "parameters", "clips_seen", "flops", "val_loss")
-    with as_user_error(f"a summary.json below {folder} is not one of a pretraining"):
+        if len(methods) > 1:
+            message = f"{folder} has results of {' and '.join(methods)}, whose losses do not compare"
+            raise UserError(f"{message}; give one method's folder")
+        keys = ("point", "seed", "parameters", "clips_seen", "flops", "val_loss")
         return [TrainedRun(*(summary[key] for key in keys)) for summary in summaries]
 
 
@@ -127,7 +127,7 @@ def law_rows(law: LossLaw) -> Iterator[dict[str, Any]]:
     """Rows of law.csv: each number with its two 90 % intervals; of floor and exponents, whether they are identified."""
     for name in NAMES:
         told = None if name.endswith("scale") else law.identified(name)
-        yield dict(zip(LAW_COLUMNS, (WORDS[name], *law.interval(name), *law.interval_of_runs(name), told), strict=True))
+        yield dict(zip(LAW_COLUMNS, (NUMBER_WORDS[name], *law.interval(name), *law.interval_of_runs(name), told), strict=True))
 
 
 def left_out_rows(law: LossLaw) -> Iterator[dict[str, Any]]:
@@ -206,19 +206,14 @@ def write_prediction(study: Study, source: Path) -> Path:
     law, rows = law_of(source), []
     for arm in study.arms:
         settings = config.compose(arm.settings(study.seeds[0]))
-        if "SimpleMAE" in settings["points"].get(arm.encoder, {}).get("model", {}):
-            sizes = _sizes(arm.encoder, settings)
-            row = {"arm": arm.name, **dict(zip(("parameters", "clips_seen"), sizes, strict=True)), **_predicted(law, *sizes)}
-            rows += [row] if sizes not in measured else []
+        is_simple_mae = "SimpleMAE" in settings["points"].get(arm.encoder, {}).get("model", {})
+        if is_simple_mae and (sizes := _sizes(arm.encoder, settings)) not in measured:
+            rows.append(dict(zip(PREDICTION_COLUMNS[:6], (arm.name, *sizes, *law.prediction(*sizes)), strict=True)))
     if not rows:
         raise UserError(f"every size of study {study.name} is measured with as many clips; a prediction is made before the runs")
     path.parent.mkdir(exist_ok=True)
     write_json(path, {"source": str(source), "source_sha256": artifacts.sha256(source / RUNS), "arms": rows})
     return path
-
-
-def _predicted(law: LossLaw, parameters: int, clips: int) -> dict[str, float]:
-    return dict(zip(("predicted", "low", "high"), law.prediction(parameters, clips), strict=True))
 
 
 def _sizes(point: str, settings: Mapping[str, Any]) -> tuple[int, int]:

@@ -154,7 +154,8 @@ def write_study(study: Study, cache: Path, run_facts: Mapping[str, Mapping[str, 
 def tables(study: Study, rows: Sequence[Row]) -> dict[str, str]:
     """All csv files that follow from the rows of runs.csv, by name."""
     files = {studies.TABLE: to_csv(studies.TABLE_COLUMNS, studies.study_table(rows, study.base))}
-    arms = _signal_arms(study)
+    # Of the first ladder, or of a study without one all arms: baselines far from the ladder would count as signal.
+    arms = next((tuple(arms) for _, arms in study.ladders.values()), tuple(arm.name for arm in study.arms))
     if signals := [*studies.signal_rows([row for row in rows if row["arm"] in arms])]:
         files[SIGNAL] = to_csv(studies.SIGNAL_COLUMNS, signals)
     if study.ladders:
@@ -176,11 +177,6 @@ def _law_files(law: LossLaw, names: tuple[str, str, str]) -> dict[str, str]:
         (laws.LEFT_OUT_COLUMNS, laws.left_out_rows),
     )
     return {name: to_csv(columns, rows_of(law)) for name, (columns, rows_of) in zip(names, tables, strict=True)}
-
-
-def _signal_arms(study: Study) -> tuple[str, ...]:
-    """Arms of the first ladder, or all of a study without one: baselines far from the ladder would count as signal."""
-    return next((tuple(arms) for _, arms in study.ladders.values()), tuple(arm.name for arm in study.arms))
 
 
 def fitted_law(study: Study, rows: Sequence[Row]) -> tuple[list[TrainedRun], LossLaw | None, list[dict[str, Any]]]:
@@ -240,18 +236,18 @@ def task_rows(study: Study, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
         losses = errors.pop("pretrain", None)
         for task, by_arm in errors.items() if losses else ():
             mean_losses, means = ([fmean(values[arm].values()) for arm in arms] for values in (losses, by_arm))
-            single = [spearman([losses[arm][s] for arm in arms], [by_arm[arm][s] for arm in arms]) for s in study.seeds]
+            of_seeds = (([losses[arm][s] for arm in arms], [by_arm[arm][s] for arm in arms]) for s in study.seeds)
+            pairs = [(mean_losses, means), *of_seeds]
+            of_means, *single = (spearman(*pair) for pair in pairs)
             known = [rho for rho in single if rho is not None]
             values = [[by_arm[arm][s] for s in study.seeds] for arm in arms]
             limit = studies.noise_limit(values, values[0], values[-1])
-            rises = None if limit is None else "yes" if means[0] - means[-1] > limit else "no"
-            rises = "within noise" if rises == "no" and abs(means[0] - means[-1]) <= limit else rises
+            gain = means[0] - means[-1]
+            rises = None if limit is None else "yes" if gain > limit else "within noise" if gain >= -limit else "no"
             row = {"task": task, "ladder": ladder, "arms": len(arms), "better_with_size": rises}
-            row |= {"spearman_of_loss": spearman(mean_losses, means)}
+            row |= {"spearman_of_loss": of_means}
             row |= {"lowest_of_a_seed": min(known, default=None), "highest_of_a_seed": max(known, default=None)}
             logs = [math.log(sizes[arm]) for arm in arms]
-            pairs = [([losses[arm][s] for arm in arms], [by_arm[arm][s] for arm in arms]) for s in study.seeds]
-            pairs = [(mean_losses, means), *pairs]
             by_size, by_loss = ([left_out_error(x, y) for x, y in some] for some in ([(logs, y) for _, y in pairs], pairs))
             row |= {"error_by_size": by_size[0], "error_by_loss": by_loss[0]}
             yield row | {"better_predictor": _better_predictor(by_size, by_loss, means) if rises == "yes" else None}

@@ -10,7 +10,6 @@ brings every stage that ran before, except clips, which one run takes over from 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -38,6 +37,7 @@ from scaling4d.provenance import (
     file_at,
     git_or_error,
     load_yaml,
+    lock_folder,
     read_lock,
     required,
     write_text,
@@ -206,7 +206,9 @@ def run_experiments(runs: Sequence[StudyRun], *, jobs: int, report: Callable[[st
             done.append(run)
             report(f"[{len(done)}/{total}] {run.arm.name} seed {run.seed}: {result}")
 
-    with _only_study(), ThreadPoolExecutor(len(numbers)) as threads:
+    if (clones := lock_folder(CLONES, wait_s=0)) is None:
+        raise UserError("another study runs here; wait for it, or stop it")
+    with clones, ThreadPoolExecutor(len(numbers)) as threads:
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
             for worker in as_completed([threads.submit(work, number) for number in numbers]):
@@ -223,18 +225,6 @@ def _terminate(process: subprocess.Popen) -> None:
     """Ask an experiment and its stages to stop; a training saves its state."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
-
-
-@contextlib.contextmanager
-def _only_study() -> Iterator[None]:
-    """Hold the clones for this process. Raises UserError where another process holds them."""
-    CLONES.mkdir(parents=True, exist_ok=True)
-    with (CLONES / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError("another study runs here; wait for it, or stop it") from None
-        yield
 
 
 class ProjectClone:
