@@ -133,8 +133,7 @@ def test_the_command_shows_a_row_a_task_and_prints_the_same_as_json() -> None:
     text, content = invoke("plan", "j").output, json.loads(invoke("plan", "j", "--json").output)
     readouts, shape = content["readouts"], content["shape"]
     assert shape.startswith("The shape is inferred from the count alone and unconfirmed")
-    assert f"shape of the encoder of 4DS-j: {shape}
-" in text
+    assert f"shape of the encoder of 4DS-j: {shape}\n" in text
     assert "frozen readouts of j, encoder on 8 GPUs (H100 SXM 80 GB), clips of 16 x 224 x 224" in text
     for row in readouts["tasks"]:
         assert f"{row['windows']:,}" in text and row["task"] in text
