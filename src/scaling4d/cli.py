@@ -452,7 +452,7 @@ def convert(
 @app.command()
 def features(
     context: typer.Context,
-    checkpoint: Annotated[str, typer.Argument(help="Folder, released file, or owner/name on the hub.")],
+    checkpoint: Annotated[str, typer.Argument(help="Folder, released file, or owner/name[@REVISION] on the hub.")],
     paths: Annotated[list[Path], typer.Argument(metavar="PATH", help="Video files, or folders of them.")],
     out: Annotated[Path, typer.Option(help="Folder of the features, where a stopped command continues; or a .npz, see below.")],
     layer: Annotated[
@@ -509,7 +509,7 @@ def features(
 
 @app.command()
 def export(
-    checkpoint: Annotated[str, typer.Argument(help="Folder, released file, or owner/name on the hub.")],
+    checkpoint: Annotated[str, typer.Argument(help="Folder, released file, or owner/name[@REVISION] on the hub.")],
     torch_file: Annotated[Path | None, typer.Option("--torch", help="A new .pt2 of torch.export.")] = None,
     onnx_file: Annotated[Path | None, typer.Option("--onnx", help="A new .onnx; needs the extra `export`.")] = None,
     any_length: Annotated[

@@ -129,7 +129,7 @@ def test_what_cannot_be_exported_is_one_line(tmp_path: Path, monkeypatch: pytest
     folder = saved(tmp_path / "checkpoint", "pixels")
     onnx, wrong = tmp_path / "a.onnx", tmp_path / "a.pth"
     assert refused(folder) == "nothing to write; give --torch FILE.pt2, --onnx FILE.onnx or both"
-    assert refused(folder, "--onnx", onnx) == f"--onnx {onnx}: needed onnxscript; pip install '.[export]'"
+    assert refused(folder, "--onnx", onnx) == f"--onnx {onnx}: needed onnxscript; pip install 'scaling4d[export]'"
     assert refused(folder, "--torch", wrong) == f"--torch {wrong}; needed a new file that ends with .pt2"
     assert refused(folder, "--onnx", wrong) == f"--onnx {wrong}; needed a new file that ends with .onnx"
     file, absent = tmp_path / "a.pt2", tmp_path / "none/a.onnx"

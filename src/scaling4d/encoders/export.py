@@ -111,7 +111,7 @@ def run(checkpoint: str, *, torch_file: Path | None, onnx_file: Path | None, any
         try:
             importlib.import_module("onnxscript")
         except ImportError as error:
-            raise UserError(f"--onnx {onnx_file}: needed onnxscript; pip install '.[export]'") from error
+            raise UserError(f"--onnx {onnx_file}: needed onnxscript; pip install 'scaling4d[export]'") from error
     encoder = Encoder.from_pretrained(checkpoint)
     size = sum(4 * tensor.numel() for tensor in encoder.state_dict().values())  # bytes of float32
     if onnx_file and size > MOST_ONNX_BYTES:
