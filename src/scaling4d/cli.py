@@ -604,12 +604,18 @@ def use(path: Path) -> None:
 
 
 @data.command()
-def check(path: Path) -> None:
+def check(
+    path: Path,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Also decode every frame of benchmarks' videos, on all cores.")
+    ] = False,
+) -> None:
     """Look at the videos and benchmarks below PATH: what `data use` leaves out, and the first problems of the rest.
 
     Exit code 1: a benchmark cannot be used. Videos that do not open are only listed: curation continues without them.
     """
     from scaling4d import benchmarks
+    from scaling4d.benchmarks.decoding import undecodable, videos_below
     from scaling4d.clips.data_import import check_videos
 
     root = path / "benchmarks"
@@ -628,6 +634,11 @@ def check(path: Path) -> None:
     for task in benchmarks.TASKS:
         with suppress(UserError):  # none, or one of the problems
             print(benchmarks.describe_use(task, root))
+    if decode and root.is_dir():
+        videos = videos_below(root)
+        damaged = [f"{file.relative_to(path)}: {problem}" for file, problem in undecodable(videos)]
+        print(f"benchmarks: {len(videos):,} videos decoded, {len(damaged):,} of them damaged")
+        problems += damaged
     for problem in problems:
         print(f"problem: {on_one_line(problem)}")
     if unusable:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import typer
 from benchmarks.writers import write_kinetics, write_objects
+from clips.small_videos import save, world
 
 from scaling4d import benchmarks, cli
 from scaling4d.benchmarks import ssv2
@@ -133,6 +134,23 @@ def test_check_reports_layout_counts_and_the_first_problems_of_what_is_there(tmp
         path.write_bytes(b"no video")
     val = benchmarks.check_benchmarks(tmp_path, max_bad_share=0.9)[1]  # reads the first samples
     assert not val.usable and [re.search(r"\w.webm", problem)[0] for problem in val.problems] == ["k.webm", "l.webm"]
+
+
+def test_a_video_that_is_damaged_in_its_middle_is_found_by_decoding(tmp_path, capsys, monkeypatch):
+    two_of_kinetics(tmp_path / "benchmarks")
+    monkeypatch.chdir(tmp_path)
+    cli.check(tmp_path, decode=True)
+    assert "benchmarks: 4 videos decoded, 0 of them damaged\n" in capsys.readouterr().out
+    damaged = next(file for file in sorted(tmp_path.rglob("*.mp4")))
+    whole = save(tmp_path / "whole.mkv", world(5, 64), crf=30)
+    damaged.write_bytes(whole.read_bytes()[: int(0.6 * whole.stat().st_size)])
+    whole.unlink()
+    cli.check(tmp_path)
+    assert "problem" not in capsys.readouterr().out
+    cli.check(tmp_path, decode=True)
+    out = capsys.readouterr().out
+    assert "benchmarks: 4 videos decoded, 1 of them damaged\n" in out
+    assert f"problem: {damaged.relative_to(tmp_path)}: incomplete: the data ends at" in out
 
 
 def test_data_check_fails_only_for_what_cannot_be_used(tmp_path, capsys, monkeypatch):
