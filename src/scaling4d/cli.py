@@ -615,8 +615,8 @@ def check(
     Exit code 1: a benchmark cannot be used. Videos that do not open are only listed: curation continues without them.
     """
     from scaling4d import benchmarks
-    from scaling4d.benchmarks.decoding import undecodable, videos_below
     from scaling4d.clips.data_import import check_videos
+    from scaling4d.clips.decoding import undecodable, videos_below
 
     root = path / "benchmarks"
     problems, unusable, checks = list(check_videos(path)), False, []

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from scaling4d import video
-from scaling4d.benchmarks.kinetics import SUFFIXES
 from scaling4d.clips.sources import walk_files
 from scaling4d.records import shortened
+
+SUFFIXES = (".mp4", ".mkv", ".webm")  # of the videos of benchmarks
 
 
 def videos_below(root: Path) -> list[Path]:
