@@ -117,8 +117,8 @@ def test_dvc_trains_nothing_anew_for_where_a_run_is_launched_and_how_it_is_watch
 @pytest.mark.parametrize("frames", ["32", "64"])
 def test_longer_windows_of_profile_paper_stay_within_the_videos(frames: str) -> None:
     header = Path("experiments/profile/paper.yaml").read_text()
-    (line,) = re.findall(rf"#   (-S readout.Evaluation.frames={frames} .*)", header)
-    settings = config.compose(["profile=paper", *line.replace("-S ", "").split()])
+    (lines,) = re.findall(rf"#   (-S readout.Evaluation.frames={frames} .*(?:\n#      -S .*)*)", header)
+    settings = config.compose(["profile=paper", *re.findall(r"-S (\S+)", lines)])
     seconds = {"actions": 4.0, "points": 2.0, "pose": 3.0}  # of Something-Something, MOVi-E, and short RealEstate10K videos
     for task, most in seconds.items():
         (rate_hz,) = (values["rate_hz"] for values in settings["readout"]["tasks"][task].values() if "rate_hz" in values)
@@ -294,6 +294,10 @@ def test_the_former_name_of_a_setting_is_answered_with_its_name_today(project: P
     assert {key: config.renamed(key) for key in FORMER} == FORMER and set(FORMER.values()) <= known.keys()
     for pattern, _ in config.RENAMED:
         assert any(re.search(pattern, key) for key in FORMER), pattern
+    log = (ROOT / "experiments/LOG.md").read_text()
+    words_of_log = ("pretrain.Running", "readout.shared", "Recipe", "flattening", "kept_clips", "standardise", "sharpness")
+    for words in (*words_of_log, "readout.tuning.Sharding"):
+        assert f"`{words}" in log or f".{words}`" in log, words
 
 
 @pytest.mark.parametrize(("text", "message"), [

@@ -72,6 +72,10 @@ def output_of(*command: object, cwd: Path, **environment: str) -> subprocess.Com
     )
 
 
+def test_the_readme_shows_five_lines() -> None:
+    assert len([line for line in README.splitlines() if line]) == 5 and README.startswith("import scaling4d\n")
+
+
 @pytest.mark.integration
 def test_the_readmes_lines_import_core_packages_alone(folder: Path) -> None:
     absent = absent_modules()

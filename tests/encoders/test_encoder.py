@@ -435,3 +435,9 @@ def test_without_huggingface_hub_the_extra_is_named(tmp_path: Path, monkeypatch:
     needed = "on the Hugging Face hub: needed huggingface_hub; pip install 'scaling4d[hub]'"
     assert refused(Encoder.from_pretrained, "owner/nano") == f"no folder owner/nano here, and owner/nano {needed}"
     assert refused(Encoder.from_pretrained(trained(tmp_path)).push_to_hub, "owner/nano") == f"owner/nano {needed}"
+
+
+def test_the_interface_is_what_the_package_names() -> None:
+    assert scaling4d.Encoder is Encoder and set(scaling4d.__all__) == {"Encoder", "EncoderOutput", "read_video"}
+    with pytest.raises(AttributeError, match="module 'scaling4d' has no attribute 'load'"):
+        scaling4d.load  # noqa: B018

@@ -268,7 +268,7 @@ def ones(step: int, *, rank: int, ranks: int) -> Batch:
 
 
 def collections(*, rank: int, ranks: int) -> tuple[list[int], bool, bool]:
-    """Batches asked for when garbage was collected; whether Python collects by itself, in the training and after it."""
+    """Batches requested when garbage was collected; whether Python collects by itself, in the training and after it."""
     collected, requested, by_itself = [], [], []
 
     def note(step: int, **where: int) -> Batch:

@@ -222,9 +222,13 @@ class LockedRun:
         return None
 
 
+def dvc_cache() -> Path:
+    """DVC's cache of the project in the current folder."""
+    return _dvc_cache(Path.cwd())
+
+
 @cache
-def dvc_cache(project: Path) -> Path:
-    """DVC's cache of a project, the current folder."""
+def _dvc_cache(folder: Path) -> Path:
     from scaling4d.studies.run import dvc_cache_folder
 
     return dvc_cache_folder()  # starts DVC

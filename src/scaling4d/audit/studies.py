@@ -149,7 +149,7 @@ def _verify_study(path: Path) -> Iterator[AuditFinding]:
     yield from _verify_tables(study, rows, facts["code"])
     uncached, unknown = 0, 0
     for run, (arm, seed) in study.runs.items():
-        numbers = studies.run_numbers(arm, seed, locks[run], dvc_cache(Path.cwd()), facts["runs"][run]["experiment"])
+        numbers = studies.run_numbers(arm, seed, locks[run], dvc_cache(), facts["runs"][run]["experiment"])
         uncached += numbers is None
         listed = [row for row in rows if (row["arm"], row["seed"]) == (arm.name, str(seed))]
         if numbers is not None and parse_csv(to_csv(studies.RUN_COLUMNS, numbers)) != listed:

@@ -153,7 +153,7 @@ def _changed_names(run: LockedRun, path: str, md5: str) -> list[str]:
     now = {name: digest.md5 for name, digest in run.disk.files(path).items()}
     if "" in now:
         return []
-    before = provenance.cached_listing(md5, dvc_cache(Path.cwd())) if md5.endswith(".dir") else None
+    before = provenance.cached_listing(md5, dvc_cache()) if md5.endswith(".dir") else None
     if before is None and (copy := run.disk.git_copy(path)) is not None:
         before = {name: digest.md5 for name, digest in run.disk.files(copy).items()}
     if before is None and (shards := run.shards(path)):

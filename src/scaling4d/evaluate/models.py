@@ -82,13 +82,15 @@ def _write_function(model: str, clip: tuple[int, int, int], final: Path) -> None
 
 
 def _import(model: str, clip: tuple[int, int, int], final: Path) -> None:
+    encoder = Encoder.from_pretrained(model)
+    own = encoder.clip
     try:
-        encoder = Encoder.from_pretrained(model, clip=clip)
+        if own != clip:
+            encoder.resize(clip)
     except UserError as error:
-        frames = Encoder.from_pretrained(model).clip[0]
-        if frames == clip[0]:
+        if own[0] == clip[0]:
             raise
-        raise UserError(f"{error}; -S clip.frames={frames} is its own") from error
+        raise UserError(f"{error}; -S clip.frames={own[0]} is its own") from error
     encoder.checkpoint = replace(encoder.checkpoint, name=final.name)
     with provenance.atomic_folder(final) as out:
         out.rmdir()
