@@ -393,6 +393,13 @@ def plan(
     content["readouts"] = plan_readouts(point, settings_of(point, profile), gpu=gpu, worker_clips_per_s=worker_clips_per_s)
     if point == "j":
         content["shape"] = row_of(SHAPE_OF_J)["reason"]
+    if content["method"] == "SimpleMAE" and FITTED.is_dir():
+        try:
+            with as_user_error(f"{FITTED} cannot be read"):
+                text = prediction_text(law_of(FITTED), content["parameters"]["backbone"], content["schedule"]["clips"])
+            content["law"] = f"by the law of {FITTED}, on its data: {text}"
+        except UserError as error:
+            content["law"] = f"no prediction of the loss: {on_one_line(error)}"
     if as_json:
         print(json.dumps(content))
     else:
@@ -401,13 +408,8 @@ def plan(
             table.show_readouts(content)
         if point == "j":
             print(f"{SHAPE_OF_J}: {content['shape']}")
-        if content["method"] == "SimpleMAE" and FITTED.is_dir():
-            try:
-                with as_user_error(f"{FITTED} cannot be read"):
-                    text = prediction_text(law_of(FITTED), content["parameters"]["backbone"], content["schedule"]["clips"])
-                print(f"by the law of {FITTED}, on its data: {text}")
-            except UserError as error:
-                print(f"no prediction of the loss: {on_one_line(error)}")
+        if "law" in content:
+            print(content["law"])
     if content["refused"]:
         raise UserError(f"the plan of {point} is {content['refused']}")
 

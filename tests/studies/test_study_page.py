@@ -279,9 +279,10 @@ def test_the_findings_of_every_study_begin_with_one_line() -> None:
     for folder in folders:
         lines = folder.joinpath("findings.md").read_text().splitlines()
         assert lines[0].startswith("# ") and lines[1] == lines[3] == "", folder
-        assert re.search(r"\d.*\. \[(table|fits|tasks): [^]]+\]$", lines[2]) and len(page.REFERENCES.sub("", lines[2])) <= 200, (
-            folder
-        )
+        cited = re.search(r"\d.*\. \[(table|fits|tasks|predicted): ([^]]+)\]$", lines[2])
+        assert cited and len(page.REFERENCES.sub("", lines[2])) <= 200, folder
+        rows = folder.joinpath(f"{cited[1]}.csv").read_text().splitlines()
+        assert {*cited[2].split("; ")} <= {row.partition(",")[0] for row in rows}, folder
     assert folders
 
 

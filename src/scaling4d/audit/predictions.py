@@ -20,7 +20,10 @@ TOLERANCE = 1e-3  # relative, of a fit that is made again on another machine; ou
 
 
 def findings() -> Iterator[AuditFinding]:
-    """Findings about every file of experiments/prediction."""
+    """Findings about every file of experiments/prediction, also about those that are gone."""
+    added = (git("log", "--format=", "--name-only", "--diff-filter=A", "--", f"{PREDICTIONS}/") or b"").decode().split()
+    for name in sorted({name for name in added if not Path(name).is_file()}):
+        yield AuditFinding(NOTE, name, f"the prediction of commit {commits_of(name)[-1][:7]} is gone")
     for path in sorted(PREDICTIONS.glob("*.json")):
         try:
             for kind, message in chain(_order(path), _numbers(path)):
@@ -48,7 +51,8 @@ def _order(path: Path) -> Iterator[tuple[str, str]]:
     if hashlib.sha256((file_at(first, source) or "").encode()).hexdigest() != prediction["source_sha256"]:
         message = f"commit {first[:7]} has no {source} of sha256 {prediction['source_sha256'][:12]}, from which it predicts"
         yield late, message
-    if measured and (first == measured[-1] or git("merge-base", "--is-ancestor", first, measured[-1]) is None):
+    measured_first = measured and (first == measured[-1] or git("merge-base", "--is-ancestor", first, measured[-1]) is None)
+    if measured_first:
         message = f"commit {first[:7]} predicts {results}, which commit {measured[-1][:7]} measures already"
         yield late, message
     facts, arms = REPORTS / path.stem / FACTS, {row["arm"] for row in prediction["arms"]}
@@ -59,12 +63,22 @@ def _order(path: Path) -> Iterator[tuple[str, str]]:
             message = f"commit {first[:7]} predicts {run}, whose result commit {commits[-1][:7]} has already"
             yield WRONG, message
     predicted = {(row["parameters"], row["clips_seen"]): row["arm"] for row in prediction["arms"]}
-    listed = (git("ls-tree", "-r", "--name-only", first, "--", f"{REPORTS}/") or b"").decode().splitlines()
-    for name in (name for name in listed if Path(name).name == RUNS and name != results):
-        for run in trained_runs(parse_csv(file_at(first, name) or "")):
+    former = (git("log", "--format=%H", f"{first}~", "--", f":(glob){REPORTS}/*/{RUNS}") or b"").decode().split()
+    every = ((commit, name) for commit in (first, *former) for name in _results_in(commit))
+    for commit, name in (pair for pair in every if not (measured_first and pair[1] == results)):
+        for run in trained_runs(parse_csv(file_at(commit, name) or "")):
             if arm := predicted.pop((run.parameters, run.clips_seen), None):
                 message = f"{arm} is predicted by commit {first[:7]}, in which {name} has a run of its size and clips already"
-                yield late, message
+                gone = (
+                    f"{name} of commit {commit[:7]} had a run of the size and clips of {arm}, which commit {first[:7]} predicts"
+                )
+                yield (late, message) if commit == first else (NOTE, gone)
+
+
+def _results_in(commit: str) -> list[str]:
+    """Names of the results of studies that a commit has."""
+    listed = (git("ls-tree", "-r", "--name-only", commit, "--", f"{REPORTS}/") or b"").decode().splitlines()
+    return [name for name in listed if Path(name).name == RUNS]
 
 
 def _numbers(path: Path) -> Iterator[tuple[str, str]]:
