@@ -144,8 +144,8 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="MODEL",
-            help="Checkpoint folder; published encoder's file or folder; owner/name[@REVISION] of the hub; module:function, or "
-            "an entry point of group scaling4d.encoders, whose code runs.",
+            help="Checkpoint folder; published encoder's file or folder; owner/name or owner/name@REVISION of the hub; or "
+            "module:function or an entry point of group scaling4d.encoders, whose code runs.",
         ),
     ],
     tasks: Annotated[str, typer.Option(help="Such as actions,depth; default: all of the profile that the protocol has.")] = "",
@@ -454,7 +454,7 @@ def convert(
 @app.command()
 def features(
     context: typer.Context,
-    checkpoint: Annotated[str, typer.Argument(help="Folder, released file, or owner/name[@REVISION] on the hub.")],
+    checkpoint: Annotated[str, typer.Argument(help="Folder, released file, or owner/name or owner/name@REVISION on the hub.")],
     paths: Annotated[list[Path], typer.Argument(metavar="PATH", help="Video files, or folders of them.")],
     out: Annotated[Path, typer.Option(help="Folder of the features, where a stopped command continues; or a .npz, see below.")],
     layer: Annotated[
@@ -511,7 +511,7 @@ def features(
 
 @app.command()
 def export(
-    checkpoint: Annotated[str, typer.Argument(help="Folder, released file, or owner/name[@REVISION] on the hub.")],
+    checkpoint: Annotated[str, typer.Argument(help="Folder, released file, or owner/name or owner/name@REVISION on the hub.")],
     torch_file: Annotated[Path | None, typer.Option("--torch", help="A new .pt2 of torch.export.")] = None,
     onnx_file: Annotated[Path | None, typer.Option("--onnx", help="A new .onnx; needs the extra `export`.")] = None,
     any_length: Annotated[

@@ -320,6 +320,13 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_computed(colours
         ([colours, "other:Colours"], ["actions"], "linear", "new", "are both called Colours"),
         ([colours], ["pose"], "linear", "new", "pose has no protocol linear; tasks that have it: actions, depth; needed"),
         ([colours], ["depth"], "propagated", "new", "depth has no protocol propagated; tasks that have it: boxes; needed"),
+        (
+            [colours],
+            ["boxes"],
+            "linear",
+            "new",
+            "boxes has no protocol linear; tasks that have it: .* or --protocol frozen or propag",
+        ),
         ([colours], ["action"], "linear", "new", "unknown task 'action'.*did you mean actions"),
         ([colours], ["actions"], "finetune", "new", "protocol = 'finetune'; needed linear or frozen or propagated"),
         ([colours], ["actions"], "linear", "", "is there, and no evaluation"),

@@ -127,8 +127,8 @@ def fit_runs(runs: Sequence[TrainedRun]) -> LossLaw | None:
 def law_rows(law: LossLaw) -> Iterator[dict[str, Any]]:
     """Rows of law.csv: each number with its two 90 % intervals; of floor and exponents, whether they are identified."""
     for name in NAMES:
-        told = None if name.endswith("scale") else law.identified(name)
-        yield dict(zip(LAW_COLUMNS, (NUMBER_WORDS[name], *law.interval(name), *law.interval_of_runs(name), told), strict=True))
+        fixed = None if name.endswith("scale") else law.identified(name)
+        yield dict(zip(LAW_COLUMNS, (NUMBER_WORDS[name], *law.interval(name), *law.interval_of_runs(name), fixed), strict=True))
 
 
 def left_out_rows(law: LossLaw) -> Iterator[dict[str, Any]]:
