@@ -108,11 +108,15 @@ def test_results_of_a_former_study_of_the_name_and_a_withdrawn_prediction_do_not
     PREDICTION.unlink()
     (finding,) = predictions.findings()
     assert finding.kind == NOTE and finding.where == PREDICTION.as_posix() and "is gone" in finding.message
+    Path(law.PREDICTIONS, "a name.json").write_text("{}")
+    commit_here("a name with a space")
+    Path(law.PREDICTIONS, "a name.json").unlink()
+    assert {finding.where for finding in predictions.findings()} == {PREDICTION.as_posix(), f"{law.PREDICTIONS}/a name.json"}
     commit_here("withdrawn")
     write_runs("small", (1e12, 2e12, 3e12))
     law.write_prediction(project, REPORTS / "small")
     commit_here("another prediction")
-    (finding,) = predictions.findings()
+    _, finding = predictions.findings()
     assert finding.kind == NOTE and finding.message.startswith("an earlier prediction, of commit ")
 
 
@@ -215,6 +219,17 @@ def test_a_run_of_another_size_than_predicted_is_refused(project: Study) -> None
         UserError, match="24400_8e.12 was predicted for 24400 with 277778, and ran as 24400 parameters with 312500 clips"
     ):
         page.tables(project, read_runs(REPORTS / "larger"))
+
+
+def test_results_that_are_gone_are_named(project: Study) -> None:
+    law.write_prediction(project, REPORTS / "small")
+    commit_here("prediction")
+    write_runs("larger", (8e12,))
+    commit_here("results")
+    (REPORTS / "larger/runs.csv").unlink()
+    commit_here("hidden")
+    (finding,) = predictions.findings()
+    assert finding.kind == NOTE and finding.message.startswith("reports/studies/larger/runs.csv, which commit ")
 
 
 def test_a_prediction_after_its_results_is_wrong(project: Study) -> None:

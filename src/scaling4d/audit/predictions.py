@@ -21,8 +21,9 @@ TOLERANCE = 1e-3  # relative, of a fit that is made again on another machine; ou
 
 def findings() -> Iterator[AuditFinding]:
     """Findings about every file of experiments/prediction, also about those that are gone."""
-    added = (git("log", "--format=", "--name-only", "--diff-filter=A", "--", f"{PREDICTIONS}/") or b"").decode().split()
-    for name in sorted({name for name in added if not Path(name).is_file()}):
+    words = ("--format=", "--name-only", "-z", "--relative", "--diff-filter=A")
+    added = (git("log", *words, "--", f"{PREDICTIONS}/") or b"").decode().replace("\n", "").split("\0")
+    for name in sorted({name for name in added if name and not Path(name).is_file()}):
         yield AuditFinding(NOTE, name, f"the prediction of commit {commits_of(name)[-1][:7]} is gone")
     for path in sorted(PREDICTIONS.glob("*.json")):
         try:
@@ -55,13 +56,22 @@ def _order(path: Path) -> Iterator[tuple[str, str]]:
     if measured_first:
         message = f"commit {first[:7]} predicts {results}, which commit {measured[-1][:7]} measures already"
         yield late, message
+    if (
+        not Path(results).is_file()
+        and (gone := commits_of(results))
+        and git("merge-base", "--is-ancestor", first, gone[0]) is not None
+    ):
+        yield (
+            NOTE,
+            f"{results}, which commit {gone[0][:7]} changed last, is gone; `scaling4d study {path.stem}` makes its outcome again",
+        )
     facts, arms = REPORTS / path.stem / FACTS, {row["arm"] for row in prediction["arms"]}
     runs = json.loads(facts.read_text())["runs"] if facts.is_file() else {}
     for run, known in runs.items():  # a run has the name of its settings, code and data
         name = known["experiment"] if run.rpartition("-")[0] in arms else ""
         if name and (commits := (git("log", "--format=%H", f"-S{name}", first, "--", f"{REPORTS}/") or b"").decode().split()):
             message = f"commit {first[:7]} predicts {run}, whose result commit {commits[-1][:7]} has already"
-            yield WRONG, message
+            yield late, message
     predicted = {(row["parameters"], row["clips_seen"]): row["arm"] for row in prediction["arms"]}
     former = (git("log", "--format=%H", f"{first}~", "--", f":(glob){REPORTS}/*/{RUNS}") or b"").decode().split()
     every = ((commit, name) for commit in (first, *former) for name in _results_in(commit))
