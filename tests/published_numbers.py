@@ -1,4 +1,4 @@
-"""The sentences of README and guide that state a measured number, with the number computed from committed tables."""
+"""The sentences of README, guide and findings that state measured numbers, which are computed from committed tables."""
 
 import contextlib
 import csv
@@ -41,6 +41,7 @@ def statements() -> Iterator[tuple[str, str]]:
     """(file, sentence)."""
     yield from ((README, sentence) for sentence in _results())
     yield from ((GUIDE, sentence) for sentence in _curation())
+    yield from ((f"reports/studies/{name}/findings.md", sentence) for name, sentence in _findings())
     yield from ((GUIDE, sentence) for sentence in (*_decoding(), *_loading(), *_training(), *_masking(), *_scale()))
 
 
@@ -158,6 +159,30 @@ def _short(value: float) -> str:
 def _interval(row: dict[str, str]) -> SimpleNamespace:
     numbers = {name: float(row[name]) for name in ("value", "low", "high")}
     return SimpleNamespace(**numbers, higher_is_better=row["higher_is_better"] == "True")
+
+
+def _findings() -> Iterator[tuple[str, str]]:
+    """Study and sentence: what the first line of its findings states."""
+    isoflop, rates, seeds = (
+        {row["arm"]: float(row["mean"]) for row in _rows(f"studies/{name}/table.csv") if row["task"] == "pretrain"}
+        for name in ("isoflop", "learning_rate", "seeds")
+    )
+    best = (min((arm for arm in isoflop if arm.endswith(f"_{budget}")), key=isoflop.get) for budget in (1, 2, 4, 8))
+    yield "isoflop", f"{', '.join(f'{arm[:-2]} at {arm[-1]}e12' for arm in best)} training FLOPs"
+    predicted = _rows("studies/isoflop_largest/predicted.csv")
+    law, line = (
+        sorted(abs(float(row[f"{name}_percent"])) for row in predicted if row["measured"]) for name in ("miss", "by_a_line")
+    )
+    yield (
+        "isoflop_largest",
+        f"missed all {len(law)} losses by {law[0]:.1f} to {law[-1]:.1f} %; a line through the last two budgets of each size "
+        f"missed by {line[0]:.1f} to {line[-1]:.1f} %",
+    )
+    sizes = ("nano", "tiny", "mini")
+    best = [min((arm for arm in rates if arm.startswith(size)), key=rates.get) for size in sizes]
+    count, own = len(rates) // len(sizes), sum(arm.endswith("_100") for arm in best)
+    yield "learning_rate", f"Of {count} rates the pocket's is the best at {own} of {len(sizes)} sizes"
+    yield "seeds", f"From nano to mini the loss falls by {1 - seeds['mini'] / seeds['nano']:.1%}"
 
 
 def _curation() -> Iterator[str]:

@@ -144,8 +144,8 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="MODEL",
-            help="Checkpoint folder; published encoder's file or folder; owner/name[@REVISION] of the hub; module:function, or "
-            "an entry point of group scaling4d.encoders, whose code runs.",
+            help="Checkpoint folder; published encoder's file or folder; owner/name or owner/name@REVISION of the hub; or "
+            "module:function or an entry point of group scaling4d.encoders, whose code runs.",
         ),
     ],
     tasks: Annotated[str, typer.Option(help="Such as actions,depth; default: all of the profile that the protocol has.")] = "",
@@ -393,6 +393,13 @@ def plan(
     content["readouts"] = plan_readouts(point, settings_of(point, profile), gpu=gpu, worker_clips_per_s=worker_clips_per_s)
     if point == "j":
         content["shape"] = row_of(SHAPE_OF_J)["reason"]
+    if content["method"] == "SimpleMAE" and FITTED.is_dir():
+        try:
+            with as_user_error(f"{FITTED} cannot be read"):
+                text = prediction_text(law_of(FITTED), content["parameters"]["backbone"], content["schedule"]["clips"])
+            content["law"] = f"by the law of {FITTED}, on its data: {text}"
+        except UserError as error:
+            content["law"] = f"no prediction of the loss: {on_one_line(error)}"
     if as_json:
         print(json.dumps(content))
     else:
@@ -401,13 +408,8 @@ def plan(
             table.show_readouts(content)
         if point == "j":
             print(f"{SHAPE_OF_J}: {content['shape']}")
-        if content["method"] == "SimpleMAE" and FITTED.is_dir():
-            try:
-                with as_user_error(f"{FITTED} cannot be read"):
-                    text = prediction_text(law_of(FITTED), content["parameters"]["backbone"], content["schedule"]["clips"])
-                print(f"by the law of {FITTED}, on its data: {text}")
-            except UserError as error:
-                print(f"no prediction of the loss: {on_one_line(error)}")
+        if "law" in content:
+            print(content["law"])
     if content["refused"]:
         raise UserError(f"the plan of {point} is {content['refused']}")
 
@@ -452,7 +454,7 @@ def convert(
 @app.command()
 def features(
     context: typer.Context,
-    checkpoint: Annotated[str, typer.Argument(help="Folder, released file, or owner/name[@REVISION] on the hub.")],
+    checkpoint: Annotated[str, typer.Argument(help="Folder, released file, or owner/name or owner/name@REVISION on the hub.")],
     paths: Annotated[list[Path], typer.Argument(metavar="PATH", help="Video files, or folders of them.")],
     out: Annotated[Path, typer.Option(help="Folder of the features, where a stopped command continues; or a .npz, see below.")],
     layer: Annotated[
@@ -509,7 +511,7 @@ def features(
 
 @app.command()
 def export(
-    checkpoint: Annotated[str, typer.Argument(help="Folder, released file, or owner/name[@REVISION] on the hub.")],
+    checkpoint: Annotated[str, typer.Argument(help="Folder, released file, or owner/name or owner/name@REVISION on the hub.")],
     torch_file: Annotated[Path | None, typer.Option("--torch", help="A new .pt2 of torch.export.")] = None,
     onnx_file: Annotated[Path | None, typer.Option("--onnx", help="A new .onnx; needs the extra `export`.")] = None,
     any_length: Annotated[

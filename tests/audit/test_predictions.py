@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -62,6 +63,7 @@ def test_a_prediction_before_its_results_is_right_and_stands_beside_them(project
     assert [*predictions.findings()] == []
     rows = [*law.outcome_rows(law.read_prediction("larger"), law.read_trained_runs(REPORTS / "larger"))]
     assert [row["measured"] for row in rows] == pytest.approx([row["predicted"] for row in rows], rel=5e-3)
+    assert {row["inside"] for row in rows} == {"1 of 1"}
     files = page.tables(project, read_runs(REPORTS / "larger"))
     laws = ("law", "optimum", "sensitivity")
     assert [*files] == ["table.csv", *(f"{name}.csv" for name in laws), "predicted.csv", *(f"{name}_after.csv" for name in laws)]
@@ -104,11 +106,17 @@ def test_results_of_a_former_study_of_the_name_and_a_withdrawn_prediction_do_not
     with pytest.raises(UserError, match="a commit has .*larger.json; a prediction is made once"):
         law.write_prediction(project, REPORTS / "small")
     PREDICTION.unlink()
+    (finding,) = predictions.findings()
+    assert finding.kind == NOTE and finding.where == PREDICTION.as_posix() and "is gone" in finding.message
+    Path(law.PREDICTIONS, "a name.json").write_text("{}")
+    commit_here("a name with a space")
+    Path(law.PREDICTIONS, "a name.json").unlink()
+    assert {finding.where for finding in predictions.findings()} == {PREDICTION.as_posix(), f"{law.PREDICTIONS}/a name.json"}
     commit_here("withdrawn")
     write_runs("small", (1e12, 2e12, 3e12))
     law.write_prediction(project, REPORTS / "small")
     commit_here("another prediction")
-    (finding,) = predictions.findings()
+    _, finding = predictions.findings()
     assert finding.kind == NOTE and finding.message.startswith("an earlier prediction, of commit ")
 
 
@@ -128,12 +136,53 @@ def test_a_result_that_a_commit_had_before_the_prediction_is_found_though_it_was
     commit_here("hidden")
     law.write_prediction(project, REPORTS / "small")
     commit_here("prediction")
-    assert [*predictions.findings()] == []
+    notes = [*predictions.findings()]  # other code may have made them
+    assert [finding.kind for finding in notes] == [NOTE] * 3
+    assert all("larger/runs.csv of commit " in f.message and " had a run of the size and clips of " in f.message for f in notes)
     write_runs("larger", (8e12,))
     (REPORTS / "larger/study.json").write_text(facts)
     commit_here("results again")
-    (finding,) = predictions.findings()
-    assert finding.kind == WRONG and f" predicts {SIZES[0]}_8e+12-0, whose result commit " in finding.message
+    finding, *rest = predictions.findings()
+    assert rest == notes and finding.kind == WRONG and f" predicts {SIZES[0]}_8e+12-0, whose result commit " in finding.message
+
+
+def test_results_of_the_name_in_the_commit_of_the_prediction_are_found_though_they_were_made_again(project: Study) -> None:
+    law.write_prediction(project, REPORTS / "small")
+    late = PREDICTION.read_text()
+    PREDICTION.unlink()
+    write_runs("larger", (8e12,))
+    commit_here("results")
+    PREDICTION.write_text(late)
+    commit_here("prediction")
+    results = REPORTS / "larger/runs.csv"
+    text = results.read_text()
+    results.unlink()
+    commit_here("results are gone")
+    results.write_text(text)
+    commit_here("results of other code")
+    wrong = [*predictions.findings()]
+    assert [finding.kind for finding in wrong] == [WRONG] * 3
+    assert all("in which reports/studies/larger/runs.csv has a run of its size and clips already" in f.message for f in wrong)
+
+
+def test_seeds_inside_the_interval_are_counted_and_longer_runs_make_no_line(project: Study) -> None:
+    law.write_prediction(project, REPORTS / "small")
+    prediction = json.loads(PREDICTION.read_text())
+    row = prediction["arms"][0]
+    run = law.TrainedRun(row["arm"], 0, row["parameters"], row["clips_seen"], 8e12, row["predicted"])
+    outside = replace(run, seed=1, loss=1.1 * row["high"])
+    assert next(law.outcome_rows(prediction, [run, outside]))["inside"] == "1 of 2"
+    row["clips_seen"] = 1
+    first = next(law.outcome_rows(prediction, [replace(run, clips_seen=1)]))
+    assert "by_a_line_percent" not in first
+
+
+def test_an_arm_that_changes_more_than_its_steps_is_not_predicted(project: Study) -> None:
+    change = f"{law.STEPS}=7"
+    arms = (replace(project.arms[0], overrides=(change,)), replace(project.arms[1], overrides=(change, "ablation=mask_50")))
+    assert law.write_prediction(replace(project, arms=arms[:1]), REPORTS / "small") == PREDICTION
+    with pytest.raises(UserError, match="^arm 146928_8e.12 changes ablation=mask_50; a law of size and clips predicts arms"):
+        law.write_prediction(replace(project, arms=arms), REPORTS / "small")
 
 
 def test_folders_are_fitted_together_and_a_training_counts_once(project: Study) -> None:
@@ -170,6 +219,17 @@ def test_a_run_of_another_size_than_predicted_is_refused(project: Study) -> None
         UserError, match="24400_8e.12 was predicted for 24400 with 277778, and ran as 24400 parameters with 312500 clips"
     ):
         page.tables(project, read_runs(REPORTS / "larger"))
+
+
+def test_results_that_are_gone_are_named(project: Study) -> None:
+    law.write_prediction(project, REPORTS / "small")
+    commit_here("prediction")
+    write_runs("larger", (8e12,))
+    commit_here("results")
+    (REPORTS / "larger/runs.csv").unlink()
+    commit_here("hidden")
+    (finding,) = predictions.findings()
+    assert finding.kind == NOTE and finding.message.startswith("reports/studies/larger/runs.csv, which commit ")
 
 
 def test_a_prediction_after_its_results_is_wrong(project: Study) -> None:

@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,6 +44,33 @@ def test_a_result_without_a_row_is_named(wrong: Callable) -> None:
     path = Path(BUILT, "results.csv")
     path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if not line.startswith("nano,")))
     assert f"wrong       {path}: it has no row of nano/actions/frozen, though {NANO} is here" in wrong()
+
+
+def test_a_further_metric_and_a_training_without_a_row_are_named(wrong: Callable) -> None:
+    for name, start, message in (
+        ("results.csv", "nano,5,actions,frozen,top5", "it has no top5 of nano/actions/frozen"),
+        ("pretrain.csv", "nano,", "it has no row of nano/pretrain, though artifacts/test/pretrain/nano/summary.json is here"),
+    ):
+        path = Path(BUILT, name)
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if not line.startswith(start)))
+        assert path.read_text() != "".join(lines) and f"wrong       {path}: {message}" in wrong()
+
+
+def test_a_number_of_a_file_that_no_stage_wrote_is_named(wrong: Callable) -> None:
+    Path(BUILT, "extra.json").write_text('{"value": 0.75}')
+    numbers = json.loads(Path(BUILT, "numbers.json").read_text())
+    numbers[1] |= {"source": f"{BUILT}/extra.json", "key": ["value"]}
+    Path(BUILT, "numbers.json").write_text(json.dumps(numbers))
+    assert f"n-1: no stage of dvc.lock wrote or read {BUILT}/extra.json" in wrong()
+
+
+def test_a_script_of_the_page_that_does_more_than_name_the_commit_is_named(wrong: Callable) -> None:
+    script, path = Path(__file__).parents[2] / BUILT / "commit.js", Path(BUILT, "commit.js")
+    shutil.copyfile(script, path)
+    assert wrong() == ""
+    path.write_text(path.read_text() + 'document.querySelector("#n-1").textContent = "0.99";\n')
+    assert wrong() == f"wrong       {path}: report.html runs it, and it does more than name a commit: run stage report again"
 
 
 def test_numbers_of_a_page_are_read_as_a_browser_shows_them() -> None:

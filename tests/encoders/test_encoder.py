@@ -143,6 +143,8 @@ def test_a_clip_of_a_file_is_read_at_the_encoders_rate_or_not_at_all(tmp_path: P
     )
     expected = scaling4d.read_video(path, start_s=1.0, rate_hz=5.0, frames=6)
     assert np.array_equal(encoder.read_video(path, start_s=1.0), expected) and encoder.preprocess(expected).shape == (1, *CLIP, 3)
+    fixes = "lower start_s, or call encoder.resize to take clips of fewer frames"
+    assert refused(encoder.read_video, path, start_s=100).endswith(fixes)
     encoder.rate_hz = None
     needed = "needed encoder.rate_hz, the frames per second that you choose"
     assert refused(encoder.read_video, path) == f"the checkpoint nano does not tell its clips' rate; {needed}"
@@ -193,6 +195,7 @@ def test_models_of_transformers_load_from_their_own_folders_and_the_hub(
     assert len(output.hidden_states) == 4 and torch.equal(output.hidden_states[-1], output.last_hidden_state)
     again = Encoder.from_pretrained(encoder.save_pretrained(tmp_path / "ours"))
     assert equal(output_of(again, clips), output_of(encoder, clips)) and again.mean == encoder.mean
+    assert again.bfloat16().dtype == torch.bfloat16 and (again.mean, again.scale) == (encoder.mean, encoder.scale)
     monkeypatch.setattr(hub, "download", lambda *_: shutil.copytree(tmp_path / "theirs", tmp_path / "snapshots/0123abc"))
     of_hub = Encoder.from_pretrained("owner/small")
     assert of_hub.checkpoint.name == "small" and equal(output_of(of_hub, clips), output_of(encoder, clips))
@@ -256,6 +259,9 @@ def test_a_saved_encoder_gives_the_same_features_without_its_decoder(tmp_path: P
     saved = Checkpoint.read(folder)
     assert (saved.name, saved.step, saved.clips_seen) == ("nano", 7, 112)
     assert saved.parameters == sum(weight.numel() for weight in encoder.parameters())
+    encoder.resize((8, *CLIP[1:]))
+    longer = Checkpoint.read(encoder.save_pretrained(tmp_path / "longer"))
+    assert longer.parameters == sum(weight.numel() for weight in encoder.parameters()) > saved.parameters
     assert again.provenance == encoder.provenance
 
 
@@ -350,6 +356,8 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path: Path, monkeypatc
     folder = trained(tmp_path)
     revision = f"revision = 'main' is of a model on the hub; {folder} is on this disk: leave out revision"
     assert refused(load, folder, revision="main") == revision
+    both = "owner/nano@main names a revision, and revision = 'v1' another; needed one of them"
+    assert refused(load, "owner/nano@main", revision="v1") == both
     (folder / "provenance.json").write_text("{")
     assert refused(load, folder).startswith(f"{folder / 'provenance.json'} is damaged: ")
     (folder / "config.json").write_text("{")

@@ -142,8 +142,12 @@ REFUSED = {  # what arrives -> message
     ),
     "frames": (
         BYTES[:3],
-        "video has 3 frames; needed 4, those of a clip; give rate_hz, the video's rate, to have 4 picked at 4 Hz, "
-        "or call encoder.resize to take clips of 3",
+        "video has 3 frames; needed 4, those of a clip; give a longer video, or call encoder.resize to take clips of 3",
+    ),
+    "longer": (
+        np.concatenate([BYTES, BYTES]),
+        "video has 8 frames; needed 4, those of a clip; give rate_hz, the video's rate, to have 4 picked at 4 Hz, "
+        "or call encoder.resize to take clips of 8",
     ),
 }  # fmt: skip
 
@@ -161,8 +165,8 @@ def test_a_video_that_is_too_short_at_its_rate_is_refused(encoder: Encoder) -> N
 
 def test_an_encoder_without_a_rate_says_how_to_give_one(encoder: Encoder) -> None:
     encoder.rate_hz = None
-    message = "video has 3 frames; needed 4, those of a clip; pick 4, or call encoder.resize to take"
-    assert refused(encoder.preprocess, BYTES[:3]).startswith(message)
+    message = "video has 8 frames; needed 4, those of a clip; pick 4, or call encoder.resize to take"
+    assert refused(encoder.preprocess, np.concatenate([BYTES, BYTES])).startswith(message)
     message = "rate_hz = 8, but the checkpoint does not tell its clips' rate; set encoder.rate_hz, or pick 4"
     assert refused(encoder.preprocess, BYTES, rate_hz=8).startswith(message)
     encoder.rate_hz = 8.0

@@ -148,6 +148,11 @@ def edit_weights(folder: Path) -> None:
     saved.write(path, {"features": torch.zeros(2)})
 
 
+def of_another_task(folder: Path) -> None:
+    path = "readout/Colours/actions/linear/result.json"
+    rewrite(path, task="depth")(folder)
+
+
 def edit_benchmark(folder: Path) -> None:
     next(path for path in sorted(Path("data/benchmarks").rglob("*")) if path.is_file()).write_bytes(b"other")
 
@@ -166,6 +171,8 @@ def remove_row(folder: Path) -> None:
         (rewrite("evaluation.json", profile="pocket"), f"{WRONG}: profile is smoke, pocket in evaluation.json; "),
         (rewrite("evaluation.json", overrides=["seed=5", "launch=here"]), f"{WRONG}: seed is 0, 5 in evaluation.json; "),
         (edit_weights, f"{WRONG}: it was measured on weights "),
+        (of_another_task, f"{WRONG}: task is depth in its result.json, actions in evaluation.json or its folder; "),
+        (rewrite("evaluation.json", weights={"Colours": "0"}), f"{WRONG}: checkpoint_sha256 is "),
         (edit_benchmark, f"{WRONG}: it was measured on data/benchmarks/ssv2 of sha256 "),
         (remove_row, f"{WRONG}: top1 is in one of "),
         (
@@ -320,6 +327,13 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_computed(colours
         ([colours, "other:Colours"], ["actions"], "linear", "new", "are both called Colours"),
         ([colours], ["pose"], "linear", "new", "pose has no protocol linear; tasks that have it: actions, depth; needed"),
         ([colours], ["depth"], "propagated", "new", "depth has no protocol propagated; tasks that have it: boxes; needed"),
+        (
+            [colours],
+            ["boxes"],
+            "linear",
+            "new",
+            "boxes has no protocol linear; tasks that have it: .* or --protocol frozen or propag",
+        ),
         ([colours], ["action"], "linear", "new", "unknown task 'action'.*did you mean actions"),
         ([colours], ["actions"], "finetune", "new", "protocol = 'finetune'; needed linear or frozen or propagated"),
         ([colours], ["actions"], "linear", "", "is there, and no evaluation"),

@@ -354,14 +354,15 @@ def test_what_cannot_be_done_is_one_line(checkpoint: Path, tmp_path: Path) -> No
     assert refused(checkpoint, tmp_path / "videos", "--out", tmp_path / "videos/out") == inside
     assert refused(checkpoint, path, "--out", out, "--layer", 4) == "--layer = 4; needed 0 (embedded tokens) to 3 (last block)"
     assert refused(checkpoint, path, "--out", out, "--dtype", "int8") == "--dtype = int8; needed float32, bfloat16, float16"
-    assert refused(checkpoint, path, "--out", out, "--stride", 0) == "--stride = 0.0; needed a finite number, more than 0"
+    for option in ("--stride", "--rate-hz"):
+        assert refused(checkpoint, path, "--out", out, option, 0) == f"{option} = 0.0; needed a finite number, more than 0"
     assert refused(checkpoint, path, "--out", out, "--frames", 5).startswith(
         "clip T H W = (5, 32, 48) does not divide into patches"
     )
     assert refused(checkpoint, path, "--out", out, "--device", "gpu").startswith("--device gpu: ")
     if not torch.cuda.is_available():
         assert refused(checkpoint, path, "--out", out, "--device", "cuda").startswith("--device cuda: ")
-    picture = f"--pca {tmp_path / 'p.mp4'} with 1 videos; needed an .mp4 to write, --tokens, and one video"
+    picture = f"--pca {tmp_path / 'p.mp4'} with 1 videos; needed --tokens"
     assert refused(checkpoint, path, "--out", out, "--pca", tmp_path / "p.mp4") == picture
     assert (
         refused(checkpoint, path, "--out", tmp_path) == f"{tmp_path} exists and has no index.json; choose a new folder as --out"

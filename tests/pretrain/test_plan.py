@@ -156,5 +156,7 @@ def test_what_does_not_fit_is_an_answer_and_no_error() -> None:
 def test_a_state_that_takes_longer_than_a_run_may_hang_names_the_setting() -> None:
     limit = "a run that makes no step for so long is ended: raise pretrain.Runtime.hang_s = 1800"
     words = ("plan", "j", "--worker-clips-per-s", "100")
-    assert limit in " ".join(invoke(*words, "--write-gb-per-s", "0.1").stdout.split())
-    assert "raise pretrain.Runtime.hang_s" not in invoke(*words, "--write-gb-per-s", "10").stdout
+    wait = "a job that stops is killed before: raise Launch.wait_s = 1800 of the point"
+    slow = " ".join(invoke(*words, "--write-gb-per-s", "0.1").stdout.split())
+    assert limit in slow and wait in slow
+    assert "raise " not in invoke(*words).stdout

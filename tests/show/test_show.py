@@ -376,7 +376,7 @@ def remove_setting(section: str, key: str) -> None:
     ((readout("depth") / HEAD).unlink, ".* is not the folder of a readout: it has no head.safetensors"),
     (lambda: (readout("depth") / "result.json").write_text("{"), ".* is not the folder of a readout: .*"),
     (lambda: remove_setting("readout.Evaluation", "ranks"), ".* made by another version, .*ranks.*; run `dvc repro`"),
-    (lambda: shutil.rmtree(readout("depth")), ".* is not the folder of a readout: .*"),
+    (lambda: shutil.rmtree(readout("depth")), ".* is not the folder of a readout: no result.json; needed one such as .*"),
     (lambda: Path("out").mkdir(), "out exists; choose another name or remove it"),
 ])  # fmt: skip
 def test_readouts_that_cannot_be_shown_are_refused_in_one_line(project: Path, spoil: Callable[[], object], message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +121,7 @@ def test_the_plan_of_a_point_quotes_the_law_and_says_where_it_is_outside(tmp_pat
     small, large = (invoke("plan", point).output for point in ("tiny", "j"))
     assert "146,928 parameters, 50,000 clips: loss " in small and "outside the fitted range" not in small
     assert "outside the fitted range" in large
+    assert json.loads(invoke("plan", "tiny", "--json").output)["law"] in small.splitlines()
     (tmp_path / "runs.csv").write_text("task\npretrain\n")
     without = invoke("plan", "tiny")
     assert without.exit_code == 0 and f"no prediction of the loss: {tmp_path} cannot be read: " in without.output

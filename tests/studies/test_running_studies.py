@@ -163,6 +163,8 @@ def test_a_study_that_is_stopped_goes_on_in_the_middle_of_its_training(clone: Pa
     facts = [json.loads(path.read_text()) for path in (clone / ".dvc/tmp/studies/0/.runs").glob("pretrain-nano-*.json")]
     assert any(fact["from_step"] >= 20 for fact in facts)
     assert len(list(csv.DictReader((clone / "reports/studies/long/runs.csv").open()))) == 8
+    runs = json.loads((clone / "reports/studies/long/study.json").read_text())["runs"]
+    assert {run: "cpu_seconds" in facts for run, facts in runs.items()} == {"as_it_is-0": False, "masked_50-0": True}
 
 
 @pytest.mark.slow

@@ -33,8 +33,8 @@ LADDERS = {"size": ("parameters", tuple(SIZES))}
 RUN_FACTS = {"nano-0": {"experiment": "nano-0-abc", "seconds": 10.0, "cpu_seconds": 30.0}}
 
 
-def cache_out(path: str, name: str, content: dict) -> dict:
-    """Put a folder with one file into DVC's cache. Returns its entry in a lock."""
+def cache_out(path: str, name: str, content: dict, settings: dict | None = None) -> dict:
+    """Put a folder with a result, and its provenance, into DVC's cache. Returns its entry in a lock."""
 
     def store(content: bytes, suffix: str = "") -> str:
         md5 = hashlib.md5(content).hexdigest() + suffix
@@ -43,7 +43,8 @@ def cache_out(path: str, name: str, content: dict) -> dict:
         file.write_bytes(content)
         return md5
 
-    listing = json.dumps([{"md5": store(json.dumps(content).encode()), "relpath": name}]).encode()
+    files = {name: content, "provenance.json": {"settings": settings or {}}}
+    listing = json.dumps([{"md5": store(json.dumps(file).encode()), "relpath": path} for path, file in files.items()]).encode()
     return {"path": path, "hash": "md5", "md5": store(listing, ".dir"), "size": 1}
 
 
@@ -62,7 +63,8 @@ def write_lock(scaling: Study, arm: Arm, seed: int) -> None:
     params = {"params.yaml": {"seed": seed, f"points.{arm.encoder}": {"width": int(size)}}}
     code = {"path": "artifacts/code/pretrain.json", "hash": "md5", "md5": "0", "size": 1}
     shared = {"cmd": "", "params": params, "deps": [code]}
-    stages = {name: shared | {"outs": [cache_out(f"artifacts/{name}", *content)]} for name, content in outs.items()}
+    made = {"settings": params["params.yaml"]}
+    stages = {name: shared | {"outs": [cache_out(f"artifacts/{name}", *content, **made)]} for name, content in outs.items()}
     path = scaling.lock(f"{arm.name}-{seed}")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"schema": "2.0", "stages": {"code": {"cmd": "code", "outs": [code]}, **stages}}))
@@ -279,9 +281,10 @@ def test_the_findings_of_every_study_begin_with_one_line() -> None:
     for folder in folders:
         lines = folder.joinpath("findings.md").read_text().splitlines()
         assert lines[0].startswith("# ") and lines[1] == lines[3] == "", folder
-        assert re.search(r"\d.*\. \[(table|fits|tasks): [^]]+\]$", lines[2]) and len(page.REFERENCES.sub("", lines[2])) <= 200, (
-            folder
-        )
+        cited = re.search(r"\d.*\. \[(table|fits|tasks|predicted): ([^]]+)\]$", lines[2])
+        assert cited and len(page.REFERENCES.sub("", lines[2])) <= 200, folder
+        rows = folder.joinpath(f"{cited[1]}.csv").read_text().splitlines()
+        assert {*cited[2].split("; ")} <= {row.partition(",")[0] for row in rows}, folder
     assert folders
 
 
@@ -451,10 +454,38 @@ def test_an_outcome_of_another_definition_is_noted(scaling: Study, wrong: Callab
     assert notes() == []
     path = study.DEFINITIONS / "scaling.yaml"
     path.write_text(path.read_text().replace("arms:\n", "arms:\n  giant: {encoder: mini}\n", 1))
-    assert notes() == [f"experiments/study now defines it otherwise; `{scaling.command}` makes it anew"]
+    assert notes() == [f"experiments/study now defines it otherwise, with arms giant; `{scaling.command}` makes it anew"]
     page.write_study(study.read_finished_study(scaling.folder), DVC_CACHE, {})
     path.unlink()
     assert notes() == ["experiments/study no longer has this study"] and wrong() == []
+
+
+def test_a_lock_of_another_run_s_results_of_two_versions_or_of_other_code_is_wrong(
+    scaling: Study, wrong: Callable[[], list[str]]
+) -> None:
+    lock, other = scaling.lock("nano-0"), scaling.lock("nano-1")
+    text, of_other = lock.read_text(), other.read_text()
+    assert wrong() == []
+    lock.write_text(of_other)
+    page.write_study(scaling, DVC_CACHE, {})
+    lock.write_text(of_other.replace('"seed": 1', '"seed": 0'))
+    page.write_study(scaling, DVC_CACHE, {})
+    messages = [message for message in wrong() if message.startswith(f"{lock}: ")]
+    assert messages == [f"{lock}: the result of {target.format('nano')} was made with seed = 1, not 0" for target in TARGETS]
+    stages = json.loads(text)["stages"]
+    stages[TARGETS[0].format("nano")]["deps"] = [stages["code"]["outs"][0] | {"md5": "1"}]
+    lock.write_text(json.dumps({"schema": "2.0", "stages": stages}))
+    page.write_study(scaling, DVC_CACHE, {})
+    assert f"{lock}: it contradicts itself about artifacts/code/pretrain.json: md5 0 and 1" in wrong()
+    assert f"{lock}: it is of other code than study.json names: pretrain" in wrong()
+
+
+def test_a_study_without_a_seed_of_its_definition_says_so(scaling: Study, wrong: Callable[[], list[str]]) -> None:
+    from scaling4d.audit import studies as audit
+
+    page.write_study(replace(scaling, seeds=(0, 1)), DVC_CACHE, {})
+    (note,) = (finding.message for finding in audit.findings() if finding.kind == "note")
+    assert note == f"it lacks seeds 2 of its definition; `{scaling.command}` makes them" and wrong() == []
 
 
 def test_an_outcome_names_the_study_that_it_was_made_of(scaling: Study) -> None:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from scaling4d import config
-from scaling4d.audit.run import SOURCE, UNCHECKED, WRONG
+from scaling4d.audit.run import NOTE, SOURCE, UNCHECKED, WRONG
 from scaling4d.provenance import LockedStage, commits_of, differences, file_at, git, md5_at, read_lock, write_yaml_files_at
 from scaling4d.records import UserError
 
 SETTINGS = (f":(glob){config.EXPERIMENTS}/**/*.yaml", "data.dvc", ":(exclude)experiments/study")
-STUDIES = ":(glob)reports/studies/*/study.json"  # the report reads that of the seeds
+REPORT_INPUTS = (":(glob)reports/studies/*/study.json", "reports/bench/costs.json", "reports/scaling.ipynb")
 Stages = Mapping[str, LockedStage]
 Overrides = Mapping[str, Sequence[Any]]
 Difference = tuple[str, str, str]  # kind of finding; setting, path or stage; message
@@ -42,16 +42,16 @@ def closest_commit(
 def _compare(
     commit: str, stages: Stages, overrides: tuple[str, ...], changes: dict[str, Any], declared: Overrides
 ) -> Iterator[Difference]:
-    where = f"in commit {commit[:7]}, which has its code,"
+    where, differs = f"in commit {commit[:7]}, which has its code,", UNCHECKED if is_shallow() else WRONG
     settings = {key: value for stage in stages.values() for key, value in stage.params.items()}
     try:
         composed = config.declared({**_compose(commit, overrides), **changes}, list(settings))
     except UserError as error:
-        yield WRONG, SOURCE, f"{where} its settings do not compose: {error}"
+        yield differs, SOURCE, f"{where} its settings do not compose: {error}"
         return
     for key, value, committed in differences(settings, composed):
-        if value not in declared.get(key, ()):
-            yield WRONG, key, f"it has {key} = {value!r}; {where} {committed!r}"
+        kind = NOTE if value in declared.get(key, ()) else differs
+        yield kind, key, f"it has {key} = {value!r}; {where} {committed!r}{', and its stages name it' * (kind == NOTE)}"
     for stage in stages.values():
         for key, value, other in differences(stage.params, {key: settings[key] for key in stage.params}):
             yield WRONG, stage.name, f"{stage.name} ran with {key} = {value!r}, other stages with {other!r}"
@@ -59,14 +59,16 @@ def _compare(
     inputs = {dep.path: dep.md5 for stage in stages.values() for dep in stage.deps}
     for path, md5 in inputs.items():
         if path not in outs and not path.startswith("artifacts/") and (committed := _imported_md5(commit, path)) != md5:
-            kind, now = (UNCHECKED, "it is absent") if committed is None else (WRONG, committed)
+            kind, now = (UNCHECKED, "it is absent") if committed is None else (differs, committed)
             yield kind, path, f"{path} has md5 {md5}; {where} {now}"
 
 
 @cache
 def _commits_with(md5: str | None) -> tuple[str, ...]:
     """Commits with this code, newest first: its first, and later ones that changed settings, data or studies."""
-    return tuple(commit for commit in commits_of(SOURCE, *SETTINGS, STUDIES) if md5 and _imported_md5(commit, SOURCE) == md5)
+    return tuple(
+        commit for commit in commits_of(SOURCE, *SETTINGS, *REPORT_INPUTS) if md5 and _imported_md5(commit, SOURCE) == md5
+    )
 
 
 @cache

@@ -15,7 +15,7 @@ from scaling4d.audit.run import NOTE, RESULT_KEY, UNCHECKED, WRONG, AuditFinding
 from scaling4d.checkpoint import weights_identity
 from scaling4d.pipeline import code_hashes
 from scaling4d.provenance import flatten, load_yaml, parse_csv
-from scaling4d.records import UserError, json_text, read_json_object, shortened
+from scaling4d.records import Result, UserError, json_text, read_json_object, shortened
 
 CSV, FACTS, RESULT = "results.csv", "evaluation.json", "result.json"
 AGAIN = "run the same `scaling4d evaluate` again"
@@ -37,6 +37,12 @@ def verify_evaluation(folder: Path) -> tuple[list[AuditFinding], int]:
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder} is damaged ({shortened(error)}); {AGAIN}") from error
     findings = []
+    for task in dict.fromkeys(key[1] for key in rows):
+        settings = {row["settings_sha256"] for key, some in rows.items() if key[1] == task for row in some.values()}
+        if len(settings) > 1:
+            findings.append(
+                AuditFinding(WRONG, task, f"its encoders were measured with {len(settings)} different settings; {AGAIN}")
+            )
     for key in dict.fromkeys([*expected, *rows]):
         try:
             findings += _verify_result(folder, key, rows.get(key, {}), facts)
@@ -57,6 +63,17 @@ def _verify_result(
     record, origin = read_json_object(home / RESULT), read_json_object(home / artifacts.PROVENANCE)
     for metric in sorted({record["metric"], *record["others"]} ^ rows.keys()):
         yield AuditFinding(WRONG, where, f"{metric} is in one of {folder / CSV} and {home / RESULT} alone; {AGAIN}")
+    Result(**record)  # checks itself
+    of_run = {
+        "task": key[1],
+        "protocol": key[2],
+        "seed": origin["settings"]["seed"],
+        "checkpoint_sha256": facts["weights"][key[0]],
+    }
+    for name in (name for name, value in of_run.items() if record[name] != value):
+        yield AuditFinding(
+            WRONG, where, f"{name} is {record[name]} in its {RESULT}, {of_run[name]} in {FACTS} or its folder; {AGAIN}"
+        )
     columns = origin_columns(home, origin)
     for row in rows.values():
         yield from _verify_row(where, row, recorded_row(record, row) | columns)

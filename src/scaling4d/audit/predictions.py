@@ -20,7 +20,11 @@ TOLERANCE = 1e-3  # relative, of a fit that is made again on another machine; ou
 
 
 def findings() -> Iterator[AuditFinding]:
-    """Findings about every file of experiments/prediction."""
+    """Findings about every file of experiments/prediction, also about those that are gone."""
+    words = ("--format=", "--name-only", "-z", "--relative", "--diff-filter=A")
+    added = (git("log", *words, "--", f"{PREDICTIONS}/") or b"").decode().replace("\n", "").split("\0")
+    for name in sorted({name for name in added if name and not Path(name).is_file()}):
+        yield AuditFinding(NOTE, name, f"the prediction of commit {commits_of(name)[-1][:7]} is gone")
     for path in sorted(PREDICTIONS.glob("*.json")):
         try:
             for kind, message in chain(_order(path), _numbers(path)):
@@ -48,23 +52,43 @@ def _order(path: Path) -> Iterator[tuple[str, str]]:
     if hashlib.sha256((file_at(first, source) or "").encode()).hexdigest() != prediction["source_sha256"]:
         message = f"commit {first[:7]} has no {source} of sha256 {prediction['source_sha256'][:12]}, from which it predicts"
         yield late, message
-    if measured and (first == measured[-1] or git("merge-base", "--is-ancestor", first, measured[-1]) is None):
+    measured_first = measured and (first == measured[-1] or git("merge-base", "--is-ancestor", first, measured[-1]) is None)
+    if measured_first:
         message = f"commit {first[:7]} predicts {results}, which commit {measured[-1][:7]} measures already"
         yield late, message
+    if (
+        not Path(results).is_file()
+        and (gone := commits_of(results))
+        and git("merge-base", "--is-ancestor", first, gone[0]) is not None
+    ):
+        yield (
+            NOTE,
+            f"{results}, which commit {gone[0][:7]} changed last, is gone; `scaling4d study {path.stem}` makes its outcome again",
+        )
     facts, arms = REPORTS / path.stem / FACTS, {row["arm"] for row in prediction["arms"]}
     runs = json.loads(facts.read_text())["runs"] if facts.is_file() else {}
     for run, known in runs.items():  # a run has the name of its settings, code and data
         name = known["experiment"] if run.rpartition("-")[0] in arms else ""
         if name and (commits := (git("log", "--format=%H", f"-S{name}", first, "--", f"{REPORTS}/") or b"").decode().split()):
             message = f"commit {first[:7]} predicts {run}, whose result commit {commits[-1][:7]} has already"
-            yield WRONG, message
+            yield late, message
     predicted = {(row["parameters"], row["clips_seen"]): row["arm"] for row in prediction["arms"]}
-    listed = (git("ls-tree", "-r", "--name-only", first, "--", f"{REPORTS}/") or b"").decode().splitlines()
-    for name in (name for name in listed if Path(name).name == RUNS and name != results):
-        for run in trained_runs(parse_csv(file_at(first, name) or "")):
+    former = (git("log", "--format=%H", f"{first}~", "--", f":(glob){REPORTS}/*/{RUNS}") or b"").decode().split()
+    every = ((commit, name) for commit in (first, *former) for name in _results_in(commit))
+    for commit, name in (pair for pair in every if not (measured_first and pair[1] == results)):
+        for run in trained_runs(parse_csv(file_at(commit, name) or "")):
             if arm := predicted.pop((run.parameters, run.clips_seen), None):
                 message = f"{arm} is predicted by commit {first[:7]}, in which {name} has a run of its size and clips already"
-                yield late, message
+                gone = (
+                    f"{name} of commit {commit[:7]} had a run of the size and clips of {arm}, which commit {first[:7]} predicts"
+                )
+                yield (late, message) if commit == first else (NOTE, gone)
+
+
+def _results_in(commit: str) -> list[str]:
+    """Names of the results of studies that a commit has."""
+    listed = (git("ls-tree", "-r", "--name-only", commit, "--", f"{REPORTS}/") or b"").decode().splitlines()
+    return [name for name in listed if Path(name).name == RUNS]
 
 
 def _numbers(path: Path) -> Iterator[tuple[str, str]]:

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 from typing import Any
 
 from scaling4d import config
-from scaling4d.audit.run import UNCHECKED, WRONG, AuditFinding, LockedRun, csv_rows, parse_json, recorded_row, shorten
+from scaling4d.audit.run import TABLES, UNCHECKED, WRONG, AuditFinding, LockedRun, csv_rows, parse_json, recorded_row, shorten
 from scaling4d.provenance import MISSING, differences, flatten, format_number, load_yaml
 from scaling4d.records import Result
 
@@ -91,9 +91,21 @@ def verify_numbers(run: LockedRun) -> Iterator[AuditFinding]:
 def _tables(run: LockedRun) -> Iterator[AuditFinding]:
     """Every Result checks itself and has a row, and every row of a table has the values of its JSON file."""
     table, rows = f"{run.folder}/results.csv", list(run.table_rows())
-    known = {key for key, *_ in rows}
-    for key in (key for key in _results_here(run) if key not in known and run.disk.text(table) is not None):
-        yield AuditFinding(WRONG, table, f"it has no row of {key}, though {run.records[key]} is here")
+    known: dict[str, set[str]] = {}
+    for key, *_, row in rows:
+        known.setdefault(key, set()).add(row.get("metric", ""))
+    for key in _results_here(run) if run.disk.text(table) is not None else ():
+        record = run.json_object(run.records[key])
+        metrics = {record["metric"], *record.get("others", ())} if "metric" in record else set()
+        if key not in known:
+            yield AuditFinding(WRONG, table, f"it has no row of {key}, though {run.records[key]} is here")
+        elif metrics - known[key]:
+            yield AuditFinding(WRONG, table, f"it has no {shorten(sorted(metrics - known[key]))} of {key}")
+    for key, path in _trained_here(run):
+        if key not in known and run.disk.text(f"{run.folder}/{key.partition('/')[2]}.csv") is not None:
+            yield AuditFinding(
+                WRONG, f"{run.folder}/{key.partition('/')[2]}.csv", f"it has no row of {key}, though {path} is here"
+            )
     for key, path in run.records.items():
         if key.count("/") == 2 and (content := run.json(path)) is not None:
             try:
@@ -118,6 +130,14 @@ def _results_here(run: LockedRun) -> Iterator[str]:
         own = run.settings is not None or not isinstance(stages, dict) or f"readout/{key}" in stages
         if key.count("/") == 2 and own and run.disk.text(path) is not None:
             yield key
+
+
+def _trained_here(run: LockedRun) -> Iterator[tuple[str, str]]:
+    """(key, JSON file) of the checkout's trainings and reconstructions that are here."""
+    for folder in run.makers if run.settings is not None else ():
+        kind, _, point = folder.removeprefix(f"{run.home}/").partition("/")
+        if kind in ("pretrain", "reconstruct") and run.disk.text(path := f"{folder}/{TABLES[kind]}") is not None:
+            yield f"{point}/{kind}", path
 
 
 def _metrics(run: LockedRun) -> Iterator[AuditFinding]:
@@ -165,7 +185,7 @@ def _page(run: LockedRun, path: str) -> Iterator[AuditFinding]:
             yield AuditFinding(WRONG, page, f"{number.id} shows {texts[number.id]}, {path} has {number.text}")
     if run.disk.text(derived) is not None and derived not in run.locked_files:
         yield AuditFinding(WRONG, derived, f"{run.lock} has no hash of it: it has to be an out of stage report")
-    absent, known = {}, {*run.locked_files, run.folder, config.PARAMS.as_posix()} - {run.home}
+    absent, known = {}, {*run.locked_files, f"{run.folder}/runs.json", config.PARAMS.as_posix()} - {run.home}
     for label, source, key, value in references:
         if not any(f"{source}/".startswith(f"{other}/") for other in known):
             yield AuditFinding(WRONG, path, f"{label}: no stage of {run.lock} wrote or read {source}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from scaling4d import artifacts
 from scaling4d.audit.commit import closest_commit, is_shallow
 from scaling4d.audit.run import NOTE, UNCHECKED, WRONG, AuditFinding, dvc_cache
-from scaling4d.provenance import LOCK, commits_of, file_at, load_yaml, parse_csv, read_lock, to_csv
+from scaling4d.provenance import LOCK, commits_of, differences, file_at, load_yaml, parse_csv, read_lock, to_csv
 from scaling4d.records import UserError, is_of_finder
 from scaling4d.studies import study as studies
 
@@ -110,6 +110,28 @@ def _questions(name: str) -> Iterator[str]:
             yield load_yaml(text)["question"].strip()
 
 
+def _contradictions(stages: studies.Stages, code: Mapping[str, str]) -> Iterator[str]:
+    """A lock has one version of each file, and the code of study.json. code: of study.json."""
+    versions: dict[str, set[str]] = {}
+    for file in (file for stage in stages.values() for file in (*stage.outs, *stage.deps)):
+        versions.setdefault(file.path, set()).add(file.md5)
+    for path in (path for path, md5s in versions.items() if len(md5s) > 1):
+        yield f"it contradicts itself about {path}: md5 {' and '.join(sorted(versions[path]))}"
+    read = {(dep.path, dep.md5) for stage in stages.values() for dep in stage.deps if dep.path in code}
+    if packages := {Path(path).stem for path, md5 in read if md5 != code[path]} - {*studies.UNMEASURED}:
+        yield f"it is of other code than {studies.FACTS} names: {', '.join(sorted(packages))}"
+
+
+def _other_origins(arm: studies.Arm, stages: studies.Stages) -> Iterator[str]:
+    """The results in DVC's cache were made with the settings that the lock has for their stages."""
+    for target in arm.targets:
+        stage = stages[target]
+        origin = studies.cached_json(stage.outs[0], artifacts.PROVENANCE, dvc_cache())
+        settings = {key: value for key, value in origin["settings"].items() if key in stage.params} if origin else stage.params
+        for key, value, locked in differences(settings, stage.params):
+            yield f"the result of {target} was made with {key} = {value!r}, not {locked!r}"
+
+
 def _verify_study(path: Path) -> Iterator[AuditFinding]:
     """path: of study.json."""
     folder, facts = path.parent, json.loads(path.read_text())
@@ -120,15 +142,22 @@ def _verify_study(path: Path) -> Iterator[AuditFinding]:
         if listed != now:
             yield AuditFinding(WRONG, f"{folder}/{name}", f"sha256 {listed} in {path}, {now} on disk: {again}")
     study = studies.read_finished_study(folder)
+    defined = studies.read_study(folder.name) if folder.name in studies.study_names() else study
+    if absent := [str(seed) for seed in defined.seeds if seed not in study.seeds]:
+        yield AuditFinding(
+            NOTE, str(path), f"it lacks seeds {', '.join(absent)} of its definition; `{defined.command}` makes them"
+        )
     if folder.name not in studies.study_names():
         yield AuditFinding(NOTE, str(path), f"{studies.DEFINITIONS} no longer has this study")
-    elif (defined := replace(studies.read_study(folder.name), seeds=study.seeds)) != study:
+    elif (defined := replace(defined, seeds=study.seeds)) != study:
         if defined.question != study.question and defined.arms == study.arms and study.question not in _questions(folder.name):
             message = f"its 'question' is not that of {studies.DEFINITIONS}, nor of a commit of it: "
             message += f"take it from git again, or run `{study.command}`"
             yield AuditFinding(UNCHECKED if is_shallow() else WRONG, str(path), message)
         else:
-            message = f"{studies.DEFINITIONS} now defines it otherwise; `{study.command}` makes it anew"
+            lacking = [arm.name for arm in defined.arms if arm.name not in {arm.name for arm in study.arms}]
+            otherwise = f"otherwise, with arms {', '.join(lacking)}" if lacking else "otherwise"
+            message = f"{studies.DEFINITIONS} now defines it {otherwise}; `{study.command}` makes it anew"
             yield AuditFinding(NOTE, str(path), message)
     outs = read_lock(LOCK)["code"].outs if LOCK.is_file() else None
     code = {out.path: out.md5 for out in outs or () if out.path in facts["code"]}
@@ -140,6 +169,8 @@ def _verify_study(path: Path) -> Iterator[AuditFinding]:
         yield from (AuditFinding(WRONG, str(file), f"absent, though {path} needs it: run `{study.command}`") for file in absent)
         return
     locks = {run: read_lock(study.lock(run)) for run in study.runs}
+    for run, stages in locks.items():
+        yield from (AuditFinding(WRONG, str(study.lock(run)), message) for message in _contradictions(stages, facts["code"]))
     expected = json.loads(json.dumps(studies.study_facts(study, locks, facts["runs"])))
     for key in sorted(expected.keys() | facts.keys() - {"files"}):
         if facts.get(key) != expected.get(key):
@@ -154,6 +185,8 @@ def _verify_study(path: Path) -> Iterator[AuditFinding]:
         listed = [row for row in rows if (row["arm"], row["seed"]) == (arm.name, str(seed))]
         if numbers is not None and parse_csv(to_csv(studies.RUN_COLUMNS, numbers)) != listed:
             yield AuditFinding(WRONG, where, f"the rows of {arm.name}, seed {seed}, are not those of {study.lock(run)}")
+        if numbers is not None:
+            yield from (AuditFinding(WRONG, str(study.lock(run)), message) for message in _other_origins(arm, locks[run]))
         overrides = (f"profile={arm.profile}", *arm.overrides)
         for kind, _, message in closest_commit(locks[run], overrides, {"seed": seed}, {})[1]:
             unknown += kind == UNCHECKED

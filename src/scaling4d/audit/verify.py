@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -32,6 +33,11 @@ from scaling4d.records import UserError
 from scaling4d.studies.study import json_md5
 
 PINS = Path("requirements.lock")
+COMMIT_SCRIPT = re.compile(  # of commit.js, which no lock has and report.html runs
+    r"""for \(const row of document\.querySelectorAll\("#summary tr"\)\)
+  if \(row\.cells\[0\]\.textContent === "commit"\) row\.cells\[1\]\.textContent = "(?:[^"\\\n]|\\.)*";
+"""
+)
 INPUTS = (SOURCE, "params.yaml", "dvc.yaml", "data.dvc", "dvc.lock")  # of the checkout's run; an edit of one is a finding
 
 
@@ -89,6 +95,9 @@ def _verify_run(run: LockedRun) -> Iterator[AuditFinding]:
     yield from _artifacts(run)
     yield from _weights(run, changed)
     yield from verify_numbers(run)
+    script = Path(run.folder, "commit.js")
+    if script.is_file() and not COMMIT_SCRIPT.fullmatch(script.read_text(errors="replace")):
+        yield AuditFinding(WRONG, str(script), "report.html runs it, and it does more than name a commit: run stage report again")
     absent = [path for path in paths if not run.disk.paths(path) and not path.startswith(f"{CODE}/")]
     if absent:
         command = f"scaling4d compose profile={Path(run.home).name} && dvc repro" if kept else "dvc repro"

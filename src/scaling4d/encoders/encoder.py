@@ -115,7 +115,9 @@ class Encoder(nn.Module):
         clip = None if clip is None else check_clip(clip)
         path, name, hub_id = Path(source), Path(source).resolve().name, str(source)
         if not path.exists():
-            if revision is None and "@" in hub_id:
+            if revision is not None and "@" in hub_id:
+                raise UserError(f"{source} names a revision, and revision = {revision!r} another; needed one of them")
+            if "@" in hub_id:
                 hub_id, _, revision = hub_id.partition("@")
             if not re.fullmatch(HUB_ID, hub_id):
                 raise UserError(f"no folder or file {source}; needed one, or owner/name of a model on the Hugging Face hub")
@@ -199,6 +201,14 @@ class Encoder(nn.Module):
     def _is_transformers(self) -> bool:
         return isinstance(self.model, PretrainedEncoder)
 
+    def _apply(self, *arguments: Any, **options: Any) -> Encoder:
+        """A cast of the weights leaves mean and deviation of transformers' models in float32."""
+        pixels = {name: getattr(self.model, name) for name in ("mean", "std")} if self._is_transformers else {}
+        super()._apply(*arguments, **options)
+        for name, values in pixels.items():
+            setattr(self.model, name, values.to(getattr(self.model, name).device))
+        return self
+
     def read_video(self, path: str | Path, *, start_s: float = 0.0) -> np.ndarray:
         """The frames of one clip of a video file, at the encoder's rate: uint8 `T H W 3`, for `preprocess`.
 
@@ -207,7 +217,11 @@ class Encoder(nn.Module):
         if self.rate_hz is None:
             needed = "needed encoder.rate_hz, the frames per second that you choose"
             raise UserError(f"the checkpoint {self.checkpoint.name} does not tell its clips' rate; {needed}")
-        return read_video(path, start_s=start_s, rate_hz=self.rate_hz, frames=self.clip[0])
+        try:
+            return read_video(path, start_s=start_s, rate_hz=self.rate_hz, frames=self.clip[0])
+        except UserError as error:
+            fixes = "lower start_s, or call encoder.resize to take clips of fewer frames"
+            raise UserError(str(error).replace("lower start_s or frames", fixes)) from error
 
     def preprocess(
         self, video: np.ndarray | Tensor | Sequence[np.ndarray | Tensor], *, rate_hz: float | None = None, fit: str = "crop"
@@ -359,7 +373,9 @@ class Encoder(nn.Module):
         if self._is_transformers and (side := self.model.side_px) != settings["side_px"]:
             key = self.model.family.side_key  # of the values, where these have the side, too
             settings |= {"side_px": side, "values": settings["values"] | ({key: side} if key else {})}
-        return replace(self.checkpoint, model=type(self.model).__name__, settings=settings, rate_hz=self.rate_hz)
+        parameters = sum(weight.numel() for weight in self.model.parameters())
+        changes = {"settings": settings, "parameters": parameters, "rate_hz": self.rate_hz}
+        return replace(self.checkpoint, model=type(self.model).__name__, **changes)
 
 
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, tuple[int, ...], int]]:

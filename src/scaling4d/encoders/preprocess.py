@@ -99,10 +99,10 @@ def pick_frames(pixels: Tensor, frames: int, *, rate_hz: float | None, encoder_r
     T = pixels.shape[1]
     if rate_hz is None:
         if frames != T:
-            picked = (
-                f"give rate_hz, the video's rate, to have {frames} picked at {encoder_rate_hz:g} Hz" if encoder_rate_hz else ""
-            )
-            fix = f"{picked or f'pick {frames}'}, or call encoder.resize to take clips of {T}"
+            fix = f"pick {frames}" if frames < T else "give a longer video"
+            if encoder_rate_hz and frames < T:
+                fix = f"give rate_hz, the video's rate, to have {frames} picked at {encoder_rate_hz:g} Hz"
+            fix = f"{fix}, or call encoder.resize to take clips of {T}"
             raise UserError(f"video has {T} frames; needed {frames}, those of a clip; {fix}")
         return pixels
     check_rate(rate_hz)

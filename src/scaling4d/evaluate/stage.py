@@ -42,8 +42,9 @@ def check_tasks(tasks: list[str], protocol: str) -> None:
             raise UserError(f"unknown task {task!r}; needed some of {', '.join(TASKS)}{did_you_mean(task, TASKS)}")
         if not tasks_of(protocol, [task]):
             known = ", ".join(tasks_of(protocol, TASKS))
+            others = " or ".join(other for other in PROTOCOLS if tasks_of(other, [task]))
             problem = f"{task} has no protocol {protocol}; tasks that have it: {known}"
-            raise UserError(f"{problem}; needed those, or --protocol {Frozen.name}")
+            raise UserError(f"{problem}; needed those, or --protocol {others}")
 
 
 def tasks_of(protocol: str, tasks: Iterable[str]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from scaling4d import artifacts, config, provenance
 from scaling4d.audit.evaluations import CSV, FACTS, origin_columns
+from scaling4d.checkpoint import weights_identity
 from scaling4d.evaluate import models, stage
 from scaling4d.readout.tasks import TASKS
 from scaling4d.records import Result, UserError, json_text, read_json_object
@@ -74,6 +75,8 @@ def evaluate(
     clip = (settings["clip"]["frames"], settings["clip"]["side_px"], settings["clip"]["side_px"])
     for model in names:
         models.write_encoder(model, clip, out)
+    weights = {name: artifacts.sha256(weights_identity(out / "pretrain" / name)) for name in names.values()}
+    provenance.write_text(out / FACTS, json_text(facts | {"weights": weights}))
     results = []
     for name in names.values():
         for task in chosen:

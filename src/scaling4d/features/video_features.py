@@ -65,8 +65,9 @@ def run(
 ) -> StoredVideos:
     """Command `features`. device: empty: the GPU, if there is one. pca: see features.pca. options: of bind_features."""
     videos = videos_at(paths, out)
-    if pca is not None and not (options["tokens"] and len(videos) == 1 and pca.suffix == ".mp4"):
-        raise UserError(f"--pca {pca} with {len(videos)} videos; needed an .mp4 to write, --tokens, and one video")
+    needs = {"an .mp4 to write": pca and pca.suffix == ".mp4", "--tokens": options["tokens"], "one video": len(videos) == 1}
+    if pca is not None and (lacking := [need for need, met in needs.items() if not met]):
+        raise UserError(f"--pca {pca} with {len(videos)} videos; needed {' and '.join(lacking)}")
     if pca is not None and pca.exists():
         raise UserError(f"{pca} exists; choose another name or remove it")
     try:
@@ -105,11 +106,11 @@ def bind_features(
     rate_hz = encoder.rate_hz if rate_hz is None else rate_hz
     if rate_hz is None:
         raise UserError(NO_RATE)
+    for option, value in (("--rate-hz", rate_hz), ("--stride", stride_s)):
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"{option} = {value}; needed a finite number, more than 0")
     set_clip(encoder.model, frames=frames or 0, side_px=side_px or 0)
     stride_s = encoder.clip[0] / rate_hz if stride_s is None else stride_s
-    for option, value in (("--rate-hz", rate_hz), ("--stride", stride_s)):
-        if not 0 < value < float("inf"):
-            raise UserError(f"{option} = {value}; needed a finite number, more than 0")
     if dtype not in DTYPES:
         raise UserError(f"--dtype = {dtype}; needed {', '.join(DTYPES)}")
     layers = tuple(sorted(set(layers))) or (encoder.depth,)

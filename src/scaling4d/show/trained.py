@@ -43,6 +43,8 @@ def load_trained_readout(folder: Path) -> TrainedReadout:
         UserError: no readout, one of another version, a fine-tuned one (its encoder is not kept), or an encoder that is
             gone or has other weights.
     """
+    if not (folder / "result.json").is_file():
+        raise UserError(f"{folder} is not the folder of a readout: no result.json; needed one such as readout/mini/depth/frozen")
     try:
         result = checkpoint.read_description(folder / "result.json", Result, "a result")
         settings = read_json_object(folder / PROVENANCE)["settings"]

@@ -31,7 +31,7 @@ NUMBER_WORDS = {
     "data_exponent": "exponent of data beta",
 }
 LAW_COLUMNS = ("number", "value", "low", "high", "low_of_runs", "high_of_runs", "identified")
-OPTIMUM_COLUMNS = ("flops", "parameters", "parameters_low", "parameters_high", "loss")
+OPTIMUM_COLUMNS = ("flops", "parameters", "parameters_low", "parameters_high", "loss", "bracketed")
 PREDICTION_COLUMNS = (
     *("arm", "parameters", "clips_seen", "predicted", "low", "high", "measured", "inside"),
     *("miss_percent", "by_a_line_percent", "unchanged_percent"),
@@ -39,6 +39,7 @@ PREDICTION_COLUMNS = (
 LEFT_OUT_COLUMNS = ("left_out", "runs", "floor", "size_exponent", "data_exponent", "best_size")
 SHORTEST = 0.1  # of the runs, those with the fewest clips, which a row of the sensitivity leaves out; ours
 BUDGETS = 24  # of a drawn frontier
+STEPS = "pretrain.Training.steps"
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,8 @@ def fit_runs(runs: Sequence[TrainedRun]) -> LossLaw | None:
 def law_rows(law: LossLaw) -> Iterator[dict[str, Any]]:
     """Rows of law.csv: each number with its two 90 % intervals; of floor and exponents, whether they are identified."""
     for name in NAMES:
-        told = None if name.endswith("scale") else law.identified(name)
-        yield dict(zip(LAW_COLUMNS, (NUMBER_WORDS[name], *law.interval(name), *law.interval_of_runs(name), told), strict=True))
+        fixed = None if name.endswith("scale") else law.identified(name)
+        yield dict(zip(LAW_COLUMNS, (NUMBER_WORDS[name], *law.interval(name), *law.interval_of_runs(name), fixed), strict=True))
 
 
 def left_out_rows(law: LossLaw) -> Iterator[dict[str, Any]]:
@@ -148,12 +149,18 @@ def left_out_rows(law: LossLaw) -> Iterator[dict[str, Any]]:
 
 
 def optimum_rows(law: LossLaw) -> Iterator[dict[str, Any]]:
-    """Rows of optimum.csv: for each budget of the fitted runs the best size, its 90 % interval, and its loss."""
-    budgets = np.array(sorted({_rounded(flops) for flops in law.flops}))
+    """Rows of optimum.csv: for each budget of the fitted runs the best size, its 90 % interval, and its loss.
+
+    bracketed: of the budget's runs, a smaller and a larger encoder have a higher loss than the best one.
+    """
+    of_runs = np.array([_rounded(flops) for flops in law.flops])
+    budgets = np.unique(of_runs)
     sizes, losses = law.optimum(budgets)
     low, high = law.optimum_interval(budgets)
     for flops, *in_parameters, loss in zip(budgets, sizes, low, high, losses, strict=True):
-        yield dict(zip(OPTIMUM_COLUMNS, (float(flops), *map(round, in_parameters), float(loss)), strict=True))
+        measured = law.parameters[of_runs == flops]
+        bracketed = measured.min() < measured[law.losses[of_runs == flops].argmin()] < measured.max()
+        yield dict(zip(OPTIMUM_COLUMNS, (float(flops), *map(round, in_parameters), float(loss), bool(bracketed)), strict=True))
 
 
 def law_text(law: LossLaw, *, parameters: float | None, clips: float | None, flops: float | None) -> str:
@@ -193,7 +200,8 @@ def write_prediction(study: Study, source: Path) -> Path:
     Arms are left out whose size some study has measured with as many clips, and those to which the law does not apply:
     baselines, encoders of another method, and trainings that do not begin with random weights.
     Raises:
-        UserError: as `law_of`, the study already has results or a committed prediction, or nothing is left to predict.
+        UserError: as `law_of`, the study already has results or a committed prediction, an arm changes more than
+            its steps, or nothing is left to predict.
     """
     path = PREDICTIONS / f"{study.name}.json"
     if (study.folder / RUNS).is_file():
@@ -205,6 +213,9 @@ def write_prediction(study: Study, source: Path) -> Path:
     measured = {(run.parameters, run.clips_seen) for runs in REPORTS.glob(f"*/{RUNS}") for run in read_trained_runs(runs.parent)}
     law, rows = law_of(source), []
     for arm in study.arms:
+        if others := [change for change in arm.overrides if not change.startswith(f"{STEPS}=")]:
+            message = f"arm {arm.name} changes {', '.join(others)}"
+            raise UserError(f"{message}; a law of size and clips predicts arms that change {STEPS} at most")
         settings = config.compose(arm.settings(study.seeds[0]))
         is_simple_mae = "SimpleMAE" in settings["points"].get(arm.encoder, {}).get("model", {})
         if is_simple_mae and (sizes := _sizes(arm.encoder, settings)) not in measured:
@@ -234,8 +245,9 @@ def read_prediction(name: str) -> dict[str, Any] | None:
 def outcome_rows(prediction: Mapping[str, Any], runs: Sequence[TrainedRun]) -> Iterator[dict[str, Any]]:
     """Rows of predicted.csv: every predicted arm; of those that ran the mean of their losses, and misses in percent.
 
-    by_a_line_percent, unchanged_percent: the miss of a straight line, in logarithms, through the two longest earlier
-    runs of the size, and of the longest one's loss; losses of several seeds are averaged.
+    inside: `2 of 3`, seeds whose loss lies in the interval, which is one run's. by_a_line_percent, unchanged_percent:
+    the miss of a straight line, in logarithms, through the two longest shorter runs of the size among those that
+    predict, and of the longest one's loss; losses of several seeds are averaged.
     Raises UserError: an arm ran with another size or number of clips than it was predicted for.
     """
     losses: dict[int, dict[int, list[float]]] = {}  # parameters -> clips -> of the predicting runs
@@ -249,10 +261,11 @@ def outcome_rows(prediction: Mapping[str, Any], runs: Sequence[TrainedRun]) -> I
         if not measured:
             yield row
             continue
-        mean = fmean(run.loss for run in measured)
-        row |= {"measured": mean, "inside": row["low"] <= mean <= row["high"]}
+        mean, inside = fmean(run.loss for run in measured), sum(row["low"] <= run.loss <= row["high"] for run in measured)
+        row |= {"measured": mean, "inside": f"{inside} of {len(measured)}"}
         row["miss_percent"] = 100 * (mean / row["predicted"] - 1)
-        if len(same := [*losses.get(row["parameters"], {}).items()][-2:]) == 2:
+        shorter = [(clips, some) for clips, some in losses.get(row["parameters"], {}).items() if clips < row["clips_seen"]]
+        if len(same := shorter[-2:]) == 2:
             (x, y), at = np.log([[clips for clips, _ in same], [fmean(each) for _, each in same]]), math.log(row["clips_seen"])
             line = math.exp(y[1] + (y[1] - y[0]) / (x[1] - x[0]) * (at - x[1]))
             row |= {"by_a_line_percent": 100 * (mean / line - 1), "unchanged_percent": 100 * (mean / math.exp(y[1]) - 1)}

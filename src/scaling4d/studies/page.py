@@ -45,6 +45,7 @@ TASK_COLUMNS = (
 AXES = {"parameters": "encoder parameters", "flops": "training FLOPs", "clips_seen": "clips seen"}
 Row = Mapping[str, Any]
 PREDICTORS_EXPLAINED = (
+    "better with size: the last arm beside the first. reconstruct: pixels, of which pretraining's loss is made itself. "
     "spearman of loss: rank correlation of validation loss and task error over the arms, of the means and of single seeds. error "
     "by size, error by loss: root mean square over the arms of the error of a straight line through the other arms, over the "
     "logarithm of the ladder's size or over the loss. A predictor is better where its error is lower for the means and for every "
@@ -57,9 +58,13 @@ LAW_EXPLAINED = (
     "losses were predicted, the law is that of the predicting study."
 )
 PREDICTED_EXPLAINED = (
-    "low, high: 90 % interval of one run. measured: the mean over the seeds, empty where an arm did not run. miss: measured over "
-    "predicted. by a line, unchanged: the same for a straight line through the two longest earlier runs of the size, in "
-    "logarithms, and for the loss of the longest."
+    "low, high: 90 % interval of one run. measured: the mean over the seeds, empty where an arm did not run. inside: seeds "
+    "whose loss lies in the interval. miss: measured over predicted. by a line, unchanged: the same for a straight line "
+    "through the two longest shorter runs of the size, in logarithms, and for the loss of the longest."
+)
+OPTIMUM_EXPLAINED = (
+    "bracketed: of the budget's runs, a smaller and a larger encoder have a higher loss than the best one. Elsewhere the best "
+    "size is the law's alone."
 )
 LEFT_OUT_EXPLAINED = "Fits without some of the runs. best size: parameters, of the largest fitted budget."
 SIGNAL_EXPLAINED = (
@@ -88,6 +93,7 @@ CSV_TABLES = {  # file -> heading of its table on the page
 }
 CSV_EXPLAINED = {SIGNAL: SIGNAL_EXPLAINED, TASKS: PREDICTORS_EXPLAINED, LAW: LAW_EXPLAINED, PREDICTED: PREDICTED_EXPLAINED}
 CSV_EXPLAINED |= dict.fromkeys((LEFT_OUT, LEFT_OUT_AFTER), LEFT_OUT_EXPLAINED)
+CSV_EXPLAINED |= dict.fromkeys((OPTIMUM, OPTIMUM_AFTER), OPTIMUM_EXPLAINED)
 LAW_CAPTION = (
     "Left: validation loss over the encoder's size; a colour is a budget of training FLOPs, its curve the fitted law. Right: the "
     "size with the lowest loss for every budget, with its 90 % interval; dotted: beyond the fitted budgets. There is no "
@@ -420,6 +426,6 @@ def index_page() -> str:
             parts.append(f"<p><b>{html.escape(REFERENCES.sub('', texts[0]))}</b></p>")
         seeds = ", ".join(map(str, facts["seeds"]))
         parts.append(f"<p><small>Seeds {seeds}; {len(facts['runs'])} runs; code: {code_text(facts['code'])}</small></p>")
-    hours = f"{len(seconds)} experiments, {sum(seconds.values()) / 3600:.2f} CPU hours, without those that were run elsewhere."
+    hours = f"{len(seconds)} experiments, {sum(seconds.values()) / 3600:.2f} CPU hours, without those run elsewhere or in parts."
     parts.append(f"<p>Each is one command: <code>scaling4d study NAME</code>. {hours}</p>")
     return html_page("studies", "\n".join(parts))

@@ -150,7 +150,7 @@ def save_locks(study: Study, runs: Sequence[StudyRun]) -> dict[str, dict[str, An
         facts[key] = {"experiment": run.name}
         if run.name in refs:
             locks[key], times = file_at(refs[run.name], str(LOCK)), TIMES / f"{run.name}.json"
-            if times.is_file():  # of the whole `dvc exp run`; none if it ran elsewhere
+            if times.is_file():  # of the whole `dvc exp run`; none if it ran elsewhere, or in parts
                 facts[key] |= json.loads(times.read_text())
         else:
             path, _ = recorded_run(run.name)
@@ -267,12 +267,14 @@ class ProjectClone:
     def run(self, run: StudyRun, processes: set[subprocess.Popen], stop: threading.Event) -> dict[str, float] | str:
         """Run an experiment and fetch it. Returns its seconds and CPU seconds, or why it failed.
 
+        The times of an experiment that goes on after a stop are of its last part alone; the study does not keep them.
         Who sets `stop` also ends `processes`. After that, this waits up to a minute for stages that save their state,
         because the next run is refused while they do.
         """
         env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
         log = CLONES / f"{run.name}.{self.number}.log"
+        goes_on = log.is_file()
         ref = f"{EXPERIMENT_REFS}{self.commit[:2]}/{self.commit[2:]}/{run.name}"
         self._git("update-ref", "-d", ref)  # of a run that was not fetched
         started, command = time.monotonic(), [sys.executable, "-m", *run.command]
@@ -296,8 +298,12 @@ class ProjectClone:
             git_or_error("fetch", "-q", str(self.folder), f"+{ref}:{ref}")
         log.unlink()
         times = {"seconds": round(time.monotonic() - started, 1), "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1)}
-        TIMES.mkdir(parents=True, exist_ok=True)
-        write_json(TIMES / f"{run.name}.json", times)
+        kept = TIMES / f"{run.name}.json"
+        if goes_on:
+            kept.unlink(missing_ok=True)  # of the experiment before it was removed
+        else:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_json(kept, times)
         return times
 
     def _reset(self) -> None:

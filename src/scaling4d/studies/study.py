@@ -230,7 +230,7 @@ def run_numbers(arm: Arm, seed: int, stages: Stages, cache: Path, experiment: st
     measured = [target for target in arm.targets if target.split("@")[0] in (*READOUTS, "reconstruct")]
     run, rows = {"arm": arm.name, "seed": seed, "encoder": arm.encoder, "experiment": experiment}, []
     for name in (*trained, *measured):
-        content = _cached_json(stages[name].outs[0], "summary.json" if name in trained else "result.json", cache)
+        content = cached_json(stages[name].outs[0], "summary.json" if name in trained else "result.json", cache)
         if content is None:
             return None
         if name in trained:
@@ -260,7 +260,7 @@ def loss_task(method: str) -> str:
     return "pretrain" if method == "SimpleMAE" else f"pretrain_{method}"
 
 
-def _cached_json(out: LockedFile, name: str, cache: Path) -> Any:
+def cached_json(out: LockedFile, name: str, cache: Path) -> Any:
     """A JSON file in a stage's out, from DVC's cache; None: not in the cache."""
     listing = cached_listing(out.md5, cache)
     if listing is None:

@@ -59,7 +59,8 @@ def plan(
             raise UserError(f"{option} {speed}; needed more than 0")
     settings = settings_of(point, profile)
     training, runtime = (config.section(settings, f"pretrain.{kind}") for kind in ("Training", "Runtime"))
-    sharding = config.section(settings, f"{find_point(point, settings)[0]}.Sharding")
+    key = find_point(point, settings)[0]
+    sharding = config.section(settings, f"{key}.Sharding")
     shards, replicas = map(int, match.groups()) if match else (sharding["shards"], training["ranks"] // sharding["shards"])
     model, steps, batch, microbatches = (
         build(point, settings),
@@ -88,7 +89,7 @@ def plan(
     weights, bytes_per_s = STORED * parameters["total"], write_gb_per_s * 1e9  # a state holds two moments as well
     storage = {"checkpoint_bytes": weights, "training_state_bytes": 3 * weights, "write_bytes_per_s": bytes_per_s}
     storage |= {f"{name}_s": storage[f"{name}_bytes"] / bytes_per_s for name in ("checkpoint", "training_state")}
-    storage["hang_s"] = runtime["hang_s"]
+    storage |= {"hang_s": runtime["hang_s"], "wait_s": config.section(settings, f"{key}.Launch")["wait_s"]}
     content = {
         "point": point,
         "profile": settings["profile"],

@@ -32,6 +32,8 @@ def show(content: dict[str, Any]) -> None:
         text = f"{size}, {storage[f'{name}_s']:,.3g} s to write at {speed}"
         if (hang_s := storage["hang_s"]) < storage[f"{name}_s"]:
             text += f"; a run that makes no step for so long is ended: raise pretrain.Runtime.hang_s = {hang_s:g}"
+        if (wait_s := storage["wait_s"]) < storage[f"{name}_s"]:
+            text += f"; a job that stops is killed before: raise Launch.wait_s = {wait_s:g} of the point"
         facts.add_row(name.replace("_", " "), text)
     console.print(facts)
     title = f"one of {mesh['gpus']} GPUs ({gpu['name']}), {_name(mesh)}, {mesh['clips_per_gpu']} clips each: GiB at the peak"
