@@ -12,7 +12,7 @@ from pathlib import Path
 
 from scaling4d import artifacts
 from scaling4d.audit.commit import closest_commit, is_shallow
-from scaling4d.audit.run import NOTE, UNCHECKED, WRONG, AuditFinding, dvc_cache
+from scaling4d.audit.run import NOTE, UNCHECKED, WRONG, AuditFinding, dvc_cache, without_leftovers
 from scaling4d.provenance import LOCK, commits_of, differences, file_at, load_yaml, parse_csv, read_lock, to_csv
 from scaling4d.records import UserError, is_of_finder
 from scaling4d.studies import study as studies
@@ -110,6 +110,14 @@ def _questions(name: str) -> Iterator[str]:
             yield load_yaml(text)["question"].strip()
 
 
+def _of_pipeline(stages: studies.Stages) -> studies.Stages:
+    """Those that dvc.yaml has, by their names; all where there is none."""
+    path = Path("dvc.yaml")
+    defined = load_yaml(path.read_text())["stages"] if path.is_file() else {}
+    several = {name: not {"matrix", "foreach"}.isdisjoint(stage) for name, stage in defined.items()}
+    return {name: s for name, s in stages.items() if not defined or several.get(name.partition("@")[0]) == ("@" in name)}
+
+
 def _contradictions(stages: studies.Stages, code: Mapping[str, str]) -> Iterator[str]:
     """A lock has one version of each file, and the code of study.json. code: of study.json."""
     versions: dict[str, set[str]] = {}
@@ -170,7 +178,8 @@ def _verify_study(path: Path) -> Iterator[AuditFinding]:
         return
     locks = {run: read_lock(study.lock(run)) for run in study.runs}
     for run, stages in locks.items():
-        yield from (AuditFinding(WRONG, str(study.lock(run)), message) for message in _contradictions(stages, facts["code"]))
+        own = without_leftovers(stages, _of_pipeline(stages))
+        yield from (AuditFinding(WRONG, str(study.lock(run)), message) for message in _contradictions(own, facts["code"]))
     expected = json.loads(json.dumps(studies.study_facts(study, locks, facts["runs"])))
     for key in sorted(expected.keys() | facts.keys() - {"files"}):
         if facts.get(key) != expected.get(key):
