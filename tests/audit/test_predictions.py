@@ -146,25 +146,6 @@ def test_a_result_that_a_commit_had_before_the_prediction_is_found_though_it_was
     assert rest == notes and finding.kind == WRONG and f" predicts {SIZES[0]}_8e+12-0, whose result commit " in finding.message
 
 
-def test_results_of_the_name_in_the_commit_of_the_prediction_are_found_though_they_were_made_again(project: Study) -> None:
-    law.write_prediction(project, REPORTS / "small")
-    late = PREDICTION.read_text()
-    PREDICTION.unlink()
-    write_runs("larger", (8e12,))
-    commit_here("results")
-    PREDICTION.write_text(late)
-    commit_here("prediction")
-    results = REPORTS / "larger/runs.csv"
-    text = results.read_text()
-    results.unlink()
-    commit_here("results are gone")
-    results.write_text(text)
-    commit_here("results of other code")
-    wrong = [*predictions.findings()]
-    assert [finding.kind for finding in wrong] == [WRONG] * 3
-    assert all("in which reports/studies/larger/runs.csv has a run of its size and clips already" in f.message for f in wrong)
-
-
 def test_seeds_inside_the_interval_are_counted_and_longer_runs_make_no_line(project: Study) -> None:
     law.write_prediction(project, REPORTS / "small")
     prediction = json.loads(PREDICTION.read_text())
@@ -232,7 +213,7 @@ def test_results_that_are_gone_are_named(project: Study) -> None:
     assert finding.kind == NOTE and finding.message.startswith("reports/studies/larger/runs.csv, which commit ")
 
 
-def test_a_prediction_after_its_results_is_wrong(project: Study) -> None:
+def test_a_prediction_after_its_results_is_wrong_also_where_they_are_made_again(project: Study) -> None:
     law.write_prediction(project, REPORTS / "small")
     late = PREDICTION.read_text()
     PREDICTION.unlink()
@@ -244,6 +225,15 @@ def test_a_prediction_after_its_results_is_wrong(project: Study) -> None:
     assert finding.kind == WRONG and "measures already" in finding.message
     with pytest.raises(UserError, match="has the results already; a prediction is made before them"):
         law.write_prediction(project, REPORTS / "small")
+    results = REPORTS / "larger/runs.csv"
+    text = results.read_text()
+    results.unlink()
+    commit_here("results are gone")
+    results.write_text(text)
+    commit_here("results of other code")
+    wrong = [*predictions.findings()]
+    assert [finding.kind for finding in wrong] == [WRONG] * 3
+    assert all("in which reports/studies/larger/runs.csv has a run of its size and clips already" in f.message for f in wrong)
 
 
 def test_a_prediction_in_the_commit_of_its_results_is_wrong(project: Study) -> None:

@@ -102,10 +102,9 @@ def _tables(run: LockedRun) -> Iterator[AuditFinding]:
         elif metrics - known[key]:
             yield AuditFinding(WRONG, table, f"it has no {shorten(sorted(metrics - known[key]))} of {key}")
     for key, path in _trained_here(run):
-        if key not in known and run.disk.text(f"{run.folder}/{key.partition('/')[2]}.csv") is not None:
-            yield AuditFinding(
-                WRONG, f"{run.folder}/{key.partition('/')[2]}.csv", f"it has no row of {key}, though {path} is here"
-            )
+        table = f"{run.folder}/{key.partition('/')[2]}.csv"
+        if key not in known and run.disk.text(table) is not None:
+            yield AuditFinding(WRONG, table, f"it has no row of {key}, though {path} is here")
     for key, path in run.records.items():
         if key.count("/") == 2 and (content := run.json(path)) is not None:
             try:
