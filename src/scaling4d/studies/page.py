@@ -45,7 +45,7 @@ TASK_COLUMNS = (
 AXES = {"parameters": "encoder parameters", "flops": "training FLOPs", "clips_seen": "clips seen"}
 Row = Mapping[str, Any]
 PREDICTORS_EXPLAINED = (
-    "better with size: the last arm beside the first. reconstruct: pixels, of which pretraining's loss is made itself. "
+    "better with size: the last arm beside the first. reconstruct: an error of pixels, as the loss of pretraining is. "
     "spearman of loss: rank correlation of validation loss and task error over the arms, of the means and of single seeds. error "
     "by size, error by loss: root mean square over the arms of the error of a straight line through the other arms, over the "
     "logarithm of the ladder's size or over the loss. A predictor is better where its error is lower for the means and for every "
