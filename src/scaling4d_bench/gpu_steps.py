@@ -244,7 +244,7 @@ def _training_mfu(project: Path, settings: Mapping[str, Any]) -> dict[str, float
 
 def measure_masking(folder: Path, rehearse: bool) -> Outcome:
     """The step of MAE-ST-L at 90 % hidden beside none hidden."""
-    changes, given = None, {"clips": 16, "repeats": 5, "precision": "bf16"}
+    changes, given = None, {"clips": 32, "repeats": 5, "precision": "bf16"}
     if rehearse:
         changes, given = {"MAE-ST": SMALL_MAE_ST, "SimpleMAE": SMALL}, {"clips": 2, "repeats": 1, "precision": "fp32"}
         _set(masking, FILES=2, SECONDS=3.0, SIZE_PX=(96, 128), BATCHES=1, WORKERS=1)
