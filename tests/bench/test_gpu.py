@@ -21,10 +21,13 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SMALL = {"clip": [8, 64, 64], "depth": 4}
 
 
-@pytest.mark.parametrize("count", attention.TOKENS)
+# Widths of a head beside 64: MAE-ST's decoder, H, G, e, j
+@pytest.mark.parametrize(
+    ("count", "width"), [*((count, 64) for count in attention.TOKENS), *((157, n) for n in (32, 80, 104, 112, 128))]
+)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 3e-2)])
-def test_attention_on_a_gpu_is_that_of_the_cpu(count: int, dtype: torch.dtype, tolerance: float) -> None:
-    shape, rng = (2, count, 4, 64), seeds.torch_rng(0, "attention")
+def test_attention_on_a_gpu_is_that_of_the_cpu(count: int, width: int, dtype: torch.dtype, tolerance: float) -> None:
+    shape, rng = (2, count, 4, width), seeds.torch_rng(0, "attention")
     inputs = [torch.randn(shape, generator=rng) for _ in range(4)]
     wanted = attention.both_passes(attention.attention, inputs)
     results = attention.both_passes(attention.attention, [x.to(GPU, dtype) for x in inputs])

@@ -16,7 +16,7 @@ from nearness import contents
 from scaling4d.studies.run import clips_settings, failure_reason, study_runs
 from scaling4d.studies.study import Arm, Study
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]  # the fixture runs a study of four trainings
 
 STUDY = """
 question: Do more steps help?
@@ -144,8 +144,8 @@ def test_a_run_that_fails_is_named_with_its_reason_and_the_others_stay(clone: Pa
 
 @pytest.mark.slow
 def test_a_study_that_is_stopped_goes_on_in_the_middle_of_its_training(clone: Path) -> None:
-    changes = "[pretrain.Training.steps=600, pretrain.Runtime.save_every=20]"
-    text = STUDY.replace("[ablation=mask_50]", "[pretrain.Training.steps=600]").replace("as_it_is: []", f"as_it_is: {changes}")
+    changes = "[pretrain.Training.steps=300, pretrain.Runtime.save_every=20]"
+    text = STUDY.replace("[ablation=mask_50]", "[pretrain.Training.steps=300]").replace("as_it_is: []", f"as_it_is: {changes}")
     (clone / "experiments/study/long.yaml").write_text(text)
     commit(clone)
     command = [sys.executable, "-m", "scaling4d", "study", "long", "--seeds", "0", "--jobs", "1"]
