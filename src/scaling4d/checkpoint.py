@@ -57,7 +57,7 @@ class Checkpoint:
 
     @classmethod
     def read(cls, folder: Path) -> Checkpoint:
-        """Raises UserError: not a Checkpoint folder."""
+        """The description in a folder. Raises UserError: not a Checkpoint folder."""
         path = folder / "config.json"
         if not path.is_file() or not weights_identity(folder).is_file():
             raise UserError(f"{folder} is not a checkpoint: needed config.json and {WEIGHTS}")
@@ -92,7 +92,7 @@ def _umask() -> int:
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Raises UserError: the file is damaged."""
+    """Tensors of a safetensors file by name. Raises UserError: the file is damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -153,7 +153,7 @@ def _split(state: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Raises UserError: a file is missing or damaged."""
+    """All tensors of a Checkpoint folder by name. Raises UserError: a file is missing or damaged."""
     return {name: tensor for path in weights_files(folder) for name, tensor in load_tensors(path).items()}
 
 

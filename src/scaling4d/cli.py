@@ -580,7 +580,7 @@ def audit(
         raise typer.Exit(audit.explain_number(explain, form))
     if crate is not None:
         raise typer.Exit(audit.export(crate))
-    raise typer.Exit(audit.compare() if reproduced else audit.check())
+    raise typer.Exit(audit.check_reproduced() if reproduced else audit.check())
 
 
 @app.command()

@@ -371,7 +371,7 @@ def renamed(key: str) -> str:
 
 @cache
 def _pinned(profile: str, experiments: Path) -> dict[str, Any]:
-    """A profile's settings by dotted key, as they were at the first call: `experiments` may be edited under way."""
+    """A profile's settings by dotted key, as they were at the first call: `experiments` may be edited during a run."""
     return dict(flatten(compose([f"profile={profile}"])))
 
 

@@ -335,7 +335,7 @@ class OpenVideo:
 
 @contextmanager
 def open_video(source: VideoInput) -> Iterator[OpenVideo]:
-    """Raises VideoError: it cannot be opened."""
+    """A video that is open in the `with` block. Raises VideoError: it cannot be opened."""
     with _open(source) as (container, stream):
         yield OpenVideo(source, container, stream, _duration_s(container, stream))
 

@@ -56,17 +56,13 @@ AXES: Mapping[str, Axis] = {
 }
 
 
-def bench(out: Path, *, repeats: int, point: str = POINT, axes: Mapping[str, Axis] = AXES) -> Path:
-    """Measure in fp32, print a table, write `<out>/costs.json` (on a GPU with its name).
-
-    Args:
-        point: the start of every axis, at the clip size of profile paper.
-    """
+def bench(out: Path, *, repeats: int, axes: Mapping[str, Axis] = AXES) -> Path:
+    """Measure in fp32, print a table, write `<out>/costs.json` (on a GPU with its name)."""
     device = devices.prepare()
-    settings = {"point": point, "batch": BATCH, "repeats": repeats, "much": MUCH} | devices.settings(device)
+    settings = {"point": POINT, "batch": BATCH, "repeats": repeats, "much": MUCH} | devices.settings(device)
     measurements, lines = Measurements("costs", settings, LIBRARIES), []
     for name, (values, case_of) in axes.items():
-        timings, results = along(point, {value: case_of(value) for value in values}, device, repeats=repeats)
+        timings, results = along(POINT, {value: case_of(value) for value in values}, device, repeats=repeats)
         measurements.raw[name], measurements.results[name] = timings, results
         first, *_, last = results["rows"]
         gib = {"first_gib": first["bytes"] / GIB, "last_gib": last["bytes"] / GIB}

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -129,19 +130,14 @@ def end_tree(child: BaseProcess) -> None:
         return
     below = psutil.Process(child.pid).children(recursive=True)
     for process in (child, *below):
-        _signal(process.terminate)
+        with suppress(psutil.NoSuchProcess):  # it ended meanwhile
+            process.terminate()
     child.join(GRACE_S)
     _, alive = psutil.wait_procs(below, timeout=GRACE_S)
     for process in (child, *alive):
-        _signal(process.kill)
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     child.join()
-
-
-def _signal(send: Callable[[], None]) -> None:
-    try:
-        send()
-    except psutil.NoSuchProcess:  # it ended meanwhile
-        return
 
 
 def read_record(folder: Path) -> Record | None:

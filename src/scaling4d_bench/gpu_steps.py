@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from packaging.utils import canonicalize_name
 from torch import Tensor, nn
 
 from scaling4d import artifacts, config
@@ -62,13 +62,9 @@ def check_lock(folder: Path, rehearse: bool) -> Outcome:
 def lock_differences(lock: str) -> dict[str, tuple[str, str]]:
     """Package -> its version in the text of a lock, and the installed one or "none"; local labels are left out."""
     pinned = dict(line.strip().split("==") for line in lock.splitlines() if "==" in line and not line.startswith("#"))
-    installed = {_plain(one.metadata["Name"]): one.version for one in metadata.distributions() if one.metadata["Name"]}
-    pairs = {name: (version, installed.get(_plain(name), "none")) for name, version in pinned.items()}
+    installed = {canonicalize_name(one.metadata["Name"]): one.version for one in metadata.distributions() if one.metadata["Name"]}
+    pairs = {name: (version, installed.get(canonicalize_name(name), "none")) for name, version in pinned.items()}
     return {name: pair for name, pair in pairs.items() if pair[0].partition("+")[0] != pair[1].partition("+")[0]}
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def check_attention(folder: Path, rehearse: bool) -> Outcome:
@@ -127,16 +123,12 @@ def measure_mfu(folder: Path, rehearse: bool) -> Outcome:
     rows = json.loads(mfu.bench(folder, **given).read_text())["results"]["rows"]
     if not rows:
         raise UserError(f"no step of {', '.join(mfu.POINTS)} could be measured; see the log")
-    best = {point: max(row["mfu"] for row in rows if row["name"].split(",")[0] == point) for point in _points(rows)}
     plans = {row["name"].split(",")[0]: row["planned_mfu"] for row in rows}
+    best = {point: max(row["mfu"] for row in rows if row["name"].split(",")[0] == point) for point in plans}
     memory = max((row["bytes"] / row["formula_bytes"] for row in rows if row["bytes"] and "," not in row["name"]), default=0.0)
     text = "MFU " + ", ".join(f"{point} {value:.0%}" for point, value in best.items())
     expected = "MFU " + ", ".join(f"{point} {low:.0%}-{high:.0%}" for point, (high, low) in plans.items())
     return Outcome(text + (f"; memory at most {memory:.2f} of the formula" if memory else ""), expected)
-
-
-def _points(rows: list[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(row["name"].split(",")[0] for row in rows))
 
 
 def measure_widest(folder: Path, rehearse: bool) -> Outcome:

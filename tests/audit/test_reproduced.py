@@ -21,7 +21,7 @@ def outcomes() -> dict[str, AuditFinding]:
 
 
 def test_the_same_bytes_are_named_stage_by_stage(project: Path, capsys: pytest.CaptureFixture) -> None:
-    assert audit.compare() == 0
+    assert audit.check_reproduced() == 0
     lines = capsys.readouterr().out.splitlines()
     assert "same bytes      readout@nano: artifacts/test/readout/nano/actions/frozen" in lines
     assert lines[-1] == "12 same bytes"
@@ -42,7 +42,7 @@ def test_numbers_inside_their_intervals_are_reproduced_and_the_machines_are_comp
     pretrained = by_stage["pretrain@nano"]
     assert pretrained.kind == "same numbers" and "val_loss 0.2512, was 0.25" in pretrained.message
     assert by_stage["readout@mini"].kind == "same bytes"
-    assert audit.compare() == 0
+    assert audit.check_reproduced() == 0
 
 
 @pytest.mark.parametrize(("path", "values", "stage", "message"), [
@@ -55,7 +55,7 @@ def test_a_number_that_does_not_come_back_is_named(
     project: Path, rewrite: Callable, path: str, values: dict, stage: str, message: str, capsys: pytest.CaptureFixture
 ) -> None:
     rewrite(path, **values)
-    assert audit.compare() == 1
+    assert audit.check_reproduced() == 1
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("not reproduced"))
     assert line.startswith(f"not reproduced  {stage}: ") and message in line
 
@@ -66,7 +66,7 @@ def test_bytes_without_a_number_leave_the_verdict_to_the_stages_after_them(proje
     shard.write_text("clips of another encoder")
     clips = outcomes()["clips"]
     assert clips.kind == "other bytes" and clips.message.startswith("no number of its own: see the stages after it")
-    assert audit.compare() == 0
+    assert audit.check_reproduced() == 0
 
 
 def test_a_run_with_another_command_or_benchmark_is_another_run(
@@ -76,7 +76,7 @@ def test_a_run_with_another_command_or_benchmark_is_another_run(
     flip("dvc.lock", "cmd: true readout nano", "cmd: true readout NANO")
     another = "another run, with other inputs: "
     assert outcomes()["readout@nano"].message == f"{another}`true readout NANO`, committed `true readout nano`"
-    assert audit.compare() == 1
+    assert audit.check_reproduced() == 1
     flip("dvc.lock", "cmd: true readout NANO", "cmd: true readout nano")
     request.getfixturevalue("another_benchmark")
     for stage, path in (("benchmarks", "data/benchmarks"), ("readout@nano", "artifacts/benchmarks/actions.json")):
@@ -87,7 +87,7 @@ def test_a_run_with_another_command_or_benchmark_is_another_run(
 def test_a_clone_in_which_nothing_was_run_has_reproduced_nothing(clone: Path) -> None:
     by_stage = outcomes()
     assert by_stage["readout@nano"].kind == "not made again" and by_stage["report"].kind == "same bytes"
-    assert audit.compare() == 1
+    assert audit.check_reproduced() == 1
 
 
 def test_a_stage_that_today_s_lock_lacks_is_not_made_again(project: Path) -> None:
@@ -95,11 +95,11 @@ def test_a_stage_that_today_s_lock_lacks_is_not_made_again(project: Path) -> Non
     del lock["stages"]["readout@nano"]
     Path("dvc.lock").write_text(yaml.safe_dump(lock))
     absent = outcomes()["readout@nano"]
-    assert (absent.kind, audit.compare()) == ("not made again", 1)
+    assert (absent.kind, audit.check_reproduced()) == ("not made again", 1)
     assert absent.message == "dvc.lock lacks this stage of the committed report: run `dvc repro`"
     Path("dvc.lock").unlink()
     assert [stage for stage, outcome in outcomes().items() if outcome.kind == "same bytes"] == ["data.dvc"]
-    assert audit.compare() == 1
+    assert audit.check_reproduced() == 1
 
 
 def test_without_a_committed_run_there_is_nothing_to_compare_with(project: Path) -> None:

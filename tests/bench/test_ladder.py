@@ -39,7 +39,7 @@ def test_the_share_of_the_peak_is_that_of_cpu_seconds(tmp_path: Path, monkeypatc
         "patch": [1, 8, 8],
         "mask_ratio": 0.85,
     }
-    monkeypatch.setattr(ladder, "point_step", lambda given, training: (lambda: None, facts | {"mask_ratio": 0.85}))
+    monkeypatch.setattr(ladder, "point_step", lambda given, training: (lambda: None, facts))
     monkeypatch.setattr(ladder, "matrix_product", lambda *_, side: (lambda: None, 10**9))
 
     def made_up(runs, *, repeats) -> Timings:

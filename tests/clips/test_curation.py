@@ -157,12 +157,12 @@ def test_a_file_that_is_lost_or_changed_while_it_is_decoded_is_no_bad_video(quic
         sources.append(((corpus / name).read_bytes(), corpus / name))
     with dask_client(quick) as client:
         first = curate._inspect_all(client, corpus, list_sources(corpus), CONFIG, tmp_path / "cache")
-        assert [[why.reason for why in found.rejected] for found in first] == [[], ["cannot be read"], ["cannot be read"]]
+        assert [[why.reason for why in file.rejected] for file in first] == [[], ["cannot be read"], ["cannot be read"]]
         monkeypatch.setattr(curate, "inspect_video", inspection.inspect_video)
         for content, path in sources:
             path.write_bytes(content)
         again = curate._inspect_all(client, corpus, list_sources(corpus), CONFIG, tmp_path / "cache")
-    assert all(found.clips and not found.rejected for found in again)
+    assert all(file.clips and not file.rejected for file in again)
 
 
 def lack_a_package(*_):

@@ -15,7 +15,7 @@ from scaling4d.clips.loader import eval_batches
 from scaling4d.clips.settings import CurationConfig, WorkersConfig
 from scaling4d.clips.shards import read_previous
 from scaling4d.clips.sources import SourceFile, list_sources
-from scaling4d.features.extract import first_clip
+from scaling4d.features.inputs import first_clip
 from scaling4d.features.windows import WindowSettings
 from scaling4d.records import UserError
 from scaling4d.video import VideoError

@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 from commands import invoke, refused_command
@@ -12,7 +11,6 @@ from scaling4d.pretrain.plan.closed_form import KINDS
 from scaling4d.pretrain.plan.plan import plan
 from scaling4d.records import UserError
 
-ROOT = Path(__file__).parents[2]
 # width, depth, mlp, heads of the released code's variants, and the backbone's parameters, counted by running its
 # initialisation without values (j: inferred from the published count)
 POINTS = {

@@ -1,4 +1,4 @@
-"""Validation under way: the effective rank of features, linear probes, and the best weights."""
+"""Validation during training: the effective rank of features, linear probes, and the best weights."""
 
 import json
 import shutil

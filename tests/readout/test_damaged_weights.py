@@ -12,7 +12,7 @@ from small_encoder import CLIPS, trained
 
 import scaling4d
 from scaling4d.encoders.released import MAESTOptions
-from scaling4d.features.extract import read_array, read_clips
+from scaling4d.features.inputs import read_array, read_clips
 from scaling4d.readout.released_heads import from_4ds, from_mae_st, load_readout, read_readout, to_4ds
 
 OPTIONS = MAESTOptions(heads=3, decoder_heads=4)  # of the fixture

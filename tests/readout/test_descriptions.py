@@ -18,7 +18,7 @@ from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders.arrays import Npz
 from scaling4d.encoders.pretrained import load_encoder
 from scaling4d.encoders.released import MAESTOptions
-from scaling4d.features.extract import read_array
+from scaling4d.features.inputs import read_array
 from scaling4d.mae.models import MODELS
 from scaling4d.readout.released_heads import from_4ds, from_mae_st, load_readout, read_readout
 from scaling4d.reconstruct.fidelity import load_inception

@@ -86,7 +86,6 @@ def write_run(
     frozen: list[str],
     finetune: list[str],
     students: tuple[str, ...] = (),
-    continued: Mapping[str, int] = MappingProxyType({}),
     classifier: tuple[str, ...] = (),
     published: Mapping[str, int] = MappingProxyType({}),
 ) -> dict:
@@ -96,7 +95,7 @@ def write_run(
         "pretrain": {"Training": {"steps": 1000}},
         "points": {name: {"model": _model(name)} for name in points},
         "distilled": {name: {"model": STUDENT} for name in students},
-        "continued": {name: {"model": _model(name)} for name in continued},
+        "continued": {},
         "encoders": {
             "pretrained": {name: {} for name in published},
             "untrained": [],
@@ -126,8 +125,6 @@ def write_run(
     sizes = points | {name: points[name.removesuffix("_distilled")] for name in students}
     for name in students:
         _point(home, name, "Distilled", sizes[name])
-    for name, size in continued.items():
-        _point(home, name, "SimpleMAE", size)
     for protocol, encoders in (("frozen", frozen), ("finetune", finetune), ("classifier", classifier)):
         for encoder in encoders:
             if encoder not in sizes:

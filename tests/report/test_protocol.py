@@ -104,9 +104,9 @@ def test_every_pattern_and_every_recorded_word_exists_in_a_profile(profiles: dic
     assert len(records) == sum(len(row.get("settings", {})) for row in protocol.rows())
     patterns = [*records, *protocol.protocol()["operation"]]
     assert len(patterns) == len({*patterns})
-    found = {profile: matched_keys(patterns, settings) for profile, settings in profiles.items()}
+    matched = {profile: matched_keys(patterns, settings) for profile, settings in profiles.items()}
     for pattern in patterns:
-        words = {profile: {".".join(words) for _, words in found[profile][pattern]} for profile in PROFILES}
+        words = {profile: {".".join(words) for _, words in matched[profile][pattern]} for profile in PROFILES}
         assert any(words.values()), f"{pattern} of {FILE} matches no setting of {' or '.join(PROFILES)}"
         record = records.get(pattern)
         by_profile = isinstance(record, dict) and record and record.keys() <= {*PROFILES}

@@ -24,7 +24,7 @@ from scaling4d.audit.report_numbers import _value_at
 from scaling4d.provenance import WORK_FOLDER, format_number, load_yaml
 from scaling4d.records import UserError, write_json
 from scaling4d.report import figures, notebook, sections, stage, tables
-from scaling4d.report.layout import SECTIONS, read_page, report_html
+from scaling4d.report.layout import SECTIONS, build_page, report_html
 from scaling4d.report.page import Page
 from scaling4d.report.run_results import read_run_results
 from scaling4d.studies.plotting import panel_title
@@ -69,7 +69,7 @@ def built_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def page(built_folder: Path) -> Page:
     """The page of that run."""
     with contextlib.chdir(built_folder):
-        return read_page(read_run_results(config.read()))
+        return build_page(read_run_results(config.read()))
 
 
 @pytest.fixture
@@ -427,11 +427,11 @@ def test_the_main_table_has_losses_of_one_method_and_the_table_of_points_has_all
 def test_measures_of_validations_are_drawn_below_the_losses_and_stand_in_the_table_of_points(new_run: Callable) -> None:
     settings = new_run(points={"nano": 180_000, "mini": 8_350_000}, frozen=[], finetune=[])
     without = read_run_results(settings)
-    figure, page = figures.training_curves(without), read_page(without)
+    figure, page = figures.training_curves(without), build_page(without)
     validate_under_way("mini")
     run = read_run_results(settings)
     assert run.measures == ["val_loss", "rankme", "top1_linear", "abs_rel_linear"] and without.measures == []
-    drawn, validated = figures.training_curves(run), read_page(run)
+    drawn, validated = figures.training_curves(run), build_page(run)
     for name in run.measures:
         assert measure(name) in drawn and measure(name) not in figure
     assert "Below: measures of validations" in validated.sections["training_curves"]

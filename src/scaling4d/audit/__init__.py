@@ -64,7 +64,7 @@ def export(out: Path) -> int:
     return 0
 
 
-def compare() -> int:
+def check_reproduced() -> int:
     """Compare a run made again with the committed one."""
     findings = reproduced.compare_with_committed(locked_runs()[0])
     for finding in findings:

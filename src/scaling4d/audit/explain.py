@@ -43,7 +43,7 @@ def explain(runs: list[LockedRun], key: str) -> dict[str, Any]:
         known += did_you_mean(number, run.records, 3)
         raise UserError(f"no number {key!r}; needed encoder/task/protocol, point/pretrain or point/reconstruct, one of: {known}")
     record, weights = run.records[row], run.weights(row.split("/")[0])
-    stages = [{"level": level, **_stage(run, stage)} for level, stage in _makers(run, record)]
+    stages = [{"level": level, **_stage(run, stage)} for level, stage in _upstream_stages(run, record)]
     again = "" if kept is None else f"scaling4d compose profile={Path(run.home).name} && "
     again += f"dvc repro {stages[0]['name']}"
     listed = next((cell["weights"] for cell in cells if cell["weights"]), None)
@@ -88,7 +88,7 @@ def explain_study(key: str) -> dict[str, Any] | None:
         run = LockedRun(lock.as_posix(), locked, "", folder.as_posix(), None, {}, disk)
         out = locked[studies.measuring_stage(row, locked)].outs[0]
         cell = {"file": (folder / studies.RUNS).as_posix(), "line": n, "name": row["metric"], "value": row["value"], **shared}
-        stages = [{"level": level, **_declared(stage)} for level, stage in _makers(run, out.path)]
+        stages = [{"level": level, **_declared(stage)} for level, stage in _upstream_stages(run, out.path)]
         properties = {"seed": int(row["seed"]), "cell": cell, "checkpoint": {"sha256": row["checkpoint_sha256"] or None}}
         runs.append(properties | {"experiment": row["experiment"], "lock": lock.as_posix(), "stages": stages})
     return {"key": key, "cells": cells, "runs": runs, "again": study.command}
@@ -104,7 +104,7 @@ def table_cells(run: LockedRun, key: str) -> list[dict[str, Any]]:
     return cells
 
 
-def _makers(run: LockedRun, path: str) -> list[tuple[int, LockedStage]]:
+def _upstream_stages(run: LockedRun, path: str) -> list[tuple[int, LockedStage]]:
     """Every stage that led to a path, the nearest first, with the length of its longest way."""
     levels, waiting = {}, [(path, 0)]
     while waiting:

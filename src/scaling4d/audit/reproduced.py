@@ -1,4 +1,7 @@
-"""Compare a run that was made again with the committed one, stage by stage."""
+"""`audit --reproduced`: compare a run that was made again with the committed one, stage by stage.
+
+Package `reproduce` is another thing: published numbers.
+"""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def missing_files(folder: Path, names: Sequence[str], what: str) -> MissingFiles
 
 
 def load_json(path: Path, kind: type) -> Any:
-    """Raises UserError: not JSON, or its top is no `kind`."""
+    """Content of a JSON file. Raises UserError: not JSON, or its top is no `kind`."""
     with content_of(path):
         text = path.read_bytes()
     try:

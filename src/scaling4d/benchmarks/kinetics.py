@@ -33,7 +33,7 @@ Entry = namedtuple("Entry", "youtube_id name label line")  # of a list; name: of
 
 
 def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
-    """Labels action `()`, and action_mirrored `()`, which is the same."""
+    """Samples with the labels action `()` and action_mirrored `()`, which is the same."""
     list_path, entries = _list_path(root, split), _entries(root, split)
     folders = [root / name for name in NAMES[split]]
     folder = next((folder for folder in folders if folder.is_dir()), folders[0])

@@ -34,7 +34,7 @@ DTYPE, SHAPE, CONTENT = 1, 2, 4  # of its fields
 
 
 def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
-    """Label points `Q T 2` with valid (visible): the tracks that are visible in a window's first frame, shuffled.
+    """Samples with the label points `Q T 2`, shuffled tracks visible in a window's first frame, and valid (visible).
 
     The order is drawn by video and window, so that training on the first ones sees others in other windows (scivid
     draws 64 of all). A window without any is excluded.

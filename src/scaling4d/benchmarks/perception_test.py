@@ -27,9 +27,9 @@ MAX_FRAMES, MAX_RATE_HZ = 100_000, 1000  # of a video; a larger num_frames or fr
 
 
 def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
-    """Label points `Q T 2` with valid (visible): the tracks visible in a clip's query frame, see `queries`.
+    """Samples with the label points `Q T 2` and valid (visible): the tracks visible in a clip's query frame.
 
-    A video without any is excluded.
+    See `queries`. A video without any is excluded.
     """
     path, items, missing = read_tracks(root, split, KIND)
 

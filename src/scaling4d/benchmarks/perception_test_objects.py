@@ -30,7 +30,7 @@ def has_lists(root: Path) -> bool:
 
 
 def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
-    """Label boxes `Q T 4` with valid (labelled in that very frame): the objects whose tracking starts in frame 0.
+    """Samples with the label boxes `Q T 4`, objects tracked from frame 0 on, and valid (labelled in that very frame).
 
     A video without any, or without a label in a later frame, is excluded. At most rates few frames are labelled. A
     window that may lie anywhere starts in a labelled frame, with the objects that are tracked by then.

@@ -31,7 +31,10 @@ ID_CHARACTERS = {*string.ascii_letters, *string.digits, "-", "_"}
 
 
 def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
-    """Label camera_to_world `T 4 4` with valid (always true). A row comes with the frame of its own time stamp."""
+    """Samples with the label camera_to_world `T 4 4` and valid (always true).
+
+    A row comes with the frame of its own time stamp.
+    """
     folder = require_path(root, root / FOLDERS[split], "row files <16 hex>.txt")
     if not (paths := sorted(folder.glob("[!.]*.txt"))):
         raise UserError(f"{folder} holds no row files <16 hex>.txt")

@@ -53,7 +53,7 @@ Scene = tuple[np.ndarray, Callable[[np.ndarray], SceneClip]]
 
 
 def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
-    """Labels depth_m `T H W` with valid (measured and within RANGE_M), camera_to_world `T 4 4` with valid (finite).
+    """Samples, labels depth_m `T H W` (valid: measured, within RANGE_M) and camera_to_world `T 4 4` (valid: finite).
 
     Depth is the nearest measurement along the ray of each pixel's centre. A clip without any measurement is excluded. A
     window that may lie anywhere gives way to the ones behind it, and to those at the scene's start, until one has any.

@@ -24,7 +24,10 @@ LISTS = {"train": "train", "val": "validation"}
 
 
 def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
-    """Labels action `()`, and action_mirrored `()`: of the mirrored video, where "left to right" is "right to left"."""
+    """Samples with the labels action `()` and action_mirrored `()`.
+
+    The second is of the mirrored video, where "left to right" is "right to left".
+    """
     path = _list_path(root, LISTS[split])
     entries = load_json(path, list)
     for number, entry in enumerate(entries):

@@ -124,9 +124,9 @@ def _with_arrays(value: Any, depth: int = 3) -> Any:
 
 
 def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
-    """Label points `Q T 2` with valid (not occluded): the tracks visible in a clip's query frame, see `queries`.
+    """Samples with the label points `Q T 2` and valid (not occluded): the tracks visible in a clip's query frame.
 
-    A video without any is excluded. Every pickle is loaded once to count its videos.
+    See `queries`. A video without any is excluded. Every pickle is loaded once to count its videos.
     """
     if split != "val":
         raise UserError(f"{root}: TAP-Vid has no split {split!r}, it is for measuring alone; train points on perception_test")

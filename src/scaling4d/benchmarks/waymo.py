@@ -48,7 +48,7 @@ Segment = tuple[Path, dict[int, bytes], dict[str, dict[int, BoxPx]]]  # jpegs, a
 
 
 def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
-    """Label boxes `Q T 4` with valid (labelled in that frame): the objects of frame 0. No such object: excluded.
+    """Samples with the label boxes `Q T 4`, the objects of frame 0, and valid (labelled in that frame). None: excluded.
 
     A window that may lie anywhere has the objects of its own first frame that meet MIN_PRESENCE and MAX_GAP, too.
     It starts in one of every WINDOW_STEP frames, where it has such an object.

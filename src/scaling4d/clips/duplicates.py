@@ -1,4 +1,4 @@
-"""Which clips the corpus holds: none that looks like another, and sources that share a near duplicate in one split."""
+"""Choose the corpus's clips: drop near duplicates, and keep sources that share one in the same split."""
 
 from __future__ import annotations
 

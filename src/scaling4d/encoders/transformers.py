@@ -425,7 +425,7 @@ def source_files(source: Path) -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises UserError: no JSON object."""
+    """Content of a JSON file. Raises UserError: no JSON object."""
     try:
         return read_json_object(path)
     except (OSError, ValueError) as error:

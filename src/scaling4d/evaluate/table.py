@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from scaling4d.checkpoint import weights_identity
 from scaling4d.evaluate import models, stage
 from scaling4d.readout.tasks import TASKS
 from scaling4d.records import Result, UserError, json_text, read_json_object
-from scaling4d.report.tables import RESULTS, arrow, result_rows
+from scaling4d.report.tables import RESULTS, arrow, result_rows, text_table
 
 COLUMNS = (
     *RESULTS,
@@ -102,19 +101,10 @@ def _rows(result: Result, out: Path) -> list[dict[str, Any]]:
 
 def table_text(evaluation: Evaluation) -> str:
     """A row for every result, as text of at most 120 columns."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    results = evaluation.results
+    results, rows = evaluation.results, []
     title = f"profile {evaluation.profile}, seed {results[0].seed}, {results[0].protocol}; 95 % intervals over videos"
-    table = Table(box=box.SIMPLE, title=title, title_justify="left")
-    for name in ("encoder", "parameters", "task", "metric", "value", "interval", "examples"):
-        table.add_column(name, justify="left" if name in ("encoder", "task", "metric") else "right", no_wrap=True)
     for r in results:
-        interval = f"{r.low:.4f} to {r.high:.4f}"
-        cells = (f"{r.metric} {arrow(r)}", f"{r.value:.4f}", interval, f"{r.examples:,}")
-        table.add_row(r.encoder, f"{r.parameters:,}", r.task, *cells)
-    console = Console(file=io.StringIO(), width=120)
-    console.print(table)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip()
+        measured = (f"{r.value:.4f}", f"{r.low:.4f} to {r.high:.4f}", f"{r.examples:,}")
+        rows.append((r.encoder, f"{r.parameters:,}", r.task, f"{r.metric} {arrow(r)}", *measured))
+    head = ("encoder", "parameters", "task", "metric", "value", "interval", "examples")
+    return text_table(title, head, rows, left=(0, 2, 3))

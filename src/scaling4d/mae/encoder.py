@@ -279,8 +279,9 @@ def sincos(grid: tuple[int, int, int], width: int, step: tuple[float, float, flo
 def initialise(module: nn.Module, *, seed: int, xavier: bool = False) -> None:
     """Draw every weight from the random stream of its own name, as the released 4DS code does.
 
-    Truncated lecun-normal for projections and attention, xavier-uniform for the blocks' mlp, zero biases, unit norms,
-    N(0, 0.02) for learned tokens and positions. xavier: for all matrices, as mae_st (q, k and v each their own).
+    Truncated lecun-normal for projections and attention, xavier-uniform for layers named mlp (readout heads' too), zero
+    biases, unit norms, N(0, 0.02) for learned tokens and positions. xavier: for all matrices, as mae_st (q, k and v
+    each their own).
     """
     for name, weight in module.named_parameters():
         rng, value = seeds.torch_rng(seed, "init", name), torch.empty(weight.shape)

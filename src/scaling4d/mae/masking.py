@@ -18,7 +18,7 @@ BLOCK_SHARE = (0.02, 0.08)  # of all tokens, in one block; ours
 def random_masking(
     strategy: str, *, batch: int, grid: Grid, mask_ratio: float, rng: torch.Generator, round_down: bool = False
 ) -> MaskedTokens:
-    """Draw the visible tokens, independently for every clip. `Method.draw_mask` calls it, with the model's settings.
+    """Draw the visible tokens, independently for every clip. `Method.draw_mask` calls it, and `reconstruct`.
 
     Args:
         strategy: random (blind to space and time), tube (the same places in every frame), frame (whole frames) or block
@@ -46,7 +46,7 @@ def random_masking(
 
 
 def visible_tokens(strategy: str, grid: Grid, mask_ratio: float, *, round_down: bool = False) -> int:
-    """K, the number of visible tokens: a whole number of tokens, of places (tube) or of frames (frame).
+    """K, the number of visible tokens (mae_st's `len_keep`): whole tokens, places (tube) or frames (frame).
 
     Args:
         round_down: round K down, as mae_st's code does, instead of to the nearest.

@@ -147,6 +147,7 @@ def _job(pretraining: PretrainConfig, settings: Mapping[str, Any], evidence: Map
 @file_system_errors()
 @clips_remedies()
 def train_on_rank(*, rank: int, ranks: int, pretraining: PretrainConfig, evidence: Mapping[str, Any]) -> None:
+    """Build, parallelize, train and validate the point in one rank. All ranks write its weights, rank 0 the rest."""
     started, training, runtime = time.time(), pretraining.training, pretraining.runtime
     model = pretraining.build()
     for teacher in getattr(model, "teacher_encoder", ()):
@@ -207,7 +208,7 @@ def _batches(pretraining: PretrainConfig, model: nn.Module, rank: int, ranks: in
         repeats=training.repeats,
         seed=pretraining.seed,
         start=start,
-        steps=training.steps * (1 + MOST_REWINDS),
+        steps=training.steps * (1 + MOST_REWINDS),  # a rewound training goes on with later batches
         flip=training.flip,
         reverse=training.reverse,
         crop=training.crop,

@@ -1,4 +1,4 @@
-"""How well a model fills in clips that it was not trained on, and what its encoder's features are worth under way."""
+"""How well a model fills in clips that it was not trained on, and what its encoder's features are worth."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Validation(Callback):
 
 
 def measure(model: nn.Module, pretraining: PretrainConfig) -> dict[str, float]:
-    """The measures of a model by name: `val_loss`; of a training that validates under way, also its encoder's."""
+    """The measures of a model by name: `val_loss`; of a training with `validate_every`, also its encoder's."""
     training, measures = pretraining.training, {"val_loss": validate(model, pretraining)}
     if training.validate_every:
         measures["rankme"] = rankme(model, pretraining)

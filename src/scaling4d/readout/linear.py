@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from scaling4d.mae.device import to_device
 from scaling4d.training.distributed import gather_round_robin
 
-RegressionBatch = tuple[Tensor, Tensor, Tensor]  # features `B P d`, targets `B P o`, which count, bool `B P`
+RegressionBatch = tuple[Tensor, Tensor, Tensor]  # features `B P d`, targets `B P o`, valid `B P` (bool)
 Batches = Iterable[RegressionBatch]
 PENALTIES = tuple(10.0**power for power in range(-5, 3))  # of the mean variance of a feature; ours
 # Steps, rows and columns of means that stand for a clip: the first grid of at most MOST_FEATURES numbers; sums of their
@@ -28,7 +28,7 @@ CONSTANT = 1e-12  # a feature with a smaller variance is left out
 
 
 class RegressionSums:
-    """Sums over samples of P places each: features `B P d`, targets `B P o`, and which count, bool `B P`."""
+    """Sums over samples of P places each: features `B P d`, targets `B P o`, and valid `B P` (bool)."""
 
     def __init__(self, places: int, features: int, targets: int, device: str = "cpu") -> None:
         zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=device)  # noqa: E731

@@ -167,7 +167,7 @@ def from_4ds(source: Path, out: Path) -> Path:
 
 
 def to_4ds(folder: Path, out: Path) -> Path:
-    """Convert a Checkpoint folder with an `Encoder` (no shifted pixels, no qk_norm) to a released `.npz`.
+    """Convert a Checkpoint folder of a `Backbone` or `SimpleMAE` (no shifted pixels, no qk_norm) to a released `.npz`.
 
     Raises UserError: another model, or `out` exists.
     """

@@ -75,9 +75,9 @@ class FilledClip(NamedTuple):
 def reconstruct(point: str, settings: Mapping[str, Any]) -> Path | int:
     """The stage `reconstruct` of one point, by ranks that run where reconstruct.Launch says.
 
-    Writes `result.json` and `filled.png` (a row of frames: input, masked, filled in). masked_mse, psnr_db and
-    moving_mse are over hidden pixels in 0..1. frame_fid, clip_kid, ... are described in `fidelity`. A model that takes
-    each patch's mean and deviation from the true pixels is not measured.
+    Writes `result.json` and `filled.png` (three rows of frames a clip: input, masked, filled in). masked_mse, psnr_db
+    and moving_mse are over hidden pixels in 0..1. frame_fid, clip_kid, ... are described in `fidelity`. A model that
+    takes each patch's mean and deviation from the true pixels is not measured.
     Returns the folder; or an exit code, where another process wrote it.
     """
     bound, home = bind_reconstruct(settings), artifacts.home(settings)
@@ -139,7 +139,7 @@ def _reconstruct(point: str, bound: StageConfig, home: Path, evidence: Mapping[s
 
 
 def bind_reconstruct(settings: Mapping[str, Any]) -> StageConfig:
-    """Raises UserError: settings that the stage refuses."""
+    """Settings of the stage, checked. Raises UserError: settings that the stage refuses."""
     keys, unrecorded = ["profile", "seed", "reconstruct.Filling", "reconstruct.Fidelity"], {"reconstruct.Launch": LaunchConfig}
     return config.bind(settings, keys, FillingConfig, FidelityConfig, unrecorded=unrecorded)
 

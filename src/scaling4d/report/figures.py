@@ -120,7 +120,7 @@ def pretraining(run: RunResults) -> str:
 def training_curves(run: RunResults) -> str:
     """Training loss over clips seen. Each method has a panel, because losses of different methods do not compare.
 
-    Below, a row for each measure of validations under way, if there were any.
+    Below, a row for each measure of validations during training, if there were any.
     """
     figure, panels = subplots(1 + len(run.measures), len(run.methods), (9.5, 4 + 3 * len(run.measures)))
     for (axes, *below), method in zip(panels.T, run.methods, strict=True):

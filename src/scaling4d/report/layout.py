@@ -43,8 +43,8 @@ POINTS = (  # of the headline: of one run, and with a study of seeds
     "readouts with 95 % intervals over validation videos",
 )
 BARS = "95 % intervals over validation videos"
-VALIDATIONS = (  # of the training's curves, of points that were validated under way
-    " Below: measures of validations under way; the last one's are in the table of points. RankMe is the effective rank of "
+VALIDATIONS = (  # of the training's curves, of points that were validated during training
+    " Below: measures of validations during training; the last one's are in the table of points. RankMe is the effective rank of "
     "validation clips' mean features (arXiv:2210.02885). Linear probes are fitted to few labelled clips; they do not compare "
     "with those of frozen readouts."
 )
@@ -147,7 +147,7 @@ SECTIONS = (
 )
 
 
-def read_page(run: RunResults) -> Page:
+def build_page(run: RunResults) -> Page:
     """All sections of a run, with ids of numbers in order."""
     page = Page(run.folder)
     rows = measure_rows(run, page)

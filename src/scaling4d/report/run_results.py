@@ -19,7 +19,7 @@ KEYS = ["profile", "seed", *config.POINTS, "encoders", "benchmarks.tasks", "show
 PROTOCOL_TASKS = {"classifier": ("actions",)}  # of a protocol that not every task has
 UNTRAINED = "untrained_"
 HELD_OUT_FILE = "held_out.jsonl"  # of a readout that stops early; others have none
-VALIDATION = "validation.jsonl"  # of a point that was validated under way; others have none
+VALIDATION = "validation.jsonl"  # of a point that was validated during its training; others have none
 SUMMARY = ("point", "method", "parameters", "flops", "clips_seen", "train_loss", "val_loss", "seed")
 
 
@@ -31,7 +31,7 @@ class RunResults:
     so they have no fidelity and no picture. continued: points that start from a checkpoint; neither are they filled in,
     nor do they belong to the ladder. tasks: empty without readouts. encoders: by protocol. results: in the order
     of the settings. summaries, losses (lines of losses.jsonl), fidelity (result.json of `reconstruct`) and pictures
-    (filled.png): by point. validations: lines of validation.jsonl by point, of those that were validated under way.
+    (filled.png): by point. validations: lines of validation.jsonl by point, if it was validated during training.
     held_out: lines of held_out.jsonl by `readout/name`, of readouts that have one. sheets: of stage `show`, by task.
     models: by point, the method's settings. provenances: by `stage/name`. operative: likewise, the settings in force.
     overrides: dotted key -> (value in force, names of the stages that it changes). seed_study: None where the profile
@@ -104,7 +104,7 @@ class RunResults:
 
     @property
     def measures(self) -> list[str]:
-        """Names of what validations under way measured; empty without any."""
+        """Names of measures of validations during training; empty without any."""
         lines = (line for point in self.trained for line in self.validations.get(point, ()))
         return list(dict.fromkeys(name for line in lines for name in line if name != "step"))
 

@@ -16,7 +16,7 @@ from scaling4d.records import UserError, file_system_errors, json_text, write_js
 from scaling4d.report import site, tables
 from scaling4d.report.built import read_built_report
 from scaling4d.report.figures import draw_figures
-from scaling4d.report.layout import read_page, report_html
+from scaling4d.report.layout import build_page, report_html
 from scaling4d.report.notebook import NOTEBOOK, execute
 from scaling4d.report.pictures import draw_strips
 from scaling4d.report.run_results import RunResults, read_run_results
@@ -47,7 +47,7 @@ def build(settings: Mapping[str, Any]) -> None:
         for name, path in run.sheets.items():
             shutil.copyfile(path, out / PICTURES / f"sheet_{name}.png")
         draw_strips(run.pictures, run.side_px, run.ladder, out / PICTURES)
-        page = read_page(run)
+        page = build_page(run)
         page.write_json(out)
         (out / "report.html").write_text(report_html(page, COMMIT))
         execute(out)

@@ -186,7 +186,7 @@ def table_text(run: RunResults) -> str:
     tasks = [f"{r.task}\n{r.metric} {arrow(r)}" for r in first if r]
     head = ("encoder", "parameters", "protocol", f"val loss ↓\n{run.methods[0]}", *tasks)
     rows = [[text_of(part) for part in row] for row in overview(run, intervals=False)]
-    return _text_table(f"profile {run.profile}, seed {run.seed}", head, rows)
+    return text_table(f"profile {run.profile}, seed {run.seed}", head, rows)
 
 
 def text_of_csv(path: Path) -> str:
@@ -198,17 +198,18 @@ def text_of_csv(path: Path) -> str:
             line[row["task"]] = cell_text(float(row["value"]))
             head.setdefault(row["task"], f"{row['task']}\n{row['metric']} {'↑' if row['higher_is_better'] == 'True' else '↓'}")
     rows = [[*key, *(line.get(task, NOTHING) for task in head)] for key, line in cells.items()]
-    return _text_table(str(path), ("encoder", "parameters", "protocol", *head.values()), rows)
+    return text_table(str(path), ("encoder", "parameters", "protocol", *head.values()), rows)
 
 
-def _text_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def text_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, left: Sequence[int] = (0, 2)) -> str:
+    """Rows as text of at most 120 columns. left: columns of words, on the left of their column."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=box.SIMPLE, title=title, title_justify="left")
     for index, name in enumerate(head):
-        table.add_column(name, justify="left" if index in (0, 2) else "right", no_wrap=True)
+        table.add_column(name, justify="left" if index in left else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     console = Console(file=io.StringIO(), width=120)

@@ -97,7 +97,7 @@ class SceneSpec:
 
 
 def bind_render(settings: Mapping[str, Any]) -> StageConfig:
-    """Raises UserError: settings that `render` refuses."""
+    """Settings of `render`, checked. Raises UserError: settings that it refuses."""
     return config.bind(settings, ["seed", "render"], RenderConfig)
 
 

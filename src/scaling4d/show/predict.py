@@ -12,7 +12,7 @@ from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders.arrays import write_npz
 from scaling4d.encoders.encoder import Encoder
 from scaling4d.encoders.features import layer_index, split_time
-from scaling4d.features.extract import first_clip, read_array, read_clips
+from scaling4d.features.inputs import first_clip, read_array, read_clips
 from scaling4d.features.video_features import bind_features
 from scaling4d.provenance import atomic_new
 from scaling4d.readout import released_heads
@@ -43,7 +43,7 @@ def write_features(
     Args:
         checkpoint: as of Encoder.from_pretrained, or the folder of a frozen readout in artifacts/ (its encoder is used
             then, at the rate of its task).
-        video: a video file, of which the first window is taken, or a `.npy` of clips, see features.extract.read_clips.
+        video: a video file, of which the first window is taken, or a `.npy` of clips, see features.inputs.read_clips.
         frames, side_px, rate_hz, fit: of the window, see bind_features.
         queries: `.npy`, `Q 2` or `Q 4` in 0..1, for a readout that tracks; refused for any other.
     Raises:

@@ -272,11 +272,6 @@ def outcome_rows(prediction: Mapping[str, Any], runs: Sequence[TrainedRun]) -> I
         yield row
 
 
-def law_with_outcome(prediction: Mapping[str, Any], runs: Sequence[TrainedRun]) -> LossLaw | None:
-    """The law of the predicting runs and of those that were predicted."""
-    return fit_runs([*trained_runs(parse_csv(predicting_runs(prediction))), *runs])
-
-
 # ---- figure ----
 
 

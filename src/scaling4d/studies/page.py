@@ -171,7 +171,8 @@ def tables(study: Study, rows: Sequence[Row]) -> dict[str, str]:
         files |= _law_files(law, (LAW, OPTIMUM, LEFT_OUT))
     if outcome:
         files[PREDICTED] = to_csv(laws.PREDICTION_COLUMNS, outcome)
-        if after := laws.law_with_outcome(laws.read_prediction(study.name), runs):
+        predicting = laws.trained_runs(parse_csv(laws.predicting_runs(laws.read_prediction(study.name))))
+        if after := laws.fit_runs([*predicting, *runs]):  # the law with its outcome
             files |= _law_files(after, (LAW_AFTER, OPTIMUM_AFTER, LEFT_OUT_AFTER))
     return files
 

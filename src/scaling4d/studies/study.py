@@ -170,7 +170,7 @@ def with_seeds(study: Study, seeds: str) -> Study:
 
 
 def parse_study(name: str, content: Mapping[str, Any]) -> Study:
-    """Raises ValueError: a missing or unknown key, or an unknown arm or size. content: of the definition's YAML."""
+    """A study from its definition's YAML (content). Raises ValueError: a missing or unknown key, arm or size."""
     required, known = {"question", "base", "arms"}, {"profile", "encoder", "targets", "seeds", "ladders", "law"}
     if missing := required - content.keys():
         raise ValueError(f"it lacks {', '.join(sorted(missing))}")

@@ -38,8 +38,8 @@ T = TypeVar("T")
 STATES = "training states"  # description of the group of resume.CheckpointManager
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # requests to save the state and stop
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
-HEARTBEATS = 10  # of a rank, within the time after which it counts as hanging
-GROUP_TIMEOUT = 3  # of process groups, in that time: later than the watchdog, which knows more
+HEARTBEATS = 10  # reports of a rank within start_s or hang_s, the shorter
+GROUP_TIMEOUT = 3  # timeout of process groups over start_s or hang_s: the watchdog, which knows more, ends a run first
 FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}  # torch's own size
 DUMP = "nccl_trace_rank_"  # torch's own name of a rank's file, without its number
 
@@ -248,7 +248,7 @@ def heartbeat(what: str, number: int | None = None) -> None:
 
 
 def end_start() -> None:
-    """The first step is done: from now on `hang_s` counts, for this process and for its groups.
+    """After the first step: shorten the time-outs of the watchdog and of the process groups to `hang_s`.
 
     The group of the training states keeps its time, since ranks wait there for files.
     Source: torchtitan, which shortens the time-out of its groups after the first step, too.

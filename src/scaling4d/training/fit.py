@@ -148,7 +148,7 @@ class SkippedSteps:
 
     def add(self, step: int, batch: Batch, loss: Tensor, adamw: torch.optim.AdamW, grad_norm: Tensor) -> None:
         """Before a step's update, which the optimizer then skips if the gradient is not finite."""
-        adamw.found_inf = (~grad_norm.isfinite()).float()
+        adamw.found_inf = (~grad_norm.isfinite()).float()  # torch's fused AdamW changes nothing where this is 1
         self.counts = self.counts + adamw.found_inf
         self.counts[1] *= adamw.found_inf
         self.recent.append({"step": step, "clips": batch.ids, "loss": loss})
@@ -204,7 +204,7 @@ def fit(
     if progress is None:
         initialise()
         progress = Progress(0, [[0, dist.get_world_size()]])
-    # Its own count does not matter: `schedule.step()` sets the rate of `progress.step`.
+    # LambdaLR's own count is not used: `schedule.step()` sets the rate of `progress.step`.
     schedule = LambdaLR(adamw, lambda _: warmup_cosine(progress.step, steps=config.steps, warmup=config.warmup_steps))
     for callback in callbacks:
         callback.begin(progress.step)

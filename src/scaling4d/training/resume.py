@@ -5,8 +5,9 @@
 
 A step's folder gets its name when every rank's files are there with their sha256. Files without a matching sha256 are
 not read. DCP's metadata is a pickle: a run reads its own folder only. The last step's state stays until the result is
-written. `training.fit` decides when to save and to load; this module only stores. No state of a
-loader is stored: every batch is a function of the seed and its number.
+written. `training.fit` loads a state before its first step (`_load`) and saves more; this module only stores them.
+They are not the Checkpoint folders of `scaling4d.checkpoint`. No state of a loader is stored: every batch is a
+function of the seed and its number.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def fingerprint(run: str, *, settings: Mapping[str, Any], inputs: Mapping[str, s
 
 
 def fingerprint_of(run: str, evidence: Mapping[str, Any]) -> dict[str, Any]:
-    """The fingerprint of a run that depends on all that its provenance.json will tell."""
+    """The fingerprint of a run whose result depends on everything in its provenance.json."""
     code = evidence["code"] or {"sha256": ""}
     return fingerprint(run, settings=evidence["settings"], inputs=evidence["inputs"], code_sha256=code["sha256"])
 
@@ -133,9 +134,8 @@ class CheckpointManager:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.lock = acquire_lock(self.folder, fingerprint) if self.rank == 0 else None
         dist.barrier()
-        self.group = dist.new_group(
-            backend="gloo", group_desc=STATES
-        )  # keeps asynchronous writes apart from the training's messages
+        # Asynchronous writes send their messages apart from the training's.
+        self.group = dist.new_group(backend="gloo", group_desc=STATES)
         self.pending: tuple[int, Any] | None = None
         self.stager: Any = None  # of asynchronous writes from GPUs; its pinned memory serves every step
 

@@ -94,7 +94,7 @@ class Task:
         raise NotImplementedError
 
     def regression(self, features: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Features `B P d`, targets `B P o` and which count, bool `B P`, of a linear probe."""
+        """Of a linear probe: features `B P d`, targets `B P o`, and valid `B P` (bool), places that enter the fit."""
         raise NotImplementedError
 
     def suits_probe(self, encoder: nn.Module) -> bool:

@@ -1,37 +1,21 @@
-"""Clips from files, baselines that need no download, and features at another size."""
+"""Clips from files, and baselines that need no download."""
 
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-import small_encoder
 import torch
 from refusals import refused
 
 from scaling4d import config, video
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders.load import load_model
-from scaling4d.encoders.pretrained import load_encoder
 from scaling4d.encoders.stage import baseline
-from scaling4d.features.extract import first_clip, read_clips
+from scaling4d.features.inputs import first_clip, read_clips
 from scaling4d.features.windows import WindowSettings
 from scaling4d.pretrain.settings import bind_pretrain
 from scaling4d.records import UserError
-
-CLIP = (6, 32, 48)
-
-
-def test_clips_of_another_size_resize_the_positions_and_of_the_same_size_leave_them(tmp_path: Path) -> None:
-    encoder = load_encoder(small_encoder.checkpoint(tmp_path / "nano", "Backbone", clip=CLIP, depth=2))
-    before = encoder.positions.clone()
-    encoder.resize(CLIP)
-    assert len(encoder.features(torch.zeros(1, *CLIP, 3))) == 3 and torch.equal(encoder.positions, before)
-    encoder.resize((12, 64, 64))
-    assert encoder.features(torch.zeros(1, 12, 64, 64, 3))[0].shape == (1, 6 * 4 * 4, 24)
-    pixels = small_encoder.model("PixelTokens", clip=CLIP)
-    pixels.resize((6, 48, 64))
-    assert pixels.features(torch.zeros(1, 6, 48, 64, 3))[0].shape == (1, 3 * 3 * 4, 1536) and pixels.grid == (3, 3, 4)
 
 
 def test_a_video_without_a_clip_is_refused(tmp_path: Path) -> None:
