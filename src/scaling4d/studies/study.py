@@ -306,7 +306,7 @@ def _values(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, dict[
 
 
 def noise_limit(values: Sequence[Sequence[float]], one: Sequence[float], other: Sequence[float] = ()) -> float | None:
-    """95 % limit of the absolute difference between means of two equal arms; None with fewer than two arms or seeds.
+    """The least significant difference (95 %) of means of two equal arms; None with fewer than two arms or seeds.
 
     The larger one of two limits: t * s * sqrt(2 / seeds) with `seed_deviation` s of all arms, which many arms estimate
     well, and Welch's of the two arms alone, since one arm may be noisier than the others. t: Student's.
