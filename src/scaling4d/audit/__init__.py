@@ -15,7 +15,7 @@ from scaling4d.audit.run import NOTE, UNCHECKED, WRONG, AuditFinding, locked_run
 from scaling4d.audit.verify import verify, verify_and_count
 from scaling4d.records import UserError, on_one_line
 
-__all__ = ["AuditFinding", "check", "check_evaluation", "compare", "explain_number", "export", "locked_runs", "verify"]
+__all__ = ["AuditFinding", "check", "check_evaluation", "check_reproduced", "explain_number", "export", "locked_runs", "verify"]
 FORMATS = {"text": as_text, "json": lambda explained: json.dumps(explained, indent=2, sort_keys=True)}
 
 
