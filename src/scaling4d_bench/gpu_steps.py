@@ -32,7 +32,7 @@ from scaling4d_bench.gpu_hour import HourStep, Outcome
 LOCK = Path("requirements-cuda.lock")
 TESTS = "tests/bench/test_gpu.py"
 REPEATED_STEPS, RATE = 20, 1e-3  # of the determinism step; learning rate
-CLAIMED = 4.0  # arXiv:2205.09113: "> 4x" by hiding 90 %
+CLAIMED = "5.8 for computing, 4.1 with loading, on A100"  # arXiv:2205.09113: ViT-L, 90 % hidden
 # Of a rehearsal: shapes of the points, settings and videos
 SMALL = {"clip": [8, 64, 64], "width": 32, "depth": 2, "heads": 2, "mlp": 64}
 SMALL_MAE_ST = SMALL | {"decoder_width": 16, "decoder_heads": 2, "decoder_depth": 1, "predicted_frames": 4}
@@ -245,7 +245,7 @@ def measure_masking(folder: Path, rehearse: bool) -> Outcome:
     (row,) = [row for row in content["results"]["L"]["rows"] if row["name"] == "MAE-ST, 90%"]
     text = f"MAE-ST L at 90 %: {row['times_as_fast']['median']:.1f} times as fast as at 0 %"
     text += f", {row['times_as_fast_with_loading']:.1f} with loading"
-    return Outcome(text, f"MAE-ST claims > {CLAIMED:g}; by FLOPs {row['times_as_fast_by_arithmetic']:.1f}")
+    return Outcome(text, f"MAE-ST: {CLAIMED}; by FLOPs {row['times_as_fast_by_arithmetic']:.1f}")
 
 
 def measure_loading(folder: Path, rehearse: bool) -> Outcome:

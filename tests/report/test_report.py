@@ -495,9 +495,10 @@ def test_the_published_curves_are_complete_and_stand_in_the_columns_of_our_table
     base = next(row for row in rows if row[:3] == ["4DS-B", "100 M", "frozen"])
     curves = [paper["tasks"][task]["frozen"]["B"] for task in TASKS]
     assert base[3:] == [f"~ {curves[0]}", *(f"{value:.3f}" for value in curves[1:])]
-    quoted = tables.published()["Gen4U"]
-    assert len(rows) == 7 * 2 + 1 + len(quoted["accuracies"])
-    assert ["V-JEPA-H", "635 M", "0.722", "Gen4U", "-"] in rows and quoted["source"] in page.sections["paper"]
+    quoted = [tables.published()[name] for name in sections.QUOTING]
+    assert len(rows) == 7 * 2 + sum(1 + len(paper["accuracies"]) for paper in quoted)
+    assert ["V-JEPA-H", "635 M", "0.722", "Gen4U", "-"] in rows and ["V-JEPA2-L", "-", "0.689", "InternVideo-Next", "-"] in rows
+    assert "AbsRel ↓, ScanNet" in page.sections["paper"] and all(paper["source"] in page.sections["paper"] for paper in quoted)
 
 
 def test_mae_sts_numbers_have_sources_and_stand_beside_the_classifiers_of_the_run(page: Page, pocket: dict) -> None:

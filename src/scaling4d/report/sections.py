@@ -33,6 +33,7 @@ from scaling4d.studies.words import encoder_words, measure, measure_head
 
 PICTURES = "pictures"  # folder beside report.html
 DRAWN_CLIPS = "The seed draws the validation clips, whatever the readouts predict, so all of them may be wrong."
+QUOTING = ("Gen4U", "InternVideo-Next, boxes", "InternVideo-Next, depth")  # of published.yaml: other encoders than 4DS
 STOPPING = ("step with the lowest\nheld-out loss", "last step")
 
 
@@ -92,8 +93,10 @@ def paper(run: RunResults, page: Page) -> str:
     j = row_of(SHAPE_OF_J)
     shape = page.paragraph(f"{SHAPE_OF_J}: {j['stated']}. {j['reason']}")
     table = page.paragraph(f"{text}{', '.join(known['approximate'])}.") + page.table(head, rows) + shape
-    quoted = page.paragraph(f"Beside them, other encoders. Source: {published()['Gen4U']['source']}.")
-    return table + quoted + _accuracies(run, page, "Gen4U", "frozen")
+    for quoting in QUOTING:
+        table += page.paragraph(f"Beside them, other encoders. Source: {published()[quoting]['source']}.")
+        table += _accuracies(run, page, quoting, "frozen")
+    return table
 
 
 def mae_st(run: RunResults, page: Page) -> str:
@@ -122,8 +125,8 @@ def _accuracies(run: RunResults, page: Page, paper: str, protocol: str) -> str:
         parameters = published_part(*place, "parameters", spec=",.0fM") if "parameters" in row else NOTHING
         measured = interval(run, ours) if ours else NOTHING
         value = published_part(*place, "value", spec=".4g")
-        rows.append([row["model"], parameters, value, row.get("source", paper), measured])
-    measure = f"{known['metric']} ↑, {known['benchmark']}"
+        rows.append([row["model"], parameters, value, row.get("source", paper.partition(",")[0]), measured])
+    measure = f"{known['metric']} {'↑' if known.get('higher_is_better', True) else '↓'}, {known['benchmark']}"
     return page.table(["published", "parameters", measure, "source", f"ours\n{known['task']}, {protocol}"], rows)
 
 

@@ -109,7 +109,8 @@ def run_studies(names: Sequence[str], *, seeds: str, jobs: int, dry: bool, repor
             write_study(study, dvc_cache_folder(), save_locks(study, by_study[study.name]))
             report(f"wrote {study.folder}")
     if failed:
-        raise UserError(f"{len(failed)} of {len(runs)} runs failed, run it again for those: {', '.join(failed)}")
+        names = ", ".join(run.name for run in runs if run.name in failed)
+        raise UserError(f"{len(failed)} of {len(runs)} runs failed, run it again for those: {names}")
 
 
 def study_runs(study: Study) -> list[StudyRun]:
