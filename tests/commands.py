@@ -63,7 +63,7 @@ def commit_here(message: str = "state", *paths: str) -> str:
 
 def commit(clone: Path) -> None:
     run(clone, "git", "add", "-A")
-    run(clone, "git", "commit", "-qm", "state")
+    run(clone, "git", "commit", "-q", "--allow-empty", "-m", "state")
 
 
 def run(clone: Path, *command: str, check: bool = True) -> subprocess.CompletedProcess:
