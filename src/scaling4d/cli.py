@@ -370,7 +370,7 @@ def plan(
     recompute: Annotated[str, typer.Option(help="none, or block: recompute activations in the backward pass.")] = "none",
     gpu: Annotated[str, typer.Option(help="h100, h200, a100 or a100_40.")] = "h100",
     worker_clips_per_s: Annotated[float, typer.Option(help="Of 16 x 224 x 224, by one process.")] = WORKER_CLIPS_PER_S,
-    write_gb_per_s: Annotated[float, typer.Option(help="Speed of writing checkpoints, an assumption.")] = WRITE_GB_PER_S,
+    write_gb_per_s: Annotated[float, typer.Option(help="Of checkpoints, and of features read: an assumption.")] = WRITE_GB_PER_S,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Also step the real model, sharded, on fake tensors.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:

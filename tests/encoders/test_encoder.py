@@ -1,5 +1,7 @@
 """scaling4d.Encoder: every kind of checkpoint, what its output means, and its way to disk, to the hub and back."""
 
+import importlib
+import inspect
 import json
 import shutil
 import sys
@@ -7,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -369,16 +372,13 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path: Path, monkeypatc
 
 @pytest.fixture
 def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a hub's models, which a module in place of huggingface_hub reads and writes."""
-    models = tmp_path / "models"
+    """The folder of a hub's models, which functions of the signatures of huggingface_hub's read and write."""
+    real, models = importlib.import_module("huggingface_hub"), tmp_path / "models"
     models.mkdir()
     hub, errors = ModuleType("huggingface_hub"), ModuleType("huggingface_hub.errors")
 
-    class TransportError(Exception):
-        """As that of an HTTP client."""
-
-    class HfHubHTTPError(TransportError, OSError):
-        """As huggingface_hub has it."""
+    HfHubHTTPError = real.errors.HfHubHTTPError  # noqa: N806
+    TransportError = HfHubHTTPError.__bases__[0]  # noqa: N806
 
     def create_repo(target: str, *, private: bool | None, exist_ok: bool) -> str:
         if target == "nobody/here":
@@ -394,7 +394,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     def snapshot_download(source: str, *, revision: str | None, allow_patterns: list[str]) -> str:
         if not (models / source).is_dir() or revision not in (None, "v1"):
-            raise HfHubHTTPError(f"404: no {source} at {revision}")
+            raise OSError(f"404: no {source} at {revision}")
         cache = tmp_path / "cache" / source / "snapshots/0123abc"
         for pattern in allow_patterns:
             for path in (models / source).glob(pattern):
@@ -402,8 +402,18 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 shutil.copy(path, cache)
         return str(cache)
 
-    errors.HfHubHTTPError = HfHubHTTPError
-    hub.create_repo, hub.upload_folder, hub.snapshot_download, hub.errors = create_repo, upload_folder, snapshot_download, errors
+    def with_real_signature(function: Callable) -> Callable:
+        signature = inspect.signature(getattr(real, function.__name__))
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            signature.bind(*args, **kwargs)
+            return function(*args, **kwargs)
+
+        return call
+
+    hub.errors, errors.HfHubHTTPError = errors, HfHubHTTPError
+    for function in (create_repo, upload_folder, snapshot_download):
+        setattr(hub, function.__name__, with_real_signature(function))
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     monkeypatch.setitem(sys.modules, "huggingface_hub.errors", errors)
     return models
