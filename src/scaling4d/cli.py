@@ -557,10 +557,7 @@ def audit(
     folder: Annotated[Path | None, typer.Argument(help="Of `evaluate`: verify that; default: the committed run.")] = None,
     explain: Annotated[
         str,
-        typer.Option(
-            help="Walk a number back: ENCODER/TASK/PROTOCOL, POINT/pretrain, POINT/reconstruct; FOLDER/... of a kept run; "
-            "STUDY/ARM/TASK."
-        ),
+        typer.Option(help="Walk a number back: ENCODER/TASK/PROTOCOL, POINT/pretrain, POINT/reconstruct; STUDY/ARM/TASK."),
     ] = "",
     form: Annotated[str, typer.Option("--as", help="Format of --explain: text or json.")] = "text",
     crate: Annotated[Path | None, typer.Option(help="Write the verified run to this new folder as an RO-Crate.")] = None,

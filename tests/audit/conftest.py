@@ -1,4 +1,4 @@
-"""A small project in git and DVC: three points, a readout each, a report, and a kept run beside a report of its own."""
+"""A small project in git and DVC: three points, a readout each, and a report."""
 
 import json
 import os
@@ -16,7 +16,7 @@ import yaml
 from commands import commit_here, git
 
 from scaling4d import artifacts, audit, config, provenance
-from scaling4d.audit.run import INTERVAL, locked_runs
+from scaling4d.audit.run import INTERVAL, locked_run
 from scaling4d.pipeline import code_hashes
 from scaling4d.records import Result, write_json
 
@@ -101,20 +101,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Path("dvc.yaml").write_text(DVC_YAML)
         shell(sys.executable, "-m", "dvc", "commit", "-q", "--force")
         commit_here("the run")
-        shutil.copytree(BUILT, "reports/kept")  # a kept run: its artifacts are absent
-        lock = Path("dvc.lock").read_text().replace("artifacts/test", "artifacts/kept").replace("profile: test", "profile: kept")
-        Path("reports/kept/dvc.lock").write_text(lock.replace("reports/built", "reports/kept"))
-        for name in ("numbers.json", "derived.json"):
-            Path("reports/kept", name).unlink()
-        commit_here("a kept run")
     return root
 
 
 def _write_sources() -> None:
-    kept = {**SETTINGS, "profile": "kept", "report": {"folder": "reports/kept"}}
     _write(Path("experiments/config.yaml"), "defaults:\n  - _self_\n  - profile: test\n")
-    for name, settings in (("test", SETTINGS), ("kept", kept)):
-        _write(Path(f"experiments/profile/{name}.yaml"), "# @package _global_\n" + yaml.safe_dump(settings))
+    _write(Path("experiments/profile/test.yaml"), "# @package _global_\n" + yaml.safe_dump(SETTINGS))
     config.PARAMS.write_text(yaml.safe_dump(SETTINGS))
     for name in ("videos/a.mp4", "videos/b.mp4", "benchmarks/ssv2/list.json", "benchmarks/scannet/list.json"):
         _write(Path("experiments/pocket") / name, f"{name} as it was")
@@ -265,7 +257,7 @@ def rewrite() -> Callable[..., None]:
 @pytest.fixture
 def messages(project: Path) -> Callable[[str], list[str]]:
     """The findings of a kind as the command prints them."""
-    return lambda kind: [str(finding) for finding in audit.verify(locked_runs()) if finding.kind == kind]
+    return lambda kind: [str(finding) for finding in audit.verify(locked_run()) if finding.kind == kind]
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from commands import commit_here
 from damage import ACCEPTED, REFUSED, SIZES, files_below
 
 from scaling4d import artifacts, audit, cli, config, provenance
-from scaling4d.audit.run import locked_runs
+from scaling4d.audit.run import locked_run
 from scaling4d.pipeline import code_hashes
 from scaling4d.records import UserError
 
@@ -28,17 +28,11 @@ NANO, MINI = (f"artifacts/test/readout/{point}/actions/frozen/result.json" for p
 PRETRAINED, READ_OUT = Path("artifacts/test/pretrain/nano"), Path(NANO).parent
 
 
-def test_an_untouched_project_has_nothing_wrong_and_names_what_is_absent(project: Path, capsys: pytest.CaptureFixture) -> None:
+def test_an_untouched_project_has_nothing_wrong(project: Path, capsys: pytest.CaptureFixture) -> None:
     assert audit.check() == 0
-    text = capsys.readouterr().out
-    assert "not checked reports/kept/dvc.lock: 11 locked files and folders (artifacts/kept/" in text
-    assert ") are not here: run `scaling4d compose profile=kept && dvc repro`" in text
-    earlier = "not here: an earlier version made this report, so neither its page nor metrics.json is checked"
-    assert f"not checked reports/kept/numbers.json: {earlier}" in text
-    counts = r"0 wrong; checked ([\d,]+) hashes, [1-9][\d,]* settings, [1-9][\d,]* numbers, 11 files and folders not here"
-    last = re.fullmatch(counts, text.splitlines()[-1])
-    here = [path for run in locked_runs() for path in run.locked_files if run.disk.paths(path)]
-    assert last and int(last[1].replace(",", "")) == len(here)
+    counts = r"0 wrong; checked ([\d,]+) hashes, [1-9][\d,]* settings, [1-9][\d,]* numbers\n"
+    text = re.fullmatch(counts, capsys.readouterr().out)
+    assert text and int(text[1].replace(",", "")) == len(locked_run().locked_files)
 
 
 def test_a_name_that_is_not_utf_8_is_told_and_does_not_end_the_audit(project: Path) -> None:
@@ -98,9 +92,9 @@ def test_one_byte_of_code_is_named_with_the_results_of_its_package(
 
 
 def test_other_code_is_named_by_module_where_its_hash_was_made_to_fit(flip: Flip, wrong: Wrong) -> None:
-    before = locked_runs()[0].disk.md5("src/scaling4d")
+    before = locked_run().disk.md5("src/scaling4d")
     flip("src/scaling4d/readout/stage.py", "VALUE = 1", "VALUE = 2")
-    flip("dvc.lock", before, locked_runs()[0].disk.md5("src/scaling4d"))
+    flip("dvc.lock", before, locked_run().disk.md5("src/scaling4d"))
     assert "artifacts/code/readout.json: the code differs from the code of the run (scaling4d.readout.stage)" in wrong()
 
 
@@ -113,7 +107,7 @@ def test_a_result_of_other_weights_is_named(flip: Flip, wrong: Wrong) -> None:
 def test_a_result_of_weights_in_several_files_is_compared_with_their_index(project: Path, wrong: Wrong) -> None:
     index = Path(f"{WEIGHTS}.index.json")
     Path(WEIGHTS).rename(index)
-    assert locked_runs()[0].weights("nano") == index.as_posix()
+    assert locked_run().weights("nano") == index.as_posix()
     assert "it was measured on weights" not in wrong()  # the index has the recorded hash
 
 
@@ -137,10 +131,10 @@ def test_a_changed_file_beside_a_task_s_benchmark_reaches_no_readout_of_it(wrong
 
 def test_a_benchmark_has_the_hash_by_which_readouts_depend_on_it(flip: Flip, wrong: Wrong) -> None:
     path, sha = "artifacts/benchmarks/actions.json", artifacts.sha256(Path("data/benchmarks/ssv2"))
-    before = {locked: locked_runs()[0].disk.md5(locked) for locked in (path, "artifacts/benchmarks")}
+    before = {locked: locked_run().disk.md5(locked) for locked in (path, "artifacts/benchmarks")}
     flip(path, sha, "0" * 64)
     for locked, md5 in before.items():
-        Path("dvc.lock").write_text(Path("dvc.lock").read_text().replace(md5, locked_runs()[0].disk.md5(locked)))
+        Path("dvc.lock").write_text(Path("dvc.lock").read_text().replace(md5, locked_run().disk.md5(locked)))
     text = wrong()
     assert f"{path}: it has sha256 {'0' * 64} for data/benchmarks/ssv2, on disk it is {sha}" in text
     assert f"{path} -> readout -> reports/built: mini/actions/frozen" in text
@@ -171,7 +165,7 @@ def test_one_byte_of_the_lock_is_named(flip: Flip, wrong: Wrong, old: str, new: 
 
 
 def test_a_hash_in_the_lock_that_was_changed_contradicts_the_stage_that_read_it(clone: Path, flip: Flip, wrong: Wrong) -> None:
-    md5 = locked_runs()[0].stages["pretrain@nano"].outs[0].md5
+    md5 = locked_run().stages["pretrain@nano"].outs[0].md5
     flip("dvc.lock", md5, md5.replace(md5[0], "0" if md5[0] != "0" else "1", 1))
     text = wrong()
     assert "dvc.lock: it contradicts itself about artifacts/test/pretrain/nano: md5 " in text
@@ -179,7 +173,7 @@ def test_a_hash_in_the_lock_that_was_changed_contradicts_the_stage_that_read_it(
 
 
 def test_a_hash_of_one_stage_alone_is_checked_by_the_folder_around_it_or_by_the_commit(flip: Flip, wrong: Wrong) -> None:
-    md5 = locked_runs()[0].stages["readout@nano"].outs[0].md5
+    md5 = locked_run().stages["readout@nano"].outs[0].md5
     other = ("1" if md5[0] == "0" else "0") + md5[1:]
     flip("dvc.lock", md5, other)
     message = f"dvc.lock: it was edited for {READ_OUT}: md5 {md5} on disk, {other} in dvc.lock (readout@nano wrote it)"
@@ -203,7 +197,7 @@ def test_one_byte_of_the_import_of_the_data_is_named(flip: Flip, wrong: Wrong) -
     text = Path("data.dvc").read_text()
     flip("data.dvc", text[:6], "md5: " + ("0" if text[5] != "0" else "1"))
     assert "data.dvc: its md5 does not fit its content: take the file from git again" in wrong()
-    size = locked_runs()[0].stages["data.dvc"].outs[0].size
+    size = locked_run().stages["data.dvc"].outs[0].size
     flip("data.dvc", f"size: {size}", f"size: {size + 1}")
     message = f"experiments/pocket has {size} bytes in 4 files, the lock {size + 1} in 4 (data.dvc read it)"
     assert f"dvc.lock: {message}" in wrong()
@@ -289,7 +283,7 @@ def test_a_file_that_cannot_be_read_is_one_line(project: Path, monkeypatch: pyte
     def refuse(name: str, *args: object) -> None:
         raise PermissionError(13, "Permission denied", name)
 
-    disk = locked_runs()[0].disk
+    disk = locked_run().disk
     monkeypatch.setattr("builtins.open", refuse)
     with pytest.raises(UserError, match=r"^artifacts/code/clips.json cannot be read: Permission denied$"):
         disk.md5("artifacts/code/clips.json")
@@ -308,11 +302,16 @@ def test_a_published_encoder_whose_folder_changed_is_named(flip: Flip, wrong: Wr
 # ---- absent files, and what git alone proves ----
 
 
-def test_a_fresh_clone_is_checked_as_far_as_git_goes(clone: Path, flip: Flip, wrong: Wrong) -> None:
-    findings = audit.verify(locked_runs())
-    assert {finding.kind for finding in findings} == {"not checked"}
-    absent = "11 locked files and folders (artifacts/"  # not data: git has it
-    assert any(finding.message.startswith(absent) for finding in findings)
+def test_a_fresh_clone_is_checked_as_far_as_git_goes(
+    clone: Path, flip: Flip, wrong: Wrong, capsys: pytest.CaptureFixture
+) -> None:
+    assert audit.check() == 0
+    *findings, last = capsys.readouterr().out.splitlines()
+    assert all(finding.startswith("not checked ") for finding in findings)
+    absent = "not checked dvc.lock: 11 locked files and folders (artifacts/"  # not data: git has it
+    (line,) = (finding for finding in findings if finding.startswith(absent))
+    assert line.endswith(" are not here: run `dvc repro`")
+    assert last.endswith(" numbers, 17 files and folders not here")  # six hashes of code too
     flip("experiments/pocket/videos/b.mp4", "as it was", "as it is ")
     text = wrong()
     assert "wrong       data/videos: md5 " in text
@@ -327,29 +326,22 @@ def test_results_without_the_checkpoints_that_they_were_read_from_are_not_called
     assert f"not checked {NANO}: {weights}" in messages("not checked")
 
 
-def add_leftover(path: str, folder: str) -> None:
-    """Add the stage of an earlier run to a lock: of other code, and with an output below artifacts/FOLDER."""
-    lock = yaml.safe_load(Path(path).read_text())
-    leftover = json.loads(json.dumps(next(stage for name, stage in lock["stages"].items() if name.startswith("readout@"))))
-    for dep in (dep for dep in leftover["deps"] if dep["path"].startswith("artifacts/")):
-        dep["md5"] = "0" * 32
-    leftover["outs"][0] |= {"path": f"artifacts/{folder}/readout/nano/actions/finetune", "md5": "1" * 32}
-    lock["stages"]["finetune@nano"] = leftover
-    Path(path).write_text(yaml.safe_dump(lock))
+def commit_other_code() -> None:
+    Path("src/scaling4d/readout/stage.py").write_text("VALUE = 22\n")
+    commit_here("other code")
 
 
 def test_stages_that_dvc_keeps_of_a_still_earlier_run_are_no_part_of_an_earlier_run(wrong: Wrong) -> None:
-    add_leftover("dvc.lock", "test")
+    lock = yaml.safe_load(Path("dvc.lock").read_text())
+    leftover = json.loads(json.dumps(next(stage for name, stage in lock["stages"].items() if name.startswith("readout@"))))
+    for dep in (dep for dep in leftover["deps"] if dep["path"].startswith("artifacts/")):
+        dep["md5"] = "0" * 32
+    leftover["outs"][0] |= {"path": "artifacts/test/readout/nano/actions/finetune", "md5": "1" * 32}
+    lock["stages"]["finetune@nano"] = leftover
+    Path("dvc.lock").write_text(yaml.safe_dump(lock))
     commit_here("a lock with a stage that dvc.yaml no longer has")
     assert not wrong()
-    Path("src/scaling4d/readout/stage.py").write_text("VALUE = 22\n")
-    commit_here("other code")
-    assert not wrong()
-
-
-def test_stages_that_dvc_keeps_of_an_earlier_run_are_no_part_of_a_kept_run(wrong: Wrong) -> None:
-    add_leftover("reports/kept/dvc.lock", "kept")
-    commit_here("a kept lock with a stage that dvc.yaml no longer has")
+    commit_other_code()
     assert not wrong()
 
 
@@ -357,8 +349,7 @@ def test_a_lock_without_a_report_is_not_taken_for_results_of_an_earlier_commit(w
     lock = yaml.safe_load(Path("dvc.lock").read_text())
     del lock["stages"]["report"]
     Path("dvc.lock").write_text(yaml.safe_dump(lock))
-    Path("src/scaling4d/readout/stage.py").write_text("VALUE = 22\n")
-    commit_here("no report, and other code")
+    commit_other_code()
     assert "report: dvc.lock does not have this stage: run `dvc repro`" in wrong()
     assert "wrong       src/scaling4d: md5 " in wrong()
 
@@ -371,13 +362,12 @@ def test_results_of_an_earlier_commit_are_counted_in_full(project: Path, capsys:
     before, settings = numbers(), yaml.safe_load(config.PARAMS.read_text())
     del settings["points"]["mini"]
     config.PARAMS.write_text(yaml.safe_dump(settings))
-    Path("src/scaling4d/readout/stage.py").write_text("VALUE = 22\n")
-    commit_here("a point less, and other code")
+    commit_other_code()
     assert numbers() == before
 
 
 def test_results_of_an_earlier_commit_are_one_note(flip: Flip, messages: Messages, wrong: Wrong) -> None:
-    made = provenance.git_or_error("rev-parse", "--short=7", "HEAD~1").strip()
+    made = provenance.git_or_error("rev-parse", "--short=7", "HEAD").strip()
     Path("src/scaling4d/readout/stage.py").write_text("VALUE = 22\n")
     assert wrong()  # no commit has this edit
     commit_here("other code")
@@ -403,59 +393,40 @@ def test_results_of_an_earlier_commit_are_one_note(flip: Flip, messages: Message
     assert "clips: dvc.lock has clips.Curation.frames = 6, params.yaml 4" in wrong()  # no commit has this lock
 
 
-def test_a_kept_run_is_proven_by_the_commit_that_holds_its_code(flip: Flip, wrong: Wrong) -> None:
-    flip("src/scaling4d/readout/stage.py", "VALUE = 1", "VALUE = 2")
-    commit_here("the code moves on")
-    assert "reports/kept" not in wrong()  # its commit is found in the history
-    flip("reports/kept/dvc.lock", "frames: 4", "frames: 6")
+def test_a_lock_that_its_commit_does_not_make_is_named_after_the_code_moved_on(flip: Flip, wrong: Wrong) -> None:
+    flip("dvc.lock", "frames: 4", "frames: 6")
+    flip("dvc.lock", "seed: 0", "seed: 7")
+    commit_other_code()
     text = wrong()
-    assert "reports/kept/dvc.lock: it has clips.Curation.frames = 6; in commit " in text
-    assert "clips.Curation.frames -> clips -> pretrain -> readout -> reports/kept: mini/actions/frozen" in text
-    flip("reports/kept/dvc.lock", "seed: 0", "seed: 7")
-    assert "reports/kept/dvc.lock: pretrain@mini ran with seed = 7, other stages with 0" in wrong()
-    flip("reports/kept/results.csv", "top1,0.75,", "top1,0.95,")
-    assert "wrong       reports/kept/results.csv: md5 " in wrong()
+    assert "dvc.lock: it has clips.Curation.frames = 6; in commit " in text
+    assert "clips.Curation.frames -> clips -> pretrain -> readout -> reports/built: mini/actions/frozen" in text
+    assert "dvc.lock: pretrain@mini ran with seed = 7, other stages with 0" in text
 
 
-def test_a_setting_of_a_kept_run_may_differ_where_its_report_names_the_override(wrong: Wrong) -> None:
-    lock, stages, derived = (Path("reports/kept", name) for name in ("dvc.lock", "stages.json", "derived.json"))
+def test_a_setting_of_an_earlier_commit_may_differ_where_the_report_names_the_override(rewrite: Rewrite, wrong: Wrong) -> None:
+    lock, stages = Path("dvc.lock"), Path("reports/built/stages.json")
     lock.write_text(lock.read_text().replace("seed: 0", "seed: 7"))
-    page = Path("reports/kept/report.html").read_text()
-    Path("reports/kept/report.html").write_text(f"<table><tr><td>seed</td><td>0</td></tr></table>{page}")
-    assert "reports/kept/dvc.lock: it has seed = 7; in commit " in wrong()
+    commit_other_code()
+    assert "dvc.lock: it has seed = 7; in commit " in wrong()
     for value, differs in ((8, True), (7, False)):
         stages.write_text(json.dumps({"stages": {"pretrain/nano": {"overrides": {"seed": value}}}}))
         assert ("it has seed = 7; in commit " in wrong()) is differs
     stages.unlink()
-    derived.write_text(json.dumps({"override seed": {"value": 7, "from": []}}))
+    rewrite("reports/built/derived.json", **{"override seed": {"value": 7, "from": []}})
     assert "it has seed = 7; in commit " not in wrong()
 
 
-def test_data_of_today_do_not_touch_a_kept_run(wrong: Wrong, request: pytest.FixtureRequest) -> None:
-    shutil.copytree("experiments/pocket", "elsewhere")
-    text = Path("data.dvc").read_text()
-    Path("data.dvc").write_text(text.replace("path: experiments/pocket", "path: elsewhere"))
-    assert "reports/kept" not in wrong()
-    shutil.copytree("artifacts/test", "artifacts/kept")
-    request.getfixturevalue("another_benchmark")
-    assert "artifacts/kept/readout/nano/actions/frozen/provenance.json names benchmark" not in wrong()
+def test_benchmarks_of_today_do_not_touch_results_of_an_earlier_commit(wrong: Wrong, another_benchmark: None) -> None:
+    commit_other_code()
+    assert not wrong()
 
 
-def test_artifacts_of_a_kept_run_are_checked_after_the_code_moved_on(rewrite: Rewrite, wrong: Wrong) -> None:
-    shutil.copytree("artifacts/test", "artifacts/kept")
-    Path("src/scaling4d/readout/stage.py").write_text("VALUE = 2\n")
+def test_artifacts_of_an_earlier_commit_are_checked_after_the_code_moved_on(rewrite: Rewrite, wrong: Wrong) -> None:
+    commit_other_code()
     rewrite("artifacts/code/readout.json", **code_hashes.hashes(Path("src/scaling4d"))["readout"])
-    path = Path("artifacts/kept/readout/nano/actions/frozen/provenance.json")
+    path = READ_OUT / "provenance.json"
     rewrite(path, inputs=json.loads(path.read_text())["inputs"] | {"checkpoint": "0" * 64})
-    assert f"readout@nano: {path} names checkpoint {'0' * 64}, which is no input of its stage in reports/kept" in wrong()
-
-
-def test_a_kept_run_whose_code_no_commit_holds_is_not_checked(messages: Messages) -> None:
-    text = Path("reports/kept/dvc.lock").read_text()
-    md5 = locked_runs()[0].stages["code"].deps[0].md5
-    Path("reports/kept/dvc.lock").write_text(text.replace(md5, "0" * 32 + ".dir"))
-    unknown = "no commit of this clone has its src/scaling4d (000"
-    assert any(unknown in message for message in messages("not checked"))
+    assert f"readout@nano: {path} names checkpoint {'0' * 64}, which is no input of its stage in dvc.lock" in wrong()
 
 
 def test_an_option_of_another_command_is_refused() -> None:
@@ -488,7 +459,7 @@ def test_every_file_is_opened_once_however_many_stages_name_it(project: Path) ->
             opened.append(args[0])
 
     sys.addaudithook(note)
-    run = locked_runs()[0]
+    run = locked_run()
     opened.clear()
     run.disk.read(run.locked_files)
     for path in run.locked_files:

@@ -9,7 +9,7 @@ import pytest
 from scaling4d import artifacts, audit
 from scaling4d.audit import disk
 from scaling4d.audit.explain import explain, explain_study, table_cells
-from scaling4d.audit.run import locked_runs
+from scaling4d.audit.run import locked_run
 from scaling4d.provenance import read_lock
 from scaling4d.records import UserError
 
@@ -52,11 +52,11 @@ def test_a_number_is_walked_back_to_the_videos(
 
 
 def test_every_number_of_every_table_has_a_way_back(project: Path) -> None:
-    runs = locked_runs()
-    keys = {f"{row}/{cell['name']}" for row in runs[0].records for cell in table_cells(runs[0], row)}
+    run = locked_run()
+    keys = {f"{row}/{cell['name']}" for row in run.records for cell in table_cells(run, row)}
     assert {"nano/actions/frozen/top1", "nano/actions/frozen/top5", "mini/pretrain/val_loss"} <= keys and len(keys) == 18
     for key in keys:
-        explained = explain(runs, key)
+        explained = explain(run, key)
         assert [cell["name"] for cell in explained["cells"]] == [key.rsplit("/", 1)[1]]
         assert {"clips", "code", "data.dvc"} <= {stage["name"] for stage in explained["stages"]}
 
@@ -72,17 +72,10 @@ def test_a_number_is_explained_as_json(project: Path, capsys: pytest.CaptureFixt
     assert stages["clips"]["environment"]["versions"]["torch"] == "2.13.0"
 
 
-def test_a_number_of_a_kept_run_is_told_by_its_own_lock(project: Path) -> None:
-    told = explain(locked_runs(), "kept/nano/actions/frozen")
-    assert told["cells"][0]["file"] == "reports/kept/results.csv"
-    assert told["result"] == {"path": "artifacts/kept/readout/nano/actions/frozen/result.json", "sha256": None}
-    assert told["again"] == "scaling4d compose profile=kept && dvc repro readout@nano"
-
-
 def test_explaining_one_number_reads_no_shard(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
     monkeypatch.setattr(disk, "_digest", lambda name, digest=disk._digest: read.append(name) or digest(name))
-    explain(locked_runs(), "nano/actions/frozen")
+    explain(locked_run(), "nano/actions/frozen")
     assert "artifacts/test/pretrain/nano/model.safetensors" in read
     assert not [name for name in read if name.startswith(("artifacts/test/clips/shards", "data", "experiments"))]
 
@@ -95,14 +88,13 @@ NEAR_TOP9 = "; did you mean nano/actions/frozen or mini/actions/frozen or small/
     ("nano/actions", NEAR_NANO),
     ("nano/actions/frozn", NEAR_TOP9),
     ("nano/actions/frozen/top9", NEAR_TOP9),
-    ("kept/tiny/actions/frozen", "; did you mean mini/actions/frozen or nano/actions/frozen or small/actions/frozen?"),
     ("nothing", ""),
 ])  # fmt: skip
 def test_an_unknown_number_lists_those_that_are_and_the_nearest_of_them(project: Path, key: str, near: str) -> None:
     known = "mini/pretrain, nano/pretrain, small/pretrain, mini/actions/frozen, nano/actions/frozen, small/actions/frozen"
     needed = "needed encoder/task/protocol, point/pretrain or point/reconstruct, one of: "
     with pytest.raises(UserError, match=f"^no number {key!r}; {re.escape(needed + known + near)}$"):
-        explain(locked_runs(), key)
+        explain(locked_run(), key)
 
 
 def test_an_unknown_form_says_which_there_are(project: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from scaling4d import audit
 from scaling4d.audit.report_numbers import page_numbers
-from scaling4d.audit.run import locked_runs
+from scaling4d.audit.run import locked_run
 
 pytestmark = pytest.mark.integration
 
@@ -81,10 +81,10 @@ def test_numbers_of_a_page_are_read_as_a_browser_shows_them() -> None:
 
 def test_a_changed_number_of_the_page_is_named_where_every_hash_was_made_to_fit(flip: Callable, wrong: Callable) -> None:
     path = f"{BUILT}/report.html"
-    md5, sha256 = (hash_of(path) for hash_of in (locked_runs()[0].disk.md5, locked_runs()[0].disk.sha256))
+    md5, sha256 = (hash_of(path) for hash_of in (locked_run().disk.md5, locked_run().disk.sha256))
     flip(path, ">0.7500<", ">0.8500<")
-    flip("dvc.lock", md5, locked_runs()[0].disk.md5(path))
-    flip(f"{BUILT}/runs.json", sha256, locked_runs()[0].disk.sha256(path))
+    flip("dvc.lock", md5, locked_run().disk.md5(path))
+    flip(f"{BUILT}/runs.json", sha256, locked_run().disk.sha256(path))
     assert wrong() == f"wrong       {path}: n-1 shows 0.8500, {BUILT}/numbers.json has 0.7500"
 
 
@@ -108,3 +108,5 @@ def test_numbers_whose_sources_are_absent_are_not_checked(clone: Path, messages:
     assert f"not checked {BUILT}: 6 rows of its tables: their results are not in artifacts/test" in unchecked
     Path(BUILT, "numbers.json").unlink()
     assert audit.check() == 0
+    earlier = "not here: an earlier version made this report, so neither its page nor metrics.json is checked"
+    assert f"not checked {BUILT}/numbers.json: {earlier}" in messages("not checked")

@@ -8,7 +8,7 @@ import yaml
 
 from scaling4d import audit
 from scaling4d.audit import reproduced
-from scaling4d.audit.run import AuditFinding, locked_runs
+from scaling4d.audit.run import AuditFinding, locked_run
 from scaling4d.records import UserError
 
 pytestmark = pytest.mark.integration
@@ -17,7 +17,7 @@ NANO, SUMMARY = "artifacts/test/readout/nano/actions/frozen/result.json", "artif
 
 
 def outcomes() -> dict[str, AuditFinding]:
-    return {outcome.where: outcome for outcome in reproduced.compare_with_committed(locked_runs()[0])}
+    return {outcome.where: outcome for outcome in reproduced.compare_with_committed(locked_run())}
 
 
 def test_the_same_bytes_are_named_stage_by_stage(project: Path, capsys: pytest.CaptureFixture) -> None:

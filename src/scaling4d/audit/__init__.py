@@ -11,17 +11,17 @@ from pathlib import Path
 
 from scaling4d.audit import evaluations, predictions, reproduced, studies
 from scaling4d.audit.explain import as_text, explain, explain_study
-from scaling4d.audit.run import NOTE, UNCHECKED, WRONG, AuditFinding, locked_runs
+from scaling4d.audit.run import NOTE, UNCHECKED, WRONG, AuditFinding, locked_run
 from scaling4d.audit.verify import verify, verify_and_count
 from scaling4d.records import UserError, on_one_line
 
-__all__ = ["AuditFinding", "check", "check_evaluation", "check_reproduced", "explain_number", "export", "locked_runs", "verify"]
+__all__ = ["AuditFinding", "check", "check_evaluation", "check_reproduced", "explain_number", "export", "locked_run", "verify"]
 FORMATS = {"text": as_text, "json": lambda explained: json.dumps(explained, indent=2, sort_keys=True)}
 
 
 def check() -> int:
     """Verify every hash, setting and number; print the findings by kind, and the counts of all that was checked."""
-    findings, counts = verify_and_count(locked_runs())
+    findings, counts = verify_and_count(locked_run())
     findings += [*studies.findings(), *predictions.findings()]
     kinds = ", ".join(f"{counts[kind]:,} {kind}" for kind in ("hashes", "settings", "numbers"))
     absent = f", {counts['absent']:,} files and folders not here" if counts["absent"] else ""
@@ -48,7 +48,7 @@ def explain_number(key: str, form: str) -> int:
     """Walk a number of the run or of a study back. Raises UserError for an unknown number or form."""
     if form not in FORMATS:
         raise UserError(f"--as {form}: needed {', '.join(FORMATS)}")
-    print(FORMATS[form](explain_study(key) or explain(locked_runs(), key)))
+    print(FORMATS[form](explain_study(key) or explain(locked_run(), key)))
     return 0
 
 
@@ -56,17 +56,17 @@ def export(out: Path) -> int:
     """Write the run as an RO-Crate. Raises UserError where it does not verify, or is not complete here."""
     from scaling4d.audit.crate import write_crate
 
-    runs = locked_runs()
-    wrong = [finding for finding in verify(runs) if finding.kind == WRONG]
+    run = locked_run()
+    wrong = [finding for finding in verify(run) if finding.kind == WRONG]
     if wrong:
         raise UserError(f"{len(wrong)} wrong, so no crate was written; the first: {wrong[0].where}: {wrong[0].message}")
-    print(f"wrote {write_crate(runs[0], out)}")
+    print(f"wrote {write_crate(run, out)}")
     return 0
 
 
 def check_reproduced() -> int:
     """Compare a run made again with the committed one."""
-    findings = reproduced.compare_with_committed(locked_runs()[0])
+    findings = reproduced.compare_with_committed(locked_run())
     for finding in findings:
         print(f"{finding.kind:<16}{on_one_line(f'{finding.where}: {finding.message}')}")
     kinds = Counter(finding.kind for finding in findings)

@@ -14,8 +14,8 @@ from rocrate.model import ContextEntity, DataEntity
 from rocrate.model.entity import Entity
 from rocrate.rocrate import ROCrate
 
-from scaling4d.audit.run import LockedRun
-from scaling4d.provenance import LockedFile, LockedStage, atomic_new
+from scaling4d.audit.run import LockedRun, find_maker
+from scaling4d.provenance import LOCK, LockedFile, LockedStage, atomic_new
 from scaling4d.records import UserError
 
 PROFILES = {
@@ -105,12 +105,12 @@ class _CrateWriter:
         for stage, ran in zip(stages, actions, strict=True):
             properties = {"name": f"DVC ran {stage.name}", "instrument": steps[stage.kind], "object": ran}
             controls.append(entity(f"#control/{stage.name}", "ControlAction", **properties))
-        inputs = [dep for stage in stages for dep in stage.deps if run.maker(dep.path) is None]
+        inputs = [dep for stage in stages for dep in stage.deps if find_maker(run.makers, dep.path) is None]
         sources = [dep for dep in inputs if not dep.path.startswith("artifacts/")]
         report = [out for stage in stages for out in stage.outs if out.path.startswith(f"{run.folder}/")]
         settings = {key: value for stage in stages for key, value in stage.params.items()}
         workflow["input"], workflow["output"] = self._parameters(sources, settings), self._parameters(report, {})
-        properties = {"name": f"{run.lock}: every stage that led to {run.folder}", "instrument": workflow, "agent": authors[0]}
+        properties = {"name": f"{LOCK}: every stage that led to {run.folder}", "instrument": workflow, "agent": authors[0]}
         properties |= {"startTime": start, "endTime": end, **self._read_and_wrote(sources, settings, report)}
         action = entity("#run", "CreateAction", **properties)
         properties = {"name": "dvc repro", "instrument": engine, "object": controls, "result": action, "agent": authors[0]}
@@ -151,7 +151,7 @@ class _CrateWriter:
     def _data(self, file: LockedFile) -> Entity:
         """The entity of a file or folder of dvc.lock. The hash stands for sources, which the crate does not hold."""
         properties = {"name": file.path, "sha256": self._run.disk.sha256(file.path), "contentSize": str(file.size)}
-        properties["description"] = f"md5 {file.md5}, as {self._run.lock} has it"
+        properties["description"] = f"md5 {file.md5}, as {LOCK} has it"
         if f"{file.path}/".startswith(("data/", "experiments/")):
             return self._entity(f"hash://sha256/{properties['sha256']}", "Dataset", **properties)
         files = self._run.disk.files(file.path)

@@ -6,12 +6,12 @@ A number of a study is the mean over its seeds: cell <- runs <- their locks.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from scaling4d.artifacts import PROVENANCE
-from scaling4d.audit.disk import Disk
-from scaling4d.audit.run import CODE, LockedRun, row_numbers
+from scaling4d.audit.run import CODE, LockedRun, find_maker, row_numbers
 from scaling4d.provenance import LockedStage, parse_csv, read_lock, required
 from scaling4d.records import UserError, did_you_mean, on_one_line
 from scaling4d.studies import study as studies
@@ -19,12 +19,11 @@ from scaling4d.studies import study as studies
 STATISTICS = ("mean", "deviation", "noise")  # columns of a study's table.csv
 
 
-def explain(runs: list[LockedRun], key: str) -> dict[str, Any]:
+def explain(run: LockedRun, key: str) -> dict[str, Any]:
     """The cells of a number in the report, and every stage that led to it, the nearest first. A fresh clone knows less.
 
     Args:
-        key: `encoder/task/protocol`, `point/pretrain` or `point/reconstruct`; `/metric` after it for one number of the
-            row; the report's folder before it for a kept run (a lock beside a report).
+        key: `encoder/task/protocol`, `point/pretrain` or `point/reconstruct`; `/metric` after it for one number of it.
     Returns:
         key, cells (see `table_cells`), result and checkpoint (path, sha256), stages, and `again`, the command that
         repeats the last stage. A stage has name, level (steps back from the number), command, read and wrote (path,
@@ -33,22 +32,18 @@ def explain(runs: list[LockedRun], key: str) -> dict[str, Any]:
     Raises:
         UserError: no such number.
     """
-    folder, _, rest = key.partition("/")
-    kept = next((run for run in runs[1:] if Path(run.folder).name == folder), None)
-    run, number = (runs[0], key) if kept is None else (kept, rest)
-    row = next((row for row in run.records if f"{number}/".startswith(f"{row}/")), "")
-    cells = [cell for cell in table_cells(run, row) if number in (row, f"{row}/{cell['name']}")]
+    row = next((row for row in run.records if f"{key}/".startswith(f"{row}/")), "")
+    cells = [cell for cell in table_cells(run, row) if key in (row, f"{row}/{cell['name']}")]
     if not cells:
         known = ", ".join(run.records) or "none was run"
-        known += did_you_mean(number, run.records, 3)
+        known += did_you_mean(key, run.records, 3)
         raise UserError(f"no number {key!r}; needed encoder/task/protocol, point/pretrain or point/reconstruct, one of: {known}")
     record, weights = run.records[row], run.weights(row.split("/")[0])
-    stages = [{"level": level, **_stage(run, stage)} for level, stage in _upstream_stages(run, record)]
-    again = "" if kept is None else f"scaling4d compose profile={Path(run.home).name} && "
-    again += f"dvc repro {stages[0]['name']}"
+    stages = [{"level": level, **_stage(run, stage)} for level, stage in _upstream_stages(run.stages, record)]
     listed = next((cell["weights"] for cell in cells if cell["weights"]), None)
     checkpoint = {"path": weights, "sha256": run.disk.sha256(weights) or listed}
     result = {"path": record, "sha256": run.disk.sha256(record)}
+    again = f"dvc repro {stages[0]['name']}"
     return {"key": key, "cells": cells, "result": result, "checkpoint": checkpoint, "stages": stages, "again": again}
 
 
@@ -79,16 +74,15 @@ def explain_study(key: str) -> dict[str, Any] | None:
     shared = {"interval": [], "unit": of_runs[0][1]["unit"]}
     table = {"file": (folder / studies.TABLE).as_posix(), "line": line, **shared}
     cells = [{**table, "name": column, "value": statistics[column]} for column in STATISTICS if statistics[column]]
-    runs, arms, disk = [], {arm.name: arm for arm in study.arms}, Disk({})
+    runs, arms = [], {arm.name: arm for arm in study.arms}
     for n, row in of_runs:
         lock, arm = study.lock(f"{row['arm']}-{row['seed']}"), arms[row["arm"]]
         if not lock.is_file():
             raise UserError(f"no {lock}; take it from git again, or run `{study.command}`")
         locked = required(read_lock(lock), arm.targets)
-        run = LockedRun(lock.as_posix(), locked, "", folder.as_posix(), None, {}, disk)
         out = locked[studies.measuring_stage(row, locked)].outs[0]
         cell = {"file": (folder / studies.RUNS).as_posix(), "line": n, "name": row["metric"], "value": row["value"], **shared}
-        stages = [{"level": level, **_declared(stage)} for level, stage in _upstream_stages(run, out.path)]
+        stages = [{"level": level, **_declared(stage)} for level, stage in _upstream_stages(locked, out.path)]
         properties = {"seed": int(row["seed"]), "cell": cell, "checkpoint": {"sha256": row["checkpoint_sha256"] or None}}
         runs.append(properties | {"experiment": row["experiment"], "lock": lock.as_posix(), "stages": stages})
     return {"key": key, "cells": cells, "runs": runs, "again": study.command}
@@ -104,16 +98,17 @@ def table_cells(run: LockedRun, key: str) -> list[dict[str, Any]]:
     return cells
 
 
-def _upstream_stages(run: LockedRun, path: str) -> list[tuple[int, LockedStage]]:
+def _upstream_stages(stages: Mapping[str, LockedStage], path: str) -> list[tuple[int, LockedStage]]:
     """Every stage that led to a path, the nearest first, with the length of its longest way."""
+    makers = {out.path: stage for stage in stages.values() for out in stage.outs}
     levels, waiting = {}, [(path, 0)]
     while waiting:
         path, level = waiting.pop()
-        stage = run.maker(path)
+        stage = find_maker(makers, path)
         if stage is not None and levels.get(stage.name, -1) < level:
             levels[stage.name] = level
             waiting += [(dep.path, level + 1) for dep in stage.deps]
-    return [(level, run.stages[name]) for level, name in sorted((level, name) for name, level in levels.items())]
+    return [(level, stages[name]) for level, name in sorted((level, name) for name, level in levels.items())]
 
 
 def _declared(stage: LockedStage) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from scaling4d import config
 from scaling4d.audit.run import TABLES, UNCHECKED, WRONG, AuditFinding, LockedRun, csv_rows, parse_json, recorded_row, shorten
-from scaling4d.provenance import MISSING, differences, flatten, format_number, load_yaml
+from scaling4d.provenance import LOCK, MISSING, differences, flatten, format_number, load_yaml
 from scaling4d.records import Result
 
 cached_yaml = cache(load_yaml)
@@ -113,7 +113,7 @@ def _tables(run: LockedRun) -> Iterator[AuditFinding]:
                 yield AuditFinding(WRONG, path, f"it is not a result: {error}; run its stage again")
     for key, path, line, row in rows:
         if key not in run.records:
-            yield AuditFinding(WRONG, path, f"line {line}: no stage of {run.lock} makes the numbers of {key}")
+            yield AuditFinding(WRONG, path, f"line {line}: no stage of {LOCK} makes the numbers of {key}")
         elif record := run.json_object(run.records[key]):
             for column, value in recorded_row(record, row).items():
                 if row.get(column) != str(value):
@@ -123,7 +123,7 @@ def _tables(run: LockedRun) -> Iterator[AuditFinding]:
 
 
 def _results_here(run: LockedRun) -> Iterator[str]:
-    """Keys of the results of readouts that are here; of a kept run those that stages.json of its report names."""
+    """Keys of the results of readouts that are here; of an earlier commit's those that stages.json names."""
     stages = run.json_object(f"{run.folder}/stages.json").get("stages")
     for key, path in run.records.items():
         own = run.settings is not None or not isinstance(stages, dict) or f"readout/{key}" in stages
@@ -132,7 +132,7 @@ def _results_here(run: LockedRun) -> Iterator[str]:
 
 
 def _trained_here(run: LockedRun) -> Iterator[tuple[str, str]]:
-    """(key, JSON file) of the checkout's trainings and reconstructions that are here."""
+    """(key, JSON file) of trainings and reconstructions that are here; none of an earlier commit's."""
     for folder in run.makers if run.settings is not None else ():
         kind, _, point = folder.removeprefix(f"{run.home}/").partition("/")
         if kind in ("pretrain", "reconstruct") and run.disk.text(path := f"{folder}/{TABLES[kind]}") is not None:
@@ -183,15 +183,15 @@ def _page(run: LockedRun, path: str) -> Iterator[AuditFinding]:
         if texts.get(number.id, number.text) != number.text:
             yield AuditFinding(WRONG, page, f"{number.id} shows {texts[number.id]}, {path} has {number.text}")
     if run.disk.text(derived) is not None and derived not in run.locked_files:
-        yield AuditFinding(WRONG, derived, f"{run.lock} has no hash of it: it has to be an out of stage report")
+        yield AuditFinding(WRONG, derived, f"{LOCK} has no hash of it: it has to be an out of stage report")
     absent, known = {}, {*run.locked_files, f"{run.folder}/runs.json", config.PARAMS.as_posix()} - {run.home}
     for label, source, key, value in references:
         if not any(f"{source}/".startswith(f"{other}/") for other in known):
-            yield AuditFinding(WRONG, path, f"{label}: no stage of {run.lock} wrote or read {source}")
+            yield AuditFinding(WRONG, path, f"{label}: no stage of {LOCK} wrote or read {source}")
             continue
         text, locked = run.disk.text(source), [file.md5 for file in run.locked_files.get(source, ())]
         if text is None or (run.settings is None and not run.owns(source) and run.disk.md5(source) not in locked):
-            absent[source] = None  # a kept run read another version of what is no file of its own
+            absent[source] = None  # the earlier commit read another version of what is no file of the run
             continue
         try:
             there = _value_at(source, text, key)

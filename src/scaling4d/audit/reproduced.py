@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from scaling4d.audit.run import REPORT, AuditFinding, LockedRun, recorded_row, row_numbers, without_leftovers
-from scaling4d.provenance import LockedStage, differences, file_at, read_lock, required
+from scaling4d.audit.run import REPORT, AuditFinding, LockedRun, find_maker, recorded_row, row_numbers, without_leftovers
+from scaling4d.provenance import LOCK, LockedStage, differences, file_at, read_lock, required
 from scaling4d.records import UserError
 
 # Kinds of findings. CLOSE: every number is inside its interval. OTHER: no number of its own, see the stages after it.
@@ -30,14 +30,14 @@ def compare_with_committed(run: LockedRun) -> list[AuditFinding]:
     Raises:
         UserError: git has no dvc.lock to compare with.
     """
-    text = file_at("HEAD", run.lock)
+    text = file_at("HEAD", str(LOCK))
     if text is None:
-        raise UserError(f"the last commit has no {run.lock} to compare with; run inside a clone of the project")
-    committed = read_lock(Path(run.lock), text)
+        raise UserError(f"the last commit has no {LOCK} to compare with; run inside a clone of the project")
+    committed = read_lock(LOCK, text)
     needed = required(without_leftovers(committed, run.stages), [REPORT])
     for name in (name for name in run.stages if name.endswith(".dvc")):
         committed |= read_lock(Path(name), file_at("HEAD", name) or "{}")
-    missing = f"{run.lock} lacks this stage of the committed report: run `dvc repro`"
+    missing = f"{LOCK} lacks this stage of the committed report: run `dvc repro`"
     return [
         *(_compare(run, stage, committed.get(stage.name)) for stage in run.stages.values()),
         *(AuditFinding(ABSENT, name, missing) for name in needed if name not in run.stages),
@@ -83,7 +83,7 @@ def _other_inputs(run: LockedRun, stage: LockedStage, committed: LockedStage) ->
         yield f"{key} = {value!r}, committed {before!r}"
     md5s = {dep.path: dep.md5 for dep in committed.deps}
     for dep in (dep for dep in stage.deps if dep.path != run.home):
-        maker = run.maker(dep.path)
+        maker = find_maker(run.makers, dep.path)
         outside = maker is None or maker.kind in ("code", "benchmarks") or maker.name.endswith(".dvc")
         if outside and run.disk.md5(dep.path) != md5s.get(dep.path):
             yield f"{dep.path} is md5 {run.disk.md5(dep.path)}, committed {md5s.get(dep.path)}"

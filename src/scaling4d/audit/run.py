@@ -12,7 +12,7 @@ from typing import Any
 from scaling4d import artifacts, config, provenance
 from scaling4d.audit.disk import Disk
 from scaling4d.checkpoint import INDEX, WEIGHTS
-from scaling4d.provenance import LOCK, LockedFile, LockedStage, differences, is_below, overlap, read_lock, required
+from scaling4d.provenance import LOCK, LockedFile, LockedStage, differences, is_below, overlap, read_lock
 from scaling4d.records import UserError, as_user_error, on_one_line
 
 WRONG, NOTE, UNCHECKED = "wrong", "note", "not checked"
@@ -50,14 +50,13 @@ def shorten(names: Sequence[str], most: int = 1) -> str:
 
 @dataclass(frozen=True)
 class LockedRun:
-    """A lock, the report made with it, and the files that are here.
+    """The run of dvc.lock, the report made with it, and the files that are here.
 
-    lock: its path. stages: by name; for a kept run (a lock beside a report) the stages that the report needs.
-    home: artifacts/<profile>. folder: of the report. settings: params.yaml; None for a kept run.
-    contradictions: how the checkout's lock differs from dvc.yaml and params.yaml -> names of the stages.
+    stages: by name; where an earlier commit made the results, those that the report needs. home: artifacts/<profile>.
+    folder: of the report. settings: params.yaml; None where an earlier commit made the results.
+    contradictions: how the lock differs from dvc.yaml and params.yaml -> names of the stages.
     """
 
-    lock: str
     stages: Mapping[str, LockedStage]
     home: str
     folder: str
@@ -74,10 +73,6 @@ class LockedRun:
                 for file in some:
                     files.setdefault(file.path, {}).setdefault(file, []).append(f"{stage.name} {verb} it")
         return files
-
-    def maker(self, path: str) -> LockedStage | None:
-        """The stage that wrote a path or a folder above it."""
-        return next((self.makers[p] for p in (path, *map(str, Path(path).parents)) if p in self.makers), None)
 
     @cached_property
     def makers(self) -> dict[str, LockedStage]:
@@ -222,6 +217,11 @@ class LockedRun:
         return None
 
 
+def find_maker(makers: Mapping[str, LockedStage], path: str) -> LockedStage | None:
+    """The stage that wrote a path or a folder above it. makers: the stage that wrote each output."""
+    return next((makers[p] for p in (path, *map(str, Path(path).parents)) if p in makers), None)
+
+
 def dvc_cache() -> Path:
     """DVC's cache of the project in the current folder."""
     return _dvc_cache(Path.cwd())
@@ -271,15 +271,14 @@ def parse_json(text: str) -> Any:
         return None
 
 
-def locked_runs() -> list[LockedRun]:
-    """The checkout's run first, then every kept run (reports/*/dvc.lock). They share one Disk.
+def locked_run() -> LockedRun:
+    """The run of the current folder.
 
     Raises:
-        UserError: no project here, dvc.yaml does not resolve, or a lock is damaged.
+        UserError: no project here, dvc.yaml does not resolve, or the lock is damaged.
     """
     settings = config.read()
     stages, contradictions = _pipeline()
-    kept = {path.as_posix(): read_lock(path) for path in sorted(Path("reports").glob("*/dvc.lock"))}
     with as_user_error(config.PARAMS):
         home, folder = artifacts.home(settings).as_posix(), Path(config.section(settings, "report.folder")).as_posix()
     imports = {
@@ -287,17 +286,7 @@ def locked_runs() -> list[LockedRun]:
         for name, stage in stages.items()
         if name.endswith(".dvc") and stage.deps and stage.outs
     }
-    disk = Disk(imports)
-    runs = [LockedRun(LOCK.as_posix(), stages, home, folder, settings, contradictions, disk)]
-    for path, some in kept.items():  # a lock also holds stages of other profiles
-        folder = Path(path).parent.as_posix()
-        goal = next((stage for stage in some.values() if any(out.path.startswith(f"{folder}/") for out in stage.outs)), None)
-        if goal is None or "profile" not in goal.params:
-            raise UserError(f"{path}: no stage in it writes {folder}/ with a profile; needed the lock of this report's run")
-        home = f"artifacts/{goal.params['profile']}"
-        needed = required(without_leftovers(some, stages), [goal.name])
-        runs.append(LockedRun(path, needed, home, folder, None, {}, disk))
-    return runs
+    return LockedRun(stages, home, folder, settings, contradictions, Disk(imports))
 
 
 def without_leftovers(locked: Mapping[str, LockedStage], today: Mapping[str, LockedStage]) -> dict[str, LockedStage]:

@@ -1,4 +1,4 @@
-"""Check that the settings, code, data, weights and numbers on disk are those of the locked runs."""
+"""Check that the settings, code, data, weights and numbers on disk are those of the locked run."""
 
 from __future__ import annotations
 
@@ -41,24 +41,20 @@ COMMIT_SCRIPT = re.compile(  # of commit.js, which no lock has and report.html r
 INPUTS = (SOURCE, "params.yaml", "dvc.yaml", "data.dvc", "dvc.lock")  # of the checkout's run; an edit of one is a finding
 
 
-def verify(runs: list[LockedRun]) -> list[AuditFinding]:
+def verify(run: LockedRun) -> list[AuditFinding]:
     """Every disagreement, and every absent evidence. Reads each locked file. Raises UserError for a damaged one."""
-    return verify_and_count(runs)[0]
+    return verify_and_count(run)[0]
 
 
-def verify_and_count(runs: list[LockedRun]) -> tuple[list[AuditFinding], Counter[str]]:
+def verify_and_count(run: LockedRun) -> tuple[list[AuditFinding], Counter[str]]:
     """The findings of `verify`, and the counts of all that was checked, see `checked`."""
-    runs[0].disk.read({path for run in runs for path in run.locked_files})
-    findings, counts = [], Counter()
-    for run in runs:
-        verified = run
-        if newer := _newer_commits(run):
-            findings.append(AuditFinding(NOTE, run.lock, newer))
-            stages = required(without_leftovers(read_lock(LOCK), run.stages), [REPORT])
-            verified = replace(run, stages=stages, settings=None, contradictions={})
-        findings += _verify_run(verified)
-        counts += checked(verified)
-    return findings, counts
+    run.disk.read(run.locked_files)
+    findings = []
+    if newer := _newer_commits(run):
+        findings.append(AuditFinding(NOTE, str(LOCK), newer))
+        stages = required(without_leftovers(read_lock(LOCK), run.stages), [REPORT])
+        run = replace(run, stages=stages, settings=None, contradictions={})
+    return [*findings, *_verify_run(run)], checked(run)
 
 
 def checked(run: LockedRun) -> Counter[str]:
@@ -76,17 +72,17 @@ def checked(run: LockedRun) -> Counter[str]:
 
 
 def _verify_run(run: LockedRun) -> Iterator[AuditFinding]:
-    """A kept run, or results of an earlier commit, have the inputs of a commit; their artifacts may be here or not."""
-    kept = run.settings is None
-    paths = [path for path in run.locked_files if not kept or run.owns(path)]
+    """Results of an earlier commit have its inputs; their artifacts may be here or not."""
+    earlier = run.settings is None
+    paths = [path for path in run.locked_files if not earlier or run.owns(path)]
     changed = _changed_files(run, paths)
-    packages = {} if kept else _changed_packages(run)
+    packages = {} if earlier else _changed_packages(run)
     for message, names in run.contradictions.items():
         starts = [(path, (stage.kind,)) for path, stage in run.makers.items() if stage.name in names]
-        yield AuditFinding(WRONG, shorten(names), message, run.affected_results(run.lock, starts))
+        yield AuditFinding(WRONG, shorten(names), message, run.affected_results(str(LOCK), starts))
     yield from _lock(run)
     yield from _files(run, changed, packages)
-    if kept:
+    if earlier:
         yield from _commit(run)
     else:
         yield from _settings(run)
@@ -100,9 +96,8 @@ def _verify_run(run: LockedRun) -> Iterator[AuditFinding]:
         yield AuditFinding(WRONG, str(script), "report.html runs it, and it does more than name a commit: run stage report again")
     absent = [path for path in paths if not run.disk.paths(path) and not path.startswith(f"{CODE}/")]
     if absent:
-        command = f"scaling4d compose profile={Path(run.home).name} && dvc repro" if kept else "dvc repro"
         files = f"{len(absent)} locked files and folders ({shorten(absent, 4)})"
-        yield AuditFinding(UNCHECKED, run.lock, f"{files} are not here: run `{command}`")
+        yield AuditFinding(UNCHECKED, str(LOCK), f"{files} are not here: run `dvc repro`")
 
 
 def _newer_commits(run: LockedRun) -> str:
@@ -112,7 +107,7 @@ def _newer_commits(run: LockedRun) -> str:
     """
     sources = [dep.md5 for stage in run.stages.values() for dep in stage.deps if dep.path == SOURCE]
     unchanged = run.disk.md5(SOURCE) in sources and not run.contradictions
-    if run.settings is None or unchanged or any(map(provenance.edited_files, INPUTS)) or REPORT not in read_lock(LOCK):
+    if unchanged or any(map(provenance.edited_files, INPUTS)) or REPORT not in read_lock(LOCK):
         return ""
     commit, _ = closest_commit(run.stages, (f"profile={Path(run.home).name}",), {}, run.declared_overrides)
     if commit is None:
@@ -128,16 +123,16 @@ def _lock(run: LockedRun) -> Iterator[AuditFinding]:
     for path, versions in run.locked_files.items():
         if len(versions) > 1:
             texts = "; ".join(f"md5 {file.md5}, {file.size} bytes ({shorten(stages)})" for file, stages in versions.items())
-            yield AuditFinding(WRONG, run.lock, f"it contradicts itself about {path}: {texts}", run.affected_results(path))
-    text = file_at("HEAD", run.lock)
-    now = Path(run.lock).read_text() if Path(run.lock).is_file() else ""
-    committed = {} if text in (None, now) else read_lock(Path(run.lock), text)
+            yield AuditFinding(WRONG, str(LOCK), f"it contradicts itself about {path}: {texts}", run.affected_results(path))
+    text = file_at("HEAD", str(LOCK))
+    now = LOCK.read_text() if LOCK.is_file() else ""
+    committed = {} if text in (None, now) else read_lock(LOCK, text)
     for name in (name for name in run.stages if name in committed):
         md5s = {file.path: file.md5 for file in (*committed[name].deps, *committed[name].outs)}
         for file in (*run.stages[name].deps, *run.stages[name].outs):
             if not run.disk.paths(file.path) and md5s.get(file.path, file.md5) != file.md5:
                 message = f"{name}: {file.path} has md5 {file.md5}, in the last commit {md5s[file.path]}, and is absent"
-                yield AuditFinding(WRONG, run.lock, message, run.affected_results(file.path))
+                yield AuditFinding(WRONG, str(LOCK), message, run.affected_results(file.path))
 
 
 def _changed_files(run: LockedRun, paths: list[str]) -> dict[str, list[str]]:
@@ -175,11 +170,11 @@ def _files(run: LockedRun, changed: Mapping[str, list[str]], packages: Mapping[s
     disk, locked = run.disk, run.locked_files
     for path, names in changed.items():
         file, stages = next(iter(locked[path].items()))
-        message = f"md5 {disk.md5(path)} on disk, {file.md5} in {run.lock} ({shorten(stages)})"
+        message = f"md5 {disk.md5(path)} on disk, {file.md5} in {LOCK} ({shorten(stages)})"
         around = next((p for p in map(str, Path(path).parents) if p in locked and p not in changed and disk.paths(p)), None)
         if around is not None and disk.md5(around) in {file.md5 for file in locked[around]}:
             message = f"it was edited for {path}: {message}, but {around} around it is as locked"
-            yield AuditFinding(WRONG, run.lock, message, run.affected_results(path))
+            yield AuditFinding(WRONG, str(LOCK), message, run.affected_results(path))
             continue
         if names:
             message += f"; differing files: {shorten(names, 5)}"
@@ -195,7 +190,7 @@ def _files(run: LockedRun, changed: Mapping[str, list[str]], packages: Mapping[s
         for file, stages in locked[path].items():
             if md5 == file.md5 and (file.size, file.nfiles or 1) != (size, count if file.nfiles else 1):
                 other = f"{file.size} in {file.nfiles or 1} ({shorten(stages)})"
-                yield AuditFinding(WRONG, run.lock, f"{path} has {size} bytes in {count} files, the lock {other}")
+                yield AuditFinding(WRONG, str(LOCK), f"{path} has {size} bytes in {count} files, the lock {other}")
     for path, message in packages.items() if SOURCE not in changed else ():
         yield AuditFinding(WRONG, path, f"{message}: run `dvc repro`", run.affected_results(path))
 
@@ -247,13 +242,13 @@ def _environment(run: LockedRun) -> Iterator[AuditFinding]:
 
 
 def _commit(run: LockedRun) -> Iterator[AuditFinding]:
-    """The code, settings and data of a kept run are those of one commit, or its report names the setting."""
+    """Results of an earlier commit have its code, settings and data, or their report names the setting."""
     profile, overrides = (f"profile={Path(run.home).name}",), run.declared_overrides
     for kind, subject, message in closest_commit(run.stages, profile, {}, overrides)[1]:
         starts = run.outs_of_setting(subject) or None  # not a setting: a path
         if subject in run.stages:
             starts = [(out.path, ()) for out in run.stages[subject].outs]
-        yield AuditFinding(kind, run.lock, message, run.affected_results(subject, starts) if kind == WRONG else ())
+        yield AuditFinding(kind, str(LOCK), message, run.affected_results(subject, starts) if kind == WRONG else ())
 
 
 def _artifacts(run: LockedRun) -> Iterator[AuditFinding]:
@@ -285,10 +280,10 @@ def _provenance(run: LockedRun, stage: LockedStage, path: str, content: Mapping[
     """inputs: whether the stage read files that the lock names."""
     settings = {key: value for key, value in (content.get("settings") or {}).items() if key in stage.params}
     for key, value, locked in differences(settings, stage.params):
-        yield f"{path} has {key} = {value!r}, {run.lock} {locked!r}"
+        yield f"{path} has {key} = {value!r}, {LOCK} {locked!r}"
     code = {dep.md5 for dep in stage.deps if dep.path.startswith(f"{CODE}/")}
     if code and json_md5(content.get("code")) not in code:
-        yield f"{path} names other code than the {CODE} of {run.lock}"
+        yield f"{path} names other code than the {CODE} of {LOCK}"
     data = [dep for dep in stage.deps if not dep.path.startswith(f"{CODE}/")]
     if not inputs or any(run.disk.md5(dep.path) != dep.md5 for dep in data):  # absent, or changed: an own finding
         return
@@ -300,7 +295,7 @@ def _provenance(run: LockedRun, stage: LockedStage, path: str, content: Mapping[
     for name, sha in (content.get("inputs") or {}).items():
         # Videos may be members of archives; the lock has their folder's hash. A damaged file may name what has no hash.
         if name != "videos" and sha not in [*known]:
-            yield f"{path} names {name} {sha}, which is no input of its stage in {run.lock}"
+            yield f"{path} names {name} {sha}, which is no input of its stage in {LOCK}"
 
 
 def _operative(run: LockedRun, stage: LockedStage, folder: str) -> Iterator[str]:
@@ -315,7 +310,7 @@ def _operative(run: LockedRun, stage: LockedStage, folder: str) -> Iterator[str]
     leaves = flatten(dict(sorted(stage.params.items())))  # readout.tasks after readout.Evaluation and Head
     for key, value in {".".join(key.split(".")[-2:]): value for key, value in leaves}.items():
         if key.split(".")[0] in classes and operative.get(key, MISSING) != value:
-            yield f"{path} has {key} = {operative.get(key, MISSING)!r}, {run.lock} {value!r}"
+            yield f"{path} has {key} = {operative.get(key, MISSING)!r}, {LOCK} {value!r}"
 
 
 def _benchmarks(run: LockedRun, changed: Mapping[str, list[str]]) -> Iterator[AuditFinding]:
