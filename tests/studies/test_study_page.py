@@ -247,6 +247,13 @@ def test_the_audit_notes_the_packages_of_other_code_than_that_of_the_lock(scalin
     page.write_study(scaling, DVC_CACHE, {})
     assert notes("0") == []
     assert notes("4") == [f"it was made with other code than dvc.lock names (pretrain); `{scaling.command}` makes it anew"]
+    lock = scaling.lock("nano-0")
+    for path in (Path("dvc.lock"), lock):
+        stages = json.loads(path.read_text())["stages"]
+        del stages["code"]
+        path.write_text(json.dumps({"schema": "2.0", "stages": stages}))
+    messages = [finding.message for finding in audit.findings() if finding.where == str(lock)]
+    assert messages[-1] == f"it has no stage `code`: run `{scaling.command}`"
 
 
 def test_a_run_is_recorded_where_a_study_has_its_lock_and_its_numbers(scaling: Study, tmp_path: Path) -> None:

@@ -167,9 +167,9 @@ def _verify_study(path: Path) -> Iterator[AuditFinding]:
             otherwise = f"otherwise, with arms {', '.join(lacking)}" if lacking else "otherwise"
             message = f"{studies.DEFINITIONS} now defines it {otherwise}; `{study.command}` makes it anew"
             yield AuditFinding(NOTE, str(path), message)
-    outs = read_lock(LOCK)["code"].outs if LOCK.is_file() else None
-    code = {out.path: out.md5 for out in outs or () if out.path in facts["code"]}
-    if outs and (packages := studies.changed_packages(facts["code"], code)):
+    hashed = read_lock(LOCK).get("code") if LOCK.is_file() else None
+    code = {out.path: out.md5 for out in hashed.outs if out.path in facts["code"]} if hashed else {}
+    if hashed and (packages := studies.changed_packages(facts["code"], code)):
         message = f"it was made with other code than {LOCK} names ({', '.join(packages)}); `{study.command}` makes it anew"
         yield AuditFinding(NOTE, str(path), message)
     needed = [*map(study.lock, study.runs), folder / studies.RUNS, folder / studies.TABLE]
@@ -177,6 +177,9 @@ def _verify_study(path: Path) -> Iterator[AuditFinding]:
         yield from (AuditFinding(WRONG, str(file), f"absent, though {path} needs it: run `{study.command}`") for file in absent)
         return
     locks = {run: read_lock(study.lock(run)) for run in study.runs}
+    if lacking := [study.lock(run) for run, stages in locks.items() if "code" not in stages]:
+        yield from (AuditFinding(WRONG, str(lock), f"it has no stage `code`: run `{study.command}`") for lock in lacking)
+        return
     for run, stages in locks.items():
         own = without_leftovers(stages, _of_pipeline(stages))
         yield from (AuditFinding(WRONG, str(study.lock(run)), message) for message in _contradictions(own, facts["code"]))
