@@ -7,7 +7,16 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from benchmarks.writers import write_kinetics, write_movi, write_objects, write_scannet_export, write_tapvid, write_waymo_v1
+from benchmarks.writers import (
+    write_kinetics,
+    write_movi,
+    write_objects,
+    write_realestate10k_frames,
+    write_scannet_export,
+    write_tapvid,
+    write_tapvid_kinetics,
+    write_waymo_v1,
+)
 from numbered import CLIP, H264, INTRINSICS, T, in_square, left_out, numbers, pictures, poses, refused, three_boxes
 
 from scaling4d import seeds
@@ -130,6 +139,9 @@ WRITTEN = {
     "SensReader's export": Written(
         scannet, lambda root: write_scannet_export(root, scene(root), "SensReader's export"), same_depth, range(9), 6.0, 5
     ),
+    "mmdet3d's posed_images": Written(
+        scannet, lambda root: write_scannet_export(root, scene(root), "mmdet3d's posed_images"), same_depth, range(9), 6.0, 5
+    ),
     "waymo": Written(
         waymo, lambda root: waymo.write(root, "val", [BOXES], rate_hz=10.0, jpeg_quality=95), same_boxes, range(0, 19, 3), 10.0
     ),
@@ -141,6 +153,13 @@ WRITTEN = {
         lambda root: realestate10k.write(root, "val", [video_of(camera_to_world=POSES, intrinsics=INTRINSICS)], **H264),
         same_pose,
     ),
+    "realestate10k's frames": Written(
+        realestate10k,
+        lambda root: write_realestate10k_frames(
+            root, "val", video_of(camera_to_world=POSES, intrinsics=INTRINSICS), rate_hz=H264["rate_hz"]
+        ),
+        same_pose,
+    ),
     "perception_test": Written(
         perception_test, lambda root: perception_test.write(root, "val", [POINTS_OF], **H264), same_points
     ),
@@ -150,6 +169,9 @@ WRITTEN = {
         lambda sample, shown: same_boxes(sample, shown, tracked=np.ones(3, bool)),
     ),
     "tapvid": Written(tapvid, lambda root: write_tapvid(root, [POINTS_OF]), same_points, rate_hz=25.0),
+    "tapvid's shards": Written(
+        tapvid, lambda root: write_tapvid_kinetics(root, [POINTS_OF], shards=1), same_points, rate_hz=25.0
+    ),
     "movi": Written(movi, lambda root: write_movi(root, [POINTS_OF]), same_shuffled_points, rate_hz=12.0, split="train"),
 }
 

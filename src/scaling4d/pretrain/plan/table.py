@@ -80,8 +80,9 @@ def show(content: dict[str, Any]) -> None:
         other = f"pretrain.Training.compute is {content['other_compute']}, which takes longer and more memory"
         console.print(f"All figures are of bfloat16; {other}.")
     console.print(
-        "The first row is the mesh of this command, each other one the fastest that fits, of those tried. Ranges follow from "
-        "shares of the maker's figures that are ours (plan/performance.py). Loading gives a "
+        "The first row is the mesh of this command, each other one the fastest that fits, of those tried. Batch and steps are "
+        "the profile's, whose header says which are ours. Ranges follow from shares of the maker's figures that are ours "
+        "(plan/performance.py). Loading gives a "
         f"GPU {mesh['clips_per_s_given']:,.0f} clips/s: {loading['workers']} workers, {loading['worker_clips_per_s']:,.0f} each."
     )
 
