@@ -140,21 +140,27 @@ def test_every_package_of_the_core_and_the_extras_is_pinned() -> None:
         assert not needed - {"scaling4d"} - pinned
 
 
-def test_doctor_fails_without_a_package_of_the_core_and_names_those_of_extras(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("in_project", [True, False])
+def test_doctor_fails_without_a_package_of_the_core_and_names_those_of_extras(
+    in_project: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def version(name: str) -> str:
         if name in ("absent", "submitit"):
             raise metadata.PackageNotFoundError(name)
         return "1.0"
 
+    monkeypatch.chdir(ROOT if in_project else tmp_path)
     monkeypatch.setattr(metadata, "version", version)
     for requirements, missing in ((["torch", "submitit; extra == 'cluster'"], False), (["torch", "absent"], True)):
         monkeypatch.setattr(metadata, "requires", lambda _, requirements=requirements: requirements)
         done = typer.testing.CliRunner().invoke(cli.app, ["doctor"])
         assert "torch 1.0" in done.output
         if missing:
-            assert str(done.exception) == "not installed: absent; run `make install`"
+            install = "make install" if in_project else "pip install scaling4d"
+            assert str(done.exception) == f"not installed: absent; run `{install}`"
         else:
-            assert "extra cluster lacks submitit; where you need it, run `pip install" in done.output
+            install = "pip install -c requirements.lock -e '.[cluster]'" if in_project else "pip install 'scaling4d[cluster]'"
+            assert f"extra cluster lacks submitit; where you need it, run `{install}`" in done.output
             assert done.output.endswith("the core is complete\n")
 
 

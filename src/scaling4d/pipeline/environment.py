@@ -7,12 +7,14 @@ import platform
 import re
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 
 from packaging.requirements import Requirement
 
 from scaling4d.records import UserError
 
 EXTRA = re.compile(r"extra == .(\w+)")
+LOCK = "requirements.lock"  # in a clone of the project
 TORCH_ATTENTION = "torch's scaled_dot_product_attention"
 
 
@@ -33,10 +35,12 @@ def describe_environment() -> Iterator[str]:
 
     yield f"device: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'}, {torch.get_num_threads()} threads"
     yield from describe_attention()
+    project = Path(LOCK).is_file()
     if core := missing.pop("", []):
-        raise UserError(f"not installed: {', '.join(core)}; run `make install`")
+        raise UserError(f"not installed: {', '.join(core)}; run `{'make install' if project else 'pip install scaling4d'}`")
     for extra, names in missing.items():
-        yield f"extra {extra} lacks {', '.join(names)}; where you need it, run `pip install -c requirements.lock -e '.[{extra}]'`"
+        install = f"-c {LOCK} -e '.[{extra}]'" if project else f"'scaling4d[{extra}]'"
+        yield f"extra {extra} lacks {', '.join(names)}; where you need it, run `pip install {install}`"
     yield "the core is complete" if missing else "nothing is missing"
 
 
