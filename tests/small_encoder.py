@@ -26,6 +26,7 @@ SETTINGS = {
     "SimpleMAE": FRAME | SIZES | METHOD | {"coarse_patch": (2, 16, 16), "decode_blocks": 2},
     "MAEST": FRAME | SIZES | MAE_ST | METHOD | DECODER,
     "VideoMAE2": OFFICIAL,
+    "VJEPA": OFFICIAL,
     "VJEPA21": OFFICIAL,
 }
 CLIP = (6, 32, 48)

@@ -30,6 +30,7 @@ from scaling4d.report.tables import RESULTS
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 POCKET = EXPERIMENTS / "pocket/benchmarks"
+RELEASED = Path(__file__).parents[1] / "fixtures/4ds_seed0/backbone_params.npz"  # in the layout of a released 4DS
 GUIDE = (EXPERIMENTS / "GUIDE.md").read_text()
 COLOURS = next(code for code in re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL) if "class Colours" in code)
 EVALUATION = pytest.mark.usefixtures("actions")
@@ -65,22 +66,22 @@ def untrained() -> Path:
 
 @pytest.mark.integration
 @EVALUATION
-def test_encoders_of_three_sources_stand_in_one_table_and_a_second_call_goes_on(colours: str, tmp_path: Path) -> None:
+def test_encoders_of_four_sources_stand_in_one_table_and_a_second_call_goes_on(colours: str, tmp_path: Path) -> None:
     from encoders.small_models import save_model
 
     save_model(tmp_path / "dinov2", "dinov2")
-    given, out = [str(untrained()), str(tmp_path / "dinov2"), colours], tmp_path / "out"
+    given, out = [str(untrained()), str(tmp_path / "dinov2"), str(RELEASED), colours], tmp_path / "out"
     before = {*Path("artifacts/smoke/readout").glob("*/*")}
     arguments = ["evaluate", *given, "--tasks", "actions", "--profile", "smoke", "-S", "seed=3", "--out", str(out)]
     answer = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert answer.exit_code == 0
     lines = [line.split() for line in answer.stdout.splitlines()]
-    names = ["untrained_nano", "dinov2", "Colours"]
+    names = ["untrained_nano", "dinov2", RELEASED.stem, "Colours"]
     assert [line[0] for line in lines if "top1" in line] == names
     rows = [row for row in parse_csv((out / "results.csv").read_text()) if row["metric"] == "top1"]
     assert [row["encoder"] for row in rows] == names and [*rows[0]][: len(RESULTS)] == [*RESULTS]
     assert {row["overrides"] for row in rows} == {"seed=3"} and {row["seed"] for row in rows} == {"3"}
-    assert len({row["checkpoint_sha256"] for row in rows}) == 3 and len({row["benchmark_sha256"] for row in rows}) == 1
+    assert len({row["checkpoint_sha256"] for row in rows}) == 4 and len({row["benchmark_sha256"] for row in rows}) == 1
     assert (out / "pretrain/untrained_nano").is_symlink() and {*Path("artifacts/smoke/readout").glob("*/*")} == before
     assert check_evaluation(out) == 0
     files = [out / "readout" / name / "actions/linear/result.json" for name in names]
