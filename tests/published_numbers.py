@@ -183,6 +183,8 @@ def _findings() -> Iterator[tuple[str, str]]:
     count, own = len(rates) // len(sizes), sum(arm.endswith("_100") for arm in best)
     yield "learning_rate", f"Of {count} rates the pocket's is the best at {own} of {len(sizes)} sizes"
     yield "seeds", f"From nano to mini the loss falls by {1 - seeds['mini'] / seeds['nano']:.1%}"
+    medium, big = (abs(float(row["miss_percent"])) for row in _rows("studies/desk/predicted.csv"))
+    yield "desk", f"missed the losses of medium and big by {medium:.1f} and {big:.1f} %"
 
 
 def _curation() -> Iterator[str]:
