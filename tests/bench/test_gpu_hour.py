@@ -109,6 +109,23 @@ def test_the_lock_is_compared_with_what_is_installed() -> None:
     assert differing["no-such-package"] == ("1.0", "none") and differing["numpy"][0] == "0.1"
 
 
+@pytest.mark.parametrize(("loss", "weight", "fits"), [(0.009, 0.04, True), (0.011, 0.0, False), (0.0, 0.06, False)])
+def test_two_equal_runs_may_differ_by_the_tolerance(
+    loss: float, weight: float, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from scaling4d_bench import gpu_steps
+
+    runs = iter([(torch.ones(2), torch.ones(3)), (torch.ones(2) - loss, torch.ones(3) - weight)])
+    monkeypatch.setattr(gpu_steps, "_train", lambda *_, **__: next(runs))
+    if fits:
+        assert gpu_steps.repeat_steps(tmp_path, True).expected == "at most 0.01 and 0.05"
+    else:
+        with pytest.raises(UserError, match=r"^20 steps twice: losses differ by .*; needed at most 0.01 and 0.05$"):
+            gpu_steps.repeat_steps(tmp_path, True)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_every_step_rehearses_on_a_cpu(tmp_path: Path, in_the_project: None) -> None:

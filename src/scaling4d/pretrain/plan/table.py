@@ -111,8 +111,8 @@ def show_readouts(content: dict[str, Any]) -> None:
     place = f"in {readouts['feature_store']}, for all readouts" if readouts["feature_store"] else "of training windows, in memory"
     console.print(
         f"Features stay {place}; the last column is the share of a training's draws that take a stored window again. Trainings "
-        f"of heads read {_short(head_bytes, 'B')} of them, {head_bytes / speed / 3600:,.3g} h at {_short(speed, 'B/s')}, which "
-        f"neither GPU-hours nor days have, nor their computing. A GPU's "
+        f"of heads read {_short(head_bytes, 'B')} of them, {head_bytes / speed / 3600:,.3g} h at {_short(speed, 'B/s')}. "
+        "GPU-hours and days leave out this reading and the computing of heads. A GPU's "
         f"process reads while it computes, at the speed of a worker. Videos: {'; '.join(sources)}."
     )
 
