@@ -466,7 +466,9 @@ def features(
     side_px: Annotated[int | None, typer.Option(min=1, help="Of a square picture; default: the checkpoint's.")] = None,
     rate_hz: Annotated[float | None, typer.Option(help="Frames per second of a window; default: the checkpoint's.")] = None,
     stride: Annotated[float | None, typer.Option(help="Seconds from window to window; default: a window's length.")] = None,
-    pad: Annotated[bool, typer.Option("--pad", help="Show the whole picture between black bars; default: its centre.")] = False,
+    fit: Annotated[
+        str, typer.Option(help="crop: the centre; inner: 7/8 of it; pad: all, between black bars; squash: all, squeezed.")
+    ] = "crop",
     batch: Annotated[int, typer.Option(min=1, help="Windows that are encoded together.")] = 8,
     device: Annotated[str, typer.Option(help="Such as cpu or cuda:1; default: the GPU, if there is one.")] = "",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16: of matrix products and of the files.")] = "float32",
@@ -475,7 +477,7 @@ def features(
 ) -> None:
     """Write features of whole videos, in windows of equal stride: a .safetensors file a video, and index.json.
 
-    Pictures keep their aspect ratio. A last window that the video does not fill is left out, and a video shorter than
+    A last window that the video does not fill is left out, and a video shorter than
     a window is a problem. Videos that are done are not repeated. Exit code 1: some video has no features.
     With --frames or --side-px the encoder sees clips of another size than it was trained on: learned positions are
     interpolated.
@@ -489,12 +491,12 @@ def features(
 
     given = {name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"}
     of_clip, single = {"queries"}, out.suffix == ".npz"
-    both = {"checkpoint", "paths", "out", "frames", "side_px", "rate_hz", "pad"}
+    both = {"checkpoint", "paths", "out", "frames", "side_px", "rate_hz", "fit"}
     wrong = sorted(given - of_clip - both if single else given & of_clip)
     if wrong or (single and len(paths) != 1):
         fix = f"leave out --{' and --'.join(wrong)}".replace("_", "-") if wrong else "give one video"
         raise UserError(f"--out {out} {'is for one clip' if single else 'is a folder of whole videos'}; {fix}")
-    options = {"frames": frames, "side_px": side_px, "rate_hz": rate_hz, "fit": "pad" if pad else "crop"}
+    options = {"frames": frames, "side_px": side_px, "rate_hz": rate_hz, "fit": fit}
     if single:
         from scaling4d.show.predict import write_features
 

@@ -145,7 +145,7 @@ def test_time_stamps_that_go_backwards_are_refused_where_a_format_has_them(tmp_p
 # ---- the store ----
 
 
-@pytest.mark.parametrize("words", [(), ("--tokens", "--layer", 0, "--layer", 2, "--layer", 3, "--pad", "--stride", 0.3)])
+@pytest.mark.parametrize("words", [(), ("--tokens", "--layer", 0, "--layer", 2, "--layer", 3, "--fit", "pad", "--stride", 0.3)])
 def test_stored_features_are_those_of_each_window(checkpoint: Path, tmp_path: Path, words: tuple) -> None:
     path, out = save(tmp_path / "videos/sub/a.mp4"), tmp_path / "out"
     assert run(checkpoint, tmp_path / "videos", "--out", out, "--batch", 4, *words).exit_code == 0
@@ -316,7 +316,7 @@ def test_features_beyond_a_type_or_the_memory_are_one_line(
     assert refused(*words) == "no memory for 6 windows at once (Tried to allocate 34.00 GiB); lower --batch"
 
 
-@pytest.mark.parametrize("words", [(), ("--frames", 6, "--side-px", 64, "--rate-hz", 5, "--pad")])
+@pytest.mark.parametrize("words", [(), ("--frames", 6, "--side-px", 64, "--rate-hz", 5, "--fit", "squash")])
 def test_a_npz_has_every_layer_of_the_first_window(checkpoint: Path, tmp_path: Path, words: tuple) -> None:
     path, encoder = save(tmp_path / "a.mp4"), Encoder.from_pretrained(checkpoint)
     assert run(checkpoint, path, "--out", tmp_path / "x.npz", *words).exit_code == 0
@@ -324,7 +324,7 @@ def test_a_npz_has_every_layer_of_the_first_window(checkpoint: Path, tmp_path: P
         encoder.resize((6, 64, 64))
     pixels = read_video(path, rate_hz=5 if words else RATE_HZ, frames=6 if words else 4)
     with torch.no_grad():
-        output = encoder(encoder.preprocess(pixels, fit="pad" if words else "crop"))
+        output = encoder(encoder.preprocess(pixels, fit="squash" if words else "crop"))
     arrays = np.load(tmp_path / "x.npz")
     assert arrays.files == [*(f"layer_{n:02d}" for n in range(4)), "last_hidden_state"]
     assert np.allclose(arrays["last_hidden_state"], output.last_hidden_state, atol=1e-6)
@@ -334,8 +334,8 @@ def test_a_npz_has_every_layer_of_the_first_window(checkpoint: Path, tmp_path: P
 def test_a_npz_of_an_array_takes_it_as_it_is_and_one_of_a_video_needs_a_rate(checkpoint: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.zeros((1, 4, 32, 48, 3), np.uint8))
     refusal = refused(checkpoint, tmp_path / "a.npy", "--out", tmp_path / "y.npz", "--side-px", 64)
-    as_it_is = f"{tmp_path / 'a.npy'} is taken as it is; leave out --frames, --side-px, --rate-hz and --pad"
-    assert refusal == refused(checkpoint, tmp_path / "a.npy", "--out", tmp_path / "y.npz", "--pad") == as_it_is
+    as_it_is = f"{tmp_path / 'a.npy'} is taken as it is; leave out --frames, --side-px, --rate-hz and --fit"
+    assert refusal == refused(checkpoint, tmp_path / "a.npy", "--out", tmp_path / "y.npz", "--fit", "pad") == as_it_is
     np.save(tmp_path / "queries.npy", np.zeros((1, 2)))
     refusal = refused(checkpoint, tmp_path / "a.npy", "--out", tmp_path / "y.npz", "--queries", tmp_path / "queries.npy")
     assert refusal == f"{checkpoint} has no readout that takes queries; leave out --queries"

@@ -235,12 +235,13 @@ class Encoder(nn.Module):
                 those.
             rate_hz: frames per second of the video; frames are then picked at the encoder's `rate_hz`. None: the video
                 has as many frames as a clip.
-            fit: "crop" cuts pictures to the clip's shape around their centre, "pad" adds black bars; both then resize.
+            fit: "crop" cuts pictures to the clip's shape around their centre, "inner" to 7/8 of that, "pad" adds black
+                bars; all then resize. "squash" resizes the whole picture, as the demos of 4DS and RVM do.
         Raises:
             UserError: no such video, too few frames, or another fit.
         """
         if fit not in FITS:
-            raise UserError(f"fit = {fit!r}; needed {' or '.join(FITS)}")
+            raise UserError(f"fit = {fit!r}; needed {', '.join(FITS)}")
         videos = [check_video(one) for one in (video if isinstance(video, list | tuple) else [video])]
         if len({one.dtype for one in videos}) != 1:
             raise UserError("videos of a list are some uint8, some float; needed one type" if videos else "no video in the list")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from numbers import Real
 
 import numpy as np
@@ -14,7 +15,7 @@ from scaling4d.records import UserError
 
 TOLERANCE_S = 1e-3  # a frame that starts this much after a wanted time counts as shown then, as in video.py
 NEEDED = "floats in 0..1, or uint8"
-BICUBIC, ALIASED = "bicubic", "bilinear, aliased"
+BICUBIC, ALIASED, LANCZOS = "bicubic", "bilinear, aliased", "lanczos"
 FILTERS = {BICUBIC: ("bicubic", True), "bilinear": ("bilinear", True), ALIASED: ("bilinear", False)}  # mode, antialias
 
 
@@ -119,19 +120,42 @@ def pick_frames(pixels: Tensor, frames: int, *, rate_hz: float | None, encoder_r
     return pixels[:, indices]
 
 
-def resize_and_crop(pixels: Tensor, height: int, width: int, resample: str = BICUBIC) -> Tensor:
-    """`B T H W C` -> `B T height width C`: the largest centred part of that shape, resized. resample: of FILTERS."""
-    B, T, H, W, C = pixels.shape
-    if (height, width) == (H, W):
+def resize_and_crop(pixels: Tensor, height: int, width: int, resample: str = BICUBIC, *, share: float = 1.0) -> Tensor:
+    """`B T H W C` -> `B T height width C`: the largest centred part of that shape, resized.
+
+    resample: of FILTERS. share: of the part's sides, of which the rest is cut off, too.
+    """
+    H, W = pixels.shape[2:4]
+    if (height, width) == (H, W) and share == 1:
         return pixels
-    h, w = min(H, max(1, round(W * height / width))), min(W, max(1, round(H * width / height)))
+    h, w = (max(1, round(share * side)) for side in (min(H, W * height / width), min(W, H * width / height)))
     top, left = (H - h) // 2, (W - w) // 2
-    x = pixels[:, :, top : top + h, left : left + w].flatten(0, 1).movedim(-1, 1).float()  # B*T C h w
-    if (h, w) != (height, width):
+    return _resized(pixels[:, :, top : top + h, left : left + w], height, width, resample)
+
+
+def _resized(pixels: Tensor, height: int, width: int, resample: str) -> Tensor:
+    """`B T H W C` -> `B T height width C`, whatever the aspect ratio. resample: of FILTERS, or LANCZOS."""
+    B, T, H, W, C = pixels.shape
+    x = pixels.flatten(0, 1).movedim(-1, 1).float()  # B*T C H W
+    if resample == LANCZOS:
+        x = _lanczos_weights(H, height) @ _as_pixels(x @ _lanczos_weights(W, width).T, pixels.dtype).float()
+    elif (height, width) != (H, W):
         mode, antialias = FILTERS[resample]
         x = F.interpolate(x, (height, width), mode=mode, antialias=antialias, align_corners=False)
-    x = x.clamp(0, 255).round().to(torch.uint8) if pixels.dtype == torch.uint8 else x.clamp(0, 1)
-    return x.movedim(1, -1).reshape(B, T, height, width, C)
+    return _as_pixels(x, pixels.dtype).movedim(1, -1).reshape(B, T, height, width, C)
+
+
+def _as_pixels(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whole numbers in 0..255, or floats in 0..1."""
+    return x.clamp(0, 255).round().to(torch.uint8) if dtype == torch.uint8 else x.clamp(0, 1)
+
+
+def _lanczos_weights(size: int, new: int) -> Tensor:
+    """`new size`: three lobes of weights of a line's pixels. Pillow's; it also rounds after the first axis."""
+    scale = size / new
+    x = (torch.arange(size) + 0.5 - (torch.arange(new)[:, None] + 0.5) * scale) / max(scale, 1.0)
+    weights = torch.where(x.abs() < 3, torch.sinc(x) * torch.sinc(x / 3), 0.0)
+    return weights / weights.sum(1, keepdim=True)
 
 
 def resize_and_pad(pixels: Tensor, height: int, width: int, resample: str = BICUBIC) -> Tensor:
@@ -143,4 +167,17 @@ def resize_and_pad(pixels: Tensor, height: int, width: int, resample: str = BICU
     return F.pad(resize_and_crop(pixels, h, w, resample), (0, 0, left, width - w - left, top, height - h - top))
 
 
-FITS = {"crop": resize_and_crop, "pad": resize_and_pad}  # ways to bring a picture to a clip's shape; both keep its aspect ratio
+def squash(pixels: Tensor, height: int, width: int, resample: str = BICUBIC) -> Tensor:
+    """`B T H W C` -> `B T height width C`: the whole picture by the filter LANCZOS; `resample` is not used.
+
+    Source: the demos of 4DS and RVM (mediapy, which calls Pillow).
+    """
+    return _resized(pixels, height, width, LANCZOS)
+
+
+FITS = {  # ways to bring a picture to a clip's shape; all but `squash` keep its aspect ratio
+    "crop": resize_and_crop,
+    "inner": partial(resize_and_crop, share=7 / 8),  # 224 of 256 pixels: the code of V-JEPA, processors of transformers
+    "pad": resize_and_pad,
+    "squash": squash,
+}

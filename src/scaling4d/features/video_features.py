@@ -25,6 +25,7 @@ from torch import Tensor
 from scaling4d import __version__, video
 from scaling4d.clips.sources import SourceFile, list_sources
 from scaling4d.encoders.encoder import Encoder
+from scaling4d.encoders.preprocess import FITS
 from scaling4d.encoders.pretrained import set_clip
 from scaling4d.features.pca import write_pca_video
 from scaling4d.features.windows import NO_RATE, WindowSettings, batches, read_windows
@@ -111,8 +112,9 @@ def bind_features(
             raise UserError(f"{option} = {value}; needed a finite number, more than 0")
     set_clip(encoder.model, frames=frames or 0, side_px=side_px or 0)
     stride_s = encoder.clip[0] / rate_hz if stride_s is None else stride_s
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype = {dtype}; needed {', '.join(DTYPES)}")
+    for option, value, known in (("--dtype", dtype, DTYPES), ("--fit", fit, FITS)):
+        if value not in known:
+            raise UserError(f"{option} = {value}; needed {', '.join(known)}")
     layers = tuple(sorted(set(layers))) or (encoder.depth,)
     if not 0 <= layers[0] <= layers[-1] <= encoder.depth:
         raise UserError(f"--layer = {', '.join(map(str, layers))}; needed 0 (embedded tokens) to {encoder.depth} (last block)")

@@ -72,7 +72,7 @@ def write_features(
         native, single = encoder.clip, {"layers": (), "tokens": True, "dtype": "float32", "stride_s": None}
         if video.suffix == ".npy":
             if frames or side_px or rate_hz or fit != "crop":
-                raise UserError(f"{video} is taken as it is; leave out --frames, --side-px, --rate-hz and --pad")
+                raise UserError(f"{video} is taken as it is; leave out --frames, --side-px, --rate-hz and --fit")
             pixels = read_clips(video)
         else:
             settings = bind_features(encoder, rate_hz=rate_hz, frames=frames, side_px=side_px, fit=fit, **single)
