@@ -171,6 +171,15 @@ def test_stored_features_are_those_of_each_window(checkpoint: Path, tmp_path: Pa
     }  # fmt: skip
 
 
+def test_a_terminal_shows_the_video_and_its_progress(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "videos/a.mp4")
+    words = (checkpoint, tmp_path / "videos", "--out")
+    assert "a.mp4" not in run(*words, tmp_path / "quiet").stderr
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as a terminal
+    shown = run(*words, tmp_path / "out").stderr
+    assert re.search(r"videos.*100%", shown) and re.search(r"a\.mp4.*%", shown)
+
+
 def test_half_precision_is_computed_and_stored(checkpoint: Path, tmp_path: Path) -> None:
     path = save(tmp_path / "a.mp4")
     for dtype in ("float32", "bfloat16", "float16"):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from interrupting import kill_all
 from nano import NANO, attempt, steps_shown, written
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scaling4d import artifacts, config, seeds
 from scaling4d.benchmarks import scannet
@@ -122,9 +123,10 @@ def test_every_validation_measures_the_effective_rank_and_the_last_one_is_the_su
 def test_probes_are_the_linear_probes_of_frozen_readouts_of_the_same_clips_and_weights(
     probing: Callable, changed: Callable
 ) -> None:
-    folder = pretrain("nano", probing(3))
+    folder = pretrain("nano", probing(3, **{"Runtime.tensorboard": True}))
     lines, summary = lines_of(folder), summary_of(folder)
     assert len(lines) == 2 and set(METRICS.values()) < lines[0].keys()
+    assert set(METRICS.values()) < {*EventAccumulator(".runs/pretrain-nano").Reload().Tags()["scalars"]}
     changed("readout.tasks.depth.Depth.views", ["plain"])
     for key in ("train_items", "val_items"):
         settings = changed(f"readout.Evaluation.{key}", 0)

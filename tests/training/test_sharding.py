@@ -54,6 +54,31 @@ def test_sharded_first_weights_are_those_of_one_rank_and_gradients_nearly(method
         assert near(sharded[name], gradient, 1e-4), name
 
 
+def registrations(*, rank: int, ranks: int, method: str) -> list[str]:
+    """Names that are registered with FSDP while a model is built, trained for two steps and asked to predict."""
+    names = []
+    with pytest.MonkeyPatch.context() as patch:
+        register = torch.distributed.fsdp.register_fsdp_forward_method
+        patch.setattr(
+            torch.distributed.fsdp,
+            "register_fsdp_forward_method",
+            lambda model, name: (names.append(name), register(model, name)),
+        )
+        model = build_sharded(replace(PLAIN, shards=2), ranks=ranks, method=method)
+        for step in range(2):
+            inputs = batch_of(model, step, rank=rank, ranks=ranks)
+            model(*inputs).backward()
+            with torch.no_grad():
+                model.reconstruct(*inputs)
+    return names
+
+
+@pytest.mark.parametrize("method", ["SimpleMAE", "MAEST"])
+def test_methods_that_gather_weights_are_registered_once(method: str) -> None:
+    names = run(registrations, ranks=2, method=method)
+    assert "reconstruct" in names and len(names) == len(set(names))
+
+
 def fsdp_groups(state: object) -> list:
     """Torch 2.10, of requirements-cuda.lock, has one or none."""
     return state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else list(filter(None, [state._fsdp_param_group]))

@@ -16,6 +16,7 @@ from scaling4d.records import UserError
 EXTRA = re.compile(r"extra == .(\w+)")
 LOCK = "requirements.lock"  # in a clone of the project
 TORCH_ATTENTION = "torch's scaled_dot_product_attention"
+HEAD_SIZES = (32, 64, 80, 104, 112, 128)  # of the published sizes and of MAE-ST's decoder
 
 
 def describe_environment() -> Iterator[str]:
@@ -64,14 +65,18 @@ def describe_attention() -> Iterator[str]:
 
 
 def _kernels() -> Iterator[str]:
-    """Of xformers on this GPU, by type."""
+    """Of xformers on this GPU, by type, with the head sizes that each takes."""
     import torch
     from xformers.ops import fmha
 
     for dtype in (torch.bfloat16, torch.float32):
-        x = torch.empty(1, 64, 4, 64, dtype=dtype, device="cuda")  # B N heads d
-        try:
-            kernel = fmha._dispatch_fw(fmha.Inputs(query=x, key=x, value=x), True).NAME
-        except NotImplementedError:
-            kernel = "none"
-        yield f"attention in {str(dtype).removeprefix('torch.')}: {kernel} of xformers"
+        kernels: dict[str, list[str]] = {}
+        for size in HEAD_SIZES:
+            x = torch.empty(1, 64, 4, size, dtype=dtype, device="cuda")  # B N heads d
+            try:
+                kernel = fmha._dispatch_fw(fmha.Inputs(query=x, key=x, value=x), True).NAME
+            except NotImplementedError:
+                kernel = "none"
+            kernels.setdefault(kernel, []).append(str(size))
+        shown = "; ".join(f"{kernel} of xformers for heads of {', '.join(sizes)}" for kernel, sizes in kernels.items())
+        yield f"attention in {str(dtype).removeprefix('torch.')}: {shown}"
