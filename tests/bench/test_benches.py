@@ -113,7 +113,9 @@ def test_features_are_those_of_a_loop_over_transformers(tmp_path: Path, monkeypa
     rows = {row["name"]: row for row in content["results"]["rows"]}
     assert content["results"]["windows"] == 3 and rows.keys() == {features.OURS, features.LOOP}  # 6 s, of 16 frames each
     assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in content["raw"]["seconds"].values())
-    assert all(row["peak_mib"] > 0 for row in rows.values()) and rows[features.LOOP]["difference"] < 0.02
+    peaks = [row["peak_mib"] for row in rows.values()]
+    assert 0 < content["results"]["peak_mib_of_a_tenth"] <= min(peaks) + 1  # of one process here
+    assert rows[features.LOOP]["difference"] < 0.02
     assert "0.1 minutes of video, 48 frames at 8 Hz, VideoMAE small" in shown
 
 
