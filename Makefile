@@ -10,6 +10,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 PARALLEL = -n $(JOBS) --dist loadfile --no-loadscope-reorder
+# A test that waits in C, or while it cleans up, outlives its own time limit: its process ends, and the test is named.
+STUCK = -o faulthandler_timeout=1300 -o faulthandler_exit_on_timeout=true
 
 # The environment keeps the lock that it was made with: a later `make test` does not put torch for CPUs over that for GPUs.
 LOCK = $(shell cat .venv/lock 2> /dev/null || echo requirements.lock)
@@ -51,7 +53,7 @@ ahead:
 
 test: install
 	ruff check . && ruff format --check .
-	python -m pytest $(PARALLEL)
+	python -m pytest $(PARALLEL) $(STUCK)
 
 # Tests that start no other process and take under half a second each.
 quick: install

@@ -19,7 +19,7 @@ from commands import ENVIRONMENT, cloned, commit, refused_command, run, run_kill
 from scaling4d.audit.disk import Disk
 from scaling4d.provenance import flatten, read_lock
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]  # the fixture runs the pipeline
 
 TASKS = ("actions", "depth")
 # code clips, benchmarks, pretrain, distill, continue, baselines, frozen, finetune, classifier, show, reconstruct,
