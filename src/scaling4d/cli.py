@@ -477,8 +477,8 @@ def features(
 ) -> None:
     """Write features of whole videos, in windows of equal stride: a .safetensors file a video, and index.json.
 
-    A last window that the video does not fill is left out, and a video shorter than
-    a window is a problem. Videos that are done are not repeated. Exit code 1: some video has no features.
+    A last window that the video does not fill is left out, and a video shorter than a window is a problem. Videos that
+    are done are not repeated. Exit code 1: some video has no features.
     With --frames or --side-px the encoder sees clips of another size than it was trained on: learned positions are
     interpolated.
 

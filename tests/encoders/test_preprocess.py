@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from refusals import refused
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from scaling4d.checkpoint import Checkpoint
@@ -63,9 +64,9 @@ def test_a_filter_is_that_of_resizing_the_whole_picture_and_cutting_out_its_cent
     cut = resize_and_crop(wide.movedim(1, -1)[:, None], 16, 24, name)[:, 0].movedim(-1, 1)
     inner = slice(2, -2) if antialias else slice(None)  # an antialiased filter sees beyond the cut
     assert torch.allclose(cut[..., inner], expected[..., inner], atol=1e-5)
-    whole = F.interpolate(wide, (16, 48), mode=mode, antialias=antialias).clamp(0, 1)  # a short side of 16, of which 14 are shown
+    resized = F.interpolate(wide, (16, 48), mode=mode, antialias=antialias).clamp(0, 1)  # of its short side 14 are shown
     shown = FITS["inner"](wide.movedim(1, -1)[:, None], 14, 14, name)[:, 0].movedim(-1, 1)
-    assert torch.allclose(shown[..., inner, inner], whole[..., 1:15, 17:31][..., inner, inner], atol=1e-5)
+    assert torch.allclose(shown[..., inner, inner], resized[..., 1:15, 17:31][..., inner, inner], atol=1e-5)
     pictures = [Image.fromarray((255 * one.movedim(0, -1)).byte().numpy()) for one in wide]
     if antialias:  # as Pillow
         shown = resize_and_crop(torch.from_numpy(np.stack(pictures))[:, None], 16, 48, name)[:, 0]
@@ -80,6 +81,8 @@ def test_a_squashed_picture_is_pillows(encoder: Encoder) -> None:
         expected = [np.asarray(Image.fromarray(one).resize((width, height), Image.Resampling.LANCZOS)) for one in pictures]
         shown = FITS["squash"](torch.from_numpy(pictures)[None], height, width)[0]
         assert (shown.int() - torch.from_numpy(np.stack(expected)).int()).abs().max() <= 1
+    with FakeTensorMode():
+        assert FITS["squash"](torch.empty(1, 2, 37, 90, 3, device="cuda"), 16, 24).device.type == "cuda"
     clip = encoder.preprocess(np.concatenate([pictures] * 2) / 255, fit="squash")
     assert clip.shape == (1, *CLIP, 3) and 0 <= clip.min() <= clip.max() <= 1
     assert refused(encoder.preprocess, BYTES, fit="stretch") == "fit = 'stretch'; needed crop, inner, pad, squash"

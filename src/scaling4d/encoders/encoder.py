@@ -236,7 +236,7 @@ class Encoder(nn.Module):
             rate_hz: frames per second of the video; frames are then picked at the encoder's `rate_hz`. None: the video
                 has as many frames as a clip.
             fit: "crop" cuts pictures to the clip's shape around their centre, "inner" to 7/8 of that, "pad" adds black
-                bars; all then resize. "squash" resizes the whole picture, as the demos of 4DS and RVM do.
+                bars; all then resize. "squash" resizes all of the picture, as the demos of 4DS and RVM do.
         Raises:
             UserError: no such video, too few frames, or another fit.
         """

@@ -123,7 +123,7 @@ def pick_frames(pixels: Tensor, frames: int, *, rate_hz: float | None, encoder_r
 def resize_and_crop(pixels: Tensor, height: int, width: int, resample: str = BICUBIC, *, share: float = 1.0) -> Tensor:
     """`B T H W C` -> `B T height width C`: the largest centred part of that shape, resized.
 
-    resample: of FILTERS. share: of the part's sides, of which the rest is cut off, too.
+    resample: of FILTERS. share: of that part's sides; only its centre of this share is shown.
     """
     H, W = pixels.shape[2:4]
     if (height, width) == (H, W) and share == 1:
@@ -138,7 +138,8 @@ def _resized(pixels: Tensor, height: int, width: int, resample: str) -> Tensor:
     B, T, H, W, C = pixels.shape
     x = pixels.flatten(0, 1).movedim(-1, 1).float()  # B*T C H W
     if resample == LANCZOS:
-        x = _lanczos_weights(H, height) @ _as_pixels(x @ _lanczos_weights(W, width).T, pixels.dtype).float()
+        across, down = _lanczos_weights(W, width).to(x.device), _lanczos_weights(H, height).to(x.device)
+        x = down @ _as_pixels(x @ across.T, pixels.dtype).float()  # Pillow rounds after the first axis, too
     elif (height, width) != (H, W):
         mode, antialias = FILTERS[resample]
         x = F.interpolate(x, (height, width), mode=mode, antialias=antialias, align_corners=False)
@@ -151,7 +152,7 @@ def _as_pixels(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _lanczos_weights(size: int, new: int) -> Tensor:
-    """`new size`: three lobes of weights of a line's pixels. Pillow's; it also rounds after the first axis."""
+    """Weights `new size` of a line's pixels, of Pillow's filter LANCZOS, which has three lobes."""
     scale = size / new
     x = (torch.arange(size) + 0.5 - (torch.arange(new)[:, None] + 0.5) * scale) / max(scale, 1.0)
     weights = torch.where(x.abs() < 3, torch.sinc(x) * torch.sinc(x / 3), 0.0)
@@ -168,7 +169,7 @@ def resize_and_pad(pixels: Tensor, height: int, width: int, resample: str = BICU
 
 
 def squash(pixels: Tensor, height: int, width: int, resample: str = BICUBIC) -> Tensor:
-    """`B T H W C` -> `B T height width C`: the whole picture by the filter LANCZOS; `resample` is not used.
+    """`B T H W C` -> `B T height width C`: all of the picture, by the filter LANCZOS; `resample` is not used.
 
     Source: the demos of 4DS and RVM (mediapy, which calls Pillow).
     """
