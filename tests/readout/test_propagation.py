@@ -1,5 +1,7 @@
 """Labels that follow features through a clip."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from scaling4d import seeds
 from scaling4d.encoders import propagation
 from scaling4d.encoders.propagation import box_labels, boxes_around, propagate, propagated_boxes
 
+FIXTURE = Path(__file__).parents[1] / "fixtures/rvm_propagation_seed0.npz"
 SIDE = 8
 
 
@@ -78,3 +81,10 @@ def test_propagation_is_that_of_a_loop_over_tokens(monkeypatch: pytest.MonkeyPat
         expected.append(out)
     got = propagate(torch.from_numpy(features).float(), torch.from_numpy(labels).float())
     assert np.abs(got.numpy() - np.stack(expected)).max() < 1e-6
+
+
+def test_propagation_is_that_of_the_official_code() -> None:
+    """With RVM's own numbers, on more steps than the context holds and a row wider than the radius."""
+    official = np.load(FIXTURE)
+    got = propagate(torch.from_numpy(official["features"]), torch.from_numpy(official["labels"]))
+    assert np.abs(got.numpy() - official["propagated"]).max() < 1e-6
