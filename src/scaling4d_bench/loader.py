@@ -1,6 +1,6 @@
 """`scaling4d bench loader`: clips a second with 0, 1, 2, 4 workers beside decoding alone, and memory over time.
 
-Also four windows of a long clip beside four copies of a short one, from whole sources.
+Also with crops and flips, and four windows of a long clip beside four copies of a short one, from whole sources.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from scaling4d_bench.measure import SEED, Measurements
 BATCH, STEPS = 8, 40  # clips of a batch, batches of a turn
 WORKERS = (0, 1, 2, 4)
 FILES, SECONDS, SIZE_PX = 8, 20.0, (360, 640)  # made-up videos; height, width
-ALONE = "one core, decoding alone"
+ALONE, CROPPED = "one core, decoding alone", "workers: 0, cropped and mirrored"
 REPEATS, MAX_FRAMES = 4, 125  # copies of a clip; frames of a long clip, at the paper's rate 10 s
 SAMPLE_S = 0.5  # between two samples of the memory
 LIBRARIES = ("av", "numpy", "pyarrow", "torch", "torchdata")
@@ -44,6 +44,7 @@ def bench(out: Path, *, repeats: int, minutes: float) -> Path:
         for kind, folder in folders.items():
             runs = {ALONE: partial(decode, folder, STEPS)}
             runs |= {f"workers: {count}": partial(load, folder, STEPS, count) for count in WORKERS}
+            runs[CROPPED] = partial(load, folder, STEPS, 0, crop=(0.5, 1.0))
             timings, clips = measure.take_turns(runs, repeats=repeats), loader.count_clips(folder, "train")
             rows = measure.throughput(timings, dict.fromkeys(runs, STEPS * BATCH))
             rows = [row | {"over_all_cores": row["over_ours"] / measure.cores()} for row in rows]
@@ -71,18 +72,20 @@ def bench(out: Path, *, repeats: int, minutes: float) -> Path:
     return measurements.write(out)
 
 
-def batches(folder: Path, *, steps: int, workers: int, repeats: int = 1) -> Iterator[ClipBatch]:
-    """The batches of a training, without the crop, so that every workload only decodes and stacks."""
+def batches(
+    folder: Path, *, steps: int, workers: int, repeats: int = 1, crop: tuple[float, float] = (1.0, 1.0)
+) -> Iterator[ClipBatch]:
+    """The batches of a training. crop: of `train_batches`, with flips; (1, 1): neither of both, decoding alone."""
     order = {"repeats": repeats, "seed": SEED, "start": 0, "steps": steps, "window_shards": 0, "rank": 0, "ranks": 1}
-    views = {"frames": videos.curation().frames, "flip": False, "reverse": False, "crop": (1.0, 1.0), "aspect": (1.0, 1.0)}
+    views = {"frames": videos.curation().frames, "flip": crop != (1.0, 1.0), "reverse": False, "crop": crop, "aspect": (1.0, 1.0)}
     views |= {"cached_clips": 0, "workers": workers, "on_device": False}
     return loader.train_batches(folder, batch=BATCH, **order, **views)
 
 
-def load(folder: Path, steps: int, workers: int, repeats: int = 1) -> float:
+def load(folder: Path, steps: int, workers: int, repeats: int = 1, crop: tuple[float, float] = (1.0, 1.0)) -> float:
     """Seconds of `steps` batches, after as many as are prefetched once the workers have started."""
     ready = workers * loader.PREFETCH + 1
-    stream = batches(folder, steps=ready + steps, workers=workers, repeats=repeats)
+    stream = batches(folder, steps=ready + steps, workers=workers, repeats=repeats, crop=crop)
     for _ in range(ready):
         next(stream)
     start = time.perf_counter()

@@ -13,7 +13,7 @@ from commands import invoke
 
 from scaling4d.scenes.scene import KINDS
 from scaling4d_bench import curate, decode, features, loader, measure, render, videos
-from scaling4d_bench.loader import ALONE
+from scaling4d_bench.loader import ALONE, CROPPED
 from scaling4d_bench.measure import Measurements
 
 pytestmark = pytest.mark.integration
@@ -77,16 +77,21 @@ def test_the_loaders_table_follows_from_its_seconds(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(videos, "curated", lambda *_, **__: tmp_path)
     monkeypatch.setattr(loader.loader, "count_clips", lambda folder, split: 105)
     monkeypatch.setattr(loader, "decode", lambda folder, steps: 4.0)
-    monkeypatch.setattr(loader, "load", lambda folder, steps, workers, repeats=1: (5.0, 2.5)[workers] / repeats)
+
+    def load(folder: Path, steps: int, workers: int, repeats: int = 1, crop: tuple[float, float] | None = None) -> float:
+        return (8.0 if crop else (5.0, 2.5)[workers]) / repeats
+
+    monkeypatch.setattr(loader, "load", load)
     monkeypatch.setattr(loader, "watch_memory", lambda folder, minutes, workers: memory)
     content, shown = json.loads(loader.bench(tmp_path, repeats=2, minutes=0).read_text()), capsys.readouterr().out
     for kind in ("encoded clips", "whole sources"):
         rows = content["results"][kind]["rows"]
-        over_ours = {ALONE: 1.0, "workers: 0": 0.8, "workers: 1": 1.6}
+        over_ours = {ALONE: 1.0, "workers: 0": 0.8, "workers: 1": 1.6, CROPPED: 0.5}
         assert {row["name"]: row["over_ours"] for row in rows} == pytest.approx(over_ours)
-        assert [row["over_all_cores"] for row in rows] == pytest.approx([0.5, 0.4, 0.8])
-        assert [row["per_s"] for row in rows] == pytest.approx([loader.BATCH / seconds for seconds in (4.0, 5.0, 2.5)])
-        assert content["raw"][kind]["seconds"] == {ALONE: [4.0] * 2, "workers: 0": [5.0] * 2, "workers: 1": [2.5] * 2}
+        assert [row["over_all_cores"] for row in rows] == pytest.approx([0.5, 0.4, 0.8, 0.25])
+        assert [row["per_s"] for row in rows] == pytest.approx([loader.BATCH / seconds for seconds in (4.0, 5.0, 2.5, 8.0)])
+        seconds = {ALONE: [4.0] * 2, "workers: 0": [5.0] * 2, "workers: 1": [2.5] * 2, CROPPED: [8.0] * 2}
+        assert content["raw"][kind]["seconds"] == seconds
         assert content["results"][kind]["memory"] == memory
     rows = content["results"]["repeated sampling"]["rows"]
     assert [row["over_ours"] for row in rows] == pytest.approx([1.0, 1.0, 0.25])
@@ -96,7 +101,7 @@ def test_the_loaders_table_follows_from_its_seconds(tmp_path, monkeypatch, capsy
 @pytest.mark.slow  # quick: the test above
 def test_the_loader_is_measured_with_every_number_of_workers(tmp_path, capsys) -> None:
     content = json.loads(loader.bench(tmp_path, repeats=2, minutes=0).read_text())
-    names, shown = [ALONE, "workers: 0", "workers: 1"], capsys.readouterr().out
+    names, shown = [ALONE, "workers: 0", "workers: 1", CROPPED], capsys.readouterr().out
     for kind in ("encoded clips", "whole sources"):
         assert {name: len(seconds) for name, seconds in content["raw"][kind]["seconds"].items()} == dict.fromkeys(names, 2)
         assert [row["name"] for row in content["results"][kind]["rows"]] == names
