@@ -16,6 +16,7 @@ from damage import ACCEPTED, REFUSED, SIZES
 from scaling4d import config, provenance
 from scaling4d.cli import _check_settings
 from scaling4d.config import bind
+from scaling4d.pretrain.settings import bind_point
 from scaling4d.records import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -123,6 +124,22 @@ def test_longer_windows_of_profile_paper_stay_within_the_videos(frames: str) -> 
     for task, most in seconds.items():
         (rate_hz,) = (values["rate_hz"] for values in settings["readout"]["tasks"][task].values() if "rate_hz" in values)
         assert (int(frames) - 1) / rate_hz <= most
+
+
+@pytest.mark.usefixtures("in_the_project")
+def test_patches_of_the_encoders_that_profile_paper_shows_384_px_divide_them() -> None:
+    header = Path("experiments/profile/paper.yaml").read_text()
+    ((side, without),) = re.findall(r"#   -S readout.Evaluation.side_px=(\d+) +without (.*\n#.*)\n", header)
+    left_out = {"videomae_b", "videomae_l", "dinov2", "siglip", "videoprism", "videomae2_g", "mae_st_H"}
+    assert all(name in without for name in left_out)
+    settings = config.compose(["profile=paper", f"readout.Evaluation.side_px={side}"])
+    patches = {point: bind_point(point, settings).model.patch[1] for group in config.POINTS for point in settings[group]}
+    for encoder in settings["encoders"]["pretrained"]:
+        kind = Path(f"experiments/encoder/{encoder}.yaml").read_text().partition("\n")[0]
+        patches[encoder] = int(re.search(r"/(\d+)", kind)[1])  # of "ViT-L/16"
+    refused = {encoder for encoder, patch in patches.items() if int(side) % patch}
+    fixed = {"videomae_b", "videomae_l"}  # as tests/encoders/test_transformers.py holds
+    assert refused | fixed == {encoder for encoder in patches if encoder.startswith(tuple(left_out))}
 
 
 @pytest.mark.integration
