@@ -42,7 +42,7 @@ def statements() -> Iterator[tuple[str, str]]:
     yield from ((README, sentence) for sentence in _results())
     yield from ((GUIDE, sentence) for sentence in _curation())
     yield from ((f"reports/studies/{name}/findings.md", sentence) for name, sentence in _findings())
-    yield from ((GUIDE, sentence) for sentence in (*_decoding(), *_loading(), *_training(), *_masking(), *_scale()))
+    yield from ((GUIDE, sentence) for sentence in (*_decoding(), *_loading(), *_features(), *_training(), *_masking(), *_scale()))
 
 
 MEASURES = {  # task -> name of its row
@@ -224,10 +224,25 @@ def _loading() -> Iterator[str]:
     yield f"reaches {sources:.0%} of twice the rate of one core from whole sources, and {clips:.0%} from clips encoded at 224 px"
     plain, cropped = (_named(kinds[1], name)["per_s"] for name in ("workers: 0", "workers: 0, cropped and mirrored"))
     yield f"A core gives {plain:.0f} encoded clips a second, and {cropped:.0f} where it crops and mirrors them"
+    yield f"a slower core gave {cropped:.0f}, and {plain:.0f} without them"
+    source = _named(kinds[0], "workers: 0")["per_s"]
+    yield f"a core of `reports/bench/loader.json` gives {source:.0f} clips/s, and {plain:.0f} from encoded clips"
     copies, windows, alone = (row["per_s"] for row in results["repeated sampling"]["rows"])
     yield (
         f"Four copies of a clip come at {copies:.0f} clips a second, four windows of a long clip at {windows:.0f}, decoded in "
         f"one pass, and {alone:.0f} one by one"
+    )
+
+
+def _features() -> Iterator[str]:
+    bench = json.loads((ROOT / "reports/bench/features.json").read_text())
+    ours, loop = bench["results"]["rows"]
+    times = (bench["raw"]["seconds"][row["name"]] for row in (loop, ours))
+    of_the_loop, of_ours = (f"{min(seconds):.1f} to {max(seconds):.1f} s" for seconds in times)
+    yield f"the loop is {loop['over_ours']:.2f} times as fast in the median ({of_the_loop}; ours {of_ours})"
+    yield (
+        f"The peak of memory was {ours['peak_mib']:.0f} MiB (the loop: {loop['peak_mib']:.0f}), and "
+        f"{bench['results']['peak_mib_of_a_tenth']:.0f} MiB with a tenth of the video."
     )
 
 

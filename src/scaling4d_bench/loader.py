@@ -75,7 +75,7 @@ def bench(out: Path, *, repeats: int, minutes: float) -> Path:
 def batches(
     folder: Path, *, steps: int, workers: int, repeats: int = 1, crop: tuple[float, float] = (1.0, 1.0)
 ) -> Iterator[ClipBatch]:
-    """The batches of a training. crop: of `train_batches`, with flips; (1, 1): neither of both, decoding alone."""
+    """The batches of a training. crop: as in `train_batches`; a cropped clip is mirrored at random, too."""
     order = {"repeats": repeats, "seed": SEED, "start": 0, "steps": steps, "window_shards": 0, "rank": 0, "ranks": 1}
     views = {"frames": videos.curation().frames, "flip": crop != (1.0, 1.0), "reverse": False, "crop": crop, "aspect": (1.0, 1.0)}
     views |= {"cached_clips": 0, "workers": workers, "on_device": False}
