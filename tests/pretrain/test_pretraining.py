@@ -22,6 +22,7 @@ from scaling4d.pretrain.stage import draw_masks, evidence_of, param_groups, pret
 from scaling4d.pretrain.validate import picture
 from scaling4d.records import UserError
 from scaling4d.training import distributed
+from scaling4d.training.optimizer import build_adamw
 from scaling4d.training.parallelize import DTYPES
 
 pytestmark = pytest.mark.integration
@@ -176,6 +177,23 @@ def test_one_rate_for_all_parameters_is_a_setting() -> None:
     groups = param_groups(pretraining.build(), pretraining)
     assert [rate for _, rate in groups.values()] == [pretraining.training.embedding_rate] * 2
     assert pretraining.fit.rate_setting == "pretrain.Training.embedding_rate"
+
+
+@pytest.mark.parametrize("decay_positions", [False, True])
+def test_positions_and_tokens_decay_where_the_setting_says_so(decay_positions: bool) -> None:
+    settings = config.compose(["profile=pocket", f"pretrain.Training.decay_positions={str(decay_positions).lower()}"])
+    pretraining = bind_point("mae_st_tiny", settings)
+    model, fit = pretraining.build().to_empty(device="cpu"), pretraining.fit
+    groups, recipe = param_groups(model, pretraining), {"betas": fit.betas, "weight_decay": fit.weight_decay}
+    adamw = build_adamw(groups, decay_positions=fit.decay_positions, **recipe)
+    decayed = {id(p) for group in adamw.param_groups if group["weight_decay"] for p in group["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in decayed}
+    matrices = {name for name, p in model.named_parameters() if p.ndim > 1 and name.endswith("weight")}
+    positions = ("temporal", "spatial", "class_token")
+    places = {f"{where}.{name}" for where in ("encoder.positions", "decoder_positions") for name in positions}
+    places |= {"encoder.class_token", "mask_token", "decoder_class_token"}
+    assert names == matrices | (places if decay_positions else set())
+    assert {name for name, p in model.named_parameters() if p.ndim == 1}.isdisjoint(names)
 
 
 @pytest.mark.parametrize(("key", "value", "message"), [

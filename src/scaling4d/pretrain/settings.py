@@ -44,7 +44,7 @@ class TrainingConfig(ComputeConfig):
     ranks: processes that share a batch (on a CPU of one thread each); results depend on it. batch: clips a step, over
     all ranks. rate_times_width: peak learning rate of all matrices inside = this / the encoder's width; 0: they
     have `embedding_rate`, too (MAE-ST). embedding_rate: of all other parameters (patch embedding, positions, tokens,
-    norms, biases), at every width.
+    norms, biases), at every width. decay_positions: learned positions and tokens decay, as matrices do (MAE-ST).
     warmup: share of the steps. clip_norm: of the gradient. flip: mirror clips at random. reverse: play them backwards
     at random. crop: smallest and largest share of the picture's area that a random rectangle keeps. aspect: smallest
     and largest of its width by its height. repeats: copies of a clip in a batch, each cropped, flipped and masked on
@@ -64,6 +64,7 @@ class TrainingConfig(ComputeConfig):
     rate_times_width: float
     embedding_rate: float
     weight_decay: float
+    decay_positions: bool
     warmup: float
     clip_norm: float
     flip: bool
@@ -175,6 +176,7 @@ class PretrainConfig:
             batch=training.batch,
             betas=BETAS,
             weight_decay=training.weight_decay,
+            decay_positions=training.decay_positions,
             warmup_steps=round(training.steps * training.warmup),
             clip_norm=training.clip_norm,
             seed=self.seed,

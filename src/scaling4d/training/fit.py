@@ -43,7 +43,7 @@ class FitConfig:
     name: of the run, for messages and its folder in .runs. batch: clips a step, over all ranks. clip_norm: of the
     gradient. rate_setting: the setting to lower when gradients are not finite, for the message. device: cpu or cuda.
     accumulate: microbatches of a rank's batch, one after another. log_every, save_every: steps; save_every at
-    least 1 with a manager.
+    least 1 with a manager. decay_positions: as `build_adamw`.
     """
 
     name: str
@@ -59,6 +59,7 @@ class FitConfig:
     accumulate: int
     log_every: int
     save_every: int
+    decay_positions: bool = False
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,8 @@ def fit(
         Preempted: a signal asked to stop, and the state is saved.
     """
     rank, stop = dist.get_rank(), False
-    adamw = build_adamw(param_groups, betas=config.betas, weight_decay=config.weight_decay)
+    decay = {"weight_decay": config.weight_decay, "decay_positions": config.decay_positions}
+    adamw = build_adamw(param_groups, betas=config.betas, **decay)
     tensors = named_state(model, adamw) if manager else {}
     for callback in callbacks if manager else ():
         tensors |= callback.tensors()

@@ -1,4 +1,4 @@
-"""AdamW that decays weight matrices alone; the learning-rate schedule: warm-up, cosine decay."""
+"""AdamW that decays weight matrices, and learned positions and tokens where asked to; the learning-rate schedule: warm-up, cosine decay."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from torch import Tensor, nn
 ParamGroups = dict[str, tuple[list[tuple[str, nn.Parameter]], float]]  # named parameters and their peak learning rate
 
 
-def build_adamw(groups: ParamGroups, *, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over parameter groups at their peak learning rates, with its state."""
+def build_adamw(
+    groups: ParamGroups, *, betas: tuple[float, float], weight_decay: float, decay_positions: bool = False
+) -> torch.optim.AdamW:
+    """AdamW over parameter groups at their peak learning rates, with its state. decay_positions: as `decays`."""
     param_groups = []
     for parameters, peak in groups.values():
-        for decay, matrices in ((weight_decay, True), (0.0, False)):
-            params = [p for name, p in parameters if p.requires_grad and is_matrix(name, p) == matrices]
+        for decay, decayed in ((weight_decay, True), (0.0, False)):
+            params = [p for name, p in parameters if p.requires_grad and decays(name, p, positions=decay_positions) == decayed]
             if params:
                 param_groups.append({"params": params, "weight_decay": decay, "lr": peak})
     adamw = torch.optim.AdamW(param_groups, betas=betas, fused=True)
@@ -26,12 +28,13 @@ def build_adamw(groups: ParamGroups, *, betas: tuple[float, float], weight_decay
     return adamw
 
 
-def is_matrix(name: str, p: nn.Parameter) -> bool:
-    """Whether a parameter is the matrix of a layer. Others are biases, of norms, or learned positions, tokens, queries.
+def decays(name: str, p: nn.Parameter, *, positions: bool) -> bool:
+    """Whether a parameter decays: the matrix of a layer, and with `positions` also learned positions, tokens, queries.
 
-    Source: mae_st's fine-tuning, which decays no vector (so no bias or norm), no class token and no learned positions.
+    No bias, scale or parameter of a norm decays: these are vectors.
+    Source: mae_st's fine-tuning, whose positions and class token do not decay, and its pretraining, where they do.
     """
-    return p.ndim > 1 and name.endswith("weight")
+    return p.ndim > 1 and (positions or name.endswith("weight"))
 
 
 def named_state(model: nn.Module, adamw: torch.optim.AdamW) -> dict[str, Tensor]:
