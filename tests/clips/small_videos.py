@@ -10,7 +10,7 @@ from scaling4d.clips.settings import CurationConfig, WorkersConfig
 from scaling4d.clips.sources import SourceFile
 
 SETTINGS = {"frames": 16, "max_frames": 16, "rate_hz": 8.0, "side_px": 32, "encode": True, "listed": "", "crf": 12}
-SETTINGS |= {"hash_bits": 24, "val_share": 0.3}
+SETTINGS |= {"hash_bits": 24, "val_share": 0.3, "cut_at_shots": True}
 SETTINGS |= {"shard_bytes": 20_000}
 WORKERS = WorkersConfig(processes=2, cluster="")
 

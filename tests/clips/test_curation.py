@@ -15,13 +15,13 @@ import pytest
 from distributed import LocalCluster
 from nearness import contents
 from PIL import Image, ImageOps
-from small_videos import SETTINGS, WORKERS
+from small_videos import SETTINGS, WORKERS, inspect
 
 from scaling4d import video
 from scaling4d.clips import curate, inspection, loader
 from scaling4d.clips.cluster import dask_client
 from scaling4d.clips.settings import CurationConfig, WorkersConfig
-from scaling4d.clips.sources import list_sources
+from scaling4d.clips.sources import SourceFile, list_sources
 from scaling4d.records import UserError
 
 pytestmark = pytest.mark.integration
@@ -86,6 +86,13 @@ def test_no_clip_crosses_a_cut_or_holds_black_or_frozen_frames(curated):
     spans = {(row["path"], row["reason"]): row["detail"] for row in table(curated / "rejected.parquet") if row["scope"] == "span"}
     assert spans["black_inside.mp4", "black"] == "2.500 to 3.125 s"
     assert spans["frozen_inside.mp4", "frozen"] == "2.438 to 4.375 s"
+
+
+@pytest.mark.parametrize(("cut_at_shots", "ranges"), [(True, [(0.0, 2.5), (2.5, 5.0)]), (False, [(0.0, 5.0)])])
+def test_a_clip_goes_on_over_a_cut_where_shots_are_not_cut(videos, cut_at_shots, ranges):
+    config = replace(CONFIG, max_frames=40, cut_at_shots=cut_at_shots)
+    clips = inspect(videos, SourceFile("two_shots.mp4"), config).clips
+    assert [(clip.start_s, clip.end_s) for clip in clips] == ranges
 
 
 def test_clips_show_the_source_at_the_times_that_the_table_says(curated, videos):

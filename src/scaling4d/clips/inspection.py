@@ -111,7 +111,10 @@ def _reason(videos: Path, source: SourceFile, sha256: str, error: VideoError | O
 
 
 def _decode(location: Path | FileSlice, config: CurationConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Times `T` s, ascending, on the stream's clock; grey thumbnails `T 32 32`; bool `T` each: a shot starts; black."""
+    """Times `T` s, ascending, on the stream's clock; grey thumbnails `T 32 32`; bool `T` each: a shot starts; black.
+
+    No shot starts where clips are not cut at shots.
+    """
     from scenedetect import FrameTimecode
     from scenedetect.detectors import AdaptiveDetector
 
@@ -119,6 +122,8 @@ def _decode(location: Path | FileSlice, config: CurationConfig) -> tuple[np.ndar
     times, thumbnails, black, cuts, bgr = [], [], [], [], None
 
     def detect(index: int, repeats: int = 1) -> None:
+        if not config.cut_at_shots:
+            return
         for number in range(index, index + repeats):
             cuts.extend(code.frame_num for code in detector.process_frame(FrameTimecode(number, fps=30.0), bgr))
 
