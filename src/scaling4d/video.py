@@ -277,19 +277,19 @@ def frame_indices_at(times_s: np.ndarray, wanted_s: Times) -> np.ndarray:
     return np.clip(np.searchsorted(times_s, np.asarray(wanted_s) + TOLERANCE_S, side="right") - 1, 0, len(times_s) - 1)
 
 
-def read_frames_at(source: VideoInput, times_s: Times, *, side_px: int | None = None) -> np.ndarray:
+def read_frames_at(source: VideoInput, times_s: Times, *, side_px: int | None = None, square: bool = True) -> np.ndarray:
     """The frames shown at ascending times on the stream's own clock: uint8 `T H W 3`, as picked from all frames.
 
     Decodes from the key frame before the first time to the last wanted frame, and skips frames that no wanted one
     refers to. A file whose time stamps do not allow a seek is decoded from its start.
 
     Args:
-        side_px: resize the shorter side to this length and crop the centre, `T side side 3`.
+        side_px: resize the shorter side to this length and crop the centre, `T side side 3`; not `square`: all of it.
     Raises:
         VideoError: as `decode_frames`; damage elsewhere than at these times may go unnoticed.
     """
     with open_video(source) as opened:
-        return opened.frames_at(times_s, side_px=side_px)
+        return opened.frames_at(times_s, side_px=side_px, square=square)
 
 
 @dataclass(frozen=True)
@@ -317,19 +317,19 @@ class OpenVideo:
             return False
         return False
 
-    def frames_at(self, times_s: Times, *, side_px: int | None = None) -> np.ndarray:
+    def frames_at(self, times_s: Times, *, side_px: int | None = None, square: bool = True) -> np.ndarray:
         """As `read_frames_at`."""
         wanted_s = np.asarray(times_s, dtype=np.float64)
         back_s = () if TIMELESS & set(self.container.format.name.split(",")) else SEEK_BACK_S
         attempts = (_seek(self.container, self.stream, wanted_s, earlier_s) for earlier_s in back_s)
         decoded = next((frames for frames in attempts if frames is not None), None)
         if decoded is None:
-            return _decode_from_start(self.source, wanted_s, side_px)
+            return _decode_from_start(self.source, wanted_s, side_px, square)
         frames, wanted_pts = decoded
         if len({(frame.height, frame.width) for frame in frames.values()}) > 1:
             raise VideoError("frames change their size")
         shape, reformatter = _pixel_shape(self.stream), VideoReformatter()
-        images = {pts: _rgb(frame, reformatter, shape, side_px) for pts, frame in frames.items()}
+        images = {pts: _rgb(frame, reformatter, shape, side_px, square) for pts, frame in frames.items()}
         return np.stack([images[pts] for pts in wanted_pts])
 
 
@@ -381,14 +381,14 @@ def _seek(
     return (frames, wanted_pts) if frames.keys() == unique else None
 
 
-def _decode_from_start(source: VideoInput, wanted_s: np.ndarray, side_px: int | None) -> np.ndarray:
+def _decode_from_start(source: VideoInput, wanted_s: np.ndarray, side_px: int | None, square: bool) -> np.ndarray:
     indices = frame_indices_at(frame_times(source), wanted_s).tolist()
     images, reformatter = {}, VideoReformatter()
     with _open(source) as (container, stream):
         shape = _pixel_shape(stream)
         for index, frame in enumerate(_decode(container, stream)):
             if index in indices:
-                images[index] = _rgb(frame, reformatter, shape, side_px)
+                images[index] = _rgb(frame, reformatter, shape, side_px, square)
     return np.stack([images[index] for index in indices])
 
 
@@ -532,8 +532,13 @@ def _bounded(height: int, width: int) -> tuple[int, int]:
     return height, width
 
 
-def _rgb(frame: av.VideoFrame, reformatter: VideoReformatter, shape: Fraction, side_px: int | None = None) -> np.ndarray:
-    """Upright uint8 `H W 3` with square pixels; with side_px its centre, `side side 3`. shape: of the stored pixels."""
+def _rgb(
+    frame: av.VideoFrame, reformatter: VideoReformatter, shape: Fraction, side_px: int | None = None, square: bool = True
+) -> np.ndarray:
+    """Upright uint8 `H W 3` with square pixels. shape: of the stored pixels.
+
+    side_px: of its shorter side. square: crop the centre, `side side 3`.
+    """
     resize, crop = {"interpolation": BILINEAR | TO_RGB}, (slice(None), slice(None))
     height, width = _shown_size(frame, shape)
     if side_px is not None:
@@ -541,7 +546,7 @@ def _rgb(frame: av.VideoFrame, reformatter: VideoReformatter, shape: Fraction, s
         height, width = _bounded(max(side_px, round(height * scale)), max(side_px, round(width * scale)))
     if side_px is not None or width != frame.width:
         resize = {"interpolation": BICUBIC | TO_RGB, "height": height, "width": width}
-    if side_px is not None:
+    if side_px is not None and square:
         top, left = (height - side_px) // 2, (width - side_px) // 2
         crop = (slice(top, top + side_px), slice(left, left + side_px))
     try:

@@ -78,7 +78,7 @@ def batches(
     """The batches of a training. crop: as in `train_batches`; a cropped clip is mirrored at random, too."""
     order = {"repeats": repeats, "seed": SEED, "start": 0, "steps": steps, "window_shards": 0, "rank": 0, "ranks": 1}
     views = {"frames": videos.curation().frames, "flip": crop != (1.0, 1.0), "reverse": False, "crop": crop, "aspect": (1.0, 1.0)}
-    views |= {"cached_clips": 0, "workers": workers, "on_device": False}
+    views |= {"cached_clips": 0, "workers": workers, "short_side_px": 0, "on_device": False}
     return loader.train_batches(folder, batch=BATCH, **order, **views)
 
 

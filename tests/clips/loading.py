@@ -10,7 +10,7 @@ from scaling4d.records import ClipBatch
 
 ARGUMENTS = {"frames": 4, "batch": 4, "repeats": 1, "seed": 0, "start": 0, "steps": 12, "flip": True, "crop": (1.0, 1.0)}
 ARGUMENTS |= {"reverse": True, "aspect": (1.0, 1.0), "window_shards": 0, "rank": 0, "ranks": 1, "cached_clips": 0, "workers": 0}
-ARGUMENTS["on_device"] = False
+ARGUMENTS |= {"short_side_px": 0, "on_device": False}
 
 
 def batches_of(folder: Path, **changes: object) -> Iterator[ClipBatch]:

@@ -151,7 +151,7 @@ def test_a_table_out_of_order_is_refused_by_windows(made, tmp_path):
 
 
 def cropped(pixels, *, area, rng, aspect=(1.0, 1.0)):
-    rectangle = draw_rectangle(pixels.shape[1], area=area, aspect=aspect, rng=rng)
+    rectangle = draw_rectangle(pixels.shape[1:3], area=area, aspect=aspect, rng=rng)
     return loader.augment(pixels, Augmentation(rectangle, mirrored=False, backwards=False))
 
 
@@ -185,8 +185,18 @@ def test_the_sides_of_a_crop_vary_around_the_square_and_what_does_not_fit_is_not
     assert min(shares) > 0.49 and max(shares) > 0.95
     assert 0.74 < min(aspects) < 0.8 and 1.25 < max(aspects) < 1.35
     assert abs(np.mean(np.log(aspects))) < 0.05  # as often wide as high
-    whole = cropped(places, area=(1.0, 1.0), aspect=(1.5, 2.0), rng=rng)
-    assert torch.equal(whole, places)
+
+
+def test_of_a_wide_picture_crops_come_from_end_to_end_and_the_middle_is_taken_where_none_fits():
+    rng, crop = np.random.default_rng(0), {"area": (0.5, 1.0), "aspect": (0.75, 4 / 3)}
+    for size, middle in (((90, 160), (0, 20, 90, 120)), ((160, 90), (20, 0, 120, 90))):
+        rectangles = np.array([draw_rectangle(size, rng=rng, **crop) for _ in range(400)])
+        ends = rectangles[:, :2] + rectangles[:, 2:]
+        assert (rectangles[:, :2].min(0) == 0).all() and (ends.max(0) == size).all()
+        assert (np.abs(np.log(rectangles[:, 3] / rectangles[:, 2])) < np.log(4 / 3) + 0.02).all()
+        assert (rectangles[:, 2:].prod(1) > 0.49 * 90 * 160).all()
+        assert 0.05 < (rectangles == middle).all(1).mean() < 0.5
+        assert draw_rectangle(size, area=(1.0, 1.0), aspect=(0.75, 4 / 3), rng=rng) == middle
 
 
 def test_crops_differ_between_copies_and_epochs_and_leave_the_order_alone(made):

@@ -12,8 +12,9 @@ import torch
 from loading import same
 from small_videos import SETTINGS, WORKERS, save, world
 
-from scaling4d import video
+from scaling4d import seeds, video
 from scaling4d.clips import curate, loader
+from scaling4d.clips.crop import draw_rectangle, resized_crop
 from scaling4d.clips.settings import CurationConfig
 from scaling4d.records import ClipBatch
 
@@ -113,6 +114,36 @@ def test_validation_shows_the_window_in_the_middle(curated: Path) -> None:
         (batch,) = loader.eval_batches(curated, split=split, frames=FRAMES, batch=100, rank=0, ranks=1)
         for name, start_s in zip(batch.ids, batch.start_s, strict=True):
             assert start_s - rows[name]["start_s"] == (rows[name]["frames"] - FRAMES) / 2 / RATE_HZ
+
+
+def test_crops_of_the_whole_picture_are_made_before_pictures_of_other_widths_are_stacked(tmp_path: Path) -> None:
+    videos, sizes = tmp_path / "videos", {"a": (64, 112), "b": (112, 64), "c": (64, 64), "d": (72, 100)}
+    for seed, (name, size) in enumerate(sizes.items()):
+        save(videos / f"{name}.mp4", world(seed, 32, *size))
+    out = tmp_path / "clips"
+    out.mkdir()
+    curate.curate(videos, out, CurationConfig(**SETTINGS | {"frames": FRAMES, "encode": False}), WORKERS)
+    crop = {"crop": (0.5, 1.0), "aspect": (0.75, 1.3333), "short_side_px": 48}
+    rows, clips = rows_of(out), [clip.id for clip in loader.ClipTable(out, "train")]
+    shown = set()
+    for step, batch in enumerate(batches_of(out, batch=8, steps=6, **crop)):
+        for place, (name, start_s, pixels) in enumerate(zip(batch.ids, batch.start_s, batch.pixels, strict=True)):
+            number, copy = divmod(8 * step + place, 4)
+            source, times_s = rows[name]["source"], start_s + np.arange(FRAMES) / RATE_HZ
+            picture = torch.from_numpy(video.read_frames_at(videos / source, times_s, side_px=48, square=False))
+            shown.add((source[0], *picture.shape[1:3]))
+            rng = seeds.numpy_rng(0, "crop", number // len(clips), clips.index(name), copy)
+            rectangle = draw_rectangle(picture.shape[1:3], area=crop["crop"], aspect=crop["aspect"], rng=rng)
+            assert torch.equal(pixels, resized_crop(picture, rectangle, side=32))
+    assert shown <= {("a", 48, 84), ("b", 84, 48), ("c", 48, 48), ("d", 48, 67)} and len(shown) == len(clips)
+    crop |= {"batch": 8, "steps": 6, "flip": True}
+    for batch, left in zip(batches_of(out, **crop), batches_of(out, on_device=True, **crop), strict=True):
+        flipped = [loader.augment(*pair) for pair in zip(left.pixels, left.augmentations, strict=True)]
+        assert torch.equal(torch.stack(flipped), batch.pixels)
+    (batch,) = loader.eval_batches(out, split="train", frames=FRAMES, batch=4, rank=0, ranks=1)
+    for name, start_s, pixels in zip(batch.ids, batch.start_s, batch.pixels, strict=True):
+        times_s = start_s + np.arange(FRAMES) / RATE_HZ
+        assert np.array_equal(pixels, video.read_frames_at(videos / rows[name]["source"], times_s, side_px=32))
 
 
 def test_a_window_behind_the_end_of_an_encoded_clip_is_an_error(curated: Path) -> None:

@@ -161,6 +161,8 @@ def test_uneven_and_turned_videos_are_sought_by_time_and_come_out_upright(tmp_pa
     small = video.read_frames_at(path, wanted_s, side_px=32)
     assert small.shape == (6, 32, 32, 3)
     middle = video.read_frames_at(path, wanted_s)[:, 8:72]  # of 80 x 64, upright
+    whole = video.read_frames_at(path, wanted_s, side_px=32, square=False)
+    assert whole.shape == (6, 40, 32, 3) and np.array_equal(whole[:, 4:36], small)
     assert np.abs(small.astype(int) - middle.reshape(6, 32, 2, 32, 2, 3).mean((2, 4))).mean() < 6
 
 

@@ -208,6 +208,10 @@ def test_positions_and_tokens_decay_where_the_setting_says_so(decay_positions: b
     ("pretrain.Training.probe_items", [-1, 4], r"pretrain.Training: probe_items = \[-1, 4\]; needed 0 or more each"),
     ("pretrain.Training.keep_best", "loss", "pretrain.Training: keep_best = 'loss'; needed , val_loss or rankme.*"),
     ("pretrain.Training.keep_best", "top1_linear", "pretrain.Training: keep_best = 'top1_linear'; needed .+"),
+    ("pretrain.Training.short_side_px", -1, "pretrain.Training: short_side_px is -1; needed 0 or more"),
+    ("pretrain.Training.short_side_px", 64,
+     r"pretrain.Training.short_side_px = 64 crops whole pictures, and .+/clips holds encoded squares; "
+     r"set clips.Curation.encode to false, or it to 0"),
     ("pretrain.Training.validate_every", 0,
      "pretrain.Training: keep_best is set and validate_every is 0; needed validate_every of 1 .+"),
     ("pretrain.Runtime.start_s", 0.0, "pretrain.Runtime: start_s is 0.0; needed more than 0"),

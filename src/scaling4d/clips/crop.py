@@ -21,29 +21,31 @@ def check_crop(area: tuple[float, float], aspect: tuple[float, float]) -> None:
 
 
 def draw_rectangle(
-    side: int, *, area: tuple[float, float], aspect: tuple[float, float], rng: np.random.Generator
+    size: tuple[int, int], *, area: tuple[float, float], aspect: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a random rectangle in a square picture.
+    """Top, left, height and width of a random rectangle in a picture.
 
-    area: share of the picture that the rectangle covers, uniform between the two. aspect: its width by its height,
-    uniform between the two on a logarithmic scale. Of rectangles that do not fit, another is drawn; at last everything.
-    Source: random resized crop of MAE-ST's code (there of the whole picture, not of the square in its middle).
+    size: height and width of the picture. area: share of it that the rectangle covers, uniform between the two. aspect:
+    the rectangle's width by its height, uniform between the two on a logarithmic scale. Of rectangles that do not fit,
+    another is drawn; after TRIES it is the largest in the middle, of all or of the nearest aspect.
+    Source: random resized crop of MAE-ST's code.
     """
+    picture_height, picture_width = size
     for _ in range(TRIES):
-        size = side * rng.uniform(*area) ** 0.5
+        side = math.sqrt(picture_height * picture_width) * rng.uniform(*area) ** 0.5
         stretch = 1.0 if aspect == (1.0, 1.0) else math.exp(rng.uniform(*np.log(aspect)) / 2)
-        height, width = max(round(size / stretch), 1), max(round(size * stretch), 1)
-        if max(height, width) <= side:
-            break
-    else:
-        height = width = side
-    top, left = rng.integers((side - height, side - width), endpoint=True).tolist()
-    return top, left, height, width
+        height, width = max(round(side / stretch), 1), max(round(side * stretch), 1)
+        if height <= picture_height and width <= picture_width:
+            top, left = rng.integers((picture_height - height, picture_width - width), endpoint=True).tolist()
+            return top, left, height, width
+    height = min(picture_height, round(picture_width / aspect[0]))
+    width = min(picture_width, round(picture_height * aspect[1]))
+    return (picture_height - height) // 2, (picture_width - width) // 2, height, width
 
 
-def resized_crop(pixels: Tensor, rectangle: tuple[int, int, int, int]) -> Tensor:
-    """A rectangle of a clip, the same in all its frames, resized to the clip's own side: uint8 `T H W C`, H = W."""
-    (top, left, height, width), side = rectangle, pixels.shape[1]
+def resized_crop(pixels: Tensor, rectangle: tuple[int, int, int, int], *, side: int = 0) -> Tensor:
+    """A rectangle of a clip, the same in all its frames, resized: uint8 `T H W C` -> `T side side C`; side 0: its H."""
+    (top, left, height, width), side = rectangle, side or pixels.shape[1]
     crop = pixels[:, top : top + height, left : left + width].permute(0, 3, 1, 2).float()  # T C H W
-    resized = functional.interpolate(crop, size=(side, side), mode="bilinear")  # never smaller: no antialiasing
+    resized = functional.interpolate(crop, size=(side, side), mode="bilinear")  # not antialiased, as mae_st's
     return resized.round_().to(torch.uint8).permute(0, 2, 3, 1)  # T H W C

@@ -193,9 +193,17 @@ class WindowedShuffle:
         return seeds.numpy_rng(self.seed, "order", epoch, number).permutation(members)
 
 
-def decode_clip(folder: Path, record: ClipRecord) -> Tensor:
+def holds_encoded(folder: Path) -> bool:
+    """Whether clips are encoded, and so squares; others are stretches of whole sources."""
+    import pyarrow.compute as pc
+
+    return any(pc.any(rows["encoded"]).as_py() for rows in _read_table(folder, ["encoded"]))
+
+
+def decode_clip(folder: Path, record: ClipRecord, *, short_side_px: int = 0) -> Tensor:
     """Pixels uint8 `T side side 3` of a clip, read from its shard without extracting.
 
+    short_side_px: of a clip of a whole source: `T H W 3`, the whole picture with its shorter side so long.
     Raises ClipsError: the clip does not decode to what the table states.
     """
     source = video.FileSlice(folder / "shards" / record.shard, record.offset, record.bytes)
@@ -204,17 +212,24 @@ def decode_clip(folder: Path, record: ClipRecord) -> Tensor:
             _, pixels = video.decode_all(source)
         else:
             times_s = record.origin_s + record.start_s + np.arange(record.frames) / record.rate_hz
-            pixels = video.read_frames_at(source, times_s, side_px=record.side_px)
+            pixels = video.read_frames_at(source, times_s, **_resizing(record, short_side_px))
     except (ValueError, OSError, OverflowError) as error:  # of the video, or of numbers and a name in the table
         raise ClipsError(f"clip {record.id} of {source.path}: {error}") from error
     needed = (record.frames, record.side_px, record.side_px, 3)
-    if pixels.shape != needed:
+    if pixels.shape != needed and not short_side_px:
         raise ClipsError(f"clip {record.id}: T H W C is {pixels.shape}, needed {needed}")
     return torch.from_numpy(pixels)
 
 
-def decode_windows(folder: Path, record: ClipRecord, *, frames: int, positions: Sequence[float]) -> list[tuple[float, Tensor]]:
-    """Windows of a clip that is longer than `frames`: start in seconds of the source, pixels uint8 `T side side 3`.
+def _resizing(record: ClipRecord, short_side_px: int) -> dict[str, Any]:
+    """How pictures of a whole source are resized."""
+    return {"side_px": short_side_px or record.side_px, "square": not short_side_px}
+
+
+def decode_windows(
+    folder: Path, record: ClipRecord, *, frames: int, positions: Sequence[float], short_side_px: int = 0
+) -> list[tuple[float, Tensor]]:
+    """Windows of a clip that is longer than `frames`: start in seconds of the source, pixels as of `decode_clip`.
 
     The file is decoded once, from the first window to the end of the last.
 
@@ -236,11 +251,11 @@ def decode_windows(folder: Path, record: ClipRecord, *, frames: int, positions: 
         with video.open_video(source) as opened:
             if record.encoded and not opened.shows(times_s[-1]):
                 raise video.VideoError(f"ends before its {record.frames} frames")
-            pixels = opened.frames_at(times_s, side_px=None if record.encoded else record.side_px)
+            pixels = opened.frames_at(times_s, **{} if record.encoded else _resizing(record, short_side_px))
     except (ValueError, OSError, OverflowError) as error:  # as of decode_clip
         raise ClipsError(f"clip {record.id} of {source.path}: {error}") from error
     needed = (record.side_px, record.side_px, 3)
-    if pixels.shape[1:] != needed:
+    if pixels.shape[1:] != needed and not short_side_px:
         raise ClipsError(f"clip {record.id}: H W C is {pixels.shape[1:]}, needed {needed}")
     windows = torch.from_numpy(pixels[indices.reshape(wanted_s.shape)])
     return [(record.start_s + start_s, window) for start_s, window in zip(starts_s.tolist(), windows, strict=True)]
@@ -250,7 +265,8 @@ def decode_windows(folder: Path, record: ClipRecord, *, frames: int, positions: 
 class AugmentedBatches(Dataset):
     """Batches of clips, each copy cropped and flipped on its own. Holds no table, so that workers are small.
 
-    Clips that are longer than a window are not cached. on_device: leave crop and flip to the model's device.
+    Clips that are longer than a window are not cached. short_side_px: of `train_batches`. on_device: leave flips, and
+    crops of squares, to the model's device.
     """
 
     folder: Path
@@ -261,11 +277,12 @@ class AugmentedBatches(Dataset):
     reverse: bool
     crop: tuple[float, float]
     aspect: tuple[float, float]
+    short_side_px: int
     on_device: bool
 
     @cached_property
     def decode(self) -> Callable[[ClipRecord], Tensor]:
-        return lru_cache(maxsize=max(self.cached_clips, 1))(partial(decode_clip, self.folder))
+        return lru_cache(maxsize=max(self.cached_clips, 1))(partial(decode_clip, self.folder, short_side_px=self.short_side_px))
 
     def __getitem__(self, samples: list[SampledClip]) -> ClipBatch | UserError:
         """An error is returned, not raised: a worker process would wrap it."""
@@ -275,8 +292,11 @@ class AugmentedBatches(Dataset):
             for (epoch, index), copies in itertools.groupby(samples, lambda sample: sample[:2]):
                 *_, numbers, records = zip(*copies, strict=True)
                 windows = self.windows(epoch, index, numbers, records[0])
-                for copy, (start_s, pixels) in zip(numbers, windows, strict=True):
-                    augmentation = self.draw_augmentation(epoch, index, copy, side=pixels.shape[1])
+                for copy, (start_s, window) in zip(numbers, windows, strict=True):
+                    augmentation, pixels = self.draw_augmentation(epoch, index, copy, size=window.shape[1:3]), window
+                    if self.short_side_px:  # pictures of several widths cannot be stacked
+                        pixels = resized_crop(window, augmentation.rectangle, side=records[0].side_px)
+                        augmentation = augmentation._replace(rectangle=None)
                     if self.on_device:
                         augmentations.append(augmentation)
                     clips.append((records[0].id, start_s, pixels if self.on_device else augment(pixels, augmentation)))
@@ -292,13 +312,14 @@ class AugmentedBatches(Dataset):
         if record.frames == self.frames:
             return [(record.start_s, self.decode(record)) for _ in copies]
         positions = seeds.numpy_rng(self.seed, "window", epoch, index).random(max(copies) + 1)[list(copies)]
-        return decode_windows(self.folder, record, frames=self.frames, positions=positions)
+        window = {"frames": self.frames, "short_side_px": self.short_side_px}
+        return decode_windows(self.folder, record, positions=positions, **window)
 
-    def draw_augmentation(self, epoch: int, index: int, copy: int, *, side: int) -> Augmentation:
+    def draw_augmentation(self, epoch: int, index: int, copy: int, *, size: tuple[int, int]) -> Augmentation:
         rectangle, mirrored, backwards = None, False, False
-        if self.crop != (1.0, 1.0):
+        if self.crop != (1.0, 1.0) or self.short_side_px:
             rng = seeds.numpy_rng(self.seed, "crop", epoch, index, copy)
-            rectangle = draw_rectangle(side, area=self.crop, aspect=self.aspect, rng=rng)
+            rectangle = draw_rectangle(size, area=self.crop, aspect=self.aspect, rng=rng)
         if self.flip or self.reverse:
             rng = seeds.numpy_rng(self.seed, "flip", epoch, index)
             drawn = (rng.random((copy + 1, 2))[copy] < 0.5) & (self.flip, self.reverse)
@@ -348,6 +369,7 @@ def train_batches(
     reverse: bool,
     crop: tuple[float, float],
     aspect: tuple[float, float],
+    short_side_px: int,
     on_device: bool,
     window_shards: int,
     rank: int,
@@ -364,10 +386,11 @@ def train_batches(
         frames: of a window. batch: clips a step over all ranks, copies counted. repeats: copies of a clip in a row,
           decoded once and each cropped, flipped (and later masked) on its own; of a clip that is longer than a window,
           each at another time. start: first step. flip: mirror at random. reverse: play backwards at random.
-        crop, aspect: area and aspect of `draw_rectangle`; crop = (1, 1): none. on_device: leave flips and crops to
-          the caller, as `ClipBatch.augmentations`. window_shards: of `WindowedShuffle`. cached_clips: decoded clips in
-          memory of each process that decodes. workers: processes that decode for this rank; 0: itself. The batches
-          depend on neither of the last two.
+        crop, aspect: area and aspect of `draw_rectangle`; crop = (1, 1): none. short_side_px: crop the whole picture of
+          whole sources, its shorter side so long; 0: the square in its middle. on_device: leave flips, and crops of
+          squares, to the caller, as `ClipBatch.augmentations`. window_shards: of `WindowedShuffle`. cached_clips:
+          decoded clips in memory of each process that decodes. workers: processes that decode for this rank; 0:
+          itself. The batches depend on neither of the last two.
     Raises ValueError, as `check_batching`; ClipsError: no clips; from the iterator ClipsError: a clip cannot be
     decoded, and UserError: a worker ended.
     """
@@ -385,6 +408,7 @@ def train_batches(
     firsts = (step * batch + rank * size for step in range(start, steps))
     sampler = ([sample(position) for position in range(first, first + size)] for first in firsts)
     augmentation = {"flip": flip, "reverse": reverse, "crop": tuple(crop), "aspect": tuple(aspect)}
+    augmentation["short_side_px"] = short_side_px
     dataset = AugmentedBatches(folder, cached_clips, frames=frames, seed=seed, on_device=on_device, **augmentation)
     return _load(dataset, sampler, start=start, workers=workers)
 

@@ -15,8 +15,8 @@ class CurationConfig:
 
     frames, rate_hz, side_px: of a clip. max_frames: of a shot's clips, cut one after the other; its last one may be as
     short as `frames`. cut_at_shots: false: a clip may go on over a cut, and only black and still stretches end it
-    (MAE-ST takes a window anywhere in a video). encode: write clips as H.264 of that side and quality `crf`, for fast random
-    access; false: the sources go into the shards unchanged, and the loader seeks in them and resizes.
+    (MAE-ST takes a window anywhere in a video). encode: write clips as H.264 of that side and quality `crf`, for fast
+    random access; false: the sources go into the shards unchanged, and the loader seeks in them and resizes.
     listed: a csv in the folder that names the videos to use (see `sources.list_sources`); empty: all.
     hash_bits: clips whose hashes (4 frames of 64 bits) differ in at most this many of 256 bits are near duplicates.
     val_share: of the source videos. shard_bytes: a shard is closed when it is this large.

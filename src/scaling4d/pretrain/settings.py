@@ -47,8 +47,10 @@ class TrainingConfig(ComputeConfig):
     norms, biases), at every width. decay_positions: learned positions and tokens decay, as matrices do (MAE-ST).
     warmup: share of the steps. clip_norm: of the gradient. flip: mirror clips at random. reverse: play them backwards
     at random. crop: smallest and largest share of the picture's area that a random rectangle keeps. aspect: smallest
-    and largest of its width by its height. repeats: copies of a clip in a batch, each cropped, flipped and masked on
-    its own, and at another time of a clip that is longer than the model's (MAE-ST's repeated sampling: 4).
+    and largest of its width by its height. short_side_px: crops are of the whole picture, resized to this shorter
+    side (MAE-ST), which needs whole sources; 0: of the square in its middle. repeats: copies of a clip in a batch, each
+    cropped, flipped and masked on its own, and at another time of a clip that is longer than the model's (MAE-ST's
+    repeated sampling: 4).
     window_shards: shards whose clips are shuffled together, 0: all.
     val_clips: measured clips of the validation split, evenly spread over it, 0: all. masks_per_clip: masks of a
     validation clip. validate_every: steps; 0: at the end alone, and of the loss alone. log_every: steps to a line of
@@ -71,6 +73,7 @@ class TrainingConfig(ComputeConfig):
     reverse: bool
     crop: tuple[float, float]
     aspect: tuple[float, float]
+    short_side_px: int
     repeats: int
     window_shards: int
     val_clips: int
@@ -86,7 +89,7 @@ class TrainingConfig(ComputeConfig):
         at_least_one = ("ranks", "batch", "steps", "log_every", "masks_per_clip")
         require_minima(self, dict.fromkeys(at_least_one, 1) | dict.fromkeys(("val_clips", "validate_every"), 0))
         require_positive(self, "embedding_rate", "clip_norm")
-        require_minima(self, {"weight_decay": 0, "rate_times_width": 0})
+        require_minima(self, {"weight_decay": 0, "rate_times_width": 0, "short_side_px": 0})
         if unknown := [task for task in self.probe_tasks if task not in PROBES]:
             raise ValueError(f"probe_tasks has {unknown[0]!r}; needed some of {', '.join(PROBES)}")
         if min(self.probe_items) < 0:
@@ -199,7 +202,7 @@ def bind_pretrain(point: str, settings: Mapping[str, Any]) -> PretrainConfig:
     """Bind and check the settings of one point, before a rank starts or a clip is read.
 
     Raises:
-        UserError: as bind_point; no teacher, no checkpoint to start from, no clips, no TensorBoard.
+        UserError: as bind_point; no teacher, no checkpoint to start from, no clips or unsuitable ones, no TensorBoard.
     """
     pretraining = bind_point(point, settings)
     for folder in filter(None, (pretraining.teacher, pretraining.start_from)):
@@ -209,6 +212,9 @@ def bind_pretrain(point: str, settings: Mapping[str, Any]) -> PretrainConfig:
         raise UserError(f"pretrain.Runtime.tensorboard = true, and tensorboard is not installed; {needed}")
     with clips_remedies():
         loader.count_clips(pretraining.clips, "train")
+        if (short_side_px := pretraining.training.short_side_px) and loader.holds_encoded(pretraining.clips):
+            problem = f"pretrain.Training.short_side_px = {short_side_px} crops whole pictures, and {pretraining.clips}"
+            raise UserError(f"{problem} holds encoded squares; set clips.Curation.encode to false, or it to 0")
     return pretraining
 
 

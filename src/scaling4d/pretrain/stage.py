@@ -213,6 +213,7 @@ def _batches(pretraining: PretrainConfig, model: nn.Module, rank: int, ranks: in
         reverse=training.reverse,
         crop=training.crop,
         aspect=training.aspect,
+        short_side_px=training.short_side_px,
         on_device=training.device != "cpu",
         window_shards=training.window_shards,
         rank=rank,

@@ -46,7 +46,7 @@ def augment_clip(
     if randaugment:
         pixels = rand_augment(pixels, randaugment, rng)
     if crop != (1.0, 1.0):
-        pixels = resized_crop(pixels, draw_rectangle(pixels.shape[1], area=crop, aspect=aspect, rng=rng))
+        pixels = resized_crop(pixels, draw_rectangle(pixels.shape[1:3], area=crop, aspect=aspect, rng=rng))
     return random_erasing(pixels, erasing, rng) if erasing else pixels
 
 

@@ -1,4 +1,4 @@
-"""AdamW that decays weight matrices, and learned positions and tokens where asked to; the learning-rate schedule: warm-up, cosine decay."""
+"""AdamW, which decays matrices and no vectors; the learning-rate schedule: warm-up, cosine decay."""
 
 from __future__ import annotations
 
