@@ -6,6 +6,8 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from benchmarks.writers import (
     write_kinetics,
@@ -17,7 +19,7 @@ from benchmarks.writers import (
     write_tapvid_kinetics,
     write_waymo_v1,
 )
-from numbered import CLIP, H264, INTRINSICS, T, in_square, left_out, numbers, pictures, poses, refused, three_boxes
+from numbered import CLIP, H264, INTRINSICS, T, in_square, left_out, numbers, pictures, poses, read, refused, three_boxes
 
 from scaling4d import seeds
 from scaling4d.benchmarks import (
@@ -40,6 +42,7 @@ NAME = "ABCDEFGHIJ1"
 POINTS = seeds.numpy_rng(0, "points").uniform(0.3, 0.7, (3, FRAMES, 2)).astype(np.float32)
 VISIBLE = np.arange(FRAMES) >= np.array([0, 0, 9])[:, None]
 DEPTH_M, POSES, BOXES = np.linspace(0.5, 4, FRAMES * 16 * 16).reshape(FRAMES, 16, 16), poses(FRAMES), three_boxes(NAME, FRAMES)
+BOXES.valid["boxes"][1, 4] = True  # of the first T frames it shows four: enough for a window of Waymo Open, not for an object
 EVERYWHERE = (0.0, *seeds.numpy_rng(0, "positions").random(150).tolist(), 1.0)
 
 
@@ -249,11 +252,11 @@ def test_each_start_has_an_equal_share_of_the_positions() -> None:
 # ---- rules of one benchmark ----
 
 
-def drive(root: Path, present: np.ndarray) -> None:
-    """One object of Waymo Open at one place, in these frames."""
-    boxes = np.tile(np.array([0.4, 0.4, 0.6, 0.6], np.float32), (1, len(present), 1))
-    sample = Sample("1_2", "1_2", pictures(len(present), height=32, width=48), {"boxes": boxes}, {"boxes": present[None]})
-    waymo.write(root, "val", [sample], rate_hz=10.0, jpeg_quality=95)
+def drive(root: Path, *present: np.ndarray, side: float = 0.2, split: str = "val") -> None:
+    """Objects of Waymo Open at one place, each in its frames."""
+    boxes = np.tile(np.array([0.4, 0.4, 0.4 + side, 0.4 + side], np.float32), (len(present), len(present[0]), 1))
+    sample = Sample("1_2", "1_2", pictures(len(present[0]), height=32, width=48), {"boxes": boxes}, {"boxes": np.stack(present)})
+    waymo.write(root, split, [sample], rate_hz=10.0, jpeg_quality=95)
 
 
 @pytest.mark.parametrize(("missing", "fits"), [
@@ -275,6 +278,49 @@ def test_waymo_objects_of_random_windows_are_present_in_most_frames_without_long
     assert [bad for _, bad, _ in skipped] == ([] if fits else [False])
     first = left_out(waymo, tmp_path, "val", replace(request, windows="first"))
     assert bool(first) == (0 in missing)  # the rules are of random windows
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_waymo_random_windows_with_more_than_25_objects_are_left_out(tmp_path, split) -> None:
+    for objects in (25, 26):
+        drive(tmp_path, *[np.ones(16, bool)] * objects, split=split)
+        request = replace(CLIP, frames=16, rate_hz=10.0, windows="random")
+        skipped = left_out(waymo, tmp_path, split, request)
+        assert [bad for _, bad, _ in skipped] == [False] * (objects - 25)
+        assert not skipped or "that has 1 to 25 such objects" in skipped[0][2]
+        (first,) = read(waymo, tmp_path, split, replace(request, windows="first"))  # the rules are of random windows
+        assert len(first.labels["boxes"]) == objects
+
+
+def test_waymo_objects_that_are_too_small_do_not_count_among_25(tmp_path) -> None:
+    drive(tmp_path, *[np.ones(16, bool)] * 26, side=0.05)  # of 48 x 32 pixels: less than 0.5 % of the square
+    small = pq.ParquetFile(tmp_path / "validation/camera_box/1_2.parquet").read().to_pylist()
+    drive(tmp_path, np.ones(16, bool))
+    boxes = tmp_path / "validation/camera_box/1_2.parquet"
+    large = pq.ParquetFile(boxes).read()
+    rows = large.to_pylist() + [{**row, waymo.OBJECT: f"small {row[waymo.OBJECT]}"} for row in small]
+    pq.write_table(pa.Table.from_pylist(rows, large.schema), boxes)
+    (sample,) = read(waymo, tmp_path, "val", replace(CLIP, frames=16, rate_hz=10.0, windows="random"))
+    assert len(sample.labels["boxes"]) == 1
+
+
+@pytest.mark.parametrize(("missing", "objects"), [
+    (((1, 2, 3), (13, 14, 15)), 2),  # 13 of 16 frames each, 10 together
+    (((1, 2, 3, 4), (13, 14, 15)), 0),  # 9 together
+    (((), (11, 12, 13, 14, 15)), 1),  # 11 together; the second is in fewer than 70 %
+    (((), (9, 10, 11, 12, 13, 14, 15)), 0),  # the first one would do, and the window is left out
+    (((), (0, 9, 10, 11, 12, 13, 14, 15)), 1),  # the second is no object of the first frame
+])  # fmt: skip
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_waymo_random_windows_whose_first_objects_do_not_share_10_of_16_frames_are_left_out(
+    tmp_path, split, missing, objects
+) -> None:
+    drive(tmp_path, *[~np.isin(np.arange(16), frames) for frames in missing], split=split)
+    request = replace(CLIP, frames=16, rate_hz=10.0, windows="random")
+    samples = read(waymo, tmp_path, split, request)
+    assert [len(sample.labels["boxes"]) for sample in samples] == [objects] * bool(objects)
+    (first,) = read(waymo, tmp_path, split, replace(request, windows="first"))
+    assert len(first.labels["boxes"]) == 2 - any(0 in frames for frames in missing)
 
 
 def test_waymo_windows_without_an_object_are_not_drawn(tmp_path) -> None:

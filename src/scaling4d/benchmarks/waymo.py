@@ -25,10 +25,14 @@ OFFICIAL = {"train": "798", "val": "202"}
 FOLDERS = {"train": "training", "val": "validation"}
 FRONT = (1, "FRONT")
 VEHICLE = 1
-# InternVideo-Next's account of the protocol: of an object, the smallest area in frame 0 as a share of the square, the
-# smallest share of a window's frames, and the largest gap in frames. Our reading: a gap is counted from one frame with
-# the object to the next, or to the window's end, so that at most 4 in a row are without it.
+# InternVideo-Next's account of the protocol (arXiv:2512.01342, A.4). Of an object: the smallest area in frame 0 as a
+# share of the square, the smallest share of a window's frames, and the largest gap. A gap is counted from one frame with
+# the object to the next, or to the window's end (our reading): 5 pass, so that 4 frames in a row may be without it. Were
+# the frames without it counted, 5 of them would pass. In windows of 16 frames both readings are one: MIN_PRESENCE leaves 4.
 MIN_AREA, MIN_PRESENCE, MAX_GAP = 0.005, 0.7, 5
+# Of a window: the most objects in its first frame, and the smallest share of its frames that show all of them together,
+# 10 of 16 there. Objects that MIN_PRESENCE and MAX_GAP drop count, too (our reading).
+MAX_OBJECTS, MIN_SHARED = 25, 10 / 16
 RATE_HZ, FRAMES = 10.0, 199  # of the authors' sample segment, 20 s
 WINDOW_STEP = 3  # stored frames from a window's start to the next one's (ours)
 KEYS = ("key.segment_context_name", "key.frame_timestamp_micros", "key.camera_name")
@@ -50,8 +54,9 @@ Segment = tuple[Path, dict[int, bytes], dict[str, dict[int, BoxPx]]]  # jpegs, a
 def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
     """Samples with the label boxes `Q T 4`, the objects of frame 0, and valid (labelled in that frame). None: excluded.
 
-    A window that may lie anywhere has the objects of its own first frame that meet MIN_PRESENCE and MAX_GAP, too.
-    It starts in one of every WINDOW_STEP frames, where it has such an object.
+    A window that may lie anywhere starts in one of every WINDOW_STEP frames. It is left out where its first frame has
+    more than MAX_OBJECTS objects or where they share less than MIN_SHARED of its frames. Of its objects, those that
+    meet MIN_PRESENCE and MAX_GAP are in the sample; without any, it is left out, too.
     """
     folder, (prefix, suffix) = root / FOLDERS[split], RECORD
     v2 = sorted(path.stem for path in (folder / "camera_image").glob("[!.]*.parquet"))
@@ -75,10 +80,12 @@ def open_split(root: Path, split: str, request: ClipRequest) -> Samples:
         picture = lambda row: open_picture(jpegs[stamps[row]], f"{path}: a picture", ["JPEG"]).convert("RGB")  # noqa: E731
         crop = Crop(*picture(0).size[::-1], request.side_px)
         tracks = [_track(boxes, stamps, crop) for _, boxes in sorted(boxes_of.items())]  # of all stored frames
-        objects = [[n for n, track in enumerate(tracks) if _is_tracked(*track, rows, request)] for rows in windows]
+        objects = [_objects_of(tracks, rows, request) for rows in windows]
         usable = [(rows, numbers) for rows, numbers in zip(windows, objects, strict=True) if numbers]
         if not usable:
-            where = "the first frame of a window that goes on with it" if request.anywhere else "the first frame"
+            where = "the first frame"
+            if request.anywhere:
+                where += f" of a window that has 1 to {MAX_OBJECTS} such objects and goes on with them"
             raise ExcludedItem(f"{path}: no object covers {MIN_AREA} of the square in {where}")
         samples = []
         for rows, numbers in at_positions(usable, positions):
@@ -197,14 +204,25 @@ def _parse_frame(record: memoryview) -> tuple[int, bytes | None, list[tuple[str,
     return stamp, jpeg, boxes
 
 
-def _is_tracked(boxes: np.ndarray, valid: np.ndarray, rows: np.ndarray, request: ClipRequest) -> bool:
-    """Whether an object of a window is given in its first frame, and measured. boxes `F 4`, valid `F`; rows `T`."""
-    x1, y1, x2, y2 = boxes[rows[0]]
-    given = valid[rows[0]] and (x2 - x1) * (y2 - y1) >= MIN_AREA
+def _objects_of(tracks: list[tuple[np.ndarray, np.ndarray]], rows: np.ndarray, request: ClipRequest) -> list[int]:
+    """Numbers of the objects of a window: given in its first frame, and measured. None: it is left out.
+
+    Args:
+        tracks: boxes `F 4` and valid `F` of each object. rows: `T` stored frames of the window.
+    """
+    starts = [(*boxes[rows[0]], valid[rows[0]]) for boxes, valid in tracks]
+    given = [n for n, (x1, y1, x2, y2, there) in enumerate(starts) if there and (x2 - x1) * (y2 - y1) >= MIN_AREA]
     if not given or not request.anywhere:
         return given
-    gaps = np.diff(np.append(np.nonzero(valid[rows])[0], len(rows)))  # from each frame with it to the next, or to the end
-    return valid[rows].mean() >= MIN_PRESENCE and gaps.max() <= MAX_GAP
+    valid = np.stack([tracks[n][1][rows] for n in given])  # Q T
+    if len(given) > MAX_OBJECTS or valid.all(0).mean() < MIN_SHARED:
+        return []
+    return [n for n, there in zip(given, valid, strict=True) if there.mean() >= MIN_PRESENCE and _longest_gap(there) <= MAX_GAP]
+
+
+def _longest_gap(valid: np.ndarray) -> int:
+    """Frames from one with the object to the next, or to the end, at most. valid: `T`, from a frame with it on."""
+    return np.diff(np.append(np.nonzero(valid)[0], len(valid))).max()
 
 
 def _track(box_of: dict[int, BoxPx], stamps: np.ndarray, crop: Crop) -> tuple[np.ndarray, np.ndarray]:
