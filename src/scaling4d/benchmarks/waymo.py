@@ -26,9 +26,9 @@ FOLDERS = {"train": "training", "val": "validation"}
 FRONT = (1, "FRONT")
 VEHICLE = 1
 # InternVideo-Next's account of the protocol (arXiv:2512.01342, A.4). Of an object: the smallest area in frame 0 as a
-# share of the square, the smallest share of a window's frames, and the largest gap. A gap is counted from one frame with
-# the object to the next, or to the window's end (our reading): 5 pass, so that 4 frames in a row may be without it. Were
-# the frames without it counted, 5 of them would pass. In windows of 16 frames both readings are one: MIN_PRESENCE leaves 4.
+# share of the square, the smallest share of a window's frames, and the largest gap. A gap is counted from one frame
+# with the object to the next, or to the window's end (our reading): a gap of 5 passes, and 5 frames in a row without
+# the object do not. Were these the gap, 5 would pass. In windows of 16 frames both are one: MIN_PRESENCE leaves 4 such.
 MIN_AREA, MIN_PRESENCE, MAX_GAP = 0.005, 0.7, 5
 # Of a window: the most objects in its first frame, and the smallest share of its frames that show all of them together,
 # 10 of 16 there. Objects that MIN_PRESENCE and MAX_GAP drop count, too (our reading).
