@@ -19,7 +19,7 @@ CLIP, WIDTH = (8, 16, 16), 24  # of the encoder, whose features have 4 steps of 
 VIEWS = {"rate_hz": 8.0, "views": ("plain", "mirrored")}
 TASK: dict[str, Task] = {
     "actions": Actions(classes=3, test_views=(1, 1), **VIEWS),
-    "boxes": Boxes(objects=4, relative=False, **VIEWS),
+    "boxes": Boxes(objects=4, relative=False, giou_weight=0.5, **VIEWS),
     "depth": Depth(**VIEWS, offset_m=3.0),
     "points": Points(tracks=6, certain=True, relative=True, queries_at="frame_0", **VIEWS),
     "pose": Pose(**VIEWS),

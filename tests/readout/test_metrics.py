@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from official import ROOTS, named
 
 from scaling4d import seeds
@@ -136,8 +137,32 @@ def test_box_overlaps_weigh_frames_or_objects_and_leave_absent_ones_out() -> Non
     present = np.array([[False, True, True, True], [False, False, True, False], [False] * 4])
     measured = metrics.box_overlaps(predicted, true, present)
     assert measured == {"mean_iou": (2.5, 4.0), "mean_iou_per_object": (pytest.approx(2.5 / 3), 2.0)}
-    box = np.array([0.0, 0.0, 2.0, 2.0])
-    assert metrics.box_iou(box, box + 1) == pytest.approx(1 / 7) and metrics.box_iou(box[::-1], box) == 0
+
+
+@pytest.mark.parametrize(("box", "true_box", "iou", "generalised"), [
+    ((0, 0, 2, 2), (0, 0, 2, 2), 1, 1),  # the same
+    ((0, 0, 2, 2), (1, 1, 3, 3), 1 / 7, 1 / 7 - 2 / 9),  # overlap: 1 of 7, in a square of 9
+    ((0, 0, 1, 1), (2, 0, 3, 1), 0, -1 / 3),  # apart: 2 of 3 are covered
+    ((0, 0, 1, 1), (9, 9, 10, 10), 0, -98 / 100),  # far apart
+    ((1, 1, 2, 2), (0, 0, 4, 4), 1 / 16, 1 / 16),  # one in the other
+    ((1, 1, 1, 3), (0, 0, 4, 4), 0, 0),  # a line in a box
+    ((5, 0, 5, 4), (0, 0, 4, 4), 0, -4 / 20),  # a line beside a box
+    ((2, 2, 0, 0), (0, 0, 4, 4), 0, 0),  # turned inside out
+    ((1, 1, 1, 1), (1, 1, 1, 1), 0, 0),  # two points at one place
+    ((1, 1, 1, 1), (3, 3, 3, 3), 0, -1),  # two points
+])  # fmt: skip
+def test_iou_and_generalised_iou_of_boxes_by_hand_with_finite_gradients(box, true_box, iou, generalised) -> None:
+    boxes = torch.tensor(box, dtype=torch.float32, requires_grad=True)
+    both = metrics.box_ious(boxes, torch.tensor(true_box, dtype=torch.float32))
+    assert [value.item() for value in both] == pytest.approx([iou, generalised])
+    both[1].backward()
+    assert boxes.grad.isfinite().all()
+
+
+def test_generalised_iou_pulls_a_box_that_is_apart_towards_the_true_one() -> None:
+    boxes = torch.tensor([0.0, 0.0, 1.0, 1.0], requires_grad=True)
+    metrics.box_ious(boxes, torch.tensor([2.0, 0.0, 3.0, 1.0]))[1].backward()
+    assert boxes.grad[2] > 0  # to the right
 
 
 def test_readouts_see_the_released_layer() -> None:

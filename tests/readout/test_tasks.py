@@ -10,11 +10,13 @@ import torch
 from nearness import near
 from small_encoder import learn
 from small_tasks import CLIP, TASK, features_of, head_of, sample, targets_of
+from torch.nn import functional as F
 
 from scaling4d import seeds
 from scaling4d.readout import metrics
 from scaling4d.readout.protocols import ReadoutConfig
 from scaling4d.readout.stage import result_of
+from scaling4d.readout.tasks.boxes import SMOOTH_L1_BETA
 from scaling4d.readout.tasks.task import collate, pad
 from scaling4d.records import Result, Sample, UserError
 
@@ -71,6 +73,48 @@ def test_a_batch_without_a_query_costs_nothing(task: str) -> None:
     empty = Sample("s", "v", plain.pixels, {task: plain.labels[task][:0]}, {task: plain.valid[task][:0]})
     target = collate([TASK[task].target(empty)])
     assert TASK[task].loss(TASK[task].predict(head_of(TASK[task]), features_of(1), target), target) == 0
+
+
+def boxes_loss(weight: float, predicted: torch.Tensor, boxes: list, present: list) -> torch.Tensor:
+    target = {"boxes": torch.tensor(boxes)[None, None], "present": torch.tensor(present)[None, None]}
+    return replace(TASK["boxes"], giou_weight=weight).loss(predicted, target)
+
+
+def test_the_loss_of_boxes_adds_generalised_iou_of_present_objects() -> None:
+    predicted = torch.tensor([[[[0.0, 0.0, 0.2, 0.2], [0.0, 0.0, 0.2, 0.2], [0.5, 0.5, 0.5, 0.5]]]], requires_grad=True)
+    case = [[0.1, 0.1, 0.3, 0.3], [0.0, 0.0, 0.2, 0.2], [0.0, 0.0, 0.0, 0.0]], [True, True, False]  # B Q T 4, B Q T
+    smooth = (0.1 - 0.05 / 2) / 2  # of two boxes; every corner of the first is 0.1 off, above SMOOTH_L1_BETA
+    giou = 1 - (1 / 7 - 2 / 9)
+    assert boxes_loss(0.0, predicted, *case).item() == pytest.approx(smooth)
+    loss = boxes_loss(0.5, predicted, *case)
+    assert loss.item() == pytest.approx(smooth + 0.5 * giou / 2)
+    loss.backward()
+    assert predicted.grad.isfinite().all() and predicted.grad[0, 0, 0].any() and not predicted.grad[0, 0, 2].any()
+
+
+def graph_of(value: torch.Tensor) -> list[str]:
+    """Names of the operations behind a value."""
+    waiting, names = [value.grad_fn], []
+    while waiting:
+        node = waiting.pop()
+        names.append(node.name())
+        waiting += [inner for inner, _ in node.next_functions if inner]
+    return names
+
+
+def test_boxes_without_generalised_iou_have_the_loss_and_the_graph_of_smooth_l1_alone() -> None:
+    predicted = torch.rand(1, 1, 3, 4, generator=seeds.torch_rng(0, "boxes"), requires_grad=True)
+    true, present = torch.rand(3, 4, generator=seeds.torch_rng(0, "true")), torch.tensor([True, False, True])
+    error = F.smooth_l1_loss(predicted, true[None, None], reduction="none", beta=SMOOTH_L1_BETA).mean(-1)
+    alone = (error * present).sum() / 2
+    losses = [boxes_loss(weight, predicted, true.tolist(), present.tolist()) for weight in (0.0, 0.5)]
+    assert torch.equal(losses[0], alone) and losses[1] != alone
+    assert graph_of(losses[0]) == graph_of(alone) and len(graph_of(losses[1])) > len(graph_of(alone))
+
+
+def test_a_weight_of_generalised_iou_below_0_is_refused() -> None:
+    with pytest.raises(ValueError, match="giou_weight is -0.5; needed 0 or more"):
+        replace(TASK["boxes"], giou_weight=-0.5)
 
 
 def measured_points(points: np.ndarray, seen: np.ndarray, shown: np.ndarray) -> dict[str, tuple[float, float]]:

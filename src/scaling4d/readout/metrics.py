@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import torch
+from torch import Tensor
 
 TRACK_THRESHOLDS_PX = (1, 2, 4, 8, 16)  # TAP-Vid: of a raster of RASTER_PX x RASTER_PX
 RASTER_PX = 256
@@ -67,13 +69,19 @@ def average_tracks_by_video(table: Mapping[str, np.ndarray]) -> dict[str, np.nda
     return averaged
 
 
-def box_iou(boxes: np.ndarray, true_boxes: np.ndarray) -> np.ndarray:
-    """`... 4` x1 y1 x2 y2 -> `...` intersection over union; a box turned inside out has no area."""
-    low = np.maximum(boxes[..., :2], true_boxes[..., :2])
-    high = np.minimum(boxes[..., 2:], true_boxes[..., 2:])
-    corners = ((low, high), (boxes[..., :2], boxes[..., 2:]), (true_boxes[..., :2], true_boxes[..., 2:]))
-    both, area, true_area = (np.prod(np.clip(b - a, 0, None), axis=-1) for a, b in corners)
-    return both / np.maximum(area + true_area - both, 1e-12)
+def box_ious(boxes: Tensor, true_boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """`... 4` x1 y1 x2 y2 -> `...` IoU, 0..1, and generalised IoU, -1..1; a box turned inside out has no area.
+
+    Generalised: less the share of the smallest rectangle around both that neither covers (arXiv:1902.09630).
+    """
+    (low, high), (true_low, true_high) = (box.split(2, -1) for box in (boxes, true_boxes))
+    inner = (torch.maximum(low, true_low), torch.minimum(high, true_high))
+    outer = (torch.minimum(low, true_low), torch.maximum(high, true_high))
+    sides = ((b - a).clamp(min=0) for a, b in (inner, outer, (low, high), (true_low, true_high)))
+    both, around, area, true_area = (side[..., 0] * side[..., 1] for side in sides)
+    union = area + true_area - both
+    iou = both / union.clamp(min=1e-12)
+    return iou, iou - (around - union) / around.clamp(min=1e-12)
 
 
 def box_overlaps(boxes: np.ndarray, true_boxes: np.ndarray, present: np.ndarray) -> dict[str, tuple[float, float]]:
@@ -84,7 +92,7 @@ def box_overlaps(boxes: np.ndarray, true_boxes: np.ndarray, present: np.ndarray)
     Source: InternVideo-Next's account of 4DS's protocol (all objects and frames but the first); Perception Test's
     notebook (objects each with the same weight).
     """
-    iou = box_iou(boxes, true_boxes)
+    iou = box_ious(torch.tensor(boxes), torch.tensor(true_boxes))[0].numpy()
     of_objects = [one[there].mean() for one, there in zip(iou, present, strict=True) if there.any()]
     return {
         "mean_iou": (float(iou[present].sum()), float(present.sum())),

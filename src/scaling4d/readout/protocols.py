@@ -58,12 +58,10 @@ class EvaluationConfig:
     test (ours), see readout.data. frames, side_px: of the clips that the encoder sees and that labels are read for; 0:
     the encoder's own, see encoders.pretrained.set_clip. max_bad_share: of a split's samples that may be damaged or
     missing; they are left out (ours). feature_store: folder in which a frozen encoder's features stay for all readouts;
-    "": in memory.
-    feature_batch: clips of a rank in one pass of a frozen encoder, and of a fine-tuned one in a test; the last bits
-    depend on it.
-    cached_clips: clips of a rank that stay in memory while the encoder is trained on first windows; all others are read
-    again. start_s, hang_s: seconds of standstill of a rank, until the first step of the training is done and
-    afterwards, after which the readout ends. cached_clips, start_s and hang_s change no result.
+    "": in memory. feature_batch: clips of a rank in one pass of a frozen encoder, and of a fine-tuned one in a test;
+    the last bits depend on it. cached_clips: clips of a rank that stay in memory while the encoder is trained on first
+    windows; all others are read again. start_s, hang_s: seconds of standstill of a rank, until the first step of the
+    training is done and afterwards, after which the readout ends. cached_clips, start_s and hang_s change no result.
     """
 
     ranks: int

@@ -102,12 +102,7 @@ class ClassesSettings:
             raise ValueError(f"dropout = {self.dropout}; needed 0 to 1")
 
 
-KINDS = {
-    "depth": AttentionSettings,
-    "attention": AttentionSettings,
-    "tracking": TrackingSettings,
-    "classes": ClassesSettings,
-}
+KINDS = dict(depth=AttentionSettings, attention=AttentionSettings, tracking=TrackingSettings, classes=ClassesSettings)
 
 
 @dataclass(frozen=True)
@@ -131,16 +126,13 @@ class ReleasedReadout:
 
     def build(self) -> nn.Module:
         """The module on meta, without weights."""
-        with torch.device("meta"):
-            return self._build()
-
-    def _build(self) -> nn.Module:
         settings = dict(self.settings)
-        if self.kind == "classes":
-            return MeanPoolClassifier(**settings)
-        if self.kind == "tracking":
-            return Head(HeadConfig(**settings.pop("head")), Queries(**settings.pop("queries")), **settings)
-        return (PlainAttentionReadout if settings.pop("plain") else AttentionReadout)(**settings)
+        with torch.device("meta"):
+            if self.kind == "classes":
+                return MeanPoolClassifier(**settings)
+            if self.kind == "tracking":
+                return Head(HeadConfig(**settings.pop("head")), Queries(**settings.pop("queries")), **settings)
+            return (PlainAttentionReadout if settings.pop("plain") else AttentionReadout)(**settings)
 
     def weight_map(self) -> WeightMap:
         """Every tensor of a 4DS readout."""

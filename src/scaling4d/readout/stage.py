@@ -240,12 +240,9 @@ def _train_and_evaluate(
         parallelize(model, sharding, readout_config.compute, ranks=ranks, float32_modules=[model.head])
     model.to(readout_config.device)
     fit_config = FitConfig(
+        **{key: getattr(recipe, key) for key in ("steps", "batch", "weight_decay", "warmup_steps")},
         name=name,
-        steps=recipe.steps,
-        batch=recipe.batch,
         betas=BETAS,
-        weight_decay=recipe.weight_decay,
-        warmup_steps=recipe.warmup_steps,
         clip_norm=protocol.clip_norm,
         seed=readout_config.seed,
         rate_setting=f"learning_rate of {type(recipe).__name__.removesuffix('Config')}",

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 from torch.nn import functional as F
 
-from scaling4d.config import require_sizes
+from scaling4d.config import require_minima, require_sizes
 from scaling4d.encoders.propagation import propagated_boxes
 from scaling4d.readout import metrics
 from scaling4d.readout.heads import Head, Queries
@@ -21,7 +21,7 @@ SMOOTH_L1_BETA = 0.05  # ours, of the picture's side
 
 @dataclass(frozen=True, kw_only=True)
 class Boxes(Task):
-    """Loss: smooth L1 (ours).
+    """Loss: smooth L1 + giou_weight x (1 - generalised IoU) (ours; InternVideo-Next, A.4: 0.5, its own choice).
 
     objects: boxes of a clip to train on at most, and boxes of a query chunk. relative: predict the change of the given
     box (ours), not the box itself (released).
@@ -29,6 +29,7 @@ class Boxes(Task):
 
     objects: int
     relative: bool
+    giou_weight: float
 
     metric: ClassVar = Metric("mean_iou", "share", True)
     propagates: ClassVar = True
@@ -36,6 +37,7 @@ class Boxes(Task):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_sizes(self, "objects")
+        require_minima(self, {"giou_weight": 0})
 
     def queries(self, clip: tuple[int, int, int]) -> Queries:
         return Queries(coordinates=4, out=clip[0] * 4)
@@ -61,6 +63,8 @@ class Boxes(Task):
     def loss(self, predicted: Tensor, target: dict[str, Tensor]) -> Tensor:
         present = target["present"]
         error = F.smooth_l1_loss(predicted, target["boxes"], reduction="none", beta=SMOOTH_L1_BETA).mean(-1)
+        if self.giou_weight:
+            error = error + self.giou_weight * (1 - metrics.box_ious(predicted, target["boxes"])[1])
         return (error * present).sum() / present.sum().clamp(min=1)
 
     def measure(self, predicted: np.ndarray, target: Target) -> MetricSums:
