@@ -20,7 +20,7 @@ from scaling4d.benchmarks.queries import query_clips
 from scaling4d.benchmarks.samples import ClipRequest, ExcludedItem, MissingFiles, Samples
 from scaling4d.records import Sample, UserError
 
-OFFICIAL = {"train": "145 in all splits", "val": "145 in all splits"}
+OFFICIAL = {"train": "at most 145 (all splits)", "val": "at most 145 (all splits)"}  # README; no count by split is at hand
 LISTS = {"train": "train", "val": "valid"}
 KIND = "point_tracking"
 MAX_FRAMES, MAX_RATE_HZ = 100_000, 1000  # of a video; a larger num_frames or frame_rate is an error in the file

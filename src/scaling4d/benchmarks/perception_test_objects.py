@@ -19,7 +19,7 @@ from scaling4d.benchmarks.frames import Crop
 from scaling4d.benchmarks.samples import ClipRequest, ExcludedItem, Samples, at_positions
 from scaling4d.records import Sample, UserError
 
-OFFICIAL = {"train": "11,609 in all splits", "val": "11,609 in all splits"}
+OFFICIAL = {"train": "at most 11,609 (all splits)", "val": "at most 11,609 (all splits)"}  # README
 KIND = "object_tracking"
 LIST_PATTERNS = (f"{KIND}_*.json", "all_*.json")
 
