@@ -53,7 +53,8 @@ BICUBIC = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BIT
 TO_RGB = Interpolation.FULL_CHR_H_INT  # without it, BITEXACT makes white 253, and all pictures darker by 2 of 255
 MAX_PIXELS = 2**26  # of a picture, whatever its header says; a decoder allocates gigabytes before the first frame
 SEEK_BACK_S = (0.0, 0.5, 2.0, 10.0)  # before the first wanted time: where to seek a key frame, in turn; then the start
-TOLERANCE_S = 1e-3  # a frame that starts this much after a wanted time counts as shown then
+TOLERANCE_S = 1.01e-3  # a frame that starts this much after a wanted time counts as shown then; 1 ms is late by 30 of 29.97 Hz
+COARSE_S = Fraction(1, 10_000)  # a longer unit of time stamps, as Matroska's 1 ms, moves the frames of a constant rate
 END_S = 2e-3  # a video shows nothing so shortly before its end: containers round times to milliseconds
 BACKWARD_S = 1.0  # a time stamp may lie this much before an earlier one: AVI with B-frames (ours)
 NO_TIMES = "frames without a presentation time: write the video into a container, as by ffmpeg -i"
@@ -174,7 +175,7 @@ def _intact_frames(container: av.container.InputContainer, stream: av.VideoStrea
     """(time on the stream's own clock, frame) in order of presentation. Raises VideoError: as `decode_frames`."""
     first_s, last_s, size = None, -math.inf, None
     for frame in _decode(container, stream):
-        time_s = _time_s(frame)
+        time_s = _time_s(frame.pts, stream)
         first_s = time_s if first_s is None else first_s
         size = size or (frame.height, frame.width)
         if (frame.height, frame.width) != size:
@@ -212,8 +213,9 @@ def read_video(path: str | Path, *, start_s: float = 0.0, rate_hz: float | None 
     """A part of a video file: uint8 `T H W 3`, upright, with square pixels.
 
     Args:
-        start_s: seconds after the first frame. rate_hz: frames per second of the result, those shown at these times;
-            None: every frame of the file. frames: T; None: to the end.
+        start_s: seconds after the first frame. rate_hz: frames per second of the result, those shown at these times
+            (a frame that starts up to 1 ms later counts as shown); None: every frame of the file. frames: T; None: to
+            the end.
     Raises:
         UserError: no such file, a file that is no video, is damaged or cut short, or ends before the last frame.
     """
@@ -272,8 +274,8 @@ def duration_of(times_s: np.ndarray) -> float:
     return (times_s[-1] - times_s[0]) * len(times_s) / max(len(times_s) - 1, 1)
 
 
-def frame_indices_at(times_s: np.ndarray, wanted_s: Times) -> np.ndarray:
-    """Index of the frame shown at each wanted time: the last frame that starts at most 1 ms after it."""
+def frame_indices_at(times_s: Times, wanted_s: Times) -> np.ndarray:
+    """Index of the frame shown at each wanted time: the last frame that starts at most TOLERANCE_S after it."""
     return np.clip(np.searchsorted(times_s, np.asarray(wanted_s) + TOLERANCE_S, side="right") - 1, 0, len(times_s) - 1)
 
 
@@ -303,7 +305,8 @@ class OpenVideo:
 
     def first_s(self) -> float:
         """Time of the first frame on the stream's own clock. Call it before `frames_at`. Raises VideoError."""
-        return float(sort_times([_time_s(frame) for frame in islice(_decode(self.container, self.stream), 1)])[0])
+        first = islice(_decode(self.container, self.stream), 1)
+        return float(sort_times([_time_s(frame.pts, self.stream) for frame in first])[0])
 
     def shows(self, time_s: float) -> bool:
         """Whether the data reaches a time on the stream's own clock. Headers may declare an end that is not there."""
@@ -362,7 +365,7 @@ def _seek(
         times = np.array(sorted(packet.pts for packet in packets if not packet.is_discard), dtype=np.int64)
         if not len(times) or not packets[0].is_keyframe or packets[0].pts * base > wanted_s[0] + TOLERANCE_S:
             return None
-        wanted_pts = times[frame_indices_at(times * float(base), wanted_s)].tolist()
+        wanted_pts = times[frame_indices_at([_time_s(pts, stream) for pts in times.tolist()], wanted_s)].tolist()
         unique = set(wanted_pts)
         end = max(index for index, packet in enumerate(packets) if packet.pts in unique)
         frames, previous_pts = {}, None
@@ -504,9 +507,15 @@ def _decode(container: av.container.InputContainer, stream: av.VideoStream) -> I
         raise VideoError(f"incomplete: the data ends at {end_s:.2f} s of {declared_s:.2f} s")
 
 
-def _time_s(frame: av.VideoFrame) -> float:
-    """On the stream's own clock; NaN: the frame has no time stamp."""
-    return float(frame.pts * frame.time_base) if frame.pts is not None else math.nan
+def _time_s(pts: int | None, stream: av.VideoStream) -> float:
+    """On the stream's own clock; NaN: no time stamp. Coarse stamps of a constant rate become its exact times again."""
+    if pts is None:
+        return math.nan
+    time_s, first_s, rate_hz = pts * stream.time_base, (stream.start_time or 0) * stream.time_base, stream.average_rate
+    if rate_hz and stream.time_base > COARSE_S:
+        exact_s = first_s + round((time_s - first_s) * rate_hz) / rate_hz
+        time_s = exact_s if abs(exact_s - time_s) <= stream.time_base / 2 else time_s
+    return float(time_s)
 
 
 def _rotation(frame: av.VideoFrame) -> int:

@@ -1,5 +1,7 @@
 """scaling4d.read_video: the frames at a rate, and clear refusals."""
 
+import math
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,19 @@ def test_the_frames_shown_at_the_wanted_times_come_back(path: Path, options: dic
     every = video.decode_all(path)[1]
     pixels = scaling4d.read_video(str(path), **options)
     assert pixels.dtype == np.uint8 and np.array_equal(pixels, every[list(expected)])
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".ts"])
+@pytest.mark.parametrize("camera_hz", [Fraction(30000, 1001), Fraction(60000, 1001)], ids=["29.97", "59.94"])
+def test_rates_of_cameras_show_the_frames_of_exact_fractions_in_every_container(suffix: str, camera_hz: Fraction, tmp_path: Path):
+    path = save(tmp_path / f"a{suffix}", world(0, 90, 16, 24), rate_hz=float(camera_hz), crf=5)
+    every = video.decode_all(path)[1]
+    for rate_hz in (29.97, 30, 7.5, 10):
+        frames = int(90 / camera_hz * Fraction(str(rate_hz)))
+        times_s = [number / Fraction(str(rate_hz)) + Fraction("1.01e-3") for number in range(frames)]
+        expected = every[[math.floor(time_s * camera_hz) for time_s in times_s]]
+        assert np.array_equal(scaling4d.read_video(path, rate_hz=rate_hz, frames=frames), expected), rate_hz
+        assert np.array_equal(scaling4d.read_video(path, rate_hz=rate_hz)[:frames], expected), rate_hz
 
 
 @pytest.mark.parametrize("options", [{"frames": 3}, {"frames": 3, "start_s": 0.5}, {"rate_hz": 2}])

@@ -137,7 +137,7 @@ def test_a_reader_is_at_most_one_batch_ahead(tmp_path: Path) -> None:
 
 def test_time_stamps_that_go_backwards_are_refused_where_a_format_has_them(tmp_path: Path, monkeypatch) -> None:
     path, time_of = save(tmp_path / "a.mp4"), video._time_s
-    monkeypatch.setattr(video, "_time_s", lambda frame: {0.5: 0.3}.get(time_of(frame), time_of(frame)))
+    monkeypatch.setattr(video, "_time_s", lambda *given: {0.5: 0.3}.get(time_of(*given), time_of(*given)))
     with pytest.raises(VideoError, match=r"^time stamps go backwards: by 0.14 s; write the file anew, as by ffmpeg -i$"):
         list(read_windows(path, settings_of()))
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from scaling4d.records import UserError
 
-TOLERANCE_S = 1e-3  # a frame that starts this much after a wanted time counts as shown then, as in video.py
+TOLERANCE_S = 1.01e-3  # a frame that starts this much after a wanted time counts as shown then, as in video.py
 NEEDED = "floats in 0..1, or uint8"
 BICUBIC, ALIASED, LANCZOS = "bicubic", "bilinear, aliased", "lanczos"
 FILTERS = {BICUBIC: ("bicubic", True), "bilinear": ("bilinear", True), ALIASED: ("bilinear", False)}  # mode, antialias
