@@ -23,6 +23,7 @@ import scaling4d
 from scaling4d import artifacts, checkpoint, video
 from scaling4d.checkpoint import Checkpoint, weights_sha256
 from scaling4d.encoders import hub, released
+from scaling4d.encoders.card import write_model_card
 from scaling4d.encoders.encoder import Encoder
 from scaling4d.encoders.load import load_model
 from scaling4d.encoders.released import MAESTOptions
@@ -297,7 +298,21 @@ def test_the_model_card_says_what_provenance_says(tmp_path: Path) -> None:
     encoder.provenance, encoder.rate_hz = {}, None
     text = (encoder.save_pretrained(tmp_path / "bare") / "README.md").read_text()
     assert "the checkpoint had no provenance.json" in text and "| frames per second | not known |" in text
+    given = "encoder.rate_hz = RATE_HZ  # frames per second that you choose: those of its clips are not known\nvideo = "
+    assert given in text and "None" not in text
     assert not (tmp_path / "bare/provenance.json").exists()
+
+
+@pytest.mark.parametrize(("name", "inputs", "words"), [
+    ("Backbone", {}, "An untrained encoder of video, Backbone with 7,000 random parameters, to compare trained ones with. It "),
+    ("MAESTEncoder", {"a.pth": "5ha"}, "A published encoder of video, MAESTEncoder with 7,000 parameters. It "),
+    ("PixelTokens", {}, "Raw pixels as an encoder of video, PixelTokens without parameters, to compare trained ones with. It "),
+])  # fmt: skip
+def test_the_model_card_of_a_baseline_says_what_it_is(tmp_path: Path, name: str, inputs: dict[str, str], words: str) -> None:
+    described = Checkpoint("theirs", name, {"clip": CLIP}, 7000, step=0, clips_seen=0)
+    write_model_card(tmp_path, described, {"stage": "baseline", "inputs": inputs}, mean=0.5, scale=2.0)
+    text = (tmp_path / "README.md").read_text()
+    assert words in text and "masked-autoencoder" not in text
 
 
 @pytest.mark.parametrize("change", [lambda w: w.add_(0.01), lambda w: w.data.mul_(0.9), lambda w: w.copy_(w.flip(0))])

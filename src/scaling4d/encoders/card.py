@@ -14,13 +14,12 @@ CARD = "README.md"
 TEXT = """---
 library_name: scaling4d
 tags:
-- video
-- masked-autoencoder
+- video{tags}
 ---
 
 # {name}
 
-An encoder of video, {model} with {parameters:,} parameters. It turns a clip into tokens.
+{what} It turns a clip into tokens.
 
 | | |
 |---|---|
@@ -32,11 +31,12 @@ An encoder of video, {model} with {parameters:,} parameters. It turns a clip int
 ```python
 import scaling4d
 
-encoder = scaling4d.Encoder.from_pretrained("PATH or owner/name")
+encoder = scaling4d.Encoder.from_pretrained("PATH or owner/name"){set_rate}
 video = scaling4d.read_video("VIDEO", rate_hz=encoder.rate_hz, frames=encoder.clip[0])  # uint8 T H W C
 output = encoder(encoder.preprocess(video))  # last_hidden_state B N D, hidden_states, pooled B D
 ```
 """
+SET_RATE = "\nencoder.rate_hz = RATE_HZ  # frames per second that you choose: those of its clips are not known"
 UNKNOWN = "not known"
 
 
@@ -58,8 +58,9 @@ def _model_card(
     trained = f"{checkpoint.step:,} steps, {checkpoint.clips_seen:,} clips" if checkpoint.step else "none by scaling4d"
     text = TEXT.format(
         name=checkpoint.name,
-        model=checkpoint.model,
-        parameters=checkpoint.parameters,
+        what=_what(checkpoint, provenance),
+        tags="" if provenance.get("stage") == "baseline" else "\n- masked-autoencoder",
+        set_rate=SET_RATE if checkpoint.rate_hz is None else "",
         clip=" x ".join(map(str, checkpoint.settings["clip"])),
         rate=UNKNOWN if checkpoint.rate_hz is None else f"{checkpoint.rate_hz:g}",
         mean=_numbers(mean),
@@ -73,6 +74,18 @@ def _model_card(
     facts |= dict(flatten({"settings": provenance.get("settings") or {}}))
     rows = [f"| {key} | `{json.dumps(value)}` |" for key, value in facts.items() if value not in (None, {})]
     return "\n".join([text, "## Origin", "", "As in provenance.json.", "", "| | |", "|---|---|", *rows, ""])
+
+
+def _what(checkpoint: Checkpoint, provenance: Mapping[str, Any]) -> str:
+    """Of stage `baseline`, only published encoders have inputs: their files."""
+    sized, compare = f"{checkpoint.model} with {checkpoint.parameters:,}", "to compare trained ones with"
+    if provenance.get("stage") != "baseline":
+        return f"An encoder of video, {sized} parameters."
+    if checkpoint.model == "PixelTokens":
+        return f"Raw pixels as an encoder of video, {checkpoint.model} without parameters, {compare}."
+    if provenance.get("inputs"):
+        return f"A published encoder of video, {sized} parameters."
+    return f"An untrained encoder of video, {sized} random parameters, {compare}."
 
 
 def _numbers(value: float | tuple[float, ...]) -> str:
