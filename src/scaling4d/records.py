@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+LOCK = "requirements.lock"  # in a clone of the project
 MOST_JSON_BYTES = 2**24  # of a description
 NEEDED = {  # where the file system refuses
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "room on its disk"),
@@ -35,6 +36,11 @@ NEEDED = {  # where the file system refuses
 
 class UserError(ValueError):
     """An error that a user can repair. The command line prints one line and exits with 1."""
+
+
+def pip_install(extra: str) -> str:
+    """The command that installs an extra: with the pinned versions where the working directory is a clone."""
+    return f"pip install -c {LOCK} -e '.[{extra}]'" if Path(LOCK).is_file() else f"pip install 'scaling4d[{extra}]'"
 
 
 @contextmanager

@@ -398,10 +398,17 @@ def test_sources_that_cannot_be_had_are_refused_in_one_line(listed, project, mon
     assert not list((project / ".resume").glob("*.partial-*"))
 
 
-def test_without_transformers_the_extra_is_named(published, monkeypatch):
+@pytest.mark.parametrize(("lock", "install"), [
+    ((), r"pip install 'scaling4d\[baselines\]'"),
+    (("requirements.lock",), r"pip install -c requirements.lock -e '\.\[baselines\]'"),
+])  # fmt: skip
+def test_without_transformers_the_extra_is_named(published, monkeypatch, tmp_path, lock, install):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    install = r"pip install -c requirements.lock -e '.\[baselines\]'"
-    refused(published("dinov2")[0], rf"^published encoders need transformers \(.*\); install it with: {install}")
+    source = published("dinov2")[0]
+    monkeypatch.chdir(tmp_path)
+    for name in lock:
+        Path(name).touch()
+    refused(source, rf"^published encoders need transformers \(.*\); run {install}$")
 
 
 def test_the_tests_know_every_kind():

@@ -26,7 +26,7 @@ from scaling4d.encoders import hub, torchvision_shim
 from scaling4d.mae.encoder import MOST_BLOCKS
 from scaling4d.mae.patches import patchify
 from scaling4d.provenance import flatten
-from scaling4d.records import UserError, as_user_error, read_json_object, remedy
+from scaling4d.records import UserError, as_user_error, pip_install, read_json_object, remedy
 
 CONFIG, WEIGHTS = "config.json", "model*.safetensors"
 PREPROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
@@ -271,15 +271,13 @@ def _transformers() -> ModuleType:
     try:
         return importlib.import_module("transformers")
     except ImportError as error:
-        raise UserError(
-            f"published encoders need transformers ({error}); install it with: pip install -c requirements.lock -e '.[baselines]'"
-        ) from error
+        raise UserError(f"published encoders need transformers ({error}); run {pip_install('baselines')}") from error
 
 
 def _model_class(kind: str) -> type[nn.Module]:
     transformers, name = _transformers(), FAMILIES[kind].model
     if not hasattr(transformers, name):
-        raise UserError(f"transformers {transformers.__version__} has no {name}; install the version of requirements.lock")
+        raise UserError(f"transformers {transformers.__version__} has no {name}; run {pip_install('baselines')}")
     return getattr(transformers, name)
 
 

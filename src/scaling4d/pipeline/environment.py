@@ -11,10 +11,9 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from scaling4d.records import UserError
+from scaling4d.records import LOCK, UserError, pip_install
 
 EXTRA = re.compile(r"extra == .(\w+)")
-LOCK = "requirements.lock"  # in a clone of the project
 TORCH_ATTENTION = "torch's scaled_dot_product_attention"
 HEAD_SIZES = (32, 64, 80, 104, 112, 128)  # of the published sizes and of MAE-ST's decoder
 
@@ -36,12 +35,11 @@ def describe_environment() -> Iterator[str]:
 
     yield f"device: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'}, {torch.get_num_threads()} threads"
     yield from describe_attention()
-    project = Path(LOCK).is_file()
     if core := missing.pop("", []):
-        raise UserError(f"not installed: {', '.join(core)}; run `{'make install' if project else 'pip install scaling4d'}`")
+        install = "make install" if Path(LOCK).is_file() else "pip install scaling4d"
+        raise UserError(f"not installed: {', '.join(core)}; run `{install}`")
     for extra, names in missing.items():
-        install = f"-c {LOCK} -e '.[{extra}]'" if project else f"'scaling4d[{extra}]'"
-        yield f"extra {extra} lacks {', '.join(names)}; where you need it, run `pip install {install}`"
+        yield f"extra {extra} lacks {', '.join(names)}; where you need it, run `{pip_install(extra)}`"
     yield "the core is complete" if missing else "nothing is missing"
 
 
