@@ -100,7 +100,7 @@ def adamw_update(model: nn.Module, *, weight_decay: float = 0.05, clip_norm: flo
 def masks_at_ratio(model: Method, clips: int, mask_ratio: float, rng: torch.Generator) -> MaskedTokens:
     """The model's own masking at another ratio. 0 hides one token, since a loss on hidden tokens needs one."""
     grid = model.encoder.grid
-    given = {"grid": grid, "mask_ratio": mask_ratio or 1 / math.prod(grid), "round_down": model.round_visible_down}
+    given = {"grid": grid, "mask_ratio": mask_ratio or 1 / math.prod(grid), "round_down": model.config.round_visible_down}
     return random_masking(model.config.masking, batch=clips, rng=rng, **given)
 
 

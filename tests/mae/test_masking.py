@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import small_encoder
 import torch
 
 from scaling4d import seeds
@@ -65,6 +66,14 @@ def test_blocks_hide_tokens_whose_neighbours_are_hidden_too() -> None:
 def test_masking_all_or_none_or_by_an_unknown_strategy_names_the_setting(strategy: str, mask_ratio: float, message: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         random_masking(strategy, batch=1, grid=GRID, mask_ratio=mask_ratio, rng=seeds.torch_rng(0))
+
+
+@pytest.mark.parametrize(("name", "mask_ratio", "kept"), [("MAEST", 0.95, 0), ("SimpleMAE", 0.001, 18)])  # 0.9 and 17.98 tokens
+def test_the_settings_of_a_method_are_refused_by_the_rounding_of_its_mask(name: str, mask_ratio: float, kept: int) -> None:
+    other = {"MAEST": "SimpleMAE", "SimpleMAE": "MAEST"}[name]
+    assert small_encoder.model(other, clip=small_encoder.CLIP, mask_ratio=mask_ratio).visible_tokens > 0
+    with pytest.raises(UserError, match=f"^mask_ratio = {mask_ratio} keeps {kept} of 18 tokens; "):
+        small_encoder.model(name, clip=small_encoder.CLIP, mask_ratio=mask_ratio)
 
 
 def test_numbers_of_visible_tokens_are_those_of_both_papers_code() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ class BackboneConfig(PixelTokensConfig):
 class MethodConfig(BackboneConfig):
     """A pretraining method on a backbone.
 
-    masking, mask_ratio: see mae.masking.random_masking.
+    masking, mask_ratio, round_visible_down (of the method, no setting): see mae.masking.random_masking.
     position_init: "normal" N(0, 0.02), as released, or "sincos" (ours: learns in short schedules).
     branch_init: "released", or "by_depth": smaller residual branches at the start of deep stacks (ours: likewise).
     """
@@ -71,11 +72,16 @@ class MethodConfig(BackboneConfig):
     mask_ratio: float
     position_init: str
     branch_init: str
+    round_visible_down: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_words(self, {"position_init": ("normal", "sincos"), "branch_init": ("released", "by_depth")})
-        visible_tokens(self.masking, grid_of(self.clip, self.patch), self.mask_ratio)
+        self.visible_tokens(grid_of(self.clip, self.patch))
+
+    def visible_tokens(self, grid: tuple[int, int, int]) -> int:
+        """K of `random_masking`."""
+        return visible_tokens(self.masking, grid, self.mask_ratio, round_down=self.round_visible_down)
 
 
 class Block(nn.Module):
@@ -222,7 +228,6 @@ class PixelTokens(nn.Module):
 class Method(nn.Module):
     """A masked autoencoder, or a student: an encoder, its masking, and `forward(pixels, masked)`, the loss."""
 
-    round_visible_down = False  # see random_masking
     xavier = False  # see initialise
     true_patch_statistics = False  # whether `reconstruct` takes each patch's mean and deviation from the true pixels
     encoder: Backbone
@@ -248,13 +253,13 @@ class Method(nn.Module):
     @property
     def visible_tokens(self) -> int:
         """K of `random_masking`."""
-        masking = (self.config.masking, self.encoder.grid, self.config.mask_ratio)
-        return visible_tokens(*masking, round_down=self.round_visible_down)
+        return self.config.visible_tokens(self.encoder.grid)
 
     def draw_mask(self, batch: int, rng: torch.Generator) -> MaskedTokens:
         """Draw the visible tokens of a batch."""
-        settings = {"grid": self.encoder.grid, "mask_ratio": self.config.mask_ratio, "round_down": self.round_visible_down}
-        return random_masking(self.config.masking, batch=batch, rng=rng, **settings)
+        config = self.config
+        settings = {"grid": self.encoder.grid, "mask_ratio": config.mask_ratio, "round_down": config.round_visible_down}
+        return random_masking(config.masking, batch=batch, rng=rng, **settings)
 
 
 def sincos(grid: tuple[int, int, int], width: int, step: tuple[float, float, float] = (1, 1, 1)) -> Tensor:

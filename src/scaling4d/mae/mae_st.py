@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,7 @@ class MAESTConfig(MAESTEncoderConfig, MethodConfig):
     decoder_heads: int
     predicted_frames: int
     normalise_target: bool
+    round_visible_down: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -154,7 +156,7 @@ class MAEST(Method):
     """Masked autoencoder of MAE-ST, arXiv:2205.09113, as mae_st's code has it."""
 
     config_class = MAESTConfig
-    round_visible_down = xavier = True
+    xavier = True
 
     def __init__(self, config: MAESTConfig) -> None:
         super().__init__(config)

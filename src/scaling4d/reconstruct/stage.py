@@ -204,7 +204,7 @@ def fill(model: Method, batch: ClipBatch, seed: int) -> tuple[Tensor, Tensor]:
     A clip's mask is its own.
     """
     encoder, device = model.encoder, next(model.parameters()).device.type
-    masking = {"batch": 1, "grid": encoder.grid, "mask_ratio": MASK_RATIO, "round_down": model.round_visible_down}
+    masking = {"batch": 1, "grid": encoder.grid, "mask_ratio": MASK_RATIO, "round_down": model.config.round_visible_down}
     masks = [random_masking("random", **masking, rng=seeds.torch_rng(seed, "fill_mask", name)) for name in batch.ids]
     masked = MaskedTokens(to_device(torch.cat([mask.ids_keep for mask in masks]), device), encoder.grid)
     return model.reconstruct(to_device(batch.pixels, device), masked).float(), hidden_pixels(masked, encoder.clip, encoder.patch)
