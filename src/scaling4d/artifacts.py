@@ -53,7 +53,7 @@ def code_hash(package: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def evidence(stage: str, bound: StageConfig, *, code: Mapping[str, Any] | None, inputs: Mapping[str, str]) -> dict[str, Any]:
+def provenance_of(stage: str, bound: StageConfig, *, code: Mapping[str, Any] | None, inputs: Mapping[str, str]) -> dict[str, Any]:
     """Content of provenance.json: only facts that the declared inputs determine.
 
     Args:
@@ -63,7 +63,7 @@ def evidence(stage: str, bound: StageConfig, *, code: Mapping[str, Any] | None, 
     return {"stage": stage, "settings": settings, "overrides": overrides, "code": code, "inputs": dict(inputs)}
 
 
-def write_evidence(out: Path, content: Mapping[str, Any], operative: str) -> None:
+def write_provenance(out: Path, content: Mapping[str, Any], operative: str) -> None:
     """Write `provenance.json` and `operative_config.gin` into an artifact's folder."""
     write_json(out / PROVENANCE, content)
     (out / OPERATIVE).write_text(operative)

@@ -1,6 +1,6 @@
 """Dotted settings, numbers as text, atomic writes, gin's text, dvc.lock, DVC's cache and git.
 
-The only reader of locks, git and gin text. `artifacts.write_evidence` writes the file provenance.json.
+The only reader of locks, git and gin text. `artifacts.write_provenance` writes the file provenance.json.
 """
 
 from __future__ import annotations

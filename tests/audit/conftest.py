@@ -128,20 +128,20 @@ def _write_benchmark_hashes() -> None:
         write_json(path, {"task": task, "folders": {folder: artifacts.sha256(Path(folder))}, "problem": ""})
 
 
-def _write_evidence(out: Path, package: str, keys: list[str], gin: str, inputs: dict[str, str]) -> None:
+def _write_provenance(out: Path, package: str, keys: list[str], gin: str, inputs: dict[str, str]) -> None:
     bound = config.StageConfig(config.declared(config.read(), keys), {}, gin, {})
-    content = artifacts.evidence(package, bound, code=artifacts.code_hash(package), inputs=inputs)
-    artifacts.write_evidence(out, content, gin)
+    content = artifacts.provenance_of(package, bound, code=artifacts.code_hash(package), inputs=inputs)
+    artifacts.write_provenance(out, content, gin)
 
 
 def _write_artifacts() -> None:
     sha, clips = artifacts.sha256, HOME / "clips"
     _write(clips / "shards/train-00000.tar", "clips of a and b")
-    _write_evidence(clips, "clips", ["profile", "clips"], "Curation.frames = 4\n", {"videos": sha(Path("data/videos"))})
+    _write_provenance(clips, "clips", ["profile", "clips"], "Curation.frames = 4\n", {"videos": sha(Path("data/videos"))})
     _write_benchmark_hashes()
     theirs, inputs = HOME / "pretrain/theirs", {"model.safetensors": sha(Path("published/model.safetensors"))}
     _write(theirs / "model.safetensors", "their weights, converted")
-    _write_evidence(theirs, "encoders", ["profile", "encoders.pretrained.theirs"], "", inputs)
+    _write_provenance(theirs, "encoders", ["profile", "encoders.pretrained.theirs"], "", inputs)
     for point, (parameters, top1) in POINTS.items():
         weights, readout = HOME / "pretrain" / point, HOME / "readout" / point / "actions/frozen"
         _write(weights / "model.safetensors", f"weights of {point}")
@@ -149,14 +149,14 @@ def _write_artifacts() -> None:
         write_json(weights / "summary.json", summary)
         gin = "A.x = 1\nSimpleMAE.clip = \\\n    (4,\n     8, 8)\nSimpleMAE.depth = 2\n"
         gin += "SimpleMAE.rate = 3e-06\nSimpleMAE.width = 32\n"
-        _write_evidence(weights, "pretrain", ["profile", "seed", f"points.{point}.SimpleMAE"], gin, {"clips": sha(clips)})
+        _write_provenance(weights, "pretrain", ["profile", "seed", f"points.{point}.SimpleMAE"], gin, {"clips": sha(clips)})
         readout.mkdir(parents=True)
         values = (top1, round(top1 - 0.1, 2), round(top1 + 0.1, 2))
         sha256 = sha(weights / "model.safetensors")
         result = Result(point, parameters, "actions", "frozen", "top1", *values, "share", True, 10, 0, sha256, {"top5": 0.875})
         result.write(readout / "result.json")
         inputs = {"checkpoint": sha(weights), "benchmark": sha(Path("data/benchmarks/ssv2"))}
-        _write_evidence(readout, "readout", ["profile", "seed", *READOUT], "Head.heads = 2\nHead.width = 4\n", inputs)
+        _write_provenance(readout, "readout", ["profile", "seed", *READOUT], "Head.heads = 2\nHead.width = 4\n", inputs)
 
 
 def _write_report() -> None:

@@ -15,7 +15,7 @@ from nano import NANO, TIMINGS, steps_shown, written
 
 from scaling4d import config
 from scaling4d.pretrain.settings import bind_pretrain
-from scaling4d.pretrain.stage import _job, evidence_of, pretrain
+from scaling4d.pretrain.stage import _job, pretrain, provenance_of
 from scaling4d.records import AGAIN
 
 pytestmark = pytest.mark.integration
@@ -33,7 +33,7 @@ def test_the_progress_of_a_job_is_that_of_its_own_steps(short: Callable) -> None
     TIMINGS.parent.mkdir(parents=True)
     TIMINGS.write_text('{"step": 6}\n')  # of a run before
     pretraining = bind_pretrain("nano", settings)
-    job = _job(pretraining, settings, evidence_of(pretraining))
+    job = _job(pretraining, settings, provenance_of(pretraining))
     assert job.steps_done() == 0
     with TIMINGS.open("a") as file:
         file.write('{"step": 2}\n{"ste')  # and a line that is being written

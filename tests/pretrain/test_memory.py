@@ -57,7 +57,7 @@ def test_every_point_of_the_large_profiles_fits_its_mesh_and_has_a_script(
     monkeypatch.setattr(stage, "check_benchmarks", lambda _: None)  # nor labelled videos
     monkeypatch.setattr(stage, "first_gpu_bytes", lambda: 80 * 10**9)
     declared = {"profile": profile, "pretrain.Training": {}}
-    monkeypatch.setattr(stage, "evidence_of", lambda _: {"settings": declared, "inputs": {}, "code": {"sha256": "0" * 64}})
+    monkeypatch.setattr(stage, "provenance_of", lambda _: {"settings": declared, "inputs": {}, "code": {"sha256": "0" * 64}})
     settings = config.compose([f"profile={profile}"])
     for student in settings["distilled"]:
         teacher = bind_point(bind_point(student, settings).model.teacher, settings)

@@ -18,7 +18,7 @@ from scaling4d.mae.encoder import Method
 from scaling4d.mae.models import encoder_of
 from scaling4d.pretrain import stage
 from scaling4d.pretrain.settings import PretrainConfig, bind_point, bind_pretrain
-from scaling4d.pretrain.stage import draw_masks, evidence_of, param_groups, pretrain
+from scaling4d.pretrain.stage import draw_masks, param_groups, pretrain, provenance_of
 from scaling4d.pretrain.validate import picture
 from scaling4d.records import UserError
 from scaling4d.training import distributed
@@ -238,11 +238,11 @@ def test_clips_that_are_not_there_are_named_with_what_to_do(short: Callable, abs
 
 def test_a_run_is_what_it_was_when_it_began_whatever_happens_to_the_file_of_its_settings(short: Callable) -> None:
     pretraining = bind_pretrain("nano", short(2))
-    evidence = evidence_of(pretraining)
+    provenance = provenance_of(pretraining)
     config.PARAMS.unlink()  # the project's fixture writes it again
-    stage.start_ranks(pretraining, evidence)
-    assert json.loads((pretraining.folder / "provenance.json").read_text()) == json.loads(json.dumps(evidence))
-    assert evidence["inputs"]["clips"] == artifacts.sha256(pretraining.clips / "croissant.json")
+    stage.start_ranks(pretraining, provenance)
+    assert json.loads((pretraining.folder / "provenance.json").read_text()) == json.loads(json.dumps(provenance))
+    assert provenance["inputs"]["clips"] == artifacts.sha256(pretraining.clips / "croissant.json")
 
 
 def test_weights_without_space_are_one_line(tmp_path: Path) -> None:

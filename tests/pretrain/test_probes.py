@@ -21,7 +21,7 @@ from scaling4d.encoders.load import load_model
 from scaling4d.pretrain import validate
 from scaling4d.pretrain.probes import TASKS
 from scaling4d.pretrain.settings import PROBES, PretrainConfig, bind_pretrain
-from scaling4d.pretrain.stage import evidence_of, pretrain, pretrain_fingerprint
+from scaling4d.pretrain.stage import pretrain, pretrain_fingerprint, provenance_of
 from scaling4d.pretrain.trained_features import RankMe
 from scaling4d.pretrain.validate import Validation, measure
 from scaling4d.readout.stage import readout
@@ -153,17 +153,17 @@ def test_a_state_belongs_to_the_benchmarks_and_the_code_of_its_probes(probing: C
         for text in ("before", "after"):
             (project / "data/benchmarks/scannet/remark.txt").write_text(text)
             pretraining = bind_pretrain("nano", probing(3, **{"Training.probe_tasks": tasks}))
-            fingerprints.append(pretrain_fingerprint(pretraining, evidence_of(pretraining)))
+            fingerprints.append(pretrain_fingerprint(pretraining, provenance_of(pretraining)))
     assert fingerprints[0] == fingerprints[1] and fingerprints[2] != fingerprints[3]
     file = Path("artifacts/code/probes.json")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"sha256": "other"}))
     for tasks, before in ([], fingerprints[0]), (["depth"], fingerprints[3]):
         pretraining = bind_pretrain("nano", probing(3, **{"Training.probe_tasks": tasks}))
-        assert (pretrain_fingerprint(pretraining, evidence_of(pretraining)) == before) == (not tasks)
+        assert (pretrain_fingerprint(pretraining, provenance_of(pretraining)) == before) == (not tasks)
     artifacts.PROBES.unlink()
     with pytest.raises(UserError, match=r"^no such file .+probes.json; run `dvc repro benchmarks`$"):
-        evidence_of(pretraining)
+        provenance_of(pretraining)
 
 
 @pytest.mark.integration

@@ -42,9 +42,9 @@ def test_it_goes_on_where_the_checkpoint_is_and_says_from_which_one(short: Calla
     assert f"starts from {donor}; at random: nothing" in capfd.readouterr().err
     first = losses_of(folder)[0]  # before the first step
     assert abs(first - losses[-1]) < 0.1 * abs(losses[0] - losses[-1])
-    evidence = json.loads((folder / "provenance.json").read_text())
-    assert evidence["inputs"]["start_from"] == artifacts.sha256(donor)
-    assert evidence["settings"][f"continued.{NAME}.start_from"] == str(donor)
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert provenance["inputs"]["start_from"] == artifacts.sha256(donor)
+    assert provenance["settings"][f"continued.{NAME}.start_from"] == str(donor)
     assert Checkpoint.read(folder).name == NAME
 
 

@@ -13,7 +13,7 @@ from nano import NANO, attempt, steps_shown, written
 
 from scaling4d.pretrain import stage
 from scaling4d.pretrain.settings import bind_pretrain
-from scaling4d.pretrain.stage import evidence_of, pretrain, pretrain_fingerprint
+from scaling4d.pretrain.stage import pretrain, pretrain_fingerprint, provenance_of
 from scaling4d.records import AGAIN, UserError
 
 pytestmark = pytest.mark.integration
@@ -101,5 +101,5 @@ def test_a_state_belongs_to_all_settings_of_the_result_but_the_layout_of_ranks(
     short: Callable, changed: Callable, key: str, value: object, same: bool
 ) -> None:
     before, after = (bind_pretrain("nano", settings) for settings in (short(6), changed(key, value)))
-    fingerprints = [pretrain_fingerprint(pretraining, evidence_of(pretraining)) for pretraining in (before, after)]
+    fingerprints = [pretrain_fingerprint(pretraining, provenance_of(pretraining)) for pretraining in (before, after)]
     assert (fingerprints[0] == fingerprints[1]) == same

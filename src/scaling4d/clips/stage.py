@@ -22,8 +22,8 @@ def clips(settings: Mapping[str, Any]) -> Path:
     with provenance.atomic_folder(final) as out:
         curation, workers = bound[CurationConfig], bound[WorkersConfig]
         inputs = {"videos": curate.curate(VIDEOS, out, curation, workers, previous=final, cache=_cache())}
-        content = artifacts.evidence("clips", bound, code=artifacts.code_hash("clips"), inputs=inputs)
-        artifacts.write_evidence(out, content, bound.operative)
+        content = artifacts.provenance_of("clips", bound, code=artifacts.code_hash("clips"), inputs=inputs)
+        artifacts.write_provenance(out, content, bound.operative)
     artifacts.write_run("clips", artifacts.sha256(final), started=started)
     return final
 

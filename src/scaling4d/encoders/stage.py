@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from scaling4d import artifacts, config, provenance
+from scaling4d import artifacts, config
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.config import StageConfig
 from scaling4d.encoders.published import import_published
 from scaling4d.encoders.transformers import PretrainedConfig, source_files, source_path
 from scaling4d.mae.encoder import PixelTokens
 from scaling4d.mae.models import encoder_of, method_of
+from scaling4d.provenance import atomic_folder
 from scaling4d.records import UserError, did_you_mean
 
 UNTRAINED, PIXELS = "untrained_", "pixels"
@@ -32,7 +33,7 @@ def baseline(name: str, settings: Mapping[str, Any]) -> Path:
     started = time.time()
     final = artifacts.home(settings) / "pretrain" / name
     inputs: dict[str, str] = {}
-    with provenance.atomic_folder(final) as out:
+    with atomic_folder(final) as out:
         if name in config.section(settings, "encoders.pretrained"):
             bound = _bind_pretrained(name, settings)
             source = source_path(bound[PretrainedConfig], f"encoders.pretrained.{name}")
@@ -55,8 +56,8 @@ def baseline(name: str, settings: Mapping[str, Any]) -> Path:
         parameters = sum(p.numel() for p in encoder_of(model).parameters())
         saved = Checkpoint(name, type(model).__name__, asdict(model_config), parameters, step=0, clips_seen=0)
         saved.write(out, model.state_dict())
-        evidence = artifacts.evidence("baseline", bound, code=artifacts.code_hash("encoders"), inputs=inputs)
-        artifacts.write_evidence(out, evidence, bound.operative)
+        provenance = artifacts.provenance_of("baseline", bound, code=artifacts.code_hash("encoders"), inputs=inputs)
+        artifacts.write_provenance(out, provenance, bound.operative)
     artifacts.write_run(f"baseline-{name}", artifacts.sha256(final), started=started)
     return final
 

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from scaling4d import artifacts, config, provenance
+from scaling4d import artifacts, config
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders.load import build_model
 from scaling4d.encoders.pretrained import set_clip
@@ -19,6 +19,7 @@ from scaling4d.encoders.published import MODELS as PUBLISHED
 from scaling4d.evaluate.function import FunctionEncoder
 from scaling4d.mae.models import MODELS, encoder_of
 from scaling4d.pipeline import code_hashes
+from scaling4d.provenance import atomic_folder
 from scaling4d.readout.data import FeatureDataset, RankSplit, evaluate
 from scaling4d.readout.protocols import Frozen
 from scaling4d.readout.stage import bind_readout, input_hashes, readout, result_of
@@ -91,19 +92,19 @@ def _headless(encoder: str, task: str, protocol: str, settings: Mapping[str, Any
     started, names = time.time(), (encoder, task, protocol)
     bound, readout_config = bind_readout(encoder, task, Frozen, settings, home)
     code, inputs = code_hashes.running("evaluate"), input_hashes(readout_config)
-    evidence, final = artifacts.evidence("evaluate", bound, code=code, inputs=inputs), home / "readout" / Path(*names)
-    if artifacts.is_written(final, evidence):
+    provenance, final = artifacts.provenance_of("evaluate", bound, code=code, inputs=inputs), home / "readout" / Path(*names)
+    if artifacts.is_written(final, provenance):
         return Result.read(final / "result.json")
     evaluation, name = readout_config.evaluation, "-".join(("evaluate", *names))
     watchdog = WatchdogConfig(evaluation.start_s, evaluation.hang_s, artifacts.RUNS / name)
     where = {"ranks": evaluation.ranks, "device": readout_config.device, "watchdog": watchdog}
     videos, sums, skipped = distributed.run(_measure, **where, frozen=Frozen(readout_config), protocol=protocol)
     result = result_of(Checkpoint.read(readout_config.folder), readout_config, protocol, videos, sums)
-    with provenance.atomic_folder(final) as out:
+    with atomic_folder(final) as out:
         if skipped:
             write_json(out / "skipped.json", skipped)
         result.write(out / "result.json")
-        artifacts.write_evidence(out, evidence, bound.operative)
+        artifacts.write_provenance(out, provenance, bound.operative)
     artifacts.write_run(name, artifacts.sha256(final), started=started)
     return result
 

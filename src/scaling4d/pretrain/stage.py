@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from scaling4d import artifacts, provenance, seeds
+from scaling4d import artifacts, seeds
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.clips import loader
 from scaling4d.encoders.card import write_model_card
@@ -25,6 +25,7 @@ from scaling4d.pretrain.probes import check_benchmarks
 from scaling4d.pretrain.settings import HIGHER_IS_BETTER, PretrainConfig, bind_pretrain, clips_remedies
 from scaling4d.pretrain.start import initialise
 from scaling4d.pretrain.validate import Validation
+from scaling4d.provenance import atomic_folder
 from scaling4d.records import MaskedTokens, UserError, file_system_errors, remedy, write_json
 from scaling4d.training import distributed
 from scaling4d.training.distributed import WatchdogConfig
@@ -48,19 +49,19 @@ def pretrain(point: str, settings: Mapping[str, Any]) -> Path | int:
         Preempted: a signal asked to stop; the next call continues from the saved state.
     """
     pretraining = _bind_and_check(point, settings)
-    evidence = evidence_of(pretraining)
-    code = None if distributed.launched_by_torchrun() else launch(_job(pretraining, settings, evidence), pretraining.launch)
+    provenance = provenance_of(pretraining)
+    code = None if distributed.launched_by_torchrun() else launch(_job(pretraining, settings, provenance), pretraining.launch)
     if code is None:
-        start_ranks(pretraining, evidence)
+        start_ranks(pretraining, provenance)
     if not code and distributed.is_main():
-        remove_state(state_folder("pretrain", pretrain_fingerprint(pretraining, evidence)))
+        remove_state(state_folder("pretrain", pretrain_fingerprint(pretraining, provenance)))
     return pretraining.folder if code is None else code
 
 
 def describe_start(point: str, settings: Mapping[str, Any]) -> str:
     """How `pretrain` starts the ranks of a point. Raises UserError: as pretrain."""
     pretraining = _bind_and_check(point, settings)
-    return describe(_job(pretraining, settings, evidence_of(pretraining)), pretraining.launch)
+    return describe(_job(pretraining, settings, provenance_of(pretraining)), pretraining.launch)
 
 
 def _bind_and_check(point: str, settings: Mapping[str, Any]) -> PretrainConfig:
@@ -83,18 +84,18 @@ def run_launched_rank(point: str, snapshot: Path) -> Path | None:
         return pretraining.folder
 
 
-def start_ranks(pretraining: PretrainConfig, evidence: Mapping[str, Any]) -> None:
-    """Run the ranks. Later edits of settings, code and data do not change `evidence`, see `evidence_of`.
+def start_ranks(pretraining: PretrainConfig, provenance: Mapping[str, Any]) -> None:
+    """Run the ranks. Later edits of settings, code and data do not change `provenance`, see `provenance_of`.
 
     The last training state stays; the caller removes it after success.
     """
     training, runtime = pretraining.training, pretraining.runtime
     watchdog = WatchdogConfig(runtime.start_s, runtime.hang_s, artifacts.RUNS / pretraining.fit.name)
-    given = {"pretraining": pretraining, "evidence": evidence}
+    given = {"pretraining": pretraining, "provenance": provenance}
     distributed.run(train_on_rank, ranks=training.ranks, device=training.device, watchdog=watchdog, **given)
 
 
-def evidence_of(pretraining: PretrainConfig) -> dict[str, Any]:
+def provenance_of(pretraining: PretrainConfig) -> dict[str, Any]:
     """Content of provenance.json: settings, the code of this process, and inputs.
 
     The clips are named by the sha256 of croissant.json, which lists that of their table and of every shard; the audit
@@ -109,18 +110,18 @@ def evidence_of(pretraining: PretrainConfig) -> dict[str, Any]:
         inputs["teacher"] = artifacts.sha256(pretraining.teacher)
     if pretraining.start_from is not None:
         inputs["start_from"] = artifacts.sha256(pretraining.start_from)
-    return artifacts.evidence("pretrain", pretraining.bound, code=code_hashes.running("pretrain"), inputs=inputs)
+    return artifacts.provenance_of("pretrain", pretraining.bound, code=code_hashes.running("pretrain"), inputs=inputs)
 
 
-def pretrain_fingerprint(pretraining: PretrainConfig, evidence: Mapping[str, Any]) -> dict[str, Any]:
+def pretrain_fingerprint(pretraining: PretrainConfig, provenance: Mapping[str, Any]) -> dict[str, Any]:
     """All that the result depends on, except the number and layout of ranks: a run may continue with another one."""
-    settings = {key: value for key, value in evidence["settings"].items() if key != f"{pretraining.key}.Sharding"}
+    settings = {key: value for key, value in provenance["settings"].items() if key != f"{pretraining.key}.Sharding"}
     settings["pretrain.Training"] = {k: v for k, v in settings["pretrain.Training"].items() if k != "ranks"}
     run = f"{pretraining.point} of profile {settings['profile']}"
-    return fingerprint(run, settings=settings, inputs=evidence["inputs"], code_sha256=evidence["code"]["sha256"])
+    return fingerprint(run, settings=settings, inputs=provenance["inputs"], code_sha256=provenance["code"]["sha256"])
 
 
-def _job(pretraining: PretrainConfig, settings: Mapping[str, Any], evidence: Mapping[str, Any]) -> Job:
+def _job(pretraining: PretrainConfig, settings: Mapping[str, Any], provenance: Mapping[str, Any]) -> Job:
     timings = artifacts.RUNS / pretraining.fit.name / "timings.jsonl"
     shown_before = timings.stat().st_size if timings.is_file() else 0
 
@@ -136,17 +137,17 @@ def _job(pretraining: PretrainConfig, settings: Mapping[str, Any], evidence: Map
         ranks=pretraining.training.ranks,
         processes=1 + pretraining.runtime.workers,
         device=pretraining.training.device,
-        content={"point": pretraining.point, "settings": settings, "evidence": evidence},
-        state=state_folder("pretrain", pretrain_fingerprint(pretraining, evidence)),
+        content={"point": pretraining.point, "settings": settings, "evidence": provenance},
+        state=state_folder("pretrain", pretrain_fingerprint(pretraining, provenance)),
         steps=pretraining.training.steps,
         steps_done=steps_done,
-        written=partial(artifacts.is_written, pretraining.folder, evidence),
+        written=partial(artifacts.is_written, pretraining.folder, provenance),
     )
 
 
 @file_system_errors()
 @clips_remedies()
-def train_on_rank(*, rank: int, ranks: int, pretraining: PretrainConfig, evidence: Mapping[str, Any]) -> None:
+def train_on_rank(*, rank: int, ranks: int, pretraining: PretrainConfig, provenance: Mapping[str, Any]) -> None:
     """Build, parallelize, train and validate the point in one rank. All ranks write its weights, rank 0 the rest."""
     started, training, runtime = time.time(), pretraining.training, pretraining.runtime
     model = pretraining.build()
@@ -154,7 +155,7 @@ def train_on_rank(*, rank: int, ranks: int, pretraining: PretrainConfig, evidenc
         teacher.to(training.device, DTYPES[training.compute])
     parallelize(model, pretraining.sharding, training, ranks=ranks)
     model.to_empty(device=training.device)
-    name, state = pretraining.fit.name, pretrain_fingerprint(pretraining, evidence)
+    name, state = pretraining.fit.name, pretrain_fingerprint(pretraining, provenance)
     peak_s_per_clip = flops_per_clip(model) / (ranks * peak_flops(training.device, DTYPES[training.compute]))
     folder = artifacts.RUNS / name
     log = TrainingLog(pretraining.fit, folder=folder, peak_s_per_clip=peak_s_per_clip, tensorboard=runtime.tensorboard)
@@ -166,7 +167,7 @@ def train_on_rank(*, rank: int, ranks: int, pretraining: PretrainConfig, evidenc
     run = {"callbacks": callbacks, "manager": manager, "initialise": start}
     progress = fit(model, batches, pretraining.fit, param_groups=groups, **run)
     written = validation.finish()
-    with provenance.atomic_folder(pretraining.folder) if rank == 0 else nullcontext() as out:
+    with atomic_folder(pretraining.folder) if rank == 0 else nullcontext() as out:
         save_weights(model, out)
         distributed.stop_watchdog()
         if rank == 0:
@@ -176,7 +177,7 @@ def train_on_rank(*, rank: int, ranks: int, pretraining: PretrainConfig, evidenc
             summary = {"train_loss": sum(tail) / len(tail), **measures, "ranks": progress.ranks}
             summary |= {"best_step": written["step"]} if training.keep_best else {}
             summary |= {name: value for name in ("skipped", "rewinds") if (value := getattr(progress, name))}
-            _write(out, pretraining, evidence, model, summary, {"losses": log.lines, "validation": validation.lines})
+            _write(out, pretraining, provenance, model, summary, {"losses": log.lines, "validation": validation.lines})
     if rank == 0:
         facts = {"runtime": asdict(runtime), "launch": asdict(pretraining.launch), **log.close()}
         artifacts.write_run(name, artifacts.sha256(pretraining.folder), started=started, **facts)
@@ -238,7 +239,7 @@ def draw_masks(model: nn.Module, seed: int, step: int, *, first: int, count: int
 def _write(
     out: Path,
     pretraining: PretrainConfig,
-    evidence: Mapping[str, Any],
+    provenance: Mapping[str, Any],
     model: nn.Module,
     summary: Mapping[str, Any],
     lines: Mapping[str, list[dict[str, Any]]],
@@ -252,9 +253,9 @@ def _write(
     content["parameters_total"] = sum(p.numel() for p in model.parameters())
     content |= {"flops_per_clip": flops, "flops": flops * counts["clips_seen"]}
     checkpoint.write_config(out)
-    write_model_card(out, checkpoint, evidence, mean=pretraining.model.pixel_mean, scale=pretraining.model.pixel_scale)
+    write_model_card(out, checkpoint, provenance, mean=pretraining.model.pixel_mean, scale=pretraining.model.pixel_scale)
     for name, content_lines in lines.items():
         if content_lines:
             (out / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in content_lines))
     write_json(out / "summary.json", content)
-    artifacts.write_evidence(out, evidence, pretraining.bound.operative)
+    artifacts.write_provenance(out, provenance, pretraining.bound.operative)

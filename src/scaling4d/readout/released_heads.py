@@ -304,15 +304,15 @@ def _write_folder(
         for file, tensors in files.items():
             converted = (entry.to_ours(*(read(key) for key in entry.arrays)) for entry in tensors.values())
             write_safetensors(folder / file, {name: entry.shape for name, entry in tensors.items()}, converted)
-        evidence = {"stage": "convert", "settings": {}, "overrides": {}, "code": None}
+        provenance = {"stage": "convert", "settings": {}, "overrides": {}, "code": None}
         saved = Checkpoint(out.name, model, asdict(config), parameters, 0, 0)
-        saved = replace(saved, rate_hz=rate_hz_of(saved, evidence))
+        saved = replace(saved, rate_hz=rate_hz_of(saved, provenance))
         saved.write_config(folder)
         if readout:
             write_json(folder / READOUT, asdict(readout))
-        evidence["inputs"] = {source.name: artifacts.sha256(source)}
-        write_json(folder / artifacts.PROVENANCE, evidence)
-        write_model_card(folder, saved, evidence, mean=config.pixel_mean, scale=config.pixel_scale)
+        provenance["inputs"] = {source.name: artifacts.sha256(source)}
+        write_json(folder / artifacts.PROVENANCE, provenance)
+        write_model_card(folder, saved, provenance, mean=config.pixel_mean, scale=config.pixel_scale)
     return out
 
 

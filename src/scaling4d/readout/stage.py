@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scaling4d import artifacts, benchmarks, checkpoint, config, provenance, seeds
+from scaling4d import artifacts, benchmarks, checkpoint, config, seeds
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.config import StageConfig
 from scaling4d.pipeline import code_hashes
+from scaling4d.provenance import atomic_folder
 from scaling4d.readout import metrics
 from scaling4d.readout.data import RankSplit, evaluate
 from scaling4d.readout.heads import HeadConfig
@@ -66,21 +67,21 @@ def readout(encoder: str, task: str, protocol: str, settings: Mapping[str, Any],
         raise UserError(f"unknown readout {task!r} {protocol!r}; tasks: {', '.join(TASKS)}; protocols: {protocols}")
     folder = home or artifacts.home(settings)
     bound, readout_config = bind_readout(encoder, task, PROTOCOLS[protocol], settings, folder)
-    names, evidence = (encoder, task, protocol), None
+    names, provenance = (encoder, task, protocol), None
     if distributed.is_main():
         code = code_hashes.running("readout") if readout_config.saving or home else artifacts.code_hash("readout")
-        evidence = artifacts.evidence("readout", bound, code=code, inputs=input_hashes(readout_config))
-        if home and artifacts.is_written(final := _folder(names, readout_config), evidence):
+        provenance = artifacts.provenance_of("readout", bound, code=code, inputs=input_hashes(readout_config))
+        if home and artifacts.is_written(final := _folder(names, readout_config), provenance):
             return Result.read(final / "result.json")
     if distributed.launched_by_torchrun():
-        return _train(names, bound, readout_config, evidence)
-    state, final = state_folder("readout", _fingerprint(names, evidence)), _folder(names, readout_config)
-    content = {"names": names, "settings": settings, "evidence": evidence, "home": folder.as_posix()}
+        return _train(names, bound, readout_config, provenance)
+    state, final = state_folder("readout", _fingerprint(names, provenance)), _folder(names, readout_config)
+    content = {"names": names, "settings": settings, "evidence": provenance, "home": folder.as_posix()}
     where = {"ranks": readout_config.evaluation.ranks, "processes": 1, "device": readout_config.device}
-    where |= {"state": state, "written": lambda: artifacts.is_written(final, evidence)}
+    where |= {"state": state, "written": lambda: artifacts.is_written(final, provenance)}
     job = Job("-".join(("readout", *names)), ("readout", *names), "readout.Launch", content=content, **where)
     exit_code = launch(job, bound[LaunchConfig])
-    return _train(names, bound, readout_config, evidence) if exit_code is None else exit_code
+    return _train(names, bound, readout_config, provenance) if exit_code is None else exit_code
 
 
 def readout_rank(snapshot: Path) -> Result | None:
@@ -94,16 +95,15 @@ def readout_rank(snapshot: Path) -> Result | None:
 
 
 def _train(
-    names: tuple[str, str, str], bound: StageConfig, readout_config: ReadoutConfig, evidence: Mapping[str, Any] | None
+    names: tuple[str, str, str], bound: StageConfig, readout_config: ReadoutConfig, provenance: Mapping[str, Any] | None
 ) -> Result:
     """Run the ranks of a readout of encoder, task and protocol, and write its folder.
 
-    evidence: content of provenance.json; None: this process does not write.
+    provenance: content of provenance.json; None: this process does not write.
     """
     started, name, protocol = time.time(), "-".join(("readout", *names)), names[-1]
-    evaluation, saving, state = readout_config.evaluation, readout_config.saving, None
-    if evidence and saving and saving.save_every:
-        state = _fingerprint(names, evidence)
+    evaluation, saving = readout_config.evaluation, readout_config.saving
+    state = _fingerprint(names, provenance) if provenance and saving and saving.save_every else None
     watchdog = WatchdogConfig(evaluation.start_s, evaluation.hang_s, artifacts.RUNS / name)
     where = {"ranks": evaluation.ranks, "device": readout_config.device, "watchdog": watchdog}
     arguments = {"protocol": PROTOCOLS[protocol](readout_config), "name": name, "state": state}
@@ -111,14 +111,14 @@ def _train(
     result = result_of(Checkpoint.read(readout_config.folder), readout_config, protocol, videos, sums)
     if distributed.is_main():
         final = _folder(names, readout_config)
-        with provenance.atomic_folder(final) as out:
+        with atomic_folder(final) as out:
             checkpoint.save_tensors(out / HEAD, head)
             if held_out:
                 (out / "held_out.jsonl").write_text("".join(json.dumps(line) + "\n" for line in held_out))
             if skipped:
                 write_json(out / "skipped.json", skipped)
             result.write(out / "result.json")
-            artifacts.write_evidence(out, evidence, bound.operative)
+            artifacts.write_provenance(out, provenance, bound.operative)
         artifacts.write_run(name, artifacts.sha256(final), started=started, **seconds)
         if state is not None:
             remove_state(state_folder("readout", state))
@@ -129,8 +129,8 @@ def _folder(names: tuple[str, str, str], readout_config: ReadoutConfig) -> Path:
     return readout_config.folder.parents[1] / "readout" / Path(*names)
 
 
-def _fingerprint(names: tuple[str, str, str], evidence: Mapping[str, Any]) -> dict[str, Any]:
-    return fingerprint_of(f"{'/'.join(names)} of profile {evidence['settings']['profile']}", evidence)
+def _fingerprint(names: tuple[str, str, str], provenance: Mapping[str, Any]) -> dict[str, Any]:
+    return fingerprint_of(f"{'/'.join(names)} of profile {provenance['settings']['profile']}", provenance)
 
 
 def bind_readout(

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from scaling4d import artifacts, checkpoint, config, provenance, seeds
+from scaling4d import artifacts, checkpoint, config, seeds
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.clips import loader
 from scaling4d.config import StageConfig, require_minima
@@ -23,6 +23,7 @@ from scaling4d.mae.device import to_device
 from scaling4d.mae.encoder import Method
 from scaling4d.mae.masking import hidden_pixels, random_masking
 from scaling4d.mae.models import MODELS
+from scaling4d.provenance import atomic_folder
 from scaling4d.reconstruct.fidelity import FRAME_EXTRACTORS, Extractor, FidelityConfig, fidelity, load_extractors
 from scaling4d.records import ClipBatch, MaskedTokens, UserError, remedy, write_json
 from scaling4d.training import distributed
@@ -84,15 +85,15 @@ def reconstruct(point: str, settings: Mapping[str, Any]) -> Path | int:
     if not hasattr(model := MODELS.get(Checkpoint.read(home / "pretrain" / point).model), "reconstruct"):
         kind = getattr(model, "__name__", "published encoder")
         raise UserError(f"{point} is a {kind}, which predicts no pixels; needed a SimpleMAE or MAEST")
-    evidence = _evidence(point, bound, home) if distributed.is_main() else None
+    provenance = _provenance_of(point, bound, home) if distributed.is_main() else None
     if distributed.launched_by_torchrun():
-        return _reconstruct(point, bound, home, evidence)
-    filling, content = bound[FillingConfig], {"point": point, "settings": settings, "evidence": evidence}
-    state = state_folder("reconstruct", fingerprint_of(f"reconstruct {point}", evidence))
+        return _reconstruct(point, bound, home, provenance)
+    filling, content = bound[FillingConfig], {"point": point, "settings": settings, "evidence": provenance}
+    state = state_folder("reconstruct", fingerprint_of(f"reconstruct {point}", provenance))
     where = {"ranks": filling.ranks, "processes": 1, "device": filling.device, "content": content, "state": state}
-    where["written"] = partial(artifacts.is_written, home / "reconstruct" / point, evidence)
+    where["written"] = partial(artifacts.is_written, home / "reconstruct" / point, provenance)
     exit_code = launch(Job(f"reconstruct-{point}", ("reconstruct", point), "reconstruct.Launch", **where), bound[LaunchConfig])
-    return _reconstruct(point, bound, home, evidence) if exit_code is None else exit_code
+    return _reconstruct(point, bound, home, provenance) if exit_code is None else exit_code
 
 
 def reconstruct_rank(snapshot: Path) -> Path | None:
@@ -104,15 +105,15 @@ def reconstruct_rank(snapshot: Path) -> Path | None:
         return _reconstruct(content["point"], bind_reconstruct(settings), artifacts.home(settings), content["evidence"])
 
 
-def _evidence(point: str, bound: StageConfig, home: Path) -> dict[str, Any]:
+def _provenance_of(point: str, bound: StageConfig, home: Path) -> dict[str, Any]:
     """Content of provenance.json."""
     inputs = {"checkpoint": artifacts.sha256(home / "pretrain" / point), "clips": artifacts.sha256(home / "clips")}
     inputs |= {f"{name}_features": artifacts.sha256(path) for name, path in bound[FidelityConfig].files().items()}
-    return artifacts.evidence("reconstruct", bound, code=artifacts.code_hash("reconstruct"), inputs=inputs)
+    return artifacts.provenance_of("reconstruct", bound, code=artifacts.code_hash("reconstruct"), inputs=inputs)
 
 
-def _reconstruct(point: str, bound: StageConfig, home: Path, evidence: Mapping[str, Any] | None) -> Path:
-    """evidence: content of provenance.json; None: this process does not write."""
+def _reconstruct(point: str, bound: StageConfig, home: Path, provenance: Mapping[str, Any] | None) -> Path:
+    """provenance: content of provenance.json; None: this process does not write."""
     started, seed = time.time(), bound.declared["seed"]
     filling, extractors = bound[FillingConfig], bound[FidelityConfig]
     folder, clips, final = home / "pretrain" / point, home / "clips", home / "reconstruct" / point
@@ -121,7 +122,7 @@ def _reconstruct(point: str, bound: StageConfig, home: Path, evidence: Mapping[s
     if not distributed.is_main():
         return final
     model, _ = build_model(folder)
-    with provenance.atomic_folder(final) as out:
+    with atomic_folder(final) as out:
         result = {
             "point": point,
             "true_patch_statistics": model.true_patch_statistics,
@@ -133,7 +134,7 @@ def _reconstruct(point: str, bound: StageConfig, home: Path, evidence: Mapping[s
         }
         write_json(out / "result.json", result)
         Image.fromarray(rows).save(out / "filled.png", optimize=True)
-        artifacts.write_evidence(out, evidence, bound.operative)
+        artifacts.write_provenance(out, provenance, bound.operative)
     artifacts.write_run(f"reconstruct-{point}", artifacts.sha256(final), started=started)
     return final
 

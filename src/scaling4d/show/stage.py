@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from scaling4d import artifacts, benchmarks, config, provenance, seeds, video
+from scaling4d import artifacts, benchmarks, config, seeds, video
 from scaling4d.benchmarks.samples import ClipRequest
 from scaling4d.encoders.features import features_at_depth
+from scaling4d.provenance import atomic_new
 from scaling4d.readout.protocols import EvaluationConfig
 from scaling4d.records import Sample, UserError
 from scaling4d.show import draw
@@ -67,7 +68,7 @@ def show(folders: Sequence[Path], out: Path | None, *, clips: int | None = None,
         raise UserError(f"{', '.join(names)}: the same readout twice; name each once")
     out = out or Path("shown") / "-".join([*names, task])
     out.parent.mkdir(parents=True, exist_ok=True)
-    with provenance.atomic_new(out) as partial:
+    with atomic_new(out) as partial:
         samples = choose_samples(first, clips or settings["show"]["clips"])
         partial.mkdir()
         by_words = dict(zip(map(encoder_words, names), readouts, strict=True))
@@ -76,8 +77,8 @@ def show(folders: Sequence[Path], out: Path | None, *, clips: int | None = None,
         for name, readout in zip(names, readouts, strict=True):
             inputs[f"readout/{name}/{task}/frozen"] = artifacts.sha256(readout.folder)
             inputs[f"pretrain/{name}"] = artifacts.sha256(readout.checkpoint)
-        evidence = artifacts.evidence("show", bound, code=artifacts.code_hash("show"), inputs=inputs)
-        artifacts.write_evidence(partial, evidence, first.bound.operative)
+        provenance = artifacts.provenance_of("show", bound, code=artifacts.code_hash("show"), inputs=inputs)
+        artifacts.write_provenance(partial, provenance, first.bound.operative)
     artifacts.write_run(f"show-{task}", artifacts.sha256(out), started=started)
     return out
 

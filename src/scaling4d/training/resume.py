@@ -40,10 +40,10 @@ def fingerprint(run: str, *, settings: Mapping[str, Any], inputs: Mapping[str, s
     return {"run": run, "settings": dict(settings), "inputs": dict(inputs), "code": code_sha256}
 
 
-def fingerprint_of(run: str, evidence: Mapping[str, Any]) -> dict[str, Any]:
+def fingerprint_of(run: str, provenance: Mapping[str, Any]) -> dict[str, Any]:
     """The fingerprint of a run whose result depends on everything in its provenance.json."""
-    code = evidence["code"] or {"sha256": ""}
-    return fingerprint(run, settings=evidence["settings"], inputs=evidence["inputs"], code_sha256=code["sha256"])
+    code = provenance["code"] or {"sha256": ""}
+    return fingerprint(run, settings=provenance["settings"], inputs=provenance["inputs"], code_sha256=code["sha256"])
 
 
 def state_folder(stage: str, fingerprint: Mapping[str, Any]) -> Path:
