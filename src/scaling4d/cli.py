@@ -104,7 +104,7 @@ def pretrain(
     if dry:
         print(stage.describe_start(point, _settings()))
         return
-    result = stage.run_launched_rank(point, snapshot) if snapshot else stage.pretrain(point, _settings())
+    result = stage.pretrain_launched(point, snapshot) if snapshot else stage.pretrain(point, _settings())
     if isinstance(result, int):
         raise typer.Exit(result)
     if result and _is_first_rank():
@@ -130,7 +130,7 @@ def readout(
     classifier for actions; as readout.Launch says, or in each rank of a torchrun; exit code 75: run it again."""
     from scaling4d.readout import stage
 
-    result = stage.readout_rank(snapshot) if snapshot else stage.readout(encoder, task, protocol, _settings())
+    result = stage.readout_launched(snapshot) if snapshot else stage.readout(encoder, task, protocol, _settings())
     if isinstance(result, int):
         raise typer.Exit(result)
     if result and _is_first_rank():
@@ -189,7 +189,7 @@ def reconstruct(
     """Fill in masked validation clips and measure them (a DVC stage), as reconstruct.Launch says."""
     from scaling4d.reconstruct import stage
 
-    result = stage.reconstruct_rank(snapshot) if snapshot else stage.reconstruct(point, _settings())
+    result = stage.reconstruct_launched(snapshot) if snapshot else stage.reconstruct(point, _settings())
     if isinstance(result, int):
         raise typer.Exit(result)
     if result and _is_first_rank():

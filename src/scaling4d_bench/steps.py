@@ -235,6 +235,6 @@ def loss_difference(ours: MAEST, theirs: nn.Module, settings: Mapping[str, Any])
         order = torch.rand(1, ours.encoder.positions.table().shape[0]).argsort(dim=1)  # as the official code draws
         torch.manual_seed(SEED)
         their_loss = theirs(normalised, settings["mask_ratio"])[0]
-    ids_keep = order[:, : ours.visible_tokens].sort(dim=1).values
+    ids_keep = order[:, : ours.visible_token_count].sort(dim=1).values
     our_loss = ours(pixels, MaskedTokens(ids_keep, ours.encoder.grid))
     return float((our_loss - their_loss).abs() / their_loss)

@@ -7,7 +7,7 @@ import small_encoder
 import torch
 
 from scaling4d import seeds
-from scaling4d.mae.masking import STRATEGIES, random_masking, visible_tokens
+from scaling4d.mae.masking import STRATEGIES, random_masking, visible_token_count
 from scaling4d.records import UserError
 
 GRID = (8, 4, 6)
@@ -17,7 +17,7 @@ def draw(strategy: str, mask_ratio: float = 0.9, batch: int = 8) -> torch.Tensor
     """`B t h w`, true where a token is visible."""
     masked = random_masking(strategy, batch=batch, grid=GRID, mask_ratio=mask_ratio, rng=seeds.torch_rng(1, "mask", 3))
     ids_keep = masked.ids_keep
-    assert ids_keep.shape == (batch, visible_tokens(strategy, GRID, mask_ratio))
+    assert ids_keep.shape == (batch, visible_token_count(strategy, GRID, mask_ratio))
     assert torch.equal(ids_keep, ids_keep.sort(dim=1).values)
     return torch.zeros(batch, masked.token_count, dtype=torch.bool).scatter(1, ids_keep, True).reshape(batch, *GRID)
 
@@ -26,7 +26,7 @@ def draw(strategy: str, mask_ratio: float = 0.9, batch: int = 8) -> torch.Tensor
 @pytest.mark.parametrize("mask_ratio", [0.5, 0.75, 0.9])
 def test_masks_have_one_size_differ_between_clips_and_repeat_with_the_seed(strategy: str, mask_ratio: float) -> None:
     masks = draw(strategy, mask_ratio)
-    assert (masks.flatten(1).sum(1) == visible_tokens(strategy, GRID, mask_ratio)).all()
+    assert (masks.flatten(1).sum(1) == visible_token_count(strategy, GRID, mask_ratio)).all()
     assert torch.equal(masks, draw(strategy, mask_ratio))
     assert len({tuple(mask.flatten().tolist()) for mask in masks}) > 2
 
@@ -71,13 +71,13 @@ def test_masking_all_or_none_or_by_an_unknown_strategy_names_the_setting(strateg
 @pytest.mark.parametrize(("name", "mask_ratio", "kept"), [("MAEST", 0.95, 0), ("SimpleMAE", 0.001, 18)])  # 0.9 and 17.98 tokens
 def test_the_settings_of_a_method_are_refused_by_the_rounding_of_its_mask(name: str, mask_ratio: float, kept: int) -> None:
     other = {"MAEST": "SimpleMAE", "SimpleMAE": "MAEST"}[name]
-    assert small_encoder.model(other, clip=small_encoder.CLIP, mask_ratio=mask_ratio).visible_tokens > 0
+    assert small_encoder.model(other, clip=small_encoder.CLIP, mask_ratio=mask_ratio).visible_token_count > 0
     with pytest.raises(UserError, match=f"^mask_ratio = {mask_ratio} keeps {kept} of 18 tokens; "):
         small_encoder.model(name, clip=small_encoder.CLIP, mask_ratio=mask_ratio)
 
 
 def test_numbers_of_visible_tokens_are_those_of_both_papers_code() -> None:
     grid = (8, 14, 14)
-    assert visible_tokens("random", grid, 0.95) == 78  # 4DS
-    assert visible_tokens("random", grid, 0.9, round_down=True) == 156  # MAE-ST
-    assert visible_tokens("random", (2, 4, 5), 0.9, round_down=True) == 3  # 1 - 0.9 is a little less than a tenth, there as here
+    assert visible_token_count("random", grid, 0.95) == 78  # 4DS
+    assert visible_token_count("random", grid, 0.9, round_down=True) == 156  # MAE-ST
+    assert visible_token_count("random", (2, 4, 5), 0.9, round_down=True) == 3  # 1 - 0.9 is less than a tenth, there as here

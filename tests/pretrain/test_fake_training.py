@@ -28,7 +28,7 @@ PROFILES = sorted(path.stem for path in (Path(__file__).parents[2] / "experiment
 
 
 def visible(model: Method, clips: int) -> MaskedTokens:
-    return MaskedTokens(torch.zeros(clips, model.visible_tokens, dtype=torch.int64), model.encoder.grid)
+    return MaskedTokens(torch.zeros(clips, model.visible_token_count, dtype=torch.int64), model.encoder.grid)
 
 
 def pixels_of(model: Method, clips: int) -> torch.Tensor:

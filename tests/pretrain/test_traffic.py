@@ -81,7 +81,7 @@ def collectives_of(point: str, rank: int, shards: int, replicas: int, microbatch
 
     def batches(start: int) -> Iterator[Batch]:
         while True:
-            ids_keep = torch.zeros(microbatches, model.visible_tokens, dtype=torch.int64)
+            ids_keep = torch.zeros(microbatches, model.visible_token_count, dtype=torch.int64)
             pixels = torch.empty(microbatches, *model.encoder.clip, 3, dtype=torch.uint8)
             yield Batch((pixels, MaskedTokens(ids_keep, model.encoder.grid)))
 

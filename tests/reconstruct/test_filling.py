@@ -22,7 +22,7 @@ from scaling4d.encoders import torchvision_shim
 from scaling4d.mae.models import METHODS, config_of
 from scaling4d.reconstruct import stage
 from scaling4d.reconstruct.fidelity import METRICS, Extractor, FidelityConfig, compare, load_extractors, load_inception
-from scaling4d.reconstruct.stage import FillingConfig, fill_clips, measurements, moving_pixels, reconstruct
+from scaling4d.reconstruct.stage import FillingConfig, fill_clips_on_rank, measurements, moving_pixels, reconstruct
 from scaling4d.records import UserError
 from scaling4d.training.distributed import run
 
@@ -150,13 +150,13 @@ def test_hidden_pixels_are_measured_and_shown_by_any_number_of_ranks(
     measured = json.loads((out / "result.json").read_text())
     given = {"folder": folder, "clips": Path("artifacts/smoke/clips"), "extractors": FIDELITY, "seed": 0}
     one = FillingConfig("cpu", "float32", ranks=1, shards=1)
-    filled, rows = run(fill_clips, ranks=2, filling=replace(one, ranks=2), **given)
+    filled, rows = run(fill_clips_on_rank, ranks=2, filling=replace(one, ranks=2), **given)
     assert np.array_equal(rows, np.asarray(Image.open(out / "filled.png")))
-    rounded, _ = run(fill_clips, ranks=1, filling=replace(one, compute="bfloat16"), **given)
+    rounded, _ = run(fill_clips_on_rank, ranks=1, filling=replace(one, compute="bfloat16"), **given)
     assert [clip.error for clip in rounded] == pytest.approx([clip.error for clip in filled], rel=0.05)
     monkeypatch.setattr(stage, "BATCH", 2)
     assert len(filled) == 18  # clips: two of the four ranks have a pass less
-    sharded, sharded_rows = run(fill_clips, ranks=4, filling=replace(one, ranks=4, shards=4), **given)
+    sharded, sharded_rows = run(fill_clips_on_rank, ranks=4, filling=replace(one, ranks=4, shards=4), **given)
     assert [clip.error for clip in sharded] == pytest.approx([clip.error for clip in filled], rel=1e-4)
     assert np.abs(sharded_rows.astype(int) - rows).max() <= 1
     alone = measurements(filled)

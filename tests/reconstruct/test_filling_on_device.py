@@ -21,7 +21,7 @@ CLIPS = 3
 
 def fill_in(point: str, shards: int) -> None:
     model = build(point, config.compose(["profile=pocket"]))
-    visible, T, H, W = model.visible_tokens, *model.encoder.clip
+    visible, T, H, W = model.visible_token_count, *model.encoder.clip
     stage.random_masking = lambda *_, batch, grid, **__: MaskedTokens(torch.zeros(batch, visible, dtype=torch.int64), grid)
     sharding = ShardingConfig(shards, recompute="none", compile=False, packed=False, accumulate=1)
     with on_fake_gpu(2) as operations, torch.no_grad():

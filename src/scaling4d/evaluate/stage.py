@@ -98,7 +98,7 @@ def _headless(encoder: str, task: str, protocol: str, settings: Mapping[str, Any
     evaluation, name = readout_config.evaluation, "-".join(("evaluate", *names))
     watchdog = WatchdogConfig(evaluation.start_s, evaluation.hang_s, artifacts.RUNS / name)
     where = {"ranks": evaluation.ranks, "device": readout_config.device, "watchdog": watchdog}
-    videos, sums, skipped = distributed.run(_measure, **where, frozen=Frozen(readout_config), protocol=protocol)
+    videos, sums, skipped = distributed.run(_measure_on_rank, **where, frozen=Frozen(readout_config), protocol=protocol)
     result = result_of(Checkpoint.read(readout_config.folder), readout_config, protocol, videos, sums)
     with atomic_folder(final) as out:
         if skipped:
@@ -110,7 +110,9 @@ def _headless(encoder: str, task: str, protocol: str, settings: Mapping[str, Any
 
 
 @file_system_errors()
-def _measure(*, rank: int, ranks: int, frozen: Frozen, protocol: str) -> tuple[list[str], list[MetricSums], list[dict[str, Any]]]:
+def _measure_on_rank(
+    *, rank: int, ranks: int, frozen: Frozen, protocol: str
+) -> tuple[list[str], list[MetricSums], list[dict[str, Any]]]:
     """One rank of a protocol without a head, with the numbers of `<metric>_<protocol>` of a frozen readout.
 
     Label propagation reads no training split. Returns all ranks' videos and metric sums, and skipped items.

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from scaling4d import seeds
 from scaling4d.config import require_positive, require_sizes, require_words
 from scaling4d.mae.attention import attention, rotary
-from scaling4d.mae.masking import random_masking, visible_tokens
+from scaling4d.mae.masking import random_masking, visible_token_count
 from scaling4d.mae.patches import gather_patches, grid_of, patchify
 from scaling4d.mae.resize import resize
 from scaling4d.records import MaskedTokens
@@ -77,11 +77,11 @@ class MethodConfig(BackboneConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_words(self, {"position_init": ("normal", "sincos"), "branch_init": ("released", "by_depth")})
-        self.visible_tokens(grid_of(self.clip, self.patch))
+        self.visible_token_count(grid_of(self.clip, self.patch))
 
-    def visible_tokens(self, grid: tuple[int, int, int]) -> int:
+    def visible_token_count(self, grid: tuple[int, int, int]) -> int:
         """K of `random_masking`."""
-        return visible_tokens(self.masking, grid, self.mask_ratio, round_down=self.round_visible_down)
+        return visible_token_count(self.masking, grid, self.mask_ratio, round_down=self.round_visible_down)
 
 
 class Block(nn.Module):
@@ -251,9 +251,9 @@ class Method(nn.Module):
         return self.encoder.features(pixels, layers)
 
     @property
-    def visible_tokens(self) -> int:
+    def visible_token_count(self) -> int:
         """K of `random_masking`."""
-        return self.config.visible_tokens(self.encoder.grid)
+        return self.config.visible_token_count(self.encoder.grid)
 
     def draw_mask(self, batch: int, rng: torch.Generator) -> MaskedTokens:
         """Draw the visible tokens of a batch."""

@@ -25,15 +25,15 @@ def random_masking(
             (the hidden tokens form space-time blocks).
         mask_ratio: fraction hidden, in (0, 1).
         rng: the only source of randomness; same state, same draw.
-        round_down: see `visible_tokens`.
+        round_down: see `visible_token_count`.
     Returns:
         ids_keep `B K`, ascending; K is the same for every clip.
     Raises:
-        UserError: as `visible_tokens`.
+        UserError: as `visible_token_count`.
     Source: arXiv:2412.15212 (random, 95 %); arXiv:2205.09113 (random, 90 %, compared with the other three; its blocks
       are not published: ours).
     """
-    count = visible_tokens(strategy, grid, mask_ratio, round_down=round_down)
+    count = visible_token_count(strategy, grid, mask_ratio, round_down=round_down)
     if strategy == "block":
         visible = torch.stack([_visible_beside_blocks(grid, count, rng) for _ in range(batch)])  # B N
     else:
@@ -45,7 +45,7 @@ def random_masking(
     return MaskedTokens(visible.nonzero()[:, 1].reshape(batch, count), grid)
 
 
-def visible_tokens(strategy: str, grid: Grid, mask_ratio: float, *, round_down: bool = False) -> int:
+def visible_token_count(strategy: str, grid: Grid, mask_ratio: float, *, round_down: bool = False) -> int:
     """K, the number of visible tokens (mae_st's `len_keep`): whole tokens, places (tube) or frames (frame).
 
     Args:

@@ -72,7 +72,7 @@ def _bind_and_check(point: str, settings: Mapping[str, Any]) -> PretrainConfig:
     return pretraining
 
 
-def run_launched_rank(point: str, snapshot: Path) -> Path | None:
+def pretrain_launched(point: str, snapshot: Path) -> Path | None:
     """In a rank that a launcher started: train by its snapshot. None: another rank failed with a UserError."""
     with snapshot_content(snapshot) as content:
         if content is None:

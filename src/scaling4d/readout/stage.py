@@ -74,27 +74,27 @@ def readout(encoder: str, task: str, protocol: str, settings: Mapping[str, Any],
         if home and artifacts.is_written(final := _folder(names, readout_config), provenance):
             return Result.read(final / "result.json")
     if distributed.launched_by_torchrun():
-        return _train(names, bound, readout_config, provenance)
+        return _start_ranks(names, bound, readout_config, provenance)
     state, final = state_folder("readout", _fingerprint(names, provenance)), _folder(names, readout_config)
     content = {"names": names, "settings": settings, "evidence": provenance, "home": folder.as_posix()}
     where = {"ranks": readout_config.evaluation.ranks, "processes": 1, "device": readout_config.device}
     where |= {"state": state, "written": lambda: artifacts.is_written(final, provenance)}
     job = Job("-".join(("readout", *names)), ("readout", *names), "readout.Launch", content=content, **where)
     exit_code = launch(job, bound[LaunchConfig])
-    return _train(names, bound, readout_config, provenance) if exit_code is None else exit_code
+    return _start_ranks(names, bound, readout_config, provenance) if exit_code is None else exit_code
 
 
-def readout_rank(snapshot: Path) -> Result | None:
+def readout_launched(snapshot: Path) -> Result | None:
     """In a rank that a launcher started: a readout by its snapshot. None: another rank failed with a UserError."""
     with snapshot_content(snapshot) as content:
         if content is None:
             return None
         (encoder, task, protocol), settings = content["names"], content["settings"]
         bound, readout_config = bind_readout(encoder, task, PROTOCOLS[protocol], settings, Path(content["home"]))
-        return _train((encoder, task, protocol), bound, readout_config, content["evidence"])
+        return _start_ranks((encoder, task, protocol), bound, readout_config, content["evidence"])
 
 
-def _train(
+def _start_ranks(
     names: tuple[str, str, str], bound: StageConfig, readout_config: ReadoutConfig, provenance: Mapping[str, Any] | None
 ) -> Result:
     """Run the ranks of a readout of encoder, task and protocol, and write its folder.
@@ -107,7 +107,7 @@ def _train(
     watchdog = WatchdogConfig(evaluation.start_s, evaluation.hang_s, artifacts.RUNS / name)
     where = {"ranks": evaluation.ranks, "device": readout_config.device, "watchdog": watchdog}
     arguments = {"protocol": PROTOCOLS[protocol](readout_config), "name": name, "state": state}
-    videos, sums, head, held_out, skipped, seconds = distributed.run(_train_and_evaluate, **where, **arguments)
+    videos, sums, head, held_out, skipped, seconds = distributed.run(_train_and_evaluate_on_rank, **where, **arguments)
     result = result_of(Checkpoint.read(readout_config.folder), readout_config, protocol, videos, sums)
     if distributed.is_main():
         final = _folder(names, readout_config)
@@ -214,7 +214,7 @@ def input_hashes(readout_config: ReadoutConfig) -> dict[str, str]:
 
 
 @file_system_errors()
-def _train_and_evaluate(
+def _train_and_evaluate_on_rank(
     *, rank: int, ranks: int, protocol: ReadoutProtocol, name: str, state: Mapping[str, Any] | None
 ) -> tuple[list[str], list[MetricSums], dict[str, Tensor], list[dict[str, float]], list[dict[str, Any]], dict[str, float]]:
     """One rank of a readout.

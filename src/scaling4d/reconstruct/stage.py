@@ -87,22 +87,22 @@ def reconstruct(point: str, settings: Mapping[str, Any]) -> Path | int:
         raise UserError(f"{point} is a {kind}, which predicts no pixels; needed a SimpleMAE or MAEST")
     provenance = _provenance_of(point, bound, home) if distributed.is_main() else None
     if distributed.launched_by_torchrun():
-        return _reconstruct(point, bound, home, provenance)
+        return _start_ranks(point, bound, home, provenance)
     filling, content = bound[FillingConfig], {"point": point, "settings": settings, "evidence": provenance}
     state = state_folder("reconstruct", fingerprint_of(f"reconstruct {point}", provenance))
     where = {"ranks": filling.ranks, "processes": 1, "device": filling.device, "content": content, "state": state}
     where["written"] = partial(artifacts.is_written, home / "reconstruct" / point, provenance)
     exit_code = launch(Job(f"reconstruct-{point}", ("reconstruct", point), "reconstruct.Launch", **where), bound[LaunchConfig])
-    return _reconstruct(point, bound, home, provenance) if exit_code is None else exit_code
+    return _start_ranks(point, bound, home, provenance) if exit_code is None else exit_code
 
 
-def reconstruct_rank(snapshot: Path) -> Path | None:
+def reconstruct_launched(snapshot: Path) -> Path | None:
     """In a rank that a launcher started: `reconstruct` by its snapshot. None: another rank failed with a UserError."""
     with snapshot_content(snapshot) as content:
         if content is None:
             return None
         settings = content["settings"]
-        return _reconstruct(content["point"], bind_reconstruct(settings), artifacts.home(settings), content["evidence"])
+        return _start_ranks(content["point"], bind_reconstruct(settings), artifacts.home(settings), content["evidence"])
 
 
 def _provenance_of(point: str, bound: StageConfig, home: Path) -> dict[str, Any]:
@@ -112,13 +112,13 @@ def _provenance_of(point: str, bound: StageConfig, home: Path) -> dict[str, Any]
     return artifacts.provenance_of("reconstruct", bound, code=artifacts.code_hash("reconstruct"), inputs=inputs)
 
 
-def _reconstruct(point: str, bound: StageConfig, home: Path, provenance: Mapping[str, Any] | None) -> Path:
-    """provenance: content of provenance.json; None: this process does not write."""
+def _start_ranks(point: str, bound: StageConfig, home: Path, provenance: Mapping[str, Any] | None) -> Path:
+    """Run the ranks, write the folder. provenance: content of provenance.json; None: this process does not write."""
     started, seed = time.time(), bound.declared["seed"]
     filling, extractors = bound[FillingConfig], bound[FidelityConfig]
     folder, clips, final = home / "pretrain" / point, home / "clips", home / "reconstruct" / point
     given = {"folder": folder, "clips": clips, "extractors": extractors, "seed": seed, "filling": filling}
-    filled, rows = distributed.run(fill_clips, ranks=filling.ranks, device=filling.device, **given)
+    filled, rows = distributed.run(fill_clips_on_rank, ranks=filling.ranks, device=filling.device, **given)
     if not distributed.is_main():
         return final
     model, _ = build_model(folder)
@@ -159,7 +159,7 @@ def measurements(filled: Sequence[FilledClip]) -> dict[str, float | None]:
 
 @remedy(loader.ClipsError, "run `dvc repro clips`")
 @torch.no_grad()
-def fill_clips(
+def fill_clips_on_rank(
     *, rank: int, ranks: int, folder: Path, clips: Path, extractors: FidelityConfig, seed: int, filling: FillingConfig
 ) -> tuple[list[FilledClip], np.ndarray]:
     """Fill in this rank's validation clips, with as many passes as the other ranks: FSDP needs all of them in each.

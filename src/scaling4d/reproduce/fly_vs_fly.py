@@ -289,7 +289,7 @@ def run(
     inputs = {"weights": weights_sha256, **{split: str(one["names_and_sizes_sha256"]) for split, one in listings.items()}}
     state = fingerprint(FLY_VS_FLY.name, settings=settings, inputs=inputs, code_sha256=artifacts.sha256(Path(__file__)))
     arguments = {"weights": weights, "data": data, "protocol": protocol, "seed": seed, "workers": workers, "state": state}
-    trained = distributed.run(_train_and_measure, ranks=1, device=device, where=device, **arguments)
+    trained = distributed.run(_train_and_measure_on_rank, ranks=1, device=device, where=device, **arguments)
     measured, records, deviations, lines, head = trained
     facts = {split: one | {"records": records[split]} for split, one in listings.items()}
     evidence = settings | {"metrics": measured, "data": facts, "weights": {"file": weights.name, "sha256": weights_sha256}}
@@ -304,7 +304,7 @@ def run(
     return out, content
 
 
-def _train_and_measure(
+def _train_and_measure_on_rank(
     *,
     rank: int,
     ranks: int,

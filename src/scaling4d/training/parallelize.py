@@ -23,7 +23,7 @@ from scaling4d.training.distributed import heartbeat
 
 BUCKET_VALUES = 2**23  # gradients that ranks sum in one message
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-METHODS = ("reconstruct", "features")  # of a model, beside its forward pass, that use its weights
+FORWARD_METHODS = ("reconstruct", "features")  # of a model, beside its forward pass, that use its weights
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def parallelize(
     for module in float32_modules:
         fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float32))
     fully_shard(model, mesh=mesh, mp_policy=replace(policy, cast_forward_inputs=False))
-    for method in METHODS:
+    for method in FORWARD_METHODS:
         if hasattr(model, method):
             register_fsdp_forward_method(model, method)
 
@@ -136,7 +136,7 @@ def cast_weights(model: nn.Module, blocks: Sequence[nn.Module], float32_modules:
     for block in blocks:
         _cast_around(block, "forward", _owned(block, ()), dtype, cast_inputs=True)
     rest = _owned(model, (*blocks, *float32_modules))
-    for method in ("forward", *METHODS):
+    for method in ("forward", *FORWARD_METHODS):
         if hasattr(model, method):
             _cast_around(model, method, rest, dtype, cast_inputs=False)
 

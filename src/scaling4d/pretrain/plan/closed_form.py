@@ -76,7 +76,7 @@ def flops(work: Work, *, recompute: bool) -> dict[str, int]:
     """
     linears = (work.embedding, *work.linears)
     linear = sum(2 * tokens * weights for tokens, weights in linears)
-    used = sum(2 * min(tokens, work.all_tokens) * weights for tokens, weights in linears)
+    used = sum(2 * min(tokens, work.all_token_count) * weights for tokens, weights in linears)
     pixels = 2 * math.prod(work.embedding)
     products, scores = _forward_flops(work.blocks)
     teacher = features_flops(work.teacher) if work.teacher else 0
@@ -113,7 +113,7 @@ def memory_timeline(work: Work, layout: StepLayout, *, clips: int) -> list[dict[
     gathered_shards = layout.shards if layout.sizes.gathered else 0
     activations = [clips * block.tokens * _saved_bytes(block, c) for block in blocks]
     saved = [clips * c * block.tokens * block.width for block in blocks] if layout.recompute else activations
-    outside = clips * c * work.saved_values + clips * 8 * work.visible_tokens
+    outside = clips * c * work.saved_values + clips * 8 * work.visible_token_count
     block_shards, root_shard = [shard_values(block.shapes, shards) for block in blocks], shard_values(work.shapes, shards)
     all_shards = root_shard + sum(block_shards)
     parameters = (1 + layout.keep_best) * STORED * all_shards + (c * work.teacher.parameters if work.teacher else 0)

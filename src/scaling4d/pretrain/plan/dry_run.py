@@ -102,7 +102,7 @@ def dry_run(
 
             def microbatch_loss() -> torch.Tensor:
                 """As training.fit: a microbatch reaches the GPU now, and its pixels leave after the forward pass."""
-                ids_keep = torch.zeros(clips, model.visible_tokens, dtype=torch.int64)
+                ids_keep = torch.zeros(clips, model.visible_token_count, dtype=torch.int64)
                 return model(torch.empty(clips, *clip, 3, dtype=torch.uint8), MaskedTokens(ids_keep, grid))
 
             def step(tracker: MemTracker | None = None) -> None:

@@ -95,7 +95,7 @@ def plan(
         "profile": settings["profile"],
         "method": type(model).__name__,
         "parameters": parameters,
-        "tokens": {"visible": work.visible_tokens, "all": work.all_tokens, "coarse": work.coarse_tokens},
+        "tokens": {"visible": work.visible_token_count, "all": work.all_token_count, "coarse": work.coarse_token_count},
         "flops_per_clip": clip,
         "flops_per_step": {part: count * batch for part, count in clip.items()},
         "schedule": {"steps": steps, "batch": batch, "clips": clips, "flops": clips * clip["total"]},

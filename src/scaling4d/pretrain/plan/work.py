@@ -49,9 +49,9 @@ class Work:
     (measured on an H200, experiments/LOG.md, 2026-11-26).
     """
 
-    visible_tokens: int
-    all_tokens: int
-    coarse_tokens: int
+    visible_token_count: int
+    all_token_count: int
+    coarse_token_count: int
     embedding: Linear
     blocks: tuple[BlockWork, ...]
     linears: tuple[Linear, ...]
@@ -75,7 +75,7 @@ def values_of(shapes: Shapes) -> int:
 
 def work_of(model: Method) -> Work:
     """The work of one of mae.models.METHODS; its weights may be on meta."""
-    encoder, visible, tokens = model.encoder, model.visible_tokens, math.prod(model.encoder.grid)
+    encoder, visible, tokens = model.encoder, model.visible_token_count, math.prod(model.encoder.grid)
     coarse, saved, teacher = 0, visible * encoder.patch_embedding.in_features, None
     if isinstance(model, MAEST):
         prefix, width = encoder.prefix_tokens, model.decoder_norm.normalized_shape[0]
@@ -100,9 +100,9 @@ def work_of(model: Method) -> Work:
         loss = 3 * in_kernel  # target, gradient; prediction and gradient in bf16 are one more
     in_blocks = {id(p) for block in blocks_of(model) for p in block.parameters()}
     return Work(
-        visible_tokens=visible,
-        all_tokens=tokens,
-        coarse_tokens=coarse,
+        visible_token_count=visible,
+        all_token_count=tokens,
+        coarse_token_count=coarse,
         embedding=_linear(encoder.patch_embedding, visible),
         blocks=blocks,
         linears=linears,
