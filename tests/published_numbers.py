@@ -18,7 +18,7 @@ from scaling4d.provenance import flatten, load_yaml
 from scaling4d.report.seeds import SeedStudy, noise_of_seeds, read_seed_study
 from scaling4d.report.verdict import TRIVIAL, better, beyond_noise, falls, falls_beyond_noise
 from scaling4d.studies.study import RECONSTRUCT_METRICS, loss_task
-from scaling4d.training.gpus import WORKER_CLIPS_PER_S, WRITE_GB_PER_S
+from scaling4d.training.gpus import STORAGE_GB_PER_S, WORKER_CLIPS_PER_S
 
 ROOT = Path(__file__).parents[1]
 README, GUIDE = "README.md", "experiments/GUIDE.md"
@@ -283,7 +283,7 @@ def _scale() -> Iterator[str]:
         f"for the five tasks of j on {readouts['gpus']} H100: {total['windows']:,} windows, {low:.0f} to {high:.0f} GPU-hours, "
         f"{total['stored_bytes'] / 1e12:.0f} TB of features, {actions['stored_bytes'] / 1e12:.0f} TB of them of actions."
     )
-    terabytes, speed = total["head_bytes"] / 1e12, WRITE_GB_PER_S
+    terabytes, speed = total["head_bytes"] / 1e12, STORAGE_GB_PER_S
     yield f"of heads read {terabytes:.0f} TB of features, {1000 * terabytes / speed / 3600:.0f} hours at {speed:g} GB/s"
     for point, content in plans.items():
         mesh, loading, clip = content["mesh"], content["loading"], content["flops_per_clip"]["total"] / 1e12

@@ -19,7 +19,7 @@ for _library in ("OPENBLAS", "MKL"):  # numpy's BLAS reads this at import; the l
 
 from scaling4d import config  # noqa: E402
 from scaling4d.records import AGAIN, Preempted, UserError, as_user_error, file_system_errors, on_one_line  # noqa: E402
-from scaling4d.training.gpus import WORKER_CLIPS_PER_S, WRITE_GB_PER_S  # noqa: E402
+from scaling4d.training.gpus import STORAGE_GB_PER_S, WORKER_CLIPS_PER_S  # noqa: E402
 
 HELP = "Pretrain masked video autoencoders of growing size, evaluate them with readouts, and build the scaling report."
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
@@ -370,7 +370,9 @@ def plan(
     recompute: Annotated[str, typer.Option(help="none, or block: recompute activations in the backward pass.")] = "none",
     gpu: Annotated[str, typer.Option(help="h100, h200, a100 or a100_40.")] = "h100",
     worker_clips_per_s: Annotated[float, typer.Option(help="Of 16 x 224 x 224, by one process.")] = WORKER_CLIPS_PER_S,
-    write_gb_per_s: Annotated[float, typer.Option(help="Of checkpoints, and of features read: an assumption.")] = WRITE_GB_PER_S,
+    storage_gb_per_s: Annotated[
+        float, typer.Option(help="Of the file system, all GPUs together: writes checkpoints, reads features; an assumption.")
+    ] = STORAGE_GB_PER_S,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Also step the real model, sharded, on fake tensors.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
@@ -388,7 +390,7 @@ def plan(
     from scaling4d.report.protocol import SHAPE_OF_J, row_of
     from scaling4d.studies.law import FITTED, law_of, prediction_text
 
-    costs = {"gpu": gpu, "worker_clips_per_s": worker_clips_per_s, "write_gb_per_s": write_gb_per_s}
+    costs = {"gpu": gpu, "worker_clips_per_s": worker_clips_per_s, "storage_gb_per_s": storage_gb_per_s}
     content = make_plan(point, profile=profile, mesh=mesh, batch=batch, recompute=recompute, dry=dry_run, **costs)
     content["readouts"] = plan_readouts(point, settings_of(point, profile), gpu=gpu, worker_clips_per_s=worker_clips_per_s)
     if point == "j":

@@ -124,7 +124,7 @@ def test_every_change_that_is_named_makes_it_fit(point: str, mesh: str) -> None:
     (("S", "--gpu", "tpu"), "unknown gpu 'tpu'; needed one of h100, h200, a100, a100_40"),
     (("S", "--recompute", "all"), "--recompute 'all'; needed none or block"),
     (("S", "--worker-clips-per-s", "0"), "--worker-clips-per-s 0.0; needed more than 0"),
-    (("S", "--write-gb-per-s", "0"), "--write-gb-per-s 0.0; needed more than 0"),
+    (("S", "--storage-gb-per-s", "0"), "--storage-gb-per-s 0.0; needed more than 0"),
     (("huge",), "no profile has a point 'huge'; points: B, B_dist_e, G, H, L, S, big, e, j, "),
 ])  # fmt: skip
 def test_bad_input_is_refused_in_one_line(words: tuple[str, ...], message: str) -> None:
@@ -155,6 +155,6 @@ def test_a_state_that_takes_longer_than_a_run_may_hang_names_the_setting() -> No
     limit = "a run that makes no step for so long is ended: raise pretrain.Runtime.hang_s = 1800"
     words = ("plan", "j", "--worker-clips-per-s", "100")
     wait = "a job that stops is killed before: raise Launch.wait_s = 1800 of the point"
-    slow = " ".join(invoke(*words, "--write-gb-per-s", "0.1").stdout.split())
+    slow = " ".join(invoke(*words, "--storage-gb-per-s", "0.1").stdout.split())
     assert limit in slow and wait in slow
     assert "raise " not in invoke(*words).stdout

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 # measured on a core of an AMD EPYC (clips.loader.train_batches, crop 0.5 to 1; without crop and flip 60 to 63).
 # That a GPU's machine does the same is ours. There the GPU crops and flips; the lower figure is kept.
 WORKER_CLIPS_PER_S = 40.0
-WRITE_GB_PER_S = 5.0  # ours: speed of writing checkpoints that a plan assumes, all GPUs together
+STORAGE_GB_PER_S = 5.0  # ours: speed of writing checkpoints and reading features that a plan assumes, all GPUs together
 
 
 @dataclass(frozen=True)

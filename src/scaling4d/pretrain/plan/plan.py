@@ -16,7 +16,7 @@ from scaling4d.pretrain.plan.performance import CASES, step_seconds
 from scaling4d.pretrain.plan.work import Work, work_of
 from scaling4d.pretrain.settings import build_method, find_point, points_of
 from scaling4d.records import UserError
-from scaling4d.training.gpus import GPUS, WORKER_CLIPS_PER_S, WRITE_GB_PER_S, Gpu
+from scaling4d.training.gpus import GPUS, STORAGE_GB_PER_S, WORKER_CLIPS_PER_S, Gpu
 
 COUNTS = (8, 32, 64, 256, 1024)  # GPUs in the table
 CLIP_VALUES = 16 * 224 * 224 * 3  # of the clips whose decoding was measured
@@ -32,7 +32,7 @@ def plan(
     recompute: str = "none",
     gpu: str = "h100",
     worker_clips_per_s: float = WORKER_CLIPS_PER_S,
-    write_gb_per_s: float = WRITE_GB_PER_S,
+    storage_gb_per_s: float = STORAGE_GB_PER_S,
     dry: bool = False,
 ) -> dict[str, Any]:
     """All figures of a point, units in the names; keys as `scaling4d plan --json` prints them.
@@ -43,7 +43,8 @@ def plan(
         mesh: SHARDSxREPLICAS. batch: clips a step, over all GPUs. recompute: none, or block (activations of every block
             are computed again in the backward pass). worker_clips_per_s: clips of CLIP_VALUES that one of the profile's
             decoding processes gives a second; others by their number of pixels.
-        write_gb_per_s: of the file system, all GPUs together. dry: also step the real model, see plan.dry_run.
+        storage_gb_per_s: writing checkpoints and reading features, all GPUs together. dry: also step the real model, as
+            plan.dry_run.
     Raises:
         UserError: no profile has the point, or a mesh, batch, gpu or speed is impossible.
     """
@@ -54,7 +55,7 @@ def plan(
         raise UserError(f"--recompute {recompute!r}; needed none or block")
     if gpu not in GPUS:
         raise UserError(f"unknown gpu {gpu!r}; needed one of {', '.join(GPUS)}")
-    for option, speed in (("--worker-clips-per-s", worker_clips_per_s), ("--write-gb-per-s", write_gb_per_s)):
+    for option, speed in (("--worker-clips-per-s", worker_clips_per_s), ("--storage-gb-per-s", storage_gb_per_s)):
         if speed <= 0:
             raise UserError(f"{option} {speed}; needed more than 0")
     settings = settings_of(point, profile)
@@ -86,7 +87,7 @@ def plan(
     parameters = {"backbone": sum(p.numel() for p in model.encoder.parameters()), "coarse_tokens": coarse}
     parameters |= {"decoder": work.parameters - sum(parameters.values()), "total": work.parameters}
     clip, clips = flops(work, recompute=request.recompute), steps * batch
-    weights, bytes_per_s = STORED * parameters["total"], write_gb_per_s * 1e9  # a state holds two moments as well
+    weights, bytes_per_s = STORED * parameters["total"], storage_gb_per_s * 1e9  # a state holds two moments as well
     storage = {"checkpoint_bytes": weights, "training_state_bytes": 3 * weights, "write_bytes_per_s": bytes_per_s}
     storage |= {f"{name}_s": storage[f"{name}_bytes"] / bytes_per_s for name in ("checkpoint", "training_state")}
     storage |= {"hang_s": runtime["hang_s"], "wait_s": config.section(settings, f"{key}.Launch")["wait_s"]}
