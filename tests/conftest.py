@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
@@ -16,6 +17,28 @@ import yaml
 from scaling4d import config
 
 ROOT = Path(__file__).parents[1]
+XFORMERS_OPS = "def memory_efficient_attention(q, k, v, attn_bias, scale): return q + 1"
+XFORMERS_MASK = """
+class BlockDiagonalMask:
+    from_seqlens = staticmethod(lambda *lengths: lengths)
+"""
+XFORMERS_FMHA = '''
+import torch
+from types import SimpleNamespace as Inputs
+
+asked = []
+
+def _dispatch_fw(inputs, needs_gradient):
+    asked.append(inputs)
+    if inputs.query.shape[-1] > 64 or inputs.query.dtype != torch.float32:
+        raise NotImplementedError("""No operator found for `forward` with inputs:
+     query       : shape=(1, 16)
+`cutlassF` is not supported because:
+    it is made up""")
+    return Inputs(NAME="cutlassF", VARLEN_LSE_PACKED=True)
+
+def _dispatch_bw(inputs, varlen_lse_packed): ...
+'''
 
 os.environ["OMP_NUM_THREADS"] = "1"  # beside other tests, threads that wait for each other took 50 times as long
 
@@ -50,11 +73,35 @@ def in_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def asked_anew() -> Iterator[None]:
     """Whether xformers works is asked again, in the test and after it."""
-    from scaling4d.mae.attention import xformers_problem
+    from scaling4d.mae.attention import _warn, xformers_kernel, xformers_problem
 
-    xformers_problem.cache_clear()
+    for answer in (asked := (xformers_problem, xformers_kernel, _warn)):
+        answer.cache_clear()
     yield
-    xformers_problem.cache_clear()
+    for answer in asked:
+        answer.cache_clear()
+
+
+@pytest.fixture
+def make_xformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Makes up a package xformers, with kernels for heads of up to 64 in float32; its attention is q + 1.
+
+    Argument: a first statement of its `__init__.py`.
+    """
+    former = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "xformers"}
+
+    def make(first: str = "") -> None:
+        files = {"__init__.py": first, "_cpp_lib.py": "_cpp_library_load_exception = None", "ops/__init__.py": XFORMERS_OPS}
+        files |= {"ops/fmha/__init__.py": XFORMERS_FMHA, "ops/fmha/attn_bias.py": XFORMERS_MASK}
+        for name, text in files.items():
+            (path := tmp_path / "made_up/xformers" / name).parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        monkeypatch.syspath_prepend(tmp_path / "made_up")
+
+    yield make
+    for name in [name for name in sys.modules if name.split(".")[0] == "xformers"]:
+        del sys.modules[name]
+    sys.modules |= former
 
 
 @pytest.fixture(scope="session")

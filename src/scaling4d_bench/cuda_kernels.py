@@ -72,7 +72,7 @@ def chosen_kernels(size: int, dtype: torch.dtype, capability: tuple[int, int], *
         from xformers.ops import fmha
     assumed = {"torch.version.cuda": "12.8", "xformers.ops.fmha.common._built_with_cuda": True}
     assumed |= {"torch.cuda.get_device_capability": lambda *_: capability}
-    assumed |= {"xformers.ops.memory_efficient_attention": choose, "scaling4d.mae.attention.loads_xformers": lambda: True}
+    assumed |= {"xformers.ops.memory_efficient_attention": choose, "scaling4d.mae.attention.runs_xformers": lambda *_: True}
     inputs = [torch.empty(*SHAPE, size, dtype=dtype, device="meta").as_subclass(_OnGPU) for _ in range(3)]
     with ExitStack() as patches:
         for name, value in assumed.items():

@@ -1,14 +1,17 @@
-"""Scaled dot-product attention: xformers on CUDA where it loads, torch elsewhere; one function, one answer."""
+"""Scaled dot-product attention: xformers on CUDA where it has a kernel, torch elsewhere; one function, one answer."""
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
 ALIGNMENT = 8  # values of the last axis; xformers' kernels need a multiple
+FAILURES = (ImportError, OSError, RuntimeError, AttributeError)  # of an import or a dispatch of xformers that does not fit
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, packed: bool = False) -> Tensor:
@@ -20,7 +23,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, pa
             clips in a batch, packed or not: they are equally long, so a batch is the block-diagonal answer.
     """
     B, Q, N, mask = *q.shape[:2], k.shape[1], None
-    if q.is_cuda and loads_xformers():
+    if q.is_cuda and runs_xformers(q.shape[-1], q.dtype, q.device, packed):
         from xformers.ops import memory_efficient_attention
         from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
@@ -35,8 +38,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, pa
 
 
 @torch.compiler.assume_constant_result  # torch.compile breaks its graph at an import that fails
-def loads_xformers() -> bool:
-    return not xformers_problem()
+def runs_xformers(size: int, dtype: torch.dtype, device: torch.device, packed: bool) -> bool:
+    """Whether xformers has a kernel for heads of `size` on a GPU. The first rank tells once why it has none."""
+    problem = xformers_problem() or xformers_kernel(size, dtype, device, packed)[1]
+    if problem:
+        _warn(problem)
+    return not problem
+
+
+@cache
+def _warn(problem: str) -> None:
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(f"warning: attention is torch's scaled_dot_product_attention: {problem}", file=sys.stderr)
 
 
 @cache
@@ -44,12 +57,31 @@ def xformers_problem() -> str:
     """Why attention on a GPU is torch's, not xformers'; empty where xformers loads. Its import takes seconds."""
     try:
         from xformers import _cpp_lib, ops  # noqa: F401
-    except ImportError as error:
-        return f"xformers does not import: {error}"
-    if (error := _cpp_lib._cpp_library_load_exception) is None:
+
+        error = _cpp_lib._cpp_library_load_exception
+    except FAILURES as error:
+        return f"xformers does not import: {' '.join(str(error).split())}"
+    if error is None:
         return ""
     reason = " ".join(str(error).partition("Please")[0].rpartition("extensions. ")[2].split())
     return f"the library of xformers does not load: {reason}"
+
+
+@cache
+def xformers_kernel(size: int, dtype: torch.dtype, device: torch.device, packed: bool = False) -> tuple[str, str]:
+    """Name of the kernel that a loaded xformers chooses, and why it has none for both passes: one of them is empty."""
+    x = torch.empty(1, 16, 4, size + -size % ALIGNMENT, dtype=dtype, device=device)  # B N heads d; only d counts
+    try:
+        from xformers.ops import fmha
+        from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+        inputs = fmha.Inputs(query=x, key=x, value=x, attn_bias=BlockDiagonalMask.from_seqlens([8, 8]) if packed else None)
+        kernel = fmha._dispatch_fw(inputs, True)
+        fmha._dispatch_bw(inputs, kernel.VARLEN_LSE_PACKED if packed else None)
+    except FAILURES as error:
+        reasons = str(error)[max(str(error).find("\n`"), 0) :]  # behind the description of the inputs: one for each kernel
+        return "", f"xformers has no kernel for heads of {size} in {dtype}: {' '.join(reasons.split())}"
+    return kernel.NAME, ""
 
 
 def rotary(x: Tensor, angles: Tensor) -> Tensor:

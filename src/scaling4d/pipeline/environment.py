@@ -63,18 +63,17 @@ def describe_attention() -> Iterator[str]:
 
 
 def _kernels() -> Iterator[str]:
-    """Of xformers on this GPU, by type, with the head sizes that each takes."""
+    """Of this GPU, by type, with the head sizes that each takes."""
     import torch
-    from xformers.ops import fmha
+
+    from scaling4d.mae.attention import xformers_kernel
 
     for dtype in (torch.bfloat16, torch.float32):
-        kernels: dict[str, list[str]] = {}
+        sizes: dict[str, list[str]] = {}
+        problems = []
         for size in HEAD_SIZES:
-            x = torch.empty(1, 64, 4, size, dtype=dtype, device="cuda")  # B N heads d
-            try:
-                kernel = fmha._dispatch_fw(fmha.Inputs(query=x, key=x, value=x), True).NAME
-            except NotImplementedError:
-                kernel = "none"
-            kernels.setdefault(kernel, []).append(str(size))
-        shown = "; ".join(f"{kernel} of xformers for heads of {', '.join(sizes)}" for kernel, sizes in kernels.items())
+            kernel, problem = xformers_kernel(size, dtype, torch.device("cuda"))
+            sizes.setdefault(f"{kernel} of xformers" if kernel else TORCH_ATTENTION, []).append(str(size))
+            problems += [problem] if problem else []
+        shown = "; ".join([*(f"{name} for heads of {', '.join(taken)}" for name, taken in sizes.items()), *problems])
         yield f"attention in {str(dtype).removeprefix('torch.')}: {shown}"
