@@ -152,9 +152,10 @@ def test_what_does_not_fit_is_an_answer_and_no_error() -> None:
 
 @pytest.mark.usefixtures("in_the_project")
 def test_a_state_that_takes_longer_than_a_run_may_hang_names_the_setting() -> None:
-    limit = "a run that makes no step for so long is ended: raise pretrain.Runtime.hang_s = 1800"
+    limit = "is ended after 2400 s: raise pretrain.Runtime.hang_s = 600"  # half an hour of them is waited for a state
     words = ("plan", "j", "--worker-clips-per-s", "100")
     wait = "a job that stops is killed before: raise Launch.wait_s = 1800 of the point"
     slow = " ".join(invoke(*words, "--storage-gb-per-s", "0.1").stdout.split())
-    assert limit in slow and wait in slow
+    assert limit in slow and wait in slow and "ended after 600 s" in slow
+    assert limit not in " ".join(invoke(*words, "--storage-gb-per-s", "0.12").stdout.split())
     assert "raise " not in invoke(*words).stdout

@@ -15,7 +15,16 @@ from torch import nn
 
 from scaling4d.records import Preempted, UserError
 from scaling4d.training import distributed, parallelize
-from scaling4d.training.distributed import STATES, WatchdogConfig, end_start, heartbeat, run, stop_requests, stop_watchdog
+from scaling4d.training.distributed import (
+    STATES,
+    StepVotes,
+    WatchdogConfig,
+    end_start,
+    heartbeat,
+    run,
+    stop_requests,
+    stop_watchdog,
+)
 from scaling4d.training.parallelize import reduce_gradients
 
 pytestmark = pytest.mark.integration
@@ -100,6 +109,16 @@ def group_timeouts(*, rank: int, ranks: int) -> list[float]:
     return [at_start, seconds(default), seconds(states)]
 
 
+def answers(*, rank: int, ranks: int) -> list[list]:
+    """Every rank's answers in five steps and at the end. Rank 1 is asked to stop; rank 2 writes state 7 longest."""
+    votes = StepVotes()
+    told = [votes.exchange(rank == 1 and step == 2, 7 if step >= rank else 0) for step in range(5)]
+    told.append(votes.last(False))
+    everyone: list = [None] * ranks
+    dist.all_gather_object(everyone, told)
+    return everyone
+
+
 def recorder(*, rank: int, ranks: int) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith(("TORCH_FR", "TORCH_NCCL"))}
 
@@ -159,6 +178,11 @@ def test_a_rank_that_never_joins_ends_the_run_within_the_time_of_the_start(monke
 
 def test_after_the_first_step_groups_wait_for_as_long_as_a_step_may_take() -> None:
     assert run(group_timeouts, ranks=2, watchdog=watching(40, 20)) == [120, 60, 1800]
+
+
+def test_all_ranks_learn_a_step_later_that_one_is_to_stop_and_that_all_have_written() -> None:
+    stops, states = [False] * 3 + [True, False], [0, 0, 0, 7, 7]
+    assert run(answers, ranks=3) == [[*zip(stops, states, strict=True), False]] * 3
 
 
 def test_a_rank_that_moves_or_has_no_watchdog_does_not_hang() -> None:

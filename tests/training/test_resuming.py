@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import signal
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +24,12 @@ from toy import PLAIN, RESULT, Toy, attempt, steps_computed, train, written
 from scaling4d import artifacts
 from scaling4d.records import AGAIN, UserError
 from scaling4d.training import resume
-from scaling4d.training.distributed import run
+from scaling4d.training.distributed import WatchdogConfig, end_start, run, stop_watchdog
 from scaling4d.training.resume import FINGERPRINT, CheckpointManager, acquire_lock, remove_state
 
 pytestmark = pytest.mark.integration
+
+LONG = Toy(steps=24, asynchronous=True)
 
 
 @pytest.fixture(scope="module")
@@ -258,6 +262,75 @@ def staged_steps(*, rank: int, ranks: int) -> tuple[list[int], list[float]]:
 def test_states_of_gpus_are_copied_to_the_same_pinned_memory() -> None:
     pinned, state = run(staged_steps, ranks=2)
     assert pinned == [4, 3] and state == [3.0] * 4 + [30.0] * 3
+
+
+def hold_writes() -> None:
+    """From now on this rank writes no state until a file `go` is there."""
+    create_stream = filesystem.FileSystem.create_stream
+
+    def hold(*arguments: object) -> object:
+        wait_for(Path("go"))
+        return create_stream(*arguments)
+
+    filesystem.FileSystem.create_stream = hold
+
+
+def wait_for(*paths: Path) -> None:
+    """Wait until one of them is there."""
+    while not any(path.exists() for path in paths):
+        time.sleep(0.01)
+
+
+def test_a_state_that_takes_long_stops_no_step_and_is_there_before_the_next_save() -> None:
+    toy = replace(LONG, save_every=12)
+
+    def watch(rank: int, step: int) -> None:
+        if (rank, step) == (1, 0):
+            hold_writes()
+        if (rank, step) == (0, 15):
+            assert states(toy) == []
+            Path("go").touch()
+            wait_for(toy.folder / "partial-00000012/.metadata")  # rank 0 writes it when all have written
+        if step > 15:
+            time.sleep(0.02)
+        assert step != 23 or states(toy) == [12]
+
+    assert attempt(replace(toy, each_step=watch)) == 0 and written() == train(LONG)
+
+
+def test_killed_while_it_writes_a_run_continues_from_the_state_before() -> None:
+    toy = replace(LONG, save_every=8)
+
+    def hold(rank: int, step: int) -> None:
+        if (rank, step) == (1, 9):
+            wait_for(*(toy.folder / name for name in ("partial-00000008/.metadata", "step-00000008")))
+        if (rank, step) == (1, 12):
+            hold_writes()
+
+    assert attempt(replace(toy, each_step=hold), at=18, interrupt=kill_all) == -signal.SIGKILL and states(toy) == [8]
+    assert attempt(toy) == 0 and steps_computed() == [*range(1, 19), *range(9, 25)]
+    assert written() == train(LONG)
+
+
+def write_slowly(*, rank: int, ranks: int, seconds: float) -> None:
+    """A state that rank 1 needs long for, in a training whose standstill is watched."""
+    end_start()
+    manager = CheckpointManager("slow", {"run": "slow", "profile": "y"}, keep_latest_k=1, asynchronous=True)
+    if rank == 1:
+        threading.Timer(seconds, Path("go").touch).start()
+        hold_writes()
+    manager.save(2, {}, {"a": torch.full((3,), float(rank))})
+    manager.wait()
+    stop_watchdog()
+
+
+def test_waiting_for_a_write_is_no_standstill_unless_it_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    watchdog = WatchdogConfig(60, 2, Path())
+    run(write_slowly, ranks=2, watchdog=watchdog, seconds=5)
+    Path("go").unlink()
+    monkeypatch.setattr(resume, "MOST_WRITE_S", 1)
+    with pytest.raises(UserError, match="^ranks 0, 1 of 2 hang at writing the state of step 2 for 0 s; if it is only slow"):
+        run(write_slowly, ranks=2, watchdog=watchdog, seconds=60)
 
 
 @pytest.mark.parametrize("at", [pytest.param(at, marks=[pytest.mark.slow] if at % 3 else []) for at in range(8)])

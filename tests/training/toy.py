@@ -37,7 +37,10 @@ CPU = ComputeConfig(device="cpu", compute="float32")
 
 @dataclass(frozen=True)
 class Toy:
-    """A training. interrupt: called by rank `who` before it computes step `at`. slow_s: rank 1 pauses in every step."""
+    """A training. interrupt: called by rank `who` before it computes step `at`. slow_s: rank 1 pauses in every step.
+
+    each_step: called by every rank with its number and a step, before it computes that.
+    """
 
     steps: int = 8
     ranks: int = 2
@@ -51,6 +54,7 @@ class Toy:
     at: int = 0
     who: int = 0
     slow_s: float = 0.0
+    each_step: Callable[[int, int], None] = lambda rank, step: None
 
     @property
     def fingerprint(self) -> dict:
@@ -109,6 +113,7 @@ def _train(*, rank: int, ranks: int, toy: Toy) -> None:
         if toy.interrupt and rank == toy.who and step == toy.at:
             toy.interrupt()
         time.sleep(toy.slow_s * (rank == 1))
+        toy.each_step(rank, step)
         return Batch(batch_of(model, step, rank=rank, ranks=ranks, size=toy.batch))
 
     groups = {"all": (list(model.named_parameters()), 0.01)}

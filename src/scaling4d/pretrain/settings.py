@@ -112,8 +112,8 @@ class RuntimeConfig:
     workers: decoding processes of a rank, 0: the rank itself. cached_clips: decoded clips in memory, of each
     decoding process. save_every: steps to a training state. keep_latest_k: number of such states. asynchronous:
     write them while the training continues. start_s, hang_s: seconds of standstill of all ranks, until the first
-    step is done and afterwards, after which the run ends and names the rank that hangs. tensorboard: write events to
-    `.runs/`.
+    step is done and afterwards, after which the run ends and names the rank that hangs; see resume.MOST_WRITE_S.
+    tensorboard: write events to `.runs/`.
     """
 
     workers: int

@@ -339,29 +339,33 @@ def stop_requests(handle: Callable[[int], object] = int, *, more: tuple[signal.S
             signal.signal(number, handler)
 
 
-class StopVotes:
-    """Whether any rank got a request to stop, known a step later: no step waits for the answer of other machines."""
+class StepVotes:
+    """Whether any rank got a request to stop, and the state whose files all ranks have written.
+
+    Known a step later: no step waits for the answer of other machines.
+    """
 
     def __init__(self) -> None:
-        self.votes, self.pending = torch.zeros(1), None
+        self.votes, self.pending = torch.zeros(2, dtype=torch.float64), None
 
-    def exchange(self, flag: bool) -> bool:
-        """Whether the flag of the call before was set in any rank. Every rank takes part."""
+    def exchange(self, stop: bool, written: int) -> tuple[bool, int]:
+        """Any `stop` and the least `written` that the ranks gave to the call before. Every rank takes part."""
         answer = self._answer()
-        self.votes = torch.tensor([float(flag)])
+        self.votes = torch.tensor([stop, -written], dtype=torch.float64)
         self.pending = dist.all_reduce(self.votes, op=dist.ReduceOp.MAX, async_op=True)
         return answer
 
-    def last(self, flag: bool) -> bool:
-        """Whether this flag, or that of the call before, was set in any rank."""
-        before = self.exchange(flag)
-        return self._answer() or before
+    def last(self, stop: bool) -> bool:
+        """Whether this request, or that of the call before, reached any rank."""
+        before, _ = self.exchange(stop, 0)
+        return self._answer()[0] or before
 
-    def _answer(self) -> bool:
+    def _answer(self) -> tuple[bool, int]:
         if self.pending:
             self.pending.wait()
         self.pending = None
-        return bool(self.votes)
+        stop, written = self.votes.tolist()
+        return bool(stop), -int(written)
 
 
 def gather_round_robin(values: list) -> list:

@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from scaling4d import artifacts, seeds
 from scaling4d.mae.device import to_device
 from scaling4d.records import MaskedTokens, Preempted, UserError, write_json
-from scaling4d.training.distributed import StopVotes, end_start, heartbeat, stop_requests
+from scaling4d.training.distributed import StepVotes, end_start, heartbeat, stop_requests
 from scaling4d.training.optimizer import ParamGroups, build_adamw, named_state, warmup_cosine
 from scaling4d.training.parallelize import full_tensor, reduce_gradients, set_last_microbatch
 from scaling4d.training.resume import CheckpointManager
@@ -210,7 +210,7 @@ def fit(
     schedule = LambdaLR(adamw, lambda _: warmup_cosine(progress.step, steps=config.steps, warmup=config.warmup_steps))
     for callback in callbacks:
         callback.begin(progress.step)
-    iterator, skipped, votes, issued = batches(progress.next_batch), SkippedSteps(config), StopVotes(), deque()
+    iterator, skipped, votes, issued = batches(progress.next_batch), SkippedSteps(config), StepVotes(), deque()
     first_batch = progress.next_batch  # of this process
     with stop_requests() if manager else nullcontext([]) as requests, _scheduled_gc():
         while progress.step < config.steps and not stop:
@@ -235,7 +235,9 @@ def fit(
             schedule.step()
             if progress.step % GC_STEPS == 0:
                 gc.collect()
-            stop = manager is not None and votes.exchange(bool(requests))
+            if manager is not None:
+                stop, written = votes.exchange(bool(requests), manager.written)
+                manager.publish(written)
             save = manager is not None and (stop or last or progress.step % config.save_every == 0)
             if save or last or progress.step % config.log_every == 0:
                 steps, row = skipped.read()
@@ -254,9 +256,6 @@ def fit(
                     break
                 continue
             assert not early, "a training that saves its state runs all its steps"
-            if last or progress.step % config.log_every == 0:
-                heartbeat(f"{config.name} step {step}, waiting for its state to be written")
-                manager.wait()
             if save:
                 heartbeat(f"{config.name} step {step}, saving")
                 states = [callback.state_dict() for callback in callbacks]

@@ -90,7 +90,8 @@ def plan(
     weights, bytes_per_s = STORED * parameters["total"], storage_gb_per_s * 1e9  # a state holds two moments as well
     storage = {"checkpoint_bytes": weights, "training_state_bytes": 3 * weights, "write_bytes_per_s": bytes_per_s}
     storage |= {f"{name}_s": storage[f"{name}_bytes"] / bytes_per_s for name in ("checkpoint", "training_state")}
-    storage |= {"hang_s": runtime["hang_s"], "wait_s": config.section(settings, f"{key}.Launch")["wait_s"]}
+    storage |= {"hang_s": runtime["hang_s"], "asynchronous": runtime["asynchronous"]}
+    storage |= {"wait_s": config.section(settings, f"{key}.Launch")["wait_s"]}
     content = {
         "point": point,
         "profile": settings["profile"],

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from scaling4d.pretrain.plan.closed_form import GIB
+from scaling4d.training.resume import MOST_WRITE_S
 
 PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 
@@ -30,8 +31,10 @@ def show(content: dict[str, Any]) -> None:
     for name in ("checkpoint", "training_state"):
         size, speed = _short(storage[f"{name}_bytes"], "B"), _short(storage["write_bytes_per_s"], "B/s")
         text = f"{size}, {storage[f'{name}_s']:,.3g} s to write at {speed}"
-        if (hang_s := storage["hang_s"]) < storage[f"{name}_s"]:
-            text += f"; a run that makes no step for so long is ended: raise pretrain.Runtime.hang_s = {hang_s:g}"
+        hang_s, waited_s = storage["hang_s"], MOST_WRITE_S if storage["asynchronous"] and name == "training_state" else 0
+        if waited_s + hang_s < storage[f"{name}_s"]:
+            after = f"a run that waits for it is ended after {waited_s + hang_s:g} s"
+            text += f"; {after}: raise pretrain.Runtime.hang_s = {hang_s:g}"
         if (wait_s := storage["wait_s"]) < storage[f"{name}_s"]:
             text += f"; a job that stops is killed before: raise Launch.wait_s = {wait_s:g} of the point"
         facts.add_row(name.replace("_", " "), text)
