@@ -14,7 +14,7 @@ from interrupting import exit_code, free_port
 from torch import nn
 
 from scaling4d.records import Preempted, UserError
-from scaling4d.training import distributed, parallelize
+from scaling4d.training import distributed
 from scaling4d.training.distributed import (
     STATES,
     StepVotes,
@@ -135,9 +135,7 @@ def sleeping(*, rank: int, ranks: int, path: Path) -> None:
     time.sleep(60)
 
 
-@pytest.mark.parametrize("bucket_values", [1, 4, 100])
-def test_gradients_become_their_mean_in_however_many_messages(monkeypatch: pytest.MonkeyPatch, bucket_values: int) -> None:
-    monkeypatch.setattr(parallelize, "BUCKET_VALUES", bucket_values)
+def test_gradients_become_their_mean() -> None:
     means = run(mean_gradients, ranks=2)
     assert means == [[10 * number + i + 0.5 for i in range(size)] for number, size in enumerate(SIZES)]
 

@@ -54,6 +54,55 @@ def test_sharded_first_weights_are_those_of_one_rank_and_gradients_nearly(method
         assert near(sharded[name], gradient, 1e-4), name
 
 
+def means_of_copies(*, rank: int, ranks: int, method: str, accumulate: int, **changes: object) -> tuple[dict, dict, list[int]]:
+    """Gradients of a batch; the same summed in one message after it; of each message, how many weights had none yet."""
+    model, absent = build_sharded(PLAIN, ranks=ranks, method=method, **changes), []
+    all_reduce = dist.all_reduce
+
+    def note(*arguments: object, **named: object) -> object:
+        absent.append(sum(p.grad is None for p in model.parameters()))
+        return all_reduce(*arguments, **named)
+
+    def backward(announced: bool) -> None:
+        for part in range(accumulate):
+            if announced:
+                set_last_microbatch(model, part + 1 == accumulate)
+            model(*batch_of(model, part, rank=rank, ranks=ranks)).backward()
+
+    backward(False)
+    flat = torch.cat([p.grad.flatten() for p in model.parameters()])
+    dist.all_reduce(flat)
+    means = (flat / ranks).split([p.numel() for p in model.parameters()])
+    before = {name: mean.view_as(p).clone() for (name, p), mean in zip(model.named_parameters(), means, strict=True)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", note)
+        for _ in range(2):
+            model.zero_grad()
+            absent.clear()
+            backward(True)
+            reduce_gradients(model)
+    return {name: p.grad for name, p in model.named_parameters()}, before, absent
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("method", "ranks", "accumulate"), [
+    ("SimpleMAE", 1, 1), ("SimpleMAE", 2, 1), ("SimpleMAE", 2, 2), ("SimpleMAE", 4, 1), ("MAEST", 2, 1)
+])  # fmt: skip
+def test_copies_sum_the_gradients_of_a_block_while_they_compute_the_one_before(
+    method: str, ranks: int, accumulate: int, compute: str
+) -> None:
+    given = {"method": method, "accumulate": accumulate, "compute": replace(CPU, compute=compute)}
+    overlapped, before, absent = run(means_of_copies, ranks=ranks, **given)
+    for name, gradient in before.items():
+        assert torch.equal(overlapped[name], gradient) if ranks < 4 else near(overlapped[name], gradient, 1e-5), name
+    blocks = 5 if method == "MAEST" else 4
+    assert len(absent) == (blocks + 1 if ranks > 1 else 0)
+    if ranks > 1 and accumulate == 1:
+        assert absent == sorted(set(absent), reverse=True) and absent[-1] == 0  # each before the next block's gradients
+    if accumulate == 2:
+        assert not any(absent)
+
+
 def registrations(*, rank: int, ranks: int, method: str) -> list[str]:
     """Names that are registered with FSDP while a model is built, trained for two steps and asked to predict."""
     names = []

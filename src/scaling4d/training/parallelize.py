@@ -21,7 +21,6 @@ from scaling4d import checkpoint
 from scaling4d.config import require_minima, require_words
 from scaling4d.training.distributed import heartbeat
 
-BUCKET_VALUES = 2**23  # gradients that ranks sum in one message
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FORWARD_METHODS = ("reconstruct", "features")  # of a model, beside its forward pass, that use its weights
 
@@ -176,7 +175,7 @@ def _cast_around(
 
 def blocks_of(model: nn.Module) -> tuple[nn.Module, ...]:
     """Transformer blocks of encoder and decoder, in the order of the forward pass."""
-    return *getattr(model.encoder, "blocks", ()), *getattr(model, "decoder_blocks", ())
+    return *getattr(getattr(model, "encoder", None), "blocks", ()), *getattr(model, "decoder_blocks", ())
 
 
 def recompute_block(block: nn.Module) -> None:
@@ -193,28 +192,76 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def set_last_microbatch(model: nn.Module, last: bool) -> None:
-    """Tell a sharded model whether the next backward pass ends a batch; HSDP sums over copies only then."""
+    """Tell a model whether the next backward pass ends a batch. Copies of it sum their gradients only then."""
     if is_sharded(model):
         model.set_requires_all_reduce(last)
+    elif dist.get_world_size() > 1:
+        gradient_means(model).last = last
 
 
 def reduce_gradients(model: nn.Module) -> None:
-    """After the last backward pass of a batch: mean gradients on every rank. FSDP has reduced its own already.
+    """After the last backward pass of a batch: mean gradients on every rank. FSDP has reduced its own already."""
+    if not is_sharded(model) and dist.get_world_size() > 1:
+        gradient_means(model).finish()
 
+
+def gradient_means(model: nn.Module) -> GradientMeans:
+    """The one of a model, made when its weights are in their place."""
+    if not hasattr(model, "gradient_means"):
+        model.gradient_means = GradientMeans(model)
+    return model.gradient_means
+
+
+class GradientMeans:
+    """Mean gradients of plain copies of a model: ranks sum those of a block while they compute the block before.
+
+    Messages are alike on all ranks: a block's gradients, from the last block to the first, then all others. The
+    gradients become views of their message.
     Source: torch's DistributedDataParallel. DDP takes a second to import, and its sums after the first step depend on
     the number of that step, so that a resumed run would have other bits.
+
+    Attributes:
+        last: whether the next backward pass ends a batch; before, gradients add up in each rank.
     """
-    if is_sharded(model) or dist.get_world_size() == 1:
-        return
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    first = list(itertools.accumulate((g.numel() for g in gradients), initial=0))
-    for _, group in itertools.groupby(zip(gradients, first, strict=False), lambda item: item[1] // BUCKET_VALUES):
-        bucket = [gradient for gradient, _ in group]
-        flat = torch.cat([gradient.flatten() for gradient in bucket])
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        for gradient, mean in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
-            gradient.copy_(mean.view_as(gradient))
+
+    def __init__(self, model: nn.Module) -> None:
+        blocks = [list(block.parameters()) for block in reversed(blocks_of(model))]
+        in_blocks = set(itertools.chain(*blocks))
+        self.last, self.parts = False, [*blocks, [p for p in model.parameters() if p not in in_blocks]]
+        self._expect_all()
+        for number, missing in enumerate(self.missing):
+            for parameter in missing:
+                parameter.register_post_accumulate_grad_hook(partial(self._ready, number))
+
+    def finish(self) -> None:
+        """Send what the backward pass has not sent, and wait."""
+        while self.next < len(self.parts):
+            self._send()
+        for flat, work in self.sent:
+            work.wait()
+            flat.div_(dist.get_world_size())
+        self.last = False
+        self._expect_all()
+
+    def _expect_all(self) -> None:
+        self.sent: list[tuple[Tensor, Any]] = []
+        self.next, self.missing = 0, [{p for p in part if p.requires_grad} for part in self.parts]
+
+    def _ready(self, number: int, parameter: nn.Parameter) -> None:
+        """Called by the backward pass with each gradient: it, and those that it came behind, may be complete."""
+        if self.last:
+            self.missing[number].discard(parameter)
+            while self.next < len(self.parts) and not self.missing[self.next]:
+                self._send()
+
+    def _send(self) -> None:
+        weights = [p for p in self.parts[self.next] if p.grad is not None]
+        self.next += 1
+        if weights:
+            flat = torch.cat([p.grad.flatten() for p in weights])
+            for p, gradient in zip(weights, flat.split([p.numel() for p in weights]), strict=True):
+                p.grad = gradient.view_as(p)
+            self.sent.append((flat, dist.all_reduce(flat, async_op=True)))
 
 
 def unshard(model: nn.Module, build: Callable[[], nn.Module], compute: ComputeConfig, *, prefix: str) -> nn.Module:

@@ -21,7 +21,9 @@ Memory of a GPU, in bytes
                      Pixels come as uint8 and leave after the forward pass, before the peak
   communication      c pad(W) of the layers outside the blocks; c pad(W) of the current block and of the prefetched one;
                      r pad(W) of the gradients under reduction. With one shard: copies of the weights, of the layers
-                     outside the blocks and of each block until its backward pass; with recompute of the current one
+                     outside the blocks and of each block until its backward pass; with recompute of the current one.
+                     Not counted: copies on several GPUs join a block's gradients in a message, for which both lie
+                     there for a moment, r W of the block (of S by the dry run 5 MB)
 The peak of a step is sought at the loss, at three places in every block's backward pass, and at the step's end.
 """
 

@@ -28,7 +28,7 @@ from scaling4d.mae.encoder import Method
 from scaling4d.pretrain.settings import BETAS
 from scaling4d.records import MaskedTokens, UserError
 from scaling4d.training.optimizer import build_adamw
-from scaling4d.training.parallelize import ComputeConfig, ShardingConfig, parallelize, set_last_microbatch
+from scaling4d.training.parallelize import ComputeConfig, ShardingConfig, parallelize, reduce_gradients, set_last_microbatch
 
 OLDEST = "2.13"
 TRACKED = {  # our kinds of memory: those of the trackers, with shards and with one
@@ -111,6 +111,7 @@ def dry_run(
                         tracker.reset_mod_stats()
                     set_last_microbatch(model, microbatch + 1 == microbatches)
                     microbatch_loss().backward()
+                reduce_gradients(model)
                 adamw.step()
                 adamw.zero_grad()
 

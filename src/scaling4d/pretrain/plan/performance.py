@@ -2,10 +2,10 @@
 
 An operation takes the longer of its FLOPs at a share of the peak and its bytes at a share of the memory's speed, and a
 launch for each kernel. Products are counted in whole tiles, and tiles in whole waves over the GPU's processors. The
-communication of a block runs beside the computing of its neighbour: what takes longer there is exposed; with one shard
-gradients are summed after the backward pass. The CPU issues all work, beside the GPU: its longer time is exposed. The
-shares are ours. On one H200 a step of 4 blocks of j lay between them, and the CPU's slow end is what was measured there
-(experiments/LOG.md, 2026-11-26). Stragglers, shared networks and other kernels are not modelled.
+communication of a block runs beside the computing of its neighbour: what takes longer there is exposed. The CPU issues
+all work, beside the GPU: its longer time is exposed. The shares are ours. On one H200 a step of 4 blocks of j lay
+between them, and the CPU's slow end is what was measured there (experiments/LOG.md, 2026-11-26). Stragglers, shared
+networks and other kernels are not modelled.
 """
 
 from __future__ import annotations
@@ -124,10 +124,9 @@ def step_seconds(work: Work, layout: StepLayout, gpu: Gpu, share: Efficiency, *,
             computing = seconds.add(backward(blocks[i], clips, c, gpu, layout.recompute) + copies, gpu, share)
             within, between = gather(shard[i - 1]) if i else 0.0, 0.0
             if i + 1 < len(blocks):
-                within, between = within + scatter(shard[i + 1]), sum_copies(shard[i + 1]) if last and shards > 1 else 0.0
+                within, between = within + scatter(shard[i + 1]), sum_copies(shard[i + 1]) if last else 0.0
             exposed += max(0.0, max(within, between) - computing)
-        after = [shard[0], root] if shards > 1 else [sum(shard) + root]
-        exposed += sum(scatter(values) + (sum_copies(values) if last else 0.0) for values in after)
+        exposed += sum(scatter(values) + (sum_copies(values) if last else 0.0) for values in (shard[0], root))
     tensors = len(work.shapes) + sum(len(block.shapes) for block in blocks)
     seconds.add([Operation(0, OPTIMIZER_BYTES * (root + sum(shard)), 2 * tensors)], gpu, share)
     host_s = layout.microbatches * clips * work.pixels / (gpu.host_bytes_per_s * share.link)  # in the stream of the kernels
