@@ -26,10 +26,10 @@ XFORMERS_FMHA = '''
 import torch
 from types import SimpleNamespace as Inputs
 
-asked = []
+dispatched = []
 
 def _dispatch_fw(inputs, needs_gradient):
-    asked.append(inputs)
+    dispatched.append(inputs)
     if inputs.query.shape[-1] > 64 or inputs.query.dtype != torch.float32:
         raise NotImplementedError("""No operator found for `forward` with inputs:
      query       : shape=(1, 16)
@@ -75,10 +75,10 @@ def asked_anew() -> Iterator[None]:
     """Whether xformers works is asked again, in the test and after it."""
     from scaling4d.mae.attention import _warn, xformers_kernel, xformers_problem
 
-    for answer in (asked := (xformers_problem, xformers_kernel, _warn)):
+    for answer in (cached := (xformers_problem, xformers_kernel, _warn)):
         answer.cache_clear()
     yield
-    for answer in asked:
+    for answer in cached:
         answer.cache_clear()
 
 

@@ -81,7 +81,7 @@ def test_a_gpu_runs_xformers_where_it_has_a_kernel_and_asks_once(
         inputs = [x.to(dtype) for x in queries_keys_values(batch=3, heads=2, width=width)]
         out = function(*(x.as_subclass(OnGPU) for x in inputs), packed=packed).as_subclass(torch.Tensor)
         assert torch.equal(out, inputs[0] + 1 if (width, dtype) == (8, torch.float32) else attention(*inputs))
-    assert len(sys.modules["xformers.ops.fmha"].asked) == 3
+    assert len(sys.modules["xformers.ops.fmha"].dispatched) == 3
     assert capsys.readouterr().err.splitlines() == [
         f"warning: attention is torch's scaled_dot_product_attention: xformers has no kernel for heads of {heads}: "
         "`cutlassF` is not supported because: it is made up"
