@@ -147,17 +147,19 @@ class Augmentation(NamedTuple):
 class ClipBatch:
     """A loader's batch: pixels uint8 `B T H W C`, and each clip's id and start in its video.
 
-    augmentations: of each clip, which are left to the model's device; empty: none are.
+    augmentations: of each clip, which are left to the model's device; empty: none are. masked: the masks of a training.
     """
 
     pixels: Tensor
     ids: tuple[str, ...]
     start_s: tuple[float, ...]
     augmentations: tuple[Augmentation, ...] = ()
+    masked: MaskedTokens | None = None
 
     def pin_memory(self) -> ClipBatch:
         """The batch in memory from which a GPU copies; torch's loaders call this, in a thread."""
-        return replace(self, pixels=self.pixels.pin_memory())
+        masked = self.masked and replace(self.masked, ids_keep=self.masked.ids_keep.pin_memory())
+        return replace(self, pixels=self.pixels.pin_memory(), masked=masked)
 
     def __post_init__(self) -> None:
         shape = tuple(self.pixels.shape)

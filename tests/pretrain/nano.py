@@ -1,7 +1,7 @@
 """Short pretrainings of the point nano, and what they wrote."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,13 +29,14 @@ def written() -> dict[str, bytes]:
 
 def attempt(settings: dict, *, at: int = 0, interrupt: Callable[[], None] | None = None) -> int:
     """Exit code of a pretraining in a process of its own; rank 0 calls `interrupt` before it computes step `at`."""
-    draw_masks = stage.draw_masks
+    batches = stage._batches
 
-    def interrupted(model: object, seed: int, step: int, **share: int) -> object:
-        if interrupt and step == at and share["first"] == 0:
-            interrupt()
-        return draw_masks(model, seed, step, **share)
+    def interrupted(pretraining: object, model: object, rank: int, ranks: int, start: int) -> Iterator[object]:
+        for step, batch in enumerate(batches(pretraining, model, rank, ranks, start), start):
+            if interrupt and step == at and rank == 0:
+                interrupt()
+            yield batch
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage, "draw_masks", interrupted)
+        patch.setattr(stage, "_batches", interrupted)
         return exit_code(lambda: stage.pretrain("nano", settings))

@@ -53,7 +53,8 @@ def test_every_point_of_the_large_profiles_fits_its_mesh_and_has_a_script(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("experiments").symlink_to(ROOT / "experiments")
-    monkeypatch.setattr(pretrain_settings.loader, "count_clips", lambda folder, split: 1)  # there are no clips here
+    for name in ("count_clips", "holds_encoded"):  # there are no clips here
+        monkeypatch.setattr(pretrain_settings.loader, name, lambda *_, name=name: name == "count_clips")
     monkeypatch.setattr(stage, "check_benchmarks", lambda _: None)  # nor labelled videos
     monkeypatch.setattr(stage, "first_gpu_bytes", lambda: 80 * 10**9)
     declared = {"profile": profile, "pretrain.Training": {}}

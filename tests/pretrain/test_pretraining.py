@@ -108,7 +108,7 @@ def test_the_target_is_the_teachers_feature_of_the_same_token_in_sight_of_the_wh
     teacher = encoder_of(load_model(pretrain("nano", changed("pretrain.Training.steps", 4))))
     model = start(bind_pretrain("nano_distilled", config.read()))
     clip = torch.randint(0, 256, (2, 8, 64, 64, 3), dtype=torch.uint8)
-    masked = draw_masks(model, 0, 0, first=0, count=2)
+    masked = draw_masks(model.mask_generator(), 0, 0, first=0, count=2)
     target, layer = model.target(clip, masked), teacher.features(clip)[model.config.teacher_layer]
     for b in range(2):
         for k, token in enumerate(masked.ids_keep[b].tolist()):
@@ -151,11 +151,11 @@ def test_a_picture_shows_the_clip_its_visible_patches_and_the_model_of_all_of_it
 @pytest.mark.parametrize(("ranks", "clips"), [(1, 24), (2, 24), (4, 24), (3, 9), (8, 8)])
 def test_masks_do_not_depend_on_the_ranks(project: Path, ranks: int, clips: int) -> None:
     model, share = bind_pretrain("nano", config.read()).build(), clips // ranks
-    parts = [draw_masks(model, 7, 3, first=rank * share, count=share).ids_keep for rank in range(ranks)]
-    assert torch.equal(torch.cat(parts), draw_masks(model, 7, 3, first=0, count=clips).ids_keep)
+    parts = [draw_masks(model.mask_generator(), 7, 3, first=rank * share, count=share).ids_keep for rank in range(ranks)]
+    assert torch.equal(torch.cat(parts), draw_masks(model.mask_generator(), 7, 3, first=0, count=clips).ids_keep)
     rows = {tuple(row) for part in parts for row in part.tolist()}
     assert len(rows) == clips
-    assert not rows & {tuple(row) for row in draw_masks(model, 7, 4, first=0, count=clips).ids_keep.tolist()}
+    assert not rows & {tuple(row) for row in draw_masks(model.mask_generator(), 7, 4, first=0, count=clips).ids_keep.tolist()}
 
 
 def test_rates_of_matrices_fall_with_the_width() -> None:

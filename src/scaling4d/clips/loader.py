@@ -31,7 +31,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from scaling4d import seeds, video
 from scaling4d.clips.crop import check_crop, draw_rectangle, resized_crop
 from scaling4d.config import check_types, require_positive
-from scaling4d.records import Augmentation, ClipBatch, UserError, shortened
+from scaling4d.records import Augmentation, ClipBatch, MaskedTokens, UserError, shortened
 
 REPETITIVE = ("origin_s", "frames", "rate_hz", "side_px", "encoded")  # columns of one value, or of few
 ARROW_TYPES = {  # of columns, by the types of a ClipRecord's fields
@@ -266,7 +266,7 @@ class AugmentedBatches(Dataset):
     """Batches of clips, each copy cropped and flipped on its own. Holds no table, so that workers are small.
 
     Clips that are longer than a window are not cached. short_side_px: of `train_batches`. on_device: leave flips, and
-    crops of squares, to the model's device.
+    crops of squares, to the model's device. draw_masks: of `train_batches`.
     """
 
     folder: Path
@@ -279,13 +279,15 @@ class AugmentedBatches(Dataset):
     aspect: tuple[float, float]
     short_side_px: int
     on_device: bool
+    draw_masks: Callable[[int], MaskedTokens] | None
 
     @cached_property
     def decode(self) -> Callable[[ClipRecord], Tensor]:
         return lru_cache(maxsize=max(self.cached_clips, 1))(partial(decode_clip, self.folder, short_side_px=self.short_side_px))
 
-    def __getitem__(self, samples: list[SampledClip]) -> ClipBatch | UserError:
-        """An error is returned, not raised: a worker process would wrap it."""
+    def __getitem__(self, sampled: tuple[int, list[SampledClip]]) -> ClipBatch | UserError:
+        """The batch of a step and its clips. An error is returned, not raised: a worker process would wrap it."""
+        step, samples = sampled
         try:
             clips: list[LoadedClip] = []
             augmentations: list[Augmentation] = []
@@ -300,7 +302,8 @@ class AugmentedBatches(Dataset):
                     if self.on_device:
                         augmentations.append(augmentation)
                     clips.append((records[0].id, start_s, pixels if self.on_device else augment(pixels, augmentation)))
-            return replace(_stack(clips), augmentations=tuple(augmentations))
+            masked = self.draw_masks(step) if self.draw_masks else None
+            return replace(_stack(clips), augmentations=tuple(augmentations), masked=masked)
         except UserError as error:
             return error
 
@@ -376,6 +379,7 @@ def train_batches(
     ranks: int,
     cached_clips: int,
     workers: int,
+    draw_masks: Callable[[int], MaskedTokens] | None = None,
 ) -> Iterator[ClipBatch]:
     """This rank's part of the global batches `start` ... `steps - 1` of endless shuffled epochs of the training split.
 
@@ -390,7 +394,8 @@ def train_batches(
           whole sources, its shorter side so long; 0: the square in its middle. on_device: leave flips, and crops of
           squares, to the caller, as `ClipBatch.augmentations`. window_shards: of `WindowedShuffle`. cached_clips:
           decoded clips in memory of each process that decodes. workers: processes that decode for this rank; 0:
-          itself. The batches depend on neither of the last two.
+          itself. The batches depend on neither of the last two. draw_masks: step -> `ClipBatch.masked`, drawn where the
+          clips are decoded; workers need one that pickles.
     Raises ValueError, as `check_batching`; ClipsError: no clips; from the iterator ClipsError: a clip cannot be
     decoded, and UserError: a worker ended.
     """
@@ -405,15 +410,18 @@ def train_batches(
         return epoch, index, copy, clips[index]
 
     size = batch // ranks
-    firsts = (step * batch + rank * size for step in range(start, steps))
-    sampler = ([sample(position) for position in range(first, first + size)] for first in firsts)
+    firsts = ((step, step * batch + rank * size) for step in range(start, steps))
+    sampler = ((step, [sample(position) for position in range(first, first + size)]) for step, first in firsts)
     augmentation = {"flip": flip, "reverse": reverse, "crop": tuple(crop), "aspect": tuple(aspect)}
     augmentation["short_side_px"] = short_side_px
-    dataset = AugmentedBatches(folder, cached_clips, frames=frames, seed=seed, on_device=on_device, **augmentation)
+    read = {"frames": frames, "seed": seed, "on_device": on_device, "draw_masks": draw_masks}
+    dataset = AugmentedBatches(folder, cached_clips, **read, **augmentation)
     return _load(dataset, sampler, start=start, workers=workers)
 
 
-def _load(dataset: AugmentedBatches, sampler: Iterable[list[SampledClip]], *, start: int, workers: int) -> Iterator[ClipBatch]:
+def _load(
+    dataset: AugmentedBatches, sampler: Iterable[tuple[int, list[SampledClip]]], *, start: int, workers: int
+) -> Iterator[ClipBatch]:
     """The batches of a sampler. Workers are spawned: the rank's threads of gloo, and CUDA, do not survive a fork."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13

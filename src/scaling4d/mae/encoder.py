@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -257,9 +258,13 @@ class Method(nn.Module):
 
     def draw_mask(self, batch: int, rng: torch.Generator) -> MaskedTokens:
         """Draw the visible tokens of a batch."""
+        return self.mask_generator()(batch=batch, rng=rng)
+
+    def mask_generator(self) -> partial[MaskedTokens]:
+        """`random_masking` with the model's settings and without its weights, for the processes that decode clips."""
         config = self.config
         settings = {"grid": self.encoder.grid, "mask_ratio": config.mask_ratio, "round_down": config.round_visible_down}
-        return random_masking(config.masking, batch=batch, rng=rng, **settings)
+        return partial(random_masking, config.masking, **settings)
 
 
 def sincos(grid: tuple[int, int, int], width: int, step: tuple[float, float, float] = (1, 1, 1)) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -202,6 +202,7 @@ def param_groups(model: nn.Module, pretraining: PretrainConfig) -> ParamGroups:
 def _batches(pretraining: PretrainConfig, model: nn.Module, rank: int, ranks: int, start: int) -> Iterator[Batch]:
     """This rank's clips and their masks, from step `start` on."""
     training = pretraining.training
+    share = training.batch // ranks
     batches = loader.train_batches(
         pretraining.clips,
         frames=pretraining.model.clip[0],
@@ -221,17 +222,20 @@ def _batches(pretraining: PretrainConfig, model: nn.Module, rank: int, ranks: in
         ranks=ranks,
         cached_clips=pretraining.runtime.cached_clips,
         workers=pretraining.runtime.workers,
+        draw_masks=partial(draw_masks, model.mask_generator(), pretraining.seed, first=rank * share, count=share),
     )
-    for step, clips in enumerate(batches, start):
-        masked = draw_masks(model, pretraining.seed, step, first=rank * len(clips.ids), count=len(clips.ids))
+    for clips in batches:
         changes = tuple(partial(loader.augment, augmentation=augmentation) for augmentation in clips.augmentations)
-        yield Batch((ChangedClips(clips.pixels, changes) if changes else clips.pixels, masked), clips.ids)
+        yield Batch((ChangedClips(clips.pixels, changes) if changes else clips.pixels, clips.masked), clips.ids)
 
 
-def draw_masks(model: nn.Module, seed: int, step: int, *, first: int, count: int) -> MaskedTokens:
-    """Masks of the clips `first` ... `first + count - 1` of a step's batch, each of seed, step and place alone."""
+def draw_masks(draw: Callable[..., MaskedTokens], seed: int, step: int, *, first: int, count: int) -> MaskedTokens:
+    """Masks of the clips `first` ... `first + count - 1` of a step's batch, each of seed, step and place alone.
+
+    draw: batch and rng -> masks, a model's `mask_generator`.
+    """
     groups = range(first // MASK_GROUP, -(-(first + count) // MASK_GROUP))
-    drawn = [model.draw_mask(MASK_GROUP, seeds.torch_rng(seed, "mask", step, group)) for group in groups]
+    drawn = [draw(batch=MASK_GROUP, rng=seeds.torch_rng(seed, "mask", step, group)) for group in groups]
     skipped = first - groups[0] * MASK_GROUP
     return MaskedTokens(torch.cat([masked.ids_keep for masked in drawn])[skipped : skipped + count], drawn[0].grid)
 
