@@ -2,7 +2,7 @@
 
 import multiprocessing
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -38,11 +38,19 @@ def exit_code(work: Callable[[], object]) -> int:
 
 
 class Stream:
-    """A stream, or an event in one. Has no `synchronize`: a step that calls it fails."""
+    """A stream, or an event in one. Has no `synchronize`: a step that calls it fails.
 
-    def __init__(self, **_: object) -> None: ...
+    waited: for these streams. copied: shapes of tensors of the CPU that were copied in it. used: shapes of tensors
+    whose memory waits for it.
+    """
 
-    def wait_stream(self, stream: "Stream") -> None: ...
+    def __init__(self, **_: object) -> None:
+        self.waited: list[Stream] = []
+        self.copied: list[tuple[int, ...]] = []
+        self.used: list[tuple[int, ...]] = []
+
+    def wait_stream(self, stream: "Stream") -> None:
+        self.waited.append(stream)
 
     def wait_event(self, event: "Stream") -> None: ...
 
@@ -57,11 +65,17 @@ class Module(_DummyBackendModule):
 
     Stream = Event = Stream
 
-    def current_stream(self) -> Stream:
-        return Stream()
+    def __init__(self) -> None:
+        self.streams = [Stream()]
 
-    def stream(self, stream: Stream) -> nullcontext:
-        return nullcontext()
+    def current_stream(self) -> Stream:
+        return self.streams[-1]
+
+    @contextmanager
+    def stream(self, stream: Stream) -> Iterator[None]:
+        self.streams.append(stream)
+        yield
+        self.streams.pop()
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16]
@@ -88,6 +102,8 @@ class Operations(TorchDispatchMode):
             source, blocking = args[name == "copy_"], not (given.get("non_blocking") or args[2:3] == (True,))
             if source.device.type != out.device.type and (blocking or out.device.type == "cpu"):
                 self.waits.append(f"copy of {tuple(source.shape)} from {source.device} to {out.device}")
+            if source.device.type == "cpu" and out.device.type == DEVICE:
+                torch.get_device_module(DEVICE).current_stream().copied.append(tuple(source.shape))
         if name in ("index", "index_put", "index_put_") and args[0].device.type == DEVICE:
             self.waits += [f"{name} by a tensor of the CPU" for index in args[1] if index is not None and index.is_cpu]
         if name.startswith(LOSSES):  # their backward passes of mixed types fail in torch 2.10, that of requirements-cuda.lock
@@ -112,6 +128,7 @@ def on_fake_gpu(ranks: int = 1) -> Iterator[Operations]:
     dist.Backend.register_backend("fake", fake_pg._create_fake_pg, extended_api=True, devices=["cpu", DEVICE])
     dist.init_process_group("fake", store=fake_pg.FakeStore(), rank=0, world_size=ranks)
     device_mesh.init_device_mesh = real_mesh
+    torch.Tensor.record_stream = lambda self, stream: stream.used.append(tuple(self.shape))
     with FakeTensorMode(allow_non_fake_inputs=True), Operations() as operations:
         yield operations
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fake_gpu import DEVICE, Operations, exit_code, on_fake_gpu, train
+from fake_gpu import DEVICE, STEPS, Operations, exit_code, on_fake_gpu, train
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from scaling4d import config
@@ -97,6 +97,28 @@ def test_steps_of_every_point_wait_for_nothing_and_validation_waits_once(profile
 @pytest.mark.parametrize("changes", [{"shards": 2, "recompute": "block", "accumulate": 2}, {"packed": True}])
 def test_other_layouts_wait_for_nothing(changes: dict) -> None:
     assert exit_code(partial(step_and_validate, "smoke", "nano", "bfloat16", **changes)) == 0
+
+
+def step_with_copies() -> None:
+    settings = config.compose(["profile=smoke"])
+    pretraining, model = bind_point("nano", settings), build("nano", settings)
+    with on_fake_gpu(pretraining.training.ranks):
+        move_to_device(model, pretraining, "float32")
+        computing, clips, masked = (
+            torch.get_device_module(DEVICE).current_stream(),
+            pixels_of(model, CLIPS),
+            visible(model, CLIPS),
+        )
+        train(model, Batch((clips, masked)), param_groups(model, pretraining))
+        copied = [tuple(clips.shape), tuple(masked.ids_keep.shape)] * STEPS
+        assert (computing.copied, computing.used) == ([], copied)
+        (copies,) = {stream for stream in computing.waited if stream.copied}
+        assert copies.copied == copied and computing not in copies.waited
+        assert computing.waited.count(copies) == len(copied)
+
+
+def test_clips_are_copied_beside_the_computing_which_waits_for_its_own() -> None:
+    assert exit_code(step_with_copies) == 0
 
 
 def log_every_step() -> None:
