@@ -398,8 +398,10 @@ def plan(
     if content["method"] == "SimpleMAE" and FITTED.is_dir():
         try:
             with as_user_error(f"{FITTED} cannot be read"):
-                text = prediction_text(law_of(FITTED), content["parameters"]["backbone"], content["schedule"]["clips"])
-            content["law"] = f"by the law of {FITTED}, on its data: {text}"
+                size, clips = content["parameters"]["backbone"], content["schedule"]["clips"]
+                text = prediction_text(law_of(FITTED, draws=0), size, clips)
+            interval = f"scaling4d law {FITTED} --parameters {size} --clips {clips}"
+            content["law"] = f"by the law of {FITTED}, on its data: {text}; its interval: {interval}"
         except UserError as error:
             content["law"] = f"no prediction of the loss: {on_one_line(error)}"
     if as_json:

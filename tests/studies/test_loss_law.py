@@ -117,9 +117,11 @@ def test_the_plan_of_a_point_quotes_the_law_and_says_where_it_is_outside(tmp_pat
     runs = [{"arm": "a", "seed": 0, "task": "pretrain", **dict(zip(keys, values, strict=True))} for values in columns]
     (tmp_path / "runs.csv").write_text(to_csv(RUN_COLUMNS, runs))
     monkeypatch.setattr(law, "FITTED", tmp_path)
-    monkeypatch.setattr(law, "fit_loss_law", lambda *runs: fit_loss_law(*runs, draws=10))
+    monkeypatch.setattr(law, "fit_loss_law", lambda *runs, draws: fit_loss_law(*runs, draws=min(draws, 10)))
     small, large = (invoke("plan", point).output for point in ("tiny", "j"))
     assert "146,928 parameters, 50,000 clips: loss " in small and "outside the fitted range" not in small
+    command = small.splitlines()[-1].partition("its interval: scaling4d ")[2]
+    assert invoke(*command.split()).output.splitlines()[-1].startswith("146,928 parameters, 50,000 clips: loss ")
     assert "outside the fitted range" in large
     assert json.loads(invoke("plan", "tiny", "--json").output)["law"] in small.splitlines()
     (tmp_path / "runs.csv").write_text("task\npretrain\n")

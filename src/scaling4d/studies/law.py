@@ -16,7 +16,7 @@ import numpy as np
 from scaling4d import artifacts, config
 from scaling4d.provenance import life_of, parse_csv, text_with_sha256
 from scaling4d.records import UserError, as_user_error, files_below, write_json
-from scaling4d.studies.loss_law import MIN_RUNS, NAMES, LossLaw, fit_loss_law
+from scaling4d.studies.loss_law import DRAWS, MIN_RUNS, NAMES, LossLaw, fit_loss_law
 from scaling4d.studies.markup import cell_text
 from scaling4d.studies.plotting import draw_intervals, legend, log_x, style, subplots, to_svg
 from scaling4d.studies.study import REPORTS, RUNS, Study, read_runs
@@ -82,9 +82,9 @@ def read_trained_runs(folder: Path) -> list[TrainedRun]:
 
 
 @cache
-def law_of_text(runs_csv: str) -> LossLaw | None:
+def law_of_text(runs_csv: str, draws: int = DRAWS) -> LossLaw | None:
     """The law of the text of a runs.csv."""
-    return fit_runs(trained_runs(parse_csv(runs_csv)))
+    return fit_runs(trained_runs(parse_csv(runs_csv)), draws)
 
 
 def predicting_runs(prediction: Mapping[str, Any]) -> str:
@@ -99,15 +99,17 @@ def predicting_runs(prediction: Mapping[str, Any]) -> str:
     return text
 
 
-def law_of(*folders: Path) -> LossLaw:
+def law_of(*folders: Path, draws: int = DRAWS) -> LossLaw:
     """The law of the runs of one folder or several.
 
+    Args:
+        draws: as `fit_loss_law`; without any there are no intervals, and the fit takes a second.
     Raises:
         UserError: as `read_trained_runs`, or too few runs, sizes or numbers of clips.
     """
     runs = [run for folder in folders for run in read_trained_runs(folder)]
     alone = folders[0] / RUNS
-    if law := law_of_text(alone.read_text()) if len(folders) == 1 and alone.is_file() else fit_runs(runs):
+    if law := law_of_text(alone.read_text(), draws) if len(folders) == 1 and alone.is_file() else fit_runs(runs, draws):
         return law
     sizes, clips = ({getattr(run, key) for run in runs} for key in ("parameters", "clips_seen"))
     names = f"{', '.join(map(str, folders))} {'have' if folders[1:] else 'has'}"
@@ -117,11 +119,11 @@ def law_of(*folders: Path) -> LossLaw:
     )
 
 
-def fit_runs(runs: Sequence[TrainedRun]) -> LossLaw | None:
+def fit_runs(runs: Sequence[TrainedRun], draws: int = DRAWS) -> LossLaw | None:
     """None as `fit_loss_law`. The same training in two studies counts once."""
     keys = ("parameters", "clips_seen", "flops", "loss")
     trainings = dict.fromkeys((run.seed, *(getattr(run, key) for key in keys)) for run in runs)
-    return fit_loss_law(*([training[at] for training in trainings] for at in range(1, 1 + len(keys))))
+    return fit_loss_law(*([training[at] for training in trainings] for at in range(1, 1 + len(keys))), draws=draws)
 
 
 def law_rows(law: LossLaw) -> Iterator[dict[str, Any]]:
@@ -185,10 +187,11 @@ def law_text(law: LossLaw, *, parameters: float | None, clips: float | None, flo
 
 
 def prediction_text(law: LossLaw, parameters: float, clips: float) -> str:
-    """The predicted loss of a size and a number of clips, in a line."""
-    loss, low, high = map(cell_text, law.prediction(parameters, clips))
+    """The predicted loss of a size and a number of clips, in a line; its interval if the law has draws."""
+    loss = cell_text(float(law.loss(np.array([parameters]), np.array([clips]))[0]))
+    ends = f" [{', '.join(map(cell_text, law.prediction(parameters, clips)[1:]))}]" if len(law.draws) else ""
     where = "" if law.inside(parameters, clips) else "; outside the fitted range"
-    return f"{parameters:,.0f} parameters, {clips:,.0f} clips: loss {loss} [{low}, {high}]{where}"
+    return f"{parameters:,.0f} parameters, {clips:,.0f} clips: loss {loss}{ends}{where}"
 
 
 # ---- predictions before a run ----
