@@ -55,6 +55,7 @@ MAX_PIXELS = 2**26  # of a picture, whatever its header says; a decoder allocate
 SEEK_BACK_S = (0.0, 0.5, 2.0, 10.0)  # before the first wanted time: where to seek a key frame, in turn; then the start
 TOLERANCE_S = 1.01e-3  # a frame that starts this much after a wanted time counts as shown then; 1 ms is late by 30 of 29.97 Hz
 COARSE_S = Fraction(1, 10_000)  # a longer unit of time stamps, as Matroska's 1 ms, moves the frames of a constant rate
+COARSE_FRAMES = Fraction(1, 5)  # a unit of more frames than this is a tick of the camera, whose stamps are exact; ours
 END_S = 2e-3  # a video shows nothing so shortly before its end: containers round times to milliseconds
 BACKWARD_S = 1.0  # a time stamp may lie this much before an earlier one: AVI with B-frames (ours)
 NO_TIMES = "frames without a presentation time: write the video into a container, as by ffmpeg -i"
@@ -363,7 +364,7 @@ def _seek(
             if packet.dts is not None and packet.dts > last:
                 break
         times = np.array(sorted(packet.pts for packet in packets if not packet.is_discard), dtype=np.int64)
-        if not len(times) or not packets[0].is_keyframe or packets[0].pts * base > wanted_s[0] + TOLERANCE_S:
+        if not len(times) or not packets[0].is_keyframe or _time_s(packets[0].pts, stream) > wanted_s[0] + TOLERANCE_S:
             return None
         wanted_pts = times[frame_indices_at([_time_s(pts, stream) for pts in times.tolist()], wanted_s)].tolist()
         unique = set(wanted_pts)
@@ -512,9 +513,9 @@ def _time_s(pts: int | None, stream: av.VideoStream) -> float:
     if pts is None:
         return math.nan
     time_s, first_s, rate_hz = pts * stream.time_base, (stream.start_time or 0) * stream.time_base, stream.average_rate
-    if rate_hz and stream.time_base > COARSE_S:
+    if rate_hz and COARSE_S < stream.time_base < COARSE_FRAMES / rate_hz:
         exact_s = first_s + round((time_s - first_s) * rate_hz) / rate_hz
-        time_s = exact_s if abs(exact_s - time_s) <= stream.time_base / 2 else time_s
+        time_s = exact_s if abs(exact_s - time_s) <= stream.time_base else time_s  # half a unit each of both stamps
     return float(time_s)
 
 

@@ -1,9 +1,11 @@
 """scaling4d.read_video: the frames at a rate, and clear refusals."""
 
 import math
+from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from refusals import refused
@@ -47,6 +49,36 @@ def test_rates_of_cameras_show_the_frames_of_exact_fractions_in_every_container(
         expected = every[[math.floor(time_s * camera_hz) for time_s in times_s]]
         assert np.array_equal(scaling4d.read_video(path, rate_hz=rate_hz, frames=frames), expected), rate_hz
         assert np.array_equal(scaling4d.read_video(path, rate_hz=rate_hz)[:frames], expected), rate_hz
+
+
+def ticks(path: Path, numbers: Iterable[int], tick_s: Fraction, **options: str) -> Path:
+    """Single key frames at multiples of a time."""
+    with av.open(str(path), "w", options=options) as out:
+        stream = out.add_stream("libx264", rate=1 / tick_s, options={"crf": "5", "bf": "0"})
+        stream.width, stream.height, stream.pix_fmt, stream.codec_context.gop_size = 32, 32, "yuv420p", 1
+        for index, number in enumerate(numbers):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 2 * index % 250, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = number, tick_s
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize("first", [0, 2, 7])
+def test_a_file_may_begin_at_any_time_and_every_frame_may_be_a_key_frame(first: int, tmp_path: Path) -> None:
+    tick_s = Fraction(1001, 30000)
+    path = ticks(tmp_path / "a.mkv", range(first, first + 300), tick_s)
+    times_s, every = video.frame_times(path), video.decode_all(path)[1]
+    assert times_s - times_s[0] == pytest.approx(np.arange(300) * float(tick_s), abs=1e-9)
+    for wanted_s in np.arange(0, 9.9, 1 / 8):
+        shown = every[video.frame_indices_at(times_s, [times_s[0] + wanted_s])]
+        assert np.array_equal(scaling4d.read_video(path, start_s=wanted_s, rate_hz=8, frames=1), shown), wanted_s
+
+
+def test_stamps_of_a_camera_that_drops_frames_are_its_own(tmp_path: Path) -> None:
+    numbers = [*range(60), *range(70, 140)]
+    path = ticks(tmp_path / "a.mp4", numbers, Fraction(1, 30), video_track_timescale="30")
+    assert video.frame_times(path) == pytest.approx(np.array(numbers) / 30, abs=1e-9)
 
 
 @pytest.mark.parametrize("options", [{"frames": 3}, {"frames": 3, "start_s": 0.5}, {"rate_hz": 2}])
