@@ -99,6 +99,7 @@ def test_damaged_shards_and_records_are_one_line(tmp_path):
 
 
 def test_without_its_package_the_line_says_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     write_movi(tmp_path, [tracked()])
     monkeypatch.setitem(sys.modules, "array_record.python.array_record_module", None)
     refused(r"needs package array_record; install it with: pip install 'scaling4d\[movi\]'$", movi, tmp_path, "train")

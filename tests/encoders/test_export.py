@@ -130,6 +130,7 @@ def test_an_encoder_that_is_too_large_for_one_onnx_file_is_refused_before_the_ex
 
 
 def test_what_cannot_be_exported_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     folder = saved(tmp_path / "checkpoint", "pixels")
     onnx, wrong = tmp_path / "a.onnx", tmp_path / "a.pth"

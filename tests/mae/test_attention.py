@@ -39,7 +39,7 @@ def test_packed_clips_are_a_batch_without_xformers(monkeypatch: pytest.MonkeyPat
     assert shapes == [(3, 2, 5, 4)]
 
 
-@pytest.fixture(params=["absent", "broken", "OSError", "RuntimeError", "AttributeError"])
+@pytest.fixture(params=["absent", "broken", "OSError", "RuntimeError", "AttributeError", "TypeError"])
 def no_xformers(request: pytest.FixtureRequest, make_xformers: Callable, monkeypatch: pytest.MonkeyPatch) -> str:
     """A xformers that does not import, or whose library does not load. Returns the reason."""
     if request.param == "absent":

@@ -1,8 +1,12 @@
 """Pretraining a point, alone or with a teacher."""
 
 import json
+import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,10 +19,11 @@ from scaling4d import artifacts, checkpoint, config
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders.load import load_model
 from scaling4d.mae.encoder import Method
+from scaling4d.mae.masking import draw_masks
 from scaling4d.mae.models import encoder_of
 from scaling4d.pretrain import stage
 from scaling4d.pretrain.settings import PretrainConfig, bind_point, bind_pretrain
-from scaling4d.pretrain.stage import draw_masks, param_groups, pretrain, provenance_of
+from scaling4d.pretrain.stage import param_groups, pretrain, provenance_of
 from scaling4d.pretrain.validate import picture
 from scaling4d.records import UserError
 from scaling4d.training import distributed
@@ -248,3 +253,12 @@ def test_a_run_is_what_it_was_when_it_began_whatever_happens_to_the_file_of_its_
 def test_weights_without_space_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^.+model.safetensors cannot be written: .+; free space there, and run the same .+$"):
         checkpoint.save_tensors(tmp_path / "nowhere/model.safetensors", {"a": torch.ones(1)})
+
+
+def test_a_worker_that_draws_masks_imports_no_training(project: Path) -> None:
+    masks = partial(draw_masks, bind_pretrain("nano", config.read()).build().mask_generator(), 7, first=0, count=2)
+    code = "import pickle, sys; from scaling4d.clips import loader; masks = pickle.load(sys.stdin.buffer)(3)\n"
+    code += "heavy = ('scaling4d.training', 'torch._inductor')\n"
+    code += "print(masks.ids_keep.tolist(), [name for name in sys.modules if name.startswith(heavy)])"
+    worker = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(masks), capture_output=True, check=True)
+    assert worker.stdout.decode() == f"{masks(3).ids_keep.tolist()} []\n"

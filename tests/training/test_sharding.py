@@ -1,6 +1,8 @@
 """One model on many ranks: the same weights at the start, the same gradients and losses, the same bits again."""
 
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -101,6 +103,22 @@ def test_copies_sum_the_gradients_of_a_block_while_they_compute_the_one_before(
         assert absent == sorted(set(absent), reverse=True) and absent[-1] == 0  # each before the next block's gradients
     if accumulate == 2:
         assert not any(absent)
+
+
+def kept_weights(*, rank: int, ranks: int) -> list[bool]:
+    """Which weights of a model are still there when the model is gone, after a batch on several ranks."""
+    model = build_sharded(PLAIN, ranks=ranks)
+    set_last_microbatch(model, True)
+    model(*batch_of(model, 0, rank=rank, ranks=ranks)).backward()
+    reduce_gradients(model)
+    weights = [weakref.ref(p) for p in model.parameters()]
+    del model
+    gc.collect()
+    return [weight() is not None for weight in weights]
+
+
+def test_copies_of_a_model_that_is_gone_keep_no_weights() -> None:
+    assert not any(run(kept_weights, ranks=2))
 
 
 def registrations(*, rank: int, ranks: int, method: str) -> list[str]:

@@ -23,7 +23,7 @@ from scaling4d.benchmarks import tfrecord
 from scaling4d.benchmarks.frames import Crop, missing_files, open_picture, require_path
 from scaling4d.benchmarks.queries import query_clips
 from scaling4d.benchmarks.samples import ClipRequest, ExcludedItem, Samples, content_of
-from scaling4d.records import Sample, UserError
+from scaling4d.records import Sample, UserError, pip_install
 
 OFFICIAL = {"train": "9,749 in MOVi-E 1.0.0"}
 RATE_HZ, FRAMES, WINDOW_STEP = 12.0, 24, 1
@@ -133,7 +133,7 @@ def open_shard(path: Path) -> Any:
     try:
         from array_record.python.array_record_module import ArrayRecordReader
     except ImportError as error:
-        raise UserError(f"{path} needs package array_record; install it with: pip install 'scaling4d[movi]'") from error
+        raise UserError(f"{path} needs package array_record; install it with: {pip_install('movi')}") from error
     reader = ArrayRecordReader(str(path))
     if not reader.ok():
         raise UserError(f"{path} is damaged, or no ArrayRecord file")

@@ -179,7 +179,7 @@ def _find_clips(
         if label[first]:
             spans.append(Rejection(label[first], "", start_s, end_s))
             continue
-        short = Rejection("too short", f"{end_s - start_s:.2f} s without a cut; needed {needed_s:.2f} s", start_s, end_s)
+        short = Rejection("too short", f"{end_s - start_s:.2f} s in one piece; needed {needed_s:.2f} s", start_s, end_s)
         spans += _cut_shot(times_s[:end], first, thumbnails, config) or [short]
     return spans
 

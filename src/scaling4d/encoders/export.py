@@ -16,7 +16,7 @@ from scaling4d.encoders.transformers import PretrainedEncoder
 from scaling4d.mae.encoder import Backbone
 from scaling4d.mae.resize import cubic_weights
 from scaling4d.provenance import atomic_new
-from scaling4d.records import UserError, shortened
+from scaling4d.records import UserError, pip_install, shortened
 
 INPUT, OUTPUTS = "clips", ["last_hidden_state", "pooled"]
 MOST_PATCHES = 4096  # of a clip in time
@@ -111,7 +111,7 @@ def run(checkpoint: str, *, torch_file: Path | None, onnx_file: Path | None, any
         try:
             importlib.import_module("onnxscript")
         except ImportError as error:
-            raise UserError(f"--onnx {onnx_file}: needed onnxscript; pip install 'scaling4d[export]'") from error
+            raise UserError(f"--onnx {onnx_file}: needed onnxscript; {pip_install('export')}") from error
     encoder = Encoder.from_pretrained(checkpoint)
     size = sum(4 * tensor.numel() for tensor in encoder.state_dict().values())  # bytes of float32
     if onnx_file and size > MOST_ONNX_BYTES:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-from scaling4d.records import UserError, shortened
+from scaling4d.records import UserError, pip_install, shortened
 
 
 def download(source: str, revision: str | None, patterns: Sequence[str]) -> Path:
@@ -39,7 +39,7 @@ def _hub(name: str) -> ModuleType:
     try:
         return importlib.import_module("huggingface_hub")
     except ImportError as error:
-        raise UserError(f"{name} on the Hugging Face hub: needed huggingface_hub; pip install 'scaling4d[hub]'") from error
+        raise UserError(f"{name} on the Hugging Face hub: needed huggingface_hub; {pip_install('hub')}") from error
 
 
 @contextmanager

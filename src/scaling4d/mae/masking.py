@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from scaling4d import seeds
 from scaling4d.mae.patches import unpatchify
 from scaling4d.records import MaskedTokens, UserError, did_you_mean
 
 Grid = tuple[int, int, int]
 STRATEGIES = ("random", "tube", "frame", "block")
 BLOCK_SHARE = (0.02, 0.08)  # of all tokens, in one block; ours
+MASK_GROUP = 8  # clips whose masks are one draw: a clip's mask is the same on any number of ranks
+
+
+def draw_masks(draw: Callable[..., MaskedTokens], seed: int, step: int, *, first: int, count: int) -> MaskedTokens:
+    """Masks of the clips `first` ... `first + count - 1` of a step's batch, each of seed, step and place alone.
+
+    draw: batch and rng -> masks, a model's `mask_generator`.
+    """
+    groups = range(first // MASK_GROUP, -(-(first + count) // MASK_GROUP))
+    drawn = [draw(batch=MASK_GROUP, rng=seeds.torch_rng(seed, "mask", step, group)) for group in groups]
+    skipped = first - groups[0] * MASK_GROUP
+    return MaskedTokens(torch.cat([masked.ids_keep for masked in drawn])[skipped : skipped + count], drawn[0].grid)
 
 
 def random_masking(

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from scaling4d import artifacts, seeds
+from scaling4d import artifacts
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.clips import loader
 from scaling4d.encoders.card import write_model_card
+from scaling4d.mae.masking import draw_masks
 from scaling4d.pipeline import code_hashes
 from scaling4d.pretrain.plan.closed_form import flops_per_clip
 from scaling4d.pretrain.plan.memory import check_memory
@@ -26,7 +26,7 @@ from scaling4d.pretrain.settings import HIGHER_IS_BETTER, PretrainConfig, bind_p
 from scaling4d.pretrain.start import initialise
 from scaling4d.pretrain.validate import Validation
 from scaling4d.provenance import atomic_folder
-from scaling4d.records import MaskedTokens, UserError, file_system_errors, remedy, write_json
+from scaling4d.records import UserError, file_system_errors, remedy, write_json
 from scaling4d.training import distributed
 from scaling4d.training.distributed import WatchdogConfig
 from scaling4d.training.fit import MOST_REWINDS, Batch, ChangedClips, fit
@@ -35,8 +35,6 @@ from scaling4d.training.observe import TrainingLog, peak_flops
 from scaling4d.training.optimizer import ParamGroups
 from scaling4d.training.parallelize import DTYPES, parallelize, save_weights
 from scaling4d.training.resume import CheckpointManager, fingerprint, remove_state, state_folder
-
-MASK_GROUP = 8  # clips whose masks are one draw: a clip's mask is the same on any number of ranks
 
 
 def pretrain(point: str, settings: Mapping[str, Any]) -> Path | int:
@@ -227,17 +225,6 @@ def _batches(pretraining: PretrainConfig, model: nn.Module, rank: int, ranks: in
     for clips in batches:
         changes = tuple(partial(loader.augment, augmentation=augmentation) for augmentation in clips.augmentations)
         yield Batch((ChangedClips(clips.pixels, changes) if changes else clips.pixels, clips.masked), clips.ids)
-
-
-def draw_masks(draw: Callable[..., MaskedTokens], seed: int, step: int, *, first: int, count: int) -> MaskedTokens:
-    """Masks of the clips `first` ... `first + count - 1` of a step's batch, each of seed, step and place alone.
-
-    draw: batch and rng -> masks, a model's `mask_generator`.
-    """
-    groups = range(first // MASK_GROUP, -(-(first + count) // MASK_GROUP))
-    drawn = [draw(batch=MASK_GROUP, rng=seeds.torch_rng(seed, "mask", step, group)) for group in groups]
-    skipped = first - groups[0] * MASK_GROUP
-    return MaskedTokens(torch.cat([masked.ids_keep for masked in drawn])[skipped : skipped + count], drawn[0].grid)
 
 
 def _write(

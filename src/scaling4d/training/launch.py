@@ -36,7 +36,7 @@ import scaling4d
 from scaling4d import artifacts, provenance
 from scaling4d.checkpoint import read_description
 from scaling4d.config import require_minima, require_words
-from scaling4d.records import AGAIN, UserError, json_text, shortened, write_json
+from scaling4d.records import AGAIN, UserError, json_text, pip_install, shortened, write_json
 from scaling4d.training.distributed import stop_requests
 
 CONTENT, CODE, REFUSED = "run.json", "code", "refused"
@@ -308,7 +308,7 @@ class SlurmTask:
 def _slurm_parameters(job: Job, config: LaunchConfig) -> dict[str, Any]:
     """submitit's names and values. Raises UserError: no submitit."""
     if importlib.util.find_spec("submitit") is None:
-        raise UserError(f"{job.setting}.where is slurm, which needs submitit; run pip install 'scaling4d[cluster]'")
+        raise UserError(f"{job.setting}.where is slurm, which needs submitit; run {pip_install('cluster')}")
     ranks = job.ranks // config.nodes
     parameters = {"nodes": config.nodes, "tasks_per_node": 1, "timeout_min": 60 * config.hours, "name": job.name}
     cores = ranks * job.processes

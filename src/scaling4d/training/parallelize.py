@@ -6,6 +6,7 @@ torch's sharding takes a second to import; only functions that shard import it.
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -216,7 +217,8 @@ class GradientMeans:
     """Mean gradients of plain copies of a model: ranks sum those of a block while they compute the block before.
 
     Messages are alike on all ranks: a block's gradients, from the last block to the first, then all others. The
-    gradients become views of their message.
+    gradients become views of their message, so the last microbatch has one backward pass. Behind a block without
+    gradients, as the last ones of a fine-tuning are, all are summed after the backward pass.
     Source: torch's DistributedDataParallel. DDP takes a second to import, and its sums after the first step depend on
     the number of that step, so that a resumed run would have other bits.
 
@@ -228,10 +230,12 @@ class GradientMeans:
         blocks = [list(block.parameters()) for block in reversed(blocks_of(model))]
         in_blocks = set(itertools.chain(*blocks))
         self.last, self.parts = False, [*blocks, [p for p in model.parameters() if p not in in_blocks]]
+        assert sum(map(len, self.parts)) == len(list(model.parameters())), "blocks that share parameters"
         self._expect_all()
+        me = weakref.proxy(self)  # the hooks live as long as their parameters, and so would what they hold
         for number, missing in enumerate(self.missing):
             for parameter in missing:
-                parameter.register_post_accumulate_grad_hook(partial(self._ready, number))
+                parameter.register_post_accumulate_grad_hook(partial(GradientMeans._ready, me, number))
 
     def finish(self) -> None:
         """Send what the backward pass has not sent, and wait."""

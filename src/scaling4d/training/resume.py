@@ -140,10 +140,12 @@ class CheckpointManager:
         self.group = dist.new_group(backend="gloo", group_desc=STATES)
         self.pending: tuple[int, Any] | None = None
         self.stager: Any = None  # of asynchronous writes from GPUs; its pinned memory serves every step
+        self.thread = futures.ThreadPoolExecutor(1)  # which waits for asynchronous writes and hashes their files
 
     def close(self) -> None:
         """Release the lock and the pinned memory."""
         self.stager = None
+        self.thread.shutdown(wait=False)
         if self.lock:
             self.lock.close()
 
@@ -209,14 +211,27 @@ class CheckpointManager:
         if self.asynchronous and self.stager is None and any(tensor.is_cuda for tensor in tensors.values()):
             self.stager = pinned_stager()
         with self._write_errors(step):
-            write, given = (dcp.async_save, {"async_stager": self.stager}) if self.asynchronous else (dcp.save, {})
-            self.pending = (step, write(dict(tensors), checkpoint_id=partial, process_group=self.group, **given))
-        if not self.asynchronous:
-            self.wait()
+            given = {"checkpoint_id": partial, "process_group": self.group}
+            if self.asynchronous:
+                write = dcp.async_save(dict(tensors), async_stager=self.stager, **given)
+                self.pending = (step, self.thread.submit(self._synced_files, partial, write))
+            else:
+                dcp.save(dict(tensors), **given)
+                self.pending = (step, None)
+                self.wait()
+
+    def _synced_files(self, partial: Path, write: futures.Future | None = None) -> dict[str, str]:
+        """This rank's files of a step, which are then on the disk, each with its hash. write: is waited for."""
+        if write:
+            write.result()
+        files = [*partial.glob(f"__{self.rank}_*")] + ([partial / PROGRESS, partial / ".metadata"] if self.rank == 0 else [])
+        for path in files:
+            _sync(path)
+        return {path.name: artifacts.sha256(path) for path in files}
 
     @property
     def written(self) -> int:
-        """The pending step, if this rank has written its files; else 0."""
+        """The pending step, if this rank's files are on the disk; else 0."""
         return self.pending[0] if self.pending and self.pending[1].done() else 0
 
     def publish(self, written: int) -> None:
@@ -235,16 +250,13 @@ class CheckpointManager:
         (step, future), self.pending = self.pending, None
         partial = self.folder / f"partial-{step:08d}"
         with self._write_errors(step):
-            if self.asynchronous:
+            if future:
                 for second in range(MOST_WRITE_S):
                     heartbeat(f"writing the state of step {step} for {second} s")
                     if futures.wait([future], timeout=1).done:
                         break
-                future.result()
-            own = [*partial.glob(f"__{self.rank}_*")] + ([partial / PROGRESS, partial / ".metadata"] if self.rank == 0 else [])
-            for path in own:
-                _sync(path)
-        shas = self._gather({path.name: artifacts.sha256(path) for path in own})
+            own = future.result() if future else self._synced_files(partial)
+        shas = self._gather(own)
         if self.rank == 0:
             with self._write_errors(step):
                 write_json(partial / SHAS, {name: sha for part in shas for name, sha in part.items()})

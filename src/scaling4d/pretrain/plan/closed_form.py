@@ -18,7 +18,8 @@ Memory of a GPU, in bytes
                      values, attention's output, the sum after it, the mlp before and after its GELU, and fp32
                      statistics; with norms of queries and keys c K 2 D + 16 K h more; with recompute c K D of every
                      block but the current one; the loss, in fp32, since its target is, with what its kernel holds.
-                     Pixels come as uint8 and leave after the forward pass, before the peak
+                     Pixels come as uint8 and leave after the forward pass, before the peak. Not counted: those of up
+                     to two further steps, which are copied early (training.fit), 2.4 MB a clip of 16 x 224 x 224
   communication      c pad(W) of the layers outside the blocks; c pad(W) of the current block and of the prefetched one;
                      r pad(W) of the gradients under reduction. With one shard: copies of the weights, of the layers
                      outside the blocks and of each block until its backward pass; with recompute of the current one.
