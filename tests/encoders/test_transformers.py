@@ -239,6 +239,7 @@ def test_the_stage_imports_what_features_need_and_gives_the_same_bytes_twice(pub
     folder = baseline("tiny", settings)
     assert folder == Path("artifacts/smoke/pretrain/tiny")
     sha256, encoder = artifacts.sha256(folder), load_encoder(folder).eval()
+    assert "A published encoder of video, Pretrained" in (folder / "README.md").read_text()
     assert artifacts.sha256(baseline("tiny", settings)) == sha256
     assert not any(weight.is_meta for weight in [*encoder.parameters(), *encoder.buffers()])
     assert torch.equal(last_layer(encoder, clips(32)), last_layer(imported(source), clips(32)))

@@ -185,11 +185,11 @@ class Encoder(nn.Module):
 
     @property
     def mean(self) -> float | tuple[float, ...]:
-        return tuple(self.model.mean.flatten().tolist()) if self._is_transformers else self.model.pixel_mean
+        return self.model.pixel_mean
 
     @property
     def scale(self) -> float | tuple[float, ...]:
-        return tuple((1 / self.model.std).flatten().tolist()) if self._is_transformers else self.model.pixel_scale
+        return self.model.pixel_scale
 
     @property
     def resample(self) -> str:

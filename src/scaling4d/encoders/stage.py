@@ -13,6 +13,7 @@ import torch
 from scaling4d import artifacts, config
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.config import StageConfig
+from scaling4d.encoders.card import write_model_card
 from scaling4d.encoders.published import import_published
 from scaling4d.encoders.transformers import PretrainedConfig, source_files, source_path
 from scaling4d.mae.encoder import PixelTokens
@@ -53,11 +54,13 @@ def baseline(name: str, settings: Mapping[str, Any]) -> Path:
             model.to_empty(device="cpu").initialise(settings["seed"])
         else:
             raise UserError(f"unknown baseline {name!r}; needed pixels, {UNTRAINED}<point>, or one of encoders.pretrained")
-        parameters = sum(p.numel() for p in encoder_of(model).parameters())
+        encoder = encoder_of(model)
+        parameters = sum(p.numel() for p in encoder.parameters())
         saved = Checkpoint(name, type(model).__name__, asdict(model_config), parameters, step=0, clips_seen=0)
         saved.write(out, model.state_dict())
         provenance = artifacts.provenance_of("baseline", bound, code=artifacts.code_hash("encoders"), inputs=inputs)
         artifacts.write_provenance(out, provenance, bound.operative)
+        write_model_card(out, saved, provenance, mean=encoder.pixel_mean, scale=encoder.pixel_scale)
     artifacts.write_run(f"baseline-{name}", artifacts.sha256(final), started=started)
     return final
 

@@ -205,6 +205,14 @@ class PretrainedEncoder(nn.Module):
         self.resize(config.clip)
         self.train(False)
 
+    @property
+    def pixel_mean(self) -> tuple[float, ...]:
+        return tuple(self.mean.flatten().tolist())
+
+    @property
+    def pixel_scale(self) -> tuple[float, ...]:
+        return tuple((1 / self.std).flatten().tolist())
+
     def train(self, mode: bool = True) -> PretrainedEncoder:
         """Stay in evaluation mode. In training mode DINOv3 shifts its positions and others drop parts, at random."""
         return super().train(False)
