@@ -40,24 +40,29 @@ def exit_code(work: Callable[[], object]) -> int:
 class Stream:
     """A stream, or an event in one. Has no `synchronize`: a step that calls it fails.
 
-    waited: for these streams. copied: shapes of tensors of the CPU that were copied in it. used: shapes of tensors
-    whose memory waits for it.
+    waited: for these streams. recorded: the stream of an event. copied: shapes of tensors of the CPU that were copied
+    in it. used: shapes of tensors whose memory waits for it.
     """
 
     def __init__(self, **_: object) -> None:
         self.waited: list[Stream] = []
+        self.recorded: list[Stream] = []
         self.copied: list[tuple[int, ...]] = []
         self.used: list[tuple[int, ...]] = []
 
     def wait_stream(self, stream: "Stream") -> None:
         self.waited.append(stream)
 
-    def wait_event(self, event: "Stream") -> None: ...
+    def wait_event(self, event: "Stream") -> None:
+        self.waited += event.recorded
 
     def record_event(self) -> "Stream":
-        return Stream()
+        event = Stream()
+        event.record(self)
+        return event
 
-    def record(self, stream: "Stream | None" = None) -> None: ...
+    def record(self, stream: "Stream | None" = None) -> None:
+        self.recorded = [stream or torch.get_device_module(DEVICE).current_stream()]
 
 
 class Module(_DummyBackendModule):
@@ -85,13 +90,15 @@ class Operations(TorchDispatchMode):
     """Notes operations for which the CPU waits for the device, and the dtypes of linear layers on it.
 
     It waits for copies to the CPU, and for copies to the device that are not `non_blocking`. Values that Python reads
-    (`.item()`, `if tensor`) are an error of FakeTensorMode.
+    (`.item()`, `if tensor`) are an error of FakeTensorMode. all_reduces: of each, its stream, and how often the
+    computing had waited for that stream before.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: list[str] = []
         self.linear_dtypes: set[torch.dtype] = set()
+        self.all_reduces: list[tuple[Stream, int]] = []
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
@@ -108,6 +115,9 @@ class Operations(TorchDispatchMode):
             self.waits += [f"{name} by a tensor of the CPU" for index in args[1] if index is not None and index.is_cpu]
         if name.startswith(LOSSES):  # their backward passes of mixed types fail in torch 2.10, that of requirements-cuda.lock
             (_,) = {value.dtype for value in args if isinstance(value, torch.Tensor)}
+        if name == "c10d::allreduce_":
+            stream = torch.get_device_module(DEVICE).current_stream()
+            self.all_reduces.append((stream, torch.get_device_module(DEVICE).streams[0].waited.count(stream)))
         if name in PRODUCTS and out.device.type == DEVICE:
             self.linear_dtypes |= {value.dtype for value in args if isinstance(value, torch.Tensor)}
         return out

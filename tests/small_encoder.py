@@ -28,6 +28,7 @@ SETTINGS = {
     "VideoMAE2": OFFICIAL,
     "VJEPA": OFFICIAL,
     "VJEPA21": OFFICIAL,
+    "RVM": SIZES | {"patch": (1, 16, 16), "core_depth": 2, "core_heads": 2, "core_mlp": 48},
 }
 CLIP = (6, 32, 48)
 CLIPS = torch.randint(0, 256, (2, *CLIP, 3), dtype=torch.uint8, generator=seeds.torch_rng(0, "clips"))

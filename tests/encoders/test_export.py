@@ -100,7 +100,7 @@ def test_a_program_of_any_length_gives_what_a_resized_encoder_gives(tmp_path: Pa
 @pytest.mark.parametrize(
     ("name", "words"),
     [("mae_st", ANY), ("4ds", ANY), *((name, ()) for name in ("mae_st", "4ds", "VideoMAE2", "VJEPA21"))]
-    + [pytest.param(kind, (), marks=pytest.mark.slow) for kind in ("VJEPA", *PUBLISHED)],
+    + [pytest.param(kind, (), marks=pytest.mark.slow) for kind in ("VJEPA", "RVM", *PUBLISHED)],
 )
 def test_onnxruntime_gives_the_encoders_output(tmp_path: Path, name: str, words: tuple[str, ...]) -> None:
     import onnxruntime

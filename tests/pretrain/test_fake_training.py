@@ -19,7 +19,7 @@ from scaling4d.pretrain.settings import PretrainConfig, bind_point, points_of
 from scaling4d.pretrain.stage import param_groups
 from scaling4d.records import Augmentation, ClipBatch, MaskedTokens
 from scaling4d.training.fit import Batch, ChangedClips
-from scaling4d.training.parallelize import DTYPES, parallelize
+from scaling4d.training.parallelize import DTYPES, blocks_of, parallelize
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("in_the_project")]
 
@@ -119,6 +119,26 @@ def step_with_copies() -> None:
 
 def test_clips_are_copied_beside_the_computing_which_waits_for_its_own() -> None:
     assert exit_code(step_with_copies) == 0
+
+
+def step_in_copies_of_shards() -> None:
+    settings = config.compose(["profile=smoke"])
+    pretraining, model = bind_point("nano", settings), build("nano", settings)
+    pretraining = replace(pretraining, sharding=replace(pretraining.sharding, shards=2))
+    pretraining = replace(pretraining, training=replace(pretraining.training, ranks=4))
+    with on_fake_gpu(4) as operations:
+        move_to_device(model, pretraining, "bfloat16")
+        computing = torch.get_device_module(DEVICE).current_stream()
+        train(model, Batch((pixels_of(model, CLIPS), visible(model, CLIPS))), param_groups(model, pretraining))
+        of_blocks = [(stream, waits) for stream, waits in operations.all_reduces if stream is not computing]
+        (stream,) = {stream for stream, _ in of_blocks}
+        messages = len(blocks_of(model)) + 1  # a block's, and one of all other weights
+        assert [waits for _, waits in of_blocks] == [step for step in range(STEPS) for _ in range(messages)]
+        assert computing.waited.count(stream) == STEPS
+
+
+def test_copies_of_shards_sum_gradients_beside_the_backward_pass_which_waits_once_at_its_end() -> None:
+    assert exit_code(step_in_copies_of_shards) == 0
 
 
 def log_every_step() -> None:

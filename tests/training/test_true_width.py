@@ -1,6 +1,7 @@
 """A slice of point j at its true width: one step in shards, its state on another mesh, its export, and a readout."""
 
 import resource
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from scaling4d import seeds
+from scaling4d import checkpoint, seeds
 from scaling4d.checkpoint import Checkpoint
 from scaling4d.encoders.load import load_model
 from scaling4d.mae.simple_mae import SimpleMAE, SimpleMAEConfig
@@ -71,7 +72,9 @@ def peak_bytes() -> int:
 def train_and_save(*, rank: int, ranks: int) -> tuple[Digest, Digest, float, int]:
     """One step in shards from sharded first weights, and an asynchronous save. First weights, state, loss, peak."""
     model = model_on(ranks, ranks)
+    started = time.process_time()
     model.initialise(0)
+    print(f"rank {rank}: first weights took {time.process_time() - started:.0f} s of its CPU")
     first = digest(dict(model.named_parameters()))
     pixels = torch.randint(0, 256, (1, *CLIP, 3), dtype=torch.uint8, generator=seeds.torch_rng(0, "pixels", rank))
     loss = model(pixels, model.draw_mask(1, seeds.torch_rng(0, "mask", rank)))
@@ -92,7 +95,9 @@ def reload_and_export(*, rank: int, ranks: int, folder: Path) -> tuple[Digest, i
     model = model_on(ranks, ranks)
     state = named_state(model, optimizer_of(model))
     manager = CheckpointManager("slice", RUN, keep_latest_k=1, asynchronous=False)
+    started = time.process_time()
     progress = manager.load(state)
+    print(f"rank {rank}: a saved state took {time.process_time() - started:.0f} s of its CPU")
     manager.close()
     loaded = digest(state)
     save_weights(model, folder if rank == 0 else None)
@@ -101,6 +106,7 @@ def reload_and_export(*, rank: int, ranks: int, folder: Path) -> tuple[Digest, i
 
 def test_a_slice_of_j_goes_from_sharded_weights_to_a_readout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", GIB)  # of 5 GB, so that every rank writes files of its own
     folder = tmp_path / "j"
     folder.mkdir()
     first, state, loss, peak = run(train_and_save, ranks=2)
@@ -108,7 +114,7 @@ def test_a_slice_of_j_goes_from_sharded_weights_to_a_readout(tmp_path: Path, mon
     assert 0 < loss < float("inf") and weights.keys() == first.keys()
     assert all(weights[name] != first[name] for name in first if name.endswith("weight") and "norm" not in name)
     loaded, step, peak_of_reload = run(reload_and_export, ranks=4, folder=folder)
-    assert step == 1 and loaded == state
+    assert step == 1 and loaded == state and (folder / checkpoint.INDEX).is_file()
     print(f"peak {peak / GIB:.1f} GiB of training, {peak_of_reload / GIB:.1f} GiB of reloading")
     assert max(peak, peak_of_reload) < MOST_GIB * GIB
 

@@ -69,7 +69,10 @@ class Operation:
 
 
 class Seconds(dict[str, float]):
-    """Seconds of a step by kind: compute, memory, launches, communication, host (pixels to the GPU), cpu."""
+    """Seconds of a step by kind: compute, memory, launches, communication, host (pixels to the GPU), cpu.
+
+    Left out: the waits for the GPU of steps that log or save, one in `log_every`.
+    """
 
     def add(self, operations: Iterable[Operation], gpu: Gpu, share: Efficiency) -> float:
         """Add operations, one after the other. Returns their seconds."""
@@ -129,8 +132,9 @@ def step_seconds(work: Work, layout: StepLayout, gpu: Gpu, share: Efficiency, *,
         exposed += sum(scatter(values) + (sum_copies(values) if last else 0.0) for values in (shard[0], root))
     tensors = len(work.shapes) + sum(len(block.shapes) for block in blocks)
     seconds.add([Operation(0, OPTIMIZER_BYTES * (root + sum(shard)), 2 * tensors)], gpu, share)
-    host_s = layout.microbatches * clips * work.pixels / (gpu.host_bytes_per_s * share.link)  # in the stream of the kernels
-    seconds |= {"communication": exposed, "host": host_s}
+    seconds["communication"] = exposed
+    host_s = layout.microbatches * clips * work.pixels / (gpu.host_bytes_per_s * share.link)
+    seconds["host"] = max(0.0, host_s - sum(seconds.values()))  # a step's clips are copied beside the step before
     passes = layout.microbatches * (1 + FORWARD_SHARE * layout.recompute)
     seconds.add_cpu(len(blocks) * passes * (share.fsdp_cpu_s if shards > 1 else share.block_cpu_s))
     return seconds
@@ -155,8 +159,9 @@ def features_seconds(frozen: FrozenWork, gpu: Gpu, share: Efficiency, *, shards:
         computing = seconds.add(forward(block, clips, c, gpu) + copies, gpu, share)
         exposed += max(0.0, (gather(shard[i + 1]) if i + 1 < len(shard) else 0.0) - computing)
     width = frozen.blocks[0].width if frozen.blocks else 0
-    host_s = clips * (pixels + STORED * tokens * width) / (gpu.host_bytes_per_s * share.link)
-    seconds |= {"communication": exposed, "host": host_s}
+    back_s, there_s = (clips * size / (gpu.host_bytes_per_s * share.link) for size in (STORED * tokens * width, pixels))
+    seconds["communication"] = exposed
+    seconds["host"] = back_s + max(0.0, there_s - sum(seconds.values()))  # clips are copied beside the pass before
     seconds.add_cpu(len(frozen.blocks) * FORWARD_SHARE * (share.fsdp_cpu_s if shards > 1 else share.block_cpu_s))
     return seconds
 
