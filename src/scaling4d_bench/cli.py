@@ -126,7 +126,7 @@ def gpu(
         list[str] | None, typer.Option(help="Run this step alone, also if it is done; may be repeated. Default: all others.")
     ] = None,
 ) -> None:
-    """One hour on a GPU, from the lock and every stage of profile smoke to profile h100 and VideoMAE; then one table.
+    """One hour on a GPU, from the lock and the stages of profile smoke to profile h100 and VideoMAE; then one table.
 
     Steps that are done are not run again. Exit code 1: some step is not done.
     """

@@ -57,13 +57,18 @@ def test_every_number_has_its_values_mean_and_deviation_over_seeds(run: RunResul
     assert len(run.fresh_seed_study.numbers) == 10 * 5 + 7 + 2 * 6  # frozen readouts, losses, errors of pixels
 
 
-def test_a_study_of_other_code_is_left_out_of_the_verdict(run: RunResults, pocket: dict) -> None:
-    facts = json.loads(STUDY.read_text())
-    facts["code"]["artifacts/code/show.json"] = "0" * 32  # it makes no number
-    write_json(STUDY, facts)
-    assert read_run_results(pocket).fresh_seed_study
-    facts["code"]["artifacts/code/readout.json"] = "0" * 32
-    write_json(STUDY, facts)
+def test_a_study_of_other_code_counts_where_it_gave_the_numbers_of_the_runs_seed(run: RunResults, pocket: dict) -> None:
+    def with_code(package: str) -> RunResults:
+        facts = json.loads(STUDY.read_text())
+        facts["code"][f"artifacts/code/{package}.json"] = "0" * 32
+        write_json(STUDY, facts)
+        return read_run_results(pocket)
+
+    told = "The study of seeds is of other code (readout); it gave the same weights and numbers of this run&#x27;s seed."
+    assert "other code" not in rules(with_code("show"), Page(Path("out")))  # it makes no number
+    run = with_code("readout")
+    assert run.fresh_seed_study and "±" in verdict_text(run) and told in rules(run, Page(Path("out")))
+    edit(RUNS, run.result("tiny", "boxes", "frozen").checkpoint_sha256, "0" * 64)
     run = read_run_results(pocket)
     text = verdict_text(run) + rules(run, Page(Path("out")))
     assert run.fresh_seed_study is None and "±" not in text
@@ -71,7 +76,8 @@ def test_a_study_of_other_code_is_left_out_of_the_verdict(run: RunResults, pocke
     assert "standard deviation" not in svg and "this run" not in svg
     assert ">frozen, 95 % interval over videos</text>" in svg and ">trivial answer</text>" in svg
     assert "our points with 95 % intervals over validation videos" in layout.figure(run, "headline")
-    assert "The study of seeds is of other code (readout): run <code>scaling4d study seeds --seeds 0,1,2</code>." in text
+    assert "The study of seeds is of other code (readout) and has other numbers of tiny at " in text
+    assert "run <code>scaling4d study seeds --seeds 0,1,2</code>." in text
 
 
 def test_a_study_of_other_numbers_encoders_or_another_profile_is_left_out(run: RunResults, pocket: dict) -> None:

@@ -48,10 +48,14 @@ class SeedStatistics:
 
 @dataclass(frozen=True)
 class SeedStudy:
-    """stale: why the study does not belong to the run, as a sentence; empty where it does."""
+    """stale: why the study does not belong to the run, as a sentence; empty where it does.
+
+    other_code: a sentence where code that differs from the run's made the same weights and numbers of the run's seed.
+    """
 
     numbers: Mapping[Key, SeedStatistics]
     stale: str = ""
+    other_code: str = ""
 
     def of(self, encoder: str, task: str, metric: str) -> SeedStatistics | None:
         return self.numbers.get((encoder, task, metric))
@@ -98,16 +102,23 @@ def read_seed_study(profile: str, codes: Mapping[str, Any], results: Mapping[Key
         mean, deviation = (float(row[name]) if row[name] else None for name in ("mean", "deviation"))
         statistics = SeedStatistics(*place, int(row["seeds"]), values[place], mean, deviation)
         numbers[encoder, row["task"], row["metric"]] = statistics
-    reason = _stale(facts, codes, recorded, results)
-    return SeedStudy(numbers, f"The study of seeds {reason}: {again}." if reason else "")
+    reason, packages = _stale(facts, recorded, results), ", ".join(_changed_packages(facts, codes))
+    other = f"is of other code ({packages})" if packages else ""
+    if reason:
+        return SeedStudy(numbers, f"The study of seeds {' and '.join(filter(None, [other, reason]))}: {again}.")
+    same = "it gave the same weights and numbers of this run's seed"
+    return SeedStudy(numbers, other_code=other and f"The study of seeds {other}; {same}.")
 
 
-def _stale(facts: Mapping[str, Any], codes: Mapping[str, Any], recorded: Mapping[Any, Any], results: Mapping[Key, Any]) -> str:
-    """Why a study does not belong to the run, as the end of a sentence; empty where it does. facts: study.json."""
+def _changed_packages(facts: Mapping[str, Any], codes: Mapping[str, Any]) -> list[str]:
+    """Those of the run's packages whose code differs from the study's. facts: study.json."""
     of_run = {f"{artifacts.CODE}/{name}.json": studies.json_md5(code) for name, code in codes.items()}
     of_study = {path: md5 for path, md5 in facts["code"].items() if path in of_run}  # a run's stages need not be of all packages
-    if packages := studies.changed_packages(of_study, of_run):
-        return f"is of other code ({', '.join(packages)})"
+    return studies.changed_packages(of_study, of_run)
+
+
+def _stale(facts: Mapping[str, Any], recorded: Mapping[Any, Any], results: Mapping[Key, Any]) -> str:
+    """Why a study does not belong to the run, as the end of a sentence; empty where it does. facts: study.json."""
     if absent := {seed for seed, _, _ in results.values()} - {*facts["seeds"]}:
         return f"lacks this run's seed, {', '.join(map(str, sorted(absent)))}"
     for (encoder, task, metric), (seed, *numbers) in results.items():

@@ -43,7 +43,7 @@ SEEDS_IN_FULL = (
     "95 % limit of the difference of two equal encoders. The noise is the larger one of two limits. One is of the deviation of "
     "all encoders of the study together, for a loss of the points that differ in size alone, because other methods predict "
     "other targets. The other is Welch's, of the two encoders alone. Change and noise of a loss are shares of the smallest "
-    "point's mean. A seed changes weights, masks, crops and the order of clips; worlds "
+    "point's mean. A seed changes weights, masks, flips and the order of clips; worlds "
     "and validation videos stay, so their choice is not in this noise."
 )
 
@@ -140,7 +140,7 @@ def rules(run: RunResults, page: Page) -> str:
     if len(run.ladder) < 2:
         return ""
     if run.fresh_seed_study:
-        return page.paragraph(SEEDS_IN_FULL)
+        return page.paragraph(" ".join(filter(None, [SEEDS_IN_FULL, run.seed_study.other_code])))
     return page.paragraph(" ".join(filter(None, [ONE_RUN_IN_FULL, run.seed_study and run.seed_study.stale])))
 
 
