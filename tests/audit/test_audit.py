@@ -320,8 +320,7 @@ def test_a_fresh_clone_is_checked_as_far_as_git_goes(
 
 def test_results_without_the_checkpoints_that_they_were_read_from_are_not_called_wrong(messages: Messages) -> None:
     shutil.rmtree("artifacts/test/pretrain/nano")
-    (line,) = messages("wrong")
-    assert line.startswith("wrong       artifacts/test: md5 ")
+    assert not messages("wrong")  # the folder around them has another hash, as in a clone that pulled a part
     weights = "its weights artifacts/test/pretrain/nano/model.safetensors are not here"
     assert f"not checked {NANO}: {weights}" in messages("not checked")
 

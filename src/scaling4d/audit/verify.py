@@ -138,16 +138,17 @@ def _lock(run: LockedRun) -> Iterator[AuditFinding]:
 def _changed_files(run: LockedRun, paths: list[str]) -> dict[str, list[str]]:
     """The innermost paths that differ from the lock -> the names of the files inside that differ, where known.
 
-    A folder around a changed path counts only where further files in it differ.
+    A folder around a changed path, or around one that is not here, counts only where further files in it differ.
     """
     changed: dict[str, list[str]] = {}
     for path in sorted(paths, key=lambda path: (-path.count("/"), path)):
         md5s = [file.md5 for file in run.locked_files[path]]
         if run.disk.md5(path) not in (None, *md5s):
             inner = [other for other in changed if other.startswith(f"{path}/")]
+            absent = [other for other in paths if other.startswith(f"{path}/") and not run.disk.paths(other)]
             names = _changed_names(run, path, md5s[0])
             names = [name for name in names if not any(overlap(f"{path}/{name}", other) for other in inner)]
-            if names or not inner:
+            if names or not (inner or absent):
                 changed[path] = names
     return changed
 
