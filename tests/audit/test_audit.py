@@ -323,6 +323,9 @@ def test_results_without_the_checkpoints_that_they_were_read_from_are_not_called
     assert not messages("wrong")  # the folder around them has another hash, as in a clone that pulled a part
     weights = "its weights artifacts/test/pretrain/nano/model.safetensors are not here"
     assert f"not checked {NANO}: {weights}" in messages("not checked")
+    Path("artifacts/test/stray.json").write_text("{}")
+    (line,) = messages("wrong")
+    assert line.startswith("wrong       artifacts/test: md5 ") and "stray.json" in line
 
 
 def commit_other_code() -> None:

@@ -144,10 +144,13 @@ def _changed_files(run: LockedRun, paths: list[str]) -> dict[str, list[str]]:
     for path in sorted(paths, key=lambda path: (-path.count("/"), path)):
         md5s = [file.md5 for file in run.locked_files[path]]
         if run.disk.md5(path) not in (None, *md5s):
-            inner = [other for other in changed if other.startswith(f"{path}/")]
-            absent = [other for other in paths if other.startswith(f"{path}/") and not run.disk.paths(other)]
-            names = _changed_names(run, path, md5s[0])
-            names = [name for name in names if not any(overlap(f"{path}/{name}", other) for other in inner)]
+            parts = [other for other in paths if other.startswith(f"{path}/")]
+            inner = [other for other in parts if other in changed]
+            absent = [other for other in parts if not run.disk.paths(other)]
+            names, told = _changed_names(run, path, md5s[0]), [*inner, *absent]
+            if absent and not names:  # without a listing of the folder: files of no part
+                names, told = [*run.disk.files(path)], parts
+            names = [name for name in names if not any(overlap(f"{path}/{name}", other) for other in told)]
             if names or not (inner or absent):
                 changed[path] = names
     return changed
